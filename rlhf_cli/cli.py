@@ -1,0 +1,197 @@
+"""The commands: parse, load the recipe, call its stage. Heavy libraries are imported by the stage alone."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+from typer.exceptions import TyperException
+
+from rlhf_cli import __version__
+from rlhf_cli.errors import RunError, Stopped, UsageError
+from rlhf_cli.recipe.help import key_table
+from rlhf_cli.recipe.load import load_recipe
+from rlhf_cli.recipe.suggest import closest
+
+Job = Callable[[], None]
+"""What a parsed command line asks for. It runs outside typer, which would swallow Ctrl-C and broken pipes."""
+
+
+class Stage(NamedTuple):
+    module: str  # imported when the stage runs; has run(loaded, *, check, resume, force)
+    help: str
+
+
+COMMANDS = {
+    "sft": Stage("rlhf_cli.stages.sft", "Supervised fine-tuning on responses that people wrote."),
+}
+"""Each stage that takes a recipe."""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, suggest_commands=False)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Full tracebacks.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rlhf {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help="Train language models from human feedback. `rlhf COMMAND --help` lists the keys of a command's recipe.")
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def _stage_command(name: str, stage: Stage) -> None:
+    def command(
+        recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.")],
+        overrides: Annotated[
+            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted path; repeatable.")
+        ] = None,
+        output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Override the recipe's output.")] = None,
+        check: Annotated[bool, typer.Option("--check", help="Validate and tokenise, print the plan, train nothing.")] = False,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue from the last good checkpoint, if any.")] = False,
+        force: Annotated[bool, typer.Option("--force", help="Move an existing output folder to DIR.old-N first.")] = False,
+        debug: Debug = False,
+    ) -> Job:
+        if resume and force:
+            raise UsageError("--resume continues a run and --force starts a new one. give one of the two")
+        return partial(_run_stage, name, stage, recipe, overrides or [], output, check, resume, force)
+
+    epilog = "\b\n" + key_table(name)
+    app.command(name, help=stage.help, epilog=epilog)(command)
+
+
+def _run_stage(
+    name: str, stage: Stage, recipe: Path, overrides: list[str], output: str | None, check: bool, resume: bool, force: bool
+) -> None:
+    loaded = load_recipe(name, recipe, overrides, output)
+    importlib.import_module(stage.module).run(loaded, check=check, resume=resume, force=force)
+
+
+for _name, _stage in COMMANDS.items():
+    _stage_command(_name, _stage)
+
+
+@app.command("export")
+def _export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The folder to write; must not exist.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into a full model.")] = False,
+    debug: Debug = False,
+) -> Job:
+    """Write a run as a plain transformers or PEFT folder."""
+    return partial(_run_export, run, dest, merge)
+
+
+def _run_export(run: Path, dest: Path, merge: bool) -> None:
+    from rlhf_cli.runs.export import export
+
+    export(run, dest, merge)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (without the program's name) and returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    _fill_descriptors()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal must not end a run
+    try:
+        code = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except (RunError, TyperException) as error:
+        return _fail(error, debug)
+    except KeyboardInterrupt:
+        _say(["stopped by Ctrl-C"])
+        return 130
+    except BrokenPipeError:
+        _mute()
+        return 141
+    except Exception as error:
+        return _crash(error, debug)
+
+
+def _run(arguments: list[str]) -> int:
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    names = [*COMMANDS, "export"]
+    if command is not None and command not in names:
+        near = closest(command, names)
+        hint = f"did you mean {near}?" if near else f"commands: {', '.join(names)}"
+        raise UsageError(f"rlhf {command}: no such command. {hint}")
+    result = app(arguments or ["--help"], prog_name="rlhf", standalone_mode=False)
+    if callable(result):
+        result()
+        return 0
+    return int(result or 0) if arguments else 2
+
+
+def _fail(error: RunError | TyperException, debug: bool) -> int:
+    if debug:
+        _say(traceback.format_exception(error))
+    if isinstance(error, Stopped):
+        _say(str(error).splitlines())
+    elif isinstance(error, TyperException):
+        _say([f"{_tag()} {error.format_message().rstrip('.')}. see rlhf --help"])
+    else:
+        _say([line if line.startswith(" ") else f"{_tag()} {line}" for line in str(error).splitlines()])
+    return error.exit_code
+
+
+def _crash(error: Exception, debug: bool) -> int:
+    """An error nobody foresaw: one process's own, so every rank tells it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "rlhf_cli" in Path(frame.filename).parts]
+    places = dict.fromkeys(f"{frame.filename}:{frame.lineno}" for frame in (*frames[-1:], *ours[-1:]))
+    rank = os.environ.get("RANK", "0")
+    what = (str(error).splitlines() or [""])[0][:300]
+    lines = [
+        f"{_tag()} {f'rank {rank}: ' if rank != '0' else ''}{type(error).__name__}: {what}",
+        f"{_tag()} at {', from '.join(places)}" + ("" if debug else ". --debug shows the full traceback"),
+    ]
+    _say([*(traceback.format_exception(error) if debug else []), *lines], every_rank=True)
+    return 1
+
+
+def _tag() -> str:
+    plain = sys.stderr is None or not sys.stderr.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return "error:" if plain else "\x1b[31merror:\x1b[0m"
+
+
+def _say(lines: Sequence[str], every_rank: bool = False) -> None:
+    """Lines to stderr, unwrapped; from rank 0 alone, since every rank finds the same fault in a recipe."""
+    if sys.stderr is None or (os.environ.get("RANK", "0") != "0" and not every_rank):
+        return
+    try:
+        sys.stderr.write("".join(f"{line.rstrip()}\n" for line in lines))
+        sys.stderr.flush()
+    except OSError:
+        _mute()
+
+
+def _fill_descriptors() -> None:
+    """A closed stdin, stdout or stderr is opened on nothing, or the next file opened would receive stray prints."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+def _mute() -> None:
+    """Sends what is still buffered nowhere, or the interpreter would report the closed pipe at its exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            os.dup2(null, stream.fileno())

@@ -1,0 +1,279 @@
+"""What a person sees: lines, the plan, the first example, progress. On a terminal with colours, in a pipe as plain lines."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+ASCII = str.maketrans(
+    {
+        "⟦": "[[",
+        "⟧": "]]",
+        "…": "...",
+        "·": ".",
+        "–": "-",
+        "—": "-",
+        "−": "-",
+        "→": "->",
+        "×": "x",
+        "≤": "<=",
+        "≥": ">=",
+        "’": "'",
+    }
+)
+LEARNED, RESET, YELLOW, RED, BOLD = "\x1b[1;32m", "\x1b[0m", "\x1b[33m", "\x1b[31m", "\x1b[1m"
+SHOWN_PIECE = 2000
+"""Characters of one piece of the first example that are shown."""
+
+
+class Console:
+    """Output to a person. A lost terminal, a closed pipe or a poor encoding never ends a run. Silent when not enabled."""
+
+    def __init__(self, enabled: bool = True, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.enabled = enabled
+        self.out = out or sys.stdout or _void()
+        self.err = err or sys.stderr or _void()
+        self.live = enabled and _is_terminal(self.out)
+        self._bar: Bar | None = None
+
+    def say(self, line: str) -> None:
+        """A line on stdout."""
+        if self.enabled:
+            self._print(clean(line))
+
+    def warn(self, message: str) -> None:
+        """A line on stderr: the run goes on, but someone should know."""
+        if self.enabled:
+            self._write(self.err, _paint(self.err, YELLOW, f"warning: {clean(message)}"))
+
+    def error(self, message: str) -> None:
+        """One to three lines on stderr: what, where, what to do."""
+        if self.enabled:
+            self._write(self.err, _paint(self.err, RED, f"error: {clean(message)}"))
+
+    def example(self, pieces: list[tuple[str, bool]]) -> None:
+        """Show the first example; pieces are (text, is it supervised?) in order."""
+        if not self.enabled:
+            return
+        opened, closed = (LEARNED, RESET) if _has_colour(self.out) else ("⟦", "⟧")
+        shown = [(_shorten(clean(text)), supervised) for text, supervised in _merge(pieces)]
+        marked = "".join(f"{opened}{text}{closed}" if supervised else text for text, supervised in shown)
+        self._print(f"First example; {opened}this{closed} is what the model learns to write:\n{marked}\n")
+
+    def plan(self, sections: list[tuple[str, list[tuple[str, object]]]]) -> None:
+        """Titled lists of (label, value), the values aligned over all of them."""
+        if not self.enabled:
+            return
+        width = max((len(label) for _, rows in sections for label, _ in rows), default=0) + 4
+        columns = shutil.get_terminal_size().columns if self.live else None
+        for title, rows in sections:
+            self._print(_paint(self.out, BOLD, clean(title)))
+            for label, value in rows:
+                self._print(_fit(f"  {clean(label)}".ljust(width), clean(str(value)), columns))
+
+    def progress(self, total: int, log_every: int = 1) -> Progress:
+        """Progress over `total` steps, as a context manager."""
+        return Progress(self, total, log_every)
+
+    def _print(self, text: str) -> None:
+        self._write(self.out, text)
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        try:
+            if self._bar and _is_terminal(stream):
+                self._bar.console.print(_encodable(self.out, text), markup=False, highlight=False, soft_wrap=True)
+            else:
+                stream.write(_encodable(stream, text) + "\n")
+                stream.flush()
+        except (OSError, ValueError):
+            self._mute(stream)
+
+    def _mute(self, stream: TextIO) -> None:
+        """Send the rest to nowhere: the reader is gone (closed pipe), and Python's own flush at exit must not fail either."""
+        if stream is self.out:
+            self.out, self.live, self._bar = _void(), False, None
+        else:
+            self.err = _void()
+        try:
+            handle = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(handle, stream.fileno())
+            os.close(handle)
+        except (OSError, ValueError):
+            return  # not a real file, or closed already
+
+
+class Progress:
+    """A bar on a terminal, else one line every `log_every` steps."""
+
+    def __init__(self, console: Console, total: int, log_every: int) -> None:
+        self._console, self._total, self._log_every = console, total, log_every
+        self._task: TaskID | None = None
+        self._since: tuple[float, int] | None = None  # the moment of this process's first update, and its step
+        self._started = 0.0
+
+    def __enter__(self) -> Progress:
+        self._started = time.monotonic()
+        if self._console.live:
+            self._console._bar = _bar(self._console)
+            self._task = self._console._bar.add_task("", total=self._total, line="")
+            self._console._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._console._bar:
+            with contextlib.suppress(OSError):
+                self._console._bar.stop()
+            self._console._bar = None
+
+    def update(self, step: int, total: int, metrics: Mapping[str, float], memory_gib: float | None = None) -> None:
+        """Step `step` of `total` is done. `memory_gib`: peak on the GPU; default: this process's."""
+        now, is_first = time.monotonic(), self._since is None
+        # What comes before the first step (held-out rows, samples) comes once and says little of the rest.
+        since, done = self._since or (self._started, step - 1)
+        left = (now - since) / (step - done) * (total - step)
+        self._since = self._since or (now, step)
+        memory = f"{memory_gib or peak_memory_gib():.1f} GiB"
+        line = " ".join([f"step {step}/{total}", *describe(metrics), f"{clock(left)} left", memory])
+        if self._console._bar and self._task is not None:
+            line = _encodable(self._console.out, line)
+            self._console._bar.update(self._task, completed=step, total=total, line=line)
+        elif step % self._log_every == 0 or step == total or is_first:
+            self._console.say(line)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A line with the held-out figures after `step` steps."""
+        self._console.say(" ".join([f"step {step}/{self._total} held-out", *describe(metrics)]))
+        if self._since is None:
+            self._started = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self._console.say(line)
+
+
+SHOWN = (
+    ("loss", "loss {:.3f}"),
+    ("perplexity", "perplexity {:.2f}"),
+    ("token_accuracy", "accuracy {:.3f}"),
+    ("learning_rate", "lr {:.1e}"),
+    ("tokens_per_second", "{:,.0f} tok/s"),
+)
+"""Metrics of a progress line in their order; a training line leaves out what its loss already says."""
+
+
+def describe(metrics: Mapping[str, float]) -> list[str]:
+    """Metrics as words.
+
+    >>> describe({"loss": 1.2341, "learning_rate": 2e-4, "tokens_per_second": 1234.5})
+    ['loss 1.234', 'lr 2.0e-04', '1,234 tok/s']
+    """
+    training = "learning_rate" in metrics
+    skipped = ("perplexity", "token_accuracy") if training else ()
+    return [form.format(metrics[name]) for name, form in SHOWN if name in metrics and name not in skipped]
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours when there are any.
+
+    >>> clock(42), clock(3725)
+    ('00:42', '1:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes:02}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held so far."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def clean(text: str) -> str:
+    """Control characters made visible, so that data cannot steer a terminal.
+
+    >>> clean("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def _encodable(stream: TextIO, text: str) -> str:
+    """The text, or its nearest form in the stream's encoding (LANG=C)."""
+    encoding = stream.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(ASCII).encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
+    except ValueError:
+        return False
+
+
+def _has_colour(stream: TextIO) -> bool:
+    return _is_terminal(stream) and not os.environ.get("NO_COLOR")
+
+
+def _paint(stream: TextIO, code: str, text: str) -> str:
+    return f"{code}{text}{RESET}" if _has_colour(stream) else text
+
+
+def _void() -> TextIO:
+    return Path(os.devnull).open("w", encoding="utf-8")
+
+
+def _merge(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    merged: list[tuple[str, bool]] = []
+    for text, supervised in pieces:
+        if merged and merged[-1][1] == supervised:
+            merged[-1] = (merged[-1][0] + text, supervised)
+        elif text:
+            merged.append((text, supervised))
+    return merged
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= SHOWN_PIECE:
+        return text
+    half = SHOWN_PIECE // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
+
+
+def _fit(label: str, value: str, columns: int | None) -> str:
+    """Label and value; wrapped below the value's start where a terminal is too narrow."""
+    if columns is None or len(label) + len(value) <= columns:
+        return label + value
+    indent = min(len(label), columns // 2)
+    first = label if len(label) <= indent else label.rstrip() + "\n" + " " * indent
+    return first + ("\n" + " " * indent).join(textwrap.wrap(value, max(10, columns - indent)))
+
+
+def _bar(owner: Console) -> Bar:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    console = RichConsole(file=owner.out, highlight=False)
+    text = TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    columns = (BarColumn(bar_width=20), text) if console.width >= 80 else (text,)
+    # Redirecting would move what others write to stderr into stdout, also where stderr goes to a file.
+    return Progress(*columns, console=console, refresh_per_second=4, redirect_stderr=_is_terminal(owner.err))

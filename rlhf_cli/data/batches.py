@@ -1,0 +1,72 @@
+"""What step k sees: a pure function of the data, the seed and k."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from rlhf_cli.data.flat import Trees
+from rlhf_cli.data.sources import epoch_order
+from rlhf_cli.data.trees import Tree
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetSource:
+    """Global batches drawn from encoded data, epoch by epoch; a short last batch is a step of its own."""
+
+    trees: Trees
+    sizes: tuple[int, ...]  # trees per data source, in their order
+    shares: tuple[float, ...]  # share of an epoch per data source
+    batch_size: int
+    seed: int
+    shuffle: bool
+    _order: object = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        draw = lru_cache(2)(lambda epoch: epoch_order(self.sizes, self.shares, self.seed, epoch, self.shuffle))
+        object.__setattr__(self, "_order", draw)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.trees) / self.batch_size)
+
+    def indices(self, step: int) -> np.ndarray:
+        """The trees of optimiser step `step`, counted from 1."""
+        epoch, batch = divmod(step - 1, self.steps_per_epoch)
+        order: np.ndarray = self._order(epoch)  # type: ignore[operator]
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def batch(self, step: int) -> list[Tree]:
+        return [self.trees[int(i)] for i in self.indices(step)]
+
+    def wheres(self, step: int) -> list[str]:
+        """File and line of every tree of a step, in the order of `batch`."""
+        return [self.trees.where(int(i)) for i in self.indices(step)]
+
+
+def total_steps(epochs: float, steps: int | None, steps_per_epoch: int) -> int:
+    """Optimiser steps of a run: `steps` if given, else `epochs` rounded to whole steps, at least one."""
+    return steps if steps is not None else max(1, round(epochs * steps_per_epoch))
+
+
+def due_steps(every: float | None, steps: int) -> frozenset[int]:
+    """Steps after which something happens: below 1 a share of the run, else a number of steps, null at the end alone.
+
+    The last step always belongs to it.
+    """
+    if every is None:
+        return frozenset({steps})
+    if every >= 1:
+        return frozenset(range(int(every), steps + 1, int(every))) | {steps}
+    return frozenset(max(1, round(i * every * steps)) for i in range(1, math.floor(1 / every) + 1)) | {steps}
+
+
+def kept_sizes(rows: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Trees per data source, when `rows` are the records that encoding kept and `sizes` the records of each source."""
+    bounds = np.cumsum((0, *sizes))
+    found: np.ndarray = np.histogram(rows, bounds)[0] if len(sizes) > 1 else np.array([len(rows)])
+    return tuple(int(n) for n in found)

@@ -1,0 +1,108 @@
+"""Token arrays kept between runs, found by the content they were made from and never by a name or a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+
+class Stored(NamedTuple):
+    """What one cache file holds: arrays, and facts that JSON can say."""
+
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, Any]
+
+
+class Damaged(Exception):
+    """The file is there but is not what was written."""
+
+
+def default_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """${RLHF_CACHE:-${XDG_CACHE_HOME:-~/.cache}/rlhf}; None if there is no home."""
+    if given := environment.get("RLHF_CACHE"):
+        return Path(given)
+    if given := environment.get("XDG_CACHE_HOME"):
+        return Path(given) / "rlhf"
+    try:
+        return Path.home() / ".cache" / "rlhf"
+    except RuntimeError:
+        return None
+
+
+def key(parts: Iterable[str]) -> str:
+    """One digest of all parts, in their order; each is preceded by its length, so that no two lists run together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        digest.update(b"%d:" % len(data))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def source_hash(*files: str) -> str:
+    """Of the code itself: another version of it never reads what this one wrote."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """Where the arrays with this key lie."""
+    return folder / f"tokens-{name}.safetensors"
+
+
+def load(folder: Path, name: str) -> Stored | None:
+    """The arrays under this key; None if there are none or they cannot be read. Raises Damaged if their checksum is wrong."""
+    path = path_of(folder, name)
+    try:
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {tensor: file.get_tensor(tensor) for tensor in sorted(file.keys())}
+    except OSError:
+        return None
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise Damaged(str(path)) from error
+    facts = metadata.get("facts", "")
+    if metadata.get("sha256") != _checksum(arrays, facts):
+        raise Damaged(str(path))
+    return Stored(arrays, json.loads(facts))
+
+
+def store(folder: Path, name: str, stored: Stored) -> bool:
+    """Writes the file whole or not at all; False if the folder takes no files. Any number of ranks may do so at once."""
+    facts = json.dumps(stored.facts)
+    metadata = {"facts": facts, "sha256": _checksum(stored.arrays, facts)}
+    data = save(dict(stored.arrays), metadata=metadata)
+    partial = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".tokens-", suffix=".tmp", delete=False) as file:
+            partial = Path(file.name)
+            file.write(data)
+        partial.replace(path_of(folder, name))
+    except OSError:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

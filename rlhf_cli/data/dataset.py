@@ -1,0 +1,107 @@
+"""A stage's data, from the recipe's section to token trees, and what became of every row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf_cli.data.batches import DatasetSource, kept_sizes
+from rlhf_cli.data.cache import default_folder
+from rlhf_cli.data.encode import Encoded, encode
+from rlhf_cli.data.records import Record
+from rlhf_cli.data.sources import Reading, SourceReport, check_lost, read_data
+from rlhf_cli.data.templates import Template
+from rlhf_cli.recipe import schema
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Encoded rows to train on and, where the recipe holds some out, to evaluate on."""
+
+    reading: Reading
+    train: Encoded
+    held_out: Encoded | None
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {report.path: report.fingerprint for report in (*self.reading.reports, *self.reading.eval_reports)}
+
+    @property
+    def longest(self) -> int:
+        parts = [self.train] + ([self.held_out] if self.held_out else [])
+        return max(int(part.trees.lengths.max()) for part in parts)
+
+    def source(self, train: schema.Train, data: schema.Data, seed: int) -> DatasetSource:
+        sizes = kept_sizes(self.train.trees.rows, self.reading.sizes)
+        return DatasetSource(self.train.trees, sizes, self.reading.shares, train.batch_size, seed, data.shuffle)
+
+
+def prepare(
+    data: schema.Data,
+    stage: str,
+    tokenizer: Any,
+    template: Template,
+    seed: int,
+    where: Callable[[str], str],
+    responses: Literal["first", "all"],
+) -> Dataset:
+    """Read, check and tokenise, or find the same tokens in the cache.
+
+    Raises:
+        UsageError: rows, columns or files are wrong, or more than `data.max_lost` of the rows would be lost.
+    """
+    reading = read_data(data, stage, seed, where)
+    train = encode(reading.train, tokenizer, template, data, responses=responses, cache=default_folder())
+    held_out = None
+    if reading.held_out:
+        held_out = encode(reading.held_out, tokenizer, template, data, responses=responses, cache=default_folder())
+    dataset = Dataset(reading, train, held_out)
+    _check_lost(dataset, data.max_lost)
+    return dataset
+
+
+def _check_lost(dataset: Dataset, max_lost: float) -> None:
+    """Bad rows, dropped ones and truncated ones together, training and evaluation apart."""
+    reading = dataset.reading
+    shared = [e for e in (dataset.train, dataset.held_out) if e is not None]
+    groups = [(reading.reports, shared)]
+    if reading.eval_reports:
+        groups = [(reading.reports, shared[:1]), (reading.eval_reports, shared[1:])]
+    for reports, encoded in groups:
+        lost = sum(sum(r.bad.values()) for r in reports) + sum(sum(e.lost.values()) + e.truncated for e in encoded)
+        usable = sum(sum(r.bad.values()) for r in reports) + sum(e.read for e in encoded)
+        check_lost(lost, usable, max_lost, [x for r in reports for x in r.bad_examples] + [x for e in encoded for x in e.examples])
+
+
+def data_report(dataset: Dataset) -> dict[str, Any]:
+    """data.json: rows read, kept, dropped by reason and truncated, lengths, and the share that ends in its EOS."""
+    reading = dataset.reading
+    report = {"train": _split(dataset.train, reading.reports), "eval": None}
+    if dataset.held_out is not None:
+        report["eval"] = _split(dataset.held_out, reading.eval_reports)
+    return report
+
+
+def _split(encoded: Encoded, reports: list[SourceReport]) -> dict[str, Any]:
+    dropped = Counter(encoded.lost)
+    for report in reports:
+        dropped.update(report.bad)
+    return {
+        "read": sum(report.read for report in reports) or encoded.read,
+        "kept": encoded.kept,
+        "dropped": dict(dropped),
+        "unused": dict(sum((Counter(report.unused) for report in reports), Counter())),
+        "truncated": encoded.truncated,
+        "eos_share": encoded.eos_share,
+        "lengths": encoded.percentiles,
+        "examples": [x for report in reports for x in report.bad_examples] + list(encoded.examples),
+        "sources": [dataclasses.asdict(report) for report in reports],
+    }
+
+
+def question(record: Record) -> str:
+    """What a person reads as the prompt of a record: its last user turn, or the text itself."""
+    return record.prompt if isinstance(record.prompt, str) else record.prompt[-1].content

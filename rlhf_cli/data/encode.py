@@ -1,0 +1,278 @@
+"""Records become token trees: rendered, tokenised in batches, fitted to max_length, counted, and cached."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rlhf_cli.data import cache as store
+from rlhf_cli.data import overlong, sandbox, templates, turns
+from rlhf_cli.data.dialogue import BadRow
+from rlhf_cli.data.flat import Trees, flatten
+from rlhf_cli.data.overlong import span
+from rlhf_cli.data.records import Record
+from rlhf_cli.data.sandbox import TookTooLong, memory_limit, time_limit
+from rlhf_cli.data.templates import Format, Template, tokenise, with_prefix
+from rlhf_cli.data.trees import Tree
+from rlhf_cli.data.turns import Letters, Rendered, check_text, read_letters, render_row, supervised
+from rlhf_cli.errors import UsageError
+from rlhf_cli.recipe import schema
+
+CHUNK = 1000
+"""Rows that are rendered and tokenised at a time."""
+
+EXAMPLES = 5
+"""Lost rows that are named one by one."""
+
+TIMEOUTS = 3
+"""Rows on which a template may use up its time before it is refused."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Trees, and what became of the rows they were made from."""
+
+    trees: Trees
+    read: int
+    kept: int
+    lost: dict[str, int]  # reason → rows
+    truncated: int  # of those kept
+    examples: tuple[str, ...]  # the first lost rows: "where: reason: detail"
+    eos_share: float  # responses that end in their end-of-turn or EOS
+    percentiles: dict[str, dict[str, int]]  # prompt | response (the longest) | total → p50 | p90 | p99 | max, before max_length
+    notices: tuple[str, ...] = ()  # for the console
+
+
+@dataclass
+class _Tally:
+    """Grows while rows are encoded."""
+
+    trees: list[Tree] = field(default_factory=list)
+    lost: Counter[str] = field(default_factory=Counter)
+    examples: list[tuple[int, str]] = field(default_factory=list)
+    sizes: list[tuple[int, int, int]] = field(default_factory=list)
+    truncated: int = 0
+
+    def lose(self, row: int, bad: BadRow) -> None:
+        self.lost[bad.reason] += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append((row, str(bad)))
+
+
+def encode(
+    records: Sequence[Record],
+    tokenizer: Any,
+    template: Template,
+    data: schema.Data,
+    *,
+    responses: Literal["first", "all"],
+    cache: Path | None,
+) -> Encoded:
+    """Tokenises the first or all responses of each record, or reads the same tokens from the `cache` folder.
+
+    Earlier assistant turns are supervised for `first` alone: comparing responses says nothing about a prompt they share.
+    Raises UsageError if the template or every row is unusable, or (overlong: error) a row is too long.
+    """
+    taken = [record._replace(responses=record.responses[:1]) for record in records] if responses == "first" else records
+    find_turns = responses == "first" and data.train_on == "all"
+    if cache is None:
+        return _restore(_encode(taken, tokenizer, template, data, find_turns), records, ())
+    name = store.key(_key_parts(taken, tokenizer, template, data, find_turns))
+    notices: tuple[str, ...] = ()
+    try:
+        stored = store.load(cache, name)
+    except store.Damaged as damaged:
+        stored, notices = None, (f"{damaged}: damaged; its tokens are made again",)
+    if stored is None:
+        stored = _encode(taken, tokenizer, template, data, find_turns)
+        store.store(cache, name, stored)
+    return _restore(stored, records, notices)
+
+
+def _key_parts(
+    records: Sequence[Record], tokenizer: Any, template: Template, data: schema.Data, find_turns: bool
+) -> Iterator[str]:
+    import tokenizers
+    import transformers
+
+    yield store.source_hash(__file__, *(str(module.__file__) for module in (overlong, sandbox, templates, turns)))
+    yield json.dumps([transformers.__version__, tokenizers.__version__])
+    tokenise(tokenizer, [""])  # forgets padding and truncation left from other calls, which are part of the serialisation
+    yield tokenizer.backend_tokenizer.to_str()
+    yield json.dumps([tokenizer.special_tokens_map, template.text])
+    yield json.dumps([data.max_length, data.overlong, data.control_tokens, find_turns])
+    for record in records:
+        yield json.dumps([record.prompt, record.responses])
+
+
+def _restore(stored: store.Stored, records: Sequence[Record], notices: tuple[str, ...]) -> Encoded:
+    """Adds what the cache does not know: where rows stand, which may change while their content stays."""
+    facts = dict(stored.facts)
+    examples = tuple(f"{records[row].where}: {text}" for row, text in facts.pop("examples"))
+    wheres = tuple(records[row].where for row in stored.arrays["rows"])
+    trees = Trees(**stored.arrays, wheres=wheres)
+    return Encoded(trees=trees, read=len(records), kept=len(trees), examples=examples, notices=notices, **facts)
+
+
+def _encode(records: Sequence[Record], tokenizer: Any, template: Template, data: schema.Data, find_turns: bool) -> store.Stored:
+    form = templates.read_format(tokenizer, template)
+    letters = read_letters(tokenizer)
+    tally = _Tally()
+    for start in range(0, len(records), CHUNK):
+        rendered = _render(form, records, range(start, min(start + CHUNK, len(records))), data, find_turns, tally)
+        for tree in _tokenise(form, letters, rendered):
+            record = records[tree.row]
+            try:
+                _take(tree, record, form, letters, data, find_turns, tally)
+            except BadRow as bad:
+                tally.lose(tree.row, bad)
+    if records and not tally.trees:
+        row, text = tally.examples[0]
+        raise UsageError(
+            f"none of {len(records)} rows can be used: {_counts(tally.lost)}\nthe first: {records[row].where}: {text}"
+        )
+    return _summary(tally, form, records)
+
+
+def _counts(lost: Counter[str]) -> str:
+    return ", ".join(f"{reason} ({count})" for reason, count in lost.most_common())
+
+
+def _render(
+    form: Format, records: Sequence[Record], rows: range, data: schema.Data, find_turns: bool, tally: _Tally
+) -> list[tuple[int, Rendered]]:
+    rendered = []
+    with memory_limit():
+        for row in rows:
+            try:
+                if not records[row].responses:
+                    raise BadRow("no response")
+                if data.control_tokens == "reject":
+                    check_text(form, records[row])
+                with time_limit():
+                    rendered.append((row, render_row(form, records[row], find_turns=find_turns)))
+            except BadRow as bad:
+                tally.lose(row, bad)
+                if isinstance(bad, TookTooLong) and tally.lost[bad.reason] == TIMEOUTS:
+                    raise UsageError(f"chat template ({form.template.source}): {records[row].where}: {bad}") from None
+    return rendered
+
+
+def _tokenise(form: Format, letters: Letters, rendered: Sequence[tuple[int, Rendered]]) -> list[Tree]:
+    """Prompts and responses are tokenised apart, each in one batch."""
+    prompts = _tokenise_prompts(form, letters, [text for _, text in rendered])
+    anchors = [form.anchor if text.prompt else "" for _, text in rendered for _ in text.responses]
+    answers = iter(_continue(form, anchors, [response for _, text in rendered for response in text.responses]))
+    trees = []
+    for (row, text), (prompt, mask) in zip(rendered, prompts, strict=True):
+        responses = tuple(np.array([*next(answers), *text.end_ids], np.int32) for _ in text.responses)
+        trees.append(Tree(prompt, mask, responses, row))
+    return trees
+
+
+def _tokenise_prompts(form: Format, letters: Letters, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, supervised) of each prompt; offsets, which are slow, are asked for only where there are turns to find."""
+    plain = iter(tokenise(form.tokenizer, [text.prompt for text in rendered if not text.turns]))
+    spoken = [text.prompt for text in rendered if text.turns]
+    batch = form.tokenizer(spoken, add_special_tokens=False, return_offsets_mapping=True, verbose=False) if spoken else {}
+    located = zip(batch.get("input_ids", []), batch.get("offset_mapping", []), strict=True)
+    prompts = []
+    for text in rendered:
+        mask = np.zeros(0, bool)
+        if text.turns:
+            ids, offsets = next(located)
+            mask = supervised(letters, np.array(ids), np.array(offsets), text.turns)
+        else:
+            ids = next(plain)
+        full = with_prefix(form.prefix, ids)
+        unsupervised = np.zeros(len(full) - len(mask), bool)
+        prompts.append((np.array(full, np.int32), np.concatenate([unsupervised, mask])))
+    return prompts
+
+
+def _continue(form: Format, anchors: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text as it reads after its anchor."""
+    if not form.anchor:
+        return tokenise(form.tokenizer, list(texts))
+    newline = tokenise(form.tokenizer, [form.anchor])[0]
+    together = tokenise(form.tokenizer, [anchor + text for anchor, text in zip(anchors, texts, strict=True)])
+    return [ids[len(newline) :] if anchor else ids for anchor, ids in zip(anchors, together, strict=True)]
+
+
+def _take(tree: Tree, record: Record, form: Format, letters: Letters, data: schema.Data, find_turns: bool, tally: _Tally) -> None:
+    """Adds the tree to the tally, fitted to max_length. Raises BadRow if it cannot be used."""
+
+    def encode_one(shorter: Record) -> Tree:
+        with memory_limit(), time_limit():
+            rendered = render_row(form, shorter, find_turns=find_turns)
+        return _tokenise(form, letters, [(tree.row, rendered)])[0]
+
+    tokens = span(tree)
+    tally.sizes.append((len(tree.prompt), tokens - len(tree.prompt), tokens))
+    fitted = tree
+    if tokens > data.max_length:
+        match data.overlong:
+            case "drop":
+                raise overlong.too_long(tokens)
+            case "error":
+                raise UsageError(
+                    f"{record.where}: {tokens} tokens, but data.max_length is {data.max_length}\n"
+                    "raise it, or set data.overlong to drop, truncate-prompt or truncate-response"
+                )
+            case "truncate-prompt":
+                fitted = overlong.cut_prompt(record, encode_one, form.tokenizer, data.max_length)
+            case "truncate-response":
+                fitted = overlong.cut_responses(tree, data.max_length)
+    if not len(fitted.prompt) and max(map(len, fitted.responses)) < 2:
+        raise BadRow("no supervised token", "one token alone has nothing to be predicted from")
+    tally.trees.append(fitted)
+    tally.truncated += fitted is not tree
+
+
+def _summary(tally: _Tally, form: Format, records: Sequence[Record]) -> store.Stored:
+    trees = flatten(tally.trees, records)
+    is_response = np.ones(len(trees.segments) - 1, bool)
+    is_response[trees.first[:-1]] = False
+    last = trees.ids[trees.segments[1:][is_response] - 1]
+    names = ("prompt", "response", "total")
+    facts = {
+        "lost": dict(tally.lost),
+        "truncated": tally.truncated,
+        "examples": tally.examples,
+        "eos_share": float(np.isin(last, [form.end_ids[-1], form.eos_id]).mean()) if len(last) else 0.0,
+        "percentiles": {name: _percentiles([size[k] for size in tally.sizes]) for k, name in enumerate(names)},
+    }
+    arrays = {
+        "ids": trees.ids,
+        "supervised": trees.supervised,
+        "segments": trees.segments,
+        "first": trees.first,
+        "rows": trees.rows,
+    }
+    return store.Stored(arrays, facts)
+
+
+def _percentiles(sizes: list[int]) -> dict[str, int]:
+    """Nearest rank: each is the length of some row."""
+    if not sizes:
+        return {}
+    values = np.percentile(sizes, [50, 90, 99, 100], method="inverted_cdf")
+    return dict(zip(("p50", "p90", "p99", "max"), map(int, values), strict=True))
+
+
+def show_example(tree: Tree, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The tree as text, cut where supervision starts or ends: (piece, is it supervised); each response is a piece."""
+    edges = [0, *(np.flatnonzero(np.diff(tree.supervised)) + 1), len(tree.prompt)]
+    pieces = [(tree.prompt[a:b], bool(tree.supervised[a])) for a, b in pairwise(edges) if a < b]
+    pieces += [(response, True) for response in tree.responses]
+    return [(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False), flag) for ids, flag in pieces]
+
+
+__all__ = ["Encoded", "Trees", "encode", "show_example"]

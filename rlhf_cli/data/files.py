@@ -1,0 +1,300 @@
+"""A path → its files, and a file → its raw rows with line numbers. Nothing in a file is ever executed."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rlhf_cli.data.dialogue import BadRow, kind_of
+from rlhf_cli.errors import MachineError, UsageError
+
+RawRow = tuple[int, dict[str, Any] | BadRow]
+"""(line or row number from 1, the row or why it is none)"""
+
+MAX_LINE = 8 * 2**20
+"""Bytes of one row; a longer one is a bad row, and is never held in memory as a whole."""
+
+FILE_SUFFIXES = (
+    ".jsonl",
+    ".jsonl.gz",
+    ".json",
+    ".csv",
+    ".parquet",
+    ".txt",
+    ".tsv",
+    ".gz",
+    ".zip",
+    ".zst",
+    ".arrow",
+    ".pkl",
+    ".yaml",
+    ".py",
+)
+"""A path that ends so means a file, also when it does not exist."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SPACE = re.compile(r"[ \t\n\r]*")
+ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
+
+
+def is_hub_id(path: str) -> bool:
+    """owner/name that cannot have been meant as a local path."""
+    local = Path(path).exists() or Path(path).parent.exists() or path.lower().endswith(FILE_SUFFIXES)
+    return not local and HUB_ID.fullmatch(path) is not None
+
+
+def find_files(path: str, place: str) -> list[Path]:
+    """The data files of a file, glob or folder, sorted; UsageError that begins with `place` if there are none."""
+    target = Path(path).expanduser()
+    if target.is_file():
+        if reader_of(target) is None:
+            raise UsageError(f"{place}: cannot read {path}; expected {', '.join(READERS)}")
+        return [target]
+    if target.is_dir():
+        found, what = list(target.iterdir()), "the folder"
+    elif any(character in path for character in "*?["):
+        found, what = list(Path(target.anchor).glob(str(target.relative_to(target.anchor)))), "the pattern"
+    else:
+        raise UsageError(f"{place}: no such file or folder: {path}{_near(target)}")
+    files = sorted(file for file in found if file.is_file() and not file.name.startswith(".") and reader_of(file))
+    if not files:
+        raise UsageError(f"{place}: {what} {path} has no data file among its {len(found)} entries; expected {', '.join(READERS)}")
+    return files
+
+
+def _near(target: Path) -> str:
+    """Names beside the first part of the path that does not exist."""
+    missing = target
+    while not missing.parent.exists():
+        missing = missing.parent
+    names = [entry.name for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    near = [str(missing.parent / name) for name in get_close_matches(missing.name, names, n=3)]
+    if near:
+        return f" (did you mean {' or '.join(near)}?)"
+    return " (a data set on the hub is named owner/name)" if len(target.parts) == 1 and not target.suffix else ""
+
+
+def read_file(path: Path) -> Iterator[RawRow]:
+    """The rows of a file; a file that is damaged as a whole is a UsageError that names it."""
+    reader = reader_of(path)
+    assert reader is not None, path
+    line = 0
+    try:
+        for line, row in reader(path):
+            yield line, row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        what = f"cut off or damaged after line {line}" if line else "not a gzip file, or cut off"
+        raise UsageError(f"{path}: {what} ({error}); copy or write it again") from None
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _jsonl(path: Path) -> Iterator[RawRow]:
+    with path.open("rb") as stream:
+        yield from _lines(stream)
+
+
+def _jsonl_gz(path: Path) -> Iterator[RawRow]:
+    with gzip.open(path, "rb") as stream:
+        yield from _lines(io.BufferedReader(stream))
+
+
+def _lines(stream: BinaryIO) -> Iterator[RawRow]:
+    number = 0
+    while line := stream.readline(MAX_LINE):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if len(line) >= MAX_LINE and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(MAX_LINE)
+            yield number, BadRow(f"longer than {MAX_LINE // 2**20} MiB")
+        elif line and not line.isspace():
+            yield number, _parse_line(line)
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | BadRow:
+    try:
+        return _object(STRICT.decode(line.decode().rstrip()))
+    except BadRow as bad:
+        return bad
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", f"byte {error.start + 1}")
+    except RecursionError:
+        return BadRow("nested too deeply")
+    except json.JSONDecodeError as error:
+        return BadRow("not JSON", f"{error.msg.removesuffix(' at')}, column {error.colno}")
+    except ValueError:
+        return BadRow("not JSON", "a number has too many digits")
+
+
+def _object(value: Any) -> dict[str, Any] | BadRow:
+    if type(value) is dict:
+        return value
+    return BadRow(f"the row is {kind_of(value)}, expected an object")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise BadRow("a key is given twice", next(repr(name)[:40] for name in names if names.count(name) > 1))
+    return row
+
+
+def _constant(name: str) -> float:
+    raise BadRow("NaN and Infinity are not JSON", name)
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
+LENIENT = json.JSONDecoder()
+
+
+def _json(path: Path) -> Iterator[RawRow]:
+    """A list of objects; a file that begins otherwise is read as JSON Lines, which often bear this name too."""
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if not data.lstrip().startswith(b"["):
+        yield from _lines(io.BytesIO(data))
+        return
+    try:
+        yield from _elements(data.decode(), path)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" at")
+        raise UsageError(
+            f"{path}:{error.lineno}: not JSON ({what}, column {error.colno}); expected one list of objects"
+        ) from None
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deeply; expected one list of objects") from None
+
+
+def _elements(text: str, path: Path) -> Iterator[RawRow]:
+    """The elements of a JSON list, with the line each begins on."""
+    position, counted, line = _skip(text, text.index("[") + 1), 0, 1
+    while text[position : position + 1] != "]":
+        line += text.count("\n", counted, position)
+        counted = position
+        row, position = _element(text, position)
+        yield line, row
+        position = _skip(text, position)
+        if text[position : position + 1] == ",":
+            position = _skip(text, position + 1)
+        elif text[position : position + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']' after a row", text, position)
+    end = _skip(text, position + 1)
+    if end != len(text):
+        raise json.JSONDecodeError("Extra data after the list", text, end)
+
+
+def _element(text: str, position: int) -> tuple[dict[str, Any] | BadRow, int]:
+    try:
+        value, end = STRICT.raw_decode(text, position)
+        return _object(value), end
+    except BadRow as bad:
+        return bad, LENIENT.raw_decode(text, position)[1]
+
+
+def _skip(text: str, position: int) -> int:
+    match = SPACE.match(text, position)
+    assert match is not None
+    return match.end()
+
+
+def _csv(path: Path) -> Iterator[RawRow]:
+    csv.field_size_limit(MAX_LINE)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        header = _header(reader, path)
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if str(error) == "unexpected end of data":
+                    raise UsageError(f"{path}:{line}: a quote is opened and never closed") from None
+                yield line, BadRow("not CSV", str(error))
+                continue
+            if cells:
+                yield line, _cells(header, cells)
+
+
+def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise UsageError(f"{path}:1: the header is not CSV ({error})") from None
+    if len(set(header)) != len(header):
+        raise UsageError(f"{path}:1: the header names a column twice: {', '.join(header)}")
+    return header
+
+
+def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
+    if len(cells) != len(header):
+        return BadRow("another number of cells than the header", f"{len(cells)}, expected {len(header)}")
+    if any(ESCAPED_BYTE.search(cell) for cell in cells):
+        return BadRow("not UTF-8")
+    return {name: CELLS.get(name, str)(cell) for name, cell in zip(header, cells, strict=True)}
+
+
+def _json_cell(cell: str) -> Any:
+    """Lists and labels are written as JSON in a cell; what is none stays text, and is then a bad row by its type."""
+    try:
+        return STRICT.decode(cell)
+    except (ValueError, RecursionError, BadRow):
+        return cell
+
+
+def _label_cell(cell: str) -> Any:
+    return {"true": True, "false": False}.get(cell.strip().lower(), cell)
+
+
+CELLS: dict[str, Callable[[str], Any]] = {
+    "messages": _json_cell,
+    "responses": _json_cell,
+    "ranks": _json_cell,
+    "scores": _json_cell,
+    "label": _label_cell,
+}
+
+
+def _parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020
+                    yield number, row
+    except PermissionError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        what = f"damaged after row {number}" if number else "not a parquet file, or damaged"
+        raise UsageError(f"{path}: {what} ({str(error).splitlines()[0]})") from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+    ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl_gz,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def reader_of(path: Path) -> Callable[[Path], Iterator[RawRow]] | None:
+    """The reader for a file name."""
+    return next((reader for suffix, reader in READERS.items() if path.name.lower().endswith(suffix)), None)

@@ -1,0 +1,81 @@
+"""Many trees in a few arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import overload
+
+import numpy as np
+
+from rlhf_cli.data.records import Record
+from rlhf_cli.data.trees import Tree
+
+
+@dataclass(frozen=True, eq=False)
+class Trees(Sequence[Tree]):
+    """Trees in flat arrays, so that they are cheap to keep, to send and to store.
+
+    Tree i's parts, its prompt and then its responses, are the segments first[i] … first[i + 1] − 1; segment s is
+    ids[segments[s] : segments[s + 1]].
+    """
+
+    ids: np.ndarray  # (T,) int32
+    supervised: np.ndarray  # (T,) bool: all of a response, and earlier assistant turns in a prompt
+    segments: np.ndarray  # (S + 1,) int64
+    first: np.ndarray  # (N + 1,) int64
+    rows: np.ndarray  # (N,) int64: indices of the records
+    wheres: tuple[str, ...]  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Tree: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tree]: ...
+    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        bounds = self.segments[self.first[at] : self.first[at + 1] + 1]
+        prompt, *responses = (slice(a, b) for a, b in pairwise(bounds))
+        return Tree(self.ids[prompt], self.supervised[prompt], tuple(self.ids[part] for part in responses), int(self.rows[at]))
+
+    def __iter__(self) -> Iterator[Tree]:
+        return (self[i] for i in range(len(self)))
+
+    def where(self, index: int) -> str:
+        """File and line of tree `index`."""
+        return self.wheres[index]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens of the prompt and of all responses."""
+        lengths: np.ndarray = np.diff(self.segments[self.first])
+        return lengths
+
+    @property
+    def supervised_counts(self) -> np.ndarray:
+        """(N,) tokens that can be predicted: where there is no prompt, nothing comes before a response's first token."""
+        totals = np.concatenate([[0], np.cumsum(self.supervised)])
+        counts = np.diff(totals[self.segments[self.first]])
+        prompts = np.diff(self.segments)[self.first[:-1]]
+        unpredicted = np.where(prompts == 0, np.diff(self.first) - 1, 0)
+        predicted: np.ndarray = counts - unpredicted
+        return predicted
+
+
+def flatten(trees: Sequence[Tree], records: Sequence[Record]) -> Trees:
+    """Copies the trees, which name their records by `row`, into flat arrays."""
+    parts = [part for tree in trees for part in (tree.prompt, *tree.responses)]
+    masks = [mask for tree in trees for mask in (tree.supervised, *(np.ones(len(part), bool) for part in tree.responses))]
+    return Trees(
+        ids=np.concatenate([np.zeros(0, np.int32), *parts]),
+        supervised=np.concatenate([np.zeros(0, bool), *masks]),
+        segments=np.cumsum([0, *map(len, parts)], dtype=np.int64),
+        first=np.cumsum([0, *(1 + len(tree.responses) for tree in trees)], dtype=np.int64),
+        rows=np.array([tree.row for tree in trees], np.int64),
+        wheres=tuple(records[tree.row].where for tree in trees),
+    )

@@ -1,0 +1,90 @@
+"""Data sets of the hub, through `datasets`: without a network from its cache, or with an error at once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from rlhf_cli.errors import MachineError, UsageError
+
+PROBE_SECONDS = 1.0
+YES = ("1", "ON", "YES", "TRUE")
+
+
+def read_hub(path: str, name: str | None, split: str, place: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of one split, numbered from 1; `place` begins every message. Code of a data set is never run."""
+    offline = is_offline()
+    if offline:
+        # Before the import: both libraries read it once, and would otherwise retry for half a minute.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    rows = _load(path, name, split, place, offline)
+    number = 0
+    for batch in rows.iter(batch_size=1000):
+        columns = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield number, dict(zip(columns, values, strict=True))
+
+
+def is_offline() -> bool:
+    """Was offline work asked for, or does the hub (or the proxy to it) not answer a connection within a second?"""
+    if any(os.environ.get(key, "").upper() in YES for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")):
+        return True
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    scheme = urlsplit(endpoint).scheme
+    target = urlsplit(getproxies().get(scheme, endpoint))
+    port = target.port or (80 if target.scheme == "http" else 443)
+    return not _answers(target.hostname or "", port)
+
+
+def _answers(host: str, port: int) -> bool:
+    answered = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
+            answered.set()
+        except OSError:
+            pass
+
+    # In a thread because looking up a name cannot be given a time limit.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answered.is_set()
+
+
+def _load(path: str, name: str | None, split: str, place: str, offline: bool) -> Any:
+    import datasets
+    import huggingface_hub.constants
+
+    if offline:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path, name, split=split)
+    except ValueError as error:  # an unknown split or configuration, with the known ones
+        if offline and "cache" in str(error):
+            raise _unreachable(path, place) from None
+        raise UsageError(f"{place}: {path}: {_first_line(error)}") from None
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
+        if offline:
+            raise _unreachable(path, place) from None
+        raise MachineError(f"{place}: the data set {path} could not be loaded: {_first_line(error)}") from None
+
+
+def _unreachable(path: str, place: str) -> MachineError:
+    return MachineError(f"{place}: the hub cannot be reached and {path} is not in the local cache; connect, or name a local file")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,90 @@
+"""Renders chat templates, which are code of unknown origin: transformers' sandbox, with limits on time, memory and size."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+
+from rlhf_cli.data.dialogue import BadRow
+from rlhf_cli.data.records import Message
+
+SECONDS = 2.0
+"""Of CPU time for one row; a long conversation needs milliseconds."""
+
+HEADROOM = 1 << 30
+"""Bytes of address space that rendering may add to the process."""
+
+SLACK, FACTOR = 1_000_000, 4
+"""A rendered text has at most SLACK + FACTOR · (characters of its messages) characters."""
+
+CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+"""Templates that ask for today's date get a fixed one (Llama 3's own default): tokens must not depend on the day of the run."""
+
+
+class TookTooLong(BadRow):
+    """The template used up its CPU time."""
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> None:
+    raise TookTooLong("the chat template takes too long", f"more than {SECONDS:g} s of CPU time")
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """Ends the block with TookTooLong after SECONDS of CPU time; in other threads than the main one there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def memory_limit() -> Iterator[None]:
+    """Lets the process grow by HEADROOM within the block; more is a MemoryError. Linux only: elsewhere no limit."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + HEADROOM
+    tighter = wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)
+    resource.setrlimit(resource.RLIMIT_AS, (tighter, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def render(tokenizer: Any, text: str, messages: Sequence[Message], *, generation: bool) -> str:
+    """The conversation as one string; what goes wrong inside the template is a BadRow, its syntax a TemplateSyntaxError."""
+    clocked = CLOCK + text if "strftime_now" in text else text
+    turns = [message._asdict() for message in messages]
+    try:
+        rendered: str = tokenizer.apply_chat_template(
+            turns, chat_template=clocked, tokenize=False, add_generation_prompt=generation
+        )
+    except (TookTooLong, TemplateSyntaxError):
+        raise
+    except MemoryError:
+        raise BadRow("the chat template takes too much memory", f"more than {HEADROOM >> 20} MiB") from None
+    except Exception as error:  # a template may raise anything
+        raise BadRow("the chat template fails", f"{type(error).__name__}: {error}"[:200]) from error
+    limit = SLACK + FACTOR * sum(len(message.content) for message in messages)
+    if len(rendered) > limit:
+        raise BadRow("the chat template writes too much", f"{len(rendered):,} characters, at most {limit:,} are allowed")
+    return rendered

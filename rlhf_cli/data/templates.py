@@ -1,0 +1,241 @@
+"""Chat templates: which one is in force, what it says about turns, and the one way a prompt becomes tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import TemplateSyntaxError
+
+from rlhf_cli.data.dialogue import BadRow
+from rlhf_cli.data.records import Message
+from rlhf_cli.data.sandbox import memory_limit, render, time_limit
+from rlhf_cli.errors import UsageError
+
+BUILT_IN = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+"""For tokenizers without a template. The name and text meet at a newline, where every tokenizer splits."""
+
+MARK = "markedanswer"
+QUESTION, ANSWER = Message("user", "Hi"), Message("assistant", MARK)
+PROBES = ((QUESTION,), (Message("system", "Be brief."), QUESTION))
+"""Conversations that any chat template can write; a few insist on a system turn."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template, and where it comes from; `text` is None for `none`."""
+
+    kind: Literal["tokenizer", "built-in", "file", "none"]
+    source: str  # as a person is told
+    text: str | None  # Jinja
+
+    @property
+    def hash(self) -> str:
+        """The same for the same text, wherever it comes from."""
+        return "none" if self.text is None else hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def choose_template(tokenizer: Any, setting: str | None) -> Template:
+    """The template that `model.chat_template` asks for. Raises UsageError if it is missing or no Jinja."""
+    if setting == "none":
+        return Template("none", "none: prompt and response as they stand", None)
+    if setting is not None:
+        return _checked(tokenizer, Template("file", setting, _read(Path(setting))))
+    if not tokenizer.chat_template:
+        return _checked(tokenizer, Template("built-in", "a plain built-in one (the tokenizer has none)", BUILT_IN))
+    try:
+        text = tokenizer.get_chat_template()
+    except ValueError:
+        raise UsageError(
+            "the tokenizer has several chat templates and none of them is its default: set model.chat_template to a Jinja file"
+        ) from None
+    return _checked(tokenizer, Template("tokenizer", "the tokenizer's own", text))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(
+            f"model.chat_template: {path}: {reason}; give a Jinja file, none, or null for the tokenizer's own"
+        ) from None
+
+
+def _checked(tokenizer: Any, template: Template) -> Template:
+    try:
+        _render_probe(tokenizer, template, (QUESTION,), generation=True)
+    except TemplateSyntaxError as error:
+        raise UsageError(f"chat template ({template.source}): line {error.lineno}: {error.message}: not valid Jinja") from None
+    except BadRow:
+        pass  # it may want more turns than one; `read_format` tries those
+    return template
+
+
+def _render_probe(tokenizer: Any, template: Template, messages: Sequence[Message], *, generation: bool) -> str:
+    assert template.text is not None
+    with memory_limit(), time_limit():
+        return render(tokenizer, template.text, messages, generation=generation)
+
+
+class Format(NamedTuple):
+    """What is the same in every row under one tokenizer and template, found by rendering a small conversation.
+
+    ChatML under SmolLM2's tokenizer: tail "<|im_end|>\\n", close "", end "<|im_end|>", end_ids (2,), prefix ().
+    """
+
+    tokenizer: Any
+    template: Template
+    prefix: tuple[int, ...]  # special tokens the tokenizer itself puts before a text: one BOS, or nothing
+    anchor: str  # put before a response while it is tokenised, so that it continues a text and does not start one
+    tail: str  # what the template writes after the last assistant turn's text
+    close: str  # the beginning of tail that is ordinary text
+    end: str  # the end-of-turn token (a few templates write two), "" if the template writes none
+    end_ids: tuple[int, ...]  # its ids; the EOS if the template writes none
+    eos_id: int
+    control: re.Pattern[str] | None  # strings that would become control tokens
+
+
+def read_format(tokenizer: Any, template: Template) -> Format:
+    """Renders the probe and reads the turn's end off it. Raises UsageError if the template cannot write it."""
+    if tokenizer.eos_token_id is None:
+        raise UsageError("the tokenizer has no EOS token, so a model could never learn to stop: use one that has")
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    tail, dialogue = ("", "") if template.text is None else _read_turn(tokenizer, template)
+    close, end = _split_tail(tail, dialogue.partition(MARK)[2], [token.content for token in added])
+    return Format(
+        tokenizer=tokenizer,
+        template=template,
+        prefix=special_prefix(tokenizer),
+        anchor=_anchor(tokenizer),
+        tail=tail,
+        close=close,
+        end=end,
+        end_ids=tuple(tokenise(tokenizer, [end])[0]) if end else (tokenizer.eos_token_id,),
+        eos_id=tokenizer.eos_token_id,
+        # An added token that is not marked special opens or closes a turn too, if the template uses it for that.
+        control=_any_of(token.content for token in added if token.special or token.content in dialogue),
+    )
+
+
+def _read_turn(tokenizer: Any, template: Template) -> tuple[str, str]:
+    """What follows an assistant's text, and a whole small conversation. The first probe that renders counts."""
+    failure = BadRow("")
+    for probe in PROBES:
+        try:
+            turn = _render_probe(tokenizer, template, (*probe, ANSWER), generation=False)
+            dialogue = _render_probe(tokenizer, template, (*probe, ANSWER, QUESTION), generation=True)
+        except BadRow as error:
+            failure = error
+            continue
+        if MARK not in turn:
+            raise UsageError(f"chat template ({template.source}): the assistant's text does not appear in what it writes")
+        return turn.rpartition(MARK)[2], dialogue
+    raise UsageError(f"chat template ({template.source}): {failure}")
+
+
+def _split_tail(tail: str, midway: str, added: list[str]) -> tuple[str, str]:
+    """(plain text, end-of-turn tokens) at the beginning of a last turn's tail.
+
+    Only what also ends a turn `midway` belongs to the turn: some templates write an EOS after the whole conversation.
+    """
+    run = re.compile(f"(?:{'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})+") if added else None
+    found = run and (run.search(tail[: shared_length(tail, midway)]) or run.search(tail))
+    return (tail[: found.start()], found.group()) if found else (tail.rstrip(), "")
+
+
+def shared_length(one: str, other: str) -> int:
+    """Characters at the beginning that two texts have in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _any_of(strings: Iterable[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(set(strings), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _anchor(tokenizer: Any) -> str:
+    """A newline for tokenizers that put a space before every text (SentencePiece's dummy prefix), else nothing.
+
+    Without it the response "Hello" would be trained as " Hello".
+    """
+    alone, newline, continued = tokenise(tokenizer, ["a", "\n", "\na"])
+    return "\n" if continued[: len(newline)] == newline and continued[len(newline) :] != alone else ""
+
+
+def special_prefix(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that the tokenizer puts before any text of its own accord: a BOS, or none."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
+    return tuple(full[: starts[0]])
+
+
+def tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, with nothing added."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(
+        texts,
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return ids
+
+
+def end_of_turn(tokenizer: Any, template: Template) -> list[int]:
+    """The tokens that end an assistant turn: sampling stops at the last of them."""
+    form = read_format(tokenizer, template)
+    return [*tokenise(tokenizer, [form.close])[0], *form.end_ids]
+
+
+def as_messages(prompt: str | tuple[Message, ...]) -> tuple[Message, ...]:
+    """A string stands for one user turn."""
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def prompt_text(tokenizer: Any, template: Template, prompt: str | tuple[Message, ...]) -> str:
+    """As `render_prompt`, for callers that set the limits themselves."""
+    if template.text is None or prompt == "":
+        if not isinstance(prompt, str):
+            raise BadRow("a conversation needs a chat template")
+        return prompt
+    messages = as_messages(prompt)
+    if not messages:
+        raise BadRow("nothing comes before the response")
+    return render(tokenizer, template.text, messages, generation=True)
+
+
+def render_prompt(tokenizer: Any, template: Template, prompt: str | tuple[Message, ...]) -> str:
+    """The text a model continues: generation prompt on; an empty string and template `none` stand for themselves.
+
+    Raises BadRow if the template cannot write this prompt.
+    """
+    with memory_limit(), time_limit():
+        return prompt_text(tokenizer, template, prompt)
+
+
+def with_prefix(prefix: tuple[int, ...], ids: list[int]) -> list[int]:
+    """Puts the tokenizer's prefix before a prompt that does not already begin with it: never two BOS."""
+    return ids if tuple(ids[: len(prefix)]) == prefix else [*prefix, *ids]
+
+
+def encode_prompt(tokenizer: Any, template: Template, prompt: str | tuple[Message, ...]) -> list[int]:
+    """A prompt's tokens, in training, sampling and evaluation alike. Raises BadRow as `render_prompt` does."""
+    text = render_prompt(tokenizer, template, prompt)
+    return with_prefix(special_prefix(tokenizer), tokenise(tokenizer, [text])[0])

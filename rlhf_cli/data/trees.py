@@ -1,0 +1,228 @@
+"""Prompts with branches: the one batch layout of every stage, and how it is packed into forward passes.
+
+A tree is a prompt and the responses that branch off it: one for SFT, two for a pair, K for a ranking. Whole trees are laid
+into rows without padding between them; `visible` says which token sees which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+
+class Tree(NamedTuple):
+    """A prompt and the responses that branch off it, as token ids.
+
+    The prompt "2+2?" with the answers "4" and "5" is
+    Tree(prompt=[9, 2, 9], supervised=[False] * 3, responses=([4, 1], [5, 1]), row=0), 1 being the end-of-turn.
+    """
+
+    prompt: np.ndarray  # (P,) int32
+    supervised: np.ndarray  # (P,) bool: tokens of earlier assistant turns that are trained on
+    responses: tuple[np.ndarray, ...]  # each (T,) int32, its end-of-turn included unless it was cut off
+    row: int  # index of the record it came from
+
+
+class Piece(NamedTuple):
+    """A tree's place in a row: its prompt and some of its branches."""
+
+    tree: int
+    branches: tuple[int, ...]
+
+
+class Segment(NamedTuple):
+    """Where a piece lies: `prompt` tokens from `start` in `row`, then the branches, one after the other."""
+
+    row: int
+    start: int
+    prompt: int
+    branches: tuple[int, ...]  # lengths
+
+
+Row = list[Piece]
+Layout = Literal["long", "packed", "alone"]
+"""long: rows as long as the budget (kernels that skip what is masked); packed: rows about as long as the longest tree
+(kernels that compute the masked part too); alone: each response in a row of its own, its prompt repeated (models that take
+no mask)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The trees of one forward pass, R rows of L tokens.
+
+    One row with the tree of the example above is ids [9 2 9 4 1 5 1], positions [0 1 2 3 4 3 4], branch [0 0 0 1 1 2 2],
+    source [2 3 2 5], target [4 1 5 1], owner [0 0 1 1].
+    """
+
+    ids: torch.Tensor  # (R, L) int64
+    positions: torch.Tensor  # (R, L) int64: a response's positions continue its prompt's
+    tree: torch.Tensor  # (R, L) int64: which tree of the pass; -1 for padding
+    branch: torch.Tensor  # (R, L) int64: 0 for the prompt, k for the k-th response of the piece
+    source: torch.Tensor  # (N,) int64: flat index of the token whose hidden state predicts a supervised token
+    target: torch.Tensor  # (N,) int64: that token's id
+    owner: torch.Tensor  # (N,) int64: its response, counted through the pass; earlier turns belong to their tree's first
+    segments: tuple[Segment, ...]
+    trees: tuple[int, ...]  # the trees of the pass, as indices into the global batch
+    tokens: int  # without padding
+    padded: bool  # alone layout: plain rows with padding at their right end
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if torch.is_tensor(value)}
+        return Batch(**(vars(self) | tensors))
+
+
+def tree_length(tree: Tree) -> int:
+    """Tokens of the prompt and of all responses."""
+    return len(tree.prompt) + sum(map(len, tree.responses))
+
+
+def supervised_tokens(tree: Tree) -> int:
+    """Tokens that have a loss: responses and earlier assistant turns, less a first token that nothing predicts."""
+    unpredicted = len(tree.responses) if len(tree.prompt) == 0 else int(tree.supervised[0])
+    return int(tree.supervised.sum()) + sum(map(len, tree.responses)) - unpredicted
+
+
+def plan_passes(trees: Sequence[Tree], ranks: int, budget: int, layout: Layout) -> list[list[list[Row]]]:
+    """Deal the global batch to ranks and cut each share into forward passes of at most `budget` tokens: [rank][pass][row].
+
+    Padding counts towards the budget; a tree longer than the budget has a pass of its own. The same on every rank.
+    """
+    lengths = [tree_length(tree) for tree in trees]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for index in sorted(range(len(trees)), key=lambda i: (-lengths[i], i)):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += lengths[index]
+    if layout == "alone":
+        return [_cut([_alone(trees[i], i) for i in share], budget) for share in shares]
+    capacity = max([budget if layout == "long" else 0, *lengths])
+    return [_cut(_fill_rows(share, trees, lengths, capacity), budget) for share in shares]
+
+
+class _Unit(NamedTuple):
+    """Rows that must share a pass, and the width of the widest."""
+
+    rows: list[Row]
+    width: int
+
+
+def _alone(tree: Tree, index: int) -> _Unit:
+    width = len(tree.prompt) + max(map(len, tree.responses))
+    return _Unit([[Piece(index, (b,))] for b in range(len(tree.responses))], width)
+
+
+def _fill_rows(share: Sequence[int], trees: Sequence[Tree], lengths: Sequence[int], capacity: int) -> list[_Unit]:
+    """First fit, longest first (`share` comes in that order)."""
+    rows: list[Row] = []
+    used: list[int] = []
+    for index in share:
+        piece = Piece(index, tuple(range(len(trees[index].responses))))
+        place = next((r for r, u in enumerate(used) if u + lengths[index] <= capacity), None)
+        if place is None:
+            rows.append([piece])
+            used.append(lengths[index])
+        else:
+            rows[place].append(piece)
+            used[place] += lengths[index]
+    return [_Unit([row], width) for row, width in zip(rows, used, strict=True)]
+
+
+def _cut(units: list[_Unit], budget: int) -> list[list[Row]]:
+    passes: list[list[Row]] = []
+    width = 0
+    for unit in sorted(units, key=lambda u: -u.width):
+        if passes and (len(passes[-1]) + len(unit.rows)) * width <= budget:
+            passes[-1].extend(unit.rows)
+        else:
+            passes.append(list(unit.rows))
+            width = unit.width
+    return passes
+
+
+def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
+    """Lay the pieces of one pass into tensors; `rows` index into `trees`."""
+    length = max(sum(_piece_length(trees[p.tree], p) for p in row) for row in rows)
+    shape = (len(rows), length)
+    ids, positions, branch = (np.zeros(shape, np.int64) for _ in range(3))
+    tree_of = np.full(shape, -1, np.int64)
+    source: list[np.ndarray] = []
+    target: list[np.ndarray] = []
+    owner: list[np.ndarray] = []
+    segments: list[Segment] = []
+    numbers = {index: n for n, index in enumerate(dict.fromkeys(p.tree for row in rows for p in row))}
+    responses = 0
+
+    def supervise(sources: np.ndarray, targets: np.ndarray, response: int) -> None:
+        source.append(sources)
+        target.append(targets)
+        owner.append(np.full(len(targets), response))
+
+    for r, row in enumerate(rows):
+        start = 0
+        for piece in row:
+            tree = trees[piece.tree]
+            prompt = len(tree.prompt)
+            end = start + _piece_length(tree, piece)
+            tree_of[r, start:end] = numbers[piece.tree]
+            ids[r, start : start + prompt] = tree.prompt
+            positions[r, start : start + prompt] = np.arange(prompt)
+            flat = r * length + start
+            if 0 in piece.branches:
+                earlier = np.flatnonzero(tree.supervised)
+                earlier = earlier[earlier > 0]
+                supervise(flat + earlier - 1, tree.prompt[earlier], responses)
+            at = start + prompt
+            for k, b in enumerate(piece.branches, 1):
+                response = tree.responses[b]
+                here = slice(at, at + len(response))
+                ids[r, here] = response
+                branch[r, here] = k
+                positions[r, here] = prompt + np.arange(len(response))
+                sources = np.arange(at - 1, at + len(response) - 1) + r * length
+                if prompt:
+                    sources[:1] = flat + prompt - 1
+                first = 0 if prompt else 1
+                supervise(sources[first:], response[first:], responses)
+                responses += 1
+                at += len(response)
+            segments.append(Segment(r, start, prompt, tuple(len(tree.responses[b]) for b in piece.branches)))
+            start = end
+        positions[r, start:] = np.arange(length - start)
+    as_tensor = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))  # noqa: E731
+    return Batch(
+        ids=torch.from_numpy(ids),
+        positions=torch.from_numpy(positions),
+        tree=torch.from_numpy(tree_of),
+        branch=torch.from_numpy(branch),
+        source=as_tensor(source),
+        target=as_tensor(target),
+        owner=as_tensor(owner),
+        segments=tuple(segments),
+        trees=tuple(numbers),
+        tokens=int((tree_of >= 0).sum()),
+        padded=all(len(row) == 1 and len(row[0].branches) == 1 for row in rows),
+    )
+
+
+def _piece_length(tree: Tree, piece: Piece) -> int:
+    return len(tree.prompt) + sum(len(tree.responses[b]) for b in piece.branches)
+
+
+def visible(batch: Batch, window: int | None = None) -> torch.Tensor:
+    """(R, 1, L, L) bool: token i sees token j of the same tree, j not after i, in the prompt or in i's own branch.
+
+    `window` limits the distance in positions, not in row indices. Padding sees padding, so that no row of the softmax is empty.
+    """
+    index = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    same_tree = batch.tree[:, :, None] == batch.tree[:, None, :]
+    reachable = (batch.branch[:, None, :] == 0) | (batch.branch[:, None, :] == batch.branch[:, :, None])
+    seen = same_tree & reachable & (index[None, :] <= index[:, None])
+    if window is not None:
+        seen &= batch.positions[:, :, None] - batch.positions[:, None, :] < window
+    return seen[:, None]

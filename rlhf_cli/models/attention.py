@@ -1,0 +1,94 @@
+"""Attention over packed trees: one kernel call per prompt and per branch, so that no masked pair is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from rlhf_cli.data.trees import Batch, Segment, visible
+
+TREES = "rlhf_trees"
+"""The name under which transformers finds `tree_attention`; it hands on the keyword `segments` given to the model."""
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    segments: Sequence[Segment],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Exact attention of the tree layout; query (R, H, L, D), key and value (R, H_kv, L, D) → (R, L, H, D).
+
+    Equal to a dense softmax under `visible`, at the cost of the visible part alone. Padding gets zeros.
+
+    Raises:
+        NotImplementedError: for attention with dropout or a softcap, or an asymmetric window: the caller falls back to a mask.
+    """
+    if dropout or softcap is not None:
+        raise NotImplementedError("tree attention has neither dropout nor softcap")
+    rows: list[list[torch.Tensor]] = [[] for _ in range(query.shape[0])]
+    for segment in segments:
+        q, k, v = (x[segment.row, :, segment.start :].unsqueeze(0) for x in (query, key, value))
+        # The prompt and its first branch lie in one causal sequence: one call.
+        p, first = segment.prompt, segment.prompt + segment.branches[0]
+        parts = rows[segment.row]
+        parts.append(_causal(q[:, :, :first], k[:, :, :first], v[:, :, :first], scaling, sliding_window))
+        at = first
+        for length in segment.branches[1:]:
+            mine = slice(at, at + length)
+            k_seen, v_seen = (torch.cat((x[:, :, :p], x[:, :, mine]), 2) for x in (k, v))
+            parts.append(_causal(q[:, :, mine], k_seen, v_seen, scaling, sliding_window))
+            at += length
+    for parts in rows:
+        padding = query.shape[2] - sum(map(len, parts))
+        if padding:
+            parts.append(query.new_zeros(padding, query.shape[1], value.shape[3]))
+    return torch.stack([torch.cat(parts) for parts in rows]), None
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:
+    """(length, H, D): the last len(q) tokens of a sequence of len(k) attend causally."""
+    tokens, context = q.shape[2], k.shape[2]
+    mask = None
+    if tokens != context or (window is not None and window < context):
+        age = torch.arange(context - tokens, context, device=q.device)[:, None] - torch.arange(context, device=q.device)
+        mask = age >= 0 if window is None else (age >= 0) & (age < window)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+def dense_mask(batch: Batch, window: int | None, additive: torch.dtype | None) -> torch.Tensor:
+    """`visible` as SDPA takes it (bool), or as eager attention does (0 and the lowest number of a dtype)."""
+    seen = visible(batch, window)
+    if additive is None:
+        return seen
+    return torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill(~seen, torch.finfo(additive).min)
+
+
+def block_mask(batch: Batch, window: int | None) -> Any:
+    """The rule of `visible` as flex attention's BlockMask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tree, branch, positions = batch.tree, batch.branch, batch.positions
+
+    def rule(b: torch.Tensor, _: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        seen = (tree[b, i] == tree[b, j]) & (i >= j) & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
+        return seen if window is None else seen & (positions[b, i] - positions[b, j] < window)
+
+    rows, length = batch.ids.shape
+    return create_block_mask(rule, rows, None, length, length, device=batch.ids.device)
+
+
+AttentionInterface.register(TREES, tree_attention)

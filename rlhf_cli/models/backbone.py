@@ -1,0 +1,293 @@
+"""One language model, several roles: each role is a LoRA adapter on the shared base, or the base's own weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from rlhf_cli.data.trees import Batch, Layout, Row, Tree, build_batch, plan_passes
+from rlhf_cli.errors import NumberError, UsageError
+from rlhf_cli.models.attention import TREES, block_mask, dense_mask
+from rlhf_cli.models.load import read_adapter, save_adapter
+from rlhf_cli.models.logps import token_logps
+from rlhf_cli.recipe import schema
+
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How attention runs: its name in transformers (PLAIN: what the model was loaded with), and the layout that suits it."""
+
+    name: str
+    layout: Layout
+    mask: str | None  # dense | additive | block; None: the kernel needs none
+
+
+KERNELS = {
+    "trees": Kernel(TREES, "long", None),
+    "sdpa": Kernel("sdpa", "packed", "dense"),
+    "eager": Kernel("eager", "packed", "additive"),
+    "flex": Kernel("flex_attention", "long", "block"),
+    "flash": Kernel("flash_attention_2", "alone", None),
+    "alone": Kernel(PLAIN, "alone", None),
+}
+"""Setting → kernel. trees and alone are not settings: `auto` chooses trees on a CPU, where one call per tree costs less than
+the masked part, and alone is what remains for a model that takes no mask."""
+
+CANDIDATES = {
+    "auto": ("sdpa", "eager", "alone"),
+    "sdpa": ("sdpa", "alone"),
+    "eager": ("eager", "alone"),
+    "flex": ("flex", "alone"),
+    "flash": ("flash",),
+}
+"""Setting → kernels in the order in which they are tried."""
+
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of packed and separate hidden states, relative to their largest element."""
+
+
+class Backbone:
+    """A causal language model whose roles share one base.
+
+    `lora: null` gives the role "policy" the model's own weights. A role is active from its forward to the end of its backward:
+    under gradient checkpointing a layer that is recomputed under another adapter yields wrong gradients without a word.
+    """
+
+    def __init__(self, model: Any, compute_dtype: torch.dtype, attention: str = "auto") -> None:
+        self.model = model
+        self.peft: Any = None
+        self.compute_dtype = compute_dtype
+        self.device: torch.device = model.device
+        self.active: str | None = None
+        self.trained: dict[str, frozenset[str]] = {}
+        model.requires_grad_(False)
+        model.config.use_cache = False
+        text = model.config.get_text_config().to_dict()
+        self._window: int | None = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+        self._layer_types = tuple(dict.fromkeys(text.get("layer_types") or ()))
+        self._plain: str = model.config._attn_implementation
+        self.kernel = self._choose_kernel(attention)
+
+    def add_lora(self, role: str, config: LoraConfig, state: dict[str, torch.Tensor] | None, *, trained: bool) -> None:
+        """Give `role` an adapter of its own: fresh (B = 0), or with the tensors of `state`.
+
+        Raises:
+            UsageError: the tensors do not fit the adapter.
+        """
+        if self.peft is None:
+            self.peft = get_peft_model(self.model, config, adapter_name=role)
+        else:
+            self.peft.add_adapter(role, config)
+        if state is not None:
+            self._set_adapter_weights(role, state)
+        mine = frozenset(n for n, _ in self.model.named_parameters() if f".{role}." in n or n.endswith(f".{role}"))
+        self.trained[role] = mine if trained else frozenset()
+        self.active = None
+        self.activate(role)
+        head = self.model.get_output_embeddings()
+        if any(n.startswith("lora_") for n, _ in head.named_parameters()):
+            raise UsageError("lora.target_modules: the output head cannot have an adapter; use all-linear or name inner layers")
+
+    def train_all_weights(self, role: str = "policy") -> None:
+        """Make the model's own weights the trained weights of `role`."""
+        self.trained[role] = frozenset(name for name, _ in self.model.named_parameters())
+        self.activate(role)
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def activate(self, role: str) -> None:
+        """Make `role` the one that forwards; every trained role keeps its requires_grad, which peft would flip."""
+        if role == self.active:
+            return
+        if self.peft is not None:
+            self.peft.base_model.set_adapter(role)
+        trained = frozenset().union(*self.trained.values())
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        self.active = role
+
+    def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Name → parameter of all trained roles, in the model's order."""
+        trained = frozenset().union(*self.trained.values())
+        return {name: p for name, p in self.model.named_parameters() if name in trained}
+
+    def hidden(self, role: str, batch: Batch) -> torch.Tensor:
+        """Last hidden states, (R·L, D), of a batch that is on the backbone's device."""
+        self.activate(role)
+        return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        with self.autocast():
+            out = self.model.base_model(input_ids=batch.ids, use_cache=False, **self._attention_arguments(batch))
+        return torch.flatten(out.last_hidden_state, 0, 1)
+
+    def logps(self, role: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (N,) of the batch's supervised tokens, float32, and whether each is the most likely one (N,).
+
+        The one function for policy, old policy and reference. The head runs on the N states that predict something.
+        """
+        return self._head(self.hidden(role, batch)[batch.source], batch.target)
+
+    def load(self, role: str, folder: Path) -> None:
+        """Put back the weights that `save` wrote, bit for bit.
+
+        Raises:
+            UsageError: the folder's tensors are not those of this model.
+        """
+        if self.peft is not None:
+            self._set_adapter_weights(role, read_adapter(folder)[1])
+            return
+        found = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+        own = dict(self.model.named_parameters())
+        if missing := sorted(own.keys() - found.keys()):
+            raise UsageError(f"{folder}: {len(missing)} weights of this model are not in it, the first is {missing[0]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(found[name])
+
+    def _set_adapter_weights(self, role: str, state: dict[str, torch.Tensor]) -> None:
+        own = get_peft_model_state_dict(self.peft, adapter_name=role)
+        wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
+        if wrong:
+            raise UsageError(f"the adapter does not fit the base model: {len(wrong)} tensors differ, the first is {wrong[0]}")
+        set_peft_model_state_dict(self.peft, state, adapter_name=role)
+
+    def save(self, role: str, folder: Path) -> None:
+        """Write what plain PEFT (an adapter) or transformers (all weights) loads."""
+        if self.peft is None:
+            self.model.save_pretrained(str(folder))
+        else:
+            save_adapter(folder, get_peft_model_state_dict(self.peft, adapter_name=role), self.peft.peft_config[role])
+
+    def batches(self, trees: list[Tree], budget: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """The forward passes of this rank for a global batch, on the device."""
+        for rows in plan_passes(trees, ranks, budget, self.kernel.layout)[rank]:
+            yield self.batch(trees, rows)
+
+    def batch(self, trees: list[Tree], rows: list[Row]) -> Batch:
+        return build_batch(trees, rows).to(self.device)
+
+    def _head(self, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        head = self.model.get_output_embeddings()
+        weight, bias = (None if x is None else x.to(self.compute_dtype) for x in (head.weight, head.bias))
+        return token_logps(hidden.to(self.compute_dtype), weight, bias, target)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
+
+    def _attention_arguments(self, batch: Batch) -> dict[str, Any]:
+        if self.kernel.layout == "alone":
+            return {}
+        if self.kernel.name == TREES:
+            return {"position_ids": batch.positions, "segments": batch.segments}
+        make = {"dense": self._dense, "additive": self._additive, "block": block_mask}[self.kernel.mask or ""]
+        windows = {kind: self._window if kind == "sliding_attention" else None for kind in self._layer_types}
+        masks = {kind: make(batch, window) for kind, window in windows.items()} or {"": make(batch, self._window)}
+        # Models with one kind of layer take one mask, models with two a dict of them.
+        return {"position_ids": batch.positions, "attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
+
+    def _dense(self, batch: Batch, window: int | None) -> torch.Tensor:
+        return dense_mask(batch, window, None)
+
+    def _additive(self, batch: Batch, window: int | None) -> torch.Tensor:
+        return dense_mask(batch, window, self.compute_dtype)
+
+    @contextlib.contextmanager
+    def plain_attention(self) -> Iterator[Any]:
+        """The model as transformers knows it, for `generate` and other callers that bring their own masks."""
+        self._use(KERNELS["alone"])
+        try:
+            yield self.model
+        finally:
+            self._use(self.kernel)
+
+    def _use(self, kernel: Kernel) -> None:
+        self.model.set_attn_implementation(self._plain if kernel.name == PLAIN else kernel.name)
+
+    def _choose_kernel(self, setting: str) -> Kernel:
+        """The first candidate that gives the same hidden states packed as alone, by a probe with two branches."""
+        trees = _probe_trees(self.model.config.get_text_config().vocab_size)
+        self.kernel = KERNELS["alone"]
+        wanted, logps = self._probe(trees)
+        self._check_head(trees, logps)
+        for name in ("trees",) * (setting == "auto" and self.device.type == "cpu") + CANDIDATES[setting]:
+            self.kernel = KERNELS[name]
+            # What a model does with a mask or a keyword that it does not know is its own affair: any of these errors.
+            with contextlib.suppress(NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, ImportError):
+                self._use(self.kernel)
+                found, _ = self._probe(trees)
+                if (found - wanted).abs().max() <= PROBE_TOLERANCE[self.compute_dtype] * wanted.abs().max():
+                    return self.kernel
+        raise UsageError(f"model.attention: {setting} does not work with this model here; leave it at auto")
+
+    @torch.no_grad()
+    def _probe(self, trees: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states behind every supervised token, in the order of tree and response, and their log-probabilities."""
+        self.model.eval()
+        found: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        for rows in plan_passes(trees, 1, 256, self.kernel.layout)[0]:
+            batch = self.batch(trees, rows)
+            states = self._forward(batch)[batch.source]
+            logps, _ = self._head(states, batch.target)
+            names = [(piece.tree, b) for row in rows for piece in row for b in piece.branches]
+            for number, name in enumerate(names):
+                mine = batch.owner == number
+                found[name] = (states[mine].float(), logps[mine])
+        parts = [found[name] for name in sorted(found)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    @torch.no_grad()
+    def _check_head(self, trees: list[Tree], logps: torch.Tensor) -> None:
+        """Compare with the model's own logits, so that soft-capped or rescaled ones are not mistaken for plain ones."""
+        own = []
+        for tree in trees:
+            for response in tree.responses:
+                ids = torch.from_numpy(np.concatenate((tree.prompt, response)).astype(np.int64)).to(self.device)[None]
+                with self.autocast():
+                    logits = self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+                own.append(logits[len(tree.prompt) - 1 : -1].gather(-1, ids[0, len(tree.prompt) :, None])[:, 0])
+        difference = float((torch.cat(own) - logps).abs().max())
+        if not difference <= 10 * PROBE_TOLERANCE[self.compute_dtype] * max(1.0, float(logps.abs().max())):
+            if not torch.isfinite(torch.cat(own)).all():
+                raise NumberError("the model's log-probabilities are not finite before any training: its weights are damaged")
+            raise UsageError(
+                f"the model's logits are not its head times its hidden states (log-probabilities differ by {difference:.2g}; "
+                "soft-capping or scaling?): this model is not supported"
+            )
+
+
+def _probe_trees(vocabulary: int) -> list[Tree]:
+    random = np.random.default_rng(0)
+    draw = lambda n: random.integers(0, vocabulary, n).astype(np.int32)  # noqa: E731
+    return [
+        Tree(draw(7), np.zeros(7, bool), (draw(5), draw(6)), 0),
+        Tree(draw(4), np.zeros(4, bool), (draw(3),), 1),
+    ]
+
+
+def lora_config(settings: schema.Lora, base: str, revision: str | None) -> LoraConfig:
+    """The recipe's section as PEFT's config; A is initialised by PEFT, B is 0."""
+    modules = settings.target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        base_model_name_or_path=base,
+        revision=revision,
+    )

@@ -1,0 +1,97 @@
+"""The policy of a stage: a base, the parent's adapter or a fresh one, or all weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.models.backbone import Backbone, lora_config
+from rlhf_cli.models.load import load_model, read_adapter, resolve_dtype
+from rlhf_cli.recipe import schema
+
+
+def resolve_lora(setting: schema.Lora | str | None, parent: schema.Lora | None, place: str) -> schema.Lora | None:
+    """The adapter's settings in force: the parent's go on where the recipe says auto.
+
+    Raises:
+        UsageError: the recipe asks for another shape than the parent's, and not for a merge.
+    """
+    if setting is None or isinstance(setting, schema.Lora):
+        if setting is None or parent is None or setting.merge_parent:
+            return setting
+        if _shape(setting) != _shape(parent):
+            raise UsageError(
+                f"{place}: lora: the parent's adapter has r {parent.r}, alpha {parent.alpha:g}, target_modules {parent.target_modules}, "
+                "the recipe asks for others. use lora: auto, or lora.merge_parent: true to start anew on the merged parent"
+            )
+        return setting
+    return parent or schema.Lora()
+
+
+def parent_lora(adapter: Path | None, recorded: dict[str, Any] | None) -> schema.Lora | None:
+    """The settings of the parent's adapter: as its manifest records them, else as its adapter_config.json lists them."""
+    if adapter is None:
+        return None
+    if recorded is not None:
+        return schema.Lora(**recorded)
+    config, _ = read_adapter(adapter)
+    modules = config.target_modules
+    return schema.Lora(config.r, config.lora_alpha, config.lora_dropout, modules if isinstance(modules, str) else sorted(modules))
+
+
+def _shape(lora: schema.Lora) -> tuple[Any, ...]:
+    modules = lora.target_modules
+    return lora.r, lora.alpha, modules if isinstance(modules, str) else tuple(sorted(modules))
+
+
+def load_policy(
+    settings: schema.Model,
+    lora: schema.Lora | None,
+    base: str,
+    revision: str | None,
+    adapter: Path | None,
+    device: torch.device,
+    seed: int,
+    merged: Path,
+) -> tuple[Backbone, str]:
+    """The backbone with its trained role "policy", and the base that the adapter sits on.
+
+    An adapter that cannot go on, because all weights are trained or its shape changes, is merged into the base in float32;
+    with LoRA that merged base is saved in `merged`, so that the new adapter has a base on disk.
+    """
+    compute = resolve_dtype(settings.dtype, device)
+    merge = adapter is not None and (lora is None or lora.merge_parent)
+    model = load_model(settings, base, revision, torch.float32 if merge or lora is None else compute, device)
+    if merge and adapter is not None:
+        model = merge_adapter(model, adapter)
+        if lora is not None:
+            if not (merged / "config.json").exists():
+                model.save_pretrained(str(merged))
+            base, revision, adapter = str(merged), None, None
+            model = load_model(settings, base, None, compute, device)
+    backbone = Backbone(model, compute, settings.attention)
+    torch.manual_seed(seed)
+    if lora is None:
+        backbone.train_all_weights()
+    else:
+        config, state = lora_config(lora, base, revision), None
+        if adapter is not None:
+            parent, state = read_adapter(adapter)
+            # The parent's list of modules, where the recipe may say all-linear.
+            config = dataclasses.replace(config, target_modules=parent.target_modules)
+        backbone.add_lora("policy", config, state, trained=True)
+    if settings.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+    return backbone, base
+
+
+def merge_adapter(model: Any, adapter: Path) -> Any:
+    """The model with an adapter folded into its weights, in the model's dtype."""
+    from peft import PeftModel
+
+    read_adapter(adapter)  # refuses pickles, which PEFT would load
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()

@@ -1,0 +1,33 @@
+"""Supervised fine-tuning: the negative log-likelihood of the assistant's tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_cli.objectives.base import Term
+
+if TYPE_CHECKING:
+    from rlhf_cli.data.trees import Batch, Tree
+    from rlhf_cli.models.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Sft:
+    """−Σ log π(y_t | …) over the supervised tokens, divided by their number in the global batch."""
+
+    kind: Literal["sft"] = "sft"
+
+    def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
+        from rlhf_cli.data.trees import supervised_tokens
+
+        return {"tokens": sum(map(supervised_tokens, trees))}
+
+    def terms(self, backbone: Backbone, batch: Batch) -> Iterator[Term]:
+        logps, hits = backbone.logps("policy", batch)
+        yield Term(-logps.sum(), "tokens", {"token_accuracy": hits.sum()})
+
+    def metrics(self, means: dict[str, float]) -> dict[str, float]:
+        return means | {"perplexity": math.exp(min(means["loss"], 700.0))}

@@ -1,0 +1,262 @@
+"""Nodes → the schema's dataclasses. Every problem is collected; nothing is raised."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from typing import Any, Literal, get_args, get_origin
+
+from rlhf_cli.recipe.keys import Key, arms, as_yaml, describe, keys_of, known_keys, section_in, shape, source_list
+from rlhf_cli.recipe.schema import ELSEWHERE
+from rlhf_cli.recipe.suggest import closest, closest_key
+from rlhf_cli.recipe.yaml_reader import BAD, Node, Problem
+
+SHOWN = 100
+"""Problems are listed, and suggestions sought, up to here: a file with more of them is no recipe."""
+
+
+def spell_out(node: Node, section: type) -> Node:
+    """The tree with each short form in full: `train: a.jsonl` becomes `train: [{path: a.jsonl}]`, marked bare."""
+    if not isinstance(node.value, dict):
+        return node
+    children = dict(node.value)
+    for name, key in keys_of(section).items():
+        child = children.get(name)
+        if child is None:
+            continue
+        listed, inner = source_list(key.kind), section_in(key.kind)
+        if listed is not None:
+            children[name] = _spell_out_list(child, listed[1])
+        elif inner is not None:
+            children[name] = spell_out(child, inner)
+    return dataclasses.replace(node, value=children)
+
+
+def _spell_out_list(node: Node, short: str) -> Node:
+    if isinstance(node.value, list):
+        items = [_spell_out_item(item, short) for item in node.value]
+        return dataclasses.replace(node, value=items)
+    item = _spell_out_item(node, short)
+    return dataclasses.replace(node, value=[item], bare=True) if isinstance(item.value, dict) else node
+
+
+def _spell_out_item(node: Node, short: str) -> Node:
+    return Node({short: node}, node.line) if isinstance(node.value, str) else node
+
+
+def lines_of(node: Node, key: str = "") -> dict[str, int]:
+    """Dotted key → line, for every key of the tree. A list written without brackets has no position in its keys."""
+    found = {key: node.line} if key and node.line >= 0 else {}
+    dot = f"{key}." if key else ""
+    if isinstance(node.value, dict):
+        for name, child in node.value.items():
+            found |= lines_of(child, f"{dot}{name}")
+    elif isinstance(node.value, list) and node.bare:
+        found |= {**lines_of(node.value[0], key), key: node.line}
+    elif isinstance(node.value, list):
+        for index, child in enumerate(node.value):
+            found |= lines_of(child, f"{dot}{index}")
+    return found
+
+
+class Builder:
+    """Checks nodes against types. Where a value is wrong its key is in `bad` and its default, or None, stands in."""
+
+    def __init__(self, recipe: type, stage: str) -> None:
+        self.known = known_keys(recipe)
+        self.stage = stage
+        self.problems: list[Problem] = []
+        self.bad: set[str] = set()
+
+    def report(self, line: int, key: str, what: str) -> Any:
+        """Notes a problem and returns None, the value that stands in."""
+        self.problems.append(Problem(line, key, what))
+        self.bad.add(key)
+        return None
+
+    def section(self, kind: type, node: Node, prefix: str) -> Any:
+        """The dataclass `kind` from a mapping node."""
+        keys = keys_of(kind)
+        meant = self.unknown(kind, node, prefix)
+        values = {}
+        for name, key in keys.items():
+            dotted = f"{prefix}{name}"
+            if name in node.value:
+                value = self.value(key.kind, node.value[name], dotted, key)
+                if value is not None or dotted not in self.bad or key.default is dataclasses.MISSING:
+                    values[key.field] = value
+            elif key.default is dataclasses.MISSING:
+                values[key.field] = None if dotted in meant else self.missing(key, node, dotted)
+        return kind(**values)
+
+    def missing(self, key: Key, node: Node, dotted: str) -> Any:
+        inner = key.kind if dataclasses.is_dataclass(key.kind) and isinstance(key.kind, type) else None
+        if inner is not None:
+            return self.section(inner, Node({}, node.line), f"{dotted}.")
+        return self.report(max(node.line, 1), dotted, f"missing. add it: {key.help or describe(key.kind)}")
+
+    def unknown(self, kind: type, node: Node, prefix: str) -> set[str]:
+        """Reports keys that `kind` lacks; returns what they were meant to be."""
+        keys = keys_of(kind)
+        unused = [name for name in keys if name not in node.value]
+        meant = set()
+        for name, child in node.value.items():
+            if name in keys or (name == "<<" and child.value is BAD):
+                continue
+            dotted = f"{prefix}{name}"
+            if not prefix and name in ELSEWHERE:
+                self.report(child.line, dotted, f"has no effect in {self.stage}. remove it")
+                continue
+            # a key that is there already is the less likely meaning, so unused ones come first
+            names = [*unused, *(other for other in keys if other in node.value)]
+            elsewhere = () if prefix == "objective." else self.known
+            near = closest_key(name, names, prefix.rstrip("."), elsewhere) if len(self.problems) < SHOWN else None
+            if near is not None:
+                meant.add(near)
+                self.bad.add(near)
+                hint = f"did you mean {near}?"
+            elif prefix == "objective.":
+                hint = f"the objective of {self.stage} takes {', '.join(keys)}"
+            else:
+                hint = f"keys here: {', '.join(keys)}"
+            self.report(child.line, dotted, f"unknown key. {hint}")
+        return meant
+
+    def value(self, kind: Any, node: Node, dotted: str, key: Key) -> Any:
+        """The node as `kind`, or None with a problem reported."""
+        if node.value is BAD:
+            self.bad.add(dotted)
+            return None
+        if node.value is None and dataclasses.is_dataclass(kind):
+            node = dataclasses.replace(node, value={})  # `train:` with all its keys commented out
+        fitting = [arm for arm in arms(kind) if _fits(arm, node.value)]
+        if not fitting:
+            return self.report(node.line, dotted, _mismatch(kind, node, key))
+        sections = [arm for arm in fitting if dataclasses.is_dataclass(arm)]
+        arm = self.by_kind(sections, node, dotted) if len(sections) > 1 else fitting[0]
+        if arm is None:
+            return None
+        if dataclasses.is_dataclass(arm) and isinstance(arm, type):
+            return self.section(arm, node, f"{dotted}.")
+        form = shape(arm)
+        if form is list:
+            return self.items(get_args(arm)[0], node, dotted, key)
+        if form is tuple:
+            return self.fixed(get_args(arm), node, dotted, key)
+        if form is dict:
+            inner = get_args(arm)[1]
+            return {name: self.value(inner, child, f"{dotted}.{name}", key) for name, child in node.value.items()}
+        return self.leaf(form, node, dotted, key)
+
+    def by_kind(self, sections: list[Any], node: Node, dotted: str) -> Any:
+        """Among several sections, the one whose `kind` the mapping names; the first when it names none."""
+        named = {get_args(keys_of(section)["kind"].kind)[0]: section for section in sections}
+        child = node.value.get("kind")
+        if child is None:
+            return sections[0]
+        if child.value in named:
+            return named[child.value]
+        return self.report(child.line, f"{dotted}.kind", _not_among(list(named), child))
+
+    def items(self, inner: Any, node: Node, dotted: str, key: Key) -> Any:
+        if not node.value and source_list(list[inner]):
+            return self.report(node.line, dotted, "the list is empty. name a path")
+        names = [dotted if node.bare else f"{dotted}.{index}" for index in range(len(node.value))]
+        return [self.value(inner, child, name, key) for name, child in zip(names, node.value, strict=True)]
+
+    def fixed(self, inner: tuple[Any, ...], node: Node, dotted: str, key: Key) -> Any:
+        if len(node.value) != len(inner):
+            return self.report(node.line, dotted, f"expected a list of {len(inner)} numbers, found {len(node.value)}")
+        pairs = enumerate(zip(inner, node.value, strict=True))
+        return tuple(self.value(kind, child, f"{dotted}.{index}", key) for index, (kind, child) in pairs)
+
+    def leaf(self, form: Any, node: Node, dotted: str, key: Key) -> Any:
+        value = node.value
+        if form in (int, float):
+            return self.number(form, node, dotted, key)
+        if form is str and key.path:
+            return self.path(node, dotted)
+        return value
+
+    def number(self, form: Any, node: Node, dotted: str, key: Key) -> Any:
+        if not math.isfinite(node.value):
+            return self.report(node.line, dotted, f"{node.text[:40]} is not a finite number. give a finite one")
+        if key.low is not None and node.value < key.low:
+            return self.report(node.line, dotted, f"expected at least {key.low:g}, found {node.text[:40]}")
+        if key.high is not None and node.value > key.high:
+            return self.report(node.line, dotted, f"expected at most {key.high:g}, found {node.text[:40]}")
+        return form(node.value)
+
+    def path(self, node: Node, dotted: str) -> Any:
+        """The text with ${NAME} replaced by the environment's value."""
+        if not node.value.strip() or "\0" in node.value:
+            return self.report(node.line, dotted, "expected a path, found empty text. name one")
+        if node.value.startswith("~"):
+            return self.report(node.line, dotted, "~ is not expanded. write ${HOME}" + node.value[1:])
+        for name in re.findall(r"\$\{([^}]*)\}", node.value):
+            if not os.environ.get(name):
+                return self.report(
+                    node.line, dotted, f"the environment variable {name} is not set. set it, or write the path out"
+                )
+        return re.sub(r"\$\{([^}]*)\}", lambda match: os.environ[match[1]], node.value)
+
+
+def _fits(arm: Any, value: Any) -> bool:
+    form = shape(arm)
+    if form is Literal:
+        return isinstance(value, str) and value in get_args(arm)
+    if form in (int, float):
+        wide = isinstance(value, (int, float) if form is float else int) or (isinstance(value, float) and math.isinf(value))
+        return wide and not isinstance(value, bool)
+    return isinstance(value, list if form is tuple else form)
+
+
+def _found(node: Node) -> str:
+    if isinstance(node.value, dict):
+        return "keys with values"
+    if isinstance(node.value, list):
+        return "a list"
+    if node.value is None:
+        return "nothing" if not node.text else "null"
+    if isinstance(node.value, str):
+        return f"the text '{node.value[:40]}'"
+    return node.text[:40]
+
+
+def _not_among(names: list[str], node: Node) -> str:
+    near = closest(node.value, names) if isinstance(node.value, str) else None
+    hint = f"did you mean {near}?" if near is not None else "write one of these"
+    return f"expected {' | '.join(names)}, found {_found(node)}. {hint}"
+
+
+def _mismatch(kind: Any, node: Node, key: Key) -> str:
+    forms = [shape(arm) for arm in arms(kind)]
+    names = [name for arm in arms(kind) if get_origin(arm) is Literal for name in get_args(arm)]
+    near = closest(node.value, names) if isinstance(node.value, str) else None
+    return f"expected {describe(kind)}, found {_found(node)}. {_advice(node, forms, near, key)}"
+
+
+def _advice(node: Node, forms: list[Any], near: str | None, key: Key) -> str:
+    value = node.value
+    if near is not None:
+        return f"did you mean {near}?"
+    numeric = int in forms or float in forms
+    if bool in forms and isinstance(value, str) and value.lower() in ("yes", "on", "y", "no", "off", "n", "true", "false"):
+        return f"write {'true' if value.lower() in ('yes', 'on', 'y', 'true') else 'false'}"
+    if numeric and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9][0-9_,]*", value) and re.search("[_,]", value):
+        return f"write {re.sub('[_,]', '', value)}"
+    if numeric and isinstance(value, str) and re.fullmatch(r"[-+0-9.eE]+", value):
+        return "remove the quotes"
+    if int in forms and isinstance(value, float) and value.is_integer():
+        return f"write {value:.0f}"
+    if (str in forms or source_list(key.kind)) and isinstance(value, (bool, int, float)):
+        return f"put it in quotes: '{node.text[:40]}'"
+    if list in forms and isinstance(value, str) and str not in forms:
+        return f"write [{node.text[:40]}]"
+    if value is None and key.default is not dataclasses.MISSING:
+        return f"remove the key for its default, {as_yaml(key.default)}"
+    if isinstance(key.default, (bool, int, float, str, tuple)):
+        return f"the default is {as_yaml(key.default)}"
+    return f"it is: {key.help}" if key.help else "write keys below it"

@@ -1,0 +1,136 @@
+"""A typed recipe → YAML that reads back as the same recipe, and what differs between two."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.recipe.keys import keys_of
+from rlhf_cli.recipe.schema import SftRecipe
+from rlhf_cli.recipe.yaml_reader import SCALARS, Unreadable, plain, read
+
+MAY_CHANGE = (
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.keep_best",
+    "train.stop_if",
+    "train.tokens_per_device",
+    "train.steps",
+    "train.epochs",
+    "trackers",
+    "output",
+)
+"""Keys, with all below them, that may differ when a run is resumed. steps and epochs may only grow."""
+
+ONLY_GROW = ("train.steps", "train.epochs")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.2 would misread: PyYAML's own rules leave the text 1e-5 bare and quote the text yes."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's class-level table; emptied, refilled below)
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
+
+
+for _name, _pattern in SCALARS:
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, None)
+_Dumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=_is_flat(items))
+)
+_Dumper.add_representer(
+    dict, lambda dumper, items: dumper.represent_mapping("tag:yaml.org,2002:map", items, flow_style=not items)
+)
+# line separators survive as escapes only
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+)
+
+
+def dump_recipe(recipe: SftRecipe, stage: str) -> str:
+    """Every value in force, as a recipe."""
+    text: str = yaml.dump(_plain(recipe), Dumper=_Dumper, sort_keys=False, width=math.inf, allow_unicode=True)
+    return f"# every value in force; `rlhf {stage} THIS --output OTHER` repeats the run\n{text}"
+
+
+def flatten(recipe: SftRecipe) -> dict[str, object]:
+    """Dotted key → value. A list of plain values is one value; a list of sections has positions in its keys."""
+    return dict(_flat(_plain(recipe), ""))
+
+
+def differences(old_text: str, new: SftRecipe) -> list[tuple[str, object, object]]:
+    """(key, old, new) for each key whose value differs from a dumped recipe; None where one side lacks the key.
+
+    Raises UsageError when the old text is not readable YAML.
+    """
+    try:
+        old = dict(_flat(plain(read(old_text, [])), ""))
+    except Unreadable as error:
+        raise UsageError(
+            f"the earlier run's recipe.yaml cannot be read, line {error.problem.line}: {error.problem.what}"
+        ) from None
+    now = flatten(new)
+    return [(key, old.get(key), now.get(key)) for key in dict.fromkeys([*now, *old]) if old.get(key) != now.get(key)]
+
+
+def refuse_changes(old_text: str, new: SftRecipe, old_path: str = "recipe.yaml") -> None:
+    """Raises UsageError with a table old/new when a resumed run differs in a key that may not change.
+
+    `steps` and `epochs` are compared with themselves only: that a run is not shorter than its checkpoint is for the
+    caller to check once both are turned into steps.
+    """
+    refused = [row for row in differences(old_text, new) if not _may_change(*row)]
+    if not refused:
+        return
+    rows = [("key", "old", "new"), *((key, _show(old), _show(now)) for key, old, now in refused)]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    table = [f"  {key:<{widths[0]}}  {old:<{widths[1]}}  {now}" for key, old, now in rows]
+    head = (
+        f"--resume: {len(refused)} values differ from {old_path} and may not. put them back, or start another run with --output"
+    )
+    raise UsageError("\n".join([head, *table]))
+
+
+def _may_change(key: str, old: object, new: object) -> bool:
+    if key in ONLY_GROW and isinstance(old, (int, float)) and isinstance(new, (int, float)):
+        return new >= old
+    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+
+
+def _show(value: object) -> str:
+    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
+
+
+def _is_flat(items: list[Any]) -> bool:
+    return not any(isinstance(item, (dict, list)) for item in items)
+
+
+def _plain(value: Any) -> Any:
+    """Sections as dicts under their recipe names, tuples as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {key.name: _plain(vars(value)[key.field]) for key in keys_of(type(value)).values()}
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, object]]:
+    dot = f"{key}." if key else ""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{dot}{name}")
+    elif isinstance(value, list) and not _is_flat(value):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{dot}{index}")
+    else:
+        yield key, value

@@ -1,0 +1,120 @@
+"""What the schema's dataclasses say about each key: type, default, help and bounds, for the loader and the help."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from rlhf_cli.recipe.schema import SHORT_FORM
+
+
+class Key(NamedTuple):
+    """One recipe key. `field` differs from `name` for Python's reserved words only: lambda_ holds `lambda`."""
+
+    name: str
+    field: str
+    kind: Any  # the resolved annotation
+    default: Any  # dataclasses.MISSING when the key is required
+    help: str
+    low: float | None
+    high: float | None
+    path: bool
+
+
+@cache
+def keys_of(section: type) -> dict[str, Key]:
+    """The keys of one section, in the schema's order."""
+    hints = get_type_hints(section)
+    found = {}
+    for field in dataclasses.fields(section):
+        name = field.name.removesuffix("_")
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        about = field.metadata
+        found[name] = Key(
+            name,
+            field.name,
+            hints[field.name],
+            default,
+            about.get("help", ""),
+            about.get("low"),
+            about.get("high"),
+            about.get("path", False),
+        )
+    return found
+
+
+def arms(kind: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the type itself."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def shape(kind: Any) -> Any:
+    """What a type looks like in YAML: NoneType, bool, int, float, str, Literal, list, tuple or dict (sections too)."""
+    return dict if dataclasses.is_dataclass(kind) else get_origin(kind) or kind
+
+
+def section_in(kind: Any) -> type | None:
+    """The section that stands in this type: itself, in a union, a list or the values of a dict."""
+    for arm in arms(kind):
+        inner = get_args(arm)[-1] if get_origin(arm) in (list, dict) else arm
+        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+            return inner
+    return None
+
+
+def source_list(kind: Any) -> tuple[type, str] | None:
+    """(item, key of its short form) where the type is a list whose items have a short form."""
+    for arm in arms(kind):
+        if get_origin(arm) is list and get_args(arm)[0] in SHORT_FORM:
+            return get_args(arm)[0], SHORT_FORM[get_args(arm)[0]]
+    return None
+
+
+def describe(kind: Any) -> str:
+    """The type in words, as error messages and the help say it."""
+    simple = {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    words = []
+    for arm in arms(kind):
+        if get_origin(arm) is Literal:
+            words.append(" | ".join(get_args(arm)))
+        elif source_list(arm):
+            words.append("a path or a list of sources")
+        elif get_origin(arm) is list:
+            words.append("a list")
+        elif get_origin(arm) is tuple:
+            words.append(f"a list of {len(get_args(arm))} numbers")
+        elif dataclasses.is_dataclass(arm) and isinstance(arm, type):
+            names = list(keys_of(arm))
+            short = "a path or " if arm in SHORT_FORM else ""
+            words.append(f"{short}keys ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+        else:
+            words.append(simple.get(arm, "keys with values"))
+    return " or ".join(words)
+
+
+def as_yaml(value: Any) -> str:
+    """A default as a person would write it in a recipe."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"[{', '.join(map(as_yaml, value))}]" if isinstance(value, (tuple, list)) else str(value)
+
+
+def walk(section: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
+    """Every (dotted key, key) below a section, list positions and free names left out: data.train.path."""
+    for key in keys_of(section).values():
+        dotted = f"{prefix}{key.name}"
+        yield dotted, key
+        inner = section_in(key.kind)
+        if inner is not None:
+            yield from walk(inner, f"{dotted}.")
+
+
+@cache
+def known_keys(section: type) -> tuple[str, ...]:
+    """All dotted keys of a recipe, the shallow ones first."""
+    return tuple(sorted((dotted for dotted, _ in walk(section)), key=lambda dotted: dotted.count(".")))

@@ -1,0 +1,202 @@
+"""A recipe file and the command line's overrides → a typed recipe, or every problem at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.recipe.build import SHOWN, Builder, lines_of, spell_out
+from rlhf_cli.recipe.checks import findings
+from rlhf_cli.recipe.schema import STAGES, SftRecipe
+from rlhf_cli.recipe.suggest import closest
+from rlhf_cli.recipe.yaml_reader import BAD, MAX_BYTES, Node, Problem, Unreadable, decode, plain, read
+
+RIVALS = {
+    "train.steps": "train.epochs",
+    "train.epochs": "train.steps",
+    "data.eval": "data.holdout",
+    "data.holdout": "data.eval",
+}
+"""A key from the command line puts its rival in the file out of force: `--set train.steps=4` on a recipe with epochs."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe and where each of its keys stands: line in the file, from 1, or 0 for the command line."""
+
+    recipe: SftRecipe
+    stage: str
+    path: Path
+    lines: dict[str, int]
+
+    def where(self, key: str) -> str:
+        """`recipes/x.yaml:14` of the key or its nearest parent in the file, or `--set key`."""
+        found = _nearest(self.lines, key)
+        return _place(self.path, self.lines[found], found) if found else str(self.path)
+
+
+def load_recipe(stage: str, path: Path, overrides: Sequence[str] = (), output: str | None = None) -> Loaded:
+    """Reads and checks a recipe. Raises UsageError with one line for each problem."""
+    problems: list[Problem] = []
+    try:
+        root = _read_file(path, problems)
+    except Unreadable as error:
+        raise UsageError(_render(path, [*problems, error.problem])) from None
+    section = STAGES[stage]
+    root = spell_out(root, section)
+    for override in overrides:
+        root = spell_out(_override(root, override, problems), section)
+    if output is not None:
+        root = _put(root, ["output"], Node(output, 0, output))
+    lines = lines_of(root)
+    builder = Builder(section, stage)
+    recipe = builder.section(section, root, "")
+    problems += builder.problems
+    bad = builder.bad | {problem.key for problem in problems}
+    found = [_locate(lines, key, what) for key, what in findings(recipe, bad)]
+    if lines.get("model.trust_remote_code", 0) > 0 and recipe.model.trust_remote_code:
+        what = "only the command line may allow this. remove it and add --set model.trust_remote_code=true"
+        found.append(Problem(lines["model.trust_remote_code"], "model.trust_remote_code", what))
+    if problems or found:
+        raise UsageError(_render(path, problems + found))
+    return Loaded(recipe, stage, path, lines)
+
+
+def _read_file(path: Path, problems: list[Problem]) -> Node:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except IsADirectoryError:
+        inside = path / "recipe.yaml"
+        hint = f"did you mean {inside}?" if inside.is_file() else "name the recipe in it"
+        raise UsageError(f"{path}: is a folder. {hint}") from None
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file. {_near_file(path)}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path}: cannot be read: {error.strerror if isinstance(error, OSError) else error}. check the path"
+        ) from None
+    if len(data) > MAX_BYTES:
+        raise UsageError(f"{path}: larger than 1 MB, which no recipe is. is it a data file? name that under data.train")
+    root = read(decode(data), problems)
+    if root.value is None:
+        raise Unreadable(Problem(1, "", "the file is empty. a recipe needs model.path, data.train and output"))
+    if not isinstance(root.value, dict):
+        kind = "a list" if isinstance(root.value, list) else "text"
+        what = f"expected keys such as model: and data:, found {kind}. write `model:` at the start of a line"
+        raise Unreadable(Problem(root.line, "", what))
+    return root
+
+
+def _near_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either"
+    names = sorted(other.name for other in path.parent.iterdir() if other.suffix in (".yaml", ".yml"))
+    same_stem = [name for name in names if Path(name).stem == path.name.removesuffix(path.suffix)]
+    near = same_stem[0] if same_stem else closest(path.name, names)
+    if near is not None:
+        return f"did you mean {path.parent / near}?"
+    return f"recipes there: {', '.join(names[:5])}" if names else "there are no recipes in that folder"
+
+
+def _override(root: Node, text: str, problems: list[Problem]) -> Node:
+    """The tree with one KEY=VALUE of the command line put in; a problem leaves it as it is."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    parts = key.split(".")
+    if not equals or not all(parts):
+        problems.append(Problem(0, text[:40], "expected KEY=VALUE. write e.g. --set train.steps=4"))
+        return root
+    try:
+        node = read(value, problems, line=0, key=key)
+        root = _put(root, parts, node)
+    except Unreadable as error:
+        problems.append(error.problem)
+        return root
+    rival = RIVALS.get(key)
+    return _without(root, rival.split(".")) if rival is not None and node.value is not BAD and plain(node) else root
+
+
+def _put(node: Node, parts: Sequence[str], value: Node, key: str = "") -> Node:
+    """The tree with `value` at the path; sections on the way are made where the file has none."""
+    if not parts:
+        return value
+    head, *rest = parts
+    dotted = f"{key}.{head}" if key else head
+    if isinstance(node.value, list):
+        if node.bare and not head.isdecimal():
+            return dataclasses.replace(node, value=[_put(node.value[0], parts, value, key)])
+        if not head.isdecimal() or int(head) >= len(node.value):
+            last = len(node.value) - 1
+            what = (
+                f"no such position: {key} has {len(node.value)}, counted from 0. use 0 to {last}"
+                if last >= 0
+                else f"{key} is empty"
+            )
+            raise Unreadable(Problem(0, dotted, what))
+        items = list(node.value)
+        items[int(head)] = _put(items[int(head)], rest, value, dotted)
+        return dataclasses.replace(node, value=items)
+    if head == "0" and not isinstance(node.value, dict):
+        return Node([_put(Node(None, -1), rest, value, dotted)], -1)
+    children = dict(node.value) if isinstance(node.value, dict) else {}
+    children[head] = _put(children.get(head, Node(None, -1)), rest, value, dotted)
+    return Node(children, node.line if isinstance(node.value, dict) else min(node.line, 0))
+
+
+def _without(root: Node, parts: Sequence[str]) -> Node:
+    """The tree without a key of the file; one from the command line stays, and is then found to be in conflict."""
+    child = root.value.get(parts[0])
+    if child is None or (not isinstance(child.value, dict) and len(parts) > 1):
+        return root
+    children = dict(root.value)
+    if len(parts) > 1:
+        children[parts[0]] = _without(child, parts[1:])
+    elif child.line > 0:
+        del children[parts[0]]
+    return dataclasses.replace(root, value=children)
+
+
+def _nearest(lines: dict[str, int], key: str) -> str:
+    """The key, the key without list positions, or the nearest parent that has a line; empty when there is none."""
+    while key and key not in lines:
+        if _unlisted(key) in lines:
+            return _unlisted(key)
+        key = key.rpartition(".")[0]
+    return key
+
+
+def _unlisted(key: str) -> str:
+    return ".".join(part for part in key.split(".") if not part.isdecimal())
+
+
+def _locate(lines: dict[str, int], key: str, what: str) -> Problem:
+    """The problem at its line, its key spelled as in the file."""
+    near = _nearest(lines, key)
+    return Problem(lines.get(near, 1), near if _unlisted(near) == _unlisted(key) else key, what)
+
+
+def _place(path: Path, line: int, key: str) -> str:
+    if line > 0:
+        return f"{path}:{line}"
+    return "--output" if key == "output" else f"--set {key}"
+
+
+def _render(path: Path, problems: Sequence[Problem]) -> str:
+    """One line for each problem, in the order of the file, the command line's last."""
+    ordered = sorted(dict.fromkeys(problems), key=lambda problem: problem.line if problem.line > 0 else float("inf"))
+    lines = []
+    for line, key, what in ordered[:SHOWN]:
+        place = _place(path, line, key)
+        lines.append(_printable(f"{place}: {key[:100]}: {what}" if key and line > 0 else f"{place}: {what}"))
+    if len(ordered) > SHOWN:
+        lines.append(f"{path}: and {len(ordered) - SHOWN} more like these")
+    return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: what a recipe says must not steer the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)

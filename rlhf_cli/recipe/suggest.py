@@ -1,0 +1,99 @@
+"""Did-you-mean: the name that a mistyped one most likely stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+FROM_OTHER_TOOLS = {
+    "lr": "train.learning_rate",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "lr_scheduler_type": "train.schedule",
+    "lr_scheduler": "train.schedule",
+    "warmup_ratio": "train.warmup",
+    "warmup_steps": "train.warmup",
+    "optim": "train.optimizer",
+    "per_device_train_batch_size": "train.batch_size",
+    "micro_batch_size": "train.tokens_per_device",
+    "gradient_accumulation_steps": "train.batch_size",
+    "logging_steps": "train.log_every",
+    "eval_steps": "train.eval_every",
+    "save_steps": "train.save_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "load_best_model_at_end": "train.keep_best",
+    "report_to": "trackers",
+    "output_dir": "output",
+    "base_model": "model.path",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "val_set_size": "data.holdout",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "bf16": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "load_in_4bit": "model.quantize",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+}
+"""Names that people bring along from other trainers → ours."""
+
+
+LONGEST = 60
+"""Longer words are no typos of ours, and would take long to compare."""
+
+
+def distance(a: str, b: str) -> int:
+    """Edits (insert, drop, replace, swap of neighbours) that turn a into b."""
+    rows = [list(range(len(b) + 1))]
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            cost = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and y == a[i - 2]:
+                cost = min(cost, rows[-2][j - 2] + 1)
+            row.append(cost)
+        rows.append(row)
+    return rows[-1][-1]
+
+
+def closest(word: str, names: Sequence[str]) -> str | None:
+    """The name within a third of the word's length in edits, the earliest of equally close ones."""
+    if len(word) > LONGEST:
+        return None
+    plain = word.lower().replace("-", "_")
+    scored = [(distance(plain, name.lower()), place, name) for place, name in enumerate(names)]
+    edits, _, best = min(scored, default=(len(word) + 1, 0, ""))
+    return best if edits <= max(1, len(word) // 3) else None
+
+
+def closest_key(word: str, siblings: Sequence[str], prefix: str, known: Sequence[str]) -> str | None:
+    """The full dotted key a mistyped one stands for.
+
+    A sibling one edit away is a typo; else the same name in another section is a misplaced key; else other tools'
+    names and farther typos are tried. `known` holds every dotted key of the recipe.
+    """
+    sibling = closest(word, siblings)
+    here = f"{prefix}.{sibling}" if prefix else sibling
+    if sibling is not None and distance(word, sibling) == 1:
+        return here
+    leaves: dict[str, str] = {}
+    for dotted in known:
+        leaves.setdefault(dotted.rpartition(".")[2], dotted)
+    if word in leaves:
+        return leaves[word]
+    if word in FROM_OTHER_TOOLS and FROM_OTHER_TOOLS[word] in known:
+        return FROM_OTHER_TOOLS[word]
+    if sibling is not None:
+        return here
+    far = closest(word, list(leaves))
+    return leaves[far] if far is not None and len(word) > 3 else None

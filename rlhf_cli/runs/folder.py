@@ -1,0 +1,262 @@
+"""The folder of a run: who may write to it, where its files are, and its line-by-line logs."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rlhf_cli.errors import MachineError, NumberError, UsageError
+from rlhf_cli.runs.files import disk_error, non_finite, to_json
+
+LOCK = ".lock"
+OWN_FILES = {"recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "data.json", "report.md"}
+OWN_NAMES = OWN_FILES | {"plots", "model", "checkpoints"}
+LEAST_SPACE = 64 * 2**20
+"""Bytes that must be free before a run starts; the logs and the report alone want a few MiB."""
+
+
+class RunFolder:
+    """The paths of a run, and the lock on it where `open_run` took one."""
+
+    def __init__(self, path: Path, lock: int | None = None) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.manifest = path / "manifest.json"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.data = path / "data.json"
+        self.report = path / "report.md"
+        self.plots = path / "plots"
+        self.model = path / "model"
+        self.checkpoints = path / "checkpoints"
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let another process have the folder. May be called twice."""
+        if self._lock is not None:
+            _unlock(self.path, self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_run(output: Path, *, resume: bool, force: bool) -> RunFolder:
+    """Create, continue or replace the run folder and lock it. For rank 0 alone.
+
+    UsageError: it exists, or another process has it. MachineError: it cannot be created, written or locked.
+    """
+    if resume and force:
+        raise UsageError("--resume continues a run, --force starts it anew: give one of them")
+    try:
+        if force and _content(output):
+            _move_aside(output)
+        refuse_occupied(output, resume)
+        output.mkdir(parents=True, exist_ok=True)
+        run = RunFolder(output, _lock(output))
+    except OSError as error:
+        raise disk_error(output, error) from error
+    except ValueError as error:
+        raise MachineError(f"{str(output)!r} cannot be the name of a folder ({error})\n  choose another output") from error
+    try:
+        # Another process may have used and left the folder since the first look.
+        refuse_occupied(output, resume)
+        require_space(output, LEAST_SPACE)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def require_space(folder: Path, size: int) -> None:
+    """MachineError unless `size` bytes are free where `folder` is."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise MachineError(
+            f"{folder}: {free / 2**20:,.0f} MiB of disk are free, at least {size / 2**20:,.0f} MiB are needed\n"
+            "  free some space, or choose another output"
+        )
+
+
+def _content(folder: Path) -> set[str]:
+    """Names in the folder, without the lock and what a killed writer left."""
+    if not os.path.lexists(folder):
+        return set()
+    if folder.exists() and not folder.is_dir():
+        raise MachineError(f"{folder} is a file, a run needs a folder\n  choose another output")
+    names = {path.name for path in folder.iterdir()}
+    return {name for name in names if name != LOCK and not (name.startswith(".") and name.endswith(".tmp"))}
+
+
+def refuse_occupied(output: Path, resume: bool) -> None:
+    """UsageError where `open_run` without --force would give one; touches nothing."""
+    names = _content(output)
+    if not names or (resume and names & OWN_NAMES):
+        return
+    if resume:
+        raise UsageError(f"{output} holds files but no run: there is nothing to resume\n  choose another output")
+    if holder := _holder(output):
+        raise _in_use(output, holder)
+    what = "holds a finished run" if "manifest.json" in names else "exists and is not empty"
+    raise UsageError(f"{output} {what}\n  --resume continues it, --force moves it to {output}.old-<n>, --output writes elsewhere")
+
+
+def _move_aside(output: Path) -> Path:
+    """Rename the folder to the first free <output>.old-<n>."""
+    old = output.absolute()  # not resolved: of a link, the link is moved
+    if Path.cwd().is_relative_to(old.resolve()):
+        raise UsageError(f"--force would move {output}, which is or contains the working directory\n  choose another output")
+    lock = _lock(output)
+    try:
+        candidates = (old.with_name(f"{old.name}.old-{n}") for n in itertools.count(1))
+        new = next(path for path in candidates if not os.path.lexists(path))
+        old.rename(new)
+    except BaseException:
+        _unlock(output, lock)
+        raise
+    _unlock(new, lock)
+    return new
+
+
+def _lock(folder: Path) -> int:
+    """Take the folder's lock at once, or UsageError. The kernel drops it when the process ends, however it ends."""
+    path = folder / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The former owner may have removed or moved the file between our open and our lock.
+            if _is_at(handle, path):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return handle
+            os.close(handle)
+        except BlockingIOError as error:
+            holder = _read_holder(handle)
+            os.close(handle)
+            raise _in_use(folder, holder) from error
+        except BaseException:
+            os.close(handle)
+            raise
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _unlock(folder: Path, lock: int) -> None:
+    (folder / LOCK).unlink(missing_ok=True)
+    os.close(lock)
+
+
+def _holder(folder: Path) -> str | None:
+    """Who has the folder now; touches nothing."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _read_holder(handle)
+    else:
+        return None
+    finally:
+        os.close(handle)
+
+
+def _read_holder(handle: int) -> str:
+    return os.pread(handle, 300, 0).decode("utf-8", "replace").strip() or "another process"
+
+
+def _in_use(folder: Path, holder: str) -> UsageError:
+    return UsageError(f"{folder} is in use by {holder}\n  wait for it, stop it, or choose another output")
+
+
+class MetricsLog:
+    """An append-only file of one strict JSON object a line: metrics.jsonl and samples.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise disk_error(path, error) from error
+        self.position = self._file.tell()
+        """Bytes so far."""
+
+    def append(self, obj: dict[str, Any]) -> None:
+        """Add a line that readers see at once. NumberError names a metric that is not finite; nothing is then written."""
+        if bad := non_finite(obj):
+            place = f" at step {obj['step']}" if "step" in obj else ""
+            raise NumberError(f"{bad[0]} is {bad[1]}{place}: not written to {self.path}, which holds finite numbers only")
+        line = to_json(obj) + b"\n"
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
+        except OSError as error:
+            _cut(self._file.fileno(), self.position)
+            raise disk_error(self.path, error) from error
+        self.position += len(line)
+
+    def sync(self) -> int:
+        """Bring the lines to the disk; the position that a checkpoint may then record."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+        return self.position
+
+    def truncate_after(self, position: int) -> None:
+        """Keep the first `position` bytes, which end with a line: what a resumed run had written by its checkpoint."""
+        if position > self.position or (position and not _ends_a_line(self.path, position)):
+            raise MachineError(
+                f"{self.path} is not the file the checkpoint was written with: no line ends at byte {position:,}\n"
+                "  put the original back, or start anew with --force"
+            )
+        os.ftruncate(self._file.fileno(), position)
+        self.position = position
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _cut(handle: int, position: int) -> None:
+    """Take back a half-written line where the file allows it."""
+    try:
+        os.ftruncate(handle, position)
+    except OSError:
+        return
+
+
+def _ends_a_line(path: Path, position: int) -> bool:
+    with path.open("rb") as handle:
+        handle.seek(position - 1)
+        return handle.read(1) == b"\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last line without its end, torn by a crash, is left out, and a missing file is empty."""
+    if not path.exists():
+        return []
+    lines: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise UsageError(f"{path}:{number}: not JSON ({error})") from error
+    return lines

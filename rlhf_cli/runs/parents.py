@@ -1,0 +1,93 @@
+"""What a stage starts from: any hub id, transformers folder, PEFT folder, run or checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.data.hub import is_offline
+from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.runs.manifest import BaseModel, Parent, manifest_hash, read_manifest, weights_hash
+
+POLICY_STAGES = ("sft", "dpo", "ipo", "kto", "ppo")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights before step 1: a base, and an adapter on it where the parent was trained with LoRA."""
+
+    base: str  # hub id or folder
+    revision: str | None
+    adapter: Path | None
+    tokenizer: str  # where the tokenizer and its template are
+    parent: Parent | None
+    manifest: dict[str, Any] | None  # the parent's
+
+    @property
+    def template_hash(self) -> str | None:
+        return None if self.manifest is None else self.manifest["chat_template_hash"]
+
+
+def resolve_start(path: str, revision: str | None, place: str, stages: Collection[str] = POLICY_STAGES) -> Start:
+    """What `model.path` means; `place` is where the recipe says it.
+
+    Raises:
+        UsageError: a mistyped path, an unfinished or changed run, a run of a stage that is not one of `stages`.
+    """
+    folder = Path(path)
+    if (folder / "manifest.json").exists() or (folder / "recipe.yaml").exists():
+        manifest = read_manifest(folder, stages=stages)
+        base, parent = manifest["base_model"], Parent(path, manifest_hash(folder))
+        if not (folder / "model" / "adapter_config.json").exists():
+            return Start(str(folder / "model"), None, None, str(folder / "model"), parent, manifest)
+        adapter = folder / "model"
+        return Start(base["path"], base["revision"], adapter, str(adapter), parent, manifest)
+    if (folder / "hashes.json").exists() and (folder / "model").is_dir():
+        run = folder.parent.parent
+        inner = resolve_start(str(folder / "model"), revision, place)
+        return Start(inner.base, inner.revision, inner.adapter, str(run / "model"), None, None)
+    if (folder / "adapter_config.json").exists():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tokenizer = path if (folder / "tokenizer_config.json").exists() else config["base_model_name_or_path"]
+        return Start(config["base_model_name_or_path"], config.get("revision"), folder, tokenizer, None, None)
+    if not folder.exists() and is_meant_as_path(path):
+        near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.glob("*")] if folder.parent.is_dir() else [], 1)
+        hint = f". did you mean {folder.parent / near[0]}?" if near else ""
+        raise UsageError(f"{place}: model.path: there is no folder {path}{hint}")
+    if folder.exists() and not (folder / "config.json").exists():
+        raise UsageError(f"{place}: model.path: {path} is neither a model (config.json), an adapter nor a run (manifest.json)")
+    if not folder.exists() and is_offline():
+        # Before transformers is imported: it reads the variable once, and would otherwise retry for half a minute.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return Start(path, None if folder.exists() else revision, None, path, None, None)
+
+
+def is_meant_as_path(path: str) -> bool:
+    """A hub id is a name or owner/name; everything else, and what lies in a folder that exists, is a path."""
+    owner, _, rest = path.partition("/")
+    return path.startswith((".", "/", "~")) or "/" in rest or (bool(rest) and Path(owner).is_dir()) or path.endswith(".gguf")
+
+
+def base_model(start: Start) -> BaseModel:
+    """The base with the hash of its weights; a parent's record of them must still hold.
+
+    Raises:
+        UsageError: the base has changed since the parent was trained on it.
+    """
+    folder = Path(start.base)
+    if not folder.exists():
+        from transformers.utils import cached_file
+
+        found = cached_file(start.base, "config.json", revision=start.revision)
+        if found is None:
+            raise MachineError(f"{start.base} is not in the hub's cache")
+        folder = Path(found).parent
+    base = BaseModel(start.base, start.revision, weights_hash(folder))
+    if start.adapter and start.manifest and start.manifest["base_model"]["weights_hash"] != base.weights_hash:
+        raise UsageError(f"{start.base} is not the model that {start.parent.path if start.parent else ''} was trained on: its weights differ")
+    return base

@@ -1,0 +1,208 @@
+"""report.md: what a run did, in words, tables and pictures, from nothing but the run's own files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from rlhf_cli.runs.files import write_atomic
+from rlhf_cli.runs.folder import RunFolder, read_metrics
+from rlhf_cli.runs.plots import draw_plots
+from rlhf_cli.runs.verdict import Lines, ends, held_out_verdict, train_verdict
+
+STAGE_NAMES = {"sft": "supervised fine-tuning"}
+HELD_OUT = (("loss", "held-out loss"), ("perplexity", "held-out perplexity"), ("token_accuracy", "held-out token accuracy"))
+PROMPT_LENGTH, RESPONSE_LENGTH = 400, 800
+"""Characters of a sample that are shown."""
+
+
+class Story(NamedTuple):
+    """Everything the report is written from."""
+
+    run: RunFolder
+    manifest: dict[str, Any]
+    train: Lines
+    held_out: Lines
+    samples: Lines
+    data: dict[str, Any]
+    adapter: dict[str, Any] | None  # adapter_config.json; None after a training of all weights
+    plots: list[tuple[str, str]]  # (title, file name)
+
+
+def write_report(run: RunFolder, manifest: dict[str, Any]) -> None:
+    """Write report.md and plots/*.png. Can be repeated at any time with the manifest of a finished run."""
+    lines = read_metrics(run.metrics)
+    train = [line for line in lines if line["split"] == "train"]
+    held_out = [line for line in lines if line["split"] == "eval"]
+    config = run.model / "adapter_config.json"
+    story = Story(
+        run=run,
+        manifest=manifest,
+        train=train,
+        held_out=held_out,
+        samples=read_metrics(run.samples),
+        data=json.loads(run.data.read_bytes()),
+        adapter=json.loads(config.read_bytes()) if config.exists() else None,
+        plots=draw_plots(run.plots, train, held_out),
+    )
+    parts = (section(story) for section in SECTIONS)
+    write_atomic(run.report, "\n\n".join(part for part in parts if part) + "\n")
+
+
+def _head(story: Story) -> str:
+    manifest, data = story.manifest, story.data["train"]
+    stage = STAGE_NAMES.get(manifest["stage"], manifest["stage"])
+    start = f"`{manifest['base_model']['path']}`"
+    if manifest["parents"]:
+        start = f"`{manifest['parents'][0]['path']}` (on the base model {start})"
+    what = f"a LoRA adapter of rank {story.adapter['r']}" if story.adapter else "all weights"
+    steps = f"{manifest['steps']:,} step{'' if manifest['steps'] == 1 else 's'}"
+    return (
+        f"# {story.run.path.resolve().name}: {stage}, {manifest['status']}\n\n"
+        f"Started from {start} and trained {what} on {data['kept']:,} rows of {_sources(data)}: "
+        f"{steps}, {manifest['tokens']:,} tokens, {duration(manifest['seconds'])}."
+    )
+
+
+def _sources(split: dict[str, Any]) -> str:
+    paths = [f"`{source['path']}`" for source in split["sources"]]
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def _learned(story: Story) -> str:
+    rows = []
+    if story.train:
+        rows.append(_moved("training loss", *ends([line["loss"] for line in story.train])))
+    for key, name in HELD_OUT if story.held_out else ():
+        if key in story.held_out[0] and key in story.held_out[-1]:
+            rows.append(_moved(name, story.held_out[0][key], story.held_out[-1][key]))
+    words = [*train_verdict(story.train), *held_out_verdict(story.train, story.held_out)]
+    pictures = [f"![{title}](plots/{name})" for title, name in story.plots]
+    return "\n\n".join(["## Did it learn?", *words, _table(("", "start", "end", "change"), rows), *pictures])
+
+
+def _moved(name: str, first: float, last: float) -> tuple[str, str, str, str]:
+    return name, f"{first:.4g}", f"{last:.4g}", _percent((last - first) / abs(first), "+") if first else "n/a"
+
+
+def _samples(story: Story) -> str:
+    by_prompt: dict[tuple[str, str], Lines] = {}
+    for line in story.samples:
+        by_prompt.setdefault((line["where"], line["prompt"]), []).append(line)
+    if not by_prompt:
+        return ""
+    start, end = min(line["step"] for line in story.samples), max(line["step"] for line in story.samples)
+    rows = [
+        (_cell(prompt, PROMPT_LENGTH), _response(lines, start), _response(lines, end)) for (_, prompt), lines in by_prompt.items()
+    ]
+    table = _table(("prompt", f"before (step {start})", f"after (step {end})"), rows)
+    return "\n\n".join(["## Samples", "The same prompts before and after. All of them over time: `samples.jsonl`.", table])
+
+
+def _response(lines: Lines, step: int) -> str:
+    shown = [
+        _cell(line["response"], RESPONSE_LENGTH) + ("" if line["ended"] else " _(did not end)_")
+        for line in lines
+        if line["step"] == step
+    ]
+    return shown[-1] if shown else ""
+
+
+def _data(story: Story) -> str:
+    splits = [(name, story.data[key]) for key, name in (("train", "training"), ("eval", "held out")) if story.data.get(key)]
+    parts = [split for _, split in splits]
+    rows = [_counts("rows read", parts, "read"), _counts("rows kept", parts, "kept")]
+    for reason in sorted({reason for part in parts for reason in part["dropped"]}):
+        rows.append((f"dropped: {reason}", *(f"{part['dropped'].get(reason, 0):,}" for part in parts)))
+    rows.append(_counts("truncated", parts, "truncated"))
+    rows.append(("responses that end (EOS)", *(_percent(part["eos_share"]) for part in parts)))
+    for kind in ("prompt", "response", "total"):
+        rows.append((f"tokens, {kind}: median / 90 % / 99 % / longest", *(_lengths(part["lengths"].get(kind)) for part in parts)))
+    words = [_source(name, source) for name, part in splits for source in part["sources"]]
+    eos = story.data["train"]["eos_share"]
+    if eos is not None and eos < 1:
+        words.append(f"\n**{_percent(1 - eos)} of the training responses have no end**: they do not teach the model to stop.")
+    return "\n\n".join(["## Data", _table(("", *(name for name, _ in splits)), rows), "\n".join(words)])
+
+
+def _counts(label: str, parts: list[dict[str, Any]], key: str) -> tuple[str, ...]:
+    return (label, *(f"{part[key]:,}" for part in parts))
+
+
+def _source(split: str, source: dict[str, Any]) -> str:
+    bad = f", {source['bad']:,} bad" if source["bad"] else ""
+    return f"- {split}: `{source['path']}` ({source['format']}), {source['kept']:,} of {source['read']:,} rows kept{bad}"
+
+
+def _percent(share: float | None, sign: str = "") -> str:
+    return "n/a" if share is None else f"{100 * share:{sign}.1f} %"
+
+
+def _lengths(stats: dict[str, float] | None) -> str:
+    return " / ".join(f"{stats[key]:,.0f}" for key in ("p50", "p90", "p99", "max")) if stats else "n/a"
+
+
+def _cost(story: Story) -> str:
+    manifest = story.manifest
+    speed = f"{manifest['tokens']:,} tokens ({manifest['tokens_per_second']:,.0f} a second)"
+    return f"## Cost\n\n{duration(manifest['seconds'])} for {speed}; at most {manifest['peak_memory']:.1f} GiB of memory."
+
+
+def _load(story: Story) -> str:
+    base, model = story.manifest["base_model"], story.run.model.as_posix()
+    revision = f", revision={json.dumps(base['revision'])}" if base["revision"] else ""
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if story.adapter:
+        lines = [
+            "from peft import PeftModel",
+            *lines,
+            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base['path'])}{revision})",
+            f"model = PeftModel.from_pretrained(base, {json.dumps(model)})",
+        ]
+    else:
+        lines.append(f"model = AutoModelForCausalLM.from_pretrained({json.dumps(model)})")
+    code = "\n".join(["```python", *lines, f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(model)})", "```"])
+    run = story.run.path.as_posix()
+    onward = (
+        f"In the recipe of the next stage: `model: {{path: {run}}}`. As one plain folder: `rlhf export {run} <folder> --merge`."
+    )
+    return f"## The model\n\nIt is in `{model}`. To load it:\n\n{code}\n\n{onward}"
+
+
+def _lineage(story: Story) -> str:
+    manifest, base = story.manifest, story.manifest["base_model"]
+    revision = f", revision {base['revision']}" if base["revision"] else ""
+    lines = [f"- base model `{base['path']}`{revision}, weights {base['weights_hash']}"]
+    lines += [f"- earlier run `{parent['path']}`, manifest {parent['manifest_hash']}" for parent in manifest["parents"]]
+    lines.append(f"- seed {manifest['seed']}" + (f", git commit {manifest['git_commit']}" if manifest["git_commit"] else ""))
+    lines.append("- " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()))
+    again = f"To repeat the run: `rlhf {manifest['stage']} {story.run.recipe.as_posix()} --output <another folder>`."
+    return "\n\n".join(["## Where it comes from", "\n".join(lines), again])
+
+
+SECTIONS: tuple[Callable[[Story], str], ...] = (_head, _learned, _samples, _data, _cost, _load, _lineage)
+
+
+def _cell(text: str, length: int) -> str:
+    """Any text as one cell of a Markdown table that shows it literally."""
+    shown = text if len(text) <= length else text[:length] + "…"
+    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", shown.replace("\r\n", "\n"))
+    return re.sub(r"([\\`*_\[\]|<>~$&])", r"\\\1", shown.strip("\n")).replace("\n", "<br>")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def duration(seconds: float) -> str:
+    """In two units.
+
+    >>> duration(3725.0)
+    '1 h 2 min'
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

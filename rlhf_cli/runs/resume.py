@@ -1,0 +1,43 @@
+"""What a run was started with, and whether a resumed one is still the same."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.recipe import schema
+from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
+from rlhf_cli.runs.files import write_atomic, write_json
+from rlhf_cli.runs.folder import RunFolder
+from rlhf_cli.runs.manifest import read_manifest
+
+INPUTS = "inputs.json"
+"""Hashes of the base model, the parent, the template and the data of a run."""
+
+
+def record_inputs(run: RunFolder, recipe: schema.SftRecipe, stage: str, inputs: dict[str, Any]) -> None:
+    write_atomic(run.recipe, dump_recipe(recipe, stage))
+    write_json(run.path / INPUTS, inputs)
+
+
+def refuse_other_inputs(run: RunFolder, recipe: schema.SftRecipe, inputs: dict[str, Any]) -> None:
+    """Raises UsageError when the recipe, the data or the parent changed since the run was started."""
+    if not run.recipe.exists():
+        return
+    refuse_changes(run.recipe.read_text(encoding="utf-8"), recipe, str(run.recipe))
+    if not (run.path / INPUTS).exists():
+        return
+    old = json.loads((run.path / INPUTS).read_text())
+    changed = [key for key in {**old, **inputs} if old.get(key) != inputs.get(key)]
+    if changed:
+        rows = [f"  {key}: {str(old.get(key))[:16]} → {str(inputs.get(key))[:16]}" for key in changed]
+        raise UsageError("\n".join(["--resume: what the run was started with has changed. start another run with --output", *rows]))
+
+
+def finished_steps(run: RunFolder) -> int:
+    """Steps of the finished run in this folder, −1 for none. One that stopped early by its own rule counts as all its steps."""
+    if not run.manifest.exists():
+        return -1
+    manifest = read_manifest(run.path)
+    return int(manifest["steps"]) if manifest["status"] == "finished" else 2**62

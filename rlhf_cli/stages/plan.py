@@ -1,0 +1,74 @@
+"""What a person sees before a run starts, and all that --check prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_cli.data.batches import DatasetSource
+from rlhf_cli.data.dataset import Dataset
+from rlhf_cli.data.encode import Encoded
+from rlhf_cli.models.memory import Memory
+from rlhf_cli.recipe import schema
+
+Section = tuple[str, list[tuple[str, object]]]
+
+
+def plan(
+    recipe: schema.SftRecipe, dataset: Dataset, source: DatasetSource, steps: int, memory: Memory, budget: int, facts: dict[str, str]
+) -> list[Section]:
+    """Rows by fate, lengths, EOS share, steps, trees and tokens per step, memory."""
+    lengths = source.trees.lengths
+    per_step = min(recipe.train.batch_size, len(lengths))
+    sections: list[Section] = [("model", list(facts.items()))]
+    sections.append(("training rows", _rows(dataset.train, [r for r in dataset.reading.reports])))
+    if dataset.held_out is not None:
+        sections.append(("held-out rows", _rows(dataset.held_out, dataset.reading.eval_reports)))
+    if len(source.sizes) > 1:
+        shares: list[tuple[str, object]] = []
+        for report, size, share in zip(dataset.reading.reports, source.sizes, source.shares, strict=True):
+            shares.append((report.path, f"{share:.1%} of an epoch, each of its {size:,} rows {share * len(lengths) / max(1, size):.2f} times"))
+        sections.append(("mix", shares))
+    passes = max(1.0, per_step * float(lengths.mean()) / budget)
+    sections.append(
+        (
+            "training",
+            [
+                ("steps", f"{steps:,} ({source.steps_per_epoch:,} an epoch, {steps / source.steps_per_epoch:.3g} epochs)"),
+                ("trees a step", f"{per_step} (prompts with their responses)"),
+                ("tokens a step", f"{per_step * lengths.mean():,.0f} on average, {per_step * source.trees.supervised_counts.mean():,.0f} supervised"),
+                ("forward passes", f"about {passes:.0f} a step of at most {budget:,} tokens (tokens_per_device)"),
+                ("learning rate", f"{recipe.train.learning_rate:g}, {recipe.train.schedule}"),
+                ("memory", f"about {(memory.total(budget)) / 2**30:.1f} GiB a device beside the libraries; {memory.trained:,} trained parameters"),
+            ],
+        )
+    )
+    return sections
+
+
+def _rows(encoded: Encoded, reports: list[Any]) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [(f"from {r.path}", f"{r.read:,} rows read as {r.format}") for r in reports]
+    fates = {"kept": encoded.kept}
+    for report in reports:
+        for reasons in (report.bad, report.unused):
+            for reason, count in reasons.items():
+                fates[reason] = fates.get(reason, 0) + count
+    for reason, count in encoded.lost.items():
+        fates[reason] = fates.get(reason, 0) + count
+    rows += [(name, f"{count:,}") for name, count in fates.items()]
+    rows.append(("truncated", f"{encoded.truncated:,}"))
+    rows.append(("end in EOS", f"{encoded.eos_share:.1%}"))
+    for part, p in encoded.percentiles.items():
+        rows.append((f"{part} tokens", f"median {p['p50']}, 90 % {p['p90']}, 99 % {p['p99']}, longest {p['max']}"))
+    rows += [("", example) for r in reports for example in r.bad_examples[:3]]
+    rows += [("", example) for example in encoded.examples[:3]]
+    return rows
+
+
+def learning_rate_warning(rate: float, lora: schema.Lora | None, memory: Memory) -> str | None:
+    """Words for a rate outside what has worked; models below 20 M parameters, trained from nothing, need larger ones."""
+    kind = "full" if lora is None else "lora"
+    low, high = schema.SANE_LEARNING_RATE[kind]
+    if low <= rate <= high or (lora is None and memory.trained < 20_000_000):
+        return None
+    usual = schema.LEARNING_RATE["sft", kind]
+    return f"train.learning_rate {rate:g} is outside {low:g} … {high:g}, where {'LoRA' if lora else 'full'} training works; {usual:g} is usual"

@@ -1,0 +1,145 @@
+"""Checkpoints: complete or absent, proven readable, and never the only copy that is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_cli.errors import MachineError
+from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.runs.files import disk_error, hash_tree, sync_folder, write_json
+from rlhf_cli.runs.folder import require_space
+from rlhf_cli.training.optim import optimizer_state, restore_optimizer
+
+HASHES, STATE, OPTIMIZER, NUMBERS = "hashes.json", "state.json", "optimizer.safetensors", "optimizer.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands. Data order, learning rate and randomness are functions of the step and the seed."""
+
+    step: int
+    evaluated: int  # the last step whose held-out figures are in the log; -1: not even those of the start
+    tokens: int
+    seconds: float
+    budget: int  # tokens_per_device in force
+    metrics_bytes: int
+    samples_bytes: int
+    best: dict[str, float]  # metric → its best value so far, for stop_if and keep_best
+    best_step: int | None  # the checkpoint that keep_best protects
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def save_checkpoint(folder: Path, backbone: Backbone, optimizer: torch.optim.Optimizer, state: State) -> Path:
+    """Write step-<n> beside its place, sync it, read it back against its hashes, and rename it into place.
+
+    Raises:
+        MachineError: the disk is full or fails; what was there before is untouched.
+    """
+    from safetensors.torch import save_file
+
+    final = checkpoint_path(folder, state.step)
+    part = folder / f".{final.name}.tmp"
+    parameters = backbone.trained_parameters()
+    tensors, numbers = optimizer_state(optimizer, parameters)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        require_space(folder, sum(t.numel() * t.element_size() for t in [*parameters.values(), *tensors.values()]))
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        backbone.save("policy", part / "model")
+        save_file(tensors, part / OPTIMIZER)
+        write_json(part / NUMBERS, numbers)
+        write_json(part / STATE, asdict(state))
+        hashes = hash_tree(part)
+        for name in hashes:
+            _sync(part / name)
+        write_json(part / HASHES, hashes)
+        if not is_intact(part):
+            raise MachineError(f"{part}: what was written reads back differently; the disk or the memory is faulty")
+        if final.exists():
+            final.rename(folder / f".{final.name}.replaced.tmp")
+        part.rename(final)
+        sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise disk_error(final, error) from error
+    except MachineError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    remove_leftovers(folder)
+    return final
+
+
+def is_intact(checkpoint: Path) -> bool:
+    """Does every file match its hash, with none missing and none added?"""
+    try:
+        recorded = json.loads((checkpoint / HASHES).read_text())
+        found = hash_tree(checkpoint)
+    except (OSError, ValueError):
+        return False
+    found.pop(HASHES, None)
+    return bool(recorded == found)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest intact checkpoint, and the damaged ones that are newer.
+
+    Raises:
+        MachineError: there are checkpoints, and all are damaged: a silent restart would lose work.
+    """
+    damaged: list[Path] = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if is_intact(path):
+            return path, damaged
+        damaged.append(path)
+    if damaged:
+        names = ", ".join(path.name for path in damaged)
+        raise MachineError(f"{folder}: every checkpoint is damaged ({names})\nrestore one from a backup, or start anew with --force")
+    return None, []
+
+
+def load_state(checkpoint: Path) -> State:
+    return State(**json.loads((checkpoint / STATE).read_text()))
+
+
+def restore(checkpoint: Path, backbone: Backbone, optimizer: torch.optim.Optimizer) -> None:
+    """Put the trained weights and the optimiser back as they were saved, bit for bit."""
+    from safetensors.torch import load_file
+
+    parameters = backbone.trained_parameters()
+    backbone.load("policy", checkpoint / "model")
+    numbers: dict[str, Any] = json.loads((checkpoint / NUMBERS).read_text())
+    restore_optimizer(optimizer, parameters, load_file(checkpoint / OPTIMIZER), numbers)
+
+
+def prune(folder: Path, keep: int, protected: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the protected one. A folder loses its name before its content."""
+    kept = {checkpoint_path(folder, protected)} if protected is not None else set()
+    for path in sorted(folder.glob("step-*"))[:-keep]:
+        if path not in kept:
+            path.rename(path.with_name(f".{path.name}.old.tmp"))
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clear what a killed process left half-written or half-removed."""
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,240 @@
+"""The loop every stage shares: step, evaluate, sample, save; stop and resume at any point between."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from rlhf_cli.console import Console, Progress, peak_memory_gib
+from rlhf_cli.data.batches import due_steps
+from rlhf_cli.data.trees import Tree
+from rlhf_cli.errors import NumberError, Stopped
+from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.objectives.base import Objective
+from rlhf_cli.recipe import schema
+from rlhf_cli.runs.files import write_json
+from rlhf_cli.runs.folder import MetricsLog, RunFolder
+from rlhf_cli.training.checkpoint import (
+    State,
+    checkpoint_path,
+    load_state,
+    newest_checkpoint,
+    prune,
+    remove_leftovers,
+    restore,
+    save_checkpoint,
+)
+from rlhf_cli.training.optim import build_optimizer, learning_rate
+from rlhf_cli.training.ranks import Ranks
+from rlhf_cli.training.signals import StopSignals
+from rlhf_cli.training.step import NonFinite, evaluate, optimise
+from rlhf_cli.training.trackers import Track
+from rlhf_cli.training.watch import note_best, reason_to_stop
+
+
+class Source(Protocol):
+    """Yields the global batch of every optimiser step, as a function of the step alone."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def batch(self, step: int) -> list[Tree]: ...
+    def wheres(self, step: int) -> list[str]: ...
+
+
+Sampler = Callable[[], Iterator[dict[str, Any] | None]]
+"""Yields None between two prompts and, last, {"lines": [...]} for samples.jsonl without their step."""
+
+
+@dataclass
+class Fit:
+    """One training run: what it is made of, and where it stands."""
+
+    run: RunFolder
+    backbone: Backbone
+    objective: Objective
+    source: Source
+    held_out: list[Tree]
+    sample: Sampler
+    train: schema.Train
+    steps: int
+    seed: int
+    budget: int
+    ranks: Ranks
+    console: Console
+    signals: StopSignals
+    track: Track
+    state: State = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = State(0, -1, 0, 0.0, self.budget, 0, 0, {}, None)
+        self.optimizer = build_optimizer(self.backbone.trained_parameters(), self.train)
+        self.stopped_by: str | None = None
+
+    def resume(self) -> None:
+        """Take up the newest intact checkpoint, if there is one; leftovers of a killed process are cleared."""
+        if self.ranks.main:
+            remove_leftovers(self.run.checkpoints)
+        self.ranks.barrier()
+        checkpoint, damaged = newest_checkpoint(self.run.checkpoints)
+        for path in damaged:
+            self.console.warn(f"{path} is damaged and left aside")
+        if checkpoint is not None:
+            self.state = load_state(checkpoint)
+            restore(checkpoint, self.backbone, self.optimizer)
+            self.console.say(f"resuming after step {self.state.step} from {checkpoint}")
+
+    def go(self) -> str:
+        """Train to the end; "finished" or why it stopped early.
+
+        Raises:
+            Stopped: a signal arrived; a checkpoint was written.
+            NumberError: a step was refused; the batch is in failed/.
+        """
+        self.signals.defer()
+        self._open_logs()
+        evals, saves = due_steps(self.train.eval_every, self.steps), due_steps(self.train.save_every, self.steps)
+        with self.console.progress(self.steps, self.train.log_every) as progress:
+            self._look(progress, {0} | evals)
+            while self.state.step < self.steps and self.stopped_by is None:
+                self._step(progress)
+                self._look(progress, evals)
+                if self.state.step in saves or self.stopped_by is not None:
+                    self._save()
+                self._obey_signal()
+        return "finished" if self.stopped_by is None else f"stopped: {self.stopped_by}"
+
+    def _open_logs(self) -> None:
+        if self.ranks.main:
+            self.metrics, self.samples = MetricsLog(self.run.metrics), MetricsLog(self.run.samples)
+            self.metrics.truncate_after(self.state.metrics_bytes)
+            self.samples.truncate_after(self.state.samples_bytes)
+
+    def _step(self, progress: Progress) -> None:
+        started, step = time.monotonic(), self.state.step + 1
+        trees = self.source.batch(step)
+        try:
+            result = optimise(
+                self.backbone,
+                self.objective,
+                self.optimizer,
+                trees,
+                step=step,
+                seed=self.seed,
+                rate=learning_rate(self.train, step, self.steps),
+                max_grad_norm=self.train.max_grad_norm,
+                budget=self.state.budget,
+                ranks=self.ranks,
+            )
+        except NonFinite as error:
+            raise self._keep_evidence(error, step, trees) from error
+        if result.budget != self.state.budget:
+            self.console.warn(f"step {step}: out of memory; replayed with tokens_per_device {result.budget}, the result is the same")
+        seconds = time.monotonic() - started
+        metrics = result.metrics | {
+            "tokens": self.state.tokens + result.tokens,
+            "tokens_per_second": result.tokens / seconds,
+            "epoch": step / self.source.steps_per_epoch,
+        }
+        self._advance(step=step, tokens=self.state.tokens + result.tokens, seconds=self.state.seconds + seconds, budget=result.budget)
+        self._log("train", metrics)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+        progress.update(step, self.steps, metrics, memory)
+        self._watch(metrics)
+
+    def _look(self, progress: Progress, due: set[int] | frozenset[int]) -> None:
+        """Held-out figures and samples of the weights after this step, if they are due and not yet in the logs."""
+        if self.state.step not in due or self.state.evaluated >= self.state.step:
+            return
+        started = time.monotonic()
+        figures = evaluate(self.backbone, self.objective, self.held_out, budget=self.state.budget, ranks=self.ranks)
+        metrics = self._until_last(figures) if self.held_out else None
+        lines = self._until_last(self.sample()) if self.ranks.main else None
+        self.ranks.barrier()
+        if metrics:
+            self._log("eval", metrics)
+            progress.evaluated(self.state.step, metrics)
+        if self.ranks.main:
+            for line in (lines or {}).get("lines", ()):
+                self.samples.append({"step": self.state.step} | line)
+        self._advance(evaluated=self.state.step, seconds=self.state.seconds + time.monotonic() - started)
+        self._watch(metrics or {})
+
+    def _until_last(self, values: Iterator[dict[str, Any] | None]) -> dict[str, Any] | None:
+        """The last value; a signal between two ends the run with the figures of this step still due."""
+        last = None
+        for last in values:
+            if self.signals.received is not None and self.ranks.size == 1:
+                self._obey_signal()
+        return last
+
+    def _log(self, split: str, metrics: dict[str, float]) -> None:
+        if self.ranks.main:
+            self.metrics.append({"step": self.state.step, "split": split, "time": round(time.time(), 3)} | metrics)
+            self.track({f"{split}/{name}": value for name, value in metrics.items()}, self.state.step)
+
+    def _watch(self, metrics: dict[str, float]) -> None:
+        before = self.state.best
+        best = note_best(before, metrics, self.train)
+        self._advance(best=best)
+        self.stopped_by = self.stopped_by or reason_to_stop(self.train.stop_if, metrics, best)
+        keep = self.train.keep_best
+        if keep is not None and keep.metric in metrics and metrics[keep.metric] == best[keep.metric] != before.get(keep.metric):
+            self._advance(best_step=self.state.step)
+            if self.state.step:
+                self._save()
+
+    def _advance(self, **changes: Any) -> None:
+        self.state = dataclasses.replace(self.state, **changes)
+
+    def _save(self) -> None:
+        """A checkpoint of this step.
+
+        Raises:
+            NumberError: a trained weight is not finite; nothing is written.
+        """
+        broken = [name for name, p in self.backbone.trained_parameters().items() if not torch.isfinite(p).all()]
+        if broken:
+            raise NumberError(f"step {self.state.step}: {broken[0]} is not finite after the update; no checkpoint is written")
+        if self.ranks.main:
+            self._advance(metrics_bytes=self.metrics.sync(), samples_bytes=self.samples.sync())
+            save_checkpoint(self.run.checkpoints, self.backbone, self.optimizer, self.state)
+            prune(self.run.checkpoints, self.train.keep_checkpoints, self.state.best_step)
+        self.ranks.barrier()
+
+    def _obey_signal(self) -> None:
+        received = max(s or 0 for s in self.ranks.gather(self.signals.received))
+        if not received:
+            return
+        if not checkpoint_path(self.run.checkpoints, self.state.step).exists():
+            self._save()
+        raise Stopped(f"stopped after step {self.state.step} of {self.steps}; continue with --resume", received)
+
+    def _keep_evidence(self, error: NonFinite, step: int, trees: list[Tree]) -> NumberError:
+        """Save the refused batch, and the state before it where no checkpoint has it yet."""
+        with contextlib.suppress(NumberError):
+            if self.state.step and not checkpoint_path(self.run.checkpoints, self.state.step).exists():
+                self._save()
+        rows = self.source.wheres(step)
+        suspects = [rows[i] for i in error.trees]
+        path: Path = self.run.path / "failed" / f"step-{step:08d}.json"
+        if self.ranks.main:
+            path.parent.mkdir(exist_ok=True)
+            batch = [
+                {"row": row, "prompt": tree.prompt.tolist(), "responses": [r.tolist() for r in tree.responses]}
+                for row, tree in zip(rows, trees, strict=True)
+            ]
+            write_json(path, {"step": step, "error": str(error), "suspects": suspects, "batch": batch})
+        near = f"rows of the passes concerned: {', '.join(suspects[:5])}" if suspects else "every loss was finite"
+        return NumberError(f"{error}\n{near}\nthe batch is in {path}; lower train.learning_rate or look at the rows")
+
+
+def peak_memory() -> float:
+    """GiB: the GPU's allocations where there is one, else this process's resident memory."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak_memory_gib()

@@ -1,0 +1,77 @@
+"""Optimisers, their state as plain tensors, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from rlhf_cli.errors import MachineError
+from rlhf_cli.recipe import schema
+
+
+def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], train: schema.Train) -> torch.optim.Optimizer:
+    """The recipe's optimiser over float32 parameters; the loop sets its learning rate before every step."""
+    values = list(parameters.values())
+    rate = train.learning_rate or 0.0
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(values, lr=rate, weight_decay=train.weight_decay)
+    if train.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise MachineError("train.optimizer: adamw_8bit needs bitsandbytes: pip install 'rlhf-cli[quant]'") from error
+        return AdamW8bit(values, lr=rate, betas=train.betas, weight_decay=train.weight_decay)  # type: ignore[no-any-return]
+    fused = values[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(values, lr=rate, betas=train.betas, weight_decay=train.weight_decay, fused=fused)
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """A share of the run if below 1, else a number of steps."""
+    return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+
+
+def learning_rate(train: schema.Train, step: int, steps: int) -> float:
+    """The rate of update `step`, counted from 1: a linear rise to the peak, then the schedule towards 0.
+
+    With w warm-up steps, update k ≤ w has k/w of the peak. Cosine and linear fall so that a further update would have 0.
+    """
+    peak = train.learning_rate or 0.0
+    warm = warmup_steps(train.warmup, steps)
+    if step <= warm:
+        return peak * step / warm
+    if train.schedule == "constant":
+        return peak
+    done = (step - 1 - warm) / max(1, steps - warm)
+    return peak * (0.5 * (1 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1 - done)
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state per parameter name: tensors under "name|entry", and plain numbers under the same keys."""
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        for entry, value in optimizer.state[parameter].items():
+            if torch.is_tensor(value):
+                tensors[f"{name}|{entry}"] = value.detach().cpu().contiguous()
+            else:
+                numbers[f"{name}|{entry}"] = value
+    return tensors, numbers
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+    numbers: Mapping[str, Any],
+) -> None:
+    """The inverse of `optimizer_state`. Step counters stay where AdamW keeps them, everything else goes to its parameter."""
+    for key, value in {**tensors, **numbers}.items():
+        name, entry = key.rsplit("|", 1)
+        parameter = parameters[name]
+        on_device = torch.is_tensor(value) and value.dim() > 0
+        optimizer.state[parameter][entry] = value.to(parameter.device) if on_device else value

@@ -1,0 +1,35 @@
+"""SIGINT and SIGTERM: at once while nothing is trained, at the next safe point afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+from rlhf_cli.errors import Stopped
+
+
+class StopSignals:
+    """Holds the signal that asked the run to stop.
+
+    Until `defer()` a signal ends the run where it stands, by `Stopped`. After it, the loop looks at `received` between two
+    passes. A second SIGINT ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._deferred = False
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def defer(self) -> None:
+        self._deferred = True
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.received = number
+        if not self._deferred:
+            raise Stopped(f"stopped by {signal.Signals(number).name} before the first step; nothing was trained", number)

@@ -1,0 +1,205 @@
+"""One optimiser step: passes, one division by the global counts, one reduction, one check, one update."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_cli.data.trees import Batch, Tree, tree_length
+from rlhf_cli.errors import MachineError, NumberError
+from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.objectives.base import Objective
+from rlhf_cli.training.ranks import Ranks
+
+FLOAT16_LOSS_SCALE = 1024.0
+"""Keeps small gradients above float16's smallest number on their way back; taken out again before the update."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    metrics: dict[str, float]
+    tokens: int  # of all ranks, padding not counted
+    budget: int  # tokens_per_device in force, smaller than before if memory ran out
+
+
+class NonFinite(NumberError):
+    """The step was refused: a loss or a gradient is not finite. The weights are as they were."""
+
+    def __init__(self, message: str, trees: list[int]) -> None:
+        super().__init__(message)
+        self.trees = trees  # global-batch indices of the passes concerned
+
+
+def optimise(
+    backbone: Backbone,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    trees: list[Tree],
+    *,
+    step: int,
+    seed: int,
+    rate: float,
+    max_grad_norm: float,
+    budget: int,
+    ranks: Ranks,
+) -> StepResult:
+    """Make update `step` on a global batch, the same on every rank. Metrics are of the weights before the update.
+
+    Raises:
+        NonFinite: a loss or gradient is not finite; nothing was changed.
+        MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
+    """
+    parameters = backbone.trained_parameters()
+    counts = objective.counts(trees)
+    while True:
+        torch.manual_seed(derive_seed(seed, step, ranks.rank))
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            passes = _accumulate(backbone, objective, trees, counts, budget, ranks)
+            break
+        except (RuntimeError, MemoryError) as error:
+            budget = _smaller_budget(error, budget, trees, ranks)
+    if step == 1:
+        _check_gradients_exist(backbone, ranks)
+    ranks.sum_gradients(parameters.values())
+    scale = _loss_scale(backbone)
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    if scale != 1:
+        torch._foreach_mul_(gradients, 1 / scale)
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    means = _means(passes, counts, ranks)
+    if not (math.isfinite(norm) and all(map(math.isfinite, means.values()))):
+        optimizer.zero_grad(set_to_none=True)
+        raise _refusal(step, means["loss"], norm, passes, {n: p.grad for n, p in parameters.items()}, ranks)
+    torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), max_grad_norm, torch.tensor(norm, device=gradients[0].device))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tokens = int(sum(map(tree_length, trees)))
+    metrics = objective.metrics(means) | {"grad_norm": norm, "learning_rate": rate}
+    return StepResult(metrics, tokens, budget)
+
+
+def evaluate(
+    backbone: Backbone, objective: Objective, trees: list[Tree], *, budget: int, ranks: Ranks, batch_size: int = 64
+) -> Iterator[dict[str, float] | None]:
+    """The objective's metrics on held-out trees: yields None between passes, so that a caller can stop, then the metrics."""
+    counts = objective.counts(trees)
+    passes: list[_Pass] = []
+    with _mode(backbone, training=False), torch.no_grad():
+        for start in range(0, len(trees), batch_size):
+            for batch in backbone.batches(trees[start : start + batch_size], budget, ranks.rank, ranks.size):
+                passes.append(_run_pass(backbone, objective, batch, counts, 0.0))
+                yield None
+    yield objective.metrics(_means(passes, counts, ranks))
+
+
+@dataclass(frozen=True)
+class _Pass:
+    sums: dict[str, tuple[torch.Tensor, str]]  # metric → (sum, unit)
+    trees: tuple[int, ...]
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed from a tuple of integers: what is random in a step depends on nothing else, so there is no state to save."""
+    text = ",".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def _accumulate(
+    backbone: Backbone, objective: Objective, trees: list[Tree], counts: dict[str, int], budget: int, ranks: Ranks
+) -> list[_Pass]:
+    with _mode(backbone, training=True):
+        scale = _loss_scale(backbone)
+        return [
+            _run_pass(backbone, objective, batch, counts, scale)
+            for batch in backbone.batches(trees, budget, ranks.rank, ranks.size)
+        ]
+
+
+def _run_pass(backbone: Backbone, objective: Objective, batch: Batch, counts: dict[str, int], scale: float) -> _Pass:
+    """Forward one pass and, with a scale, each of its terms backward before the next; the division is here and nowhere else."""
+    sums: dict[str, tuple[torch.Tensor, str]] = {}
+    for term in objective.terms(backbone, batch):
+        if scale:
+            (term.loss * (scale / counts[term.unit])).backward()  # type: ignore[no-untyped-call]
+        for name, value in ({"loss": term.loss} | term.sums).items():
+            before = sums[name][0] if name in sums else 0.0
+            sums[name] = (before + value.detach().double(), term.unit)
+    return _Pass(sums, batch.trees)
+
+
+def _means(passes: Sequence[_Pass], counts: dict[str, int], ranks: Ranks) -> dict[str, float]:
+    """Global sums over global counts. Ranks without a pass learn the names from the others."""
+    mine = {f"{name}|{unit}": 0.0 for p in passes for name, (_, unit) in p.sums.items()}
+    for p in passes:
+        for name, (value, unit) in p.sums.items():
+            mine[f"{name}|{unit}"] += float(value)
+    keys = sorted({key for keys in ranks.gather(list(mine)) for key in keys})
+    totals = ranks.sum(mine.get(key, 0.0) for key in keys)
+    means: dict[str, float] = {}
+    for key, total in zip(keys, totals, strict=True):
+        name, unit = key.rsplit("|", 1)
+        means[name] = means.get(name, 0.0) + total / max(1, counts[unit])
+    return means
+
+
+@contextmanager
+def _mode(backbone: Backbone, *, training: bool) -> Iterator[None]:
+    backbone.model.train(training)
+    try:
+        yield
+    finally:
+        backbone.model.eval()
+
+
+def _loss_scale(backbone: Backbone) -> float:
+    return FLOAT16_LOSS_SCALE if backbone.compute_dtype == torch.float16 else 1.0
+
+
+def _smaller_budget(error: BaseException, budget: int, trees: list[Tree], ranks: Ranks) -> int:
+    """Half the budget if `error` says that memory ran out; else the error goes on."""
+    if not is_out_of_memory(error):
+        raise error
+    longest = max(map(tree_length, trees))
+    advice = f"set train.tokens_per_device below {budget}, shorten data.max_length or set model.gradient_checkpointing: true"
+    if ranks.size > 1:
+        raise MachineError(f"out of memory on rank {ranks.rank}; {advice}, then --resume") from error
+    if budget <= longest:
+        raise MachineError(f"out of memory with one tree of {longest} tokens in the pass; {advice}") from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return max(budget // 2, 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's out-of-memory, Python's, and that of torch's allocator on a CPU."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _check_gradients_exist(backbone: Backbone, ranks: Ranks) -> None:
+    """After the first backward every adapter tensor has a gradient, and no frozen one has any."""
+    trained = backbone.trained_parameters()
+    lost = [name for name, p in trained.items() if p.grad is None and backbone.peft is not None]
+    leaked = [name for name, p in backbone.model.named_parameters() if p.grad is not None and name not in trained]
+    if ranks.size == 1 and lost:
+        raise NumberError(f"step 1: {len(lost)} trained tensors have no gradient, the first is {lost[0]}; nothing was trained")
+    if leaked:
+        raise NumberError(f"step 1: {len(leaked)} frozen tensors have a gradient, the first is {leaked[0]}; nothing was trained")
+
+
+def _refusal(
+    step: int, loss: float, norm: float, passes: list[_Pass], gradients: dict[str, torch.Tensor | None], ranks: Ranks
+) -> NonFinite:
+    trees = [t for p in passes if not all(math.isfinite(float(v)) for v, _ in p.sums.values()) for t in p.trees]
+    tensor = next((n for n, g in gradients.items() if g is not None and not torch.isfinite(g).all()), None)
+    suspects = sorted({t for share in ranks.gather(trees) for t in share})
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm} (first in {tensor})"
+    return NonFinite(f"step {step}: {what}; the update was refused and the weights are as before it", suspects)

@@ -1,0 +1,277 @@
+"""Rows of every format, good and bad, and which format a row has."""
+
+from __future__ import annotations
+
+from typing import get_args, get_type_hints
+
+import pytest
+
+from rlhf_cli.data.formats import COLUMNS, FORMATS, STAGE_TAKES, STAGE_USE, BadRow, convert, converter_of, detect, readings
+from rlhf_cli.data.records import Message, Record
+from rlhf_cli.errors import UsageError
+from rlhf_cli.recipe.schema import Source
+
+U, A, S = "user", "assistant", "system"
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def said(*pairs):
+    return tuple(Message(role, content) for role, content in pairs)
+
+
+ASK = turns((U, "2+2?"))
+LONG = turns((S, "Be brief."), (U, "2+2?"), (A, "4"), (U, "and 3+3?"))
+LONG_SAID = said((S, "Be brief."), (U, "2+2?"), (A, "4"), (U, "and 3+3?"))
+
+GOOD = [
+    ("messages", {"messages": [*LONG, *turns((A, "6"))]}, LONG_SAID, ("6",), {}),
+    ("prompt-completion", {"prompt": "2+2?", "completion": " 4"}, "2+2?", (" 4",), {}),
+    ("prompt-completion", {"prompt": ASK, "completion": turns((A, "4"))}, said((U, "2+2?")), ("4",), {}),
+    ("prompt-completion", {"prompt": "2+2?", "completion": turns((A, "4"))}, "2+2?", ("4",), {}),
+    ("prompt-completion", {"prompt": LONG, "completion": "6"}, LONG_SAID, ("6",), {}),
+    (
+        "prompt-completion",
+        {"prompt": "2+2?", "completion": turns((A, "4"), (U, "sure?"), (A, "yes"))},
+        said((U, "2+2?"), (A, "4"), (U, "sure?")),
+        ("yes",),
+        {},
+    ),
+    ("text", {"text": "Once upon a time"}, "", ("Once upon a time",), {}),
+    ("preference", {"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "2+2?", ("4", "5"), {}),
+    ("preference", {"prompt": ASK, "chosen": turns((A, "4")), "rejected": "5"}, said((U, "2+2?")), ("4", "5"), {}),
+    ("preference", {"prompt": "2+2?", "chosen": [*ASK, *turns((A, "4"))], "rejected": turns((A, "5"))}, "2+2?", ("4", "5"), {}),
+    ("preference", {"chosen": [*ASK, *turns((A, "4"))], "rejected": [*ASK, *turns((A, "5"))]}, said((U, "2+2?")), ("4", "5"), {}),
+    (
+        "hh",
+        {
+            "chosen": "\n\nHuman: 2+2? \n\nAssistant:  4\n\nHuman: and\n\n3+3?\n\nAssistant: 6 ",
+            "rejected": "\n\nHuman: 2+2?\n\nAssistant: 4\n\nHuman: and\n\n3+3?\n\nAssistant: 7",
+        },
+        said((U, "2+2?"), (A, "4"), (U, "and\n\n3+3?")),
+        ("6", "7"),
+        {},
+    ),
+    ("ranked", {"prompt": "2+2?", "responses": ["4", "5", "fish"]}, "2+2?", ("4", "5", "fish"), {}),
+    ("ranked", {"prompt": "2+2?", "responses": ["fish", "4", "5"], "ranks": [3, 1, 2]}, "2+2?", ("4", "5", "fish"), {}),
+    ("ranked", {"prompt": "2+2?", "responses": ["a", "b", "c", "d"], "ranks": [2, 1, 2, 1]}, "2+2?", ("b", "d", "a", "c"), {}),
+    (
+        "ranked",
+        {"prompt": "2+2?", "responses": ["5", "4", "fish", "5!"], "scores": [0.5, 2, -1e3, 0.5]},
+        "2+2?",
+        ("4", "5", "5!", "fish"),
+        {"scores": (2.0, 0.5, 0.5, -1000.0)},
+    ),
+    (
+        "ranked",
+        {"prompt": ASK, "responses": [turns((A, "5")), turns((A, "4"))], "ranks": [2, 1], "scores": [1, 3]},
+        said((U, "2+2?")),
+        ("4", "5"),
+        {"scores": (3.0, 1.0)},
+    ),
+    ("unpaired", {"prompt": "2+2?", "completion": "5", "label": False}, "2+2?", ("5",), {"label": False}),
+    ("prompt", {"prompt": LONG}, LONG_SAID, (), {}),
+    ("prompt", {"prompt": "2+2?", "subset": "sums"}, "2+2?", (), {"subset": "sums"}),
+]
+
+
+@pytest.mark.parametrize(("format", "row", "prompt", "responses", "more"), GOOD)
+def test_good_rows(format, row, prompt, responses, more):
+    assert convert(row, "x.jsonl:7", FORMATS[format]) == Record(prompt, responses, "x.jsonl:7", **more)
+    assert readings(row) == (format,)
+
+
+def hh(chosen, rejected):
+    return {"chosen": chosen, "rejected": rejected}
+
+
+Q, GOOD_HH = "\n\nHuman: hi", "\n\nHuman: hi\n\nAssistant: hello"
+BAD = [
+    ("messages", {}, "'messages' is missing"),
+    ("messages", {"messages": None}, "'messages' is null, expected a list"),
+    ("messages", {"messages": "hi"}, "'messages' is text, expected a list"),
+    ("messages", {"messages": []}, "'messages' is empty"),
+    ("messages", {"messages": ["hi"]}, "a turn of 'messages' is text, expected an object with role and content (turn 1)"),
+    ("messages", {"messages": [{"role": U}]}, "a turn of 'messages' has no 'content' (turn 1)"),
+    ("messages", {"messages": [{"from": "human", "content": "a"}]}, "a turn of 'messages' has no 'role' (turn 1)"),
+    ("messages", {"messages": ASK}, "'messages' has no assistant turn"),
+    ("messages", {"messages": turns((S, "Be brief."))}, "'messages' has no assistant turn"),
+    ("messages", {"messages": LONG}, "'messages' does not end in an assistant turn"),
+    ("messages", {"messages": turns((A, "hi"))}, "wrong role order in 'messages' (turn 1 is assistant, expected user)"),
+    ("messages", {"messages": turns((U, "a"), (U, "b"))}, "wrong role order in 'messages' (turn 2 is user, expected assistant)"),
+    (
+        "messages",
+        {"messages": turns((U, "a"), (S, "b"))},
+        "wrong role order in 'messages' (turn 2 is system, expected assistant)",
+    ),
+    (
+        "messages",
+        {"messages": turns((U, "a"), ("tool", "b"))},
+        "a role of 'messages' is not system, user or assistant (turn 2: 'tool')",
+    ),
+    ("messages", {"messages": [*ASK, {"role": A, "content": "4", "tool_calls": [{}]}]}, "'messages' has tool calls (turn 2)"),
+    ("messages", {"messages": [*ASK, {"role": A, "content": None}]}, "a turn of 'messages' is null, expected text (turn 2)"),
+    ("messages", {"messages": [*ASK, {"role": A, "content": [{}]}]}, "a turn of 'messages' is a list, expected text (turn 2)"),
+    ("messages", {"messages": turns((U, "a"), (A, " \n"))}, "a turn of 'messages' is blank (turn 2)"),
+    ("messages", {"messages": turns((U, ""), (A, "b"))}, "a turn of 'messages' is empty (turn 1)"),
+    ("prompt-completion", {"prompt": "a"}, "'completion' is missing"),
+    ("prompt-completion", {"prompt": "a", "completion": 4}, "'completion' is a number, expected text"),
+    ("prompt-completion", {"prompt": "a", "completion": True}, "'completion' is true or false, expected text"),
+    ("prompt-completion", {"prompt": {}, "completion": "b"}, "'prompt' is an object, expected text"),
+    ("prompt-completion", {"prompt": turns((U, "a"), (A, "b")), "completion": "c"}, "'prompt' does not end in a user turn"),
+    ("prompt-completion", {"prompt": "a", "completion": "b\0"}, "'completion' has a NUL character"),
+    ("prompt-completion", {"prompt": "a", "completion": "é\ud800"}, "'completion' is not valid Unicode (character 2)"),
+    ("prompt-completion", {"prompt": "a", "completion": turns((U, "b"), (A, "c"))}, "'completion' does not begin with 'prompt'"),
+    ("text", {"text": "\t"}, "'text' is blank"),
+    ("preference", {"chosen": "a", "rejected": "b"}, "'prompt' is missing"),
+    ("preference", {"prompt": "a", "rejected": "b"}, "'chosen' is missing"),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": ""}, "'rejected' is empty"),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "b "}, "'chosen' and 'rejected' are the same"),
+    (
+        "preference",
+        {"chosen": turns((U, "a"), (A, "c")), "rejected": turns((U, "b"), (A, "d"))},
+        "the prompts of 'chosen' and 'rejected' differ",
+    ),
+    ("hh", hh("hi", "ho"), "'chosen' is not a transcript that begins with 'Human:'"),
+    ("hh", hh(GOOD_HH, Q), "'rejected' has no assistant turn"),
+    ("hh", hh(GOOD_HH, GOOD_HH), "'chosen' and 'rejected' are the same"),
+    ("hh", hh(GOOD_HH, "\n\nHuman: ho\n\nAssistant: hey"), "the prompts of 'chosen' and 'rejected' differ"),
+    ("hh", hh(Q + "\n\nAssistant:", GOOD_HH), "'chosen' has an empty turn (turn 2)"),
+    ("hh", hh(GOOD_HH + "\n\nAssistant: a", GOOD_HH), "wrong role order in 'chosen' (turn 3 is assistant, expected user)"),
+    ("hh", hh("\n\nAssistant: a" + GOOD_HH, GOOD_HH), "wrong role order in 'chosen' (turn 1 is assistant, expected user)"),
+    ("ranked", {"prompt": "a", "responses": ["b"]}, "'responses' has one response, a ranking needs two"),
+    ("ranked", {"prompt": "a", "responses": "b"}, "'responses' is text, expected a list"),
+    ("ranked", {"prompt": "a", "responses": ["b", ""]}, "a response is empty"),
+    ("ranked", {"prompt": "a", "responses": ["b", "b"]}, "all 'responses' are the same"),
+    ("ranked", {"prompt": "a", "responses": ["b", "c"], "ranks": [1]}, "'ranks' and 'responses' differ in number (1 and 2)"),
+    ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, "2"]}, "'scores' holds text, expected numbers"),
+    ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, True]}, "'scores' holds true or false, expected numbers"),
+    (
+        "ranked",
+        {"prompt": "a", "responses": ["b", "c"], "scores": [1, float("nan")]},
+        "'scores' holds a number that is not finite",
+    ),
+    (
+        "ranked",
+        {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "scores": [1, 2]},
+        "'ranks' and 'scores' contradict each other",
+    ),
+    ("unpaired", {"prompt": "a", "completion": "b"}, "'label' is missing"),
+    ("unpaired", {"prompt": "a", "completion": "b", "label": 1}, "'label' is a number, expected true or false"),
+    ("prompt", {"prompt": "a", "subset": 3}, "'subset' is a number, expected text"),
+]
+
+
+@pytest.mark.parametrize(("format", "row", "message"), BAD)
+def test_bad_rows(format, row, message):
+    with pytest.raises(BadRow) as error:
+        convert(row, "x.jsonl:7", FORMATS[format])
+    assert str(error.value) == message
+    assert message.startswith(error.value.reason)
+
+
+def test_pairs_without_any_prompt_are_whole_conversations():
+    rows = [{"chosen": "Q: 2+2?\nA: it is four", "rejected": "Q: 2+2?\nA: it is five"}]
+    read = converter_of("preference", rows)
+    assert read(rows[0], "x:1") == Record("Q: 2+2?\nA: it is", (" four", " five"), "x:1")
+    # A shared word is never cut: "foul" and "four" share three letters, and one answer may begin the other.
+    assert read(hh("Q: A: foul", "Q: A: four"), "x:1").responses == (" foul", " four")
+    assert read(hh("Q: A: yes", "Q: A: yes, sir"), "x:1") == Record("Q: A:", (" yes", " yes, sir"), "x:1")
+    with pytest.raises(BadRow, match="the prompts of 'chosen' and 'rejected' differ"):
+        read(hh("four", "foul"), "x:1")
+    with pytest.raises(BadRow, match="'rejected' is a number, expected text"):
+        read(hh("four", 5), "x:1")
+
+
+def test_a_missing_prompt_is_not_made_up_where_other_rows_have_one():
+    pair = {"chosen": "The cat", "rejected": "The dog"}
+    read = converter_of("preference", [pair, {"prompt": "Who?", **pair}])
+    with pytest.raises(BadRow, match="'prompt' is missing"):
+        read(pair, "x:1")
+
+
+def test_sft_takes_the_best_response_and_no_undesirable_row():
+    use = STAGE_USE["sft"]
+    assert use(Record("a", ("best", "worst"), "x:1", scores=(2.0, 1.0))) == Record("a", ("best",), "x:1")
+    assert use(Record("a", ("b",), "x:1", label=True)) == Record("a", ("b",), "x:1")
+    assert use(Record("a", ("b",), "x:1", label=False)) == "undesirable (not for sft)"
+
+
+def test_tables_name_the_formats_of_the_schema():
+    assert set(FORMATS) == set(COLUMNS)
+    assert get_args(get_type_hints(Source)["format"]) == ("auto", *FORMATS)
+    assert STAGE_TAKES.keys() == STAGE_USE.keys()
+    assert STAGE_TAKES["sft"] == ("messages", "prompt-completion", "text", "preference", "hh", "ranked", "unpaired")
+
+
+SFT_NEEDS = (
+    "messages | prompt + completion | text | prompt + chosen + rejected | chosen + rejected | prompt + responses"
+    " | prompt + completion + label"
+)
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+REFUSED = [
+    ([{"a": 1, "b": 2}], "sft", f"x: found the columns a, b; sft needs {SFT_NEEDS}"),
+    ([{}], "sft", f"x: found the columns (none); sft needs {SFT_NEEDS}"),
+    ([{"\x1b[2J": 1}], "sft", f"x: found the columns '\\x1b[2J'; sft needs {SFT_NEEDS}"),
+    (
+        [{"question": "a", "answer": "b"}],
+        "sft",
+        f"x: found the columns question, answer; sft needs {SFT_NEEDS}"
+        "; perhaps columns: {prompt: question, completion: answer}",
+    ),
+    # Alpaca's input would be lost without a word: nothing is suggested.
+    (
+        [{"instruction": "a", "input": "b", "output": "c"}],
+        "sft",
+        f"x: found the columns instruction, input, output; sft needs {SFT_NEEDS}",
+    ),
+    ([{"prompt": "a"}], "sft", f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"),
+    (
+        [{"prompt": "a", "response": "b"}],
+        "sft",
+        f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}; perhaps columns: {{completion: response}}",
+    ),
+    (
+        [{"text": "a"}],
+        "dpo",
+        "x: found text data (text), which sft can use; "
+        "dpo needs prompt + chosen + rejected | chosen + rejected | prompt + responses",
+    ),
+    (
+        [{"messages": [], **PAIR}],
+        "sft",
+        "x: the columns messages, prompt, chosen, rejected can be read as messages or as preference"
+        "; set format: to the one you mean",
+    ),
+    (
+        [{"prompt": "a", "completion": "b", "label": 1}],
+        "sft",
+        "x: the columns prompt, completion, label can be read as prompt-completion or as unpaired"
+        "; set format: to the one you mean",
+    ),
+    (
+        [{"text": "a", "prompt": "a", "completion": "b"}],
+        "sft",
+        "x: the columns text, prompt, completion can be read as prompt-completion or as text; set format: to the one you mean",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "stage", "message"), REFUSED)
+def test_what_detection_refuses(rows, stage, message):
+    with pytest.raises(UsageError) as error:
+        detect(rows, stage, "x")
+    assert str(error.value) == message
+
+
+def test_detection_asks_what_the_stage_can_take():
+    both = [{"messages": [], **PAIR}]
+    assert detect(both, "dpo", "x") == "preference"
+    assert detect([{"prompt": "a", "prompt_id": "b", "messages": []}], "sft", "x") == "messages"
+
+
+def test_detection_goes_with_most_of_the_rows():
+    assert detect([{"prompt": "a"}, PAIR, {"text": "a"}, PAIR], "sft", "x") == "preference"
+    assert detect([{"prompt": None, "chosen": GOOD_HH, "rejected": Q}], "sft", "x") == "hh"

@@ -1,0 +1,595 @@
+"""Files, folders and the hub → records; limits, hold-out and mixing."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import pickle
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rlhf_cli.data import hub
+from rlhf_cli.data.files import MAX_LINE, is_hub_id
+from rlhf_cli.data.formats import STAGE_TAKES
+from rlhf_cli.data.sources import check_lost, epoch_order, prompt_share, read_data
+from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.recipe.schema import Data, Source
+
+ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(20)]
+GOOD = json.dumps(ROWS[0]).encode()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(name, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with open(name, "w") as file:  # noqa: PTH123
+        file.write(text)
+
+
+def read(*sources, stage="sft", seed=0, where=str, **data):
+    sources = [source if isinstance(source, Source) else Source(source) for source in sources]
+    return read_data(Data(sources, **data), stage, seed, where)
+
+
+def answers(records):
+    return [record.responses[0] for record in records]
+
+
+LONG_LINE = b'{"prompt": "q", "completion": "' + b"a" * MAX_LINE + b'"}'
+BAD_LINES = {
+    "bad JSON": (b'{"prompt": "q" "completion": "a"}', "not JSON (Expecting ',' delimiter, column 16)"),
+    "no JSON": (b"prompt,completion", "not JSON (Expecting value, column 1)"),
+    "a cut line": (b'{"prompt": "q", "completion": "a', "not JSON (Unterminated string starting, column 31)"),
+    "two rows in a line": (b'{"prompt": "q"} {"prompt": "q"}', "not JSON (Extra data, column 17)"),
+    "a BOM within": (b"\xef\xbb\xbf" + GOOD, "not JSON (Expecting value, column 1)"),
+    "a raw NUL": (b'{"prompt": "q\0", "completion": "a"}', "not JSON (Invalid control character, column 14)"),
+    "only NULs": (b"\0" * 40, "not JSON (Expecting value, column 1)"),
+    "an escaped NUL": (b'{"prompt": "q", "completion": "\\u0000a"}', "'completion' has a NUL character"),
+    "a lone surrogate": (b'{"prompt": "q", "completion": "\\ud83d"}', "'completion' is not valid Unicode (character 1)"),
+    "invalid UTF-8": (b'{"prompt": "q", "completion": "\xe4"}', "not UTF-8 (byte 32)"),
+    "a raw surrogate": (b'{"prompt": "q", "completion": "\xed\xa0\x80"}', "not UTF-8 (byte 32)"),
+    "a line of 10 MB": (LONG_LINE, "longer than 8 MiB"),
+    "deep nesting": (b"[" * 100_000, "nested too deeply"),
+    "many digits": (b'{"prompt": ' + b"1" * 5000 + b"}", "not JSON (a number has too many digits)"),
+    "null": (b"null", "the row is null, expected an object"),
+    "a list": (b'["q", "a"]', "the row is a list, expected an object"),
+    "a number": (b"7", "the row is a number, expected an object"),
+    "text": (b'"q"', "the row is text, expected an object"),
+    "a key twice": (b'{"prompt": "q", "completion": "a", "prompt": "r"}', "a key is given twice ('prompt')"),
+    "NaN": (b'{"prompt": "q", "completion": "a", "score": NaN}', "NaN and Infinity are not JSON (NaN)"),
+    "Infinity": (b'{"prompt": "q", "completion": "a", "score": -Infinity}', "NaN and Infinity are not JSON (-Infinity)"),
+    "an empty object": (b"{}", "'prompt' is missing"),
+    "a missing key": (b'{"prompt": "q"}', "'completion' is missing"),
+    "a null field": (b'{"prompt": "q", "completion": null}', "'completion' is null, expected text"),
+    "a wrong type": (
+        b'{"prompt": ["q"], "completion": "a"}',
+        "a turn of 'prompt' is text, expected an object with role and content (turn 1)",
+    ),
+    "an empty text": (b'{"prompt": "q", "completion": ""}', "'completion' is empty"),
+    "a blank text": (b'{"prompt": " \\n", "completion": "a"}', "'prompt' is blank"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_a_bad_line_is_named_and_the_next_one_is_read(kind, tmp_path):
+    line, message = BAD_LINES[kind]
+    (tmp_path / "x.jsonl").write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
+    reading = read("x.jsonl")
+    assert [record.where for record in reading.train] == ["x.jsonl:1", "x.jsonl:3"]
+    report = reading.reports[0]
+    assert report.bad_examples == (f"x.jsonl:2: {message}",)
+    assert (report.read, report.kept, list(report.bad.values())) == (3, 2, [1])
+
+
+def test_every_bad_line_of_a_file_is_counted_in_one_pass(tmp_path):
+    lines = [line for line, _ in BAD_LINES.values() if len(line) < 1000]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([GOOD, *lines]))
+    report = read("x.jsonl").reports[0]
+    assert (report.read, report.kept, sum(report.bad.values())) == (len(lines) + 1, 1, len(lines))
+    assert report.bad["not JSON"] == 7
+    assert len(report.bad_examples) == 10
+
+
+def test_bom_at_the_start_crlf_and_blank_lines_are_no_fault(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n  \n" + GOOD + b"\r\n")
+    reading = read("x.jsonl")
+    assert [record.where for record in reading.train] == ["x.jsonl:1", "x.jsonl:4"]
+    assert reading.reports[0].bad == {}
+
+
+def to_gz(rows):
+    with gzip.open("x.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return "x.jsonl.gz"
+
+
+def to_json(rows):
+    with open("x.json", "w") as file:  # noqa: PTH123
+        json.dump(rows, file, indent=1)
+    return "x.json"
+
+
+def to_csv(rows):
+    with open("x.csv", "w", newline="") as file:  # noqa: PTH123
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return "x.csv"
+
+
+def to_parquet(rows):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "x.parquet")
+    return "x.parquet"
+
+
+@pytest.mark.parametrize(
+    ("save", "lines"),
+    [(to_gz, (1, 2, 3)), (to_json, (2, 6, 10)), (to_csv, (2, 4, 5)), (to_parquet, (1, 2, 3))],
+)
+def test_the_same_rows_in_every_file_type(save, lines):
+    rows = [{"prompt": "q\né", "completion": 'a, "b"'}, *ROWS[1:3]]
+    write("x.jsonl", rows)
+    reading, expected = read(save(rows)), read("x.jsonl")
+    assert [record._replace(where="") for record in reading.train] == [record._replace(where="") for record in expected.train]
+    assert [int(record.where.rpartition(":")[2]) for record in reading.train] == list(lines)
+    assert reading.reports[0].fingerprint == expected.reports[0].fingerprint
+    assert reading.reports[0].format == "prompt-completion"
+
+
+def test_the_fingerprint_follows_the_content():
+    write("x.jsonl", ROWS)
+    first = read("x.jsonl").reports[0].fingerprint
+    write("x.jsonl", [*ROWS[:-1], {"prompt": "q19", "completion": "A19"}])
+    assert read("x.jsonl").reports[0].fingerprint != first
+    write("x.jsonl", ROWS)
+    assert read(Source("x.jsonl", limit=3)).reports[0].fingerprint == first
+
+
+def test_typed_cells_of_a_csv(tmp_path):
+    (tmp_path / "x.csv").write_text('prompt,completion,label\nq,a,TRUE\nq,b,false\nq,c,maybe\n"q",d\n"q"x,e,true\n')
+    report = read("x.csv").reports[0]
+    assert (report.kept, report.unused) == (1, {"undesirable (not for sft)": 1})
+    assert report.bad_examples == (
+        "x.csv:4: 'label' is text, expected true or false",
+        "x.csv:5: another number of cells than the header (2, expected 3)",
+        "x.csv:6: not CSV (',' expected after '\"')",
+    )
+    (tmp_path / "y.csv").write_bytes(b'prompt,responses,ranks\nq,"[""a"", ""b""]","[2, 1]"\nq,\xff,1\nq,[,1\n')
+    reading = read("y.csv")
+    assert answers(reading.train) == ["b"]
+    assert reading.reports[0].bad_examples == ("y.csv:3: not UTF-8", "y.csv:4: 'responses' is text, expected a list")
+
+
+def test_bad_elements_of_a_json_list_are_named_by_line(tmp_path):
+    (tmp_path / "x.json").write_text('[\n{"text": "a"},\n{"text": NaN}, 7,\n{"text": "b", "text": "c"}\n]')
+    assert read("x.json").reports[0].bad_examples == (
+        "x.json:3: NaN and Infinity are not JSON (NaN)",
+        "x.json:3: the row is a number, expected an object",
+        "x.json:4: a key is given twice ('text')",
+    )
+
+
+def test_json_lines_under_the_name_json():
+    write("x.json", ROWS[:2])
+    assert answers(read("x.json").train) == ["a0", "a1"]
+
+
+CUT_GZ = gzip.compress(b"\n".join(json.dumps({"text": f"{i * 7919}"}).encode() for i in range(5000)))[:-2000]
+WHOLE_FILE = {
+    "empty.jsonl": (b"", "empty.jsonl: no rows; expected one of {needs}"),
+    "blank.jsonl": (b"\n \n", "blank.jsonl: no rows; expected one of {needs}"),
+    "empty.json": (b"[]", "empty.json: no rows; expected one of {needs}"),
+    "empty.csv": (b"prompt,completion\n", "empty.csv: no rows; expected one of {needs}"),
+    "nothing.csv": (b"", "nothing.csv: no rows; expected one of {needs}"),
+    "bad.jsonl": (
+        b"{\n}\nnull",
+        "bad.jsonl: no good row among 3: 2 × not JSON, 1 × the row is null, expected an object; expected one of {needs}\n"
+        "  bad.jsonl:1: not JSON (Expecting property name enclosed in double quotes, column 2)",
+    ),
+    "blanks.jsonl": (
+        b'{"text": ""}\n{"text": " "}',
+        "blanks.jsonl: no good row among 2: 1 × 'text' is empty, 1 × 'text' is blank; expected text rows (text)\n"
+        "  blanks.jsonl:1: 'text' is empty",
+    ),
+    "columns.jsonl": (b'{"a": 1}', "data.train.0.path: columns.jsonl: found the columns a; sft needs {needs}"),
+    "not.jsonl.gz": (GOOD, "not.jsonl.gz: not a gzip file, or cut off (Not a gzipped file (b'{\"')); copy or write it again"),
+    "list.json": (
+        b'[{"text": "a"},\n{"text": }]',
+        "list.json:2: not JSON (Expecting value, column 10); expected one list of objects",
+    ),
+    "open.json": (
+        b'[{"text": "a"}\n',
+        "open.json:2: not JSON (Expecting ',' or ']' after a row, column 1); expected one list of objects",
+    ),
+    "more.json": (
+        b'[{"text": "a"}] x',
+        "more.json:1: not JSON (Extra data after the list, column 17); expected one list of objects",
+    ),
+    "bytes.json": (b'[\n{"text": "\xff"}]', "bytes.json:2: not UTF-8; save the file as UTF-8"),
+    "twice.csv": (b"prompt,prompt\na,b\n", "twice.csv:1: the header names a column twice: prompt, prompt"),
+    "quote.csv": (b'text\na\n"b\nc\nd\n', "quote.csv:3: a quote is opened and never closed"),
+    "x.pkl": (b"cos\nsystem\n.", "data.train.0.path: cannot read x.pkl; expected .jsonl, .jsonl.gz, .json, .csv, .parquet"),
+}
+NEEDS = (
+    "messages | prompt + completion | text | prompt + chosen + rejected | chosen + rejected | prompt + responses"
+    " | prompt + completion + label"
+)
+
+
+@pytest.mark.parametrize("name", WHOLE_FILE)
+def test_a_file_that_cannot_be_used_at_all(name, tmp_path):
+    content, message = WHOLE_FILE[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        read(name)
+    assert str(error.value) == message.replace("{needs}", NEEDS)
+
+
+def test_damaged_archives(tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(CUT_GZ)
+    with pytest.raises(UsageError, match=r"^x\.jsonl\.gz: cut off or damaged after line \d+ \("):
+        read("x.jsonl.gz")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1nothing")
+    with pytest.raises(UsageError, match=r"^x\.parquet: not a parquet file, or damaged \("):
+        read("x.parquet")
+
+
+def test_another_stages_data_and_a_wrong_format():
+    write("x.jsonl", [{"prompt": "q"}])
+    with pytest.raises(UsageError) as error:
+        read("x.jsonl", where=lambda key: f"r.yaml:{key}")
+    assert str(error.value) == (
+        f"r.yaml:data.train.0.path: x.jsonl: found prompt data (prompt), which ppo can use; sft needs {NEEDS}"
+    )
+    with pytest.raises(UsageError, match=r"^r\.yaml:data\.eval\.0\.format: x\.jsonl: found prompt data"):
+        write("y.jsonl", ROWS)
+        read("y.jsonl", eval=[Source("x.jsonl", format="prompt")], where=lambda key: f"r.yaml:{key}")
+    with pytest.raises(UsageError) as error:
+        read(Source("x.jsonl", format="hh"))
+    assert str(error.value) == (
+        "x.jsonl: no good row among 1: 1 × 'chosen' is missing; expected hh rows (chosen + rejected)\n"
+        "  x.jsonl:1: 'chosen' is missing"
+    )
+    write("x.jsonl", [{"prompt": "q", "completion": "a", "label": False}] * 3)
+    with pytest.raises(UsageError) as error:
+        read("x.jsonl")
+    assert str(error.value) == "data.train.0.path: sft can use none of the 3 rows: 3 × undesirable (not for sft)"
+
+
+def test_columns_are_renamed():
+    write("x.jsonl", [{"question": "q", "good": "a", "bad": "b", "text": "?"}])
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    reading = read(Source("x.jsonl", columns={**columns, "subset": "text"}))
+    assert reading.train[0][:3] == ("q", ("a",), "x.jsonl:1")
+    assert (reading.train[0].subset, reading.reports[0].format) == ("?", "preference")
+    write("y.jsonl", [{"chosen": "worse", "rejected": "better", "prompt": "q"}])
+    assert answers(read(Source("y.jsonl", columns={"chosen": "rejected", "rejected": "chosen"})).train) == ["better"]
+    with pytest.raises(UsageError) as error:
+        read(Source("x.jsonl", columns={"prompt": "qestion"}))
+    assert str(error.value) == "data.train.0.columns: the data has no column 'qestion'; found question, good, bad, text"
+    with pytest.raises(UsageError) as error:
+        read(Source("x.jsonl", columns={"promt": "question"}))
+    assert str(error.value) == (
+        "data.train.0.columns: 'promt' is none of our columns: messages, prompt, completion, text, chosen, rejected, "
+        "responses, label, ranks, scores, subset"
+    )
+
+
+class Trap:
+    def __reduce__(self):
+        return (open, ("sprung", "w"))
+
+
+def test_folders_and_globs(tmp_path):
+    (tmp_path / "d").mkdir()
+    write("d/b.jsonl", ROWS[2:4])
+    write("d/a.jsonl", ROWS[:2])
+    write("d/.hidden.jsonl", ROWS[4:])
+    (tmp_path / "d" / "c.pkl").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "d" / "d.py").write_text("open('sprung', 'w')")
+    assert [record.where for record in read("d").train] == ["d/a.jsonl:1", "d/a.jsonl:2", "d/b.jsonl:1", "d/b.jsonl:2"]
+    assert answers(read("d/*").train) == answers(read(f"{tmp_path}/*/?.jsonl").train) == ["a0", "a1", "a2", "a3"]
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(UsageError) as error:
+        read("d/*.txt")
+    assert str(error.value) == (
+        "data.train.0.path: the pattern d/*.txt has no data file among its 0 entries; "
+        "expected .jsonl, .jsonl.gz, .json, .csv, .parquet"
+    )
+
+
+def test_each_file_of_a_folder_must_have_a_good_row(tmp_path):
+    (tmp_path / "d").mkdir()
+    write("d/a.jsonl", ROWS)
+    write("d/b.jsonl", [{"text": "a"}])
+    with pytest.raises(UsageError) as error:
+        read("d")
+    assert str(error.value) == (
+        "d/b.jsonl: no good row among 1: 1 × 'prompt' is missing; expected prompt-completion rows (prompt + completion)\n"
+        "  d/b.jsonl:1: 'prompt' is missing"
+    )
+
+
+MISSING = {
+    "data/trian.jsonl": "no such file or folder: data/trian.jsonl (did you mean data/train.jsonl?)",
+    "dta/train.jsonl": "no such file or folder: dta/train.jsonl (did you mean data?)",
+    "./dta": "no such file or folder: ./dta (did you mean data?)",
+    "data/other": "no such file or folder: data/other",
+    "owner/train.jsonl": "no such file or folder: owner/train.jsonl",
+    "a/b/c": "no such file or folder: a/b/c",
+    "squad": "no such file or folder: squad (a data set on the hub is named owner/name)",
+}
+
+
+@pytest.mark.parametrize("path", MISSING)
+def test_a_mistyped_path_is_no_hub_id(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "is_offline", lambda: pytest.fail("asked the hub"))
+    (tmp_path / "data").mkdir()
+    write("data/train.jsonl", ROWS)
+    with pytest.raises(UsageError) as error:
+        read(path)
+    assert str(error.value) == f"data.train.0.path: {MISSING[path]}"
+
+
+def test_hub_ids():
+    assert is_hub_id("owner/name-v1.5")
+    assert not is_hub_id("owner/name.json")
+    assert not is_hub_id("/owner/name")
+    assert not is_hub_id("~/name")
+
+
+def test_a_hub_id_without_a_network_is_the_environments_fault(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(MachineError) as error:
+        read("no-such-owner/no-such-name")
+    assert str(error.value) == (
+        "data.train.0.path: the hub cannot be reached and no-such-owner/no-such-name is not in the local cache; "
+        "connect, or name a local file"
+    )
+
+
+def test_the_hub_is_probed_at_its_endpoint_or_proxy(monkeypatch):
+    for key in (
+        "HF_HUB_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "https_proxy",
+        "HTTPS_PROXY",
+        "no_proxy",
+        "http_proxy",
+    ):
+        monkeypatch.delenv(key, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", here)
+        assert not hub.is_offline()
+        monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+        assert hub.is_offline()
+        monkeypatch.setenv("https_proxy", here)
+        assert not hub.is_offline()
+    monkeypatch.delenv("https_proxy")
+    monkeypatch.setenv("HF_ENDPOINT", here)
+    assert hub.is_offline()
+
+
+def test_a_cached_hub_split_is_read_offline(tmp_path, monkeypatch):
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    folder = tmp_path / "cache" / "owner___sums" / "default" / "0.0.0" / "abc"
+    folder.mkdir(parents=True)
+    with ArrowWriter(path=str(folder / "sums-train.arrow")) as writer:
+        writer.write_batch({"prompt": ["q0", "q1"], "completion": ["a0", "a1"]})
+        rows, size = writer.finalize()
+    splits = datasets.SplitDict(dataset_name="sums")
+    splits.add(datasets.splits.SplitInfo("train", num_bytes=size, num_examples=rows, dataset_name="sums"))
+    text = datasets.Value("string")
+    datasets.DatasetInfo(
+        features=datasets.Features({"prompt": text, "completion": text}),
+        builder_name="parquet",
+        dataset_name="sums",
+        config_name="default",
+        version="0.0.0",
+        splits=splits,
+    ).write_to_directory(str(folder))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    reading = read("owner/sums")
+    assert [(record.prompt, record.where) for record in reading.train] == [
+        ("q0", "owner/sums[train]:1"),
+        ("q1", "owner/sums[train]:2"),
+    ]
+    with pytest.raises(UsageError, match=r'^data\.train\.0\.path: owner/sums: Unknown split "test"'):
+        read(Source("owner/sums", split="test"))
+
+
+def test_local_files_import_no_hub_library():
+    write("x.jsonl", ROWS)
+    code = (
+        "import sys; from rlhf_cli.data.sources import read_data; from rlhf_cli.recipe.schema import Data, Source; "
+        "read_data(Data([Source('x.jsonl')]), 'sft', 0); "
+        "print({'datasets', 'torch', 'transformers', 'pyarrow'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("key", "source"), [("split", Source("x.jsonl", split="test")), ("name", Source("x.jsonl", name="en"))])
+def test_hub_keys_have_no_effect_on_files(key, source):
+    write("x.jsonl", ROWS)
+    with pytest.raises(UsageError) as error:
+        read(source)
+    assert str(error.value) == f"data.train.0.{key}: {key} is for data sets of the hub and has no effect on files; remove it"
+
+
+def test_limit():
+    write("x.jsonl", ROWS)
+    first = answers(read(Source("x.jsonl", limit=5), shuffle=False).train)
+    assert first == ["a0", "a1", "a2", "a3", "a4"]
+    drawn = read(Source("x.jsonl", limit=5), seed=1)
+    assert len(set(answers(drawn.train))) == 5
+    assert answers(drawn.train) == answers(read(Source("x.jsonl", limit=5), seed=1).train)
+    assert answers(drawn.train) != answers(read(Source("x.jsonl", limit=5), seed=2).train)
+    report = drawn.reports[0]
+    assert (report.read, report.kept, report.bad, report.unused) == (20, 5, {}, {"beyond the limit": 15})
+    assert len(read(Source("x.jsonl", limit=50)).train) == 20
+
+
+def as_every_format(i):
+    prompt, good, bad = f"question {i}", f"good {i}", f"bad {i}"
+    ask, say = {"role": "user", "content": prompt}, {"role": "assistant", "content": good}
+    return {
+        "prompt": {"prompt": prompt},
+        "prompt-completion": {"prompt": [ask], "completion": good},
+        "messages": {"messages": [ask, say]},
+        "preference": {"prompt": prompt, "chosen": good, "rejected": bad},
+        "hh": {
+            "chosen": f"\n\nHuman: {prompt}\n\nAssistant: {good}",
+            "rejected": f"\n\nHuman: {prompt}\n\nAssistant: {bad}",
+        },
+        "ranked": {"prompt": prompt, "responses": [good, bad]},
+        "unpaired": {"prompt": prompt, "completion": good, "label": True},
+    }
+
+
+def number_of(record):
+    prompt = record.prompt if isinstance(record.prompt, str) else record.prompt[-1].content
+    return int(prompt.split()[-1])
+
+
+def test_the_same_prompts_are_held_out_in_every_format_and_stage():
+    rows = [as_every_format(i) for i in range(300)]
+    held = {}
+    for format in rows[0]:
+        write(f"{format}.jsonl", [row[format] for row in rows])
+        for stage in (stage for stage, formats in STAGE_TAKES.items() if format in formats):
+            reading = read(f"{format}.jsonl", stage=stage, seed=3, holdout=0.2)
+            held[stage, format] = {number_of(record) for record in reading.held_out}
+            assert held[stage, format] | {number_of(record) for record in reading.train} == set(range(300))
+            assert len(reading.train) + len(reading.held_out) == 300
+    expected = held["sft", "messages"]
+    assert all(numbers == expected for numbers in held.values())
+    # Binomial(300, 0.2): mean 60, standard deviation 6.9.
+    assert 40 <= len(expected) <= 80
+    assert expected != {number_of(record) for record in read("hh.jsonl", seed=4, holdout=0.2).held_out}
+    some = read(Source("hh.jsonl", limit=100), seed=3, holdout=0.2).held_out
+    assert {number_of(record) for record in some} <= expected
+
+
+def test_equal_prompts_are_never_on_both_sides():
+    write("x.jsonl", [{"prompt": f"q{i % 7}", "completion": f"a{i}"} for i in range(70)])
+    write("y.jsonl", [{"prompt": f"q{i % 7}", "completion": f"b{i}"} for i in range(7)])
+    reading = read("x.jsonl", "y.jsonl", holdout=0.4)
+    train, held = ({record.prompt for record in side} for side in (reading.train, reading.held_out))
+    assert train and held and not train & held
+    assert len(reading.held_out) == 11 * len(held)
+    assert reading.sizes == (10 * len(train), len(train))
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.9])
+def test_both_sides_get_a_prompt(share):
+    rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(2)]
+    write("x.jsonl", rows * 3)
+    for seed in range(20):
+        reading = read("x.jsonl", seed=seed, holdout=share)
+        low = min(reading.train + reading.held_out, key=lambda record: prompt_share(record, seed))
+        assert {record.prompt for record in reading.held_out} == {low.prompt}
+        assert len(reading.train) == len(reading.held_out) == 3
+
+
+def test_hold_out_errors():
+    write("x.jsonl", [{"prompt": "q", "completion": f"a{i}"} for i in range(9)])
+    with pytest.raises(UsageError) as error:
+        read("x.jsonl", holdout=0.5)
+    assert str(error.value) == "data.holdout: all rows have the same prompt, so none can be held out; set data.eval instead"
+    with pytest.raises(UsageError) as error:
+        read("x.jsonl", holdout=0.5, eval=[Source("x.jsonl")])
+    assert str(error.value) == "data.holdout: data.eval and data.holdout exclude each other; keep one"
+
+
+def test_several_sources_and_eval():
+    write("x.jsonl", ROWS[:5])
+    write("y.jsonl", ROWS[5:8])
+    write("z.jsonl", [{"text": "t"}])
+    reading = read(Source("x.jsonl", weight=3.0), "y.jsonl", eval=[Source("z.jsonl")])
+    assert (reading.sizes, reading.shares) == ((5, 3), (0.75, 0.25))
+    assert answers(reading.train) == [f"a{i}" for i in range(8)]
+    assert [record.prompt for record in reading.held_out] == [""]
+    assert [report.format for report in reading.eval_reports] == ["text"]
+    with pytest.raises(UsageError) as error:
+        read()
+    assert str(error.value) == "data.train: the list is empty; name at least one source"
+    with pytest.raises(UsageError) as error:
+        read("x.jsonl", Source("y.jsonl", weight=0.0))
+    assert str(error.value) == "data.train.1.weight: a weight of 0 never draws from y.jsonl; remove the source"
+
+
+def test_one_source_is_a_permutation_of_its_own_in_each_epoch():
+    orders = [epoch_order([50], [1.0], 7, epoch, True) for epoch in range(3)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert (epoch_order([50], [1.0], 7, 1, True) == orders[1]).all()
+    assert (epoch_order([50], [1.0], 8, 1, True) != orders[1]).any()
+    assert (epoch_order([50], [1.0], 7, 4, False) == np.arange(50)).all()
+
+
+def test_shares_of_an_epoch():
+    order = epoch_order([900, 100], [0.25, 0.75], 0, 0, True)
+    assert len(order) == 1000
+    assert (order < 900).sum() == 250
+    assert len(set(order[order < 900])) == 250
+    # 750 draws from 100 rows: seven whole cycles and half of the eighth.
+    times = np.bincount(order[order >= 900] - 900)
+    assert sorted(times) == [7] * 50 + [8] * 50
+    # A source is spread over the epoch, not read in one block.
+    assert 60 <= (order[:100] >= 900).sum() <= 90
+
+
+def test_no_row_repeats_before_its_source_is_exhausted():
+    sizes, shares = [8, 12], [0.2, 0.8]  # 20 rows an epoch: 4 and 16
+    epochs = [epoch_order(sizes, shares, 5, epoch, True) for epoch in range(6)]
+    small = [set(order[order < 8]) for order in epochs]
+    assert all(small[i] | small[i + 1] == set(range(8)) for i in (0, 2, 4))
+    large = np.concatenate([order[order >= 8] for order in epochs])
+    # 96 draws over 12 rows: each row eight times.
+    assert np.bincount(large - 8).tolist() == [8] * 12
+
+
+def test_file_order_with_several_sources():
+    assert epoch_order([4, 2], [2 / 3, 1 / 3], 0, 0, False).tolist() == [0, 4, 1, 2, 5, 3]
+    # Half of each: three rows of the first, and the second, exhausted, begins again and goes on in the next epoch.
+    assert epoch_order([4, 2], [0.5, 0.5], 0, 0, False).tolist() == [0, 4, 1, 5, 2, 4]
+    assert epoch_order([4, 2], [0.5, 0.5], 0, 1, False).tolist() == [3, 5, 0, 4, 1, 5]
+
+
+def test_shares_are_rounded_to_whole_rows_and_an_empty_source_yields_its_own():
+    third = [1 / 3] * 3
+    order = epoch_order([4, 3, 3], third, 0, 0, True)
+    assert np.histogram(order, [0, 4, 7, 10])[0].tolist() == [4, 3, 3]
+    assert sorted(epoch_order([4, 0, 2], third, 0, 0, True)) != []
+    assert (epoch_order([4, 0, 4], third, 0, 0, True) < 4).sum() == 4
+
+
+def test_lost_rows():
+    check_lost(5, 100, 0.05, [])
+    check_lost(0, 0, 0.0, [])
+    with pytest.raises(UsageError) as error:
+        check_lost(6, 100, 0.05, ["x:1: a", "x:2: b", "x:3: c", "x:4: d"])
+    assert str(error.value) == (
+        "6 of 100 rows (6.0%) are dropped or truncated; data.max_lost allows 5.0%\n"
+        "  x:1: a; x:2: b; x:3: c\n"
+        "  mend these rows, or set data.max_lost to 0.06 or more"
+    )
+    with pytest.raises(UsageError, match=r"data\.max_lost to 0\.334 or more"):
+        check_lost(1, 3, 0.05, ["x:1: a"])
