@@ -12,7 +12,7 @@ from rlhf_cli.data.batches import DatasetSource, kept_sizes
 from rlhf_cli.data.cache import default_folder
 from rlhf_cli.data.encode import Encoded, encode
 from rlhf_cli.data.records import Record
-from rlhf_cli.data.sources import Reading, SourceReport, check_lost, read_data
+from rlhf_cli.data.sources import BEYOND_LIMIT, Reading, SourceReport, check_lost, read_data
 from rlhf_cli.data.templates import Template
 from rlhf_cli.recipe import schema
 
@@ -71,9 +71,14 @@ def _check_lost(dataset: Dataset, max_lost: float) -> None:
     if reading.eval_reports:
         groups = [(reading.reports, shared[:1]), (reading.eval_reports, shared[1:])]
     for reports, encoded in groups:
-        lost = sum(sum(r.bad.values()) for r in reports) + sum(sum(e.lost.values()) + e.truncated for e in encoded)
-        usable = sum(sum(r.bad.values()) for r in reports) + sum(e.read for e in encoded)
-        check_lost(lost, usable, max_lost, [x for r in reports for x in r.bad_examples] + [x for e in encoded for x in e.examples])
+        bad = sum(sum(r.bad.values()) for r in reports)
+        used = sum(e.read for e in encoded)
+        # Reading sees the whole file, encoding what `limit` left of it: its losses count as if it had seen all.
+        good = max(used, sum(r.kept + r.unused.get(BEYOND_LIMIT, 0) for r in reports))
+        lost = bad + round(sum(sum(e.lost.values()) + e.truncated for e in encoded) * good / max(1, used))
+        check_lost(
+            lost, bad + good, max_lost, [x for r in reports for x in r.bad_examples] + [x for e in encoded for x in e.examples]
+        )
 
 
 def data_report(dataset: Dataset) -> dict[str, Any]:

@@ -39,6 +39,9 @@ DETECT_ROWS = 100
 EXAMPLES = 10
 
 
+BEYOND_LIMIT = "beyond the limit"
+
+
 @dataclass(frozen=True)
 class SourceReport:
     """What became of the rows of one source: read = kept + all of bad + all of unused."""
@@ -140,7 +143,7 @@ def _read_source(
         )
     chosen = _limited(records, source, seed, shuffle)
     if len(chosen) < len(records):
-        tally.unused["beyond the limit"] = len(records) - len(chosen)
+        tally.unused[BEYOND_LIMIT] = len(records) - len(chosen)
     return chosen, _report(source.path, format, len(chosen), tally)
 
 

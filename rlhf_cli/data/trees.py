@@ -194,20 +194,23 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
             segments.append(Segment(r, start, prompt, tuple(len(tree.responses[b]) for b in piece.branches)))
             start = end
         positions[r, start:] = np.arange(length - start)
-    as_tensor = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))  # noqa: E731
     return Batch(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
         tree=torch.from_numpy(tree_of),
         branch=torch.from_numpy(branch),
-        source=as_tensor(source),
-        target=as_tensor(target),
-        owner=as_tensor(owner),
+        source=_join(source),
+        target=_join(target),
+        owner=_join(owner),
         segments=tuple(segments),
         trees=tuple(numbers),
         tokens=int((tree_of >= 0).sum()),
         padded=all(len(row) == 1 and len(row[0].branches) == 1 for row in rows),
     )
+
+
+def _join(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 def _piece_length(tree: Tree, piece: Piece) -> int:

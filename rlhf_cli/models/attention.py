@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,24 +38,38 @@ def tree_attention(
     """
     if dropout or softcap is not None:
         raise NotImplementedError("tree attention has neither dropout nor softcap")
-    rows: list[list[torch.Tensor]] = [[] for _ in range(query.shape[0])]
-    for segment in segments:
-        q, k, v = (x[segment.row, :, segment.start :].unsqueeze(0) for x in (query, key, value))
-        # The prompt and its first branch lie in one causal sequence: one call.
-        p, first = segment.prompt, segment.prompt + segment.branches[0]
-        parts = rows[segment.row]
-        parts.append(_causal(q[:, :, :first], k[:, :, :first], v[:, :, :first], scaling, sliding_window))
-        at = first
-        for length in segment.branches[1:]:
-            mine = slice(at, at + length)
-            k_seen, v_seen = (torch.cat((x[:, :, :p], x[:, :, mine]), 2) for x in (k, v))
-            parts.append(_causal(q[:, :, mine], k_seen, v_seen, scaling, sliding_window))
-            at += length
-    for parts in rows:
-        padding = query.shape[2] - sum(map(len, parts))
-        if padding:
-            parts.append(query.new_zeros(padding, query.shape[1], value.shape[3]))
-    return torch.stack([torch.cat(parts) for parts in rows]), None
+    rows = []
+    for row in range(query.shape[0]):
+        mine = [segment for segment in segments if segment.row == row]
+        sizes = [size for segment in mine for size in _sizes(segment)]
+        sizes.append(query.shape[2] - sum(sizes))
+        # split and not slices: its backward is one concatenation, where every slice's would fill a tensor of the whole row.
+        q, k, v = (iter(torch.split(x[row : row + 1], sizes, 2)) for x in (query, key, value))
+        parts = [part for segment in mine for part in _attend(segment, q, k, v, scaling, sliding_window)]
+        if sizes[-1]:
+            parts.append(query.new_zeros(sizes[-1], query.shape[1], value.shape[3]))
+        rows.append(torch.cat(parts))
+    return torch.stack(rows) if len(rows) > 1 else rows[0][None], None
+
+
+def _sizes(segment: Segment) -> tuple[int, ...]:
+    """Prompt and branches; a prompt with a single branch is one causal sequence."""
+    return (segment.prompt, *segment.branches) if len(segment.branches) > 1 else (segment.prompt + segment.branches[0],)
+
+
+def _attend(
+    segment: Segment,
+    q: Iterator[torch.Tensor],
+    k: Iterator[torch.Tensor],
+    v: Iterator[torch.Tensor],
+    scale: float | None,
+    window: int | None,
+) -> Iterator[torch.Tensor]:
+    """The parts of one tree, each (length, H, D), from iterators over (1, H, length, D)."""
+    prompt_k, prompt_v = next(k), next(v)
+    yield _causal(next(q), prompt_k, prompt_v, scale, window)
+    for _ in range(len(_sizes(segment)) - 1):
+        yield _causal(next(q), torch.cat((prompt_k, next(k)), 2), torch.cat((prompt_v, next(v)), 2), scale, window)
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:

@@ -20,7 +20,6 @@ from rlhf_cli.models.load import read_adapter, save_adapter
 from rlhf_cli.models.logps import token_logps
 from rlhf_cli.recipe import schema
 
-
 PLAIN = "plain"
 
 
@@ -181,8 +180,8 @@ class Backbone:
 
     def _head(self, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         head = self.model.get_output_embeddings()
-        weight, bias = (None if x is None else x.to(self.compute_dtype) for x in (head.weight, head.bias))
-        return token_logps(hidden.to(self.compute_dtype), weight, bias, target)
+        bias = None if head.bias is None else head.bias.to(self.compute_dtype)
+        return token_logps(hidden.to(self.compute_dtype), head.weight.to(self.compute_dtype), bias, target)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:
@@ -272,7 +271,10 @@ class Backbone:
 
 def _probe_trees(vocabulary: int) -> list[Tree]:
     random = np.random.default_rng(0)
-    draw = lambda n: random.integers(0, vocabulary, n).astype(np.int32)  # noqa: E731
+
+    def draw(length: int) -> np.ndarray:
+        return random.integers(0, vocabulary, length).astype(np.int32)
+
     return [
         Tree(draw(7), np.zeros(7, bool), (draw(5), draw(6)), 0),
         Tree(draw(4), np.zeros(4, bool), (draw(3),), 1),

@@ -31,7 +31,9 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
     """
     tokenizer = _load(AutoTokenizer.from_pretrained, path, "tokenizer", revision=revision, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
-        raise UsageError(f"{path}: the tokenizer has no fast version (tokenizer.json), which the loss mask needs; convert it first")
+        raise UsageError(
+            f"{path}: the tokenizer has no fast version (tokenizer.json), which the loss mask needs; convert it first"
+        )
     if tokenizer.eos_token_id is None:
         raise UsageError(f"{path}: the tokenizer names no EOS token; a model could never learn to stop")
     return tokenizer
@@ -72,7 +74,9 @@ def load_model(settings: schema.Model, path: str, revision: str | None, dtype: t
     )
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
-        raise UsageError(f"{path}: {len(names)} weights are missing, the first is {names[0]}; they would be random. Is it a causal LM?")
+        raise UsageError(
+            f"{path}: {len(names)} weights are missing, the first is {names[0]}; they would be random. Is it a causal LM?"
+        )
     return model if settings.quantize else model.to(device)
 
 

@@ -41,7 +41,7 @@ class _TokenLogps(torch.autograd.Function):
         return logps, hits
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
         if not ctx.trained:
             (slope,) = ctx.saved_tensors
             return slope * grad[:, None].to(slope.dtype), None, None, None
@@ -71,5 +71,5 @@ def token_logps(
 
     hidden (N, D), weight (V, D) and bias (V,) share one dtype; the log-softmax is float32.
     """
-    logps, hits = _TokenLogps.apply(hidden, weight, bias, target)
+    logps, hits = _TokenLogps.apply(hidden, weight, bias, target)  # type: ignore[no-untyped-call]
     return logps, hits

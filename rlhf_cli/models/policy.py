@@ -25,7 +25,7 @@ def resolve_lora(setting: schema.Lora | str | None, parent: schema.Lora | None, 
             return setting
         if _shape(setting) != _shape(parent):
             raise UsageError(
-                f"{place}: lora: the parent's adapter has r {parent.r}, alpha {parent.alpha:g}, target_modules {parent.target_modules}, "
+                f"{place}: lora: the parent's adapter has r {parent.r}, alpha {parent.alpha:g}, modules {parent.target_modules}; "
                 "the recipe asks for others. use lora: auto, or lora.merge_parent: true to start anew on the merged parent"
             )
         return setting

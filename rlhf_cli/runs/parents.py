@@ -56,7 +56,9 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
         tokenizer = path if (folder / "tokenizer_config.json").exists() else config["base_model_name_or_path"]
         return Start(config["base_model_name_or_path"], config.get("revision"), folder, tokenizer, None, None)
     if not folder.exists() and is_meant_as_path(path):
-        near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.glob("*")] if folder.parent.is_dir() else [], 1)
+        near = difflib.get_close_matches(
+            folder.name, [p.name for p in folder.parent.glob("*")] if folder.parent.is_dir() else [], 1
+        )
         hint = f". did you mean {folder.parent / near[0]}?" if near else ""
         raise UsageError(f"{place}: model.path: there is no folder {path}{hint}")
     if folder.exists() and not (folder / "config.json").exists():
@@ -89,5 +91,7 @@ def base_model(start: Start) -> BaseModel:
         folder = Path(found).parent
     base = BaseModel(start.base, start.revision, weights_hash(folder))
     if start.adapter and start.manifest and start.manifest["base_model"]["weights_hash"] != base.weights_hash:
-        raise UsageError(f"{start.base} is not the model that {start.parent.path if start.parent else ''} was trained on: its weights differ")
+        raise UsageError(
+            f"{start.base} is not the model that {start.parent.path if start.parent else ''} was trained on: its weights differ"
+        )
     return base

@@ -32,7 +32,9 @@ def refuse_other_inputs(run: RunFolder, recipe: schema.SftRecipe, inputs: dict[s
     changed = [key for key in {**old, **inputs} if old.get(key) != inputs.get(key)]
     if changed:
         rows = [f"  {key}: {str(old.get(key))[:16]} → {str(inputs.get(key))[:16]}" for key in changed]
-        raise UsageError("\n".join(["--resume: what the run was started with has changed. start another run with --output", *rows]))
+        raise UsageError(
+            "\n".join(["--resume: what the run was started with has changed. start another run with --output", *rows])
+        )
 
 
 def finished_steps(run: RunFolder) -> int:

@@ -14,10 +14,16 @@ Section = tuple[str, list[tuple[str, object]]]
 
 
 def plan(
-    recipe: schema.SftRecipe, dataset: Dataset, source: DatasetSource, steps: int, memory: Memory, budget: int, facts: dict[str, str]
+    recipe: schema.SftRecipe,
+    dataset: Dataset,
+    source: DatasetSource,
+    steps: int,
+    memory: Memory,
+    budget: int,
+    facts: dict[str, str],
 ) -> list[Section]:
     """Rows by fate, lengths, EOS share, steps, trees and tokens per step, memory."""
-    lengths = source.trees.lengths
+    lengths, supervised = source.trees.lengths, source.trees.supervised_counts
     per_step = min(recipe.train.batch_size, len(lengths))
     sections: list[Section] = [("model", list(facts.items()))]
     sections.append(("training rows", _rows(dataset.train, [r for r in dataset.reading.reports])))
@@ -26,7 +32,12 @@ def plan(
     if len(source.sizes) > 1:
         shares: list[tuple[str, object]] = []
         for report, size, share in zip(dataset.reading.reports, source.sizes, source.shares, strict=True):
-            shares.append((report.path, f"{share:.1%} of an epoch, each of its {size:,} rows {share * len(lengths) / max(1, size):.2f} times"))
+            shares.append(
+                (
+                    report.path,
+                    f"{share:.1%} of an epoch, each of its {size:,} rows {share * len(lengths) / max(1, size):.2f} times",
+                )
+            )
         sections.append(("mix", shares))
     passes = max(1.0, per_step * float(lengths.mean()) / budget)
     sections.append(
@@ -35,10 +46,20 @@ def plan(
             [
                 ("steps", f"{steps:,} ({source.steps_per_epoch:,} an epoch, {steps / source.steps_per_epoch:.3g} epochs)"),
                 ("trees a step", f"{per_step} (prompts with their responses)"),
-                ("tokens a step", f"{per_step * lengths.mean():,.0f} on average, {per_step * source.trees.supervised_counts.mean():,.0f} supervised"),
+                (
+                    "tokens a step",
+                    f"{per_step * lengths.mean():,.0f} on average, {per_step * supervised.mean():,.0f} supervised",
+                ),
                 ("forward passes", f"about {passes:.0f} a step of at most {budget:,} tokens (tokens_per_device)"),
                 ("learning rate", f"{recipe.train.learning_rate:g}, {recipe.train.schedule}"),
-                ("memory", f"about {(memory.total(budget)) / 2**30:.1f} GiB a device beside the libraries; {memory.trained:,} trained parameters"),
+                (
+                    "memory",
+                    f"about {memory.total(budget) / 2**30:.1f} GiB a device beside the libraries",
+                ),
+                (
+                    "trained",
+                    f"{memory.trained:,} parameters",
+                ),
             ],
         )
     )
@@ -70,5 +91,5 @@ def learning_rate_warning(rate: float, lora: schema.Lora | None, memory: Memory)
     low, high = schema.SANE_LEARNING_RATE[kind]
     if low <= rate <= high or (lora is None and memory.trained < 20_000_000):
         return None
-    usual = schema.LEARNING_RATE["sft", kind]
-    return f"train.learning_rate {rate:g} is outside {low:g} … {high:g}, where {'LoRA' if lora else 'full'} training works; {usual:g} is usual"
+    usual, words = schema.LEARNING_RATE["sft", kind], "LoRA" if lora else "full"
+    return f"train.learning_rate {rate:g} is outside {low:g} … {high:g}, where {words} training works; {usual:g} is usual"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 
@@ -20,7 +22,7 @@ from rlhf_cli.data.templates import Template, choose_template, end_of_turn
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import load_config, load_tokenizer, resolve_dtype
-from rlhf_cli.models.memory import auto_budget, estimate
+from rlhf_cli.models.memory import Memory, auto_budget, estimate
 from rlhf_cli.models.policy import load_policy, parent_lora, resolve_lora
 from rlhf_cli.models.sampling import continue_greedily, end_ids
 from rlhf_cli.recipe import schema
@@ -45,13 +47,13 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     """Train the recipe's policy on the responses of its data.
 
     Raises:
-        RunError: with the exit code of the contract; nothing was trained with exit code 2.
+        RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
     signals = StopSignals()
     signals.install()
     _quiet()
     started = time.monotonic()
-    recipe: schema.SftRecipe = loaded.recipe
+    recipe = loaded.recipe
     console = Console(os.environ.get("RANK", "0") == "0")
     output = Path(recipe.output)
     if not check and not force and console.enabled:
@@ -64,45 +66,35 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     dataset = prepare(recipe.data, "sft", tokenizer, template, recipe.seed, loaded.where, "first")
     source = dataset.source(recipe.train, recipe.data, recipe.seed)
     steps = total_steps(recipe.train.epochs, recipe.train.steps, source.steps_per_epoch)
-
     ranks = Ranks(expected=not check)
-    recipe, memory, budget = _resolve(recipe, start, dataset, ranks, loaded)
-    facts = {
-        "start": recipe.model.path + (f" (continues the adapter in {start.adapter})" if start.adapter else ""),
-        "trains": "all weights" if recipe.lora is None else f"LoRA r {recipe.lora.r}",
-        "dtype": recipe.model.dtype,
-        "chat template": template.source,
-        "devices": f"{ranks.size} × {ranks.device.type}",
-    }
-    console.plan(plan(recipe, dataset, source, steps, memory, budget, facts))
+    settled = _settle(recipe, start, dataset, ranks, loaded)
+    console.plan(
+        plan(settled.recipe, dataset, source, steps, settled.memory, settled.budget, _facts(settled, start, template, ranks))
+    )
     console.example(show_example(source.batch(1)[0], tokenizer))
-    for message in (
-        *dataset.train.notices,
-        learning_rate_warning(recipe.train.learning_rate, recipe.lora, memory),
-        "with lora.dropout, results depend on tokens_per_device: the masks follow the cut" if recipe.lora and recipe.lora.dropout else None,
-    ):
-        if message:
-            console.warn(message)
+    for message in _warnings(settled, dataset):
+        console.warn(message)
     if check:
         console.say("the recipe and the data are fine; nothing was trained")
         return
 
-    folder = open_run(output, resume=resume, force=force) if ranks.main else RunFolder(output)
-    ranks.barrier()
-    with folder:
+    with open_run(output, resume=resume, force=force) if ranks.main else RunFolder(output) as folder:
+        ranks.barrier()
         base = base_model(start)
-        inputs = {"base": base.weights_hash, "template": template.hash, "parent": start.parent and start.parent.manifest_hash} | dataset.fingerprints
+        inputs = {"base": base.weights_hash, "template": template.hash, "parent": start.parent and start.parent.manifest_hash}
+        inputs |= dataset.fingerprints
         if resume:
-            refuse_other_inputs(folder, recipe, inputs)
+            refuse_other_inputs(folder, settled.recipe, inputs)
             if finished_steps(folder) >= steps:
                 console.say(f"{output} is finished: {folder.manifest}")
+                ranks.close()
                 return
         if ranks.main:
-            record_inputs(folder, recipe, "sft", inputs)
+            record_inputs(folder, settled.recipe, "sft", inputs)
             write_json(folder.data, data_report(dataset))
 
         backbone, base_path = load_policy(
-            recipe.model, recipe.lora, start.base, start.revision, start.adapter, ranks.device, recipe.seed, output / "base"
+            recipe.model, settled.lora, start.base, start.revision, start.adapter, ranks.device, recipe.seed, output / "base"
         )
         console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")
         fit = Fit(
@@ -112,14 +104,14 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
             source=source,
             held_out=list(dataset.held_out.trees) if dataset.held_out else [],
             sample=partial(_samples, backbone, tokenizer, template, dataset),
-            train=recipe.train,
+            train=settled.recipe.train,
             steps=steps,
             seed=recipe.seed,
-            budget=budget,
+            budget=settled.budget,
             ranks=ranks,
             console=console,
             signals=signals,
-            track=start_trackers(recipe, folder.path, ranks.main),
+            track=start_trackers(settled.recipe, folder.path, ranks.main),
         )
         fit.resume()
         status = fit.go()
@@ -128,10 +120,12 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
             backbone.save("policy", folder.model)
             tokenizer.chat_template = template.text
             tokenizer.save_pretrained(str(folder.model))
+            if base_path != start.base:
+                base = base_model(Start(base_path, None, None, base_path, None, None))
             outcome = Outcome(
                 stage="sft",
                 seed=recipe.seed,
-                base_model=dataclasses.replace(base, path=base_path) if base_path == start.base else base_model(Start(base_path, None, None, "", None, None)),
+                base_model=base,
                 data=dataset.fingerprints,
                 chat_template_hash=template.hash,
                 steps=fit.state.step,
@@ -140,7 +134,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
                 peak_memory=peak_memory(),
                 parents=(start.parent,) if start.parent else (),
                 status=status,
-                extra={"lora": recipe.lora and dataclasses.asdict(recipe.lora)},
+                extra={"lora": settled.lora and dataclasses.asdict(settled.lora)},
             )
             manifest = build_manifest(folder, outcome)
             write_report(folder, manifest)
@@ -149,38 +143,65 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     ranks.close()
 
 
+@dataclass(frozen=True)
+class Settled:
+    """The recipe with every `auto` and default replaced by the value in force, and what follows from it."""
+
+    recipe: schema.SftRecipe
+    lora: schema.Lora | None
+    rate: float
+    budget: int
+    memory: Memory
+
+
+def _settle(recipe: schema.SftRecipe, start: Start, dataset: Dataset, ranks: Ranks, loaded: Loaded) -> Settled:
+    lora = resolve_lora(
+        recipe.lora, parent_lora(start.adapter, start.manifest and start.manifest.get("lora")), loaded.where("lora")
+    )
+    dtype = resolve_dtype(recipe.model.dtype, ranks.device)
+    config = load_config(start.base, start.revision, recipe.model.trust_remote_code)
+    memory = estimate(config, rank=lora.r if lora else None, dtype=dtype, checkpointing=recipe.model.gradient_checkpointing)
+    asked, rate = recipe.train.tokens_per_device, recipe.train.learning_rate
+    budget = ranks.min(auto_budget(memory, dataset.longest, ranks.device)) if asked == "auto" else asked
+    if rate is None:
+        rate = schema.LEARNING_RATE["sft", "lora" if lora else "full"]
+    train = dataclasses.replace(recipe.train, tokens_per_device=budget, learning_rate=rate)
+    model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
+    return Settled(dataclasses.replace(recipe, lora=lora, train=train, model=model), lora, rate, budget, memory)
+
+
+def _facts(settled: Settled, start: Start, template: Template, ranks: Ranks) -> dict[str, str]:
+    recipe = settled.recipe
+    return {
+        "start": recipe.model.path + (f" (continues the adapter in {start.adapter})" if start.adapter else ""),
+        "trains": f"LoRA r {settled.lora.r}" if settled.lora else "all weights",
+        "dtype": recipe.model.dtype,
+        "chat template": template.source,
+        "devices": f"{ranks.size} × {ranks.device.type}",
+    }
+
+
+def _warnings(settled: Settled, dataset: Dataset) -> Iterator[str]:
+    yield from dataset.train.notices
+    if message := learning_rate_warning(settled.rate, settled.lora, settled.memory):
+        yield message
+    if settled.lora and settled.lora.dropout:
+        yield "with lora.dropout, results depend on tokens_per_device: the masks follow the cut"
+
+
 def _quiet() -> None:
     """Libraries speak through our lines and errors, not through their own bars and warnings."""
+    warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
 def _check_template(recipe: schema.SftRecipe, start: Start, template: Template, loaded: Loaded) -> None:
-    if start.template_hash is not None and start.template_hash != template.hash and recipe.model.chat_template is None:
+    if start.template_hash not in (None, template.hash) and recipe.model.chat_template is None:
         raise UsageError(
-            f"{loaded.where('model.path')}: {start.parent and start.parent.path} was trained with another chat template than {template.source}. "
+            f"{loaded.where('model.path')}: {recipe.model.path} was trained with another chat template than {template.source}. "
             "name the one you want in model.chat_template"
         )
-
-
-def _resolve(
-    recipe: schema.SftRecipe, start: Start, dataset: Dataset, ranks: Ranks, loaded: Loaded
-) -> tuple[schema.SftRecipe, Any, int]:
-    """The recipe with every `auto` and default replaced by the value in force, the memory estimate and the packing budget."""
-    lora = resolve_lora(recipe.lora, parent_lora(start.adapter, start.manifest and start.manifest.get("lora")), loaded.where("lora"))
-    dtype = resolve_dtype(recipe.model.dtype, ranks.device)
-    config = load_config(start.base, start.revision, recipe.model.trust_remote_code)
-    memory = estimate(config, rank=lora and lora.r, dtype=dtype, checkpointing=recipe.model.gradient_checkpointing)
-    asked = recipe.train.tokens_per_device
-    budget = ranks.min(auto_budget(memory, dataset.longest, ranks.device)) if asked == "auto" else int(asked)
-    rate = recipe.train.learning_rate
-    train = dataclasses.replace(
-        recipe.train,
-        tokens_per_device=budget,
-        learning_rate=schema.LEARNING_RATE["sft", "lora" if lora else "full"] if rate is None else rate,
-    )
-    model = dataclasses.replace(recipe.model, dtype=str(dtype).removeprefix("torch."))
-    return dataclasses.replace(recipe, lora=lora, train=train, model=model), memory, budget
 
 
 def _samples(backbone: Backbone, tokenizer: Any, template: Template, dataset: Dataset) -> Iterator[dict[str, Any] | None]:
@@ -193,10 +214,9 @@ def _samples(backbone: Backbone, tokenizer: Any, template: Template, dataset: Da
         return
     yield None
     ends = end_ids(backbone.model, *end_of_turn(tokenizer, template)[-1:], tokenizer.eos_token_id)
+    responses = continue_greedily(backbone, "policy", [tree.prompt for tree in trees], ends, SHOWN_TOKENS)
     lines = []
-    for tree, (ids, ended) in zip(
-        trees, continue_greedily(backbone, "policy", [t.prompt for t in trees], ends, SHOWN_TOKENS), strict=True
-    ):
+    for tree, (ids, ended) in zip(trees, responses, strict=True):
         record = records[tree.row]
         response = tokenizer.decode(ids, skip_special_tokens=True)
         lines.append({"prompt": question(record), "response": response, "ended": ended, "where": record.where})

@@ -104,7 +104,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
         damaged.append(path)
     if damaged:
         names = ", ".join(path.name for path in damaged)
-        raise MachineError(f"{folder}: every checkpoint is damaged ({names})\nrestore one from a backup, or start anew with --force")
+        raise MachineError(
+            f"{folder}: every checkpoint is damaged ({names})\nrestore one from a backup, or start anew with --force"
+        )
     return None, []
 
 

@@ -135,14 +135,18 @@ class Fit:
         except NonFinite as error:
             raise self._keep_evidence(error, step, trees) from error
         if result.budget != self.state.budget:
-            self.console.warn(f"step {step}: out of memory; replayed with tokens_per_device {result.budget}, the result is the same")
+            self.console.warn(
+                f"step {step}: out of memory; replayed with tokens_per_device {result.budget}, the result is the same"
+            )
         seconds = time.monotonic() - started
         metrics = result.metrics | {
             "tokens": self.state.tokens + result.tokens,
             "tokens_per_second": result.tokens / seconds,
             "epoch": step / self.source.steps_per_epoch,
         }
-        self._advance(step=step, tokens=self.state.tokens + result.tokens, seconds=self.state.seconds + seconds, budget=result.budget)
+        self._advance(
+            step=step, tokens=self.state.tokens + result.tokens, seconds=self.state.seconds + seconds, budget=result.budget
+        )
         self._log("train", metrics)
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
         progress.update(step, self.steps, metrics, memory)
@@ -169,7 +173,8 @@ class Fit:
     def _until_last(self, values: Iterator[dict[str, Any] | None]) -> dict[str, Any] | None:
         """The last value; a signal between two ends the run with the figures of this step still due."""
         last = None
-        for last in values:
+        for value in values:
+            last = value
             if self.signals.received is not None and self.ranks.size == 1:
                 self._obey_signal()
         return last

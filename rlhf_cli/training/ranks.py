@@ -31,17 +31,20 @@ class Ranks:
         """`expected` False: this process does its work alone, whatever started it."""
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             raise UsageError("sharded launches (FSDP, DeepSpeed) are not supported yet; use accelerate launch --multi_gpu")
+        self.rank, self.size = 0, 1
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         launched = "RANK" in os.environ and expected
         if launched or "ACCELERATE_MIXED_PRECISION" in os.environ:
             # A launcher that is killed leaves its trainers running; the kernel tells them instead.
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if not expected:
-            self.rank, self.size, self.device = 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
             return
-        self._state: Any = PartialState(**({"timeout": timedelta(hours=2)} if launched else {}))
-        self.rank: int = self._state.process_index
-        self.size: int = self._state.num_processes
-        self.device: torch.device = self._state.device
+        # PartialState does not look at ACCELERATE_USE_CPU by itself, and without a GPU would take each rank for the only one.
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
+        self._state: Any = PartialState(cpu=on_cpu, **({"timeout": timedelta(hours=2)} if launched else {}))
+        self.rank = self._state.process_index
+        self.size = self._state.num_processes
+        self.device = self._state.device
 
     @property
     def main(self) -> bool:
@@ -84,7 +87,7 @@ class Ranks:
     def _sum_bucket(self, gradients: list[torch.Tensor]) -> None:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
     def _reduce(self, tensor: torch.Tensor, operation: Any) -> torch.Tensor:

@@ -181,7 +181,9 @@ def _smaller_budget(error: BaseException, budget: int, trees: list[Tree], ranks:
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA's out-of-memory, Python's, and that of torch's allocator on a CPU."""
     text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text
+    )
 
 
 def _check_gradients_exist(backbone: Backbone, ranks: Ranks) -> None:

@@ -24,12 +24,18 @@ def start_trackers(recipe: Any, folder: Path, main: bool) -> Track:
 
     try:
         accelerator = Accelerator(log_with=list(recipe.trackers), project_dir=str(folder))
-        accelerator.init_trackers("rlhf", config={k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(recipe).items()})
+        accelerator.init_trackers(
+            "rlhf", config={k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(recipe).items()}
+        )
     except (ValueError, ImportError) as error:
-        raise MachineError(f"trackers: {str(error).splitlines()[0]}\ninstall it, e.g. pip install 'rlhf-cli[tensorboard]'") from error
+        raise MachineError(
+            f"trackers: {str(error).splitlines()[0]}\ninstall it, e.g. pip install 'rlhf-cli[tensorboard]'"
+        ) from error
     started = {str(t.name) for t in accelerator.trackers}
     if missing := set(recipe.trackers) - started:
-        raise MachineError(f"trackers: {', '.join(sorted(missing))} cannot be started; is it installed? pip install 'rlhf-cli[tensorboard]'")
+        raise MachineError(
+            f"trackers: {', '.join(sorted(missing))} cannot be started; is it installed? pip install 'rlhf-cli[tensorboard]'"
+        )
 
     def track(metrics: dict[str, float], step: int) -> None:
         accelerator.log(metrics, step=step)

@@ -1,0 +1,332 @@
+"""What the repository says about itself: the README's commands, the docs, the recipes, the Makefile, who imports whom."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from rlhf_cli import cli
+from rlhf_cli.data.formats import COLUMNS, detect
+from rlhf_cli.recipe.load import Loaded, load_recipe
+from rlhf_cli.recipe.schema import STAGES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
+
+
+def readme_commands() -> list[list[str]]:
+    """The words of every command in the README's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def rlhf_commands() -> list[list[str]]:
+    """The README's command lines of rlhf itself, started directly or by a launcher."""
+    found = []
+    for words in readme_commands():
+        if words[0] == "rlhf":
+            found.append(words[1:])
+        elif "rlhf_cli" in words:
+            found.append(words[words.index("rlhf_cli") + 1 :])
+    return found
+
+
+def train_lines(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "train"]
+
+
+class TestReadme:
+    @pytest.mark.parametrize("words", rlhf_commands(), ids=" ".join)
+    def test_commands_are_understood(self, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each gets through the real command line and, with a recipe, the real loader; only the work itself is faked."""
+        calls: list[Any] = []
+        for name, attribute in (("rlhf_cli.stages.sft", "run"), ("rlhf_cli.runs.export", "export")):
+            module = ModuleType(name)
+            setattr(module, attribute, lambda *given, **flags: calls.append(given))
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.chdir(ROOT)
+        assert cli.main(words) == 0
+        assert len(calls) == (words[0] in ("sft", "export"))
+
+    def test_every_command_is_of_a_kind_that_is_tested(self) -> None:
+        starts = {words[0] for words in readme_commands() if "rlhf_cli" not in words}
+        assert starts == {"make", "rlhf", "."}
+        assert len(rlhf_commands()) == 7
+
+    def test_make_targets_exist(self) -> None:
+        targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        named = set(re.findall(r"`make ([a-z0-9]+)", README)) | {w[1] for w in readme_commands() if w[0] == "make"}
+        assert named == {"quickstart", "test", "smollm2"}
+        assert named <= targets
+
+    def test_shows_the_recipe_as_it_is(self) -> None:
+        (shown,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+        assert shown == (ROOT / "recipes/quickstart/sft.yaml").read_text()
+
+    def test_lists_every_format_with_a_row_that_is_one(self) -> None:
+        rows = dict(re.findall(r"^\| `([a-z-]+)` \| `(\{.*?\})`[,| ]", README, re.MULTILINE))
+        assert list(rows) == list(COLUMNS)
+        takes = {"prompt": "ppo"}
+        found = {name: detect([json.loads(row)], takes.get(name, "sft"), "README.md") for name, row in rows.items()}
+        assert found == {name: name for name in COLUMNS}
+
+    def test_tells_which_commands_work(self) -> None:
+        rows = re.findall(r"^\| (`rlhf .*?) \| .* \| (works|planned) \|$", README, re.MULTILINE)
+        working = [re.findall(r"`(?:rlhf )?([a-z-]+)`", names) for names, status in rows if status == "works"]
+        assert [name for names in working for name in names] == [*STAGES, "export"]
+
+    @pytest.mark.slow
+    def test_commands_run(self, tmp_path: Path) -> None:
+        """All of rlhf's own, in their order and as they stand, on the quickstart's data; only those for GPUs are left out."""
+        (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+        subprocess.run([sys.executable, ROOT / "scripts/make_quickstart.py"], cwd=tmp_path, check=True, capture_output=True)
+        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        env = {**os.environ, "PATH": tools, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        for words in readme_commands():
+            if words[0] not in ("rlhf", "torchrun"):
+                continue
+            brief = ["--set", "train.steps=3"] if "sft" in words and "--set" not in words else []
+            done = subprocess.run([*words, *brief], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
+        losses = {name: [line["loss"] for line in train_lines(tmp_path / "runs" / name)] for name in ("short", "two")}
+        assert [len(values) for values in losses.values()] == [20, 3]
+        assert losses["two"][0] == pytest.approx(losses["short"][0], abs=1e-5)
+        from transformers import AutoModelForCausalLM
+
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").num_parameters() == 1_392_960
+
+    def test_links_lead_somewhere(self) -> None:
+        pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+        links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))]
+        assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+        assert len(links) >= 6
+
+
+class TestDocs:
+    def test_recipe_reference_is_up_to_date(self) -> None:
+        made = runpy.run_path(str(ROOT / "scripts/make_recipe_docs.py"))["reference"]()
+        assert (ROOT / "docs/recipes.md").read_text(encoding="utf-8") == made
+
+    def test_recipe_reference_names_every_key_once(self) -> None:
+        rows = re.findall(r"^\| `([A-Za-z0-9_.]+)` \|", (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(rows) == len(set(rows))
+        assert {"model.path", "data.train.0.limit", "lora.r", "train.keep_best.mode", "train.stop_if.NAME.above", "seed"} <= set(
+            rows
+        )
+
+    def test_papers_name_every_objective_and_a_recipe_that_exists(self) -> None:
+        text = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
+        kinds = {path.stem for path in ROOT.glob("rlhf_cli/objectives/*.py")} - {"__init__", "base"}
+        assert {kind for kind in kinds if f"| `{kind}` |" in text} == kinds
+        recipes = re.findall(r"`(recipes/[^`]+)`", text)
+        assert recipes
+        assert [path for path in recipes if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT).as_posix())
+class TestShippedRecipes:
+    def test_validates(self, path: Path) -> None:
+        loaded: Loaded = load_recipe(path.stem, path)
+        assert loaded.recipe.output == f"runs/{path.parent.name}/{path.stem}"
+
+    def test_every_key_has_a_comment(self, path: Path) -> None:
+        bare = [line for line in path.read_text().splitlines() if re.match(r"\s*(- )?\w+: *[^ #]", line) and "#" not in line]
+        assert bare == []
+
+
+MAY_IMPORT = {
+    "errors": set[str](),
+    "console": {"errors"},
+    "recipe": {"errors", "objectives"},
+    "data": {"errors", "recipe"},
+    "objectives": {"errors", "data", "models"},
+    "models": {"errors", "recipe", "data"},
+    "runs": {"errors", "recipe", "data", "models", "__version__"},
+    "training": {"errors", "console", "recipe", "data", "objectives", "models", "runs"},
+    "rollout": {"errors", "console", "recipe", "data", "objectives", "models", "runs"},
+    "evaluation": {"errors", "console", "recipe", "data", "objectives", "models", "runs"},
+    "stages": {"errors", "console", "recipe", "data", "objectives", "models", "runs", "training", "rollout", "evaluation"},
+    "cli": {"errors", "recipe", "runs", "__version__"},
+    "__main__": {"cli"},
+    "__init__": set[str](),
+}
+"""Part of the package → the parts it may import. cli starts a stage by its module's name, when it is asked for."""
+
+
+def imports(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """(line, dotted module, runs when the module is imported) of every import in a file; a name of our package is a module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lazy = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            module = str(node.module)
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "rlhf_cli" else [module]
+            yield from ((node.lineno, name, node not in lazy) for name in names)
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, node not in lazy) for alias in node.names)
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT / "rlhf_cli").parts[0].removesuffix(".py")
+
+
+MODULES = sorted((ROOT / "rlhf_cli").rglob("*.py"))
+
+
+class TestImports:
+    def test_go_one_way(self) -> None:
+        upward = [
+            f"{path.relative_to(ROOT)}:{line}: {part_of(path)} imports {module}"
+            for path in MODULES
+            for line, module, _ in imports(path)
+            if module.startswith("rlhf_cli.") and module.split(".")[1] not in MAY_IMPORT[part_of(path)] | {part_of(path)}
+        ]
+        assert upward == []
+
+    def test_the_table_has_no_circle_of_parts_at_run_time(self) -> None:
+        """Objectives name data and models in annotations alone, so that recipes can be read without torch."""
+        eager = {
+            (part_of(path), module.split(".")[1])
+            for path in MODULES
+            for _, module, at_import in imports(path)
+            if at_import and module.startswith("rlhf_cli.")
+        }
+        edges = {(a, b) for a, b in eager if a != b}
+        while leaves := {b for _, b in edges} - {a for a, _ in edges}:
+            edges = {(a, b) for a, b in edges if b not in leaves}
+        assert edges == set()
+
+    def test_reading_a_recipe_needs_nothing_heavy(self) -> None:
+        light = [path for path in MODULES if part_of(path) in ("recipe", "errors", "console", "cli", "objectives", "__main__")]
+        heavy = {"torch", "transformers", "datasets", "numpy", "accelerate", "peft", "pyarrow"}
+        found = [(path.name, m) for path in light for _, m, at_import in imports(path) if at_import and m.split(".")[0] in heavy]
+        assert found == []
+
+    def test_third_parties_are_declared(self) -> None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        declared = {re.split(r"[>=]", line)[0].replace("-", "_") for line in project["dependencies"]}
+        distribution = {"yaml": "pyyaml", "bitsandbytes": None}  # bitsandbytes: the extra `quant`, imported when it is asked for
+        used = {module.split(".")[0] for path in MODULES for _, module, _ in imports(path)}
+        third = used - set(sys.stdlib_module_names) - {"rlhf_cli"}
+        assert {distribution.get(name, name) for name in third} - {None} == declared
+
+
+TOOL = """#!/bin/sh
+echo "$(basename $0) $*" >> calls
+case "$*" in
+  scripts/make_quickstart.py)
+    mkdir -p data/quickstart models/quickstart-base
+    touch data/quickstart/sft.jsonl models/quickstart-base/tokenizer_config.json ;;
+  scripts/fetch_smollm2.py*) mkdir -p models/smollm2-135m-instruct; touch models/smollm2-135m-instruct/config.json ;;
+  "sft recipes/"*) folder=runs/$(basename $(dirname $2))/sft; mkdir -p $folder; touch $folder/manifest.json ;;
+esac
+"""
+INSTALL = "python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[{}]"
+QUICKSTART = "rlhf sft recipes/quickstart/sft.yaml"
+SMOLLM2 = "rlhf sft recipes/smollm2/sft.yaml {} --set model.path=models/smollm2-135m-instruct"
+
+
+class TestMakefile:
+    """The real Makefile on stand-ins for the tools in .venv/bin that write down how they were called."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for name in ("Makefile", "pyproject.toml", "constraints.txt", *(str(path.relative_to(ROOT)) for path in RECIPES)):
+            self.put(tmp_path / name, (ROOT / name).read_text())
+        for name in ("scripts/make_quickstart.py", "scripts/quickstart_model.py", "recipes/quickstart/gold.py"):
+            self.put(tmp_path / name, "")
+        for name in ("pip", "python", "rlhf", "ruff", "mypy"):
+            self.put(tmp_path / ".venv/bin" / name, TOOL)
+            (tmp_path / ".venv/bin" / name).chmod(0o755)
+        return tmp_path
+
+    @staticmethod
+    def put(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        os.utime(path, (1e9, 1e9))
+
+    @staticmethod
+    def change(path: Path) -> None:
+        time.sleep(0.05)  # file systems count time in steps of some milliseconds
+        path.touch()
+
+    @staticmethod
+    def make(folder: Path, *words: str) -> list[str]:
+        """The calls that a target made."""
+        (folder / "calls").write_text("")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        done = subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        return (folder / "calls").read_text().splitlines()
+
+    def test_quickstart_does_what_is_left_to_do(self, folder: Path) -> None:
+        assert self.make(folder, "quickstart") == [
+            INSTALL.format("dev"),
+            "python scripts/make_quickstart.py",
+            f"{QUICKSTART} --resume",
+        ]
+        assert self.make(folder, "quickstart") == []
+        self.change(folder / "recipes/quickstart/sft.yaml")
+        assert self.make(folder, "quickstart") == [f"{QUICKSTART} --force"]
+        (folder / "runs/quickstart/sft/manifest.json").unlink()
+        assert self.make(folder, "quickstart") == [f"{QUICKSTART} --resume"]
+
+    def test_lost_data_is_made_again(self, folder: Path) -> None:
+        self.make(folder, "quickstart")
+        (folder / "data/quickstart/sft.jsonl").unlink()
+        assert "python scripts/make_quickstart.py" in self.make(folder, "quickstart")
+
+    def test_new_requirements_are_installed(self, folder: Path) -> None:
+        self.make(folder, "quickstart")
+        self.change(folder / "constraints.txt")
+        assert self.make(folder, "quickstart") == [INSTALL.format("dev")]
+
+    def test_check_and_test(self, folder: Path) -> None:
+        fast = [
+            "ruff check --quiet .",
+            "ruff format --quiet --check .",
+            "mypy --no-error-summary",
+            "python -m pytest -m not slow",
+        ]
+        assert self.make(folder, "check", "test") == [INSTALL.format("dev"), *fast, "python -m pytest"]
+
+    def test_smollm2_with_rows_from_the_hub_or_a_file(self, folder: Path) -> None:
+        fetch = "python scripts/fetch_smollm2.py --dest models/smollm2-135m-instruct"
+        assert self.make(folder, "smollm2")[-2:] == [fetch, SMOLLM2.format("--resume")]
+        assert self.make(folder, "smollm2") == []
+        rows = "--set data.train.0.path=my rows.jsonl.gz --set data.train.0.name=null --set data.train.0.limit=9"
+        assert self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9") == [f"{SMOLLM2.format('--force')} {rows}"]
+        assert self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9") == []
+
+    def test_smollm2_overrides_fit_its_recipe(self) -> None:
+        overrides = ["data.train.0.path=rows.jsonl.gz", "data.train.0.name=null", "data.train.0.limit=9"]
+        (source,) = load_recipe("sft", ROOT / "recipes/smollm2/sft.yaml", overrides).recipe.data.train
+        assert (source.path, source.name, source.limit, source.format) == ("rows.jsonl.gz", None, 9, "hh")
+
+    def test_an_old_python_is_refused(self, folder: Path) -> None:
+        (folder / ".venv/bin/pip").unlink()
+        done = subprocess.run(["make", "PYTHON=false", "quickstart"], cwd=folder, capture_output=True, text=True, timeout=60)
+        assert done.stderr.splitlines()[0] == "error: false is older than Python 3.11; name another: make PYTHON=/path/to/python3"

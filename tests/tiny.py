@@ -1,0 +1,100 @@
+"""A tiny random model on disk, rows to train it on, and the command line in this process or in another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf_cli.cli import main
+from tests.data.tiny_tokenizer import CHATML, tiny_tokenizer
+
+WORDS = (
+    "red",
+    "blue",
+    "green",
+    "fish",
+    "bird",
+    "tree",
+    "sun",
+    "moon",
+    "sea",
+    "one",
+    "two",
+    "three",
+    "big",
+    "small",
+    "old",
+    "new",
+)
+
+
+def make_model(folder: Path, seed: int = 0, *, tied: bool = False, **changes: Any) -> Path:
+    """A Llama of 2 layers and 32 dimensions with a ChatML tokenizer."""
+    tokenizer = tiny_tokenizer(eos="<|im_end|>", template=CHATML)
+    torch.manual_seed(seed)
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), tie_word_embeddings=tied, eos_token_id=tokenizer.eos_token_id, **(settings | changes)
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    """Prompt-completion rows of 1 to 6 words each."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: " ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator))  # noqa: E731
+    length = lambda: int(torch.randint(1, 7, (), generator=generator))  # noqa: E731
+    rows = [{"prompt": f"{draw(length())} {i}", "completion": draw(length())} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_recipe(path: Path, start: Path, rows: Path, folder: Path, **sections: Any) -> Path:
+    """An sft recipe of 6 steps of 4 rows; sections are merged key by key."""
+    recipe: dict[str, Any] = {
+        "model": {"path": str(start)},
+        "data": {"train": str(rows), "max_length": 160},
+        "train": {"batch_size": 4, "steps": 6, "learning_rate": 1e-3, "save_every": 1},
+        "output": str(folder),
+    }
+    for name, section in sections.items():
+        recipe[name] = (
+            {**recipe.get(name, {}), **section} if isinstance(section, dict) and isinstance(recipe.get(name), dict) else section
+        )
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def rlhf(*arguments: str | Path) -> int:
+    """The exit code of a command run in this process."""
+    return main([str(a) for a in arguments])
+
+
+def spawn(*arguments: str | Path, ranks: int = 1, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """A command in a process of its own, or on several gloo ranks; one thread each."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "rlhf_cli", *map(str, arguments)]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings)
+
+
+def read_lines(path: Path, *without: str) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, without the keys that differ between equal runs."""
+    dropped = {"time", "tokens_per_second", *without}
+    return [{k: v for k, v in json.loads(line).items() if k not in dropped} for line in path.read_text().splitlines()]
