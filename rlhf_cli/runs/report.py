@@ -132,7 +132,8 @@ def _counts(label: str, parts: list[dict[str, Any]], key: str) -> tuple[str, ...
 
 
 def _source(split: str, source: dict[str, Any]) -> str:
-    bad = f", {source['bad']:,} bad" if source["bad"] else ""
+    counts = {**source["unused"], **source["bad"]}
+    bad = "".join(f", {count:,} {reason}" for reason, count in counts.items())
     return f"- {split}: `{source['path']}` ({source['format']}), {source['kept']:,} of {source['read']:,} rows kept{bad}"
 
 

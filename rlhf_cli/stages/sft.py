@@ -131,7 +131,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
                 steps=fit.state.step,
                 tokens=fit.state.tokens,
                 seconds=fit.state.seconds,
-                peak_memory=peak_memory(),
+                peak_memory=max(fit.state.peak_memory, peak_memory()),
                 parents=(start.parent,) if start.parent else (),
                 status=status,
                 extra={"lora": settled.lora and dataclasses.asdict(settled.lora)},

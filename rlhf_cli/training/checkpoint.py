@@ -28,6 +28,7 @@ class State:
     evaluated: int  # the last step whose held-out figures are in the log; -1: not even those of the start
     tokens: int
     seconds: float
+    peak_memory: float  # GiB, of every process so far
     budget: int  # tokens_per_device in force
     metrics_bytes: int
     samples_bytes: int

@@ -73,7 +73,7 @@ class Fit:
     state: State = field(init=False)
 
     def __post_init__(self) -> None:
-        self.state = State(0, -1, 0, 0.0, self.budget, 0, 0, {}, None)
+        self.state = State(0, -1, 0, 0.0, 0.0, self.budget, 0, 0, {}, None)
         self.optimizer = build_optimizer(self.backbone.trained_parameters(), self.train)
         self.stopped_by: str | None = None
 
@@ -208,6 +208,7 @@ class Fit:
         if broken:
             raise NumberError(f"step {self.state.step}: {broken[0]} is not finite after the update; no checkpoint is written")
         if self.ranks.main:
+            self._advance(peak_memory=max(self.state.peak_memory, peak_memory()))
             self._advance(metrics_bytes=self.metrics.sync(), samples_bytes=self.samples.sync())
             save_checkpoint(self.run.checkpoints, self.backbone, self.optimizer, self.state)
             prune(self.run.checkpoints, self.train.keep_checkpoints, self.state.best_step)

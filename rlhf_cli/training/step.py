@@ -74,8 +74,9 @@ def optimise(
     norm = float(torch.nn.utils.get_total_norm(gradients))
     means = _means(passes, counts, ranks)
     if not (math.isfinite(norm) and all(map(math.isfinite, means.values()))):
+        refusal = _refusal(step, means["loss"], norm, passes, {n: p.grad for n, p in parameters.items()}, ranks)
         optimizer.zero_grad(set_to_none=True)
-        raise _refusal(step, means["loss"], norm, passes, {n: p.grad for n, p in parameters.items()}, ranks)
+        raise refusal
     torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), max_grad_norm, torch.tensor(norm, device=gradients[0].device))
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -170,7 +171,7 @@ def _smaller_budget(error: BaseException, budget: int, trees: list[Tree], ranks:
     longest = max(map(tree_length, trees))
     advice = f"set train.tokens_per_device below {budget}, shorten data.max_length or set model.gradient_checkpointing: true"
     if ranks.size > 1:
-        raise MachineError(f"out of memory on rank {ranks.rank}; {advice}, then --resume") from error
+        raise MachineError(f"out of memory on rank {ranks.rank}; {advice}, then --resume").on_one_rank() from error
     if budget <= longest:
         raise MachineError(f"out of memory with one tree of {longest} tokens in the pass; {advice}") from error
     if torch.cuda.is_available():

@@ -12,7 +12,7 @@ from rlhf_cli.runs.report import duration, write_report
 from rlhf_cli.runs.verdict import ends, held_out_verdict, train_verdict
 
 LENGTHS = {"p50": 10, "p90": 20, "p99": 30, "max": 1234}
-SOURCE = {"path": "hh.jsonl", "format": "messages", "read": 1200, "kept": 1000, "bad": 150, "examples": [], "fingerprint": "f"}
+SOURCE = {"path": "hh.jsonl", "format": "messages", "read": 1200, "kept": 1000, "bad": {"not JSON": 150}, "unused": {"beyond the limit": 50}, "bad_examples": [], "fingerprint": "f"}
 SPLIT = {
     "read": 1200,
     "kept": 1000,
@@ -89,7 +89,7 @@ def test_every_part_of_the_report(run):
         in text
     )
     assert "| tokens, total: median / 90 % / 99 % / longest | 10 / 20 / 30 / 1,234 |" in text
-    assert "- training: `hh.jsonl` (messages), 1,000 of 1,200 rows kept, 150 bad" in text
+    assert "- training: `hh.jsonl` (messages), 1,000 of 1,200 rows kept, 50 beyond the limit, 150 not JSON" in text
     assert "**0.3 % of the training responses have no end**" in text
     assert "2 min 10 s for 12,345 tokens (95 a second); at most 1.3 GiB of memory." in text
     assert 'base = AutoModelForCausalLM.from_pretrained("org/tiny", revision="r1")' in text
