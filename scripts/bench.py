@@ -121,7 +121,16 @@ def compare(options: argparse.Namespace) -> None:
     (out / "rows.json").write_text(json.dumps(given))
     del backbone
     own = [sys.executable, __file__, options.data, "--ours", "--adapter", str(out / "adapter"), "--model", options.model]
-    own += ["--steps", str(options.steps), "--batch-size", str(options.batch_size), "--out", str(out), "--tokens", str(options.tokens)]
+    own += [
+        "--steps",
+        str(options.steps),
+        "--batch-size",
+        str(options.batch_size),
+        "--out",
+        str(out),
+        "--tokens",
+        str(options.tokens),
+    ]
     peer = [sys.executable, str(Path(__file__).with_name("bench_peer_sft.py")), options.model, str(out / "rows.json")]
     peer += ["--steps", str(options.steps), "--batch-size", str(options.batch_size), "--adapter", str(out / "adapter")]
     peer += ["--learning-rate", str(RATE)]

@@ -101,7 +101,7 @@ def plan_passes(trees: Sequence[Tree], ranks: int, budget: int, layout: Layout) 
         loads[rank] += lengths[index]
     if layout == "alone":
         return [_cut([_alone(trees[i], i) for i in share], budget) for share in shares]
-    capacity = max([budget if layout == "long" else 0, *lengths])
+    capacity = budget if layout == "long" else min(budget, max(lengths, default=budget))
     return [_cut(_fill_rows(share, trees, lengths, capacity), budget) for share in shares]
 
 

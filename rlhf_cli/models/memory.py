@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-CPU_ACTIVATIONS = 2**30
+CPU_ACTIVATIONS = 3 * 2**28
 """Bytes that `tokens_per_device: auto` lets the activations of a pass take on a CPU; longer passes were not faster there."""
 
 PROCESS = 0.55 * 2**30

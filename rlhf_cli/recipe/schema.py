@@ -33,7 +33,9 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto", "of frozen weights and of compute; trained weights are float32"
     )
-    attention: Literal["auto", "sdpa", "flex", "flash", "eager"] = key("auto", "attention kernel; auto is sdpa")
+    attention: Literal["auto", "sdpa", "flex", "flash", "eager"] = key(
+        "auto", "attention kernel; auto: one call per tree on a CPU, sdpa on a GPU"
+    )
     quantize: Literal["4bit", "8bit"] | None = key(None, "quantised frozen base (extra: quant)")
     gradient_checkpointing: bool = key(False, "recompute activations in backward: less memory, ~30 % more time")
     chat_template: str | None = key(None, "null: the tokenizer's own, else a plain built-in one; a Jinja file; none", path=True)

@@ -13,7 +13,6 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rlhf_cli.console import Console
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.load import read_adapter
 from rlhf_cli.runs.files import disk_error
@@ -27,8 +26,8 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 MODEL_FILES = ("adapter_config.json", "config.json", "generation_config.json")
 
 
-def export(run: Path, dest: Path, merge: bool) -> None:
-    """Write the trained policy of `run` to `dest`: its adapter, or with `merge` (or after full training) a whole model.
+def export(run: Path, dest: Path, merge: bool) -> str:
+    """Write the trained policy of `run` to `dest`: its adapter, or with `merge` (or after full training) a whole model; says so.
 
     Raises:
         UsageError: `run` is no finished run, or `dest` exists.
@@ -65,7 +64,7 @@ def export(run: Path, dest: Path, merge: bool) -> None:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     kind = "adapter" if (dest / "adapter_config.json").exists() else "model"
-    Console().say(f"{kind} in {dest}: log-probabilities within {difference:.1e} of the run's")
+    return f"{kind} in {dest}: log-probabilities within {difference:.1e} of the run's"
 
 
 def _base(path: str, revision: str | None = None) -> Any:

@@ -1,0 +1,77 @@
+"""`token_logps` is log_softmax and gather, values and gradients, whatever the chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rlhf_cli.models import logps as module
+from rlhf_cli.models.logps import token_logps
+
+N, D, V = 50, 8, 12
+
+
+def _inputs(dtype: torch.dtype = torch.float32, *, trained: bool, bias: bool) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
+    hidden, weight = draw(N, D).requires_grad_(), draw(V, D).requires_grad_(trained)
+    target = torch.randint(V, (N,), generator=generator)
+    return hidden, weight, draw(V).requires_grad_(trained) if bias else None, target, draw(N).float()
+
+
+def test_by_hand() -> None:
+    """Two states, the head is the identity: logits (0, ln 3) and (ln 2, 0), so the probabilities are 1/4, 3/4 and 2/3, 1/3."""
+    hidden = torch.tensor([[0.0, 3.0], [2.0, 1.0]]).log().nan_to_num(neginf=0.0)
+    logps, hits = token_logps(hidden, torch.eye(2), None, torch.tensor([1, 1]))
+    assert logps.exp().tolist() == pytest.approx([3 / 4, 1 / 3])
+    assert hits.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("chunk", [1, 20 * V, 2**23])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_equals_log_softmax_and_gather(trained: bool, bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
+    results = []
+    for ours in (True, False):
+        hidden, weight, offset, target, upstream = _inputs(trained=trained, bias=bias)
+        if ours:
+            logps, hits = token_logps(hidden, weight, offset, target)
+        else:
+            logits = F.linear(hidden, weight, offset)
+            logps, hits = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0], logits.argmax(-1) == target
+        (logps * upstream).sum().backward()
+        results.append((logps, hidden.grad, weight.grad, None if offset is None else offset.grad, hits))
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert float((a.float() - b.float()).detach().abs().max()) < 1e-5
+    assert (results[0][2] is not None) == trained
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradcheck(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64; the function's own log-softmax is float32, so it is kept at float64 here."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    hidden, weight, bias, target, _ = _inputs(torch.float64, trained=trained, bias=True)
+    function = lambda h, w, b: token_logps(h[:5], w, b, target[:5])[0]  # noqa: E731
+    assert torch.autograd.gradcheck(function, (hidden, weight, bias))
+
+
+def test_the_log_softmax_of_bfloat16_states_is_float32() -> None:
+    hidden, weight, _, target, _ = _inputs(torch.bfloat16, trained=False, bias=False)
+    logps, _ = token_logps(hidden, weight, None, target)
+    wanted = F.linear(hidden, weight).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    assert logps.dtype == torch.float32
+    assert float((logps - wanted).detach().abs().max()) < 1e-6
+
+
+def test_logits_hundreds_apart_stay_finite() -> None:
+    hidden = torch.tensor([[300.0, -300.0], [-300.0, 300.0]], requires_grad=True)
+    logps, _ = token_logps(hidden, torch.eye(2), None, torch.tensor([0, 0]))
+    logps.sum().backward()
+    assert logps.tolist() == [0.0, -600.0]
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[0.0, 0.0], [1.0, -1.0]]

@@ -1,0 +1,43 @@
+"""Rules on metrics, by example."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_cli.recipe.schema import KeepBest, StopRule, Train
+from rlhf_cli.training.watch import note_best, reason_to_stop
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "best", "wanted"),
+    [
+        (StopRule(above=20), 20.0, None, None),
+        (StopRule(above=20), 20.5, None, "objective/kl 20.5 is above 20"),
+        (StopRule(below=0.5), 0.5, None, None),
+        (StopRule(below=0.5), 0.25, None, "objective/kl 0.25 is below 0.5"),
+        (StopRule(falls=0.2), 8.0, 10.0, None),
+        (StopRule(falls=0.2), 7.9, 10.0, "objective/kl 7.9 has lost more than 20% of its best, 10"),
+        (StopRule(falls=0.5), -3.0, -2.0, None),
+        (StopRule(falls=0.5), -3.5, -2.0, "objective/kl -3.5 has lost more than 50% of its best, -2"),
+        (StopRule(above=5, below=1), 0.5, None, "objective/kl 0.5 is below 1"),
+    ],
+)
+def test_reason_to_stop(rule: StopRule, value: float, best: float | None, wanted: str | None) -> None:
+    noted = {} if best is None else {"objective/kl": best}
+    assert reason_to_stop({"objective/kl": rule}, {"objective/kl": value, "loss": 1e9}, noted) == wanted
+
+
+def test_a_metric_that_is_not_there_breaks_no_rule() -> None:
+    assert reason_to_stop({"score": StopRule(falls=0.1)}, {"loss": 1.0}, {}) is None
+    assert reason_to_stop({}, {"loss": 1.0}, {}) is None
+
+
+def test_best_values() -> None:
+    """A `falls` rule follows the highest value, keep_best its own mode; others are not noted."""
+    train = Train(stop_if={"score": StopRule(falls=0.1), "kl": StopRule(above=1)}, keep_best=KeepBest("loss", "min"))
+    best: dict[str, float] = {}
+    seen = []
+    for metrics in ({"score": 1.0, "kl": 9.0}, {"loss": 3.0}, {"score": 2.0, "loss": 4.0}, {"score": 0.5, "loss": 2.0}):
+        best = note_best(best, metrics, train)
+        seen.append(best)
+    assert seen == [{"score": 1.0}, {"score": 1.0, "loss": 3.0}, {"score": 2.0, "loss": 3.0}, {"score": 2.0, "loss": 2.0}]
