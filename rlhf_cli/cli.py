@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,10 +17,12 @@ import typer
 from typer.exceptions import TyperException
 
 from rlhf_cli import __version__
+from rlhf_cli.data.hub import is_offline
 from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.recipe.suggest import closest
+from rlhf_cli.runs.folder import refuse_occupied
 
 Job = Callable[[], None]
 """What a parsed command line asks for. It runs outside typer, which would swallow Ctrl-C and broken pipes."""
@@ -77,6 +80,13 @@ def _run_stage(
     name: str, stage: Stage, recipe: Path, overrides: list[str], output: str | None, check: bool, resume: bool, force: bool
 ) -> None:
     loaded = load_recipe(name, recipe, overrides, output)
+    if not check and not force and os.environ.get("RANK", "0") == "0":
+        refuse_occupied(Path(loaded.recipe.output), resume)  # again when the run is opened; here it costs no imports
+    paths = [loaded.recipe.model.path, *(s.path for s in (*loaded.recipe.data.train, *(loaded.recipe.data.eval or ())))]
+    if not all(Path(path).exists() for path in paths) and is_offline():
+        # Before anything imports huggingface_hub: it reads the variable once, and would otherwise retry for a minute.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    _leave_on_signals()
     importlib.import_module(stage.module).run(loaded, check=check, resume=resume, force=force)
 
 
@@ -148,7 +158,8 @@ def _fail(error: RunError | TyperException, debug: bool) -> int:
     elif isinstance(error, TyperException):
         _say([f"{_tag()} {error.format_message().rstrip('.')}. see rlhf --help"])
     else:
-        _say([line if line.startswith(" ") else f"{_tag()} {line}" for line in str(error).splitlines()])
+        lines = [line if line.startswith(" ") else f"{_tag()} {line}" for line in str(error).splitlines()]
+        _say(lines, every_rank=isinstance(error, RunError) and error.one_rank)
     return error.exit_code
 
 
@@ -181,6 +192,17 @@ def _say(lines: Sequence[str], every_rank: bool = False) -> None:
         sys.stderr.flush()
     except OSError:
         _mute()
+
+
+def _leave_on_signals() -> None:
+    """While libraries are imported nothing is held yet, and an exception raised amid them may be swallowed: end at once."""
+
+    def leave(number: int, _: object) -> None:
+        _say([f"stopped by {signal.Signals(number).name} before the first step; nothing was trained"])
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
 
 
 def _spin_briefly() -> None:

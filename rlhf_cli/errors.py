@@ -1,10 +1,20 @@
 """The ways a run may end early, each with its exit code. Messages say what, where and what to do."""
 
+from __future__ import annotations
+
+from typing import Self
+
 
 class RunError(Exception):
     """Base of every error that is shown to a person in one to three lines, without a traceback."""
 
     exit_code = 1
+    one_rank = False
+    """Of several processes one alone found it, and has to tell it itself; what all find is told by rank 0."""
+
+    def on_one_rank(self) -> Self:
+        self.one_rank = True
+        return self
 
 
 class UsageError(RunError):

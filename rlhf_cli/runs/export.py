@@ -37,7 +37,7 @@ def export(run: Path, dest: Path, merge: bool) -> str:
     transformers.utils.logging.disable_progress_bar()
     if os.path.lexists(dest):
         raise UsageError(f"{dest} exists; export to a new folder")
-    start = resolve_start(str(run), None, str(run))
+    start = resolve_start(str(run), None, "export")
     source = RunFolder(run).model
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_cli.errors import MachineError, NumberError
@@ -33,6 +35,21 @@ def disk_error(path: Path, error: OSError) -> MachineError:
     """What the operating system refused for `path`, and what to do about it."""
     what, todo = ADVICE.get(error.errno or 0, (error.strerror or str(error), ELSE))
     return MachineError(f"cannot write {path}: {what}\n  {todo}")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """MachineError for what the operating system refuses while `path` is written."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(path, error) from error
+    except Exception as error:
+        # safetensors and tokenizers report a full disk in words of their own: "I/O error: No space left (os error 28)".
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise disk_error(path, OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.data.hub import is_offline
 from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.runs.manifest import BaseModel, Parent, manifest_hash, read_manifest, weights_hash
 
@@ -34,7 +32,7 @@ class Start:
 
 
 def resolve_start(path: str, revision: str | None, place: str, stages: Collection[str] = POLICY_STAGES) -> Start:
-    """What `model.path` means; `place` is where the recipe says it.
+    """What `model.path` means; `place` begins every message.
 
     Raises:
         UsageError: a mistyped path, an unfinished or changed run, a run of a stage that is not one of `stages`.
@@ -60,12 +58,9 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
             folder.name, [p.name for p in folder.parent.glob("*")] if folder.parent.is_dir() else [], 1
         )
         hint = f". did you mean {folder.parent / near[0]}?" if near else ""
-        raise UsageError(f"{place}: model.path: there is no folder {path}{hint}")
+        raise UsageError(f"{place}: there is no folder {path}{hint}")
     if folder.exists() and not (folder / "config.json").exists():
-        raise UsageError(f"{place}: model.path: {path} is neither a model (config.json), an adapter nor a run (manifest.json)")
-    if not folder.exists() and is_offline():
-        # Before transformers is imported: it reads the variable once, and would otherwise retry for half a minute.
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        raise UsageError(f"{place}: {path} is neither a model (config.json), an adapter nor a run (manifest.json)")
     return Start(path, None if folder.exists() else revision, None, path, None, None)
 
 

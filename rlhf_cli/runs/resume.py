@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import yaml
+
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe import schema
 from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
@@ -35,6 +37,18 @@ def refuse_other_inputs(run: RunFolder, recipe: schema.SftRecipe, inputs: dict[s
         raise UsageError(
             "\n".join(["--resume: what the run was started with has changed. start another run with --output", *rows])
         )
+
+
+def recorded_budget(run: RunFolder) -> int | None:
+    """tokens_per_device that the run in this folder was started with: `auto` is resolved once."""
+    if not run.recipe.exists():
+        return None
+    return int(yaml.safe_load(run.recipe.read_text(encoding="utf-8"))["train"]["tokens_per_device"])
+
+
+def reopen(run: RunFolder) -> None:
+    """A finished run goes on: its manifest would be untrue from now on."""
+    run.manifest.unlink(missing_ok=True)
 
 
 def finished_steps(run: RunFolder) -> int:

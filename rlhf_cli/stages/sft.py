@@ -27,12 +27,12 @@ from rlhf_cli.models.policy import load_policy, parent_lora, resolve_lora
 from rlhf_cli.models.sampling import continue_greedily, end_ids
 from rlhf_cli.recipe import schema
 from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.runs.files import write_json
-from rlhf_cli.runs.folder import RunFolder, open_run, refuse_occupied
+from rlhf_cli.runs.files import disk_errors, write_json
+from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import Outcome, build_manifest, write_manifest
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
 from rlhf_cli.runs.report import write_report
-from rlhf_cli.runs.resume import finished_steps, record_inputs, refuse_other_inputs
+from rlhf_cli.runs.resume import finished_steps, record_inputs, recorded_budget, refuse_other_inputs, reopen
 from rlhf_cli.stages.plan import learning_rate_warning, plan
 from rlhf_cli.training.loop import Fit, peak_memory
 from rlhf_cli.training.ranks import Ranks
@@ -56,10 +56,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     recipe = loaded.recipe
     console = Console(os.environ.get("RANK", "0") == "0")
     output = Path(recipe.output)
-    if not check and not force and console.enabled:
-        refuse_occupied(output, resume)
-
-    start = resolve_start(recipe.model.path, recipe.model.revision, loaded.where("model.path"))
+    start = resolve_start(recipe.model.path, recipe.model.revision, f"{loaded.where('model.path')}: model.path")
     tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.model.trust_remote_code)
     template = choose_template(tokenizer, recipe.model.chat_template)
     _check_template(recipe, start, template, loaded)
@@ -67,6 +64,8 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     source = dataset.source(recipe.train, recipe.data, recipe.seed)
     steps = total_steps(recipe.train.epochs, recipe.train.steps, source.steps_per_epoch)
     ranks = Ranks(expected=not check)
+    if resume and recipe.train.tokens_per_device == "auto" and (budget := recorded_budget(RunFolder(output))):
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, tokens_per_device=budget))
     settled = _settle(recipe, start, dataset, ranks, loaded)
     console.plan(
         plan(settled.recipe, dataset, source, steps, settled.memory, settled.budget, _facts(settled, start, template, ranks))
@@ -78,9 +77,9 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         console.say("the recipe and the data are fine; nothing was trained")
         return
 
+    base = base_model(start)
     with open_run(output, resume=resume, force=force) if ranks.main else RunFolder(output) as folder:
         ranks.barrier()
-        base = base_model(start)
         inputs = {"base": base.weights_hash, "template": template.hash, "parent": start.parent and start.parent.manifest_hash}
         inputs |= dataset.fingerprints
         if resume:
@@ -89,7 +88,9 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
                 console.say(f"{output} is finished: {folder.manifest}")
                 ranks.close()
                 return
+        ranks.barrier()
         if ranks.main:
+            reopen(folder)
             record_inputs(folder, settled.recipe, "sft", inputs)
             write_json(folder.data, data_report(dataset))
 
@@ -117,9 +118,10 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         status = fit.go()
 
         if ranks.main:
-            backbone.save("policy", folder.model)
-            tokenizer.chat_template = template.text
-            tokenizer.save_pretrained(str(folder.model))
+            with disk_errors(folder.model):
+                backbone.save("policy", folder.model)
+                tokenizer.chat_template = template.text
+                tokenizer.save_pretrained(str(folder.model))
             if base_path != start.base:
                 base = base_model(Start(base_path, None, None, base_path, None, None))
             outcome = Outcome(

@@ -13,7 +13,7 @@ import torch
 
 from rlhf_cli.errors import MachineError
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.runs.files import disk_error, hash_tree, sync_folder, write_json
+from rlhf_cli.runs.files import disk_errors, hash_tree, sync_folder, write_json
 from rlhf_cli.runs.folder import require_space
 from rlhf_cli.training.optim import optimizer_state, restore_optimizer
 
@@ -34,6 +34,9 @@ class State:
     samples_bytes: int
     best: dict[str, float]  # metric → its best value so far, for stop_if and keep_best
     best_step: int | None  # the checkpoint that keep_best protects
+    stopped_by: str | None  # the rule of stop_if that ended the run
+    planned: int  # steps that the learning rate's schedule was made for
+    asked: int  # tokens_per_device of the recipe
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -53,27 +56,25 @@ def save_checkpoint(folder: Path, backbone: Backbone, optimizer: torch.optim.Opt
     parameters = backbone.trained_parameters()
     tensors, numbers = optimizer_state(optimizer, parameters)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        require_space(folder, sum(t.numel() * t.element_size() for t in [*parameters.values(), *tensors.values()]))
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        backbone.save("policy", part / "model")
-        save_file(tensors, part / OPTIMIZER)
-        write_json(part / NUMBERS, numbers)
-        write_json(part / STATE, asdict(state))
-        hashes = hash_tree(part)
-        for name in hashes:
-            _sync(part / name)
-        write_json(part / HASHES, hashes)
-        if not is_intact(part):
-            raise MachineError(f"{part}: what was written reads back differently; the disk or the memory is faulty")
-        if final.exists():
-            final.rename(folder / f".{final.name}.replaced.tmp")
-        part.rename(final)
-        sync_folder(folder)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise disk_error(final, error) from error
+        with disk_errors(final):
+            folder.mkdir(parents=True, exist_ok=True)
+            require_space(folder, sum(t.numel() * t.element_size() for t in [*parameters.values(), *tensors.values()]))
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            backbone.save("policy", part / "model")
+            save_file(tensors, part / OPTIMIZER)
+            write_json(part / NUMBERS, numbers)
+            write_json(part / STATE, asdict(state))
+            hashes = hash_tree(part)
+            for name in hashes:
+                _sync(part / name)
+            write_json(part / HASHES, hashes)
+            if not is_intact(part):
+                raise MachineError(f"{part}: what was written reads back differently; the disk or the memory is faulty")
+            if final.exists():
+                final.rename(folder / f".{final.name}.replaced.tmp")
+            part.rename(final)
+            sync_folder(folder)
     except MachineError:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -109,6 +110,13 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
             f"{folder}: every checkpoint is damaged ({names})\nrestore one from a backup, or start anew with --force"
         )
     return None, []
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name under which nobody takes it for one, or counts it among those that are kept."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
 
 
 def load_state(checkpoint: Path) -> State:

@@ -30,6 +30,7 @@ from rlhf_cli.training.checkpoint import (
     remove_leftovers,
     restore,
     save_checkpoint,
+    set_aside,
 )
 from rlhf_cli.training.optim import build_optimizer, learning_rate
 from rlhf_cli.training.ranks import Ranks
@@ -73,22 +74,35 @@ class Fit:
     state: State = field(init=False)
 
     def __post_init__(self) -> None:
-        self.state = State(0, -1, 0, 0.0, 0.0, self.budget, 0, 0, {}, None)
+        self.state = State(0, -1, 0, 0.0, 0.0, self.budget, 0, 0, {}, None, None, self.steps, self.budget)
         self.optimizer = build_optimizer(self.backbone.trained_parameters(), self.train)
-        self.stopped_by: str | None = None
 
     def resume(self) -> None:
         """Take up the newest intact checkpoint, if there is one; leftovers of a killed process are cleared."""
+        checkpoint: Path | None = None
         if self.ranks.main:
             remove_leftovers(self.run.checkpoints)
-        self.ranks.barrier()
-        checkpoint, damaged = newest_checkpoint(self.run.checkpoints)
-        for path in damaged:
-            self.console.warn(f"{path} is damaged and left aside")
-        if checkpoint is not None:
-            self.state = load_state(checkpoint)
-            restore(checkpoint, self.backbone, self.optimizer)
-            self.console.say(f"resuming after step {self.state.step} from {checkpoint}")
+            checkpoint, damaged = newest_checkpoint(self.run.checkpoints)
+            for path in damaged:
+                self.console.warn(f"{path} is damaged; it is set aside as {set_aside(path).name} and the one before it is used")
+        checkpoint = self.ranks.gather(checkpoint)[0]
+        if checkpoint is None:
+            return
+        self.state = load_state(checkpoint)
+        restore(checkpoint, self.backbone, self.optimizer)
+        self.console.say(f"resuming after step {self.state.step} from {checkpoint}")
+        self._take_up_changes()
+
+    def _take_up_changes(self) -> None:
+        """What a resumed run may change: the budget, where the recipe names another, and the number of steps."""
+        done, planned = self.state.step, self.state.planned
+        if any(learning_rate(self.train, k, planned) != learning_rate(self.train, k, self.steps) for k in range(1, done + 1)):
+            self.console.warn(
+                f"steps 1 to {done} followed the learning rates of a run of {planned} steps: "
+                f"the result is not that of a run of {self.steps} steps from the start"
+            )
+        budget = self.state.budget if self.state.asked == self.budget else self.budget
+        self._advance(planned=self.steps, budget=budget, asked=self.budget)
 
     def go(self) -> str:
         """Train to the end; "finished" or why it stopped early.
@@ -102,13 +116,13 @@ class Fit:
         evals, saves = due_steps(self.train.eval_every, self.steps), due_steps(self.train.save_every, self.steps)
         with self.console.progress(self.steps, self.train.log_every) as progress:
             self._look(progress, {0} | evals)
-            while self.state.step < self.steps and self.stopped_by is None:
+            while self.state.step < self.steps and self.state.stopped_by is None:
                 self._step(progress)
                 self._look(progress, evals)
-                if self.state.step in saves or self.stopped_by is not None:
+                if self.state.step in saves | {self.state.best_step} or self.state.stopped_by is not None:
                     self._save()
                 self._obey_signal()
-        return "finished" if self.stopped_by is None else f"stopped: {self.stopped_by}"
+        return "finished" if self.state.stopped_by is None else f"stopped: {self.state.stopped_by}"
 
     def _open_logs(self) -> None:
         if self.ranks.main:
@@ -150,7 +164,7 @@ class Fit:
         self._log("train", metrics)
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
         progress.update(step, self.steps, metrics, memory)
-        self._watch(metrics)
+        self._watch("train", metrics)
 
     def _look(self, progress: Progress, due: set[int] | frozenset[int]) -> None:
         """Held-out figures and samples of the weights after this step, if they are due and not yet in the logs."""
@@ -168,7 +182,7 @@ class Fit:
             for line in (lines or {}).get("lines", ()):
                 self.samples.append({"step": self.state.step} | line)
         self._advance(evaluated=self.state.step, seconds=self.state.seconds + time.monotonic() - started)
-        self._watch(metrics or {})
+        self._watch("eval", metrics or {})
 
     def _until_last(self, values: Iterator[dict[str, Any] | None]) -> dict[str, Any] | None:
         """The last value; a signal between two ends the run with the figures of this step still due."""
@@ -184,16 +198,14 @@ class Fit:
             self.metrics.append({"step": self.state.step, "split": split, "time": round(time.time(), 3)} | metrics)
             self.track({f"{split}/{name}": value for name, value in metrics.items()}, self.state.step)
 
-    def _watch(self, metrics: dict[str, float]) -> None:
+    def _watch(self, split: str, metrics: dict[str, float]) -> None:
+        """Note the best values; a new best checkpoint is saved by the loop once this step's figures are in the logs."""
         before = self.state.best
-        best = note_best(before, metrics, self.train)
-        self._advance(best=best)
-        self.stopped_by = self.stopped_by or reason_to_stop(self.train.stop_if, metrics, best)
-        keep = self.train.keep_best
-        if keep is not None and keep.metric in metrics and metrics[keep.metric] == best[keep.metric] != before.get(keep.metric):
+        keep = self.train.keep_best if split == "eval" else None
+        best = note_best(before, metrics, dataclasses.replace(self.train, keep_best=keep))
+        self._advance(best=best, stopped_by=self.state.stopped_by or reason_to_stop(self.train.stop_if, metrics, best))
+        if keep is not None and keep.metric in metrics and best[keep.metric] != before.get(keep.metric):
             self._advance(best_step=self.state.step)
-            if self.state.step:
-                self._save()
 
     def _advance(self, **changes: Any) -> None:
         self.state = dataclasses.replace(self.state, **changes)

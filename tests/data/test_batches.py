@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import numpy as np
 import pytest
 
@@ -11,7 +14,9 @@ from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Tree
 
 
-def _source(sizes: tuple[int, ...], shares: tuple[float, ...], batch_size: int, *, seed: int = 0, shuffle: bool = True) -> DatasetSource:
+def _source(
+    sizes: tuple[int, ...], shares: tuple[float, ...], batch_size: int, *, seed: int = 0, shuffle: bool = True
+) -> DatasetSource:
     count = sum(sizes)
     trees = [Tree(np.array([i], np.int32), np.zeros(1, bool), (np.array([i, 1], np.int32),), i) for i in range(count)]
     records = [Record(prompt="", responses=("",), where=f"rows.jsonl:{i + 1}") for i in range(count)]
@@ -28,7 +33,7 @@ def test_an_epoch_sees_every_row_once_and_ends_in_a_short_batch() -> None:
     epochs = [[_prompts(source, step) for step in range(first, first + 3)] for first in (1, 4)]
     for epoch in epochs:
         assert [len(batch) for batch in epoch] == [4, 4, 2]
-        assert sorted(sum(epoch, [])) == list(range(10))
+        assert sorted(functools.reduce(operator.iadd, epoch, [])) == list(range(10))
     assert epochs[0] != epochs[1]
 
 

@@ -135,7 +135,9 @@ def test_every_response_has_one_place(ranks: int, budget: int, layout: Layout) -
     assert len(plan) == ranks
     places = Counter((piece.tree, b) for share in plan for rows in share for row in rows for piece in row for b in piece.branches)
     assert places == Counter((i, b) for i, t in enumerate(trees) for b in range(len(t.responses)))
-    passes_of_tree = {(piece.tree, n, r) for r, share in enumerate(plan) for n, rows in enumerate(share) for row in rows for piece in row}
+    passes_of_tree = {
+        (piece.tree, n, r) for r, share in enumerate(plan) for n, rows in enumerate(share) for row in rows for piece in row
+    }
     assert len(passes_of_tree) == len(trees)
     for share in plan:
         for rows in share:
@@ -166,7 +168,9 @@ def test_a_tree_beyond_the_budget_has_a_pass_of_its_own() -> None:
 
 def test_long_rows_fill_the_budget_and_packed_rows_the_longest_tree() -> None:
     trees = [tree([1, 2], [3, 4])] * 6
-    shapes = {name: [build_batch(trees, rows).ids.shape for rows in plan_passes(trees, 1, 12, name)[0]] for name in get_args(Layout)}
+    shapes = {
+        name: [build_batch(trees, rows).ids.shape for rows in plan_passes(trees, 1, 12, name)[0]] for name in get_args(Layout)
+    }
     assert shapes == {"long": [(1, 12)] * 2, "packed": [(3, 4)] * 2, "alone": [(3, 4)] * 2}
 
 

@@ -21,6 +21,7 @@ from tests.tiny import make_model, read_lines, rlhf, write_recipe, write_rows
 
 TREES = draw_trees(4, branches=2)
 LORA, OTHER = schema.Lora(r=4, alpha=8), schema.Lora(r=2, alpha=8, merge_parent=True)
+OWN = {"lora": LORA, "full": None, "merged": schema.Lora(r=2, alpha=8)}
 SECTIONS: dict[str, Any] = {"lora": {"r": 4, "alpha": 8}, "full": None, "merged": {"r": 2, "alpha": 8, "merge_parent": True}}
 
 
@@ -60,8 +61,9 @@ def _policy(run: Path, lora: schema.Lora | None, merged: Path) -> Backbone:
 
 
 @pytest.mark.parametrize(
-    ("parent", "lora"), [("lora", LORA), ("full", LORA), ("lora", None), ("full", None), ("lora", OTHER)],
-    ids=["lora→lora", "full→lora", "lora→full", "full→full", "lora→merged→lora"],
+    ("parent", "lora"),
+    [("lora", LORA), ("full", LORA), ("lora", None), ("full", None), ("lora", OTHER)],
+    ids=["lora-lora", "full-lora", "lora-full", "full-full", "lora-merged-lora"],
 )
 def test_a_child_starts_as_its_parent(parent: str, lora: schema.Lora | None, home: Path, tmp_path: Path) -> None:
     with torch.no_grad():
@@ -77,14 +79,16 @@ def test_a_run_goes_on_where_its_parent_ended(parent: str, kind: str, home: Path
     """Held-out loss: the child's before step 1 is the parent's after its last; and what is saved is what was measured."""
     child = tmp_path / "child"
     assert _train(home, home / parent, kind, child) == 0
-    evals = {run: [line for line in read_lines(run / "metrics.jsonl") if line["split"] == "eval"] for run in (home / parent, child)}
+    evals = {
+        run: [line for line in read_lines(run / "metrics.jsonl") if line["split"] == "eval"] for run in (home / parent, child)
+    }
     assert evals[child][0]["step"] == 0
     assert evals[child][0]["loss"] == pytest.approx(evals[home / parent][-1]["loss"], abs=1e-5)
     assert evals[child][-1]["loss"] < evals[child][0]["loss"] - 0.01
 
     with torch.no_grad():
         trained = plain_logps(_plain(home, child).eval(), TREES)
-        reloaded = packed_logps(_policy(child, None if kind == "full" else LORA, tmp_path / "base"), TREES, 60)
+        reloaded = packed_logps(_policy(child, OWN[kind], tmp_path / "base"), TREES, 60)
     assert float((trained - reloaded).abs().max()) < 1e-5
     with torch.no_grad():
         before = plain_logps(_plain(home, home / parent).eval(), TREES)

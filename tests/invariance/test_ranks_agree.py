@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 
 from tests.tiny import make_model, read_lines, rlhf, spawn, write_recipe, write_rows
 
-TIMES = {"seconds"}
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,11 +38,13 @@ def _agree(a: Path, b: Path) -> None:
         *[(4, "train"), (5, "train"), (6, "train"), (6, "eval")],
     ]
     for one, other in zip(*lines, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        one.pop("split"), other.pop("split")
         assert one == pytest.approx(other, rel=1e-4)
     one, other = _tensors(a), _tensors(b)
     assert one.keys() == other.keys()
-    assert max(float((one[n] - other[n]).abs().max()) for n in one) < 1e-6
+    # AdamW divides by the gradient's size, so that rounding of a tiny gradient shows: 0.3 % of one update of 1e-3.
+    assert max(float((one[n] - other[n]).abs().max()) for n in one) < 3e-6
 
 
 @pytest.mark.parametrize("other", [{"tokens_per_device": 1}, {"tokens_per_device": 40}])

@@ -14,15 +14,18 @@ DIM = 4
 
 def _batch() -> Batch:
     """Three rows: several trees with 1 to 4 branches, a tree without a prompt, padding of different lengths."""
-    trees = [*draw_trees(2, branches=3), *draw_trees(2, seed=1), *draw_trees(1, seed=2, branches=4), *draw_trees(1, seed=3, branches=2)]
+    trees = [
+        *draw_trees(2, branches=3),
+        *draw_trees(2, seed=1),
+        *draw_trees(1, seed=2, branches=4),
+        *draw_trees(1, seed=3, branches=2),
+    ]
     trees[5] = trees[5]._replace(prompt=trees[5].prompt[:0], supervised=trees[5].supervised[:0])
     pieces = [Piece(i, tuple(range(len(tree.responses)))) for i, tree in enumerate(trees)]
     return build_batch(trees, [[pieces[0], pieces[2]], [pieces[1], pieces[3], pieces[5]], [pieces[4]]])
 
 
-def _dense(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor, scale: float
-) -> torch.Tensor:
+def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
     """(R, L, H, D) by the definition."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
@@ -43,9 +46,7 @@ def test_tree_attention_is_a_dense_softmax_under_visible(heads: tuple[int, int],
     for ours in (True, False):
         q, k, v = (x.clone().requires_grad_() for x in inputs)
         if ours:
-            out, _ = tree_attention(
-                torch.nn.Module(), q, k, v, None, segments=batch.segments, scaling=0.3, sliding_window=window
-            )
+            out, _ = tree_attention(torch.nn.Module(), q, k, v, None, segments=batch.segments, scaling=0.3, sliding_window=window)
         else:
             out = _dense(q, k, v, visible(batch, window), 0.3)
         (out * upstream).sum().backward()

@@ -63,7 +63,9 @@ def _one_row(trees: list[Tree]) -> list[Piece]:
 
 
 def test_soft_capped_logits_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"the model's logits are not its head times its hidden states .*this model is not supported"):
+    with pytest.raises(
+        UsageError, match=r"the model's logits are not its head times its hidden states .*this model is not supported"
+    ):
         Backbone(make("gemma2"), torch.float32)
 
 
@@ -127,7 +129,9 @@ def test_gradient_checkpointing_changes_no_gradient_when_roles_alternate(attenti
     plain, recomputed = gradients
     assert len(plain) == 56
     assert all(float(g.abs().max()) > 0 for g in plain.values())
-    assert max(float((plain[n] - recomputed[n]).abs().max()) for n in plain) < 1e-6 * max(float(g.abs().max()) for g in plain.values())
+    assert max(float((plain[n] - recomputed[n]).abs().max()) for n in plain) < 1e-6 * max(
+        float(g.abs().max()) for g in plain.values()
+    )
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -145,7 +149,9 @@ def test_what_is_saved_comes_back_bit_for_bit(lora: bool, tmp_path: Path) -> Non
 
 def test_an_adapter_of_another_base_does_not_fit(tmp_path: Path) -> None:
     make_backbone(make(num_hidden_layers=1)).save("policy", tmp_path)
-    with pytest.raises(UsageError, match=r"the adapter does not fit the base model: 14 tensors differ, the first is base_model\.model\."):
+    with pytest.raises(
+        UsageError, match=r"the adapter does not fit the base model: 14 tensors differ, the first is base_model\.model\."
+    ):
         make_backbone(make()).load("policy", tmp_path)
 
 

@@ -25,7 +25,12 @@ SHAPE: dict[str, Any] = {
     # Large enough that what a token sees moves its log-probability by far more than a test's tolerance.
     "initializer_range": 0.3,
 }
-GEMMA = SHAPE | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": False}
+GEMMA = SHAPE | {
+    "head_dim": 8,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "tie_word_embeddings": False,
+}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.3}
 BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
 MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.3}
@@ -50,7 +55,13 @@ def make(name: str = "llama", seed: int = 0, **changes: Any) -> Any:
 
 
 def make_backbone(
-    model: Any, *, lora: bool = True, attention: str = "auto", dropout: float = 0.0, seed: int = 1, gradient_checkpointing: bool = False
+    model: Any,
+    *,
+    lora: bool = True,
+    attention: str = "auto",
+    dropout: float = 0.0,
+    seed: int = 1,
+    gradient_checkpointing: bool = False,
 ) -> Backbone:
     """A backbone with the trained role "policy"; with LoRA, B is random, for with B = 0 an adapter does nothing."""
     backbone = Backbone(model, torch.float32, attention)

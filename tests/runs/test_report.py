@@ -12,7 +12,16 @@ from rlhf_cli.runs.report import duration, write_report
 from rlhf_cli.runs.verdict import ends, held_out_verdict, train_verdict
 
 LENGTHS = {"p50": 10, "p90": 20, "p99": 30, "max": 1234}
-SOURCE = {"path": "hh.jsonl", "format": "messages", "read": 1200, "kept": 1000, "bad": {"not JSON": 150}, "unused": {"beyond the limit": 50}, "bad_examples": [], "fingerprint": "f"}
+SOURCE = {
+    "path": "hh.jsonl",
+    "format": "messages",
+    "read": 1200,
+    "kept": 1000,
+    "bad": {"not JSON": 150},
+    "unused": {"beyond the limit": 50},
+    "bad_examples": [],
+    "fingerprint": "f",
+}
 SPLIT = {
     "read": 1200,
     "kept": 1000,

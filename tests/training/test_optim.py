@@ -30,7 +30,9 @@ def test_learning_rate(schedule: str, warmup: float, wanted: list[float]) -> Non
     assert [learning_rate(train, step, 4) for step in (1, 2, 3, 4)] == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize(("warmup", "steps", "wanted"), [(0.0, 100, 0), (0.03, 100, 3), (0.03, 10, 1), (1, 100, 1), (20, 100, 20)])
+@pytest.mark.parametrize(
+    ("warmup", "steps", "wanted"), [(0.0, 100, 0), (0.03, 100, 3), (0.03, 10, 1), (1, 100, 1), (20, 100, 20)]
+)
 def test_warmup_steps(warmup: float, steps: int, wanted: int) -> None:
     assert warmup_steps(warmup, steps) == wanted
 

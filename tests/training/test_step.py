@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -145,9 +144,8 @@ def test_metrics_are_means_over_all_tokens_of_the_batch() -> None:
     trees = BATCHES[0]
     with torch.no_grad(), backbone.plain_attention() as model:
         logps = plain_logps(model, trees)
-        hits = [
-            (model(input_ids=ids).logits[0, :-1].argmax(-1) == ids[0, 1:])[mask] for tree in trees for ids, mask in sequences(tree)
-        ]
+        rows = [row for tree in trees for row in sequences(tree)]
+        hits = [(model(input_ids=ids).logits[0, :-1].argmax(-1) == ids[0, 1:])[mask] for ids, mask in rows]
     metrics = train(backbone, [trees], budget=1)[0].metrics
     assert len(logps) == sum(map(supervised_tokens, trees))
     assert metrics["loss"] == pytest.approx(-float(logps.mean()), abs=1e-6)
@@ -167,7 +165,7 @@ def test_evaluation_says_what_a_step_says(batch_size: int) -> None:
     assert figures == pytest.approx({name: metrics[name] for name in ("loss", "token_accuracy", "perplexity")}, abs=1e-4)
 
 
-def limit_memory(backbone: Backbone, tokens: int, monkeypatch: pytest.MonkeyPatch, error: Callable[[str], Exception]) -> list[int]:
+def limit_memory(backbone: Backbone, tokens: int, monkeypatch: pytest.MonkeyPatch, error: Any) -> list[int]:
     """Passes of more than `tokens` tokens fail after they were computed; the sizes of all that were tried."""
     tried: list[int] = []
     forward = backbone._forward
@@ -257,7 +255,7 @@ def test_a_step_that_is_not_finite_is_refused(broken: float, monkeypatch: pytest
 
     monkeypatch.setattr(backbone, "logps", breaks)
     options = {"step": 1, "seed": 0, "rate": 0.1, "max_grad_norm": 1.0, "budget": 1, "ranks": ALONE}
-    with pytest.raises(NonFinite, match=r"step 1: the loss is (nan|-?inf); the update was refused and the weights are as before it") as caught:
+    with pytest.raises(NonFinite, match=r"step 1: the loss is (nan|-?inf); the update was refused") as caught:
         optimise(backbone, Sft(), optimizer, BATCHES[0], **options)
     assert caught.value.trees == [2]
     assert largest_difference(weights(backbone), before) == 0
@@ -269,7 +267,7 @@ def test_an_adapter_that_is_cut_off_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     backbone = make_backbone(make())
     layer = backbone.model.model.layers[1].mlp.down_proj
     layer.forward = layer.base_layer.forward
-    with pytest.raises(NumberError, match=r"step 1: 2 trained tensors have no gradient, the first is model\.layers\.1\.mlp\.down_proj"):
+    with pytest.raises(NumberError, match=r"2 trained tensors have no gradient, the first is model\.layers\.1\.mlp\.down_proj"):
         train(backbone, BATCHES[:1])
 
 

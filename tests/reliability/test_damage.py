@@ -1,0 +1,174 @@
+"""Damaged checkpoints, a full disk, and what is kept."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.training import checkpoint, loop
+from tests.tiny import make_model, read_lines, rlhf, write_recipe, write_rows
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose uninterrupted run is in `whole` beside it."""
+    folder = tmp_path_factory.mktemp("damage")
+    parts = make_model(folder / "model"), write_rows(folder / "rows.jsonl", 15)
+    recipe = write_recipe(folder / "sft.yaml", *parts, folder / "whole", lora={"r": 4}, train={"steps": 4, "eval_every": 2})
+    assert rlhf("sft", recipe) == 0
+    return recipe
+
+
+def stop_before(patch: pytest.MonkeyPatch, step: int) -> None:
+    original = loop.optimise
+
+    def dying(*arguments: Any, **settings: Any) -> Any:
+        if settings["step"] == step:
+            raise KeyboardInterrupt
+        return original(*arguments, **settings)
+
+    patch.setattr(loop, "optimise", dying)
+
+
+def flip(folder: Path) -> None:
+    file = folder / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model" / "adapter_model.safetensors", 1000)
+
+
+def remove(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def add(folder: Path) -> None:
+    (folder / "model" / "adapter_model.bin").write_bytes(b"x")
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, remove, add])
+def test_the_previous_checkpoint_is_used(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_before(patch, 4)
+        assert rlhf("sft", path, "--output", run, "--set", "train.keep_checkpoints=3") == 130
+    damage(run / "checkpoints" / "step-00000003")
+    (run / "checkpoints" / ".step-00000004.tmp").mkdir()
+    capsys.readouterr()
+    # Were the damaged one counted among the kept, keeping one would remove the checkpoint just written.
+    assert rlhf("sft", path, "--output", run, "--resume", "--set", "train.keep_checkpoints=1") == 0
+    found = capsys.readouterr()
+    damaged = run / "checkpoints" / "step-00000003"
+    message = f"warning: {damaged} is damaged; it is set aside as damaged-step-00000003 and the one before it is used"
+    assert message in found.err.splitlines()
+    assert f"resuming after step 2 from {run / 'checkpoints' / 'step-00000002'}" in found.out.splitlines()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["damaged-step-00000003", "step-00000004"]
+    assert weights(run) == weights(path.parent / "whole")
+    assert read_lines(run / "metrics.jsonl") == read_lines(path.parent / "whole" / "metrics.jsonl")
+
+
+def test_all_damaged_is_no_silent_restart(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_before(patch, 3)
+        assert rlhf("sft", path, "--output", run) == 130
+    for folder in (run / "checkpoints").iterdir():
+        flip(folder)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert rlhf("sft", path, "--output", run, "--resume") == 4
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"error: {run / 'checkpoints'}: every checkpoint is damaged (step-00000002, step-00000001)",
+        "error: restore one from a backup, or start anew with --force",
+    ]
+    assert (run / "metrics.jsonl").read_bytes() == before and not (run / "model").exists()
+
+
+class RustError(Exception):
+    """How safetensors reports what the system refused."""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "error"),
+    [
+        (checkpoint, "_sync", OSError(errno.ENOSPC, "No space left on device")),
+        ("safetensors.torch", "save_file", RustError("I/O error: No space left on device (os error 28)")),
+    ],
+    ids=["fsync", "safetensors"],
+)
+def test_full_disk(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: Any, name: str, error: Exception
+) -> None:
+    import safetensors.torch
+
+    module = safetensors.torch if module == "safetensors.torch" else module
+    run, original = tmp_path / "run", getattr(module, name)
+
+    def full(*arguments: Any, **settings: Any) -> Any:
+        if (run / "checkpoints" / "step-00000002").exists():
+            raise error
+        return original(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, full)
+        assert rlhf("sft", path, "--output", run) == 4
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"error: cannot write {run / 'checkpoints' / 'step-00000003'}: the disk is full",
+        "  free some space, then continue with --resume",
+    ]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    assert all(checkpoint.is_intact(p) for p in (run / "checkpoints").iterdir())
+    assert rlhf("sft", path, "--output", run, "--resume") == 0
+    assert weights(run) == weights(path.parent / "whole")
+    assert read_lines(run / "metrics.jsonl") == read_lines(path.parent / "whole" / "metrics.jsonl")
+
+
+def test_stop_if_survives_a_kill_before_the_end(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    settings = ["--output", run, "--set", "train.stop_if={loss: {above: 1}}"]
+    from rlhf_cli.stages import sft
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "write_report", killed)
+        assert rlhf("sft", path, *settings) == 130
+    assert rlhf("sft", path, *settings, "--resume") == 0
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["steps"] == 1 and manifest["status"].startswith("stopped: loss 5.") and manifest["status"].endswith(" is above 1")
+
+
+def test_keep_best_keeps_the_best_by_held_out_rows(path: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ["train.keep_best={metric: loss, mode: max}", "train.keep_checkpoints=1", "data.holdout=0.2", "train.eval_every=1"]
+    assert rlhf("sft", path, "--output", run, *(word for o in overrides for word in ("--set", o))) == 0
+    figures = {line["step"]: line["loss"] for line in read_lines(run / "metrics.jsonl") if line["split"] == "eval"}
+    best = max(figures, key=lambda step: figures[step])
+    expected = {f"step-{step:08d}" for step in {best, 4} - {0}}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == expected

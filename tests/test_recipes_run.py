@@ -1,0 +1,30 @@
+"""Every shipped recipe trains two steps on a tiny model through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_model, read_lines, rlhf, write_rows
+
+RECIPES = sorted(Path("recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_two_steps(recipe: Path, tmp_path: Path) -> None:
+    model, rows, output = make_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 40), tmp_path / "run"
+    changes = {"model.path": model, "data.train": rows, "data.max_length": 256, "train.steps": 2, "train.batch_size": 4}
+    settings = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    assert rlhf("sft", recipe, "--output", output, *settings) == 0
+    assert [(line["step"], line["split"]) for line in read_lines(output / "metrics.jsonl")] == [
+        (0, "eval"),
+        (1, "train"),
+        (1, "eval"),
+        (2, "train"),
+        (2, "eval"),
+    ]
+    assert json.loads((output / "manifest.json").read_text())["steps"] == 2
+    assert rlhf("sft", output / "recipe.yaml", "--output", tmp_path / "again") == 0
+    assert read_lines(tmp_path / "again" / "metrics.jsonl") == read_lines(output / "metrics.jsonl")
