@@ -79,7 +79,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     settings = schema.Model(path=options.model)
     rows = trees(options.model, options.data, options.steps * options.batch_size)
     config = load_config(options.model, None, False)
-    memory = estimate(config, rank=LORA.r, dtype=torch.float32, checkpointing=False)
+    memory = estimate(config, rank=LORA.r, dtype=torch.float32, checkpointing=False, trust_remote_code=False)
     budget = options.tokens or auto_budget(memory, max(len(t.prompt) + len(t.responses[0]) for t in rows), CPU)
     backbone, _ = load_policy(settings, LORA, options.model, None, Path(options.adapter), CPU, 0, Path(options.out))
     train = schema.Train(learning_rate=RATE)

@@ -53,7 +53,13 @@ CANDIDATES = {
 """Setting → kernels in the order in which they are tried."""
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of packed and separate hidden states, relative to their largest element."""
+"""Largest difference of a token's packed and separate hidden states, relative to their norm."""
+
+HEAD_TOLERANCE = 2e-2
+"""Largest difference between the model's logits and head · hidden, relative to the largest logit; both come from one dtype."""
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+"""Kinds of layers whose mask `visible` can give; models with others get each response in a row of its own."""
 
 
 class Backbone:
@@ -84,10 +90,13 @@ class Backbone:
         Raises:
             UsageError: the tensors do not fit the adapter.
         """
-        if self.peft is None:
-            self.peft = get_peft_model(self.model, config, adapter_name=role)
-        else:
-            self.peft.add_adapter(role, config)
+        try:
+            if self.peft is None:
+                self.peft = get_peft_model(self.model, config, adapter_name=role)
+            else:
+                self.peft.add_adapter(role, config)
+        except ValueError as error:
+            raise UsageError(f"lora: {str(error).splitlines()[0]}") from error
         if state is not None:
             self._set_adapter_weights(role, state)
         mine = frozenset(n for n, _ in self.model.named_parameters() if f".{role}." in n or n.endswith(f".{role}"))
@@ -221,52 +230,50 @@ class Backbone:
         """The first candidate that gives the same hidden states packed as alone, by a probe with two branches."""
         trees = _probe_trees(self.model.config.get_text_config().vocab_size)
         self.kernel = KERNELS["alone"]
-        wanted, logps = self._probe(trees)
-        self._check_head(trees, logps)
-        for name in ("trees",) * (setting == "auto" and self.device.type == "cpu") + CANDIDATES[setting]:
+        wanted = self._probe(trees)
+        self._check_head(trees)
+        candidates = ("trees",) * (setting == "auto" and self.device.type == "cpu") + CANDIDATES[setting]
+        if not LAYER_TYPES.issuperset(self._layer_types):
+            candidates = tuple(name for name in candidates if KERNELS[name].layout == "alone")
+        for name in candidates:
             self.kernel = KERNELS[name]
             # What a model does with a mask or a keyword that it does not know is its own affair: any of these errors.
             with contextlib.suppress(NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, ImportError):
                 self._use(self.kernel)
-                found, _ = self._probe(trees)
-                if (found - wanted).abs().max() <= PROBE_TOLERANCE[self.compute_dtype] * wanted.abs().max():
+                found = self._probe(trees)
+                if ((found - wanted).norm(dim=-1) <= PROBE_TOLERANCE[self.compute_dtype] * wanted.norm(dim=-1)).all():
                     return self.kernel
         raise UsageError(f"model.attention: {setting} does not work with this model here; leave it at auto")
 
     @torch.no_grad()
-    def _probe(self, trees: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states behind every supervised token, in the order of tree and response, and their log-probabilities."""
+    def _probe(self, trees: list[Tree]) -> torch.Tensor:
+        """Hidden states before every supervised token, (N, D), in the order of tree and response."""
         self.model.eval()
-        found: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        found: dict[tuple[int, int], torch.Tensor] = {}
         for rows in plan_passes(trees, 1, 256, self.kernel.layout)[0]:
             batch = self.batch(trees, rows)
             states = self._forward(batch)[batch.source]
-            logps, _ = self._head(states, batch.target)
             names = [(piece.tree, b) for row in rows for piece in row for b in piece.branches]
-            for number, name in enumerate(names):
-                mine = batch.owner == number
-                found[name] = (states[mine].float(), logps[mine])
-        parts = [found[name] for name in sorted(found)]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+            found |= {name: states[batch.owner == number].float() for number, name in enumerate(names)}
+        return torch.cat([found[name] for name in sorted(found)])
 
     @torch.no_grad()
-    def _check_head(self, trees: list[Tree], logps: torch.Tensor) -> None:
+    def _check_head(self, trees: list[Tree]) -> None:
         """Compare with the model's own logits, so that soft-capped or rescaled ones are not mistaken for plain ones."""
-        own = []
+        head = self.model.get_output_embeddings()
         for tree in trees:
-            for response in tree.responses:
-                ids = torch.from_numpy(np.concatenate((tree.prompt, response)).astype(np.int64)).to(self.device)[None]
-                with self.autocast():
-                    logits = self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-                own.append(logits[len(tree.prompt) - 1 : -1].gather(-1, ids[0, len(tree.prompt) :, None])[:, 0])
-        difference = float((torch.cat(own) - logps).abs().max())
-        if not difference <= 10 * PROBE_TOLERANCE[self.compute_dtype] * max(1.0, float(logps.abs().max())):
-            if not torch.isfinite(torch.cat(own)).all():
-                raise NumberError("the model's log-probabilities are not finite before any training: its weights are damaged")
-            raise UsageError(
-                f"the model's logits are not its head times its hidden states (log-probabilities differ by {difference:.2g}; "
-                "soft-capping or scaling?): this model is not supported"
-            )
+            ids = torch.from_numpy(np.concatenate((tree.prompt, *tree.responses)).astype(np.int64)).to(self.device)[None]
+            with self.autocast():
+                own = self.model(input_ids=ids, use_cache=False).logits.float()
+                plain = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+            if not torch.isfinite(own).all():
+                raise NumberError("the model's logits are not finite before any training: its weights are damaged")
+            difference = float((own - plain).abs().max() / own.abs().max())
+            if difference > HEAD_TOLERANCE:
+                raise UsageError(
+                    f"the model's logits are not its head times its hidden states (they differ by {difference:.0%}; "
+                    "soft-capping or scaling?): this model is not supported"
+                )
 
 
 def _probe_trees(vocabulary: int) -> list[Tree]:

@@ -33,8 +33,10 @@ class _TokenLogps(torch.autograd.Function):
             logps[part] = chosen - lse
             hits[part] = chosen >= logits.amax(-1)
             if slope is not None:
-                softmax = logits.sub_(lse[:, None]).exp_()
-                slope[part] = (weight[target[part]] - softmax.to(weight.dtype) @ weight).to(hidden.dtype)
+                # One-hot minus softmax before the product: afterwards, in bfloat16, the difference would be rounding noise.
+                change = logits.sub_(lse[:, None]).exp_().neg_()
+                change.scatter_add_(-1, target[part, None], torch.ones_like(change[:, :1]))
+                slope[part] = (change.to(weight.dtype) @ weight).to(hidden.dtype)
         ctx.trained = trained
         ctx.save_for_backward(*((hidden, weight, bias, target) if trained else (slope,)))
         ctx.mark_non_differentiable(hits)
@@ -46,17 +48,21 @@ class _TokenLogps(torch.autograd.Function):
             (slope,) = ctx.saved_tensors
             return slope * grad[:, None].to(slope.dtype), None, None, None
         hidden, weight, bias, target = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        # Summed in float32 over the chunks, whatever the dtype of the products.
+        grad_hidden, grad_weight = (
+            torch.empty_like(hidden),
+            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)),
+        )
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=grad_weight.dtype)
         for part in _chunks(len(hidden), len(weight)):
             slope = F.linear(hidden[part], weight, bias).float().softmax(-1).neg_()
             slope.scatter_add_(-1, target[part, None], torch.ones_like(slope[:, :1]))
             slope = slope.mul_(grad[part, None]).to(weight.dtype)
             grad_hidden[part] = slope @ weight
-            grad_weight.addmm_(slope.T, hidden[part])
+            grad_weight += slope.T @ hidden[part]
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None
+        return grad_hidden, grad_weight.to(weight.dtype), None if grad_bias is None else grad_bias.to(weight.dtype), None
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:

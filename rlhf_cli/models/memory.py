@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from rlhf_cli.errors import UsageError
+
 CPU_ACTIVATIONS = 3 * 2**28
 """Bytes that `tokens_per_device: auto` lets the activations of a pass take on a CPU; longer passes were not faster there."""
 
@@ -20,14 +22,14 @@ class Memory:
 
     weights: int
     trained: int  # parameters
-    optimizer: int  # gradients, and the optimiser's two moments
+    optimizer: int  # gradients and AdamW's two moments, in float32
     per_token: int  # activations of a forward pass that are kept for backward
 
     def total(self, tokens: int) -> float:
         return self.weights + self.optimizer + self.per_token * tokens
 
 
-def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing: bool, moments: int = 2) -> Memory:
+def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing: bool, trust_remote_code: bool) -> Memory:
     """The step's memory; `rank` is the LoRA rank on all linear layers, None for full training.
 
     Activations: 12 hidden and 4 intermediate vectors a layer and token, as was measured for Llama layers with LoRA in float32;
@@ -35,8 +37,11 @@ def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise UsageError(f"model.path: this is no causal language model: {str(error).splitlines()[0]}") from error
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     parameters = sum(p.numel() for p in model.parameters())
@@ -47,7 +52,7 @@ def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing
     kept = text.hidden_size * text.num_hidden_layers + layer if checkpointing else layer * text.num_hidden_layers
     size = torch.finfo(dtype).bits // 8
     weights = 4 * parameters if rank is None else size * parameters + 4 * trained
-    return Memory(weights, trained, 4 * trained * (1 + moments), kept * size)
+    return Memory(weights, trained, 12 * trained, kept * size)
 
 
 def auto_budget(memory: Memory, longest: int, device: torch.device) -> int:

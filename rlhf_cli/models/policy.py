@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def parent_lora(adapter: Path | None, recorded: dict[str, Any] | None) -> schema
     if adapter is None:
         return None
     if recorded is not None:
-        return schema.Lora(**recorded)
+        return dataclasses.replace(schema.Lora(**recorded), merge_parent=False)
     config, _ = read_adapter(adapter)
     modules = config.target_modules
     return schema.Lora(config.r, config.lora_alpha, config.lora_dropout, modules if isinstance(modules, str) else sorted(modules))
@@ -65,12 +67,12 @@ def load_policy(
     """
     compute = resolve_dtype(settings.dtype, device)
     merge = adapter is not None and (lora is None or lora.merge_parent)
-    model = load_model(settings, base, revision, torch.float32 if merge or lora is None else compute, device)
+    loaded = dataclasses.replace(settings, quantize=None) if merge else settings
+    model = load_model(loaded, base, revision, torch.float32 if merge or lora is None else compute, device)
     if merge and adapter is not None:
         model = merge_adapter(model, adapter)
         if lora is not None:
-            if not (merged / "config.json").exists():
-                model.save_pretrained(str(merged))
+            _save_once(model, merged)
             base, revision, adapter = str(merged), None, None
             model = load_model(settings, base, None, compute, device)
     backbone = Backbone(model, compute, settings.attention)
@@ -81,12 +83,26 @@ def load_policy(
         config, state = lora_config(lora, base, revision), None
         if adapter is not None:
             parent, state = read_adapter(adapter)
-            # The parent's list of modules, where the recipe may say all-linear.
-            config = dataclasses.replace(config, target_modules=parent.target_modules)
+            # All that makes the parent's adapter what it is (modules, rslora, patterns) goes on; dropout is the recipe's.
+            config = dataclasses.replace(
+                parent, lora_dropout=lora.dropout, base_model_name_or_path=base, revision=revision, inference_mode=False
+            )
         backbone.add_lora("policy", config, state, trained=True)
     if settings.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     return backbone, base
+
+
+def _save_once(model: Any, folder: Path) -> None:
+    """Several ranks make the same model; the first complete one keeps the name."""
+    if folder.exists():
+        return
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    model.save_pretrained(str(part))
+    try:
+        part.rename(folder)
+    except OSError:
+        shutil.rmtree(part)
 
 
 def merge_adapter(model: Any, adapter: Path) -> Any:

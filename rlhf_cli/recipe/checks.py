@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from rlhf_cli.recipe.schema import SftRecipe, Source
+from rlhf_cli.recipe.schema import METRICS, SftRecipe, Source
+from rlhf_cli.recipe.suggest import closest
 
 Finding = tuple[str, str]
 """(dotted key, what is wrong and what to do)"""
@@ -91,6 +92,18 @@ def _quantised(recipe: SftRecipe) -> Iterator[Finding]:
         yield "model.quantize", "quantised weights cannot be trained, and lora is null. remove one of the two"
 
 
+def _watched(recipe: SftRecipe) -> Iterator[Finding]:
+    names = METRICS[recipe.objective.kind]
+    keep = recipe.train.keep_best
+    watched: dict[str, tuple[str, tuple[str, ...]]] = {f"train.stop_if.{name}": (name, names) for name in recipe.train.stop_if}
+    if keep is not None:
+        watched["train.keep_best.metric"] = (keep.metric, names[:3])
+    for key, (name, known) in watched.items():
+        if name not in known:
+            near = closest(name, known)
+            yield key, f"no metric is named {name}. " + (f"did you mean {near}?" if near else f"there are {', '.join(known)}")
+
+
 CHECKS = (
     Check(("train.steps", "train.epochs"), _length),
     Check(("train.eval_every", "train.save_every", "train.warmup"), _intervals),
@@ -98,6 +111,7 @@ CHECKS = (
     Check(("data.eval", "data.holdout"), _held_out),
     Check(("data.eval", "data.holdout", "train.eval_every", "train.keep_best"), _evaluation),
     Check(("train.stop_if",), _stop_rules),
+    Check(("train.stop_if", "train.keep_best"), _watched),
     Check(("data.train", "data.eval"), _sources),
     Check(("model.quantize", "lora"), _quantised),
 )

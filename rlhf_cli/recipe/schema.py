@@ -136,6 +136,11 @@ ELSEWHERE = ("reference", "rollout", "reward", "reward_combine", "kl", "value", 
 SHORT_FORM: dict[type, str] = {Source: "path"}
 """Where a list of these is expected, one may stand alone, and a plain text stands for one with this key alone."""
 
+METRICS: dict[str, tuple[str, ...]] = {
+    "sft": ("loss", "perplexity", "token_accuracy", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch"),
+}
+"""Stage → the metrics that `keep_best` and `stop_if` can watch; the first three are those of held-out lines too."""
+
 LEARNING_RATE = {("sft", "lora"): 2e-4, ("sft", "full"): 2e-5}
 """(stage, lora | full) → default. LoRA wants about 10× the rate of full fine-tuning.
 

@@ -39,6 +39,8 @@ def export(run: Path, dest: Path, merge: bool) -> str:
         raise UsageError(f"{dest} exists; export to a new folder")
     start = resolve_start(str(run), None, "export")
     source = RunFolder(run).model
+    if not source.is_dir():
+        raise UsageError(f"{run} is not a run: it has no model/")
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent))

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+
 from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.runs.files import hash_tree
 from rlhf_cli.runs.manifest import BaseModel, Parent, manifest_hash, read_manifest, weights_hash
 
 POLICY_STAGES = ("sft", "dpo", "ipo", "kto", "ppo")
@@ -46,9 +49,9 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
         adapter = folder / "model"
         return Start(base["path"], base["revision"], adapter, str(adapter), parent, manifest)
     if (folder / "hashes.json").exists() and (folder / "model").is_dir():
-        run = folder.parent.parent
-        inner = resolve_start(str(folder / "model"), revision, place)
-        return Start(inner.base, inner.revision, inner.adapter, str(run / "model"), None, None)
+        if json.loads((folder / "hashes.json").read_text()) != {k: v for k, v in hash_tree(folder).items() if k != "hashes.json"}:
+            raise UsageError(f"{place}: the checkpoint {path} is damaged: its files do not match its hashes")
+        return resolve_start(str(folder / "model"), revision, place)
     if (folder / "adapter_config.json").exists():
         config = json.loads((folder / "adapter_config.json").read_text())
         tokenizer = path if (folder / "tokenizer_config.json").exists() else config["base_model_name_or_path"]
@@ -71,19 +74,20 @@ def is_meant_as_path(path: str) -> bool:
 
 
 def base_model(start: Start) -> BaseModel:
-    """The base with the hash of its weights; a parent's record of them must still hold.
+    """The base, fetched if it is on the hub, with the hash of its weights; a parent's record of them must still hold.
 
     Raises:
         UsageError: the base has changed since the parent was trained on it.
     """
     folder = Path(start.base)
     if not folder.exists():
-        from transformers.utils import cached_file
-
-        found = cached_file(start.base, "config.json", revision=start.revision)
-        if found is None:
-            raise MachineError(f"{start.base} is not in the hub's cache")
-        folder = Path(found).parent
+        try:
+            folder = Path(snapshot_download(start.base, revision=start.revision, allow_patterns=["*.json", "*.safetensors"]))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise MachineError(
+                f"{start.base}: its weights could not be fetched, and they are not in the cache: {reason}"
+            ) from error
     base = BaseModel(start.base, start.revision, weights_hash(folder))
     if start.adapter and start.manifest and start.manifest["base_model"]["weights_hash"] != base.weights_hash:
         raise UsageError(

@@ -37,7 +37,7 @@ from rlhf_cli.stages.plan import learning_rate_warning, plan
 from rlhf_cli.training.loop import Fit, peak_memory
 from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.signals import StopSignals
-from rlhf_cli.training.trackers import start_trackers
+from rlhf_cli.training.trackers import check_trackers, start_trackers
 
 SHOWN_PROMPTS, SHOWN_TOKENS = 4, 64
 """Samples in samples.jsonl: how many prompts, and how long their greedy continuations may get."""
@@ -78,6 +78,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         return
 
     base = base_model(start)
+    check_trackers(recipe.trackers)
     with open_run(output, resume=resume, force=force) if ranks.main else RunFolder(output) as folder:
         ranks.barrier()
         inputs = {"base": base.weights_hash, "template": template.hash, "parent": start.parent and start.parent.manifest_hash}
@@ -104,6 +105,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
             objective=recipe.objective,
             source=source,
             held_out=list(dataset.held_out.trees) if dataset.held_out else [],
+            save_model=partial(_save_model, backbone, tokenizer, template),
             sample=partial(_samples, backbone, tokenizer, template, dataset),
             train=settled.recipe.train,
             steps=steps,
@@ -112,16 +114,15 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
             ranks=ranks,
             console=console,
             signals=signals,
-            track=start_trackers(settled.recipe, folder.path, ranks.main),
+            trackers=start_trackers(settled.recipe, folder.path, ranks.main),
         )
         fit.resume()
         status = fit.go()
+        fit.trackers.close()
 
         if ranks.main:
             with disk_errors(folder.model):
-                backbone.save("policy", folder.model)
-                tokenizer.chat_template = template.text
-                tokenizer.save_pretrained(str(folder.model))
+                fit.save_model(folder.model)
             if base_path != start.base:
                 base = base_model(Start(base_path, None, None, base_path, None, None))
             outcome = Outcome(
@@ -162,7 +163,13 @@ def _settle(recipe: schema.SftRecipe, start: Start, dataset: Dataset, ranks: Ran
     )
     dtype = resolve_dtype(recipe.model.dtype, ranks.device)
     config = load_config(start.base, start.revision, recipe.model.trust_remote_code)
-    memory = estimate(config, rank=lora.r if lora else None, dtype=dtype, checkpointing=recipe.model.gradient_checkpointing)
+    memory = estimate(
+        config,
+        rank=lora.r if lora else None,
+        dtype=dtype,
+        checkpointing=recipe.model.gradient_checkpointing,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
     asked, rate = recipe.train.tokens_per_device, recipe.train.learning_rate
     budget = ranks.min(auto_budget(memory, dataset.longest, ranks.device)) if asked == "auto" else asked
     if rate is None:
@@ -204,6 +211,13 @@ def _check_template(recipe: schema.SftRecipe, start: Start, template: Template, 
             f"{loaded.where('model.path')}: {recipe.model.path} was trained with another chat template than {template.source}. "
             "name the one you want in model.chat_template"
         )
+
+
+def _save_model(backbone: Backbone, tokenizer: Any, template: Template, folder: Path) -> None:
+    """The policy with its tokenizer and the template it was trained with."""
+    backbone.save("policy", folder)
+    tokenizer.chat_template = template.text
+    tokenizer.save_pretrained(str(folder))
 
 
 def _samples(backbone: Backbone, tokenizer: Any, template: Template, dataset: Dataset) -> Iterator[dict[str, Any] | None]:

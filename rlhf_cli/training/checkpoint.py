@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save_checkpoint(folder: Path, backbone: Backbone, optimizer: torch.optim.Optimizer, state: State) -> Path:
+def save_checkpoint(
+    folder: Path, backbone: Backbone, save_model: Callable[[Path], None], optimizer: torch.optim.Optimizer, state: State
+) -> Path:
     """Write step-<n> beside its place, sync it, read it back against its hashes, and rename it into place.
 
     Raises:
@@ -61,7 +64,7 @@ def save_checkpoint(folder: Path, backbone: Backbone, optimizer: torch.optim.Opt
             require_space(folder, sum(t.numel() * t.element_size() for t in [*parameters.values(), *tensors.values()]))
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            backbone.save("policy", part / "model")
+            save_model(part / "model")
             save_file(tensors, part / OPTIMIZER)
             write_json(part / NUMBERS, numbers)
             write_json(part / STATE, asdict(state))

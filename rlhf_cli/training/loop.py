@@ -36,8 +36,8 @@ from rlhf_cli.training.optim import build_optimizer, learning_rate
 from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.signals import StopSignals
 from rlhf_cli.training.step import NonFinite, evaluate, optimise
-from rlhf_cli.training.trackers import Track
-from rlhf_cli.training.watch import note_best, reason_to_stop
+from rlhf_cli.training.trackers import Trackers
+from rlhf_cli.training.watch import KEPT, note_best, reason_to_stop
 
 
 class Source(Protocol):
@@ -63,6 +63,7 @@ class Fit:
     source: Source
     held_out: list[Tree]
     sample: Sampler
+    save_model: Callable[[Path], None]  # writes the policy and its tokenizer into a folder
     train: schema.Train
     steps: int
     seed: int
@@ -70,7 +71,7 @@ class Fit:
     ranks: Ranks
     console: Console
     signals: StopSignals
-    track: Track
+    trackers: Trackers
     state: State = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +117,8 @@ class Fit:
         evals, saves = due_steps(self.train.eval_every, self.steps), due_steps(self.train.save_every, self.steps)
         with self.console.progress(self.steps, self.train.log_every) as progress:
             self._look(progress, {0} | evals)
+            if self.state.best_step == self.state.step and self._is_unsaved():
+                self._save()
             while self.state.step < self.steps and self.state.stopped_by is None:
                 self._step(progress)
                 self._look(progress, evals)
@@ -196,15 +199,14 @@ class Fit:
     def _log(self, split: str, metrics: dict[str, float]) -> None:
         if self.ranks.main:
             self.metrics.append({"step": self.state.step, "split": split, "time": round(time.time(), 3)} | metrics)
-            self.track({f"{split}/{name}": value for name, value in metrics.items()}, self.state.step)
+            self.trackers.log({f"{split}/{name}": value for name, value in metrics.items()}, self.state.step)
 
     def _watch(self, split: str, metrics: dict[str, float]) -> None:
         """Note the best values; a new best checkpoint is saved by the loop once this step's figures are in the logs."""
         before = self.state.best
-        keep = self.train.keep_best if split == "eval" else None
-        best = note_best(before, metrics, dataclasses.replace(self.train, keep_best=keep))
-        self._advance(best=best, stopped_by=self.state.stopped_by or reason_to_stop(self.train.stop_if, metrics, best))
-        if keep is not None and keep.metric in metrics and best[keep.metric] != before.get(keep.metric):
+        best = note_best(before, split, metrics, self.train)
+        self._advance(best=best, stopped_by=self.state.stopped_by or reason_to_stop(self.train.stop_if, split, metrics, best))
+        if best.get(KEPT) != before.get(KEPT):
             self._advance(best_step=self.state.step)
 
     def _advance(self, **changes: Any) -> None:
@@ -222,22 +224,27 @@ class Fit:
         if self.ranks.main:
             self._advance(peak_memory=max(self.state.peak_memory, peak_memory()))
             self._advance(metrics_bytes=self.metrics.sync(), samples_bytes=self.samples.sync())
-            save_checkpoint(self.run.checkpoints, self.backbone, self.optimizer, self.state)
+            save_checkpoint(self.run.checkpoints, self.backbone, self.save_model, self.optimizer, self.state)
             prune(self.run.checkpoints, self.train.keep_checkpoints, self.state.best_step)
         self.ranks.barrier()
+
+    def _is_unsaved(self) -> bool:
+        """As rank 0 sees it, for all: saving is a joint affair."""
+        return self.ranks.any(self.ranks.main and not checkpoint_path(self.run.checkpoints, self.state.step).exists())
 
     def _obey_signal(self) -> None:
         received = max(s or 0 for s in self.ranks.gather(self.signals.received))
         if not received:
             return
-        if not checkpoint_path(self.run.checkpoints, self.state.step).exists():
+        if self._is_unsaved():
             self._save()
+        self.ranks.close()
         raise Stopped(f"stopped after step {self.state.step} of {self.steps}; continue with --resume", received)
 
     def _keep_evidence(self, error: NonFinite, step: int, trees: list[Tree]) -> NumberError:
         """Save the refused batch, and the state before it where no checkpoint has it yet."""
         with contextlib.suppress(NumberError):
-            if self.state.step and not checkpoint_path(self.run.checkpoints, self.state.step).exists():
+            if self.state.step and self._is_unsaved():
                 self._save()
         rows = self.source.wheres(step)
         suspects = [rows[i] for i in error.trees]

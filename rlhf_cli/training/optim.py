@@ -69,9 +69,8 @@ def restore_optimizer(
     tensors: Mapping[str, torch.Tensor],
     numbers: Mapping[str, Any],
 ) -> None:
-    """The inverse of `optimizer_state`. Step counters stay where AdamW keeps them, everything else goes to its parameter."""
+    """The inverse of `optimizer_state`. The fused AdamW keeps its step counter on the device too."""
     for key, value in {**tensors, **numbers}.items():
         name, entry = key.rsplit("|", 1)
         parameter = parameters[name]
-        on_device = torch.is_tensor(value) and value.dim() > 0
-        optimizer.state[parameter][entry] = value.to(parameter.device) if on_device else value
+        optimizer.state[parameter][entry] = value.to(parameter.device) if torch.is_tensor(value) else value

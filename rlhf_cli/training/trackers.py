@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.errors import MachineError
+from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.recipe.dump import flatten
 
-Track = Callable[[dict[str, float], int], None]
+
+class Trackers:
+    """The recipe's trackers on rank 0, none elsewhere."""
+
+    def __init__(self, accelerator: Any = None) -> None:
+        self._accelerator = accelerator
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if self._accelerator is not None:
+            self._accelerator.log(metrics, step=step)
+
+    def close(self) -> None:
+        if self._accelerator is not None:
+            self._accelerator.end_training()
 
 
-def start_trackers(recipe: Any, folder: Path, main: bool) -> Track:
-    """A function that logs metrics at a step to every tracker of the recipe.
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises UsageError for a tracker that accelerate does not know, MachineError for one that is not installed."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.utils import LoggerType
 
-    Raises:
-        MachineError: a tracker is unknown or not installed.
-    """
+    known = {
+        str(kind.value): kind for kind in LoggerType if kind in LOGGER_TYPE_TO_CLASS or str(kind.value) in LOGGER_TYPE_TO_CLASS
+    }
+    for name in names:
+        if name not in known:
+            raise UsageError(f"trackers: {name} is not one of {', '.join(sorted(known))}")
+    from accelerate.tracking import filter_trackers
+
+    if missing := [name for name in names if not filter_trackers([name], logging_dir=".")]:
+        raise MachineError(f"trackers: {', '.join(missing)} is not installed\npip install {' '.join(missing)}, or take it out")
+
+
+def start_trackers(recipe: Any, folder: Path, main: bool) -> Trackers:
+    """Start the recipe's trackers with the recipe's values as their configuration."""
     if not recipe.trackers or not main:
-        return lambda metrics, step: None
+        return Trackers()
     from accelerate import Accelerator
 
-    try:
-        accelerator = Accelerator(log_with=list(recipe.trackers), project_dir=str(folder))
-        accelerator.init_trackers(
-            "rlhf", config={k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(recipe).items()}
-        )
-    except (ValueError, ImportError) as error:
-        raise MachineError(
-            f"trackers: {str(error).splitlines()[0]}\ninstall it, e.g. pip install 'rlhf-cli[tensorboard]'"
-        ) from error
-    started = {str(t.name) for t in accelerator.trackers}
-    if missing := set(recipe.trackers) - started:
-        raise MachineError(
-            f"trackers: {', '.join(sorted(missing))} cannot be started; is it installed? pip install 'rlhf-cli[tensorboard]'"
-        )
-
-    def track(metrics: dict[str, float], step: int) -> None:
-        accelerator.log(metrics, step=step)
-
-    return track
+    accelerator = Accelerator(log_with=list(recipe.trackers), project_dir=str(folder))
+    config = {key: value if isinstance(value, int | float | str) else str(value) for key, value in flatten(recipe).items()}
+    accelerator.init_trackers("rlhf", config=config)
+    return Trackers(accelerator)

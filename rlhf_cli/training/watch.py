@@ -6,21 +6,27 @@ from collections.abc import Mapping
 
 from rlhf_cli.recipe import schema
 
+KEPT = "keep_best"
+"""The key of the best held-out value that `keep_best` watches; a `falls` rule has one for training and one for held-out lines."""
 
-def note_best(best: Mapping[str, float], metrics: Mapping[str, float], train: schema.Train) -> dict[str, float]:
-    """The best values so far of every metric that a `falls` rule or `keep_best` watches."""
-    modes = {name: "max" for name, rule in train.stop_if.items() if rule.falls is not None}
-    if train.keep_best is not None:
-        modes[train.keep_best.metric] = train.keep_best.mode
+
+def note_best(best: Mapping[str, float], split: str, metrics: Mapping[str, float], train: schema.Train) -> dict[str, float]:
+    """The best values so far, with those of a line of `split` (train or eval)."""
     new = dict(best)
-    for name, mode in modes.items():
-        if name in metrics:
-            new[name] = (max if mode == "max" else min)(metrics[name], best.get(name, metrics[name]))
+    for name, rule in train.stop_if.items():
+        if rule.falls is not None and name in metrics:
+            key = f"{split}/{name}"
+            new[key] = max(metrics[name], best.get(key, metrics[name]))
+    keep = train.keep_best
+    if keep is not None and split == "eval" and keep.metric in metrics:
+        new[KEPT] = (max if keep.mode == "max" else min)(metrics[keep.metric], best.get(KEPT, metrics[keep.metric]))
     return new
 
 
-def reason_to_stop(rules: Mapping[str, schema.StopRule], metrics: Mapping[str, float], best: Mapping[str, float]) -> str | None:
-    """The first rule that these metrics break, in words. `best` already counts them."""
+def reason_to_stop(
+    rules: Mapping[str, schema.StopRule], split: str, metrics: Mapping[str, float], best: Mapping[str, float]
+) -> str | None:
+    """The first rule that the metrics of a line break, in words. `best` already counts them."""
     for name, rule in rules.items():
         if name not in metrics:
             continue
@@ -29,6 +35,8 @@ def reason_to_stop(rules: Mapping[str, schema.StopRule], metrics: Mapping[str, f
             return f"{name} {value:.4g} is above {rule.above:.4g}"
         if rule.below is not None and value < rule.below:
             return f"{name} {value:.4g} is below {rule.below:.4g}"
-        if rule.falls is not None and best[name] - value > rule.falls * abs(best[name]):
-            return f"{name} {value:.4g} has lost more than {rule.falls:.0%} of its best, {best[name]:.4g}"
+        if rule.falls is not None:
+            peak = best[f"{split}/{name}"]
+            if peak - value > rule.falls * abs(peak):
+                return f"{name} {value:.4g} has lost more than {rule.falls:.0%} of its best, {peak:.4g}"
     return None

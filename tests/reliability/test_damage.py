@@ -29,7 +29,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe whose uninterrupted run is in `whole` beside it."""
     folder = tmp_path_factory.mktemp("damage")
     parts = make_model(folder / "model"), write_rows(folder / "rows.jsonl", 15)
-    recipe = write_recipe(folder / "sft.yaml", *parts, folder / "whole", lora={"r": 4}, train={"steps": 4, "eval_every": 2})
+    recipe = write_recipe(folder / "sft.yaml", *parts, folder / "whole", lora={"r": 4}, train={"steps": 4})
     assert rlhf("sft", recipe) == 0
     return recipe
 
@@ -70,7 +70,11 @@ def weights(run: Path) -> bytes:
 
 @pytest.mark.parametrize("damage", [flip, truncate, remove, add])
 def test_the_previous_checkpoint_is_used(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -122,7 +126,13 @@ class RustError(Exception):
     ids=["fsync", "safetensors"],
 )
 def test_full_disk(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: Any, name: str, error: Exception
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: Any,
+    name: str,
+    error: Exception,
 ) -> None:
     import safetensors.torch
 
@@ -161,12 +171,21 @@ def test_stop_if_survives_a_kill_before_the_end(path: Path, tmp_path: Path, monk
         assert rlhf("sft", path, *settings) == 130
     assert rlhf("sft", path, *settings, "--resume") == 0
     manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["steps"] == 1 and manifest["status"].startswith("stopped: loss 5.") and manifest["status"].endswith(" is above 1")
+    assert (
+        manifest["steps"] == 1
+        and manifest["status"].startswith("stopped: loss 5.")
+        and manifest["status"].endswith(" is above 1")
+    )
 
 
 def test_keep_best_keeps_the_best_by_held_out_rows(path: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    overrides = ["train.keep_best={metric: loss, mode: max}", "train.keep_checkpoints=1", "data.holdout=0.2", "train.eval_every=1"]
+    overrides = [
+        "train.keep_best={metric: loss, mode: max}",
+        "train.keep_checkpoints=1",
+        "data.holdout=0.2",
+        "train.eval_every=1",
+    ]
     assert rlhf("sft", path, "--output", run, *(word for o in overrides for word in ("--set", o))) == 0
     figures = {line["step"]: line["loss"] for line in read_lines(run / "metrics.jsonl") if line["split"] == "eval"}
     best = max(figures, key=lambda step: figures[step])

@@ -112,9 +112,7 @@ def test_a_signal_between_two_passes_saves_and_resumes(
     same_bytes(tmp_path / "whole", again)
 
 
-def test_another_budget_is_allowed_and_used(
-    parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_budget_is_allowed_and_used(parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe(parts, tmp_path, {"r": 4})
     seen: list[int] = []
     original = loop.optimise
@@ -158,12 +156,13 @@ def test_a_finished_run_says_so_and_changes_are_refused(
 def test_longer_steps(parts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], schedule: str) -> None:
     path = recipe(parts, tmp_path, {"r": 4})
     settings = ["--set", f"train.schedule={schedule}", "--set", "train.warmup=2", "--set", "train.eval_every=null"]
-    assert rlhf("sft", path, *settings, "--set", "train.steps=3") == 0
+    assert rlhf("sft", path, *settings, "--set", "train.steps=4") == 0
     capsys.readouterr()
     assert rlhf("sft", path, *settings, "--set", "train.steps=6", "--resume") == 0
-    warned = "steps 1 to 3 followed the learning rates of a run of 3 steps" in capsys.readouterr().err
+    warned = "steps 1 to 4 followed the learning rates of a run of 4 steps" in capsys.readouterr().err
     assert warned == (schedule == "cosine")
-    assert [line["step"] for line in read_lines(tmp_path / "whole" / "metrics.jsonl") if line["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow

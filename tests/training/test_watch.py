@@ -23,21 +23,26 @@ from rlhf_cli.training.watch import note_best, reason_to_stop
     ],
 )
 def test_reason_to_stop(rule: StopRule, value: float, best: float | None, wanted: str | None) -> None:
-    noted = {} if best is None else {"objective/kl": best}
-    assert reason_to_stop({"objective/kl": rule}, {"objective/kl": value, "loss": 1e9}, noted) == wanted
+    noted = {} if best is None else {"train/objective/kl": best}
+    assert reason_to_stop({"objective/kl": rule}, "train", {"objective/kl": value, "loss": 1e9}, noted) == wanted
 
 
 def test_a_metric_that_is_not_there_breaks_no_rule() -> None:
-    assert reason_to_stop({"score": StopRule(falls=0.1)}, {"loss": 1.0}, {}) is None
-    assert reason_to_stop({}, {"loss": 1.0}, {}) is None
+    assert reason_to_stop({"score": StopRule(falls=0.1)}, "train", {"loss": 1.0}, {}) is None
+    assert reason_to_stop({}, "train", {"loss": 1.0}, {}) is None
 
 
 def test_best_values() -> None:
-    """A `falls` rule follows the highest value, keep_best its own mode; others are not noted."""
+    """A `falls` rule follows the highest value of each split, keep_best its own mode on held-out lines; others are not noted."""
     train = Train(stop_if={"score": StopRule(falls=0.1), "kl": StopRule(above=1)}, keep_best=KeepBest("loss", "min"))
     best: dict[str, float] = {}
-    seen = []
-    for metrics in ({"score": 1.0, "kl": 9.0}, {"loss": 3.0}, {"score": 2.0, "loss": 4.0}, {"score": 0.5, "loss": 2.0}):
-        best = note_best(best, metrics, train)
-        seen.append(best)
-    assert seen == [{"score": 1.0}, {"score": 1.0, "loss": 3.0}, {"score": 2.0, "loss": 3.0}, {"score": 2.0, "loss": 2.0}]
+    lines = (
+        ("train", {"score": 1.0, "kl": 9.0, "loss": 1.0}),
+        ("eval", {"score": 0.5, "loss": 3.0}),
+        ("train", {"score": 2.0, "loss": 0.5}),
+        ("eval", {"score": 0.4, "loss": 2.0}),
+        ("eval", {"loss": 4.0}),
+    )
+    for split, metrics in lines:
+        best = note_best(best, split, metrics, train)
+    assert best == {"train/score": 2.0, "eval/score": 0.5, "keep_best": 2.0}
