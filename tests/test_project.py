@@ -162,7 +162,7 @@ MAY_IMPORT = {
     "rollout": {"errors", "console", "recipe", "data", "objectives", "models", "runs"},
     "evaluation": {"errors", "console", "recipe", "data", "objectives", "models", "runs"},
     "stages": {"errors", "console", "recipe", "data", "objectives", "models", "runs", "training", "rollout", "evaluation"},
-    "cli": {"errors", "recipe", "runs", "__version__"},
+    "cli": {"errors", "recipe", "runs", "data", "__version__"},
     "__main__": {"cli"},
     "__init__": set[str](),
 }

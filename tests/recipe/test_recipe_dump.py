@@ -29,8 +29,8 @@ FULL = SftRecipe(
         betas=(0.5, 1e-7),
         tokens_per_device=512,
         eval_every=None,
-        keep_best=KeepBest("eval/loss", "min"),
-        stop_if={"objective/kl": StopRule(above=20.0), "true": StopRule(falls=0.1)},
+        keep_best=KeepBest("loss", "min"),
+        stop_if={"grad_norm": StopRule(above=20.0), "loss": StopRule(falls=0.1)},
     ),
     seed=2**32 - 1,
     trackers=["wandb", "no"],
@@ -62,7 +62,7 @@ def test_round_trip_of_odd_text_and_numbers(tmp_path: Path) -> None:
             PLAIN,
             model=Model("m", revision=word),
             trackers=[word, "1e5"],
-            train=Train(learning_rate=number, stop_if={word: StopRule(above=-number)}),
+            train=Train(learning_rate=number, stop_if={"loss": StopRule(above=-number)}),
         )
         assert reread(tmp_path, dump_recipe(recipe, "sft")) == recipe
 
@@ -79,7 +79,7 @@ def test_flatten() -> None:
     flat = flatten(FULL)
     assert flat["data.train.1.weight"] == 2.5
     assert flat["train.betas"] == [0.5, 1e-7]
-    assert flat["train.stop_if.objective/kl.above"] == 20.0
+    assert flat["train.stop_if.grad_norm.above"] == 20.0
     assert flat["lora.target_modules"] == ["q", "010"]
     assert flatten(PLAIN)["lora"] == "auto"
     assert flatten(PLAIN)["train.stop_if"] == {}

@@ -90,6 +90,7 @@ BAD_RECIPES = {
     "train: {optimizer: sgd, betas: [0.8, 0.9]}": "r.yaml:4: train.betas: has no effect with optimizer: sgd. remove it",
     "train: {max_grad_norm: 0}": "r.yaml:4: train.max_grad_norm: 0 would erase every gradient. give a large number to clip nothing",
     "train: {keep_best: {metric: loss, mode: min}}": "r.yaml:4: train.keep_best: needs an evaluation. set data.eval or data.holdout",
+    "train: {stop_if: {los: {above: 3}}}": "r.yaml:4: train.stop_if.los: no metric is named los. did you mean loss?",
     "train: {stop_if: {loss: {}}}": "r.yaml:4: train.stop_if.loss: expected exactly one of above, below, falls; found none. keep one",
     "train: {stop_if: {loss: {above: 3, falls: 0.1}}}": "r.yaml:4: train.stop_if.loss: expected exactly one of above, below, falls; "
     "found above and falls. keep one",
@@ -262,12 +263,12 @@ def test_harmless_wrappings(tmp_path: Path, text: str) -> None:
 
 
 def test_unions_and_sections(tmp_path: Path) -> None:
-    text = GOOD + "lora: null\ntrain:\n  stop_if: {objective/kl: {above: 20}}\n  betas: [0, 0.95]\n  eval_every: null\n"
+    text = GOOD + "lora: null\ntrain:\n  stop_if: {grad_norm: {above: 20}}\n  betas: [0, 0.95]\n  eval_every: null\n"
     recipe = load(
         tmp_path, text, "data.holdout=0.1", "train.keep_best={metric: loss, mode: min}", "train.tokens_per_device=512"
     ).recipe
     assert recipe.lora is None
-    assert recipe.train.stop_if == {"objective/kl": StopRule(above=20.0)}
+    assert recipe.train.stop_if == {"grad_norm": StopRule(above=20.0)}
     assert recipe.train.betas == (0.0, 0.95)
     assert recipe.train.eval_every is None
     assert recipe.train.keep_best == KeepBest("loss", "min")
@@ -410,8 +411,7 @@ DEBRIS = [
 def test_damaged_recipes_are_refused_in_printable_lines_or_read_back_equal(tmp_path: Path) -> None:
     rng = random.Random(0)
     whole = (
-        GOOD
-        + "seed: 3\nlora: {r: 8}\ntrain:\n  betas: [0.9, 0.95]\n  stop_if: {objective/kl: {above: 20}}\n  learning_rate: 1e-5\n"
+        GOOD + "seed: 3\nlora: {r: 8}\ntrain:\n  betas: [0.9, 0.95]\n  stop_if: {grad_norm: {above: 20}}\n  learning_rate: 1e-5\n"
     )
     for _ in range(300):
         start = rng.randrange(len(whole))

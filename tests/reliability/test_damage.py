@@ -189,5 +189,5 @@ def test_keep_best_keeps_the_best_by_held_out_rows(path: Path, tmp_path: Path) -
     assert rlhf("sft", path, "--output", run, *(word for o in overrides for word in ("--set", o))) == 0
     figures = {line["step"]: line["loss"] for line in read_lines(run / "metrics.jsonl") if line["split"] == "eval"}
     best = max(figures, key=lambda step: figures[step])
-    expected = {f"step-{step:08d}" for step in {best, 4} - {0}}
+    expected = {f"step-{step:08d}" for step in {best, 4}}
     assert {p.name for p in (run / "checkpoints").iterdir()} == expected
