@@ -1,0 +1,202 @@
+"""What a run does to folders: nothing before the recipe, the data and the parent are right; nothing is ever lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.runs.folder import open_run
+from rlhf_cli.stages import sft
+from tests.tiny import make_model, rlhf, write_recipe, write_rows
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of 2 steps whose finished run is in `parent` beside it."""
+    folder = tmp_path_factory.mktemp("folders")
+    parts = make_model(folder / "model"), write_rows(folder / "rows.jsonl", 8)
+    recipe = write_recipe(folder / "sft.yaml", *parts, folder / "parent", lora={"r": 4}, train={"steps": 2})
+    assert rlhf("sft", recipe) == 0
+    return recipe
+
+
+@pytest.fixture
+def parent(path: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    return shutil.copytree(path.parent / "parent", tmp_path / "parent")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def forbid_weights(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("weights were loaded")
+
+    patch.setattr(sft, "load_policy", refuse)
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err
+
+
+def test_an_existing_run_is_kept(parent: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(parent)
+    assert rlhf("sft", path, "--output", parent) == 2
+    assert errors(capsys).splitlines()[-2:] == [
+        f"error: {parent} holds a finished run",
+        f"  --resume continues it, --force moves it to {parent}.old-<n>, --output writes elsewhere",
+    ]
+    assert contents(parent) == before and [p.name for p in parent.parent.iterdir()] == ["parent"]
+
+
+def test_force_moves_and_loses_nothing(parent: Path, path: Path) -> None:
+    (parent / "notes.txt").write_text("mine")
+    before = contents(parent)
+    assert rlhf("sft", path, "--output", parent, "--force", "--set", "train.steps=1") == 0
+    old = parent.with_name("parent.old-1")
+    assert contents(old) == before
+    assert json.loads((parent / "manifest.json").read_text())["steps"] == 1
+    assert sorted(p.name for p in parent.parent.iterdir()) == ["parent", "parent.old-1"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--force"], ["--check"]], ids=["plain", "force", "check"])
+@pytest.mark.parametrize("key", ["data.train", "model.path"])
+def test_a_wrong_path_touches_nothing(
+    path: Path, parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, flags: list[str]
+) -> None:
+    missing, before = tmp_path / "missing", contents(parent)
+    for output in (tmp_path / "run", parent):
+        assert rlhf("sft", path, "--output", output, "--set", f"{key}={missing}", *flags) == 2
+        assert str(missing) in errors(capsys)
+    assert contents(parent) == before and [p.name for p in tmp_path.iterdir()] == ["parent"]
+
+
+def test_check_creates_nothing_and_loads_no_weights(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forbid_weights(monkeypatch)
+    assert rlhf("sft", path, "--output", tmp_path / "deep" / "run", "--check") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "the recipe and the data are fine; nothing was trained"
+    assert list(tmp_path.iterdir()) == []
+
+
+def unfinished(parent: Path) -> str:
+    (parent / "manifest.json").unlink()
+    return f"{parent} is an unfinished run (no manifest.json)\n  finish it: the same command with --resume\n"
+
+
+def changed(parent: Path) -> str:
+    file = parent / "model" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    fault = f"{parent} is not as it was when it finished: model/adapter_model.safetensors has changed"
+    return f"{fault}\n  put the original back, or run that stage again with --force\n"
+
+
+def other_stage(parent: Path) -> str:
+    edit_manifest(parent, stage="train-rm")
+    return f"{parent} is a run of train-rm, expected dpo or ipo or kto or ppo or sft\n"
+
+
+def other_template(parent: Path) -> str:
+    edit_manifest(parent, chat_template_hash="0" * 64)
+    return "name the one you want in model.chat_template\n"
+
+
+def other_base(parent: Path) -> str:
+    manifest = json.loads((parent / "manifest.json").read_text())
+    edit_manifest(parent, base_model=manifest["base_model"] | {"weights_hash": "0" * 32})
+    return f"is not the model that {parent} was trained on: its weights differ\n"
+
+
+def edit_manifest(parent: Path, **changes: Any) -> None:
+    file = parent / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("fault", [unfinished, changed, other_stage, other_template, other_base])
+def test_a_parent_that_cannot_be_one(
+    path: Path,
+    parent: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: Callable[[Path], str],
+) -> None:
+    message = fault(parent)
+    forbid_weights(monkeypatch)
+    assert rlhf("sft", path, "--output", tmp_path / "run", "--set", f"model.path={parent}") == 2
+    assert errors(capsys).endswith(message)
+    assert [p.name for p in tmp_path.iterdir()] == ["parent"]
+
+
+def test_another_template_by_name_is_allowed(path: Path, parent: Path, tmp_path: Path) -> None:
+    other_template(parent)
+    settings = ["--set", f"model.path={parent}", "--set", "model.chat_template=chatml", "--check"]
+    assert rlhf("sft", path, "--output", tmp_path / "run", *settings) == 0
+
+
+def pickled_adapter(path: Path, folder: Path) -> str:
+    shutil.copytree(path.parent / "parent" / "model", folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    return f"error: {folder}: no adapter_model.safetensors (pickled adapters are not loaded)"
+
+
+def pickled_model(path: Path, folder: Path) -> str:
+    shutil.copytree(path.parent / "model", folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return f"error: {folder} has no *.safetensors: weights in other formats are not read"
+
+
+@pytest.mark.parametrize("pickled", [pickled_adapter, pickled_model])
+def test_pickles_are_not_loaded(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pickled: Callable[[Path, Path], str]
+) -> None:
+    start = tmp_path / "start"
+    message = pickled(path, start)
+    assert rlhf("sft", path, "--output", tmp_path / "run", "--set", f"model.path={start}") == 2
+    assert errors(capsys).splitlines()[-1] == message
+    assert [p.name for p in tmp_path.iterdir()] == ["start"]
+
+
+def test_a_token_is_written_nowhere(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "hf_" + "notARealToken" * 2
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert rlhf("sft", path, "--output", tmp_path / "run", "--set", "train.steps=1") == 0
+    found = contents(tmp_path)
+    assert Path("run/manifest.json") in found and Path("run/recipe.yaml") in found
+    assert [name for name, content in found.items() if token.encode() in content] == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"], ["--force"]], ids=["plain", "resume", "force"])
+def test_two_runs_on_one_folder(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    forbid_weights(monkeypatch)
+    run = tmp_path / "run"
+    with open_run(run, resume=False, force=False) as held:
+        held.samples.touch()
+        before = contents(run)
+        assert rlhf("sft", path, "--output", run, *flags) == 2
+        first, second = errors(capsys).splitlines()[-2:]
+        assert first.startswith(f"error: {run} is in use by process {os.getpid()} on ")
+        assert second == "  wait for it, stop it, or choose another output"
+        assert contents(run) == before and [p.name for p in tmp_path.iterdir()] == ["run"]
