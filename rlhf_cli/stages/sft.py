@@ -19,7 +19,7 @@ from rlhf_cli.data.batches import total_steps
 from rlhf_cli.data.dataset import Dataset, data_report, prepare, question
 from rlhf_cli.data.encode import show_example
 from rlhf_cli.data.templates import Template, choose_template, end_of_turn
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import load_config, load_tokenizer, resolve_dtype
 from rlhf_cli.models.memory import Memory, auto_budget, estimate
@@ -117,8 +117,13 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
             trackers=start_trackers(settled.recipe, folder.path, ranks.main),
         )
         fit.resume()
-        status = fit.go()
-        fit.trackers.close()
+        try:
+            status = fit.go()
+        except (Stopped, NumberError):  # of all ranks alike: they part in order
+            ranks.close()
+            raise
+        finally:
+            fit.trackers.close()
 
         if ranks.main:
             with disk_errors(folder.model):

@@ -238,7 +238,6 @@ class Fit:
             return
         if self._is_unsaved():
             self._save()
-        self.ranks.close()
         raise Stopped(f"stopped after step {self.state.step} of {self.steps}; continue with --resume", received)
 
     def _keep_evidence(self, error: NonFinite, step: int, trees: list[Tree]) -> NumberError:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import MachineError, UsageError
 
 PR_SET_PDEATHSIG = 1
 GRADIENT_BUCKET = 2**24
@@ -66,7 +67,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with _together():
+            dist.all_gather_object(values, value)
         return values
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -86,7 +88,8 @@ class Ranks:
 
     def _sum_bucket(self, gradients: list[torch.Tensor]) -> None:
         flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
+        with _together():
+            dist.all_reduce(flat)
         for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
@@ -94,14 +97,26 @@ class Ranks:
         if self.size == 1:
             return tensor
         tensor = tensor.to(self.device)
-        dist.all_reduce(tensor, operation)
+        with _together():
+            dist.all_reduce(tensor, operation)
         return tensor.cpu()
 
     def barrier(self) -> None:
         if self.size > 1:
-            self._state.wait_for_everyone()
+            with _together():
+                self._state.wait_for_everyone()
 
     def close(self) -> None:
         """Destroy the process group; left open, some runs hang at their end."""
         if self.size > 1:
             self._state.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """A collective fails when another rank is gone; that rank has said why."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0].split("] ", 1)[-1][:120]
+        raise MachineError(f"another rank ended or cannot be reached ({reason}); continue with --resume") from error

@@ -64,6 +64,9 @@ def optimise(
             break
         except (RuntimeError, MemoryError) as error:
             budget = _smaller_budget(error, budget, trees, ranks)
+        # Out here the error, and with it the pass's tensors, is gone.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     if step == 1:
         _check_gradients_exist(backbone, ranks)
     ranks.sum_gradients(parameters.values())
@@ -174,8 +177,6 @@ def _smaller_budget(error: BaseException, budget: int, trees: list[Tree], ranks:
         raise MachineError(f"out of memory on rank {ranks.rank}; {advice}, then --resume").on_one_rank() from error
     if budget <= longest:
         raise MachineError(f"out of memory with one tree of {longest} tokens in the pass; {advice}") from error
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     return max(budget // 2, 1)
 
 

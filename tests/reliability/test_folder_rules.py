@@ -14,6 +14,7 @@ import pytest
 
 from rlhf_cli.runs.folder import open_run
 from rlhf_cli.stages import sft
+from tests.data.tiny_tokenizer import CHATML
 from tests.tiny import make_model, rlhf, write_recipe, write_rows
 
 
@@ -82,7 +83,7 @@ def test_a_wrong_path_touches_nothing(
     path: Path, parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, flags: list[str]
 ) -> None:
     missing, before = tmp_path / "missing", contents(parent)
-    for output in (tmp_path / "run", parent):
+    for output in (tmp_path / "run", parent) if flags else (tmp_path / "run",):
         assert rlhf("sft", path, "--output", output, "--set", f"{key}={missing}", *flags) == 2
         assert str(missing) in errors(capsys)
     assert contents(parent) == before and [p.name for p in tmp_path.iterdir()] == ["parent"]
@@ -150,7 +151,8 @@ def test_a_parent_that_cannot_be_one(
 
 def test_another_template_by_name_is_allowed(path: Path, parent: Path, tmp_path: Path) -> None:
     other_template(parent)
-    settings = ["--set", f"model.path={parent}", "--set", "model.chat_template=chatml", "--check"]
+    (tmp_path / "own.jinja").write_text(CHATML)
+    settings = ["--set", f"model.path={parent}", "--set", f"model.chat_template={tmp_path / 'own.jinja'}", "--check"]
     assert rlhf("sft", path, "--output", tmp_path / "run", *settings) == 0
 
 

@@ -1,0 +1,98 @@
+"""Signals and deaths, with real processes: one alone, and two gloo ranks under a launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_model, read_lines, rlhf, spawn, write_recipe, write_rows
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    model, rows = make_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 24)
+    return write_recipe(tmp_path / "x.yaml", model, rows, tmp_path / "run", train={"steps": 4000, "save_every": None})
+
+
+def wait_for_steps(run: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 5:
+            return
+        time.sleep(0.05)
+    pytest.fail("the run did not come to its fifth step within a minute")
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    alive = lambda pid: Path(f"/proc/{pid}/stat").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text()  # noqa: E731
+    while time.monotonic() < deadline:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_one_process(recipe: Path, tmp_path: Path) -> None:
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        run = tmp_path / signal.Signals(number).name
+        process = spawn("sft", recipe, "--output", run)
+        wait_for_steps(run)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        done = len([line for line in read_lines(run / "metrics.jsonl") if line["split"] == "train"])
+        assert (process.returncode, errors) == (code, f"stopped after step {done} of 4000; continue with --resume\n")
+        assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:08d}"]
+
+
+def test_while_loading(recipe: Path, tmp_path: Path) -> None:
+    process = spawn("sft", recipe)
+    time.sleep(1.5)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (143, "stopped by SIGTERM before the first step; nothing was trained\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_signal_to_the_launcher(recipe: Path, tmp_path: Path) -> None:
+    process = spawn("sft", recipe, ranks=2)
+    wait_for_steps(tmp_path / "run")
+    pids = children(process)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert gone(pids, 5)
+    done = max(line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl"))
+    assert errors.splitlines().count(f"stopped after step {done} of 4000; continue with --resume") == 1
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done:08d}"]
+    assert rlhf("sft", recipe, "--resume", "--set", f"train.steps={done + 1}") == 2, "steps may only grow"
+
+
+def test_launcher_killed(recipe: Path, tmp_path: Path) -> None:
+    process = spawn("sft", recipe, ranks=2)
+    wait_for_steps(tmp_path / "run")
+    pids = children(process)
+    process.kill()
+    assert gone(pids, 5)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_a_rank_dies(recipe: Path, tmp_path: Path) -> None:
+    process = spawn("sft", recipe, ranks=2)
+    wait_for_steps(tmp_path / "run")
+    pids = children(process)
+    os.kill(pids[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert gone(pids, 15)
+    assert process.returncode == 1
+    assert sum("error: another rank ended or cannot be reached" in line for line in errors.splitlines()) <= 1
