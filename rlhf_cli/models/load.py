@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.errors import MachineError, NumberError, UsageError
 from rlhf_cli.recipe import schema
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,7 +106,13 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
     if kind != "LORA":
         raise UsageError(f"{folder}: the adapter is {kind}, only LoRA is supported; merge it into its base first")
-    return LoraConfig.from_pretrained(str(folder)), load_file(weights)
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise UsageError(f"{weights} is damaged: {_first_line(error)}") from error
+    if broken := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise NumberError(f"{weights}: {broken[0]} is not finite; the adapter is damaged")
+    return LoraConfig.from_pretrained(str(folder)), state
 
 
 def _load(loader: Any, path: str, what: str, **options: Any) -> Any:
@@ -113,6 +120,8 @@ def _load(loader: Any, path: str, what: str, **options: Any) -> Any:
         return loader(path, **options)
     except ImportError as error:
         raise MachineError(f"{path}: a library is missing: {_first_line(error)}") from error
+    except SafetensorError as error:
+        raise UsageError(f"{path}: the weights are damaged: {_first_line(error)}; fetch them again") from error
     except (OSError, ValueError) as error:
         text = _first_line(error)
         if "trust_remote_code" in str(error):

@@ -73,11 +73,11 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     console.example(show_example(source.batch(1)[0], tokenizer))
     for message in _warnings(settled, dataset):
         console.warn(message)
-    if check:
+    base = base_model(start) if not check or Path(start.base).exists() else None
+    if check or base is None:
         console.say("the recipe and the data are fine; nothing was trained")
         return
 
-    base = base_model(start)
     check_trackers(recipe.trackers)
     with open_run(output, resume=resume, force=force) if ranks.main else RunFolder(output) as folder:
         ranks.barrier()

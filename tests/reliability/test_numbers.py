@@ -142,7 +142,6 @@ def test_one_infinite_gradient_element(
         infinite_gradient(patch, TENSOR)
         assert rlhf("sft", path, "--output", run) == 3
     first, second, last = capsys.readouterr().err.splitlines()[-3:]
-    print(first)
     assert first.startswith("error: step 3: the gradient norm is ") and f"{TENSOR}.lora_B" in first
     assert second == "error: every loss was finite"
     assert str(run / "failed" / "step-00000003.json") in last
