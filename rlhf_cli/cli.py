@@ -35,6 +35,10 @@ class Stage(NamedTuple):
 
 COMMANDS = {
     "sft": Stage("rlhf_cli.stages.sft", "Supervised fine-tuning on responses that people wrote."),
+    "train-rm": Stage("rlhf_cli.stages.train_rm", "A reward model from comparisons of responses."),
+    "dpo": Stage("rlhf_cli.stages.direct", "Direct preference optimisation, and other losses on pairs or rankings."),
+    "ipo": Stage("rlhf_cli.stages.direct", "Identity preference optimisation: pairs, with a target for the margin."),
+    "kto": Stage("rlhf_cli.stages.direct", "Kahneman-Tversky optimisation: single responses marked good or bad."),
 }
 """Each stage that takes a recipe."""
 

@@ -168,6 +168,11 @@ SHOWN = (
     ("loss", "loss {:.3f}"),
     ("perplexity", "perplexity {:.2f}"),
     ("token_accuracy", "accuracy {:.3f}"),
+    ("accuracy", "accuracy {:.3f}"),
+    ("margin", "margin {:.3f}"),
+    ("rewards/accuracies", "accuracy {:.3f}"),
+    ("rewards/margins", "margin {:.3f}"),
+    ("kl", "kl {:.3f}"),
     ("learning_rate", "lr {:.1e}"),
     ("tokens_per_second", "{:,.0f} tok/s"),
 )

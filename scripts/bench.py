@@ -1,9 +1,11 @@
-"""Side by side with TRL: SFT of one model on the same rows, adapter, dtype and steps, in one run.
+"""Side by side with TRL: one model on the same rows, adapter, dtype and steps, stage by stage, in one run.
 
-    python scripts/bench.py HH.jsonl.gz [--model FOLDER] [--steps 4] [--batch-size 8] [--out bench-out]
+    python scripts/bench.py HH.jsonl.gz [--stage sft|dpo|train-rm|kto|all] [--model FOLDER] [--steps 4] [--out bench-out]
 
-HH.jsonl.gz holds HH-RLHF transcripts. Prints a table and writes it with all figures to OUT/sft.json. CPU seconds are those of
-the training steps alone: imports, loading and preparing the rows are left out on both sides. Peak memory is the whole process.
+HH.jsonl.gz holds HH-RLHF transcripts. Prints a table for each stage and writes it with all figures to OUT/STAGE.json. Seconds are
+those of the training steps and of the reference's log-probabilities: imports, loading and preparing the rows are left out on
+both sides. Where a stage has a reference, our side has two lines: its log-probabilities are computed (the store is empty), or
+stored, when reading them and checking eight responses count. Peak memory is the whole process.
 """
 
 from __future__ import annotations
@@ -13,36 +15,89 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from rlhf_cli.console import Console
 from rlhf_cli.data.dataset import prepare
+from rlhf_cli.data.flat import Trees, select
 from rlhf_cli.data.templates import choose_template
-from rlhf_cli.data.trees import Tree
+from rlhf_cli.data.trees import Tree, supervised_tokens, tree_length
+from rlhf_cli.data.unpaired import unpaired, with_mismatches
+from rlhf_cli.models.backbone import BASE, Backbone
 from rlhf_cli.models.load import load_config, load_tokenizer
 from rlhf_cli.models.memory import auto_budget, estimate
-from rlhf_cli.models.policy import load_policy
-from rlhf_cli.objectives.sft import Sft
+from rlhf_cli.models.policy import load_trained
+from rlhf_cli.objectives import OBJECTIVES
+from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe import schema
 from rlhf_cli.training.optim import build_optimizer
 from rlhf_cli.training.ranks import Ranks
+from rlhf_cli.training.reference import reference_logps
 from rlhf_cli.training.step import optimise
 
 RATE = 1e-4
 LORA = schema.Lora()
 CPU = torch.device("cpu")
+MAX_LENGTH = 512
 
 
-def trees(model: str, data: str, count: int) -> list[Tree]:
-    """The first `count` rows of at most 512 tokens, in file order; the last response alone is supervised."""
-    settings = schema.Data(
-        train=[schema.Source(path=data, format="hh")], max_length=512, shuffle=False, train_on="last", max_lost=1.0
-    )
+@dataclass(frozen=True)
+class Stage:
+    """What differs between the stages: the peer's names for them, and a row as the peer reads it."""
+
+    peers: tuple[str, ...]
+    batch_size: int
+    row: Callable[[list[int], list[list[int]], Tree], dict[str, Any]]  # (prompt, responses, tree) → a row of ROWS.json
+
+    def rows(self, trees: Sequence[Tree]) -> list[dict[str, Any]]:
+        return [self.row(tree.prompt.tolist(), [ids.tolist() for ids in tree.responses], tree) for tree in trees]
+
+
+STAGES = {
+    "sft": Stage(("sft",), 8, lambda p, r, _: {"input_ids": p + r[0], "completion_mask": [0] * len(p) + [1] * len(r[0])}),
+    "dpo": Stage(("dpo", "dpo-precomputed"), 4, lambda p, r, _: {"prompt_ids": p, "chosen_ids": r[0], "rejected_ids": r[1]}),
+    "train-rm": Stage(("rm",), 4, lambda p, r, _: {"chosen_ids": p + r[0], "rejected_ids": p + r[1]}),
+    "kto": Stage(
+        ("kto",),
+        4,
+        lambda p, r, tree: {"prompt_ids": p, "completion_ids": r[0], "KL_completion_ids": r[1], "label": tree.facts.label},
+    ),
+}
+
+
+def objective_of(stage: str) -> Objective:
+    """The stage's default kind."""
+    return OBJECTIVES[stage][0]()
+
+
+def read_trees(stage: str, model: str, data: str, count: int) -> Trees:
+    """The first `count` rows of at most MAX_LENGTH tokens, in file order.
+
+    Of a conversation the last response alone is supervised. KTO sees a pair as two rows, and its mismatched responses are
+    those of the rows themselves.
+    """
+    source = schema.Source(path=data, format="hh")
+    settings = schema.Data(train=[source], max_length=MAX_LENGTH, shuffle=False, max_lost=1.0)
     tokenizer = load_tokenizer(model, None, False)
-    return prepare(settings, "sft", tokenizer, choose_template(tokenizer, None), 0, str, "first").train.trees[:count]
+    template = choose_template(tokenizer, None)
+    trees = prepare(settings, stage, tokenizer, template, 0, str, objective_of(stage).responses).train.trees
+    first = select(trees, np.arange(count))
+    return with_mismatches(select(unpaired(first), np.arange(count)), 0, MAX_LENGTH) if stage == "kto" else first
+
+
+def load_start(options: argparse.Namespace, adapter: Path | None) -> Backbone:
+    """The backbone with the role that the stage trains."""
+    role = objective_of(options.stage).role
+    model = schema.Model(path=options.model)
+    return load_trained(model, LORA, options.model, None, adapter, CPU, 0, Path(options.out), role)[0]
 
 
 def matrix_rate() -> float:
@@ -57,45 +112,76 @@ def matrix_rate() -> float:
     return max(rates[1:])
 
 
-def model_flops(model: Any, rows: list[Tree], rank: int) -> float:
-    """Floating-point operations that a LoRA step needs: a frozen matrix costs 2 per weight and token forward and 2 backward,
-    an adapter's 2 and 4; attention the visible half, forward and twice backward; the head on supervised tokens alone.
+def forward_flops(model: Any, trees: Sequence[Tree], head: bool) -> np.ndarray:
+    """(3,) floating-point operations of a forward pass: of frozen matrices, of adapters, and of the visible half of attention.
+
+    The responses of a tree share its prompt; the output head runs on supervised tokens alone.
     """
-    config = model.config
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    output = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output]
     weights = sum(m.weight.numel() for m in linear)
-    adapters = sum(rank * (m.in_features + m.out_features) for m in linear)
-    total = 0.0
-    for tree in rows:
-        tokens, supervised = len(tree.prompt) + len(tree.responses[0]), len(tree.responses[0])
-        total += tokens * (4 * weights + 6 * adapters) + supervised * 4 * head.weight.numel()
-        total += 3 * 2 * tokens * tokens * config.hidden_size * config.num_hidden_layers
-    return total
+    adapters = sum(LORA.r * (m.in_features + m.out_features) for m in linear)
+    tokens = sum(map(tree_length, trees))
+    read = head * sum(map(supervised_tokens, trees)) * output.weight.numel()
+    seen = sum(len(t.prompt) ** 2 + sum((2 * len(t.prompt) + len(r)) * len(r) for r in t.responses) for t in trees)
+    attention = 2 * seen * model.config.hidden_size * model.config.num_hidden_layers
+    return np.array([2 * (tokens * weights + read), 2 * tokens * adapters, attention], float)
+
+
+def model_flops(model: Any, trees: list[Tree], objective: Objective) -> dict[str, float]:
+    """Operations that LoRA's steps and the reference need.
+
+    Backward takes as much again of a frozen matrix, twice as much of an adapter and of attention.
+    """
+    head = objective.role == "policy"
+    measured, learned = objective.phases(trees)
+    frozen, adapters, attention = forward_flops(model, learned, head)
+    steps = 2 * frozen + 3 * adapters + 3 * attention + forward_flops(model, measured, head).sum()
+    frozen, _, attention = forward_flops(model, trees, head)
+    return {"steps": float(steps), "reference": float(frozen + attention) * objective.reference}
+
+
+class Clock:
+    """CPU and wall seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.cpu, self.wall = time.process_time(), time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        return {"cpu_seconds": time.process_time() - self.cpu, "wall_seconds": time.perf_counter() - self.wall}
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
-    """The training steps of `rlhf sft`, timed."""
-    settings = schema.Model(path=options.model)
-    rows = trees(options.model, options.data, options.steps * options.batch_size)
+    """The training steps of `rlhf STAGE` and what comes before them, timed."""
+    objective = objective_of(options.stage)
+    rows = read_trees(options.stage, options.model, options.data, options.steps * options.batch_size)
     config = load_config(options.model, None, False)
     memory = estimate(config, rank=LORA.r, dtype=torch.float32, checkpointing=False, trust_remote_code=False)
-    budget = options.tokens or auto_budget(memory, max(len(t.prompt) + len(t.responses[0]) for t in rows), CPU)
-    backbone, _ = load_policy(settings, LORA, options.model, None, Path(options.adapter), CPU, 0, Path(options.out))
-    train = schema.Train(learning_rate=RATE)
-    optimizer = build_optimizer(backbone.trained_parameters(), train)
-    ranks, losses = Ranks(expected=False), []
-    cpu, wall = time.process_time(), time.perf_counter()
+    budget = options.tokens or auto_budget(memory, int(rows.lengths.max()), CPU)
+    backbone = load_start(options, Path(options.adapter))
+    ranks, losses, reference = Ranks(expected=False), [], {}
+    if objective.reference:
+        # The adapter is fresh, so that the bare base is the start.
+        with tempfile.TemporaryDirectory() as store:
+            for state in ("computed", "stored"):
+                clock = Clock()
+                (known,) = reference_logps(
+                    backbone, BASE, [rows], key="bench", budget=budget, ranks=ranks, console=Console(False), folder=Path(store)
+                )
+                reference[state] = clock.read()
+        rows = known
+    optimizer = build_optimizer(backbone.trained_parameters(), schema.Train(learning_rate=RATE))
+    clock = Clock()
     for step in range(1, options.steps + 1):
         batch = rows[(step - 1) * options.batch_size : step * options.batch_size]
         result = optimise(
-            backbone, Sft(), optimizer, batch, step=step, seed=0, rate=RATE, max_grad_norm=1.0, budget=budget, ranks=ranks
+            backbone, objective, optimizer, batch, step=step, seed=0, rate=RATE, max_grad_norm=1.0, budget=budget, ranks=ranks
         )
         losses.append(result.metrics["loss"])
     return {
         "rows": len(rows),
-        "cpu_seconds": time.process_time() - cpu,
-        "wall_seconds": time.perf_counter() - wall,
+        "steps": clock.read(),
+        "reference": reference,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "losses": losses,
         "tokens_per_device": budget,
@@ -103,70 +189,101 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Side:
+    """A line of the table: totals over all rows.
+
+    `reference`: computed before the steps and counted, stored (only what it takes to load counts), or neither.
+    """
+
+    reference: Literal["computed", "stored", ""]
+    cpu: float
+    wall: float
+    peak: float
+    flops: float
+
+
+def sides(name: str, report: dict[str, Any], flops: dict[str, float], in_steps: bool) -> dict[str, Side]:
+    """The lines of a report: one, or one for every state of the reference. `in_steps`: the steps compute the reference."""
+
+    def side(state: Any, took: dict[str, float]) -> Side:
+        cpu, wall = (report["steps"][key] + took.get(key, 0.0) for key in ("cpu_seconds", "wall_seconds"))
+        counted = state == "computed" or (state == "" and in_steps)
+        return Side(state, cpu, wall, report["peak_gib"], flops["steps"] + counted * flops["reference"])
+
+    if not report["reference"]:
+        return {name: side("", {})}
+    return {f"{name}, {state}": side(state, took) for state, took in report["reference"].items()}
+
+
 def compare(options: argparse.Namespace) -> None:
     """Make the rows and the adapter both sides start from, run each in a process of its own, print and keep the figures."""
-    out = Path(options.out)
+    stage, objective = STAGES[options.stage], objective_of(options.stage)
+    out = Path(options.out) / options.stage
     out.mkdir(parents=True, exist_ok=True)
-    rows = trees(options.model, options.data, options.steps * options.batch_size)
-    backbone, _ = load_policy(schema.Model(path=options.model), LORA, options.model, None, None, CPU, 0, out)
-    backbone.save("policy", out / "adapter")
-    flops = model_flops(backbone.model, rows, LORA.r)
-    given = [
-        {
-            "input_ids": [*t.prompt.tolist(), *t.responses[0].tolist()],
-            "completion_mask": [0] * len(t.prompt) + [1] * len(t.responses[0]),
-        }
-        for t in rows
-    ]
-    (out / "rows.json").write_text(json.dumps(given))
+    options.batch_size = options.batch_size or stage.batch_size
+    trees = list(read_trees(options.stage, options.model, options.data, options.steps * options.batch_size))
+    backbone = load_start(options, None)
+    backbone.save(objective.role, out / "adapter")
+    flops = model_flops(backbone.model, trees, objective)
     del backbone
-    own = [sys.executable, __file__, options.data, "--ours", "--adapter", str(out / "adapter"), "--model", options.model]
-    own += [
-        "--steps",
-        str(options.steps),
-        "--batch-size",
-        str(options.batch_size),
-        "--out",
-        str(out),
-        "--tokens",
-        str(options.tokens),
-    ]
-    peer = [sys.executable, str(Path(__file__).with_name("bench_peer_sft.py")), options.model, str(out / "rows.json")]
-    peer += ["--steps", str(options.steps), "--batch-size", str(options.batch_size), "--adapter", str(out / "adapter")]
-    peer += ["--learning-rate", str(RATE)]
-    results = {"rlhf": _run(own), "trl": _run(peer)}
-    mine, theirs = results["rlhf"], results["trl"]
-    rate = mine["matrix_flop_per_cpu_second"]
+    (out / "rows.json").write_text(json.dumps(stage.rows(trees)))
+    shared = ["--adapter", out / "adapter", "--steps", options.steps, "--batch-size", options.batch_size]
+    own = ["--ours", "--stage", options.stage, "--model", options.model, "--out", options.out, "--tokens", options.tokens]
+    results = {"rlhf": _run(Path(__file__), options.data, *own, *shared)}
+    lines = sides("rlhf", results["rlhf"], flops, in_steps=False)
+    peer = Path(__file__).with_name("bench_peer.py")
+    for name in stage.peers:
+        result = _run(peer, name, options.model, out / "rows.json", *shared, "--learning-rate", RATE)
+        lines |= sides(f"trl {name}", result, flops, in_steps=True)
+        results[f"trl {name}"] = result
+    rate = results["rlhf"]["matrix_flop_per_cpu_second"]
     summary = {
-        "rows_per_cpu_second_ratio": theirs["cpu_seconds"] / mine["cpu_seconds"],
-        "peak_memory_ratio": mine["peak_gib"] / theirs["peak_gib"],
-        "largest_relative_loss_difference": max(
-            abs(a - b) / abs(b) for a, b in zip(mine["losses"], theirs["losses"], strict=True)
-        ),
-        "model_flop_utilisation": {name: flops / side["cpu_seconds"] / rate for name, side in results.items()},
-        "model_flops_a_row": flops / len(rows),
+        name: {
+            "cpu_seconds_a_row": line.cpu / len(trees),
+            "wall_seconds_a_row": line.wall / len(trees),
+            "peak_gib": line.peak,
+            "model_flop_utilisation": line.flops / line.cpu / rate,
+            "against": {
+                n: {"cpu": o.cpu / line.cpu, "peak": line.peak / o.peak}
+                for n, o in lines.items()
+                if name[:4] == "rlhf" and n[:3] == "trl" and o.reference in ("", line.reference)
+            },
+        }
+        for name, line in lines.items()
     }
-    (out / "sft.json").write_text(json.dumps({"sides": results, "summary": summary}, indent=2) + "\n")
-    print("side  CPU s/row  wall s/row  peak GiB  MFU")
-    for name, side in results.items():
-        n, used = side["rows"], summary["model_flop_utilisation"][name]
-        print(f"{name:5} {side['cpu_seconds'] / n:9.2f} {side['wall_seconds'] / n:11.2f} {side['peak_gib']:9.2f} {used:5.1%}")
-    print(json.dumps(summary, indent=2))
+    pairs = [(a, b) for n in results for a, b in zip(results["rlhf"]["losses"], results[n]["losses"], strict=True)]
+    difference = max(abs(a - b) / abs(b) for a, b in pairs)
+    written = {"sides": results, "summary": summary, "model_flops": flops, "largest_relative_loss_difference": difference}
+    out.with_suffix(".json").write_text(json.dumps(written, indent=2) + "\n")
+    _print(options.stage, summary, difference)
 
 
-def _run(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+def _print(stage: str, summary: dict[str, dict[str, Any]], difference: float) -> None:
+    print(f"{stage:28} CPU s/row  wall s/row  peak GiB    MFU")
+    for name, line in summary.items():
+        values = f"{line['cpu_seconds_a_row']:9.2f} {line['wall_seconds_a_row']:11.2f} {line['peak_gib']:9.2f}"
+        print(f"{name:28} {values} {line['model_flop_utilisation']:6.1%}")
+    for name, line in summary.items():
+        for other, ratio in line["against"].items():
+            print(f"{name} against {other}: {ratio['cpu']:.2f} × the rows per CPU second, {ratio['peak']:.2f} × the memory")
+    print(f"largest relative difference of a loss: {difference:.1e}\n", flush=True)
+
+
+def _run(script: Path, *arguments: object) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="SFT side by side with TRL.")
+    parser = argparse.ArgumentParser(description="Training stages side by side with TRL.")
     parser.add_argument("data", help="HH-RLHF transcripts, .jsonl or .jsonl.gz")
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=0, help="0: 8 for sft, else 4")
     parser.add_argument("--tokens", type=int, default=0, help="tokens_per_device; 0: auto")
     parser.add_argument("--out", default="bench-out")
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
@@ -174,8 +291,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.ours:
         print(json.dumps(ours(options)))
-    else:
-        compare(options)
+        return
+    for stage in STAGES if options.stage == "all" else (options.stage,):
+        compare(argparse.Namespace(**vars(options) | {"stage": stage}))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,31 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from rlhf_cli.recipe.dump import MAY_CHANGE, ONLY_GROW
-from rlhf_cli.recipe.keys import Key, arms, as_yaml, describe, keys_of, section_in, source_list
-from rlhf_cli.recipe.schema import LEARNING_RATE, SANE_LEARNING_RATE, STAGES
+from rlhf_cli.recipe.keys import (
+    Key,
+    arms,
+    as_yaml,
+    describe,
+    keys_of,
+    kind_of,
+    known_keys,
+    objectives_of,
+    sections_in,
+    source_list,
+    walk,
+)
+from rlhf_cli.recipe.schema import LEARNING_RATE, SANE_LEARNING_RATE, STAGES, Recipe, Trained, default_learning_rate
 
 DEST = Path(__file__).parents[1] / "docs" / "recipes.md"
 HEAD = """\
-<!-- Made by scripts/make_recipe_docs.py from rlhf_cli/recipe/schema.py; change it there. -->
+<!-- Made by scripts/make_recipe_docs.py from rlhf_cli/recipe/schema.py and rlhf_cli/objectives/; change it there. -->
 # Recipe keys
 
 `*` marks a key without a default. `rlhf COMMAND --help` shows the same keys. A recipe is YAML 1.2: `1e-5` is a number, `yes` is a
@@ -38,30 +51,67 @@ SETTING = """\
 `--set KEY=VALUE` takes any key below by its dotted path and wins over the file; VALUE is YAML. A list is addressed by position:
 `--set data.train.0.limit=1000`. `${NAME}` is replaced by an environment variable in the keys marked *path*; relative paths start
 at the working directory.
-
 """
+STAGE = """\
+## `rlhf {stage}`
+
+The keys of every stage, and those of this section.
+"""
+KINDS = """\
+`objective.kind` chooses the loss, and with it the keys that have an effect. The default is `{kind}`.
+"""
+RATES = """\
+## Learning rates
+
+With `train.learning_rate: null` the default of the stage, or of the kind of its objective. A run warns outside the range.
+
+| stage, kind | LoRA | range | all weights | range |
+|---|---|---|---|---|
+"""
+TABLE = "| key | default | value | meaning |\n|---|---|---|---|"
 
 
 def reference() -> str:
     """The whole file."""
-    parts = [HEAD, SETTING.rstrip() + "\n"]
-    told: set[type] = set()
+    every: type = Recipe
+    parts = [HEAD, SETTING, *_section(every, "Every stage", "")]
     for stage, section in STAGES.items():
-        parts += _section(section, f"`rlhf {stage}`", "", stage, told)
-    return "\n".join([*parts, RESUMING + "\n".join(_may_change()), ""])
+        parts += _stage(stage, section)
+    return "\n".join([*parts, RATES + "\n".join(_rates()) + "\n", RESUMING + "\n".join(_may_change()), ""])
 
 
-def _section(section: type, title: str, prefix: str, stage: str, told: set[type]) -> Iterator[str]:
-    """A table of the section's keys, then one for each section in it that no earlier table has shown."""
-    told.add(section)
-    rows = [_row(key, prefix, stage) for key in keys_of(section).values()]
-    yield "\n".join([f"## {title}", "", "| key | default | value | meaning |", "|---|---|---|---|", *rows, ""])
+def _section(section: type, title: str, prefix: str) -> Iterator[str]:
+    """A table of the section's keys, then one for each section in it; objectives differ from stage to stage."""
+    yield f"## {title}\n\n{_table(_row(key, prefix + key.name) for key in keys_of(section).values())}"
+    told = set()
     for key in keys_of(section).values():
-        inner = section_in(key.kind)
-        if inner is not None and inner not in told:
-            dotted = prefix + key.name
-            path = f"{dotted}.{_step(key.kind)}"
-            yield from _section(inner, f"`{dotted}`", path, stage, told)
+        for inner in sections_in(key.kind):
+            if key.name != "objective" and inner not in told:
+                told.add(inner)
+                dotted = prefix + key.name
+                yield from _section(inner, f"`{dotted}`", f"{dotted}.{_step(key.kind)}")
+
+
+def _stage(stage: str, section: type) -> Iterator[str]:
+    """The keys that a stage adds, and a table for each kind of its objective."""
+    every: type = Recipe
+    common = known_keys(every)
+    added = {dotted: key for dotted, key in walk(section) if dotted not in common and not dotted.startswith("objective.")}
+    yield STAGE.format(stage=stage)
+    rows = [_row(key, dotted) for dotted, key in added.items() if not sections_in(key.kind)]
+    if rows:
+        yield _table(rows)
+    default, *others = objectives_of(stage)
+    if others:
+        yield KINDS.format(kind=kind_of(default))
+    for objective in (default, *others):
+        about = " ".join((inspect.getdoc(objective) or "").split("\n\n")[0].split())
+        rows = [_row(key, f"objective.{key.name}") for key in keys_of(objective).values()]
+        yield f"### `{stage}`, `kind: {kind_of(objective)}`\n\n{about}\n\n{_table(rows)}"
+
+
+def _table(rows: Iterable[str]) -> str:
+    return "\n".join([TABLE, *rows, ""])
 
 
 def _step(kind: Any) -> str:
@@ -70,8 +120,8 @@ def _step(kind: Any) -> str:
     return next((steps[get_origin(arm)] for arm in arms(kind) if get_origin(arm) in steps), "")
 
 
-def _row(key: Key, prefix: str, stage: str) -> str:
-    cells = (f"`{prefix}{key.name}`", _default(key), _value(key), _meaning(key, stage))
+def _row(key: Key, dotted: str) -> str:
+    cells = (f"`{dotted}`", _default(key), _value(key), key.help)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -99,16 +149,17 @@ def _arm(arm: Any) -> str:
     return "`null`" if arm is type(None) else describe(arm)
 
 
-def _meaning(key: Key, stage: str) -> str:
-    if key.name != "learning_rate":
-        return key.help
-    rates = [f"{LEARNING_RATE[stage, how]:g} for {_weights(how)}" for how in SANE_LEARNING_RATE]
-    sane = [f"{low:g} … {high:g} for {_weights(how)}" for how, (low, high) in SANE_LEARNING_RATE.items()]
-    return f"`null`: {', '.join(rates)}. A run warns outside {', '.join(sane)}"
+def _rates() -> Iterator[str]:
+    for stage in STAGES:
+        kinds = list(map(kind_of, objectives_of(stage)))
+        others = [kind for kind in kinds if default_learning_rate(stage, kind, "full") != LEARNING_RATE[stage, "full"]]
+        for name, kind in [(f"`{stage}`", kinds[0]), *((f"`{stage}`, `{kind}`", kind) for kind in others)]:
+            yield f"| {name} | {_rate(stage, kind, 'lora')} | {_rate(stage, kind, 'full')} |"
 
 
-def _weights(how: str) -> str:
-    return {"lora": "LoRA", "full": "all weights"}[how]
+def _rate(stage: str, kind: str, trained: Trained) -> str:
+    low, high = SANE_LEARNING_RATE[stage, trained]
+    return f"{default_learning_rate(stage, kind, trained):g} | {low:g} … {high:g}"
 
 
 def _may_change() -> Iterator[str]:

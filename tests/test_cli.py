@@ -43,7 +43,7 @@ def rlhf(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 BAD_COMMAND_LINES = {
     ("stf", "x.yaml"): "rlhf stf: no such command. did you mean sft?",
     ("exprot",): "rlhf exprot: no such command. did you mean export?",
-    ("banana",): "rlhf banana: no such command. commands: sft, export",
+    ("banana",): "rlhf banana: no such command. commands: sft, train-rm, dpo, ipo, kto, export",
     ("sft",): "Missing argument 'RECIPE.yaml'. see rlhf --help",
     ("export", "run"): "Missing argument 'DEST'. see rlhf --help",
     ("sft", "x.yaml", "y.yaml"): "Got unexpected extra argument(s) (y.yaml). see rlhf --help",
@@ -70,7 +70,11 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert capsys.readouterr().out == f"rlhf {__version__}\n"
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
-    assert capsys.readouterr().out.count("Commands:\n  sft     Supervised fine-tuning on responses that people wrote.\n") == 2
+    assert capsys.readouterr().out.count("Commands:\n  sft       Supervised fine-tuning on responses that people wrote.\n") == 2
+    assert cli.main(["dpo", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "    kind: hinge                 with sft_weight: 0, beta: 0.1" in lines
     assert cli.main(["sft", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -156,7 +160,7 @@ LIGHT = """
 import contextlib, io, sys
 from rlhf_cli.cli import main
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    helps = [main(line.split()) for line in ("--help", "sft --help", "export --help", "--version")]
+    helps = [main(line.split()) for line in ("--help", "sft --help", "dpo --help", "export --help", "--version")]
     errors = [main(["sft", sys.argv[1]]), main(["sft", "none.yaml"])]
 names = ("torch", "transformers", "numpy", "datasets", "accelerate", "peft", "pyarrow", "rich")
 codes, heavy = helps + errors, [name for name in names if name in sys.modules]
@@ -168,7 +172,7 @@ def test_help_and_recipe_errors_load_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("sed: 1\n")
     command = [sys.executable, "-c", LIGHT, str(tmp_path / "bad.yaml")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=30)
-    assert (done.stdout, done.stderr) == ("[0, 0, 0, 0, 2, 2] []\n", "")
+    assert (done.stdout, done.stderr) == ("[0, 0, 0, 0, 0, 2, 2] []\n", "")
 
 
 def test_as_a_module_in_narrow_ascii_surroundings(tmp_path: Path) -> None:
@@ -177,7 +181,7 @@ def test_as_a_module_in_narrow_ascii_surroundings(tmp_path: Path) -> None:
     done = rlhf("sft", "bad.yaml", env=narrow, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "error: bad.yaml:2: zzzzzzzzz: unknown key. keys here: model, data, output, lora, train, objective, seed, trackers"
+        "error: bad.yaml:2: zzzzzzzzz: unknown key. keys here: model, lora, data, train, objective, seed, output, trackers"
     )
     assert done.stderr.isascii()
     assert "\x1b" not in done.stderr

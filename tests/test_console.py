@@ -190,6 +190,10 @@ def test_a_terminal_of_40_columns_is_not_overrun():
 
 def test_words_of_metrics():
     assert describe({"loss": 2.0, "token_accuracy": 0.5, "other": 1.0}) == ["loss 2.000", "accuracy 0.500"]
+    pairs = {"rewards/chosen": 0.1, "rewards/margins": 0.25, "rewards/accuracies": 0.75, "loss": 0.5, "kl": 0.0}
+    assert describe(pairs) == ["loss 0.500", "accuracy 0.750", "margin 0.250", "kl 0.000"]
+    reward = {"loss": 0.5, "accuracy": 0.625, "margin": -1.5, "score_mean": 3.0, "learning_rate": 1e-4}
+    assert describe(reward) == ["loss 0.500", "accuracy 0.625", "margin -1.500", "lr 1.0e-04"]
     assert [clock(seconds) for seconds in (0.4, 59.6, 3599, 3600)] == ["00:00", "01:00", "59:59", "1:00:00"]
     assert 0.001 < peak_memory_gib() < 1000
 

@@ -7,17 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_model, read_lines, rlhf, write_rows
+from tests.tiny import WORDS, make_model, read_lines, rlhf
 
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
+STAGE = {"rm": "train-rm"}
+"""The stage of recipes that are not named after theirs."""
+
+
+def write_pairs(path: Path, count: int) -> Path:
+    """Preference rows, which every stage takes: sft their chosen responses, kto both for themselves."""
+    words = [WORDS[i % len(WORDS)] for i in range(count + 2)]
+    rows = [{"prompt": f"{words[i]} {i}", "chosen": words[i + 1], "rejected": f"{words[i + 2]} sea"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_two_steps(recipe: Path, tmp_path: Path) -> None:
-    model, rows, output = make_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 40), tmp_path / "run"
+    model, rows, output = make_model(tmp_path / "model"), write_pairs(tmp_path / "rows.jsonl", 40), tmp_path / "run"
     changes = {"model.path": model, "data.train": rows, "data.max_length": 256, "train.steps": 2, "train.batch_size": 4}
     settings = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-    assert rlhf("sft", recipe, "--output", output, *settings) == 0
+    stage = STAGE.get(recipe.stem, recipe.stem)
+    assert rlhf(stage, recipe, "--output", output, *settings) == 0
     assert [(line["step"], line["split"]) for line in read_lines(output / "metrics.jsonl")] == [
         (0, "eval"),
         (1, "train"),
@@ -26,5 +37,5 @@ def test_two_steps(recipe: Path, tmp_path: Path) -> None:
         (2, "eval"),
     ]
     assert json.loads((output / "manifest.json").read_text())["steps"] == 2
-    assert rlhf("sft", output / "recipe.yaml", "--output", tmp_path / "again") == 0
+    assert rlhf(stage, output / "recipe.yaml", "--output", tmp_path / "again") == 0
     assert read_lines(tmp_path / "again" / "metrics.jsonl") == read_lines(output / "metrics.jsonl")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,49 @@ def make_model(folder: Path, seed: int = 0, *, tied: bool = False, **changes: An
     return folder
 
 
+def _words(seed: int) -> Callable[[], str]:
+    """Draws texts of 1 to 6 words."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> str:
+        count = int(torch.randint(1, 7, (), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (count,), generator=generator))
+
+    return draw
+
+
 def write_rows(path: Path, count: int, seed: int = 0) -> Path:
     """Prompt-completion rows of 1 to 6 words each."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: " ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator))  # noqa: E731
-    length = lambda: int(torch.randint(1, 7, (), generator=generator))  # noqa: E731
-    rows = [{"prompt": f"{draw(length())} {i}", "completion": draw(length())} for i in range(count)]
+    draw = _words(seed)
+    return _write(path, [{"prompt": f"{draw()} {i}", "completion": draw()} for i in range(count)])
+
+
+def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
+    """Preference rows of 1 to 6 words each; a chosen response ends in "sun", a rejected one in "sea"."""
+    draw = _words(seed)
+    return _write(
+        path, [{"prompt": f"{draw()} {i}", "chosen": f"{draw()} sun", "rejected": f"{draw()} sea"} for i in range(count)]
+    )
+
+
+def write_ranked(path: Path, count: int, seed: int = 0) -> Path:
+    """Rankings of 2 to 4 responses with scores, the best first."""
+    draw = _words(seed)
+    rows = []
+    for i in range(count):
+        size = 2 + i % 3
+        responses = [f"{draw()} {k}" for k in range(size)]
+        rows.append({"prompt": f"{draw()} {i}", "responses": responses, "scores": [float(size - k) for k in range(size)]})
+    return _write(path, rows)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def write_recipe(path: Path, start: Path, rows: Path, folder: Path, **sections: Any) -> Path:
-    """An sft recipe of 6 steps of 4 rows; sections are merged key by key."""
+    """A recipe of 6 steps of 4 rows, for any training stage; sections are merged key by key."""
     recipe: dict[str, Any] = {
         "model": {"path": str(start)},
         "data": {"train": str(rows), "max_length": 160},

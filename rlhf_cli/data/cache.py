@@ -1,4 +1,4 @@
-"""Token arrays kept between runs, found by the content they were made from and never by a name or a time."""
+"""Arrays kept between runs, found by the content they were made from and never by a name or a time."""
 
 from __future__ import annotations
 
@@ -57,13 +57,22 @@ def source_hash(*files: str) -> str:
 
 
 def path_of(folder: Path, name: str) -> Path:
-    """Where the arrays with this key lie."""
+    """Where the token arrays with this key lie."""
     return folder / f"tokens-{name}.safetensors"
 
 
 def load(folder: Path, name: str) -> Stored | None:
-    """The arrays under this key; None if there are none or they cannot be read. Raises Damaged if their checksum is wrong."""
-    path = path_of(folder, name)
+    """The token arrays under this key, as `read` gives them."""
+    return read(path_of(folder, name))
+
+
+def store(folder: Path, name: str, stored: Stored) -> bool:
+    """`write` for the token arrays with this key."""
+    return write(path_of(folder, name), stored)
+
+
+def read(path: Path) -> Stored | None:
+    """A file's arrays; None if there is none or it cannot be read. Raises Damaged if their checksum is wrong."""
     try:
         if not path.is_file():
             return None
@@ -80,18 +89,18 @@ def load(folder: Path, name: str) -> Stored | None:
     return Stored(arrays, json.loads(facts))
 
 
-def store(folder: Path, name: str, stored: Stored) -> bool:
-    """Writes the file whole or not at all; False if the folder takes no files. Any number of ranks may do so at once."""
+def write(path: Path, stored: Stored) -> bool:
+    """Writes the file whole or not at all; False if the folder takes no files. Any number of processes may do so at once."""
     facts = json.dumps(stored.facts)
     metadata = {"facts": facts, "sha256": _checksum(stored.arrays, facts)}
     data = save(dict(stored.arrays), metadata=metadata)
     partial = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".tokens-", suffix=".tmp", delete=False) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:20]}-", suffix=".tmp", delete=False) as file:
             partial = Path(file.name)
             file.write(data)
-        partial.replace(path_of(folder, name))
+        partial.replace(path)
     except OSError:
         if partial is not None:
             partial.unlink(missing_ok=True)

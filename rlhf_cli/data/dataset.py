@@ -6,14 +6,20 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from math import comb
 from typing import Any, Literal
+
+import numpy as np
 
 from rlhf_cli.data.batches import DatasetSource, kept_sizes
 from rlhf_cli.data.cache import default_folder
-from rlhf_cli.data.encode import Encoded, encode
+from rlhf_cli.data.encode import Encoded, checked, encode, same_tokens
+from rlhf_cli.data.flat import Trees
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.sources import BEYOND_LIMIT, Reading, SourceReport, check_lost, read_data
 from rlhf_cli.data.templates import Template
+from rlhf_cli.data.trees import Tree
 from rlhf_cli.recipe import schema
 
 
@@ -34,6 +40,12 @@ class Dataset:
         parts = [self.train] + ([self.held_out] if self.held_out else [])
         return max(int(part.trees.lengths.max()) for part in parts)
 
+    def map_trees(self, change: Callable[[Trees], Trees]) -> Dataset:
+        """The same rows as other trees, whose `rows` still name their records; what was counted stays."""
+        train, held_out = (e and dataclasses.replace(e, trees=change(e.trees)) for e in (self.train, self.held_out))
+        assert train is not None
+        return dataclasses.replace(self, train=train, held_out=held_out)
+
     def source(self, train: schema.Train, data: schema.Data, seed: int) -> DatasetSource:
         sizes = kept_sizes(self.train.trees.rows, self.reading.sizes)
         return DatasetSource(self.train.trees, sizes, self.reading.shares, train.batch_size, seed, data.shuffle)
@@ -47,18 +59,24 @@ def prepare(
     seed: int,
     where: Callable[[str], str],
     responses: Literal["first", "all"],
+    check: Callable[[Tree], str | None] | None = None,
+    margin_column: str | None = None,
 ) -> Dataset:
     """Read, check and tokenise, or find the same tokens in the cache.
+
+    check: why a tree cannot be trained on, if it cannot; margin_column: where the files keep the margins of pairs.
 
     Raises:
         UsageError: rows, columns or files are wrong, or more than `data.max_lost` of the rows would be lost.
     """
-    reading = read_data(data, stage, seed, where)
-    train = encode(reading.train, tokenizer, template, data, responses=responses, cache=default_folder())
-    held_out = None
-    if reading.held_out:
-        held_out = encode(reading.held_out, tokenizer, template, data, responses=responses, cache=default_folder())
-    dataset = Dataset(reading, train, held_out)
+    reading = read_data(data, stage, seed, where, margin_column)
+    checks = ([same_tokens] if responses == "all" else []) + ([check] if check else [])
+
+    def trees_of(records: list[Record]) -> Encoded:
+        encoded = encode(records, tokenizer, template, data, responses=responses, cache=default_folder())
+        return reduce(checked, checks, encoded)
+
+    dataset = Dataset(reading, trees_of(reading.train), trees_of(reading.held_out) if reading.held_out else None)
     _check_lost(dataset, data.max_lost)
     return dataset
 
@@ -97,6 +115,7 @@ def _split(encoded: Encoded, reports: list[SourceReport]) -> dict[str, Any]:
     return {
         "read": sum(report.read for report in reports) or encoded.read,
         "kept": encoded.kept,
+        **_contents(encoded.trees),
         "dropped": dict(dropped),
         "unused": dict(sum((Counter(report.unused) for report in reports), Counter())),
         "truncated": encoded.truncated,
@@ -105,6 +124,18 @@ def _split(encoded: Encoded, reports: list[SourceReport]) -> dict[str, Any]:
         "examples": [x for report in reports for x in report.bad_examples] + list(encoded.examples),
         "sources": [dataclasses.asdict(report) for report in reports],
     }
+
+
+def _contents(trees: Trees) -> dict[str, Any]:
+    """What there is to compare, where there is: judged responses, or several to a prompt and the pairs that are not tied."""
+    labels = [facts.label for facts in trees.facts if facts.label is not None]
+    if labels:
+        return {"labels": {"desirable": labels.count(True), "undesirable": labels.count(False)}}
+    counts = np.diff(trees.first) - 1
+    if counts.max(initial=0) < 2:
+        return {}
+    ties = sum(comb(n, 2) for facts in trees.facts if facts.ranks for n in Counter(facts.ranks).values())
+    return {"responses": int(counts.sum()), "pairs": int((counts * (counts - 1) // 2).sum()) - ties}
 
 
 def question(record: Record) -> str:

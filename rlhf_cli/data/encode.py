@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import numpy as np
 from rlhf_cli.data import cache as store
 from rlhf_cli.data import overlong, sandbox, templates, turns
 from rlhf_cli.data.dialogue import BadRow
-from rlhf_cli.data.flat import Trees, flatten
+from rlhf_cli.data.flat import Trees, flatten, select
 from rlhf_cli.data.overlong import span
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.sandbox import TookTooLong, memory_limit, time_limit
@@ -43,11 +43,15 @@ class Encoded:
     read: int
     kept: int
     lost: dict[str, int]  # reason → rows
-    truncated: int  # of those kept
+    truncated_rows: tuple[int, ...]  # of those kept
     examples: tuple[str, ...]  # the first lost rows: "where: reason: detail"
-    eos_share: float  # responses that end in their end-of-turn or EOS
+    eos_share: float  # responses that end in their end-of-turn or EOS, among those that fit max_length
     percentiles: dict[str, dict[str, int]]  # prompt | response (the longest) | total → p50 | p90 | p99 | max, before max_length
     notices: tuple[str, ...] = ()  # for the console
+
+    @property
+    def truncated(self) -> int:
+        return len(self.truncated_rows)
 
 
 @dataclass
@@ -58,7 +62,7 @@ class _Tally:
     lost: Counter[str] = field(default_factory=Counter)
     examples: list[tuple[int, str]] = field(default_factory=list)
     sizes: list[tuple[int, int, int]] = field(default_factory=list)
-    truncated: int = 0
+    truncated: list[int] = field(default_factory=list)
 
     def lose(self, row: int, bad: BadRow) -> None:
         self.lost[bad.reason] += 1
@@ -113,12 +117,48 @@ def _key_parts(
 
 
 def _restore(stored: store.Stored, records: Sequence[Record], notices: tuple[str, ...]) -> Encoded:
-    """Adds what the cache does not know: where rows stand, which may change while their content stays."""
+    """Adds what the cache does not know: where rows stand and what is said of them, which may change while their text stays."""
     facts = dict(stored.facts)
     examples = tuple(f"{records[row].where}: {text}" for row, text in facts.pop("examples"))
     wheres = tuple(records[row].where for row in stored.arrays["rows"])
-    trees = Trees(**stored.arrays, wheres=wheres)
-    return Encoded(trees=trees, read=len(records), kept=len(trees), examples=examples, notices=notices, **facts)
+    trees = Trees(**stored.arrays, wheres=wheres, facts=tuple(records[row].facts for row in stored.arrays["rows"]))
+    return Encoded(
+        trees=trees,
+        read=len(records),
+        kept=len(trees),
+        truncated_rows=tuple(facts.pop("truncated")),
+        examples=examples,
+        notices=notices,
+        **facts,
+    )
+
+
+def checked(encoded: Encoded, check: Callable[[Tree], str | None]) -> Encoded:
+    """Without the trees that `check` has a reason against: these rows are lost. Raises UsageError if none is left."""
+    faults = [check(tree) for tree in encoded.trees]
+    kept = np.array([i for i, fault in enumerate(faults) if fault is None], np.int64)
+    if len(kept) == len(faults):
+        return encoded
+    lost = Counter(encoded.lost) + Counter(fault for fault in faults if fault is not None)
+    named = [f"{encoded.trees.where(i)}: {fault}" for i, fault in enumerate(faults) if fault is not None]
+    if not len(kept):
+        raise UsageError(f"none of {encoded.read} rows can be used: {_counts(lost)}\nthe first: {named[0]}")
+    trees = select(encoded.trees, kept)
+    return replace(
+        encoded,
+        trees=trees,
+        kept=len(trees),
+        lost=dict(lost),
+        truncated_rows=tuple(sorted(set(encoded.truncated_rows) & set(trees.rows.tolist()))),
+        examples=(*encoded.examples, *named)[:EXAMPLES],
+    )
+
+
+def same_tokens(tree: Tree) -> str | None:
+    """Why the tree cannot be compared: what told its responses apart was cut off, or is nothing to the tokenizer."""
+    responses = [response.tobytes() for response in tree.responses]
+    ranked = set(zip(responses, tree.facts.ranks or range(len(responses)), strict=True))
+    return "a better and a worse response are the same, cut and tokenised" if len(ranked) > len(set(responses)) else None
 
 
 def _encode(records: Sequence[Record], tokenizer: Any, template: Template, data: schema.Data, find_turns: bool) -> store.Stored:
@@ -233,7 +273,8 @@ def _take(tree: Tree, record: Record, form: Format, letters: Letters, data: sche
     if not len(fitted.prompt) and max(map(len, fitted.responses)) < 2:
         raise BadRow("no supervised token", "one token alone has nothing to be predicted from")
     tally.trees.append(fitted)
-    tally.truncated += fitted is not tree
+    if fitted is not tree:
+        tally.truncated.append(tree.row)
 
 
 def _summary(tally: _Tally, form: Format, records: Sequence[Record]) -> store.Stored:
@@ -275,4 +316,4 @@ def show_example(tree: Tree, tokenizer: Any) -> list[tuple[str, bool]]:
     return [(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False), flag) for ids, flag in pieces]
 
 
-__all__ = ["Encoded", "Trees", "encode", "show_example"]
+__all__ = ["Encoded", "Trees", "checked", "encode", "same_tokens", "show_example"]

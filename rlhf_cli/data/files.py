@@ -8,7 +8,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -82,14 +82,17 @@ def _near(target: Path) -> str:
     return " (a data set on the hub is named owner/name)" if len(target.parts) == 1 and not target.suffix else ""
 
 
-def read_file(path: Path) -> Iterator[RawRow]:
-    """The rows of a file; a file that is damaged as a whole is a UsageError that names it."""
+def read_file(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[RawRow]:
+    """The rows of a file; a file that is damaged as a whole is a UsageError that names it.
+
+    `columns` (the file's name → ours) says which cells of a CSV, all of them texts, stand for something else.
+    """
     reader = reader_of(path)
     assert reader is not None, path
     line = 0
     try:
         for line, row in reader(path):
-            yield line, row
+            yield line, row if reader is not _csv or isinstance(row, BadRow) else _typed(row, columns or {})
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         what = f"cut off or damaged after line {line}" if line else "not a gzip file, or cut off"
         raise UsageError(f"{path}: {what} ({error}); copy or write it again") from None
@@ -245,7 +248,11 @@ def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
         return BadRow("another number of cells than the header", f"{len(cells)}, expected {len(header)}")
     if any(ESCAPED_BYTE.search(cell) for cell in cells):
         return BadRow("not UTF-8")
-    return {name: CELLS.get(name, str)(cell) for name, cell in zip(header, cells, strict=True)}
+    return dict(zip(header, cells, strict=True))
+
+
+def _typed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    return {name: CELLS.get(columns.get(name, name), str)(cell) for name, cell in row.items()}
 
 
 def _json_cell(cell: str) -> Any:
@@ -260,12 +267,24 @@ def _label_cell(cell: str) -> Any:
     return {"true": True, "false": False}.get(cell.strip().lower(), cell)
 
 
+def _number_cell(cell: str) -> Any:
+    """An empty cell has no number."""
+    try:
+        return float(cell) if cell.strip() else None
+    except ValueError:
+        return cell
+
+
 CELLS: dict[str, Callable[[str], Any]] = {
     "messages": _json_cell,
     "responses": _json_cell,
     "ranks": _json_cell,
     "scores": _json_cell,
     "label": _label_cell,
+    "score_chosen": _number_cell,
+    "score_rejected": _number_cell,
+    "probability": _number_cell,
+    "margin": _number_cell,
 }
 
 

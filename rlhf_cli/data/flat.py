@@ -9,7 +9,7 @@ from typing import overload
 
 import numpy as np
 
-from rlhf_cli.data.records import Record
+from rlhf_cli.data.records import Facts, Record
 from rlhf_cli.data.trees import Tree
 
 
@@ -27,6 +27,8 @@ class Trees(Sequence[Tree]):
     first: np.ndarray  # (N + 1,) int64
     rows: np.ndarray  # (N,) int64: indices of the records
     wheres: tuple[str, ...]  # (N,)
+    facts: tuple[Facts, ...]  # (N,)
+    reference: np.ndarray | None = None  # (T,) float32: the reference's log-probability of each token of a response, else NaN
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,7 +43,14 @@ class Trees(Sequence[Tree]):
         at = range(len(self))[index]
         bounds = self.segments[self.first[at] : self.first[at + 1] + 1]
         prompt, *responses = (slice(a, b) for a, b in pairwise(bounds))
-        return Tree(self.ids[prompt], self.supervised[prompt], tuple(self.ids[part] for part in responses), int(self.rows[at]))
+        return Tree(
+            self.ids[prompt],
+            self.supervised[prompt],
+            tuple(self.ids[part] for part in responses),
+            int(self.rows[at]),
+            self.facts[at],
+            None if self.reference is None else tuple(self.reference[part] for part in responses),
+        )
 
     def __iter__(self) -> Iterator[Tree]:
         return (self[i] for i in range(len(self)))
@@ -67,6 +76,43 @@ class Trees(Sequence[Tree]):
         return predicted
 
 
+def regroup(
+    trees: Trees,
+    origin: np.ndarray,
+    counts: np.ndarray,
+    parts: np.ndarray,
+    facts: Sequence[Facts],
+    lengths: np.ndarray | None = None,
+) -> Trees:
+    """Other trees of the same segments.
+
+    origin: (N',) the trees whose row and place the new ones have; counts: (N',) segments of each; parts: (sum of counts,) the
+    segments, each tree's prompt first; lengths: (sum of counts,) how many of their tokens are taken, all of them by default.
+    """
+    starts = trees.segments[parts]
+    sizes = np.diff(trees.segments)[parts] if lengths is None else lengths
+    segments = np.concatenate([[0], np.cumsum(sizes)])
+    taken = np.arange(segments[-1]) + np.repeat(starts - segments[:-1], sizes)
+    return Trees(
+        ids=trees.ids[taken],
+        supervised=trees.supervised[taken],
+        segments=segments,
+        first=np.concatenate([[0], np.cumsum(counts)]),
+        rows=trees.rows[origin],
+        wheres=tuple(trees.wheres[i] for i in origin),
+        facts=tuple(facts),
+        reference=None if trees.reference is None else trees.reference[taken],
+    )
+
+
+def select(trees: Trees, indices: np.ndarray) -> Trees:
+    """Some of the trees, in that order."""
+    counts = np.diff(trees.first)[indices]
+    ends = np.cumsum(counts)
+    parts = np.arange(counts.sum()) + np.repeat(trees.first[indices] - (ends - counts), counts)
+    return regroup(trees, indices, counts, parts, [trees.facts[i] for i in indices])
+
+
 def flatten(trees: Sequence[Tree], records: Sequence[Record]) -> Trees:
     """Copies the trees, which name their records by `row`, into flat arrays."""
     parts = [part for tree in trees for part in (tree.prompt, *tree.responses)]
@@ -78,4 +124,5 @@ def flatten(trees: Sequence[Tree], records: Sequence[Record]) -> Trees:
         first=np.cumsum([0, *(1 + len(tree.responses) for tree in trees)], dtype=np.int64),
         rows=np.array([tree.row for tree in trees], np.int64),
         wheres=tuple(records[tree.row].where for tree in trees),
+        facts=tuple(tree.facts for tree in trees),
     )

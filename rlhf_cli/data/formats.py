@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -21,7 +21,7 @@ from rlhf_cli.data.dialogue import (
     shortened,
     transcript,
 )
-from rlhf_cli.data.records import Record
+from rlhf_cli.data.records import Facts, Record
 from rlhf_cli.errors import UsageError
 
 Row = Mapping[str, Any]
@@ -38,12 +38,15 @@ def _numbers(value: Any, name: str, count: int) -> list[float]:
     numbers = a_list(value, name)
     if len(numbers) != count:
         raise BadRow(f"{name} and 'responses' differ in number", f"{len(numbers)} and {count}")
-    for number in numbers:
-        if type(number) not in (int, float):
-            raise BadRow(f"{name} holds {kind_of(number)}, expected numbers")
-        if not math.isfinite(number):
-            raise BadRow(f"{name} holds a number that is not finite")
-    return [float(number) for number in numbers]
+    return [_number(number, f"an entry of {name}") for number in numbers]
+
+
+def _number(value: Any, name: str) -> float:
+    if type(value) not in (int, float):
+        raise BadRow(f"{name} is {kind_of(value)}, expected a number")
+    if not abs(value) <= sys.float_info.max:  # also integers that no float can hold
+        raise BadRow(f"{name} is not finite")
+    return float(value)
 
 
 def _prompt(row: Row) -> Prompt:
@@ -74,12 +77,25 @@ def _response(prompt: Prompt, value: Any, name: str) -> tuple[Prompt, str]:
     return (prompt if earlier == start else earlier), response
 
 
-def _pair(prompts: tuple[Prompt, Prompt], responses: tuple[str, str], where: str) -> Record:
+def _pair(row: Row, prompts: tuple[Prompt, Prompt], responses: tuple[str, str], where: str) -> Record:
     if as_turns(prompts[0]) != as_turns(prompts[1]):
         raise BadRow("the prompts of 'chosen' and 'rejected' differ")
     if responses[0].strip() == responses[1].strip():
         raise BadRow("'chosen' and 'rejected' are the same")
-    return Record(prompts[0], responses, where)
+    return Record(prompts[0], responses, where, _pair_facts(row))
+
+
+def _pair_facts(row: Row) -> Facts:
+    names = ("score_chosen", "score_rejected")
+    scores = [_number(row[name], f"'{name}'") for name in names if row.get(name) is not None]
+    if len(scores) == 1:
+        raise BadRow("one of 'score_chosen' and 'score_rejected' is missing")
+    if scores and scores[0] < scores[1]:
+        raise BadRow("'score_chosen' is lower than 'score_rejected'")
+    probability = _number(row["probability"], "'probability'") if row.get("probability") is not None else None
+    if probability is not None and not 0 <= probability <= 1:
+        raise BadRow("'probability' is not between 0 and 1")
+    return Facts(scores=tuple(scores) or None, probability=probability)
 
 
 def _from_messages(row: Row, where: str) -> Record:
@@ -103,7 +119,7 @@ def _from_preference(row: Row, where: str) -> Record:
     prompt = _prompt(row)
     first, chosen = _response(prompt, values[0], "'chosen'")
     second, rejected = _response(prompt, values[1], "'rejected'")
-    return _pair((first, second), (chosen, rejected), where)
+    return _pair(row, (first, second), (chosen, rejected), where)
 
 
 def _from_whole_pair(row: Row, where: str) -> Record:
@@ -112,11 +128,11 @@ def _from_whole_pair(row: Row, where: str) -> Record:
     if type(chosen) is list or type(rejected) is list:
         first, best = conversation(messages(chosen, "'chosen'"), "'chosen'")
         second, worst = conversation(messages(rejected, "'rejected'"), "'rejected'")
-        return _pair((first, second), (best, worst), where)
-    return _split_texts(a_text(chosen, "'chosen'"), a_text(rejected, "'rejected'"), where)
+        return _pair(row, (first, second), (best, worst), where)
+    return _split_texts(row, a_text(chosen, "'chosen'"), a_text(rejected, "'rejected'"), where)
 
 
-def _split_texts(chosen: str, rejected: str, where: str) -> Record:
+def _split_texts(row: Row, chosen: str, rejected: str, where: str) -> Record:
     if chosen.strip() == rejected.strip():
         raise BadRow("'chosen' and 'rejected' are the same")
     pairs = enumerate(zip(chosen, rejected, strict=False))
@@ -125,7 +141,7 @@ def _split_texts(chosen: str, rejected: str, where: str) -> Record:
     if not chosen[:cut].strip():
         raise BadRow("the prompts of 'chosen' and 'rejected' differ")
     responses = a_text(chosen[cut:], "the response in 'chosen'"), a_text(rejected[cut:], "the response in 'rejected'")
-    return _pair((chosen[:cut], chosen[:cut]), responses, where)
+    return _pair(row, (chosen[:cut], chosen[:cut]), responses, where)
 
 
 def _last_boundary(text: str) -> int:
@@ -140,7 +156,7 @@ def _last_boundary(text: str) -> int:
 def _from_hh(row: Row, where: str) -> Record:
     first, chosen = transcript(_field(row, "chosen"), "'chosen'")
     second, rejected = transcript(_field(row, "rejected"), "'rejected'")
-    return _pair((first, second), (chosen, rejected), where)
+    return _pair(row, (first, second), (chosen, rejected), where)
 
 
 def _from_ranked(row: Row, where: str) -> Record:
@@ -157,7 +173,14 @@ def _from_ranked(row: Row, where: str) -> Record:
     scores = _numbers(row["scores"], "'scores'", len(values)) if row.get("scores") is not None else None
     order = _best_first(len(values), ranks, scores)
     ordered = tuple(responses[i] for i in order)
-    return Record(found[0][0], ordered, where, scores=tuple(scores[i] for i in order) if scores else None)
+    facts = Facts(
+        ranks=tuple(ranks[i] for i in order) if ranks else tuple(-scores[i] for i in order) if scores else None,
+        scores=tuple(scores[i] for i in order) if scores else None,
+    )
+    texts = [response.strip() for response in ordered]
+    if len(set(zip(texts, facts.ranks or range(len(texts)), strict=True))) > len(set(texts)):
+        raise BadRow("the same response has two ranks")
+    return Record(found[0][0], ordered, where, facts)
 
 
 def _best_first(count: int, ranks: list[float] | None, scores: list[float] | None) -> list[int]:
@@ -176,7 +199,7 @@ def _from_unpaired(row: Row, where: str) -> Record:
     label = _field(row, "label")
     if type(label) is not bool:
         raise BadRow(f"'label' is {kind_of(label)}, expected true or false")
-    return _from_completion(row, where)._replace(label=label)
+    return _from_completion(row, where)._replace(facts=Facts(label=label))
 
 
 def _from_prompt(row: Row, where: str) -> Record:
@@ -204,9 +227,13 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "unpaired": ("prompt", "completion", "label"),
     "prompt": ("prompt",),
 }
-"""What a row of each format has; `ranks` or `scores` of a ranking and `subset` of any row are optional."""
+"""What a row of each format has."""
 
-KNOWN_COLUMNS = (*dict.fromkeys(name for names in COLUMNS.values() for name in names), "ranks", "scores", "subset")
+OPTIONAL = ("ranks", "scores", "score_chosen", "score_rejected", "probability", "subset")
+"""`ranks` or `scores` of a ranking; both scores of a pair, and the probability that its chosen response is the better one;
+`subset` of any row."""
+
+KNOWN_COLUMNS = (*dict.fromkeys(name for names in COLUMNS.values() for name in names), *OPTIONAL)
 
 _PAIRS = ("preference", "hh", "ranked")
 _ANSWERED = ("messages", "prompt-completion", *_PAIRS, "unpaired")
@@ -224,9 +251,14 @@ ALIASES = {"prompt": ("instruction", "question", "query"), "completion": ("respo
 
 
 def _sft(record: Record) -> Record | str:
-    if record.label is False:
+    if record.facts.label is False:
         return "undesirable (not for sft)"
-    return record._replace(responses=record.responses[:1], scores=None, label=None)
+    return record._replace(responses=record.responses[:1], facts=Facts(subset=record.facts.subset))
+
+
+def _judged(record: Record) -> Record | str:
+    ranks = record.facts.ranks
+    return record if ranks is None or len(set(ranks)) > 1 else "all responses are tied"
 
 
 def _whole(record: Record) -> Record | str:
@@ -235,10 +267,10 @@ def _whole(record: Record) -> Record | str:
 
 STAGE_USE: dict[str, Callable[[Record], Record | str]] = {
     "sft": _sft,
-    "train-rm": _whole,
-    "dpo": _whole,
-    "ipo": _whole,
-    "kto": _whole,
+    "train-rm": _judged,
+    "dpo": _judged,
+    "ipo": _judged,
+    "kto": _judged,
     "ppo": _whole,
 }
 """Stage → what it keeps of a record, or why it has no use for a row that is not bad."""
@@ -248,7 +280,12 @@ def convert(row: Row, where: str, converter: Converter) -> Record:
     """The record of a row, with the row's `subset` if it has one; raises BadRow."""
     record = converter(row, where)
     subset = row.get("subset")
-    return record if subset is None else record._replace(subset=a_text(subset, "'subset'"))
+    return record if subset is None else record._replace(facts=record.facts._replace(subset=a_text(subset, "'subset'")))
+
+
+def with_margin(record: Record, row: Row, column: str) -> Record:
+    """The record of a pair with the margin that the row has under that name; raises BadRow."""
+    return record._replace(facts=record.facts._replace(margin=_number(_field(row, column), f"'{column}'")))
 
 
 def converter_of(format: str, rows: Sequence[Row]) -> Converter:

@@ -26,6 +26,7 @@ from rlhf_cli.data.formats import (
     detect,
     needs,
     shown_columns,
+    with_margin,
     wrong_stage,
 )
 from rlhf_cli.data.hub import read_hub
@@ -88,17 +89,18 @@ class _Tally:
         self.examples = (self.examples + other.examples)[:EXAMPLES]
 
 
-def read_data(data: schema.Data, stage: str, seed: int, where: Where = str) -> Reading:
+def read_data(data: schema.Data, stage: str, seed: int, where: Where = str, margin_column: str | None = None) -> Reading:
     """Read every source of a run; the limit of a source comes first, then the hold-out.
 
+    `margin_column` is the column, as the files name it, of the margins of pairs, if they are wanted: then every row has one.
     `where` gives the place of a recipe key for messages. Raises UsageError for what the recipe or a file has wrong,
     MachineError for a hub that cannot be reached.
     """
     if data.eval is not None and data.holdout > 0:
         raise UsageError(f"{where('data.holdout')}: data.eval and data.holdout exclude each other; keep one")
     shares = _shares(data.train, where)
-    train, reports = _read_all(data.train, "data.train", stage, seed, data.shuffle, where)
-    held_out, eval_reports = _read_all(data.eval or [], "data.eval", stage, seed, data.shuffle, where)
+    train, reports = _read_all(data.train, "data.train", stage, seed, data.shuffle, where, margin_column)
+    held_out, eval_reports = _read_all(data.eval or [], "data.eval", stage, seed, data.shuffle, where, margin_column)
     if data.holdout > 0:
         train, held_out = _hold_out(train, data.holdout, seed, where("data.holdout"))
     sizes = tuple(len(records) for records in train)
@@ -117,26 +119,28 @@ def _shares(sources: Sequence[schema.Source], where: Where) -> tuple[float, ...]
 
 
 def _read_all(
-    sources: Sequence[schema.Source], key: str, stage: str, seed: int, shuffle: bool, where: Where
+    sources: Sequence[schema.Source], key: str, stage: str, seed: int, shuffle: bool, where: Where, margin: str | None
 ) -> tuple[list[list[Record]], list[SourceReport]]:
-    read = [_read_source(source, f"{key}.{i}", stage, seed, shuffle, where) for i, source in enumerate(sources)]
+    read = [_read_source(source, f"{key}.{i}", stage, seed, shuffle, where, margin) for i, source in enumerate(sources)]
     return [records for records, _ in read], [report for _, report in read]
 
 
 def _read_source(
-    source: schema.Source, key: str, stage: str, seed: int, shuffle: bool, where: Where
+    source: schema.Source, key: str, stage: str, seed: int, shuffle: bool, where: Where, margin: str | None
 ) -> tuple[list[Record], SourceReport]:
-    parts = _parts(source, key, where)
+    parts = _parts(source, key, where, margin)
     name, rows = parts[0]
     head, objects = _peek(rows)
     if not objects:
         raise _no_good_row(name, _tally_of(name, head), f"one of {needs(stage)}")
-    objects = _rename_all(objects, source.columns, where(f"{key}.columns"))
-    format = _format_of(source, objects, stage, name, key, where)
-    converter = converter_of(format, objects)
+    renamed = _rename_all(objects, source.columns, where(f"{key}.columns"))
+    format = _format_of(source, renamed, stage, name, key, where)
+    if margin is not None:
+        _check_margin(margin, objects, format, f"{where('objective.margin_column')}: {name}")
+    converter = converter_of(format, renamed)
     parts[0] = (name, chain(head, rows))
     tally = _Tally()
-    records = [record for part in parts for record in _convert(*part, source.columns, format, converter, stage, tally)]
+    records = [record for part in parts for record in _convert(*part, source.columns, margin, format, converter, stage, tally)]
     if not records:
         raise UsageError(
             f"{where(f'{key}.path')}: {stage} can use none of the {tally.read} rows: {_counts(tally.unused + tally.bad)}"
@@ -152,7 +156,14 @@ def _report(path: str, format: str, kept: int, tally: _Tally) -> SourceReport:
     return SourceReport(path, format, tally.read, kept, bad, unused, tuple(tally.examples), tally.digest.hexdigest())
 
 
-def _parts(source: schema.Source, key: str, where: Where) -> list[tuple[str, Iterator[RawRow]]]:
+def _check_margin(column: str, objects: Sequence[Row], format: str, place: str) -> None:
+    if "chosen" not in COLUMNS[format]:
+        raise UsageError(f"{place}: {format} rows have no one margin; only pairs of chosen and rejected have")
+    if not any(column in row for row in objects):
+        raise UsageError(f"{place}: the data has no column '{column}'; found {shown_columns(objects)}")
+
+
+def _parts(source: schema.Source, key: str, where: Where, margin: str | None) -> list[tuple[str, Iterator[RawRow]]]:
     """(name, raw rows) of each file of a source, or of its one hub split."""
     place = where(f"{key}.path")
     if is_hub_id(source.path):
@@ -163,7 +174,8 @@ def _parts(source: schema.Source, key: str, where: Where) -> list[tuple[str, Ite
             raise UsageError(
                 f"{where(f'{key}.{name}')}: {name} is for data sets of the hub and has no effect on files; remove it"
             )
-    return [(str(file), read_file(file)) for file in files]
+    columns = {theirs: ours for ours, theirs in source.columns.items()} | ({margin: "margin"} if margin is not None else {})
+    return [(str(file), read_file(file, columns)) for file in files]
 
 
 def _peek(rows: Iterator[RawRow]) -> tuple[list[RawRow], list[Row]]:
@@ -205,7 +217,14 @@ def _format_of(source: schema.Source, objects: Sequence[Row], stage: str, name: 
 
 
 def _convert(
-    name: str, rows: Iterable[RawRow], columns: Mapping[str, str], format: str, converter: Converter, stage: str, tally: _Tally
+    name: str,
+    rows: Iterable[RawRow],
+    columns: Mapping[str, str],
+    margin: str | None,
+    format: str,
+    converter: Converter,
+    stage: str,
+    tally: _Tally,
 ) -> Iterator[Record]:
     """The records of one file that the stage can use; everything else is counted. A file without a good row is a UsageError."""
     use = STAGE_USE[stage]
@@ -217,6 +236,8 @@ def _convert(
             if isinstance(row, BadRow):
                 raise row
             record = convert(_renamed(row, columns) if columns else row, place, converter)
+            if margin is not None:
+                record = with_margin(record, row, margin)
         except BadRow as bad:
             own.add_bad(place, bad)
             continue

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from rlhf_cli.data.records import Facts
+
 
 class Tree(NamedTuple):
     """A prompt and the responses that branch off it, as token ids.
@@ -25,6 +27,8 @@ class Tree(NamedTuple):
     supervised: np.ndarray  # (P,) bool: tokens of earlier assistant turns that are trained on
     responses: tuple[np.ndarray, ...]  # each (T,) int32, its end-of-turn included unless it was cut off
     row: int  # index of the record it came from
+    facts: Facts = Facts()
+    reference: tuple[np.ndarray, ...] | None = None  # the reference's log-probability of every token, as `responses`, float32
 
 
 class Piece(NamedTuple):
@@ -65,8 +69,12 @@ class Batch:
     source: torch.Tensor  # (N,) int64: flat index of the token whose hidden state predicts a supervised token
     target: torch.Tensor  # (N,) int64: that token's id
     owner: torch.Tensor  # (N,) int64: its response, counted through the pass; earlier turns belong to their tree's first
+    last: torch.Tensor  # (M,) int64: flat index of the last token of each of the pass's responses, in the order of `owner`
+    reference: torch.Tensor | None  # (N,) float32: the reference's log-probabilities, where the trees bring them
     segments: tuple[Segment, ...]
-    trees: tuple[int, ...]  # the trees of the pass, as indices into the global batch
+    trees: tuple[int, ...]  # the trees of the pass, as indices into the global batch; their responses follow each other
+    counts: tuple[int, ...]  # responses of each tree
+    facts: tuple[Facts, ...]  # of each tree
     tokens: int  # without padding
     padded: bool  # alone layout: plain rows with padding at their right end
 
@@ -154,14 +162,18 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
     source: list[np.ndarray] = []
     target: list[np.ndarray] = []
     owner: list[np.ndarray] = []
+    reference: list[np.ndarray] = []
+    last: list[int] = []
     segments: list[Segment] = []
     numbers = {index: n for n, index in enumerate(dict.fromkeys(p.tree for row in rows for p in row))}
-    responses = 0
+    counts = dict.fromkeys(numbers, 0)
 
-    def supervise(sources: np.ndarray, targets: np.ndarray, response: int) -> None:
+    def supervise(sources: np.ndarray, targets: np.ndarray, known: np.ndarray | None) -> None:
         source.append(sources)
         target.append(targets)
-        owner.append(np.full(len(targets), response))
+        owner.append(np.full(len(targets), len(last)))
+        if known is not None:
+            reference.append(known)
 
     for r, row in enumerate(rows):
         start = 0
@@ -176,7 +188,8 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
             if 0 in piece.branches:
                 earlier = np.flatnonzero(tree.supervised)
                 earlier = earlier[earlier > 0]
-                supervise(flat + earlier - 1, tree.prompt[earlier], responses)
+                unknown = None if tree.reference is None else np.full(len(earlier), np.nan, np.float32)
+                supervise(flat + earlier - 1, tree.prompt[earlier], unknown)
             at = start + prompt
             for k, b in enumerate(piece.branches, 1):
                 response = tree.responses[b]
@@ -188,9 +201,11 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
                 if prompt:
                     sources[:1] = flat + prompt - 1
                 first = 0 if prompt else 1
-                supervise(sources[first:], response[first:], responses)
-                responses += 1
+                known = None if tree.reference is None else tree.reference[b][first:]
+                supervise(sources[first:], response[first:], known)
                 at += len(response)
+                last.append(r * length + at - 1)
+            counts[piece.tree] += len(piece.branches)
             segments.append(Segment(r, start, prompt, tuple(len(tree.responses[b]) for b in piece.branches)))
             start = end
         positions[r, start:] = np.arange(length - start)
@@ -202,8 +217,12 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
         source=_join(source),
         target=_join(target),
         owner=_join(owner),
+        last=torch.tensor(last),
+        reference=torch.from_numpy(np.concatenate(reference)) if reference else None,
         segments=tuple(segments),
         trees=tuple(numbers),
+        counts=tuple(counts.values()),
+        facts=tuple(trees[index].facts for index in numbers),
         tokens=int((tree_of >= 0).sum()),
         padded=all(len(row) == 1 and len(row[0].branches) == 1 for row in rows),
     )

@@ -1,4 +1,4 @@
-"""One language model, several roles: each role is a LoRA adapter on the shared base, or the base's own weights."""
+"""One language model, several roles: each is a LoRA adapter on the shared base or the base's own weights, some with a head."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 
 from rlhf_cli.data.trees import Batch, Layout, Row, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import TREES, block_mask, dense_mask
-from rlhf_cli.models.load import read_adapter, save_adapter
+from rlhf_cli.models.heads import SCORE, reward_config, save_full_reward
+from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
 from rlhf_cli.models.logps import token_logps
 from rlhf_cli.recipe import schema
 
 PLAIN = "plain"
+BASE = "base"
+"""The role of the bare base model, whatever adapters sit on it."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,25 @@ class Backbone:
     under gradient checkpointing a layer that is recomputed under another adapter yields wrong gradients without a word.
     """
 
-    def __init__(self, model: Any, compute_dtype: torch.dtype, attention: str = "auto") -> None:
+    def __init__(self, model: Any, compute_dtype: torch.dtype, attention: str = "auto", headless: bool = False) -> None:
+        """`headless`: the output head is not part of the model's weights, so its logits mean nothing and are not checked."""
         self.model = model
         self.peft: Any = None
         self.compute_dtype = compute_dtype
         self.device: torch.device = model.device
         self.active: str | None = None
         self.trained: dict[str, frozenset[str]] = {}
+        self.heads: dict[str, torch.nn.Linear] = {}
+        self.alias: dict[str, str] = {}  # roles that are another role's weights, e.g. reference → base
+        self.elsewhere: dict[str, Backbone] = {}  # roles whose frozen weights are another model's
+        self.pad_id: int | None = None  # what a saved reward model's config names as padding
         model.requires_grad_(False)
         model.config.use_cache = False
         text = model.config.get_text_config().to_dict()
         self._window: int | None = text.get("sliding_window") if text.get("use_sliding_window", True) else None
         self._layer_types = tuple(dict.fromkeys(text.get("layer_types") or ()))
         self._plain: str = model.config._attn_implementation
-        self.kernel = self._choose_kernel(attention)
+        self.kernel = self._choose_kernel(attention, headless)
 
     def add_lora(self, role: str, config: LoraConfig, state: dict[str, torch.Tensor] | None, *, trained: bool) -> None:
         """Give `role` an adapter of its own: fresh (B = 0), or with the tensors of `state`.
@@ -103,23 +110,47 @@ class Backbone:
         self.trained[role] = mine if trained else frozenset()
         self.active = None
         self.activate(role)
-        head = self.model.get_output_embeddings()
-        if any(n.startswith("lora_") for n, _ in head.named_parameters()):
+        if any(n.startswith("lora_") for n, _ in self.model.get_output_embeddings().named_parameters()):
             raise UsageError("lora.target_modules: the output head cannot have an adapter; use all-linear or name inner layers")
 
     def train_all_weights(self, role: str = "policy") -> None:
-        """Make the model's own weights the trained weights of `role`."""
-        self.trained[role] = frozenset(name for name, _ in self.model.named_parameters())
+        """Make the model's own weights the trained weights of `role`; of a role with a scalar head, all but the output head."""
+        unused = set()
+        if role in self.heads and not self.model.config.get_text_config().tie_word_embeddings:
+            head = self.model.get_output_embeddings()
+            unused = {name for name, p in self.model.named_parameters() if any(p is q for q in head.parameters())}
+        own = frozenset(name for name, _ in self.model.named_parameters() if name not in unused)
+        self.trained[role] = self.trained.get(role, frozenset()) | own
         self.activate(role)
+
+    def add_head(self, role: str, weight: torch.Tensor | None, *, trained: bool = True) -> None:
+        """Give `role` a scalar head without bias, in float32: `weight` (1, D), or small random numbers.
+
+        Their standard deviation is 1/√(D + 1) (Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B).
+        """
+        width = self.model.config.get_text_config().hidden_size
+        head = torch.nn.Linear(width, 1, bias=False, device=self.device, dtype=torch.float32)
+        with torch.no_grad():
+            if weight is None:
+                head.weight.copy_(torch.randn(1, width) * (width + 1) ** -0.5)
+            else:
+                head.weight.copy_(weight)
+        self.heads[role] = head.requires_grad_(trained)
+        if trained:
+            self.trained[role] = self.trained.get(role, frozenset()) | {f"{role}.{SCORE}"}
 
     def enable_gradient_checkpointing(self) -> None:
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def activate(self, role: str) -> None:
         """Make `role` the one that forwards; every trained role keeps its requires_grad, which peft would flip."""
+        role = self.alias.get(role, role)
         if role == self.active:
             return
-        if self.peft is not None:
+        if self.peft is not None and role == BASE:
+            self.peft.base_model.disable_adapter_layers()
+        elif self.peft is not None:
+            self.peft.base_model.enable_adapter_layers()
             self.peft.base_model.set_adapter(role)
         trained = frozenset().union(*self.trained.values())
         for name, parameter in self.model.named_parameters():
@@ -129,7 +160,9 @@ class Backbone:
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Name → parameter of all trained roles, in the model's order."""
         trained = frozenset().union(*self.trained.values())
-        return {name: p for name, p in self.model.named_parameters() if name in trained}
+        heads = {f"{role}.{SCORE}": head.weight for role, head in self.heads.items()}
+        own = dict(self.model.named_parameters()) | heads
+        return {name: p for name, p in own.items() if name in trained}
 
     def hidden(self, role: str, batch: Batch) -> torch.Tensor:
         """Last hidden states, (R·L, D), of a batch that is on the backbone's device."""
@@ -146,7 +179,15 @@ class Backbone:
 
         The one function for policy, old policy and reference. The head runs on the N states that predict something.
         """
+        if role in self.elsewhere:
+            return self.elsewhere[role].logps(role, batch)
         return self._head(self.hidden(role, batch)[batch.source], batch.target)
+
+    def scores(self, role: str, batch: Batch) -> torch.Tensor:
+        """The role's scalar head at the last token of every response of the pass, (M,) float32."""
+        states = self.hidden(role, batch)[batch.last].float()
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.nn.functional.linear(states, self.heads[role].weight)[:, 0]
 
     def load(self, role: str, folder: Path) -> None:
         """Put back the weights that `save` wrote, bit for bit.
@@ -154,16 +195,22 @@ class Backbone:
         Raises:
             UsageError: the folder's tensors are not those of this model.
         """
-        if self.peft is not None:
-            self._set_adapter_weights(role, read_adapter(folder)[1])
-            return
-        found = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
-        own = dict(self.model.named_parameters())
+        found = read_tensors(folder)
+        own = {SCORE: self.heads[role].weight} if role in self.heads else {}
+        if self._has_adapter(role):
+            _, state, head = read_adapter(folder)
+            self._set_adapter_weights(role, state)
+            found = {} if head is None else {SCORE: head}
+        else:
+            own |= {name: p for name, p in self.model.named_parameters() if name in self.trained[role]}
         if missing := sorted(own.keys() - found.keys()):
             raise UsageError(f"{folder}: {len(missing)} weights of this model are not in it, the first is {missing[0]}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(found[name])
+
+    def _has_adapter(self, role: str) -> bool:
+        return self.peft is not None and role in self.peft.peft_config
 
     def _set_adapter_weights(self, role: str, state: dict[str, torch.Tensor]) -> None:
         own = get_peft_model_state_dict(self.peft, adapter_name=role)
@@ -174,10 +221,17 @@ class Backbone:
 
     def save(self, role: str, folder: Path) -> None:
         """Write what plain PEFT (an adapter) or transformers (all weights) loads."""
-        if self.peft is None:
+        head = self.heads[role].weight if role in self.heads else None
+        if self._has_adapter(role):
+            config, state = self.peft.peft_config[role], get_peft_model_state_dict(self.peft, adapter_name=role)
+            if head is None:
+                save_adapter(folder, state, config)
+            else:
+                save_adapter(folder, state | {f"base_model.model.{SCORE}": head}, reward_config(config))
+        elif head is None:
             self.model.save_pretrained(str(folder))
         else:
-            save_adapter(folder, get_peft_model_state_dict(self.peft, adapter_name=role), self.peft.peft_config[role])
+            save_full_reward(self.model, head, self.pad_id, folder)
 
     def batches(self, trees: list[Tree], budget: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """The forward passes of this rank for a global batch, on the device."""
@@ -226,12 +280,13 @@ class Backbone:
     def _use(self, kernel: Kernel) -> None:
         self.model.set_attn_implementation(self._plain if kernel.name == PLAIN else kernel.name)
 
-    def _choose_kernel(self, setting: str) -> Kernel:
+    def _choose_kernel(self, setting: str, headless: bool) -> Kernel:
         """The first candidate that gives the same hidden states packed as alone, by a probe with two branches."""
         trees = _probe_trees(self.model.config.get_text_config().vocab_size)
         self.kernel = KERNELS["alone"]
         wanted = self._probe(trees)
-        self._check_head(trees)
+        if not headless:
+            self._check_head(trees)
         candidates = ("trees",) * (setting == "auto" and self.device.type == "cpu") + CANDIDATES[setting]
         if not LAYER_TYPES.issuperset(self._layer_types):
             candidates = tuple(name for name in candidates if KERNELS[name].layout == "alone")

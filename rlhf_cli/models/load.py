@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from rlhf_cli.errors import MachineError, NumberError, UsageError
+from rlhf_cli.models.heads import SCORE
 from rlhf_cli.recipe import schema
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,8 +51,10 @@ def load_config(path: str, revision: str | None, trust_remote_code: bool) -> Any
     return config
 
 
-def load_model(settings: schema.Model, path: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
-    """The causal language model of a folder or hub id, its weights in `dtype`.
+def load_model(
+    settings: schema.Model, path: str, revision: str | None, dtype: torch.dtype, device: torch.device, headless: bool = False
+) -> Any:
+    """The causal language model of a folder or hub id, its weights in `dtype`; `headless`: its output head may be missing.
 
     Raises:
         UsageError: weights are missing (they would be random), or exist as pickles only.
@@ -73,12 +77,36 @@ def load_model(settings: schema.Model, path: str, revision: str | None, dtype: t
         output_loading_info=True,
         **options,
     )
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
+    missing = set(info["missing_keys"])
+    if headless:
+        missing -= {name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight}
+    if missing:
+        names = sorted(missing)
         raise UsageError(
             f"{path}: {len(names)} weights are missing, the first is {names[0]}; they would be random. Is it a causal LM?"
         )
     return model if settings.quantize else model.to(device)
+
+
+def is_classifier(path: str, revision: str | None, trust_remote_code: bool) -> bool:
+    """Is this model a sequence classifier, as a reward model is saved?
+
+    Raises:
+        UsageError: it has more than one label.
+    """
+    config = load_config(path, revision, trust_remote_code)
+    if not str((config.architectures or [""])[0]).endswith("ForSequenceClassification"):
+        return False
+    if config.num_labels != 1:
+        raise UsageError(f"{path}: a classifier with {config.num_labels} labels is no reward model; one has a single label")
+    return True
+
+
+def local_folder(path: str, revision: str | None) -> Path:
+    """Where the files of a folder or of a fetched hub id lie."""
+    from huggingface_hub import snapshot_download
+
+    return Path(path) if Path(path).exists() else Path(snapshot_download(path, revision=revision, local_files_only=True))
 
 
 def save_adapter(folder: Path, state: dict[str, torch.Tensor], config: Any) -> None:
@@ -91,14 +119,13 @@ def save_adapter(folder: Path, state: dict[str, torch.Tensor], config: Any) -> N
     config.save_pretrained(str(folder))
 
 
-def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The LoraConfig and the tensors of an adapter folder.
+def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor | None]:
+    """The LoraConfig and the tensors of an adapter folder, and the scalar head (1, D) of a reward model.
 
     Raises:
         UsageError: the folder holds no safetensors adapter, or one that is not LoRA.
     """
     from peft import LoraConfig
-    from safetensors.torch import load_file
 
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
@@ -106,13 +133,46 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
     if kind != "LORA":
         raise UsageError(f"{folder}: the adapter is {kind}, only LoRA is supported; merge it into its base first")
-    try:
-        state = load_file(weights)
-    except SafetensorError as error:
-        raise UsageError(f"{weights} is damaged: {_first_line(error)}") from error
+    state = read_tensors(folder)
     if broken := [name for name, value in state.items() if not torch.isfinite(value).all()]:
         raise NumberError(f"{weights}: {broken[0]} is not finite; the adapter is damaged")
-    return LoraConfig.from_pretrained(str(folder)), state
+    head = state.pop(f"base_model.model.{SCORE}", None)
+    config = LoraConfig.from_pretrained(str(folder))
+    return (dataclasses.replace(config, task_type="CAUSAL_LM", modules_to_save=None) if head is not None else config), state, head
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors files.
+
+    Raises:
+        UsageError: a file is damaged.
+    """
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            found |= load_file(path)
+        except SafetensorError as error:
+            raise UsageError(f"{path} is damaged: {_first_line(error)}") from error
+    return found
+
+
+def read_head(folder: Path) -> torch.Tensor:
+    """The scalar head (1, D) of a reward model's folder, adapter or full.
+
+    Raises:
+        UsageError: it has none.
+    """
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in (SCORE, f"base_model.model.{SCORE}"):
+                if name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    head: torch.Tensor = file.get_tensor(name)
+                    return head.float()
+    raise UsageError(f"{folder}: no reward head ({SCORE}) is in it; is it a reward model?")
 
 
 def _load(loader: Any, path: str, what: str, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The policy of a stage: a base, the parent's adapter or a fresh one, or all weights."""
+"""What a stage trains: a base, the parent's adapter or a fresh one, or all weights; of a reward model also a head."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone, lora_config
-from rlhf_cli.models.load import load_model, read_adapter, resolve_dtype
+from rlhf_cli.models.load import is_classifier, load_model, local_folder, read_adapter, read_head, resolve_dtype
 from rlhf_cli.recipe import schema
 
 
@@ -40,7 +40,7 @@ def parent_lora(adapter: Path | None, recorded: dict[str, Any] | None) -> schema
         return None
     if recorded is not None:
         return dataclasses.replace(schema.Lora(**recorded), merge_parent=False)
-    config, _ = read_adapter(adapter)
+    config, _, _ = read_adapter(adapter)
     modules = config.target_modules
     return schema.Lora(config.r, config.lora_alpha, config.lora_dropout, modules if isinstance(modules, str) else sorted(modules))
 
@@ -50,7 +50,7 @@ def _shape(lora: schema.Lora) -> tuple[Any, ...]:
     return lora.r, lora.alpha, modules if isinstance(modules, str) else tuple(sorted(modules))
 
 
-def load_policy(
+def load_trained(
     settings: schema.Model,
     lora: schema.Lora | None,
     base: str,
@@ -59,35 +59,47 @@ def load_policy(
     device: torch.device,
     seed: int,
     merged: Path,
+    role: Literal["policy", "reward"] = "policy",
 ) -> tuple[Backbone, str]:
-    """The backbone with its trained role "policy", and the base that the adapter sits on.
+    """The backbone with its one trained role, and the base that the adapter sits on.
 
     An adapter that cannot go on, because all weights are trained or its shape changes, is merged into the base in float32;
-    with LoRA that merged base is saved in `merged`, so that the new adapter has a base on disk.
+    with LoRA that merged base is saved in `merged`, so that the new adapter has a base on disk. A reward model's head goes on
+    where the start has one, else it is fresh.
+
+    Raises:
+        UsageError: a policy is to start from a reward model.
     """
     compute = resolve_dtype(settings.dtype, device)
     merge = adapter is not None and (lora is None or lora.merge_parent)
+    parent, state, head = read_adapter(adapter) if adapter is not None else (None, None, None)
+    if adapter is None and is_classifier(base, revision, settings.trust_remote_code):
+        head = read_head(local_folder(base, revision))
+    if head is not None and role == "policy":
+        raise UsageError(f"{adapter or base} is a reward model, not a policy; model.path must name a language model")
     loaded = dataclasses.replace(settings, quantize=None) if merge else settings
-    model = load_model(loaded, base, revision, torch.float32 if merge or lora is None else compute, device)
-    if merge and adapter is not None:
-        model = merge_adapter(model, adapter)
+    headless = head is not None and adapter is None
+    model = load_model(loaded, base, revision, torch.float32 if merge or lora is None else compute, device, headless)
+    if merge and state is not None:
+        model = merge_adapter(model, parent, state)
         if lora is not None:
             _save_once(model, merged)
-            base, revision, adapter = str(merged), None, None
+            base, revision, parent, state = str(merged), None, None, None
             model = load_model(settings, base, None, compute, device)
-    backbone = Backbone(model, compute, settings.attention)
+    backbone = Backbone(model, compute, settings.attention, headless)
     torch.manual_seed(seed)
+    if role == "reward":
+        backbone.add_head(role, head)
     if lora is None:
-        backbone.train_all_weights()
+        backbone.train_all_weights(role)
     else:
-        config, state = lora_config(lora, base, revision), None
-        if adapter is not None:
-            parent, state = read_adapter(adapter)
+        config = lora_config(lora, base, revision)
+        if parent is not None:
             # All that makes the parent's adapter what it is (modules, rslora, patterns) goes on; dropout is the recipe's.
             config = dataclasses.replace(
                 parent, lora_dropout=lora.dropout, base_model_name_or_path=base, revision=revision, inference_mode=False
             )
-        backbone.add_lora("policy", config, state, trained=True)
+        backbone.add_lora(role, config, state, trained=True)
     if settings.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     return backbone, base
@@ -105,9 +117,10 @@ def _save_once(model: Any, folder: Path) -> None:
         shutil.rmtree(part)
 
 
-def merge_adapter(model: Any, adapter: Path) -> Any:
+def merge_adapter(model: Any, config: Any, state: dict[str, torch.Tensor]) -> Any:
     """The model with an adapter folded into its weights, in the model's dtype."""
-    from peft import PeftModel
+    from peft import get_peft_model, set_peft_model_state_dict
 
-    read_adapter(adapter)  # refuses pickles, which PEFT would load
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    adapted = get_peft_model(model, config)
+    set_peft_model_state_dict(adapted, state)
+    return adapted.merge_and_unload()

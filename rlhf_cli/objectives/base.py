@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     import torch
@@ -15,27 +15,70 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Term:
-    """One role's loss in one forward pass, not yet divided."""
+    """One role's share of the loss in one forward pass, not yet divided."""
 
-    loss: torch.Tensor  # (), a sum over the pass
-    unit: str  # the count that divides it: a key of Objective.counts
-    sums: dict[str, torch.Tensor]  # metric → sum over the pass, divided by the same count
+    losses: dict[str, torch.Tensor]  # unit → (), a sum over the pass; divided by that count of Objective.counts, and added up
+    sums: dict[str, tuple[torch.Tensor, str]]  # metric → (sum over the pass, unit)
 
 
-class Objective(Protocol):
+@dataclass(frozen=True)
+class Objective:
     """A loss: its fields are the recipe's `objective:` section. It knows tensors and roles; no files, devices or ranks."""
 
-    @property
-    def kind(self) -> str: ...
+    kind: str = ""
+
+    role: ClassVar[Literal["policy", "reward"]] = "policy"
+    """Whose weights it trains."""
+    responses: ClassVar[Literal["first", "all"]] = "all"
+    """Which responses of a row it learns from."""
+    reference: ClassVar[bool] = False
+    """Does it need the reference's log-probabilities?"""
+    mismatches: ClassVar[bool] = False
+    """Does it compare each response with one that was written for another prompt?"""
+    saturates: ClassVar[bool] = False
+    """Does its gradient fade for pairs that are far apart? Then it logs rewards/saturated."""
+
+    def settled(self, desirable: int, undesirable: int) -> Self:
+        """The objective with what it takes from the numbers of desirable and undesirable responses in the training data."""
+        return self
 
     def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
         """What the sums over these trees are divided by; known before any forward pass, and additive over trees."""
-        ...
+        raise NotImplementedError
 
-    def terms(self, backbone: Backbone, batch: Batch) -> Iterator[Term]:
-        """The loss terms of one pass, one role at a time: each is sent backward before the next is asked for."""
-        ...
+    def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[Tree]]:
+        """The trees of a global batch as `statistics` sees them (empty: it needs none), and as `terms` does."""
+        return [], trees
+
+    def statistics(self, backbone: Backbone, batch: Batch) -> dict[str, tuple[torch.Tensor, str]]:
+        """Name → (sum over one pass, unit), without gradient. Their global means come before the first `terms`, as `given`."""
+        return {}
+
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+        """The loss terms of one pass, one role at a time: each is sent backward before the next is asked for.
+
+        `given`: the means of `statistics` and what `remember` keeps.
+        """
+        raise NotImplementedError
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """The logged metrics, from the global means of `loss` and of every sum."""
-        ...
+        """The logged metrics, from the global means of `loss`, of every sum and of every statistic."""
+        return means
+
+    def remember(self, memory: Mapping[str, float], means: Mapping[str, float]) -> dict[str, float]:
+        """The objective's own numbers after a step with these means; they are part of a checkpoint, and empty at the start."""
+        return dict(memory)
+
+    @property
+    def margin_from(self) -> str | None:
+        """The column of the data that holds the margin of a pair, for objectives that use one."""
+        return None
+
+    @property
+    def announcement(self) -> str:
+        """What a run says about its objective at the start: what its keys do not show; empty if that is nothing."""
+        return ""
+
+    def check_tree(self, tree: Tree) -> str | None:
+        """Why this tree cannot be trained on, if it cannot: e.g. a score that its row lacks."""
+        return None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf_cli.objectives.base import Term
+from rlhf_cli.objectives.base import Objective, Term
 
 if TYPE_CHECKING:
     from rlhf_cli.data.trees import Batch, Tree
@@ -15,19 +15,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sft:
+class Sft(Objective):
     """−Σ log π(y_t | …) over the supervised tokens, divided by their number in the global batch."""
 
     kind: Literal["sft"] = "sft"
+
+    responses: ClassVar[Literal["first", "all"]] = "first"
 
     def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
         from rlhf_cli.data.trees import supervised_tokens
 
         return {"tokens": sum(map(supervised_tokens, trees))}
 
-    def terms(self, backbone: Backbone, batch: Batch) -> Iterator[Term]:
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
         logps, hits = backbone.logps("policy", batch)
-        yield Term(-logps.sum(), "tokens", {"token_accuracy": hits.sum()})
+        yield Term({"tokens": -logps.sum()}, {"token_accuracy": (hits.sum(), "tokens")})
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         return means | {"perplexity": math.exp(min(means["loss"], 700.0))}

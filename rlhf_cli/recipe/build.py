@@ -6,10 +6,24 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from rlhf_cli.recipe.keys import Key, arms, as_yaml, describe, keys_of, known_keys, section_in, shape, source_list
-from rlhf_cli.recipe.schema import ELSEWHERE
+from rlhf_cli.recipe.keys import (
+    Key,
+    arms,
+    as_yaml,
+    describe,
+    keys_elsewhere,
+    keys_of,
+    kind_of,
+    known_keys,
+    objectives_of,
+    sections_in,
+    shape,
+    source_list,
+)
+from rlhf_cli.recipe.schema import STAGES
 from rlhf_cli.recipe.suggest import closest, closest_key
 from rlhf_cli.recipe.yaml_reader import BAD, Node, Problem
 
@@ -26,11 +40,12 @@ def spell_out(node: Node, section: type) -> Node:
         child = children.get(name)
         if child is None:
             continue
-        listed, inner = source_list(key.kind), section_in(key.kind)
+        listed = source_list(key.kind)
         if listed is not None:
             children[name] = _spell_out_list(child, listed[1])
-        elif inner is not None:
-            children[name] = spell_out(child, inner)
+            continue
+        for inner in sections_in(key.kind):
+            children[name] = spell_out(children[name], inner)
     return dataclasses.replace(node, value=children)
 
 
@@ -66,6 +81,7 @@ class Builder:
 
     def __init__(self, recipe: type, stage: str) -> None:
         self.known = known_keys(recipe)
+        self.elsewhere = keys_elsewhere(recipe)
         self.stage = stage
         self.problems: list[Problem] = []
         self.bad: set[str] = set()
@@ -76,10 +92,10 @@ class Builder:
         self.bad.add(key)
         return None
 
-    def section(self, kind: type, node: Node, prefix: str) -> Any:
-        """The dataclass `kind` from a mapping node."""
+    def section(self, kind: type, node: Node, prefix: str, rivals: Sequence[type] = ()) -> Any:
+        """The dataclass `kind` from a mapping node; `rivals` could stand in its place under another `kind:`."""
         keys = keys_of(kind)
-        meant = self.unknown(kind, node, prefix)
+        meant = self.unknown(kind, node, prefix, rivals)
         values = {}
         for name, key in keys.items():
             dotted = f"{prefix}{name}"
@@ -97,7 +113,7 @@ class Builder:
             return self.section(inner, Node({}, node.line), f"{dotted}.")
         return self.report(max(node.line, 1), dotted, f"missing. add it: {key.help or describe(key.kind)}")
 
-    def unknown(self, kind: type, node: Node, prefix: str) -> set[str]:
+    def unknown(self, kind: type, node: Node, prefix: str, rivals: Sequence[type]) -> set[str]:
         """Reports keys that `kind` lacks; returns what they were meant to be."""
         keys = keys_of(kind)
         unused = [name for name in keys if name not in node.value]
@@ -106,23 +122,31 @@ class Builder:
             if name in keys or (name == "<<" and child.value is BAD):
                 continue
             dotted = f"{prefix}{name}"
-            if not prefix and name in ELSEWHERE:
+            owners = [kind_of(rival) for rival in rivals if name in keys_of(rival)]
+            if owners:
+                what = f"has no effect with kind: {kind_of(kind)} (it belongs to {', '.join(owners)}). remove it"
+                self.report(child.line, dotted, what)
+                continue
+            if dotted in self.elsewhere:
                 self.report(child.line, dotted, f"has no effect in {self.stage}. remove it")
                 continue
             # a key that is there already is the less likely meaning, so unused ones come first
             names = [*unused, *(other for other in keys if other in node.value)]
-            elsewhere = () if prefix == "objective." else self.known
-            near = closest_key(name, names, prefix.rstrip("."), elsewhere) if len(self.problems) < SHOWN else None
+            near = closest_key(name, names, prefix.rstrip("."), self.beyond(prefix)) if len(self.problems) < SHOWN else None
             if near is not None:
                 meant.add(near)
                 self.bad.add(near)
                 hint = f"did you mean {near}?"
             elif prefix == "objective.":
-                hint = f"the objective of {self.stage} takes {', '.join(keys)}"
+                hint = f"{kind_of(kind)} takes {', '.join(keys)}"
             else:
                 hint = f"keys here: {', '.join(keys)}"
             self.report(child.line, dotted, f"unknown key. {hint}")
         return meant
+
+    def beyond(self, prefix: str) -> tuple[str, ...]:
+        """The keys that one of another section may stand for. An objective's names mean nothing outside objectives."""
+        return tuple(key for key in self.known if key.startswith(prefix)) if prefix == "objective." else self.known
 
     def value(self, kind: Any, node: Node, dotted: str, key: Key) -> Any:
         """The node as `kind`, or None with a problem reported."""
@@ -134,12 +158,12 @@ class Builder:
         fitting = [arm for arm in arms(kind) if _fits(arm, node.value)]
         if not fitting:
             return self.report(node.line, dotted, _mismatch(kind, node, key))
-        sections = [arm for arm in fitting if dataclasses.is_dataclass(arm)]
+        sections = [arm for arm in fitting if dataclasses.is_dataclass(arm) and isinstance(arm, type)]
         arm = self.by_kind(sections, node, dotted) if len(sections) > 1 else fitting[0]
         if arm is None:
             return None
         if dataclasses.is_dataclass(arm) and isinstance(arm, type):
-            return self.section(arm, node, f"{dotted}.")
+            return self.section(arm, node, f"{dotted}.", sections)
         form = shape(arm)
         if form is list:
             return self.items(get_args(arm)[0], node, dotted, key)
@@ -150,15 +174,16 @@ class Builder:
             return {name: self.value(inner, child, f"{dotted}.{name}", key) for name, child in node.value.items()}
         return self.leaf(form, node, dotted, key)
 
-    def by_kind(self, sections: list[Any], node: Node, dotted: str) -> Any:
+    def by_kind(self, sections: Sequence[type], node: Node, dotted: str) -> Any:
         """Among several sections, the one whose `kind` the mapping names; the first when it names none."""
-        named = {get_args(keys_of(section)["kind"].kind)[0]: section for section in sections}
         child = node.value.get("kind")
         if child is None:
             return sections[0]
-        if child.value in named:
-            return named[child.value]
-        return self.report(child.line, f"{dotted}.kind", _not_among(list(named), child))
+        if child.value is BAD:
+            self.bad.add(f"{dotted}.kind")
+            return None
+        named = next((section for section in sections if kind_of(section) == child.value), None)
+        return named or self.report(child.line, f"{dotted}.kind", _not_among(list(map(kind_of, sections)), child))
 
     def items(self, inner: Any, node: Node, dotted: str, key: Key) -> Any:
         if not node.value and source_list(list[inner]):
@@ -226,14 +251,25 @@ def _found(node: Node) -> str:
 
 
 def _not_among(names: list[str], node: Node) -> str:
-    near = closest(node.value, names) if isinstance(node.value, str) else None
-    hint = f"did you mean {near}?" if near is not None else "write one of these"
-    return f"expected {' | '.join(names)}, found {_found(node)}. {hint}"
+    return f"expected {' | '.join(names)}, found {_found(node)}. {_near_kind(names, node.value)}"
+
+
+def _near_kind(names: list[str], value: Any) -> str:
+    """Where the kind is at home, or which is meant."""
+    if not isinstance(value, str):
+        return "write one of these"
+    homes = [stage for stage in STAGES if value in map(kind_of, objectives_of(stage))]
+    if homes:
+        return f"{value} is a kind of rlhf {homes[0]}"
+    near = closest(value, names)
+    return f"did you mean {near}?" if near is not None else "write one of these"
 
 
 def _mismatch(kind: Any, node: Node, key: Key) -> str:
     forms = [shape(arm) for arm in arms(kind)]
     names = [name for arm in arms(kind) if get_origin(arm) is Literal for name in get_args(arm)]
+    if names and key.name == "kind":
+        return _not_among(names, node)
     near = closest(node.value, names) if isinstance(node.value, str) else None
     return f"expected {describe(kind)}, found {_found(node)}. {_advice(node, forms, near, key)}"
 

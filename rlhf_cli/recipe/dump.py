@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.keys import keys_of
-from rlhf_cli.recipe.schema import SftRecipe
+from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.yaml_reader import SCALARS, Unreadable, plain, read
 
 MAY_CHANGE = (
@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "train.tokens_per_device",
     "train.steps",
     "train.epochs",
+    "reference.cache",
     "trackers",
     "output",
 )
@@ -55,18 +56,18 @@ _Dumper.add_representer(
 )
 
 
-def dump_recipe(recipe: SftRecipe, stage: str) -> str:
+def dump_recipe(recipe: Recipe, stage: str) -> str:
     """Every value in force, as a recipe."""
     text: str = yaml.dump(_plain(recipe), Dumper=_Dumper, sort_keys=False, width=math.inf, allow_unicode=True)
     return f"# every value in force; `rlhf {stage} THIS --output OTHER` repeats the run\n{text}"
 
 
-def flatten(recipe: SftRecipe) -> dict[str, object]:
+def flatten(recipe: Recipe) -> dict[str, object]:
     """Dotted key → value. A list of plain values is one value; a list of sections has positions in its keys."""
     return dict(_flat(_plain(recipe), ""))
 
 
-def differences(old_text: str, new: SftRecipe) -> list[tuple[str, object, object]]:
+def differences(old_text: str, new: Recipe) -> list[tuple[str, object, object]]:
     """(key, old, new) for each key whose value differs from a dumped recipe; None where one side lacks the key.
 
     Raises UsageError when the old text is not readable YAML.
@@ -81,7 +82,7 @@ def differences(old_text: str, new: SftRecipe) -> list[tuple[str, object, object
     return [(key, old.get(key), now.get(key)) for key in dict.fromkeys([*now, *old]) if old.get(key) != now.get(key)]
 
 
-def refuse_changes(old_text: str, new: SftRecipe, old_path: str = "recipe.yaml") -> None:
+def refuse_changes(old_text: str, new: Recipe, old_path: str = "recipe.yaml") -> None:
     """Raises UsageError with a table old/new when a resumed run differs in a key that may not change.
 
     `steps` and `epochs` are compared with themselves only: that a run is not shorter than its checkpoint is for the

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from rlhf_cli.recipe.keys import Key, arms, as_yaml, keys_of, section_in
-from rlhf_cli.recipe.schema import LEARNING_RATE, STAGES
+from rlhf_cli.recipe.keys import Key, arms, as_yaml, keys_of, kind_of, objectives_of, sections_in
+from rlhf_cli.recipe.schema import LEARNING_RATE, STAGES, default_learning_rate
 
 WIDTH = 77  # typer indents by two more
 COLUMN = 30
@@ -22,16 +23,32 @@ def key_table(stage: str) -> str:
 
 def _section(section: type, depth: int, stage: str, told: set[Any], lines: list[str]) -> None:
     for key in keys_of(section).values():
-        inner = section_in(key.kind)
-        lines += _entry(key, depth, _meaning(key, stage))
-        if inner is not None and inner not in told:
-            told.add(inner)
-            _section(inner, depth + 1, stage, told, lines)
+        inner = sections_in(key.kind)
+        lines += _entry(f"{key.name}{_default(key)}", depth, _meaning(key, stage))
+        if len(inner) > 1:
+            _kinds(inner, depth + 1, lines)
+        elif inner and inner[0] not in told:
+            told.add(inner[0])
+            _section(inner[0], depth + 1, stage, told, lines)
 
 
-def _entry(key: Key, depth: int, meaning: str) -> list[str]:
-    head = f"{'  ' * depth}{key.name}{_default(key)}"
-    column = " " * COLUMN
+def _kinds(sections: tuple[type, ...], depth: int, lines: list[str]) -> None:
+    """Every kind with its own keys, the default first. A key that means the same as in an earlier kind is only named."""
+    told: set[str] = set()
+    for section in sections:
+        entries = {
+            f"{key.name}{_default(key)}": _entry(f"{key.name}{_default(key)}", depth + 1, _meaning(key, ""))
+            for key in keys_of(section).values()
+            if key.name != "kind"
+        }
+        shared = [head for head, entry in entries.items() if "\n".join(entry) in told]
+        lines += _entry(f"kind: {kind_of(section)}", depth, f"with {', '.join(shared)}" if shared else "")
+        lines += [line for head, entry in entries.items() if head not in shared for line in entry]
+        told |= {"\n".join(entry) for entry in entries.values()}
+
+
+def _entry(head: str, depth: int, meaning: str) -> list[str]:
+    head, column = f"{'  ' * depth}{head}", " " * COLUMN
     told = textwrap.wrap(meaning, WIDTH, initial_indent=column, subsequent_indent=column, break_on_hyphens=False)
     if len(head) >= COLUMN or not told:
         return [head, *told]
@@ -39,17 +56,26 @@ def _entry(key: Key, depth: int, meaning: str) -> list[str]:
 
 
 def _default(key: Key) -> str:
-    if dataclasses.is_dataclass(key.kind):
+    if all(dataclasses.is_dataclass(arm) for arm in arms(key.kind)):
         return ":"
     return ": *" if key.default is dataclasses.MISSING else f": {as_yaml(key.default)}"
 
 
 def _meaning(key: Key, stage: str) -> str:
     choices = [name for arm in arms(key.kind) if get_origin(arm) is Literal for name in get_args(arm)]
-    rates = [f"{LEARNING_RATE[stage, how]:g} {how}" for how in ("lora", "full") if (stage, how) in LEARNING_RATE]
     words = [key.help] if key.help else []
-    if key.name == "learning_rate" and rates:
-        words.append(f"null: {', '.join(rates)}")
+    if key.name == "learning_rate":
+        words.append(f"null: {'; '.join(_rates(stage))}")
     if len(choices) > 1:
         words.append(" | ".join(choices))
     return ". ".join(words)
+
+
+def _rates(stage: str) -> Iterator[str]:
+    """The stage's default rates, and those of kinds that have others."""
+    usual = [LEARNING_RATE[stage, "lora"], LEARNING_RATE[stage, "full"]]
+    yield f"{usual[0]:g} lora, {usual[1]:g} full"
+    for kind in map(kind_of, objectives_of(stage)):
+        rates = [default_learning_rate(stage, kind, "lora"), default_learning_rate(stage, kind, "full")]
+        if rates != usual:
+            yield f"{kind} {rates[0]:g} lora, {rates[1]:g} full"

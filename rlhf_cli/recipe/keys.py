@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from rlhf_cli.recipe.schema import SHORT_FORM
+from rlhf_cli.recipe.schema import ELSEWHERE, SHORT_FORM, STAGES
 
 
 class Key(NamedTuple):
@@ -26,10 +26,10 @@ class Key(NamedTuple):
 
 @cache
 def keys_of(section: type) -> dict[str, Key]:
-    """The keys of one section, in the schema's order."""
+    """The keys of one section, in the schema's order, those marked `last` after the others."""
     hints = get_type_hints(section)
     found = {}
-    for field in dataclasses.fields(section):
+    for field in sorted(dataclasses.fields(section), key=lambda field: field.metadata.get("last", False)):
         name = field.name.removesuffix("_")
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         about = field.metadata
@@ -56,13 +56,22 @@ def shape(kind: Any) -> Any:
     return dict if dataclasses.is_dataclass(kind) else get_origin(kind) or kind
 
 
-def section_in(kind: Any) -> type | None:
-    """The section that stands in this type: itself, in a union, a list or the values of a dict."""
-    for arm in arms(kind):
-        inner = get_args(arm)[-1] if get_origin(arm) in (list, dict) else arm
-        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
-            return inner
-    return None
+def sections_in(kind: Any) -> tuple[type, ...]:
+    """The sections that may stand in this type: itself, in a union, a list or the values of a dict."""
+    inner = (get_args(arm)[-1] if get_origin(arm) in (list, dict) else arm for arm in arms(kind))
+    return tuple(section for section in inner if dataclasses.is_dataclass(section) and isinstance(section, type))
+
+
+def kind_of(section: type) -> str:
+    """The `kind` that chooses this section among others."""
+    name: str = get_args(keys_of(section)["kind"].kind)[0]
+    return name
+
+
+def objectives_of(stage: str) -> tuple[type, ...]:
+    """The kinds of a stage's objective, the default first."""
+    recipe: type = STAGES[stage]
+    return sections_in(keys_of(recipe)["objective"].kind)
 
 
 def source_list(kind: Any) -> tuple[type, str] | None:
@@ -86,13 +95,15 @@ def describe(kind: Any) -> str:
             words.append("a list")
         elif get_origin(arm) is tuple:
             words.append(f"a list of {len(get_args(arm))} numbers")
+        elif dataclasses.is_dataclass(arm) and len(sections_in(kind)) > 1:
+            words.append("keys (kind, …)")
         elif dataclasses.is_dataclass(arm) and isinstance(arm, type):
             names = list(keys_of(arm))
             short = "a path or " if arm in SHORT_FORM else ""
             words.append(f"{short}keys ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
         else:
             words.append(simple.get(arm, "keys with values"))
-    return " or ".join(words)
+    return " or ".join(dict.fromkeys(words))
 
 
 def as_yaml(value: Any) -> str:
@@ -105,16 +116,26 @@ def as_yaml(value: Any) -> str:
 
 
 def walk(section: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
-    """Every (dotted key, key) below a section, list positions and free names left out: data.train.path."""
+    """Every (dotted key, key) below a section, list positions and free names left out: data.train.path.
+
+    Where several sections may stand in one place, the keys of each: a dotted key may come more than once.
+    """
     for key in keys_of(section).values():
         dotted = f"{prefix}{key.name}"
         yield dotted, key
-        inner = section_in(key.kind)
-        if inner is not None:
+        for inner in sections_in(key.kind):
             yield from walk(inner, f"{dotted}.")
 
 
 @cache
 def known_keys(section: type) -> tuple[str, ...]:
     """All dotted keys of a recipe, the shallow ones first."""
-    return tuple(sorted((dotted for dotted, _ in walk(section)), key=lambda dotted: dotted.count(".")))
+    return tuple(sorted(dict.fromkeys(dotted for dotted, _ in walk(section)), key=lambda dotted: dotted.count(".")))
+
+
+@cache
+def keys_elsewhere(section: type) -> frozenset[str]:
+    """Dotted keys that other recipes have and this one has not."""
+    recipes: Iterable[type] = STAGES.values()
+    others = {dotted for recipe in recipes for dotted in known_keys(recipe)}
+    return frozenset(others.union(ELSEWHERE).difference(known_keys(section)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.build import SHOWN, Builder, lines_of, spell_out
 from rlhf_cli.recipe.checks import findings
-from rlhf_cli.recipe.schema import STAGES, SftRecipe
+from rlhf_cli.recipe.schema import STAGES, Recipe
 from rlhf_cli.recipe.suggest import closest
 from rlhf_cli.recipe.yaml_reader import BAD, MAX_BYTES, Node, Problem, Unreadable, decode, plain, read
 
@@ -27,7 +27,7 @@ RIVALS = {
 class Loaded:
     """A recipe and where each of its keys stands: line in the file, from 1, or 0 for the command line."""
 
-    recipe: SftRecipe
+    recipe: Recipe
     stage: str
     path: Path
     lines: dict[str, int]

@@ -8,22 +8,28 @@ type cannot say. A key without a default is required.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
+from rlhf_cli.fields import key
+from rlhf_cli.objectives.base import Objective
+from rlhf_cli.objectives.bco import Bco, UnpairedBco
+from rlhf_cli.objectives.bradley_terry import BradleyTerry
+from rlhf_cli.objectives.cal_dpo import CalDpo
+from rlhf_cli.objectives.dpo import Dpo
+from rlhf_cli.objectives.hinge import Hinge
+from rlhf_cli.objectives.ipo import Ipo
+from rlhf_cli.objectives.kto import Kto
+from rlhf_cli.objectives.odpo import Odpo
+from rlhf_cli.objectives.orpo import Orpo
+from rlhf_cli.objectives.pairs import AllPairs
+from rlhf_cli.objectives.plackett_luce import PlackettLuce, PlackettLuceReward
+from rlhf_cli.objectives.rebel import Rebel
+from rlhf_cli.objectives.robust import Robust
 from rlhf_cli.objectives.sft import Sft
-
-
-def key(
-    default: Any = MISSING, help: str = "", *, low: float | None = None, high: float | None = None, path: bool = False
-) -> Any:
-    """A dataclass field with a one-line help, inclusive bounds, and whether ${ENV} is expanded in it."""
-    metadata = {"help": help, "low": low, "high": high, "path": path}
-    if default is MISSING:
-        return field(metadata=metadata)
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from rlhf_cli.objectives.simpo import Simpo
+from rlhf_cli.objectives.slic import Slic
+from rlhf_cli.objectives.squared import Squared
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
+    """Where rows come from and how they are read."""
+
     train: list[Source] = key(help="a path, or a list of sources")
     eval: list[Source] | None = key(None, "the same, held out")
     holdout: float = key(0.0, "seeded share of train that is held out, chosen by prompt", low=0.0, high=0.9)
@@ -74,6 +82,15 @@ class Data:
     control_tokens: Literal["reject", "keep"] = key("reject", "text that contains the tokenizer's control tokens")
     max_lost: float = key(0.05, "exit 2 if more than this share of rows is dropped or truncated", low=0.0, high=1.0)
     shuffle: bool = key(True, "false: file order")
+
+    @property
+    def train_on(self) -> Literal["all", "last"]:
+        """Which assistant turns are supervised: comparing responses says nothing about the turns before them."""
+        return "last"
+
+
+@dataclass(frozen=True)
+class SftData(Data):
     train_on: Literal["all", "last"] = key("all", "which assistant turns of a conversation are supervised")
 
 
@@ -112,40 +129,195 @@ class Train:
 
 
 @dataclass(frozen=True)
-class SftRecipe:
-    """`rlhf sft`."""
+class Reference:
+    model: str = key("start", "start: the weights that this stage starts from; base: the bare base model; a path", path=True)
+    cache: bool = key(True, "compute its log-probabilities once and keep them; false: again in every step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The keys of every stage."""
+
+    stage: ClassVar[str]
 
     model: Model
-    data: Data
-    output: str = key(help="the run folder", path=True)
     lora: Lora | Literal["auto"] | None = key(
         "auto", "auto: the parent's adapter goes on, else r 16 on all linear layers; null: train all weights"
     )
+    data: Data
     train: Train = field(default_factory=Train)
+    objective: Objective
+    seed: int = key(0, "of everything that is random", low=0, high=2**32 - 1, last=True)
+    output: str = key(help="the run folder", path=True, last=True)
+    trackers: list[str] = key([], "tensorboard, wandb, mlflow, trackio, …; offline files are always written", last=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftRecipe(Recipe):
+    """`rlhf sft`."""
+
+    stage: ClassVar[str] = "sft"
+
+    data: SftData
     objective: Sft = field(default_factory=Sft)
-    seed: int = key(0, "of everything that is random", low=0, high=2**32 - 1)
-    trackers: list[str] = key([], "tensorboard, wandb, mlflow, trackio, …; offline files are always written")
 
 
-STAGES: dict[str, type[SftRecipe]] = {"sft": SftRecipe}
+@dataclass(frozen=True, kw_only=True)
+class TrainRmRecipe(Recipe):
+    """`rlhf train-rm`."""
+
+    stage: ClassVar[str] = "train-rm"
+
+    objective: BradleyTerry | PlackettLuceReward | AllPairs = field(default_factory=BradleyTerry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectRecipe(Recipe):
+    """The keys of every stage that compares the policy with a reference."""
+
+    reference: Reference = field(default_factory=Reference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoRecipe(DirectRecipe):
+    """`rlhf dpo`."""
+
+    stage: ClassVar[str] = "dpo"
+
+    objective: Dpo | Robust | Hinge | Squared | Slic | Simpo | Orpo | Odpo | CalDpo | Rebel | Bco | PlackettLuce = field(
+        default_factory=Dpo
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IpoRecipe(DirectRecipe):
+    """`rlhf ipo`."""
+
+    stage: ClassVar[str] = "ipo"
+
+    objective: Ipo = field(default_factory=Ipo)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KtoRecipe(DirectRecipe):
+    """`rlhf kto`."""
+
+    stage: ClassVar[str] = "kto"
+
+    objective: Kto | UnpairedBco = field(default_factory=Kto)
+
+
+STAGES: dict[str, type[Recipe]] = {recipe.stage: recipe for recipe in (SftRecipe, TrainRmRecipe, DpoRecipe, IpoRecipe, KtoRecipe)}
 """Stage name → its recipe. What a stage's recipe does not name has no effect there and is rejected."""
 
-ELSEWHERE = ("reference", "rollout", "reward", "reward_combine", "kl", "value", "ptx", "gold", "models", "prompts", "preferences")
-"""Top-level keys of other stages: their meaning is known, so a stage without them says that they have no effect in it."""
+ELSEWHERE = ("rollout", "reward", "reward_combine", "kl", "value", "ptx", "gold", "models", "prompts", "preferences")
+"""Top-level keys that none of these stages has but others do: they too are said to have no effect."""
 
 SHORT_FORM: dict[type, str] = {Source: "path"}
 """Where a list of these is expected, one may stand alone, and a plain text stands for one with this key alone."""
 
+_PAIRS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/saturated",
+    "logps/chosen",
+    "logps/rejected",
+    "logratio/mean",
+)
+
 METRICS: dict[str, tuple[str, ...]] = {
-    "sft": ("loss", "perplexity", "token_accuracy", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch"),
+    "sft": ("loss", "perplexity", "token_accuracy"),
+    "train-rm": ("loss", "accuracy", "margin", "score_mean", "score_std"),
+    "dpo": _PAIRS,
+    "ipo": (*_PAIRS, "margin/target", "margin/logratio"),
+    "kto": (
+        "loss",
+        "rewards/desirable",
+        "rewards/undesirable",
+        "rewards/margins",
+        "logps/desirable",
+        "logps/undesirable",
+        "logratio/mean",
+        "kl",
+    ),
 }
-"""Stage → the metrics that `keep_best` and `stop_if` can watch; the first three are those of held-out lines too."""
+"""Stage → the metrics of its held-out and training lines: what `keep_best` can watch."""
 
-LEARNING_RATE = {("sft", "lora"): 2e-4, ("sft", "full"): 2e-5}
-"""(stage, lora | full) → default. LoRA wants about 10× the rate of full fine-tuning.
+KINDS_WITHOUT = {"logratio/mean": ("slic", "simpo", "orpo"), "kl": ("bco",)}
+"""Metric → kinds of its stage that do not have it: they need no reference, or no z0."""
 
-Schulman et al. 2025, "LoRA Without Regret".
+TRAINING_METRICS = ("grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch")
+"""What training lines of every stage have beside them; `stop_if` can watch all."""
+
+
+def metrics_of(recipe: Recipe) -> tuple[str, ...]:
+    """The metrics of a recipe's held-out lines, those that its kind does not have left out."""
+    kind = recipe.objective.kind
+    return tuple(name for name in METRICS[recipe.stage] if kind not in KINDS_WITHOUT.get(name, ()))
+
+
+def learning_rate_of(recipe: Recipe) -> float:
+    """The learning rate in force: the recipe's own, else the default of its stage, kind, and LoRA or all weights."""
+    if recipe.train.learning_rate is not None:
+        return recipe.train.learning_rate
+    return default_learning_rate(recipe.stage, recipe.objective.kind, _trained(recipe))
+
+
+def sane_learning_rate(recipe: Recipe) -> tuple[float, float]:
+    """The lowest and highest rate at which a run of this recipe does not warn."""
+    return SANE_LEARNING_RATE[recipe.stage, _trained(recipe)]
+
+
+def default_learning_rate(stage: str, kind: str, trained: Trained) -> float:
+    """The default of one kind of a stage."""
+    return KIND_LEARNING_RATE.get((stage, kind, trained), LEARNING_RATE[stage, trained])
+
+
+def _trained(recipe: Recipe) -> Trained:
+    return "full" if recipe.lora is None else "lora"
+
+
+Trained = Literal["lora", "full"]
+
+LEARNING_RATE: dict[tuple[str, Trained], float] = {
+    ("sft", "lora"): 2e-4,
+    ("sft", "full"): 2e-5,
+    ("train-rm", "lora"): 1e-4,
+    ("train-rm", "full"): 1e-5,
+    ("dpo", "lora"): 1e-5,
+    ("dpo", "full"): 1e-6,
+    ("ipo", "lora"): 1e-5,
+    ("ipo", "full"): 1e-6,
+    ("kto", "lora"): 1e-5,
+    ("kto", "full"): 1e-6,
+}
+"""(stage, lora | full) → default.
+
+LoRA wants about 10× the rate of full fine-tuning: Schulman et al. 2025, "LoRA Without Regret". Full fine-tuning: train-rm as
+Touvron et al. 2023, §3.2.2; dpo as Rafailov et al. 2023, app. B (later work went down to 5e-7: Tunstall et al. 2023, Lambert et
+al. 2024); ipo as dpo, since Azar et al. 2023 train no language model; kto inside Ethayarajh et al. 2024's 5e-7 … 5e-6.
 """
 
-SANE_LEARNING_RATE = {"lora": (1e-6, 2e-3), "full": (1e-7, 3e-4)}
-"""Outside this range a run warns."""
+KIND_LEARNING_RATE: dict[tuple[str, str, Trained], float] = {
+    ("dpo", "simpo", "lora"): 5e-6,
+    ("dpo", "simpo", "full"): 5e-7,
+    ("dpo", "orpo", "lora"): 8e-5,
+    ("dpo", "orpo", "full"): 8e-6,
+}
+"""(stage, kind, lora | full) → default, where a kind wants another than its stage.
+
+simpo: Meng et al. 2024 searched 3e-7 … 1e-6. orpo: Hong et al. 2024; it is supervised fine-tuning as well.
+"""
+
+SANE_LEARNING_RATE: dict[tuple[str, Trained], tuple[float, float]] = {
+    ("sft", "lora"): (1e-6, 2e-3),
+    ("sft", "full"): (1e-7, 3e-4),
+    ("train-rm", "lora"): (1e-6, 1e-3),
+    ("train-rm", "full"): (1e-7, 1e-4),
+    **{(stage, "lora"): (5e-7, 5e-4) for stage in ("dpo", "ipo", "kto")},
+    **{(stage, "full"): (5e-8, 5e-5) for stage in ("dpo", "ipo", "kto")},
+}
+"""(stage, lora | full) → outside this range a run warns. Direct objectives diverge, or forget, at rates that suit SFT."""

@@ -44,6 +44,16 @@ FROM_OTHER_TOOLS = {
     "lora_dropout": "lora.dropout",
     "lora_target": "lora.target_modules",
     "lora_target_modules": "lora.target_modules",
+    "loss_type": "objective.kind",
+    "pref_loss": "objective.kind",
+    "pref_beta": "objective.beta",
+    "rpo_alpha": "objective.sft_weight",
+    "desirable_weight": "objective.lambda_d",
+    "undesirable_weight": "objective.lambda_u",
+    "center_rewards_coefficient": "objective.center_coef",
+    "ref_model": "reference.model",
+    "reference_model": "reference.model",
+    "precompute_ref_log_probs": "reference.cache",
 }
 """Names that people bring along from other trainers → ours."""
 

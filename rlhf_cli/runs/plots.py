@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rlhf_cli.runs.files import disk_error, write_atomic
 from rlhf_cli.runs.verdict import Lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TRAIN, HELD_OUT = "#4878a8", "#c44e52"
+CHOSEN, REJECTED = "#4878a8", "#b8860b"
+CHOSEN_HELD_OUT, REJECTED_HELD_OUT = "#1b3a5c", "#6b4a00"
 SMOOTH_FROM = 40
 """From this many points on a line is drawn pale, with its moving average over it."""
 
-
-def draw_plots(folder: Path, train: Lines, held_out: Lines) -> list[tuple[str, str]]:
-    """Write the PNGs for which there are numbers; their (title, file name) in the order of reading."""
-    # A read-only home makes matplotlib warn about its cache; the pictures are the same.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise disk_error(folder, error) from error
-    drawn = []
-    for name, title, unit, draw in PLOTS:
-        if data := draw(train, held_out):
-            write_atomic(folder / f"{name}.png", _png(title, unit, data))
-            drawn.append((title, f"{name}.png"))
-    return drawn
-
-
 Kind = Literal["noisy", "exact", "rare"]
 """noisy: also as a moving average; rare: measured now and then, so the points are marked."""
+
+
+class Series(NamedTuple):
+    """A metric of the lines of one split, as a curve to draw where there are such lines."""
+
+    key: str
+    label: str
+    colour: str
+    split: Literal["train", "eval"]
+    kind: Kind
+    before: int  # 1: a train line's figure is of the weights before its update, an eval line's of those after
 
 
 class Curve(NamedTuple):
@@ -49,35 +45,96 @@ class Curve(NamedTuple):
     kind: Kind
 
 
-def _loss(train: Lines, held_out: Lines) -> list[Curve]:
-    # A train line's loss is of the weights before its update, an eval line's of those after: k − 1 and k updates.
-    curves = [
-        _curve("training", TRAIN, train, "loss", "noisy", before=1),
-        _curve("held-out rows", HELD_OUT, held_out, "loss", "rare"),
-    ]
-    return [curve for curve in curves if curve.steps]
+def _measured(key: str, label: str = "", colours: tuple[str, str] = (TRAIN, HELD_OUT)) -> tuple[Series, Series]:
+    """A metric on the batches of the training and on the held-out rows."""
+    prefix = f"{label}, " if label else ""
+    return (
+        Series(key, f"{prefix}training", colours[0], "train", "noisy", 1),
+        Series(key, f"{prefix}held-out rows", colours[1], "eval", "rare", 0),
+    )
 
 
-def _learning_rate(train: Lines, held_out: Lines) -> list[Curve]:
-    curve = _curve("learning rate", TRAIN, train, "learning_rate", "exact")
-    return [curve] if curve.steps else []
+BETTER, WORSE = (CHOSEN, CHOSEN_HELD_OUT), (REJECTED, REJECTED_HELD_OUT)
 
-
-def _speed(train: Lines, held_out: Lines) -> list[Curve]:
-    curve = _curve("tokens per second", TRAIN, train, "tokens_per_second", "noisy")
-    return [curve] if curve.steps else []
-
-
-PLOTS: tuple[tuple[str, str, str, Callable[[Lines, Lines], list[Curve]]], ...] = (
-    ("loss", "Loss", "nats per token", _loss),
-    ("learning_rate", "Learning rate", "learning rate", _learning_rate),
-    ("tokens_per_second", "Speed", "tokens per second", _speed),
+PLOTS: tuple[tuple[str, str, str, tuple[Series, ...]], ...] = (
+    ("loss", "Loss", "loss", _measured("loss")),
+    ("accuracy", "Accuracy", "share of pairs in their order", (*_measured("accuracy"), *_measured("rewards/accuracies"))),
+    ("margin", "Margin", "score or implicit reward", (*_measured("margin"), *_measured("rewards/margins"))),
+    (
+        "rewards",
+        "Implicit rewards",
+        "implicit reward",
+        (
+            *_measured("rewards/chosen", "chosen", BETTER),
+            *_measured("rewards/rejected", "rejected", WORSE),
+            *_measured("rewards/desirable", "desirable", BETTER),
+            *_measured("rewards/undesirable", "undesirable", WORSE),
+        ),
+    ),
+    (
+        "logps",
+        "Log-probabilities of the responses",
+        "nats per response",
+        (
+            *_measured("logps/chosen", "chosen", BETTER),
+            *_measured("logps/rejected", "rejected", WORSE),
+            *_measured("logps/desirable", "desirable", BETTER),
+            *_measured("logps/undesirable", "undesirable", WORSE),
+        ),
+    ),
+    ("kl", "KL estimate z0", "nats per response", _measured("kl")),
+    (
+        "learning_rate",
+        "Learning rate",
+        "learning rate",
+        (Series("learning_rate", "learning rate", TRAIN, "train", "exact", 0),),
+    ),
+    (
+        "tokens_per_second",
+        "Speed",
+        "tokens per second",
+        (Series("tokens_per_second", "tokens per second", TRAIN, "train", "noisy", 0),),
+    ),
 )
+"""(file name, title, unit, what is drawn) in the order of reading; what a run did not measure is left out."""
 
 
-def _curve(label: str, colour: str, lines: Lines, key: str, kind: Kind, *, before: int = 0) -> Curve:
-    found = [line for line in lines if key in line]
-    return Curve(label, colour, [line["step"] - before for line in found], [line[key] for line in found], kind)
+def draw_plots(folder: Path, train: Lines, held_out: Lines) -> list[tuple[str, str]]:
+    """Write the PNGs for which there are numbers; their (title, file name) in the order of reading."""
+    _prepare(folder)
+    lines = {"train": train, "eval": held_out}
+    drawn = []
+    for name, title, unit, series in PLOTS:
+        if curves := [_curve(each, lines[each.split]) for each in series if any(each.key in line for line in lines[each.split])]:
+            write_atomic(folder / f"{name}.png", _curves_png(title, unit, curves))
+            drawn.append((title, f"{name}.png"))
+    return drawn
+
+
+def draw_card(folder: Path, card: dict[str, Any]) -> list[tuple[str, str]]:
+    """Write reliability.png and margins.png from a reward model's card; nothing where it has no pairs."""
+    if not card["pairs"]:
+        return []
+    _prepare(folder)
+    write_atomic(folder / "reliability.png", _reliability_png(card["reliability"]))
+    write_atomic(folder / "margins.png", _margins_png(card["margins"]))
+    return [("Reliability", "reliability.png"), ("Margins of held-out pairs", "margins.png")]
+
+
+def _prepare(folder: Path) -> None:
+    # A read-only home makes matplotlib warn about its cache; the pictures are the same.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise disk_error(folder, error) from error
+
+
+def _curve(series: Series, lines: Lines) -> Curve:
+    """A line that lacks the metric (a batch of one class) is a step over."""
+    found = [line for line in lines if series.key in line]
+    steps, values = [line["step"] - series.before for line in found], [line[series.key] for line in found]
+    return Curve(series.label, series.colour, steps, values, series.kind)
 
 
 def moving_average(values: list[float], reach: int) -> list[float]:
@@ -91,27 +148,59 @@ def moving_average(values: list[float], reach: int) -> list[float]:
     return [sum(values[place - side : place + side + 1]) / (2 * side + 1) for place, side in enumerate(sides)]
 
 
-def _png(title: str, unit: str, curves: list[Curve]) -> bytes:
+def _axes(title: str, across: str, up: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.2, 4.0), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for curve in curves:
-        _draw(axes, curve)
     axes.set_title(title, loc="left")
-    axes.set_xlabel("optimiser steps")
-    axes.set_ylabel(unit)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 5))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(curves) > 1 or _is_smoothed(curves[0]):
-        axes.legend(frameon=False)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
+
+
+def _curves_png(title: str, unit: str, curves: list[Curve]) -> bytes:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _axes(title, "optimiser steps", unit)
+    for curve in curves:
+        _draw(axes, curve)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(curves) > 1 or _is_smoothed(curves[0]):
+        axes.legend(frameon=False)
+    return _png(figure)
+
+
+def _reliability_png(bins: list[dict[str, Any]]) -> bytes:
+    figure, axes = _axes("Reliability", "confidence σ(|margin|)", "share of pairs in their order")
+    most = max(each["count"] for each in bins)
+    middles, heights = [(each["low"] + each["high"]) / 2 for each in bins], [0.4 * each["count"] / most for each in bins]
+    axes.bar(middles, heights, width=0.045, color="#dde5ee", label=f"pairs (the highest bar: {most:,})")
+    axes.plot([0.5, 1], [0.5, 1], color="#888888", linestyle="--", linewidth=1.2, label="perfectly calibrated")
+    confidence, accuracy = [each["confidence"] for each in bins], [each["accuracy"] for each in bins]
+    axes.plot(confidence, accuracy, color=HELD_OUT, marker="o", linewidth=1.6, label="this model")
+    axes.set_ylim(0, 1.05)
+    axes.legend(frameon=False, loc="upper left")
+    return _png(figure)
+
+
+def _margins_png(margins: dict[str, Any]) -> bytes:
+    figure, axes = _axes("Margins of held-out pairs", "score of the better response less score of the worse", "pairs")
+    edges = margins["edges"]
+    colours = [TRAIN if low >= 0 else HELD_OUT for low in edges[:-1]]
+    axes.bar(edges[:-1], margins["counts"], width=edges[1] - edges[0], align="edge", color=colours, edgecolor="white")
+    axes.axvline(0, color="#444444", linewidth=1.0)
+    return _png(figure)
 
 
 def _is_smoothed(curve: Curve) -> bool:

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rlhf_cli.runs.card import model_card
 from rlhf_cli.runs.files import write_atomic
 from rlhf_cli.runs.folder import RunFolder, read_metrics
-from rlhf_cli.runs.plots import draw_plots
-from rlhf_cli.runs.verdict import Lines, ends, held_out_verdict, train_verdict
+from rlhf_cli.runs.markdown import cell, duration, percent, table
+from rlhf_cli.runs.plots import draw_card, draw_plots
+from rlhf_cli.runs.verdict import Lines, ends, held_out_verdict, length_verdict, moved, preference_verdict, train_verdict
 
-STAGE_NAMES = {"sft": "supervised fine-tuning"}
-HELD_OUT = (("loss", "held-out loss"), ("perplexity", "held-out perplexity"), ("token_accuracy", "held-out token accuracy"))
+STAGE_NAMES = {
+    "sft": "supervised fine-tuning",
+    "train-rm": "reward model",
+    "dpo": "direct preference optimisation",
+    "ipo": "identity preference optimisation",
+    "kto": "Kahneman–Tversky optimisation",
+}
+SHOWN = (
+    ("loss", "loss"),
+    ("perplexity", "perplexity"),
+    ("token_accuracy", "token accuracy"),
+    ("accuracy", "accuracy"),
+    ("margin", "margin"),
+    ("rewards/accuracies", "accuracy of the implicit reward"),
+    ("rewards/margins", "margin of the implicit reward"),
+    ("rewards/chosen", "implicit reward, chosen"),
+    ("rewards/rejected", "implicit reward, rejected"),
+    ("rewards/saturated", "saturated pairs"),
+    ("rewards/desirable", "implicit reward, desirable"),
+    ("rewards/undesirable", "implicit reward, undesirable"),
+    ("kl", "KL estimate z0"),
+    ("logps/chosen", "log-probability, chosen"),
+    ("logps/rejected", "log-probability, rejected"),
+    ("logps/desirable", "log-probability, desirable"),
+    ("logps/undesirable", "log-probability, undesirable"),
+    ("logratio/mean", "mean log-ratio to the reference"),
+    ("margin/logratio", "difference of the log-ratios"),
+    ("margin/target", "its target"),
+)
+"""Metrics of the first table in their order, as far as a run has them."""
 PROMPT_LENGTH, RESPONSE_LENGTH = 400, 800
 """Characters of a sample that are shown."""
 
@@ -29,6 +58,7 @@ class Story(NamedTuple):
     data: dict[str, Any]
     adapter: dict[str, Any] | None  # adapter_config.json; None after a training of all weights
     plots: list[tuple[str, str]]  # (title, file name)
+    card_plots: list[tuple[str, str]]
 
 
 def write_report(run: RunFolder, manifest: dict[str, Any]) -> None:
@@ -46,6 +76,7 @@ def write_report(run: RunFolder, manifest: dict[str, Any]) -> None:
         data=json.loads(run.data.read_bytes()),
         adapter=json.loads(config.read_bytes()) if config.exists() else None,
         plots=draw_plots(run.plots, train, held_out),
+        card_plots=draw_card(run.plots, manifest["reward_model"]) if "reward_model" in manifest else [],
     )
     parts = (section(story) for section in SECTIONS)
     write_atomic(run.report, "\n\n".join(part for part in parts if part) + "\n")
@@ -72,19 +103,20 @@ def _sources(split: dict[str, Any]) -> str:
 
 
 def _learned(story: Story) -> str:
-    rows = []
-    if story.train:
-        rows.append(_moved("training loss", *ends([line["loss"] for line in story.train])))
-    for key, name in HELD_OUT if story.held_out else ():
-        if key in story.held_out[0] and key in story.held_out[-1]:
-            rows.append(_moved(name, story.held_out[0][key], story.held_out[-1][key]))
-    words = [*train_verdict(story.train), *held_out_verdict(story.train, story.held_out)]
+    train, held_out = story.train, story.held_out
+    rows = [_moved("training loss", *ends([line["loss"] for line in train]))] if train else []
+    where = "held-out" if held_out else "training"
+    for key, name in SHOWN:
+        if (held_out or key != "loss") and (figures := moved(train, held_out, key)):
+            rows.append(_moved(f"{where} {name}", *figures))
+    kept = story.data["eval"]["kept"] if story.data["eval"] else 0
+    words = [*train_verdict(train), *held_out_verdict(train, held_out), *preference_verdict(train, held_out, kept)]
     pictures = [f"![{title}](plots/{name})" for title, name in story.plots]
-    return "\n\n".join(["## Did it learn?", *words, _table(("", "start", "end", "change"), rows), *pictures])
+    return "\n\n".join(["## Did it learn?", *words, table(("", "start", "end", "change"), rows), *pictures])
 
 
 def _moved(name: str, first: float, last: float) -> tuple[str, str, str, str]:
-    return name, f"{first:.4g}", f"{last:.4g}", _percent((last - first) / abs(first), "+") if first else "n/a"
+    return name, f"{first:.4g}", f"{last:.4g}", percent((last - first) / abs(first), "+") if first else "n/a"
 
 
 def _samples(story: Story) -> str:
@@ -95,15 +127,21 @@ def _samples(story: Story) -> str:
         return ""
     start, end = min(line["step"] for line in story.samples), max(line["step"] for line in story.samples)
     rows = [
-        (_cell(prompt, PROMPT_LENGTH), _response(lines, start), _response(lines, end)) for (_, prompt), lines in by_prompt.items()
+        (cell(prompt, PROMPT_LENGTH), _response(lines, start), _response(lines, end)) for (_, prompt), lines in by_prompt.items()
     ]
-    table = _table(("prompt", f"before (step {start})", f"after (step {end})"), rows)
-    return "\n\n".join(["## Samples", "The same prompts before and after. All of them over time: `samples.jsonl`.", table])
+    words = ["The same prompts before and after. All of them over time: `samples.jsonl`.", length_verdict(story.samples)]
+    before_after = table(("prompt", f"before (step {start})", f"after (step {end})"), rows)
+    return "\n\n".join(["## Samples", *(said for said in words if said), before_after])
+
+
+def _card(story: Story) -> str:
+    card = story.manifest.get("reward_model")
+    return model_card(card, story.card_plots) if card else ""
 
 
 def _response(lines: Lines, step: int) -> str:
     shown = [
-        _cell(line["response"], RESPONSE_LENGTH) + ("" if line["ended"] else " _(did not end)_")
+        cell(line["response"], RESPONSE_LENGTH) + ("" if line["ended"] else " _(did not end)_")
         for line in lines
         if line["step"] == step
     ]
@@ -117,14 +155,14 @@ def _data(story: Story) -> str:
     for reason in sorted({reason for part in parts for reason in part["dropped"]}):
         rows.append((f"dropped: {reason}", *(f"{part['dropped'].get(reason, 0):,}" for part in parts)))
     rows.append(_counts("truncated", parts, "truncated"))
-    rows.append(("responses that end (EOS)", *(_percent(part["eos_share"]) for part in parts)))
+    rows.append(("responses that end (EOS)", *(percent(part["eos_share"]) for part in parts)))
     for kind in ("prompt", "response", "total"):
         rows.append((f"tokens, {kind}: median / 90 % / 99 % / longest", *(_lengths(part["lengths"].get(kind)) for part in parts)))
     words = [_source(name, source) for name, part in splits for source in part["sources"]]
     eos = story.data["train"]["eos_share"]
     if eos is not None and eos < 1:
-        words.append(f"\n**{_percent(1 - eos)} of the training responses have no end**: they do not teach the model to stop.")
-    return "\n\n".join(["## Data", _table(("", *(name for name, _ in splits)), rows), "\n".join(words)])
+        words.append(f"\n**{percent(1 - eos)} of the training responses have no end**: they do not teach the model to stop.")
+    return "\n\n".join(["## Data", table(("", *(name for name, _ in splits)), rows), "\n".join(words)])
 
 
 def _counts(label: str, parts: list[dict[str, Any]], key: str) -> tuple[str, ...]:
@@ -135,10 +173,6 @@ def _source(split: str, source: dict[str, Any]) -> str:
     counts = {**source["unused"], **source["bad"]}
     bad = "".join(f", {count:,} {reason}" for reason, count in counts.items())
     return f"- {split}: `{source['path']}` ({source['format']}), {source['kept']:,} of {source['read']:,} rows kept{bad}"
-
-
-def _percent(share: float | None, sign: str = "") -> str:
-    return "n/a" if share is None else f"{100 * share:{sign}.1f} %"
 
 
 def _lengths(stats: dict[str, float] | None) -> str:
@@ -152,7 +186,18 @@ def _cost(story: Story) -> str:
 
 
 def _load(story: Story) -> str:
-    base, model = story.manifest["base_model"], story.run.model.as_posix()
+    lines = story.manifest.get("load") or _policy_lines(story)
+    code = "\n".join(["```python", *lines, "```"])
+    run = story.run.path.as_posix()
+    onward = f"In the recipe of the next stage: `model: {{path: {run}}}`."
+    if "reward_model" not in story.manifest:
+        onward += f" As one plain folder: `rlhf export {run} <folder> --merge`."
+    return f"## The model\n\nIt is in `{story.run.model.as_posix()}`. To load it:\n\n{code}\n\n{onward}"
+
+
+def _policy_lines(story: Story) -> list[str]:
+    """The code that loads a policy."""
+    base, model = story.manifest["base_model"], json.dumps(story.run.model.as_posix())
     revision = f", revision={json.dumps(base['revision'])}" if base["revision"] else ""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if story.adapter:
@@ -160,16 +205,11 @@ def _load(story: Story) -> str:
             "from peft import PeftModel",
             *lines,
             f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base['path'])}{revision})",
-            f"model = PeftModel.from_pretrained(base, {json.dumps(model)})",
+            f"model = PeftModel.from_pretrained(base, {model})",
         ]
     else:
-        lines.append(f"model = AutoModelForCausalLM.from_pretrained({json.dumps(model)})")
-    code = "\n".join(["```python", *lines, f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(model)})", "```"])
-    run = story.run.path.as_posix()
-    onward = (
-        f"In the recipe of the next stage: `model: {{path: {run}}}`. As one plain folder: `rlhf export {run} <folder> --merge`."
-    )
-    return f"## The model\n\nIt is in `{model}`. To load it:\n\n{code}\n\n{onward}"
+        lines.append(f"model = AutoModelForCausalLM.from_pretrained({model})")
+    return [*lines, f"tokenizer = AutoTokenizer.from_pretrained({model})"]
 
 
 def _lineage(story: Story) -> str:
@@ -183,27 +223,4 @@ def _lineage(story: Story) -> str:
     return "\n\n".join(["## Where it comes from", "\n".join(lines), again])
 
 
-SECTIONS: tuple[Callable[[Story], str], ...] = (_head, _learned, _samples, _data, _cost, _load, _lineage)
-
-
-def _cell(text: str, length: int) -> str:
-    """Any text as one cell of a Markdown table that shows it literally."""
-    shown = text if len(text) <= length else text[:length] + "…"
-    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", shown.replace("\r\n", "\n"))
-    return re.sub(r"([\\`*_\[\]|<>~$&])", r"\\\1", shown.strip("\n")).replace("\n", "<br>")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
-
-
-def duration(seconds: float) -> str:
-    """In two units.
-
-    >>> duration(3725.0)
-    '1 h 2 min'
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+SECTIONS: tuple[Callable[[Story], str], ...] = (_head, _learned, _card, _samples, _data, _cost, _load, _lineage)

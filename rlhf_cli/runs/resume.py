@@ -18,12 +18,12 @@ INPUTS = "inputs.json"
 """Hashes of the base model, the parent, the template and the data of a run."""
 
 
-def record_inputs(run: RunFolder, recipe: schema.SftRecipe, stage: str, inputs: dict[str, Any]) -> None:
+def record_inputs(run: RunFolder, recipe: schema.Recipe, stage: str, inputs: dict[str, Any]) -> None:
     write_atomic(run.recipe, dump_recipe(recipe, stage))
     write_json(run.path / INPUTS, inputs)
 
 
-def refuse_other_inputs(run: RunFolder, recipe: schema.SftRecipe, inputs: dict[str, Any]) -> None:
+def refuse_other_inputs(run: RunFolder, recipe: schema.Recipe, inputs: dict[str, Any]) -> None:
     """Raises UsageError when the recipe, the data or the parent changed since the run was started."""
     if not run.recipe.exists():
         return

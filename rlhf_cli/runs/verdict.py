@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from rlhf_cli.runs.markdown import percent
 
 Lines = list[dict[str, Any]]
 RISE = 1.01
 """Held-out loss this far above its lowest is a rise and not noise."""
+DISPLACED = 0.01
+"""A log-probability of the chosen responses that falls by more than this share of itself is displacement."""
+DRIFT = 0.25
+"""A mean length that changes by more than this share is drift."""
+NORMAL_95 = 1.959963984540054
+"""97.5 % of a standard normal lies below."""
 
 
 def window(count: int) -> int:
@@ -63,3 +72,116 @@ def _train_since(train: Lines, step: int) -> tuple[float, float] | None:
     if len(later) < 2 * size:
         return None
     return sum(later[:size]) / size, sum(later[-size:]) / size
+
+
+def moved(train: Lines, held_out: Lines, key: str) -> tuple[float, float] | None:
+    """A metric at the start and at the end: on held-out rows, else `ends` of the training; None without two measurements."""
+    values = [line[key] for line in held_out or train if key in line]
+    if len(values) < 2:
+        return None
+    return (values[0], values[-1]) if held_out else ends(values)
+
+
+def preference_verdict(train: Lines, held_out: Lines, rows: int) -> list[str]:
+    """What the implicit rewards and log-probabilities of preferred responses say; nothing where a run has none.
+
+    `rows`: held-out ones, the observations of an interval.
+    """
+    where = "held-out" if held_out else "training"
+
+    def of(key: str) -> tuple[float, float] | None:
+        return moved(train, held_out, key)
+
+    words = []
+    if accuracies := of("rewards/accuracies"):
+        words.append(_accuracy(accuracies[1], where, rows if held_out else 0))
+    if (desirable := of("rewards/desirable")) and (undesirable := of("rewards/undesirable")):
+        words.append(_classes(desirable[1], undesirable[1], where))
+    for better, worse in (("chosen", "rejected"), ("desirable", "undesirable")):
+        if (margins := of("rewards/margins")) and (logps := of(f"logps/{better}")):
+            words.append(_displacement(better, worse, logps, margins, where))
+    if (logratio := of("margin/logratio")) and (target := of("margin/target")):
+        words.append(_distance_to_target(logratio[1], target[1], where))
+    elif saturated := of("rewards/saturated"):
+        words.append(_saturation(saturated[1], where))
+    return words
+
+
+def _accuracy(share: float, where: str, rows: int) -> str:
+    said = f"The implicit reward prefers the chosen response in {percent(share)} of the {where} pairs"
+    if not rows:
+        return f"{said}."
+    low, high = wilson(share, rows)
+    said += f" (95 % interval {percent(low)} to {percent(high)}, each of {rows:,} rows one observation)"
+    return f"**{said}: that cannot be told from guessing.**" if low <= 0.5 else f"{said}."
+
+
+def _classes(desirable: float, undesirable: float, where: str) -> str:
+    said = f"the mean implicit reward of {where} desirable responses is {desirable:.4g}, of undesirable ones {undesirable:.4g}"
+    if desirable > undesirable:
+        return f"At the end {said}."
+    return f"**The policy does not tell desirable from undesirable responses**: at the end {said}."
+
+
+def _displacement(better: str, worse: str, logps: tuple[float, float], margins: tuple[float, float], where: str) -> str:
+    first, last = logps
+    said = f"the log-probability of the {where} {better} responses"
+    if last >= first - DISPLACED * abs(first):
+        return f"No displacement: {said} went from {first:.4g} to {last:.4g} nats."
+    fell = f"{said} fell by {first - last:.4g} nats, from {first:.4g} to {last:.4g}"
+    if margins[1] <= margins[0]:
+        return f"**The {better} responses became less likely**: {fell}, and the margin did not grow."
+    return (
+        f"**Displacement**: {fell}, although the margin grew from {margins[0]:.4g} to {margins[1]:.4g}. The policy tells the "
+        f"responses apart by making the {worse} ones unlikely, and what both lost went to responses that nobody has judged. Read "
+        "the samples; a lower learning rate or fewer steps limit it"
+        + (", `objective.sft_weight` holds the chosen responses up." if better == "chosen" else ".")
+    )
+
+
+def _distance_to_target(reached: float, target: float, where: str) -> str:
+    said = f"The mean difference of {where} log-ratios is {reached:.4g}, IPO's target {target:.4g}"
+    if reached > target:
+        return f"{said}: {reached - target:.4g} beyond it."
+    return f"{said}: {target - reached:.4g} short of it, {percent(reached / target)} of the way."
+
+
+def _saturation(share: float, where: str) -> str:
+    said = f"{percent(share)} of the {where} pairs are saturated: a logistic loss has less than 5 % of its first gradient there"
+    if share <= 0.5:
+        return f"{said}."
+    return f"**{said}.** More steps teach little and move the policy on: train for fewer epochs."
+
+
+def length_verdict(samples: Lines) -> str | None:
+    """How long the sampled responses were before and after; None where that is not known."""
+    known = [line for line in samples if "tokens" in line]
+    steps = [line["step"] for line in known]
+    if not steps or min(steps) == max(steps):
+        return None
+    first, last = (_mean([line["tokens"] for line in known if line["step"] == step]) for step in (min(steps), max(steps)))
+    said = f"{first:.1f} tokens before, {last:.1f} after"
+    cut = any(not line["ended"] for line in known if line["step"] in (min(steps), max(steps)))
+    note = "; those that did not end count as far as they were sampled" if cut else ""
+    if abs(last - first) <= DRIFT * first:
+        return f"Mean length of these responses: {said}{note}."
+    return (
+        f"**Length drift**: these responses have a mean of {said} ({percent(last / first - 1, '+') if first else 'from nothing'})"
+        f"{note}. Preferences often follow length: are the {'longer' if last > first else 'shorter'} ones better?"
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """95 % interval of a share of `count` observations; Wilson 1927.
+
+    >>> [round(bound, 4) for bound in wilson(0.8, 10)]
+    [0.4902, 0.9433]
+    """
+    spread = NORMAL_95**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    reach = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return centre - reach, centre + reach

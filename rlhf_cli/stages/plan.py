@@ -14,7 +14,7 @@ Section = tuple[str, list[tuple[str, object]]]
 
 
 def plan(
-    recipe: schema.SftRecipe,
+    recipe: schema.Recipe,
     dataset: Dataset,
     source: DatasetSource,
     steps: int,
@@ -85,11 +85,12 @@ def _rows(encoded: Encoded, reports: list[Any]) -> list[tuple[str, object]]:
     return rows
 
 
-def learning_rate_warning(rate: float, lora: schema.Lora | None, memory: Memory) -> str | None:
+def learning_rate_warning(recipe: schema.Recipe, memory: Memory) -> str | None:
     """Words for a rate outside what has worked; models below 20 M parameters, trained from nothing, need larger ones."""
-    kind = "full" if lora is None else "lora"
-    low, high = schema.SANE_LEARNING_RATE[kind]
-    if low <= rate <= high or (lora is None and memory.trained < 20_000_000):
+    (low, high), rate = schema.sane_learning_rate(recipe), schema.learning_rate_of(recipe)
+    if low <= rate <= high or (recipe.lora is None and memory.trained < 20_000_000):
         return None
-    usual, words = schema.LEARNING_RATE["sft", kind], "LoRA" if lora else "full"
-    return f"train.learning_rate {rate:g} is outside {low:g} … {high:g}, where {words} training works; {usual:g} is usual"
+    trained: schema.Trained = "full" if recipe.lora is None else "lora"
+    usual = schema.default_learning_rate(recipe.stage, recipe.objective.kind, trained)
+    words = {"full": "training all weights", "lora": "LoRA"}[trained]
+    return f"train.learning_rate {rate:g} is outside {low:g} … {high:g}, where {recipe.stage} with {words} works; {usual:g} is usual"

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rlhf_cli.runs.files import disk_errors, hash_tree, sync_folder, write_json
 from rlhf_cli.runs.folder import require_space
 from rlhf_cli.training.optim import optimizer_state, restore_optimizer
 
-HASHES, STATE, OPTIMIZER, NUMBERS = "hashes.json", "state.json", "optimizer.safetensors", "optimizer.json"
+HASHES, STATE, OPTIMIZER, NUMBERS, MODEL = "hashes.json", "state.json", "optimizer.safetensors", "optimizer.json", "model"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class State:
     stopped_by: str | None  # the rule of stop_if that ended the run
     planned: int  # steps that the learning rate's schedule was made for
     asked: int  # tokens_per_device of the recipe
+    memory: dict[str, float] = field(default_factory=dict)  # the objective's own numbers, e.g. BCO's running means
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -64,7 +65,7 @@ def save_checkpoint(
             require_space(folder, sum(t.numel() * t.element_size() for t in [*parameters.values(), *tensors.values()]))
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            save_model(part / "model")
+            save_model(part / MODEL)
             save_file(tensors, part / OPTIMIZER)
             write_json(part / NUMBERS, numbers)
             write_json(part / STATE, asdict(state))
@@ -126,12 +127,12 @@ def load_state(checkpoint: Path) -> State:
     return State(**json.loads((checkpoint / STATE).read_text()))
 
 
-def restore(checkpoint: Path, backbone: Backbone, optimizer: torch.optim.Optimizer) -> None:
-    """Put the trained weights and the optimiser back as they were saved, bit for bit."""
+def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.optim.Optimizer) -> None:
+    """Put the trained weights of `role` and the optimiser back as they were saved, bit for bit."""
     from safetensors.torch import load_file
 
     parameters = backbone.trained_parameters()
-    backbone.load("policy", checkpoint / "model")
+    backbone.load(role, checkpoint / MODEL)
     numbers: dict[str, Any] = json.loads((checkpoint / NUMBERS).read_text())
     restore_optimizer(optimizer, parameters, load_file(checkpoint / OPTIMIZER), numbers)
 

@@ -63,7 +63,7 @@ class Fit:
     source: Source
     held_out: list[Tree]
     sample: Sampler
-    save_model: Callable[[Path], None]  # writes the policy and its tokenizer into a folder
+    save_model: Callable[[Path], None]  # writes what is trained, and its tokenizer, into a folder
     train: schema.Train
     steps: int
     seed: int
@@ -90,7 +90,7 @@ class Fit:
         if checkpoint is None:
             return
         self.state = load_state(checkpoint)
-        restore(checkpoint, self.backbone, self.optimizer)
+        restore(checkpoint, self.backbone, self.objective.role, self.optimizer)
         self.console.say(f"resuming after step {self.state.step} from {checkpoint}")
         self._take_up_changes()
 
@@ -105,8 +105,13 @@ class Fit:
         budget = self.state.budget if self.state.asked == self.budget else self.budget
         self._advance(planned=self.steps, budget=budget, asked=self.budget)
 
-    def go(self) -> str:
-        """Train to the end; "finished" or why it stopped early.
+    @property
+    def status(self) -> str:
+        """How the run ended: "finished", or the rule that stopped it early."""
+        return "finished" if self.state.stopped_by is None else f"stopped: {self.state.stopped_by}"
+
+    def go(self) -> None:
+        """Train to the end, or until a rule of stop_if ends the run.
 
         Raises:
             Stopped: a signal arrived; a checkpoint was written.
@@ -125,7 +130,6 @@ class Fit:
                 if self.state.step in saves | {self.state.best_step} or self.state.stopped_by is not None:
                     self._save()
                 self._obey_signal()
-        return "finished" if self.state.stopped_by is None else f"stopped: {self.state.stopped_by}"
 
     def _open_logs(self) -> None:
         if self.ranks.main:
@@ -148,6 +152,7 @@ class Fit:
                 max_grad_norm=self.train.max_grad_norm,
                 budget=self.state.budget,
                 ranks=self.ranks,
+                memory=self.state.memory,
             )
         except NonFinite as error:
             raise self._keep_evidence(error, step, trees) from error
@@ -162,7 +167,11 @@ class Fit:
             "epoch": step / self.source.steps_per_epoch,
         }
         self._advance(
-            step=step, tokens=self.state.tokens + result.tokens, seconds=self.state.seconds + seconds, budget=result.budget
+            step=step,
+            tokens=self.state.tokens + result.tokens,
+            seconds=self.state.seconds + seconds,
+            budget=result.budget,
+            memory=result.memory,
         )
         self._log("train", metrics)
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
@@ -174,7 +183,9 @@ class Fit:
         if self.state.step not in due or self.state.evaluated >= self.state.step:
             return
         started = time.monotonic()
-        figures = evaluate(self.backbone, self.objective, self.held_out, budget=self.state.budget, ranks=self.ranks)
+        figures = evaluate(
+            self.backbone, self.objective, self.held_out, budget=self.state.budget, ranks=self.ranks, memory=self.state.memory
+        )
         metrics = self._until_last(figures) if self.held_out else None
         lines = self._until_last(self.sample()) if self.ranks.main else None
         self.ranks.barrier()

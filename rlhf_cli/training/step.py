@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from rlhf_cli.data.trees import Batch, Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.heads import SCORE
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.training.ranks import Ranks
 
@@ -25,6 +26,7 @@ class StepResult:
     metrics: dict[str, float]
     tokens: int  # of all ranks, padding not counted
     budget: int  # tokens_per_device in force, smaller than before if memory ran out
+    memory: dict[str, float] = field(default_factory=dict)  # the objective's own numbers after the step
 
 
 class NonFinite(NumberError):
@@ -47,23 +49,28 @@ def optimise(
     max_grad_norm: float,
     budget: int,
     ranks: Ranks,
+    memory: Mapping[str, float] | None = None,
 ) -> StepResult:
     """Make update `step` on a global batch, the same on every rank. Metrics are of the weights before the update.
+
+    `memory`: the objective's own numbers from the step before.
 
     Raises:
         NonFinite: a loss or gradient is not finite; nothing was changed.
         MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
     """
     parameters = backbone.trained_parameters()
-    counts = objective.counts(trees)
+    counts, memory = objective.counts(trees), dict(memory or {})
+    seen, learned = objective.phases(trees)
     while True:
         torch.manual_seed(derive_seed(seed, step, ranks.rank))
         optimizer.zero_grad(set_to_none=True)
         try:
-            passes = _accumulate(backbone, objective, trees, counts, budget, ranks)
+            statistics = _means(list(_measure(backbone, objective, seen, budget, ranks)), counts, ranks)
+            passes = _accumulate(backbone, objective, learned, counts, memory | statistics, budget, ranks)
             break
         except (RuntimeError, MemoryError) as error:
-            budget = _smaller_budget(error, budget, trees, ranks)
+            budget = smaller_budget(error, budget, trees, ranks)
         # Out here the error, and with it the pass's tensors, is gone.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -75,7 +82,7 @@ def optimise(
     if scale != 1:
         torch._foreach_mul_(gradients, 1 / scale)
     norm = float(torch.nn.utils.get_total_norm(gradients))
-    means = _means(passes, counts, ranks)
+    means = statistics | _means(passes, counts, ranks)
     if not (math.isfinite(norm) and all(map(math.isfinite, means.values()))):
         refusal = _refusal(step, means["loss"], norm, passes, {n: p.grad for n, p in parameters.items()}, ranks)
         optimizer.zero_grad(set_to_none=True)
@@ -87,26 +94,46 @@ def optimise(
     optimizer.zero_grad(set_to_none=True)
     tokens = int(sum(map(tree_length, trees)))
     metrics = objective.metrics(means) | {"grad_norm": norm, "learning_rate": rate}
-    return StepResult(metrics, tokens, budget)
+    return StepResult(metrics, tokens, budget, objective.remember(memory, means))
+
+
+EVALUATED = 64
+"""Held-out trees that are cut into passes together."""
 
 
 def evaluate(
-    backbone: Backbone, objective: Objective, trees: list[Tree], *, budget: int, ranks: Ranks, batch_size: int = 64
+    backbone: Backbone,
+    objective: Objective,
+    trees: list[Tree],
+    *,
+    budget: int,
+    ranks: Ranks,
+    memory: Mapping[str, float] | None = None,
+    batch_size: int = EVALUATED,
 ) -> Iterator[dict[str, float] | None]:
-    """The objective's metrics on held-out trees: yields None between passes, so that a caller can stop, then the metrics."""
+    """The objective's metrics on held-out trees: yields None between passes, so that a caller can stop, then the metrics.
+
+    All of them are one global batch to the objective's statistics.
+    """
     counts = objective.counts(trees)
+    seen, learned = objective.phases(trees)
+    measured: list[_Pass] = []
     passes: list[_Pass] = []
-    with _mode(backbone, training=False), torch.no_grad():
-        for start in range(0, len(trees), batch_size):
-            for batch in backbone.batches(trees[start : start + batch_size], budget, ranks.rank, ranks.size):
-                passes.append(_run_pass(backbone, objective, batch, counts, 0.0))
+    for found in _measure(backbone, objective, seen, budget, ranks):
+        measured.append(found)
+        yield None
+    statistics = _means(measured, counts, ranks)
+    with torch.no_grad():
+        for start in range(0, len(learned), batch_size):
+            for batch in backbone.batches(learned[start : start + batch_size], budget, ranks.rank, ranks.size):
+                passes.append(_run_pass(backbone, objective, batch, counts, dict(memory or {}) | statistics, 0.0))
                 yield None
-    yield objective.metrics(_means(passes, counts, ranks))
+    yield objective.metrics(statistics | _means(passes, counts, ranks))
 
 
 @dataclass(frozen=True)
 class _Pass:
-    sums: dict[str, tuple[torch.Tensor, str]]  # metric → (sum, unit)
+    sums: dict[tuple[str, str], torch.Tensor]  # (metric, unit) → sum
     trees: tuple[int, ...]
 
 
@@ -116,47 +143,65 @@ def derive_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
+def _measure(backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, ranks: Ranks) -> Iterator[_Pass]:
+    """The objective's statistics, pass by pass."""
+    for start in range(0, len(trees), EVALUATED):
+        for batch in backbone.batches(trees[start : start + EVALUATED], budget, ranks.rank, ranks.size):
+            with torch.no_grad():
+                sums = objective.statistics(backbone, batch)
+            yield _Pass({(name, unit): value.detach().double() for name, (value, unit) in sums.items()}, batch.trees)
+
+
 def _accumulate(
-    backbone: Backbone, objective: Objective, trees: list[Tree], counts: dict[str, int], budget: int, ranks: Ranks
+    backbone: Backbone,
+    objective: Objective,
+    trees: list[Tree],
+    counts: dict[str, int],
+    given: Mapping[str, float],
+    budget: int,
+    ranks: Ranks,
 ) -> list[_Pass]:
-    with _mode(backbone, training=True):
+    with _training(backbone):
         scale = _loss_scale(backbone)
         return [
-            _run_pass(backbone, objective, batch, counts, scale)
+            _run_pass(backbone, objective, batch, counts, given, scale)
             for batch in backbone.batches(trees, budget, ranks.rank, ranks.size)
         ]
 
 
-def _run_pass(backbone: Backbone, objective: Objective, batch: Batch, counts: dict[str, int], scale: float) -> _Pass:
+def _run_pass(
+    backbone: Backbone, objective: Objective, batch: Batch, counts: dict[str, int], given: Mapping[str, float], scale: float
+) -> _Pass:
     """Forward one pass and, with a scale, each of its terms backward before the next; the division is here and nowhere else."""
-    sums: dict[str, tuple[torch.Tensor, str]] = {}
-    for term in objective.terms(backbone, batch):
+    sums: dict[tuple[str, str], torch.Tensor] = {}
+    for term in objective.terms(backbone, batch, given):
         if scale:
-            (term.loss * (scale / counts[term.unit])).backward()  # type: ignore[no-untyped-call]
-        for name, value in ({"loss": term.loss} | term.sums).items():
-            before = sums[name][0] if name in sums else 0.0
-            sums[name] = (before + value.detach().double(), term.unit)
+            torch.stack([loss * (scale / max(1, counts[unit])) for unit, loss in term.losses.items()]).sum().backward()  # type: ignore[no-untyped-call]
+        found = {("loss", unit): loss for unit, loss in term.losses.items()}
+        found |= {(name, unit): value for name, (value, unit) in term.sums.items()}
+        for key, value in found.items():
+            sums[key] = sums.get(key, 0.0) + value.detach().double()
     return _Pass(sums, batch.trees)
 
 
 def _means(passes: Sequence[_Pass], counts: dict[str, int], ranks: Ranks) -> dict[str, float]:
     """Global sums over global counts. Ranks without a pass learn the names from the others."""
-    mine = {f"{name}|{unit}": 0.0 for p in passes for name, (_, unit) in p.sums.items()}
+    mine = {key: 0.0 for p in passes for key in p.sums}
     for p in passes:
-        for name, (value, unit) in p.sums.items():
-            mine[f"{name}|{unit}"] += float(value)
+        for key, value in p.sums.items():
+            mine[key] += float(value)
     keys = sorted({key for keys in ranks.gather(list(mine)) for key in keys})
     totals = ranks.sum(mine.get(key, 0.0) for key in keys)
     means: dict[str, float] = {}
-    for key, total in zip(keys, totals, strict=True):
-        name, unit = key.rsplit("|", 1)
+    for (name, unit), total in zip(keys, totals, strict=True):
         means[name] = means.get(name, 0.0) + total / max(1, counts[unit])
     return means
 
 
 @contextmanager
-def _mode(backbone: Backbone, *, training: bool) -> Iterator[None]:
-    backbone.model.train(training)
+def _training(backbone: Backbone) -> Iterator[None]:
+    """Dropout is on; everywhere else it is off."""
+    backbone.model.train()
     try:
         yield
     finally:
@@ -167,7 +212,7 @@ def _loss_scale(backbone: Backbone) -> float:
     return FLOAT16_LOSS_SCALE if backbone.compute_dtype == torch.float16 else 1.0
 
 
-def _smaller_budget(error: BaseException, budget: int, trees: list[Tree], ranks: Ranks) -> int:
+def smaller_budget(error: BaseException, budget: int, trees: list[Tree], ranks: Ranks) -> int:
     """Half the budget if `error` says that memory ran out; else the error goes on."""
     if not is_out_of_memory(error):
         raise error
@@ -191,7 +236,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _check_gradients_exist(backbone: Backbone, ranks: Ranks) -> None:
     """After the first backward every adapter tensor has a gradient, and no frozen one has any."""
     trained = backbone.trained_parameters()
-    lost = [name for name, p in trained.items() if p.grad is None and backbone.peft is not None]
+    lost = [name for name, p in trained.items() if p.grad is None and (backbone.peft is not None or name.endswith(SCORE))]
     leaked = [name for name, p in backbone.model.named_parameters() if p.grad is not None and name not in trained]
     if ranks.size == 1 and lost:
         raise NumberError(f"step 1: {len(lost)} trained tensors have no gradient, the first is {lost[0]}; nothing was trained")
@@ -202,7 +247,7 @@ def _check_gradients_exist(backbone: Backbone, ranks: Ranks) -> None:
 def _refusal(
     step: int, loss: float, norm: float, passes: list[_Pass], gradients: dict[str, torch.Tensor | None], ranks: Ranks
 ) -> NonFinite:
-    trees = [t for p in passes if not all(math.isfinite(float(v)) for v, _ in p.sums.values()) for t in p.trees]
+    trees = [t for p in passes if not all(math.isfinite(float(v)) for v in p.sums.values()) for t in p.trees]
     tensor = next((n for n, g in gradients.items() if g is not None and not torch.isfinite(g).all()), None)
     suspects = sorted({t for share in ranks.gather(trees) for t in share})
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm} (first in {tensor})"

@@ -11,13 +11,13 @@ import pytest
 from rlhf_cli.data import cache
 from rlhf_cli.data import encode as module
 from rlhf_cli.data.encode import Encoded, encode
-from rlhf_cli.data.records import Record
+from rlhf_cli.data.records import Facts, Record
 from rlhf_cli.data.templates import Template
 from rlhf_cli.recipe import schema
 from tests.data.tiny_tokenizer import CHATML, ZEPHYR, tiny_tokenizer
 
 ROWS = [Record("Hi", ("No", "Yes"), "a:1"), Record("Hello <s>", ("It",), "a:2"), Record("What is it?", ("It is four.",), "a:3")]
-DATA = schema.Data(train=[])
+DATA = schema.SftData(train=[])
 
 
 def run(folder: Path | None, rows: list[Record] = ROWS, tokenizer: Any = None, text: str = CHATML, **data: Any) -> Encoded:
@@ -54,7 +54,23 @@ def test_moved_rows_are_found_and_named_by_their_new_place(tmp_path: Path, monke
     monkeypatch.setattr(module, "_encode", no_work)
     moved = run(tmp_path, [row._replace(where="b" + row.where[1:]) for row in ROWS])
     assert moved.trees.wheres == ("b:1", "b:3")
+    assert moved.trees.facts == (Facts(), Facts())
     assert moved.examples == ("b:2: a control token in the text ('<s>')",)
+
+
+def test_what_is_said_of_rows_is_no_part_of_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path)
+    monkeypatch.setattr(module, "_encode", no_work)
+    judged = run(tmp_path, [row._replace(facts=Facts(margin=float(i))) for i, row in enumerate(ROWS)])
+    assert [tree.facts.margin for tree in judged.trees] == [0.0, 2.0]
+
+
+def test_truncated_rows_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"max_length": 34, "overlong": "truncate-response"}
+    rows = [ROWS[0], ROWS[2]._replace(responses=("It is four. " * 9,))]
+    fresh = run(tmp_path, rows, **settings)
+    monkeypatch.setattr(module, "_encode", no_work)
+    assert fresh.truncated_rows == run(tmp_path, rows, **settings).truncated_rows == (1,)
 
 
 def test_everything_that_decides_about_tokens_is_in_the_key(tmp_path: Path) -> None:

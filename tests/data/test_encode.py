@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_cli.data.encode import Encoded, encode, show_example
-from rlhf_cli.data.records import Message, Record
+from rlhf_cli.data.encode import Encoded, checked, encode, same_tokens, show_example
+from rlhf_cli.data.records import Facts, Message, Record
 from rlhf_cli.data.templates import Template, encode_prompt
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
@@ -30,7 +30,7 @@ def file(text: str | None) -> Template:
 
 
 def run(records: list[Record], tokenizer: Any, text: str | None, responses: Any = "first", **data: Any) -> Encoded:
-    return encode(records, tokenizer, file(text), schema.Data(train=[], **data), responses=responses, cache=None)
+    return encode(records, tokenizer, file(text), schema.SftData(train=[], **data), responses=responses, cache=None)
 
 
 def spoken(tree: Tree, tokenizer: Any) -> list[str]:
@@ -172,6 +172,36 @@ def test_truncated_responses_lose_their_end() -> None:
     assert encoded.trees[0].responses[0].tolist() == whole.responses[0][:5].tolist()
     assert (encoded.kept, encoded.truncated, encoded.eos_share) == (2, 1, 0.5)
     assert encoded.lost == {"longer than data.max_length": 1}
+
+
+def test_comparisons_that_are_cut_to_the_same_tokens_are_lost() -> None:
+    tokenizer = tiny_tokenizer()
+    start = "It is four. " * 3
+    rows = [
+        Record("Hi", (start + "Yes", start + "No"), "p:1"),
+        Record("Hi", ("Yes" + start * 2, "No"), "p:2"),
+        Record("Hi", ("Hello", start + "Yes", start + "No"), "p:3", Facts(ranks=(1.0, 2.0, 2.0))),
+        Record("Hi", ("Hello", start + "Yes", start + "No"), "p:4", Facts(ranks=(1.0, 2.0, 3.0))),
+        Record("Hi", ("Yes",), "p:5", Facts(label=True)),
+    ]
+    whole = run([Record("Hi", (start,), "p:0")], tokenizer, CHATML).trees[0]
+    room = len(whole.prompt) + len(whole.responses[0]) - 1  # all of `start` but its end-of-turn
+    encoded = run(rows, tokenizer, CHATML, responses="all", max_length=room, overlong="truncate-response")
+    assert (encoded.kept, encoded.truncated) == (5, 4)
+    left = checked(encoded, same_tokens)
+    reason = "a better and a worse response are the same, cut and tokenised"
+    assert [left.trees.where(i) for i in range(left.kept)] == ["p:2", "p:3", "p:5"]
+    assert (left.read, left.kept, left.truncated, left.lost) == (5, 3, 2, {reason: 2})
+    assert left.examples == (f"p:1: {reason}", f"p:4: {reason}")
+    for tree, i in zip(left.trees, (1, 2, 4), strict=True):
+        assert tree.facts == rows[i].facts and tree.row == i
+        assert tree.prompt.tolist() == encoded.trees[i].prompt.tolist()
+        assert [r.tolist() for r in tree.responses] == [r.tolist() for r in encoded.trees[i].responses]
+    assert checked(left, same_tokens) is left
+    assert checked(run(rows, tokenizer, CHATML, responses="all"), same_tokens).kept == 5
+    with pytest.raises(UsageError) as error:
+        checked(left, lambda tree: "no score")
+    assert str(error.value) == f"none of 5 rows can be used: no score (3), {reason} (2)\nthe first: p:2: no score"
 
 
 def test_truncated_prompts_lose_whole_exchanges_and_keep_the_system_turn() -> None:

@@ -6,8 +6,19 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from rlhf_cli.data.formats import COLUMNS, FORMATS, STAGE_TAKES, STAGE_USE, BadRow, convert, converter_of, detect, readings
-from rlhf_cli.data.records import Message, Record
+from rlhf_cli.data.formats import (
+    COLUMNS,
+    FORMATS,
+    STAGE_TAKES,
+    STAGE_USE,
+    BadRow,
+    convert,
+    converter_of,
+    detect,
+    readings,
+    with_margin,
+)
+from rlhf_cli.data.records import Facts, Message, Record
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.schema import Source
 
@@ -25,6 +36,8 @@ def said(*pairs):
 ASK = turns((U, "2+2?"))
 LONG = turns((S, "Be brief."), (U, "2+2?"), (A, "4"), (U, "and 3+3?"))
 LONG_SAID = said((S, "Be brief."), (U, "2+2?"), (A, "4"), (U, "and 3+3?"))
+
+HH = {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: hey"}
 
 GOOD = [
     ("messages", {"messages": [*LONG, *turns((A, "6"))]}, LONG_SAID, ("6",), {}),
@@ -55,21 +68,54 @@ GOOD = [
         {},
     ),
     ("ranked", {"prompt": "2+2?", "responses": ["4", "5", "fish"]}, "2+2?", ("4", "5", "fish"), {}),
-    ("ranked", {"prompt": "2+2?", "responses": ["fish", "4", "5"], "ranks": [3, 1, 2]}, "2+2?", ("4", "5", "fish"), {}),
-    ("ranked", {"prompt": "2+2?", "responses": ["a", "b", "c", "d"], "ranks": [2, 1, 2, 1]}, "2+2?", ("b", "d", "a", "c"), {}),
+    (
+        "preference",
+        {"prompt": "2+2?", "chosen": "4", "rejected": "5", "score_chosen": 3, "score_rejected": -0.5, "probability": 0.25},
+        "2+2?",
+        ("4", "5"),
+        {"scores": (3.0, -0.5), "probability": 0.25},
+    ),
+    (
+        "hh",
+        {**HH, "score_chosen": 1, "score_rejected": 1, "probability": None},
+        said((U, "hi")),
+        ("hello", "hey"),
+        {"scores": (1.0, 1.0)},
+    ),
+    (
+        "ranked",
+        {"prompt": "2+2?", "responses": ["fish", "4", "5"], "ranks": [3, 1, 2]},
+        "2+2?",
+        ("4", "5", "fish"),
+        {"ranks": (1.0, 2.0, 3.0)},
+    ),
+    (
+        "ranked",
+        {"prompt": "2+2?", "responses": ["a", "b", "c", "d"], "ranks": [2, 1, 2, 1]},
+        "2+2?",
+        ("b", "d", "a", "c"),
+        {"ranks": (1.0, 1.0, 2.0, 2.0)},
+    ),
+    (
+        "ranked",
+        {"prompt": "2+2?", "responses": ["a", "b", "a "], "ranks": [1, 2, 1]},
+        "2+2?",
+        ("a", "a ", "b"),
+        {"ranks": (1.0, 1.0, 2.0)},
+    ),
     (
         "ranked",
         {"prompt": "2+2?", "responses": ["5", "4", "fish", "5!"], "scores": [0.5, 2, -1e3, 0.5]},
         "2+2?",
         ("4", "5", "5!", "fish"),
-        {"scores": (2.0, 0.5, 0.5, -1000.0)},
+        {"scores": (2.0, 0.5, 0.5, -1000.0), "ranks": (-2.0, -0.5, -0.5, 1000.0)},
     ),
     (
         "ranked",
         {"prompt": ASK, "responses": [turns((A, "5")), turns((A, "4"))], "ranks": [2, 1], "scores": [1, 3]},
         said((U, "2+2?")),
         ("4", "5"),
-        {"scores": (3.0, 1.0)},
+        {"scores": (3.0, 1.0), "ranks": (1.0, 2.0)},
     ),
     ("unpaired", {"prompt": "2+2?", "completion": "5", "label": False}, "2+2?", ("5",), {"label": False}),
     ("prompt", {"prompt": LONG}, LONG_SAID, (), {}),
@@ -77,9 +123,9 @@ GOOD = [
 ]
 
 
-@pytest.mark.parametrize(("format", "row", "prompt", "responses", "more"), GOOD)
-def test_good_rows(format, row, prompt, responses, more):
-    assert convert(row, "x.jsonl:7", FORMATS[format]) == Record(prompt, responses, "x.jsonl:7", **more)
+@pytest.mark.parametrize(("format", "row", "prompt", "responses", "facts"), GOOD)
+def test_good_rows(format, row, prompt, responses, facts):
+    assert convert(row, "x.jsonl:7", FORMATS[format]) == Record(prompt, responses, "x.jsonl:7", Facts(**facts))
     assert readings(row) == (format,)
 
 
@@ -87,6 +133,7 @@ def hh(chosen, rejected):
     return {"chosen": chosen, "rejected": rejected}
 
 
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 Q, GOOD_HH = "\n\nHuman: hi", "\n\nHuman: hi\n\nAssistant: hello"
 BAD = [
     ("messages", {}, "'messages' is missing"),
@@ -146,13 +193,26 @@ BAD = [
     ("ranked", {"prompt": "a", "responses": ["b", ""]}, "a response is empty"),
     ("ranked", {"prompt": "a", "responses": ["b", "b"]}, "all 'responses' are the same"),
     ("ranked", {"prompt": "a", "responses": ["b", "c"], "ranks": [1]}, "'ranks' and 'responses' differ in number (1 and 2)"),
-    ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, "2"]}, "'scores' holds text, expected numbers"),
-    ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, True]}, "'scores' holds true or false, expected numbers"),
+    ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, "2"]}, "an entry of 'scores' is text, expected a number"),
+    (
+        "ranked",
+        {"prompt": "a", "responses": ["b", "c"], "scores": [1, True]},
+        "an entry of 'scores' is true or false, expected a number",
+    ),
     (
         "ranked",
         {"prompt": "a", "responses": ["b", "c"], "scores": [1, float("nan")]},
-        "'scores' holds a number that is not finite",
+        "an entry of 'scores' is not finite",
     ),
+    ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, 10**400]}, "an entry of 'scores' is not finite"),
+    ("ranked", {"prompt": "a", "responses": ["b", "c", "b "]}, "the same response has two ranks"),
+    ("ranked", {"prompt": "a", "responses": ["b", "c", "b"], "ranks": [1, 1, 2]}, "the same response has two ranks"),
+    ("preference", {**PAIR, "score_chosen": 1}, "one of 'score_chosen' and 'score_rejected' is missing"),
+    ("preference", {**PAIR, "score_chosen": 1, "score_rejected": "0"}, "'score_rejected' is text, expected a number"),
+    ("preference", {**PAIR, "score_chosen": 1, "score_rejected": 2}, "'score_chosen' is lower than 'score_rejected'"),
+    ("preference", {**PAIR, "probability": 1.01}, "'probability' is not between 0 and 1"),
+    ("preference", {**PAIR, "probability": True}, "'probability' is true or false, expected a number"),
+    ("hh", {**HH, "probability": float("nan")}, "'probability' is not finite"),
     (
         "ranked",
         {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "scores": [1, 2]},
@@ -194,9 +254,33 @@ def test_a_missing_prompt_is_not_made_up_where_other_rows_have_one():
 
 def test_sft_takes_the_best_response_and_no_undesirable_row():
     use = STAGE_USE["sft"]
-    assert use(Record("a", ("best", "worst"), "x:1", scores=(2.0, 1.0))) == Record("a", ("best",), "x:1")
-    assert use(Record("a", ("b",), "x:1", label=True)) == Record("a", ("b",), "x:1")
-    assert use(Record("a", ("b",), "x:1", label=False)) == "undesirable (not for sft)"
+    ranked = Record("a", ("best", "worst"), "x:1", Facts(scores=(2.0, 1.0), subset="s"))
+    assert use(ranked) == Record("a", ("best",), "x:1", Facts(subset="s"))
+    assert use(Record("a", ("b",), "x:1", Facts(label=True))) == Record("a", ("b",), "x:1")
+    assert use(Record("a", ("b",), "x:1", Facts(label=False))) == "undesirable (not for sft)"
+
+
+@pytest.mark.parametrize("stage", ["train-rm", "dpo", "ipo", "kto"])
+def test_a_ranking_without_a_better_response_is_of_no_use(stage):
+    tied = Record("a", ("b", "c"), "x:1", Facts(ranks=(1.0, 1.0)))
+    assert STAGE_USE[stage](tied) == "all responses are tied"
+    assert STAGE_USE["sft"](tied).responses == ("b",)
+    for facts in (Facts(ranks=(1.0, 2.0)), Facts(scores=(1.0, 1.0)), Facts(probability=0.3, margin=2.0)):
+        assert STAGE_USE[stage](tied._replace(facts=facts)).facts == facts
+
+
+def test_the_margin_of_a_pair():
+    record = convert({**PAIR, "gap": 2}, "x:1", FORMATS["preference"])
+    assert record.facts.margin is None
+    assert with_margin(record, {"gap": 2}, "gap").facts.margin == 2.0
+    for row, message in (
+        ({}, "'gap' is missing"),
+        ({"gap": None}, "'gap' is null, expected a number"),
+        ({"gap": float("-inf")}, "'gap' is not finite"),
+    ):
+        with pytest.raises(BadRow) as error:
+            with_margin(record, row, "gap")
+        assert str(error.value) == message
 
 
 def test_tables_name_the_formats_of_the_schema():
@@ -210,7 +294,6 @@ SFT_NEEDS = (
     "messages | prompt + completion | text | prompt + chosen + rejected | chosen + rejected | prompt + responses"
     " | prompt + completion + label"
 )
-PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 REFUSED = [
     ([{"a": 1, "b": 2}], "sft", f"x: found the columns a, b; sft needs {SFT_NEEDS}"),
     ([{}], "sft", f"x: found the columns (none); sft needs {SFT_NEEDS}"),

@@ -18,11 +18,13 @@ import pytest
 from rlhf_cli.data import hub
 from rlhf_cli.data.files import MAX_LINE, is_hub_id
 from rlhf_cli.data.formats import STAGE_TAKES
+from rlhf_cli.data.records import Facts
 from rlhf_cli.data.sources import check_lost, epoch_order, prompt_share, read_data
 from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.recipe.schema import Data, Source
 
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(20)]
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 GOOD = json.dumps(ROWS[0]).encode()
 
 
@@ -38,9 +40,9 @@ def write(name, rows):
         file.write(text)
 
 
-def read(*sources, stage="sft", seed=0, where=str, **data):
+def read(*sources, stage="sft", seed=0, where=str, margin=None, **data):
     sources = [source if isinstance(source, Source) else Source(source) for source in sources]
-    return read_data(Data(sources, **data), stage, seed, where)
+    return read_data(Data(sources, **data), stage, seed, where, margin)
 
 
 def answers(records):
@@ -273,7 +275,7 @@ def test_columns_are_renamed():
     columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
     reading = read(Source("x.jsonl", columns={**columns, "subset": "text"}))
     assert reading.train[0][:3] == ("q", ("a",), "x.jsonl:1")
-    assert (reading.train[0].subset, reading.reports[0].format) == ("?", "preference")
+    assert (reading.train[0].facts.subset, reading.reports[0].format) == ("?", "preference")
     write("y.jsonl", [{"chosen": "worse", "rejected": "better", "prompt": "q"}])
     assert answers(read(Source("y.jsonl", columns={"chosen": "rejected", "rejected": "chosen"})).train) == ["better"]
     with pytest.raises(UsageError) as error:
@@ -283,13 +285,66 @@ def test_columns_are_renamed():
         read(Source("x.jsonl", columns={"promt": "question"}))
     assert str(error.value) == (
         "data.train.0.columns: 'promt' is none of our columns: messages, prompt, completion, text, chosen, rejected, "
-        "responses, label, ranks, scores, subset"
+        "responses, label, ranks, scores, score_chosen, score_rejected, probability, subset"
     )
 
 
 class Trap:
     def __reduce__(self):
         return (open, ("sprung", "w"))
+
+
+JUDGED = [
+    {"prompt": "q", "chosen": "a", "rejected": "b", "s": 2, "score_rejected": 1.5, "p": 0.75, "by": -1},
+    {"prompt": "q", "chosen": "a", "rejected": "c", "s": None, "score_rejected": None, "p": None, "by": 3.25},
+]
+
+
+@pytest.mark.parametrize("save", [to_gz, to_json, to_csv, to_parquet])
+def test_numbers_of_pairs_in_every_file_type(save):
+    """Renamed columns have the types of ours also where a file holds nothing but texts."""
+    source = Source(save(JUDGED), columns={"score_chosen": "s", "probability": "p"})
+    facts = [record.facts for record in read(source, stage="dpo", margin="by").train]
+    assert facts == [Facts(scores=(2.0, 1.5), probability=0.75, margin=-1.0), Facts(margin=3.25)]
+    assert [record.facts.margin for record in read(source, stage="dpo").train] == [None, None]
+
+
+def test_the_column_of_the_margins(tmp_path):
+    rows = [{**PAIR, "by": 2}, {**PAIR, "by": -0.5}]
+    write("x.jsonl", [*rows, {**PAIR, "by": None}, PAIR, {**PAIR, "by": "3"}])
+    report = read("x.jsonl", stage="train-rm", margin="by").reports[0]
+    assert (report.kept, report.bad_examples) == (
+        2,
+        (
+            "x.jsonl:3: 'by' is null, expected a number",
+            "x.jsonl:4: 'by' is missing",
+            "x.jsonl:5: 'by' is text, expected a number",
+        ),
+    )
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected,by\nq,a,b,1e1\nq,a,b,\nq,a,b,much\n")
+    reading = read("x.csv", stage="train-rm", margin="by")
+    assert [record.facts.margin for record in reading.train] == [10.0]
+    assert reading.reports[0].bad_examples[1] == "x.csv:4: 'by' is text, expected a number"
+    write("y.jsonl", [PAIR])
+    write("z.jsonl", [{"prompt": "q", "responses": ["a", "b"], "by": 1}])
+    for name, message in (
+        ("y.jsonl", "the data has no column 'by'; found prompt, chosen, rejected"),
+        ("z.jsonl", "ranked rows have no one margin; only pairs of chosen and rejected have"),
+    ):
+        with pytest.raises(UsageError) as error:
+            read(name, stage="train-rm", margin="by")
+        assert str(error.value) == f"objective.margin_column: {name}: {message}"
+
+
+def test_tied_rankings_are_counted_as_unused():
+    tied = {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}
+    write("x.jsonl", [tied, {**tied, "scores": [1, 2]}])
+    report = read("x.jsonl", stage="dpo").reports[0]
+    assert (report.kept, report.bad, report.unused) == (1, {}, {"all responses are tied": 1})
+    write("y.jsonl", [tied])
+    with pytest.raises(UsageError) as error:
+        read("y.jsonl", stage="dpo")
+    assert str(error.value) == "data.train.0.path: dpo can use none of the 1 rows: 1 × all responses are tied"
 
 
 def test_folders_and_globs(tmp_path):

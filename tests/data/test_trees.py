@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import (
     Batch,
     Layout,
@@ -40,6 +41,8 @@ def test_the_example_of_the_docstring() -> None:
     assert batch.source.tolist() == [2, 3, 2, 5]
     assert batch.target.tolist() == [4, 1, 5, 1]
     assert batch.owner.tolist() == [0, 0, 1, 1]
+    assert batch.last.tolist() == [4, 6]
+    assert (batch.counts, batch.facts, batch.reference) == ((2,), (Facts(),), None)
     assert batch.segments == (Segment(0, 0, 3, (2, 2)),)
     assert (batch.trees, batch.tokens, batch.padded) == ((0,), 7, False)
 
@@ -52,6 +55,8 @@ def test_two_rows_with_padding() -> None:
     assert batch.positions.tolist()[0] == [0, 1, 2, 0, 1, 2, 3]
     assert batch.source.tolist() == [1, 9, 10, 9, 12]
     assert batch.owner.tolist() == [0, 1, 1, 2, 2]
+    assert batch.last.tolist() == [2, 11, 13]
+    assert batch.counts == (1, 2)
     assert (batch.trees, batch.tokens) == ((1, 0), 10)
 
 
@@ -174,7 +179,49 @@ def test_long_rows_fill_the_budget_and_packed_rows_the_longest_tree() -> None:
     assert shapes == {"long": [(1, 12)] * 2, "packed": [(3, 4)] * 2, "alone": [(3, 4)] * 2}
 
 
+def _known(number: int, one: Tree) -> Tree:
+    """The tree with a label of its own, and log-probabilities of the reference that tell every token apart."""
+    values = tuple(np.float32(1000 * number + 100 * b) + np.arange(len(r), dtype=np.float32) for b, r in enumerate(one.responses))
+    return one._replace(facts=Facts(subset=str(number)), reference=values)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("layout", get_args(Layout))
+@pytest.mark.parametrize("budget", [20, 10**6])
+def test_what_is_said_of_responses_lies_beside_them(budget: int, layout: Layout, earlier: bool) -> None:
+    """Where there is no prompt, the first token is not predicted; earlier turns have no known log-probability."""
+    random = np.random.default_rng(3)
+    trees = [t._replace(supervised=earlier & (random.random(len(t.prompt)) < 0.5)) for t in _random_trees(20, seed=5)]
+    trees = [_known(number, t) for number, t in enumerate(trees)]
+    assert {len(t.prompt) == 0 for t in trees} == {True, False}
+    for rows in plan_passes(trees, 1, budget, layout)[0]:
+        batch = build_batch(trees, rows)
+        assert batch.counts == tuple(len(trees[i].responses) for i in batch.trees)
+        assert [facts.subset for facts in batch.facts] == [str(i) for i in batch.trees]
+        named = [(i, b) for i in batch.trees for b in range(len(trees[i].responses))]
+        assert len(batch.last) == len(named)
+        assert batch.reference is not None and batch.reference.shape == batch.target.shape
+        for number, (i, b) in enumerate(named):
+            one, response = trees[i], trees[i].responses[b]
+            at = int(batch.last[number])
+            assert int(batch.ids.flatten()[at]) == response[-1]
+            assert int(batch.positions.flatten()[at]) == len(one.prompt) + len(response) - 1
+            assert int(batch.tree.flatten()[at]) == batch.trees.index(i)
+            first = 1000 * i + 100 * b + (len(one.prompt) == 0)
+            unknown = (
+                supervised_tokens(one._replace(responses=(response,))) - len(response) + (len(one.prompt) == 0) if b == 0 else 0
+            )
+            values = batch.reference[batch.owner == number]
+            assert values[:unknown].isnan().all()
+            assert values[unknown:].tolist() == list(range(first, 1000 * i + 100 * b + len(response)))
+            assert (
+                batch.target[batch.owner == number][unknown:].tolist()
+                == response[len(response) - len(values) + unknown :].tolist()
+            )
+
+
 def test_a_batch_moves_as_a_whole() -> None:
-    moved = build_batch([SUM], [[Piece(0, (0, 1))]]).to(torch.device("meta"))
+    moved = build_batch([_known(0, SUM)], [[Piece(0, (0, 1))]]).to(torch.device("meta"))
     assert {value.device.type for value in vars(moved).values() if torch.is_tensor(value)} == {"meta"}
+    assert moved.reference is not None and moved.last.shape == (2,)
     assert moved.segments == (Segment(0, 0, 3, (2, 2)),)

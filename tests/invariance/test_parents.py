@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.policy import load_policy
+from rlhf_cli.models.policy import load_trained
 from rlhf_cli.recipe import schema
 from rlhf_cli.runs.parents import resolve_start
 from tests.models.tiny_backbone import draw_trees, packed_logps, plain_logps
@@ -57,7 +57,7 @@ def _policy(run: Path, lora: schema.Lora | None, merged: Path) -> Backbone:
     start = resolve_start(str(run), None, "model.path")
     device = torch.device("cpu")
     settings = schema.Model(path=str(run), dtype="float32")
-    return load_policy(settings, lora, start.base, start.revision, start.adapter, device, 0, merged)[0]
+    return load_trained(settings, lora, start.base, start.revision, start.adapter, device, 0, merged)[0]
 
 
 @pytest.mark.parametrize(

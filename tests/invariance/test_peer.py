@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,29 @@ from tests.tiny import make_model
 
 STEPS, ROWS, RATE = 8, 4, 0.01
 TREES = draw_trees(STEPS * ROWS)
+
+
+def plain_settings(folder: Path, steps: int, rows: int, rate: float) -> dict[str, Any]:
+    """TRL's settings for the file's order, a constant rate and nothing beside."""
+    return {
+        "output_dir": str(folder / "peer"),
+        "per_device_train_batch_size": rows,
+        "max_steps": steps,
+        "train_sampling_strategy": "sequential",
+        "max_length": None,
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "report_to": [],
+        "save_strategy": "no",
+    }
 
 
 def _ours(folder: Path) -> tuple[list[float], list[float]]:
@@ -45,26 +69,7 @@ def _theirs(folder: Path) -> tuple[list[float], list[float]]:
         }
         for tree in TREES
     ]
-    settings = SFTConfig(
-        output_dir=str(folder / "peer"),
-        per_device_train_batch_size=ROWS,
-        max_steps=STEPS,
-        train_sampling_strategy="sequential",
-        completion_only_loss=True,
-        max_length=None,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch",
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        logging_steps=1,
-        disable_tqdm=True,
-        report_to=[],
-        save_strategy="no",
-    )
+    settings = SFTConfig(completion_only_loss=True, **plain_settings(folder, STEPS, ROWS, RATE))
     trainer = SFTTrainer(
         model=PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True),
         args=settings,

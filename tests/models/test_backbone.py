@@ -11,7 +11,7 @@ import torch
 
 from rlhf_cli.data.trees import Piece, Tree
 from rlhf_cli.errors import NumberError, UsageError
-from rlhf_cli.models.backbone import KERNELS, Backbone
+from rlhf_cli.models.backbone import BASE, KERNELS, Backbone
 from tests.models.tiny_backbone import draw_trees, make, make_backbone, packed_logps, plain_logps
 
 TREES = [*draw_trees(3, branches=2, earlier=True), *draw_trees(2, seed=1, branches=1), *draw_trees(1, seed=2, branches=4)]
@@ -94,8 +94,11 @@ def test_the_reference_stays_while_the_policy_learns() -> None:
     with torch.no_grad():
         before = {role: packed_logps(backbone, TREES, 60, role) for role in ("policy", "reference")}
     assert torch.equal(before["policy"], before["reference"])
-    with backbone.peft.disable_adapter(), torch.no_grad():
-        assert float((packed_logps(backbone, TREES, 60) - before["policy"]).abs().max()) > 0.05
+    with torch.no_grad():
+        bare = packed_logps(backbone, TREES, 60, BASE)
+        assert float((bare - before["policy"]).abs().max()) > 0.05
+        assert torch.equal(packed_logps(backbone, TREES, 60), before["policy"])
+        assert torch.equal(packed_logps(make_backbone(make(), lora=False), TREES, 60), bare)
 
     optimizer = torch.optim.SGD(backbone.trained_parameters().values(), lr=0.1)
     (-packed_logps(backbone, TREES, 60).mean()).backward()

@@ -62,19 +62,23 @@ def make_backbone(
     dropout: float = 0.0,
     seed: int = 1,
     gradient_checkpointing: bool = False,
+    role: str = "policy",
 ) -> Backbone:
-    """A backbone with the trained role "policy"; with LoRA, B is random, for with B = 0 an adapter does nothing."""
+    """A backbone with one trained role, "reward" with a head; with LoRA, B is random, for with B = 0 an adapter does nothing."""
     backbone = Backbone(model, torch.float32, attention)
+    torch.manual_seed(seed)
+    if role == "reward":
+        backbone.add_head(role, None)
     if lora:
         config = lora_config(schema.Lora(r=4, alpha=8, dropout=dropout), "", None)
         torch.manual_seed(seed)
-        backbone.add_lora("policy", config, None, trained=True)
+        backbone.add_lora(role, config, None, trained=True)
         with torch.no_grad():
             for name, parameter in backbone.trained_parameters().items():
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
     else:
-        backbone.train_all_weights()
+        backbone.train_all_weights(role)
     if gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     return backbone

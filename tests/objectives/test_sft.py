@@ -22,10 +22,9 @@ class Probabilities:
 
 def test_one_pass() -> None:
     """−(ln ½ + ln ¼ + ln ⅛) = 6 ln 2."""
-    (term,) = Sft().terms(Probabilities(), None)  # type: ignore[arg-type]
-    assert float(term.loss) == pytest.approx(6 * math.log(2))
-    assert term.unit == "tokens"
-    assert {name: int(value) for name, value in term.sums.items()} == {"token_accuracy": 2}
+    (term,) = Sft().terms(Probabilities(), None, {})  # type: ignore[arg-type]
+    assert {unit: float(loss) for unit, loss in term.losses.items()} == {"tokens": pytest.approx(6 * math.log(2))}
+    assert {name: (int(value), unit) for name, (value, unit) in term.sums.items()} == {"token_accuracy": (2, "tokens")}
 
 
 def test_counts_are_the_supervised_tokens() -> None:

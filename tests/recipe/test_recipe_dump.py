@@ -11,12 +11,12 @@ import pytest
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.dump import differences, dump_recipe, flatten, refuse_changes
 from rlhf_cli.recipe.load import load_recipe
-from rlhf_cli.recipe.schema import Data, KeepBest, Lora, Model, SftRecipe, Source, StopRule, Train
+from rlhf_cli.recipe.schema import KeepBest, Lora, Model, SftData, SftRecipe, Source, StopRule, Train
 
-PLAIN = SftRecipe(model=Model("m"), data=Data([Source("x.jsonl")]), output="o")
+PLAIN = SftRecipe(model=Model("m"), data=SftData([Source("x.jsonl")]), output="o")
 FULL = SftRecipe(
     model=Model("m", revision="1e5", dtype="float32", quantize="4bit", chat_template="null"),
-    data=Data(
+    data=SftData(
         [Source("x.jsonl", columns={"prompt": "yes", "completion": "0x1"}), Source("ns/set", name="on", weight=2.5)],
         eval=[Source("e")],
     ),
@@ -118,7 +118,7 @@ def test_what_a_resumed_run_may_change() -> None:
 
 def test_what_a_resumed_run_may_not_change() -> None:
     old = dump_recipe(changed(steps=10), "sft")
-    new = dataclasses.replace(changed(steps=9, learning_rate=1e-05), seed=3, data=Data([Source("x.jsonl"), Source("y")]))
+    new = dataclasses.replace(changed(steps=9, learning_rate=1e-05), seed=3, data=SftData([Source("x.jsonl"), Source("y")]))
     with pytest.raises(UsageError) as caught:
         refuse_changes(old, new, "runs/a/recipe.yaml")
     assert str(caught.value).splitlines() == [

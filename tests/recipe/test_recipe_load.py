@@ -15,7 +15,7 @@ from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.recipe.schema import KeepBest, Lora, Source, StopRule
 
 GOOD = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl}\n"
-KEYS = "keys here: model, data, output, lora, train, objective, seed, trackers"
+KEYS = "keys here: model, lora, data, train, objective, seed, output, trackers"
 
 
 def load(folder: Path, text: str | bytes, *overrides: str, output: str | None = None) -> Loaded:
@@ -45,8 +45,11 @@ BAD_RECIPES = {
     "train: {keep_best: {metric: loss, mod: min}}": "r.yaml:4: train.keep_best.mod: unknown key. did you mean train.keep_best.mode?",
     "rollout: {temperature: 1.0}": "r.yaml:4: rollout: has no effect in sft. remove it",
     "reference: {model: start}": "r.yaml:4: reference: has no effect in sft. remove it",
-    "objective: {beta: 0.1}": "r.yaml:4: objective.beta: unknown key. the objective of sft takes kind",
-    "objective: {kind: dpo}": "r.yaml:4: objective.kind: expected sft, found the text 'dpo'. the default is sft",
+    "reference: {modle: start}": "r.yaml:4: reference: has no effect in sft. remove it",
+    "objective: {beta: 0.1}": "r.yaml:4: objective.beta: has no effect in sft. remove it",
+    "objective: {zzzz: 0.1}": "r.yaml:4: objective.zzzz: unknown key. sft takes kind",
+    "objective: {kind: dpo}": "r.yaml:4: objective.kind: expected sft, found the text 'dpo'. dpo is a kind of rlhf dpo",
+    "objective: {kind: stf}": "r.yaml:4: objective.kind: expected sft, found the text 'stf'. did you mean sft?",
     # types
     "seed: x": "r.yaml:4: seed: expected a whole number, found the text 'x'. the default is 0",
     "seed: 1.5": "r.yaml:4: seed: expected a whole number, found 1.5. the default is 0",
@@ -154,8 +157,8 @@ def test_faults_of_eval_and_holdout(tmp_path: Path) -> None:
 def test_all_faults_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = "seed: x\nmodel:\n  dtype: bf16\ndata: {max_lenght: 9}\ntrain:\n  steps: 2\n  epochs: 3\n  warmpu: 1\n"
     assert refused(tmp_path, text, "train.batch_size=none") == [
-        "r.yaml:1: output: missing. add it: the run folder",
         "r.yaml:1: seed: expected a whole number, found the text 'x'. the default is 0",
+        "r.yaml:1: output: missing. add it: the run folder",
         "r.yaml:2: model.path: missing. add it: hub id, transformers folder, or the folder of an earlier run",
         "r.yaml:3: model.dtype: expected auto | float32 | bfloat16 | float16, found the text 'bf16'. the default is auto",
         "r.yaml:4: data.max_lenght: unknown key. did you mean data.max_length?",

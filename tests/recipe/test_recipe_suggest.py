@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.recipe.keys import walk
+from rlhf_cli.recipe.keys import keys_of, kind_of, objectives_of, walk
 from rlhf_cli.recipe.load import load_recipe
-from rlhf_cli.recipe.schema import SftRecipe
+from rlhf_cli.recipe.schema import STAGES
 from rlhf_cli.recipe.suggest import closest, distance
 
 
@@ -42,23 +43,67 @@ def typos(word: str, rng: random.Random) -> list[str]:
     return [typo for typo in made if typo and typo != word]
 
 
+def place_of(prefix: str) -> str:
+    """The prefix with a position or a name where a key of a list or of free names needs one."""
+    return prefix.replace("train.stop_if", "train.stop_if.loss").replace("data.eval", "data.eval.0")
+
+
 def test_first_suggestion_is_right_for_every_key(tmp_path: Path) -> None:
     rng = random.Random(0)
     path = tmp_path / "r.yaml"
     path.write_text("output: o\nmodel: {path: m}\ndata: {train: x}\n")
-    keys = dict.fromkeys(dotted for dotted, _ in walk(SftRecipe))
     asked, rejected, right = 0, 0, 0
-    for dotted in keys:
-        prefix, _, name = dotted.rpartition(".")
-        place = prefix.replace("train.stop_if", "train.stop_if.loss").replace("data.eval", "data.eval.0").strip(".")
-        for typo in typos(name, rng):
-            wrong = f"{place}.{typo}" if place else typo
-            meant = f"{place}.{name}" if place else name
-            asked += 1
-            with pytest.raises(UsageError) as caught:
-                load_recipe("sft", path, [f"{wrong}=1"])
-            rejected += f"--set {wrong.replace('eval.0', 'eval')}: unknown key." in str(caught.value).replace("eval.0", "eval")
-            right += f"did you mean {meant}?".replace("eval.0", "eval") in str(caught.value).replace("eval.0", "eval")
-    assert asked > 200
+    for stage, section in STAGES.items():
+        for dotted, kind in keys_with_kinds(stage, section):
+            prefix, _, name = dotted.rpartition(".")
+            place = place_of(prefix)
+            for typo in typos(name, rng):
+                wrong, meant = (f"{place}.{word}" if place else word for word in (typo, name))
+                asked += 1
+                with pytest.raises(UsageError) as caught:
+                    load_recipe(stage, path, [f"{wrong}=1", *kind])
+                said = str(caught.value).replace("eval.0", "eval")
+                start = f"--set {wrong}: ".replace("eval.0", "eval")
+                rejected += f"{start}unknown key." in said or f"{start}has no effect" in said  # beta less its b is rebel's eta
+                right += f"did you mean {meant}?".replace("eval.0", "eval") in said
+    assert asked > 800
     assert rejected == asked
     assert right >= 0.95 * asked, f"{right} of {asked}"
+
+
+def keys_with_kinds(stage: str, section: type) -> Iterator[tuple[str, list[str]]]:
+    """Every key of a stage, those of an objective with the override that chooses its kind."""
+    for dotted, _ in walk(section):
+        if not dotted.startswith("objective."):
+            yield dotted, []
+    for objective in objectives_of(stage):
+        for name in keys_of(objective):
+            yield f"objective.{name}", [f"objective.kind={kind_of(objective)}"] if name != "kind" else []
+
+
+TOP = "model: {path: m}\noutput: o\ndata: {train: x.jsonl}\n"
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "meant"),
+    [
+        ("dpo", "beta=0.1", "objective.beta"),
+        ("dpo", "loss_type=hinge", "objective.kind"),
+        ("dpo", "objective.loss_type=hinge", "objective.kind"),
+        ("dpo", "rpo_alpha=1", "objective.sft_weight"),
+        ("dpo", "objective.label_smothing=0.1", "objective.label_smoothing"),
+        ("dpo", "objective.gama=0.1", "objective.gamma"),  # of another kind: there is no nearer one
+        ("dpo", "ref_model=m", "reference.model"),
+        ("dpo", "precompute_ref_log_probs=true", "reference.cache"),
+        ("dpo", "refrence.cache=false", "reference"),
+        ("kto", "desirable_weight=2", "objective.lambda_d"),
+        ("train-rm", "center_rewards_coefficient=0.1", "objective.center_coef"),
+    ],
+)
+def test_names_that_people_bring_along(tmp_path: Path, stage: str, override: str, meant: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(TOP)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(stage, path, [override])
+    name = override.partition("=")[0] if meant != "reference" else "refrence"
+    assert str(caught.value) == f"--set {name}: unknown key. did you mean {meant}?"

@@ -50,7 +50,7 @@ def forbid_weights(patch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("weights were loaded")
 
-    patch.setattr(sft, "load_policy", refuse)
+    patch.setattr(sft, "load_trained", refuse)
 
 
 def errors(capsys: pytest.CaptureFixture[str]) -> str:

@@ -48,10 +48,10 @@ def nan_loss(patch: pytest.MonkeyPatch, tree: int) -> None:
         now[0] = settings["step"]
         return update(*arguments, **settings)
 
-    def broken(self: Sft, backbone: Any, batch: Any) -> Iterator[Term]:
+    def broken(self: Sft, backbone: Any, batch: Any, given: Any) -> Iterator[Term]:
         spoil = float("nan") if now[0] == REFUSED and tree in batch.trees else 1.0
-        for term in terms(self, backbone, batch):
-            yield Term(term.loss * spoil, term.unit, term.sums)
+        for term in terms(self, backbone, batch, given):
+            yield Term({unit: loss * spoil for unit, loss in term.losses.items()}, term.sums)
 
     patch.setattr(loop, "optimise", noting)
     patch.setattr(Sft, "terms", broken)

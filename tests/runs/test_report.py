@@ -9,7 +9,7 @@ import pytest
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.plots import moving_average
 from rlhf_cli.runs.report import duration, write_report
-from rlhf_cli.runs.verdict import ends, held_out_verdict, train_verdict
+from rlhf_cli.runs.verdict import ends, held_out_verdict, length_verdict, preference_verdict, train_verdict
 
 LENGTHS = {"p50": 10, "p90": 20, "p99": 30, "max": 1234}
 SOURCE = {
@@ -160,3 +160,181 @@ def test_arithmetic():
     assert ends([float(k) for k in range(40)]) == (1.5, 37.5)
     assert moving_average([4.0, 2.0, 0.0, 7.0, 1.0], 2) == [4.0, 2.0, 14 / 5, 8 / 3, 1.0]
     assert [duration(seconds) for seconds in (3.14, 59.96, 61, 7325)] == ["3.1 s", "60.0 s", "1 min 1 s", "2 h 2 min"]
+
+
+RATE = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "pairs": 30, "prompts": 10}
+CARD = {
+    "accuracy": 0.714,
+    "accuracy_low": 0.668,
+    "accuracy_high": 0.756,
+    "pairs": 400,
+    "prompts": 400,
+    "constant": 0.5,
+    "length_baseline": {"prefers": "shorter", "accuracy": 0.55, "low": 0.501, "high": 0.598},
+    "ece": 0.034,
+    "confidence": 0.75,
+    "reliability": [
+        {"low": 0.5, "high": 0.55, "count": 150, "confidence": 0.52, "accuracy": 0.5},
+        {"low": 0.95, "high": 1.0, "count": 250, "confidence": 0.97, "accuracy": 0.9},
+    ],
+    "margins": {"mean": 1.5, "edges": [-2.0, 0.0, 2.0], "counts": [110, 290]},
+    "subsets": {},
+    "score_mean": 0.25,
+    "score_std": 1.75,
+    "score_responses": 2000,
+    "warning": None,
+}
+
+
+def write_reward_report(run, **card):
+    held_out = [line(0, "eval", 0.7, accuracy=0.5, margin=0.0), line(2, "eval", 0.6, accuracy=0.714, margin=1.5)]
+    jsonl(run.metrics, [held_out[0], *(line(k, "train", 0.7 / k, accuracy=0.5, margin=0.1 * k) for k in (1, 2)), held_out[1]])
+    load = ["from transformers import AutoModelForSequenceClassification", 'model = "of a reward"']
+    write_report(run, {**MANIFEST, "stage": "train-rm", "reward_model": CARD | card, "load": load})
+    return run.report.read_text()
+
+
+def test_a_reward_model_has_a_card(run):
+    text = write_reward_report(run)
+    assert text.startswith("# mine: reward model, finished\n")
+    assert "| held-out accuracy | 0.5 | 0.714 | +42.8 % |\n| held-out margin | 0 | 1.5 | n/a |" in text
+    assert (
+        "The better response of 400 held-out pairs has the higher score in 71.4 % (95 % interval 66.8 % to 75.6 %). "
+        "Ties count half.\n\n|  | accuracy | 95 % interval |\n"
+    ) in text
+    assert (
+        "| this model | 71.4 % | 66.8 % to 75.6 % |\n"
+        "| always the shorter response | 55.0 % | 50.1 % to 59.8 % |\n"
+        "| the same score for all | 50.0 % |  |"
+    ) in text
+    assert "expected error 3.4 %. A mean confidence σ(|margin|) of 75.0 % against an accuracy of 71.4 %: it is over-conf" in text
+    assert "| 0.50 to 0.55 | 150 | 52.0 % | 50.0 % |\n| 0.95 to 1.00 | 250 | 97.0 % | 90.0 % |" in text
+    assert "Scores of 2,000 training responses have mean 0.25 and standard deviation 1.75." in text
+    assert '```python\nfrom transformers import AutoModelForSequenceClassification\nmodel = "of a reward"\n```' in text
+    assert "PeftModel" not in text
+    assert "--merge" not in text
+    pictures = {"loss.png", "accuracy.png", "margin.png", "reliability.png", "margins.png"}
+    assert {path.name for path in run.plots.iterdir()} == pictures
+    assert all(f"](plots/{name})" in text for name in pictures)
+    assert all((run.plots / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for name in pictures)
+
+
+def test_a_card_of_rankings_with_subsets_and_a_warning(run):
+    subsets = {"a|b": RATE, "harm": RATE | {"accuracy": 0.9}}
+    text = write_reward_report(run, prompts=100, subsets=subsets, warning="It hardly beats length.", confidence=0.6)
+    assert "of 400 held-out pairs of 100 prompts has the higher score in 71.4 % (" in text
+    assert "to 75.6 %; a prompt's pairs are one observation). Ties count half.\n\n**It hardly beats length.**\n\n|" in text
+    assert (
+        "| subset | pairs | accuracy | 95 % interval |\n| --- | --- | --- | --- |\n| a\\|b | 30 | 50.0 % | 40.0 % to 60.0 %"
+        in text
+    )
+    assert "| harm | 30 | 90.0 % |" in text
+    assert "it is under-confident" in text
+
+
+def test_a_reward_model_without_held_out_pairs(run):
+    nothing = {"accuracy": None, "pairs": 0, "prompts": 0, "length_baseline": None, "reliability": [], "margins": None}
+    text = write_reward_report(run, **nothing)
+    assert "**No pairs were held out: how well it judges is not known.**" in text
+    assert "have mean 0.25" in text
+    assert "reliability.png" not in text
+    assert not (run.plots / "reliability.png").exists()
+
+
+def pair_line(step, split, chosen, margins, accuracy, saturated=0.1, **more):
+    rewards = {"rewards/margins": margins, "rewards/accuracies": accuracy, "rewards/saturated": saturated}
+    return line(step, split, 0.5, **rewards, **{"logps/chosen": chosen}, **more)
+
+
+def test_the_report_of_a_preference_run(run):
+    held_out = [pair_line(0, "eval", -80.0, 0.0, 0.5, 0.0), pair_line(4, "eval", -92.5, 1.5, 0.7, 0.25)]
+    train = [pair_line(k, "train", -80.0, 0.1 * k, 0.5 + 0.1 * k) for k in range(1, 5)]
+    jsonl(run.metrics, [held_out[0], *train, held_out[1]])
+    run.data.write_text(json.dumps({"train": SPLIT, "eval": {**SPLIT, "kept": 100}}))
+    samples = [
+        {"step": step, "prompt": "p", "response": "r", "ended": step == 0, "where": "x:1", "tokens": tokens}
+        for step, tokens in ((0, 10), (0, 20), (4, 30), (4, 24))
+    ]
+    jsonl(run.samples, samples)
+    write_report(run, {**MANIFEST, "stage": "dpo"})
+    text = run.report.read_text()
+    assert text.startswith("# mine: direct preference optimisation, finished\n")
+    # Wilson with z = 1.96: (0.7 + 0.0192) / 1.0384 ± 1.96 √(0.0021 + 0.000096) / 1.0384.
+    assert (
+        "The implicit reward prefers the chosen response in 70.0 % of the held-out pairs "
+        "(95 % interval 60.4 % to 78.1 %, each of 100 rows one observation)."
+    ) in text
+    assert (
+        "**Displacement**: the log-probability of the held-out chosen responses fell by 12.5 nats, from -80 to -92.5, although "
+        "the margin grew from 0 to 1.5."
+    ) in text
+    assert "25.0 % of the held-out pairs are saturated: a logistic loss has less than 5 % of its first gradient there." in text
+    assert "| held-out margin of the implicit reward | 0 | 1.5 | n/a |" in text
+    assert "| held-out log-probability, chosen | -80 | -92.5 | -15.6 % |" in text
+    # 15 tokens before, 27 after.
+    assert "**Length drift**: these responses have a mean of 15.0 tokens before, 27.0 after (+80.0 %); those that did not" in text
+    assert {path.name for path in run.plots.iterdir()} == {"loss.png", "accuracy.png", "margin.png", "logps.png"}
+
+
+def test_a_metric_may_be_absent_in_some_lines(run):
+    one_class = [line(1, "train", 0.5, kl=0.0, **{"rewards/undesirable": 0.0}), line(2, "train", 0.5, kl=0.25)]
+    both = {"rewards/desirable": 0.75, "rewards/undesirable": -0.25, "rewards/margins": 1.0, "logps/desirable": -50.0}
+    jsonl(run.metrics, [*one_class, line(3, "train", 0.4, kl=0.5, **both), line(4, "train", 0.3, kl=0.75, **both)])
+    write_report(run, {**MANIFEST, "stage": "kto"})
+    text = run.report.read_text()
+    assert text.startswith("# mine: Kahneman–Tversky optimisation, finished\n")
+    assert "| training implicit reward, desirable | 0.75 | 0.75 | +0.0 % |" in text
+    assert "| training KL estimate z0 | 0 | 0.75 | n/a |" in text
+    assert "the mean implicit reward of training desirable responses is 0.75, of undesirable ones -0.25." in text
+    assert "No displacement: the log-probability of the training desirable responses went from -50 to -50 nats." in text
+    assert {path.name for path in run.plots.iterdir()} == {"loss.png", "margin.png", "rewards.png", "logps.png", "kl.png"}
+
+
+def test_words_about_pairs():
+    def words(first, last, rows=100):
+        return preference_verdict([], [pair_line(0, "eval", *first), pair_line(4, "eval", *last)], rows)
+
+    guess, displaced, saturated = words((-80.0, 0.5, 0.5), (-81.0, 0.4, 0.55, 0.6))
+    # (0.55 + 0.0192) / 1.0384 ± 1.96 √(0.002475 + 0.000096) / 1.0384.
+    assert guess.startswith(
+        "**The implicit reward prefers the chosen response in 55.0 % of the held-out pairs (95 % interval 45.2 %"
+    )
+    assert guess.endswith("that cannot be told from guessing.**")
+    assert displaced.startswith(
+        "**The chosen responses became less likely**: the log-probability of the held-out chosen responses "
+    )
+    assert displaced.endswith("fell by 1 nats, from -80 to -81, and the margin did not grow.")
+    assert saturated.startswith("**60.0 % of the held-out pairs are saturated")
+    assert words((-80.0, 0.0, 0.5), (-80.5, 1.0, 0.9))[1].startswith("No displacement: ")
+    assert words((-80.0, 0.0, 0.5), (-75.0, 1.0, 0.9))[1].endswith("went from -80 to -75 nats.")
+    assert preference_verdict([], [line(0, "eval", 1.0), line(4, "eval", 0.5)], 100) == []
+    train = [pair_line(k, "train", -80.0, 1.0, 0.75) for k in (1, 2)]
+    assert (
+        preference_verdict(train, [], 0)[0] == "The implicit reward prefers the chosen response in 75.0 % of the training pairs."
+    )
+
+
+def test_classes_that_are_not_told_apart():
+    rewards = {"rewards/desirable": 0.1, "rewards/undesirable": 0.2}
+    (said,) = preference_verdict([], [line(0, "eval", 0.5, **rewards), line(4, "eval", 0.5, **rewards)], 10)
+    assert said.startswith("**The policy does not tell desirable from undesirable responses**: ")
+
+
+@pytest.mark.parametrize(
+    ("reached", "words"), [(2.0, "5: 3 short of it, 40.0 % of the way."), (6.5, "5: 1.5 beyond it."), (-1.0, "5: 6 short of it,")]
+)
+def test_the_gap_to_the_target_of_ipo(reached, words):
+    lines = [line(step, "eval", 0.5, **{"margin/logratio": h, "margin/target": 5.0}) for step, h in ((0, 0.0), (4, reached))]
+    (said,) = preference_verdict([], lines, 10)
+    assert f"The mean difference of held-out log-ratios is {reached:g}, IPO's target {words}" in said
+
+
+def test_lengths_of_samples():
+    def sampled(*tokens):
+        return [{"step": step, "tokens": count, "ended": True} for step, count in enumerate(tokens)]
+
+    assert length_verdict(sampled(100, 300, 125)) == "Mean length of these responses: 100.0 tokens before, 125.0 after."
+    assert length_verdict(sampled(100, 126)).startswith("**Length drift**: ")
+    assert length_verdict(sampled(100, 74)).endswith("(-26.0 %). Preferences often follow length: are the shorter ones better?")
+    assert length_verdict(sampled(100)) is None
+    assert length_verdict([{"step": 0, "ended": True}, {"step": 4, "ended": True}]) is None

@@ -1,0 +1,286 @@
+"""How well scores agree with preferences: the figures of a reward model's card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from rlhf_cli.errors import NumberError
+from rlhf_cli.objectives.preference import ordered_pairs
+from rlhf_cli.runs.markdown import percent
+from rlhf_cli.runs.verdict import wilson
+
+if TYPE_CHECKING:
+    from rlhf_cli.data.trees import Tree
+    from rlhf_cli.models.backbone import Backbone
+
+CONFIDENCE_BINS = 10
+MARGIN_BINS = 20
+NO_SUBSET = "(none)"
+"""The name of the rows without a subset, where others have one."""
+
+
+class Margins(NamedTuple):
+    """The P pairs of some trees, tree by tree: by how much the better response has more of something than the worse."""
+
+    values: np.ndarray  # (P,) float64
+    tree: np.ndarray  # (P,) int64: index of the pair's tree
+
+
+def margins(trees: Sequence[Tree], figures: Iterable[Sequence[float] | np.ndarray]) -> Margins:
+    """All ordered pairs of `trees`; `figures` has one number per response of every tree, in the order of its responses."""
+    values: list[float] = []
+    index: list[int] = []
+    for number, (tree, own) in enumerate(zip(trees, figures, strict=True)):
+        for better, worse in ordered_pairs(len(tree.responses), tree.facts):
+            values.append(float(own[better]) - float(own[worse]))
+            index.append(number)
+    return Margins(np.array(values, np.float64), np.array(index, np.int64))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of pairs with its 95 % interval."""
+
+    accuracy: float
+    low: float
+    high: float
+    pairs: int
+    prompts: int  # that have a pair
+
+
+def rate(pairs: Margins) -> Rate | None:
+    """Share of pairs with a positive margin, ties counted half; None without a pair.
+
+    Wilson's interval. Pairs of one prompt are not independent, so a prompt is one observation, its mean accuracy, and n is
+    the number of prompts; where they have different numbers of pairs w, (Σw)² / Σw² of them (Kish 1965).
+    """
+    if not len(pairs.values):
+        return None
+    _, weights = np.unique(pairs.tree, return_counts=True)
+    observations = weights.sum() ** 2 / (weights**2).sum()
+    share = float(hits(pairs.values).mean())
+    return Rate(share, *wilson(share, float(observations)), len(pairs.values), len(weights))
+
+
+def hits(values: np.ndarray) -> np.ndarray:
+    """1 for a positive margin, 1/2 for a tie, else 0."""
+    won: np.ndarray = (values > 0) + (values == 0) / 2
+    return won
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The pairs whose confidence σ(|margin|) is in [low, high), the last bin including 1."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float  # mean of σ(|margin|)
+    accuracy: float
+
+
+def confidences(values: np.ndarray) -> np.ndarray:
+    """The probability σ(|margin|) that a Bradley–Terry model gives to the response it prefers."""
+    confidence: np.ndarray = 1 / (1 + np.exp(-np.abs(values)))
+    return confidence
+
+
+def reliability(values: np.ndarray) -> list[Bin]:
+    """How often the preferred response is the better one, by confidence: the bins of [0.5, 1] that have pairs."""
+    confidence = confidences(values)
+    edges = np.linspace(0.5, 1.0, CONFIDENCE_BINS + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, CONFIDENCE_BINS - 1)
+    bins = []
+    for number in np.unique(place):
+        mine = place == number
+        mean, right = float(confidence[mine].mean()), float(hits(values[mine]).mean())
+        bins.append(Bin(round(float(edges[number]), 2), round(float(edges[number + 1]), 2), int(mine.sum()), mean, right))
+    return bins
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Σ count |accuracy − confidence| / Σ count; Naeini et al. 2015 with bins of equal width."""
+    return sum(each.count * abs(each.accuracy - each.confidence) for each in bins) / sum(each.count for each in bins)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Margins of pairs in bins of equal width, 0 being an edge."""
+
+    mean: float
+    edges: tuple[float, ...]  # one more than counts
+    counts: tuple[int, ...]
+
+
+def histogram(values: np.ndarray) -> Histogram:
+    reach = float(np.abs(values).max()) or 1.0
+    counts, edges = np.histogram(values, MARGIN_BINS, (-reach, reach))
+    return Histogram(float(values.mean()), tuple(edges.tolist()), tuple(counts.tolist()))
+
+
+@dataclass(frozen=True)
+class LengthBaseline:
+    """What always preferring the longer (or the shorter) response would reach on the same pairs."""
+
+    prefers: Literal["longer", "shorter"]  # whichever wins more of the training pairs
+    accuracy: float
+    low: float
+    high: float
+
+
+def length_margins(trees: Sequence[Tree]) -> Margins:
+    """Differences of the responses' lengths in tokens, their ends included."""
+    return margins(trees, ([len(response) for response in tree.responses] for tree in trees))
+
+
+def length_baseline(held_out: Sequence[Tree], training: Sequence[Tree]) -> LengthBaseline | None:
+    """Longer or shorter is decided on the training pairs and measured on the held-out ones; None where those have no pair."""
+    learned = rate(length_margins(training))
+    sign = -1 if learned and learned.accuracy < 0.5 else 1
+    lengths = length_margins(held_out)
+    found = rate(lengths._replace(values=sign * lengths.values))
+    if found is None:
+        return None
+    return LengthBaseline("longer" if sign > 0 else "shorter", found.accuracy, found.low, found.high)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A reward model's card, as `reward_model` in the manifest; figures of pairs are None where nothing was held out."""
+
+    accuracy: float | None  # ties count half
+    accuracy_low: float | None  # 95 % interval, as `rate` says
+    accuracy_high: float | None
+    pairs: int
+    prompts: int
+    constant: float  # accuracy of a score that is the same for all: every pair a tie
+    length_baseline: LengthBaseline | None
+    ece: float | None  # expected calibration error
+    confidence: float | None  # mean of σ(|margin|); above the accuracy: over-confident
+    reliability: list[Bin]
+    margins: Histogram | None
+    subsets: dict[str, Rate]  # empty where the data name none
+    score_mean: float  # over training responses: what a policy's training subtracts, and divides by
+    score_std: float
+    score_responses: int
+    warning: str | None  # of `beats_length`
+
+
+def reward_card(
+    scores: Sequence[np.ndarray],
+    held_out: Sequence[Tree],
+    wheres: Sequence[str],
+    training: Sequence[Tree],
+    training_scores: Sequence[np.ndarray],
+) -> Card:
+    """The card of a reward model.
+
+    `scores`: (K,) of every held-out tree, in the order of its responses. `wheres`: file and line of each held-out tree.
+    `training`: the trees it was trained on, for the length baseline. `training_scores`: (K,) of some of them, at least one,
+    for mean and standard deviation.
+
+    Raises:
+        NumberError: a score is not finite.
+    """
+    _check_finite(scores, wheres)
+    _check_finite(training_scores, [f"training tree {number}" for number in range(len(training_scores))])
+    pairs = margins(held_out, scores)
+    found, baseline, bins = rate(pairs), length_baseline(held_out, training), reliability(pairs.values)
+    spread = np.concatenate(training_scores).astype(np.float64)
+    return Card(
+        accuracy=found.accuracy if found else None,
+        accuracy_low=found.low if found else None,
+        accuracy_high=found.high if found else None,
+        pairs=found.pairs if found else 0,
+        prompts=found.prompts if found else 0,
+        constant=0.5,
+        length_baseline=baseline,
+        ece=calibration_error(bins) if bins else None,
+        confidence=float(confidences(pairs.values).mean()) if found else None,
+        reliability=bins,
+        margins=histogram(pairs.values) if found else None,
+        subsets=_subsets(pairs, held_out),
+        score_mean=float(spread.mean()),
+        score_std=float(spread.std()),
+        score_responses=len(spread),
+        warning=beats_length(found, baseline) if found and baseline else None,
+    )
+
+
+def _check_finite(scores: Sequence[np.ndarray], wheres: Sequence[str]) -> None:
+    for own, where in zip(scores, wheres, strict=True):
+        if not np.isfinite(own).all():
+            number = int(np.flatnonzero(~np.isfinite(own))[0])
+            raise NumberError(
+                f"{where}: the score of response {number + 1} is {own[number]}\n"
+                "the reward model is broken: train it again with a lower train.learning_rate"
+            )
+
+
+def _subsets(pairs: Margins, trees: Sequence[Tree]) -> dict[str, Rate]:
+    names = [tree.facts.subset for tree in trees]
+    if not any(names):
+        return {}
+    of_pair = np.array([names[index] or NO_SUBSET for index in pairs.tree.tolist()])
+    found: dict[str, Rate] = {}
+    for name in sorted(set(of_pair.tolist())):
+        own = rate(Margins(pairs.values[of_pair == name], pairs.tree[of_pair == name]))
+        assert own is not None
+        found[name] = own
+    return found
+
+
+def beats_length(model: Rate, baseline: LengthBaseline) -> str | None:
+    """A warning where the model is hardly better than a look at the length, or than a guess; else None."""
+    length = f"always preferring the {baseline.prefers} response, which has {_with_interval(baseline)}"
+    faults = []
+    if model.low <= 0.5:
+        faults.append("cannot be told from guessing")
+    if model.accuracy <= baseline.accuracy:
+        faults.append(f"is no better than {length}")
+    elif model.low <= baseline.high:
+        faults.append(f"is hardly better than {length}: the intervals overlap")
+    if not faults:
+        return None
+    return (
+        f"The reward model's held-out accuracy, {_with_interval(model)}, {' and '.join(faults)}. "
+        "Train on more pairs, or hold out more of them to be sure."
+    )
+
+
+def _with_interval(figure: Rate | LengthBaseline) -> str:
+    return f"{percent(figure.accuracy)} ({percent(figure.low)} to {percent(figure.high)})"
+
+
+class Ranks(Protocol):
+    """The processes of a run, as far as scoring needs them."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+@torch.no_grad()
+def score_responses(
+    backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks, batch_size: int = 64
+) -> list[np.ndarray]:
+    """The scores of every tree's responses, (K,) float64 each, on every rank.
+
+    Cut into passes of at most `budget` tokens as held-out rows are while training, so that the accuracy is the logged one.
+    """
+    backbone.model.eval()
+    mine: dict[int, np.ndarray] = {}
+    for start in range(0, len(trees), batch_size):
+        for batch in backbone.batches(list(trees[start : start + batch_size]), budget, ranks.rank, ranks.size):
+            scores = backbone.scores(role, batch).double().cpu().numpy()
+            own = np.split(scores, np.cumsum(batch.counts)[:-1])
+            mine |= {start + tree: part for tree, part in zip(batch.trees, own, strict=True)}
+    found = {tree: part for share in ranks.gather(mine) for tree, part in share.items()}
+    return [found[tree] for tree in range(len(trees))]

@@ -1,0 +1,51 @@
+"""Scalar heads: how a reward model is written so that plain transformers and PEFT read it as a sequence classifier."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_cli.errors import UsageError
+
+SCORE = "score.weight"
+"""The name of the head's weight in transformers' sequence classifiers."""
+
+
+def classifier_class(config: Any) -> Any:
+    """The sequence classifier of transformers for a model's configuration; None where it has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+
+
+def choose_pad_id(tokenizer: Any, ends: list[int]) -> int | None:
+    """A token that never ends a response, to be named as padding: a classifier reads its score at the last other token.
+
+    None where the tokenizer has no such token; then only one row at a time can be scored without padding.
+    """
+    named = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+    special = sorted(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return next((int(i) for i in (*named, *special) if i is not None and i not in ends), None)
+
+
+def reward_config(config: Any) -> Any:
+    """The adapter's config as that of a sequence classifier whose head is saved with it."""
+    return dataclasses.replace(config, task_type="SEQ_CLS", modules_to_save=["score"], inference_mode=True)
+
+
+def save_full_reward(model: Any, head: torch.Tensor, pad_id: int | None, folder: Path) -> None:
+    """Write a causal language model's body and a head as a sequence classifier with one label."""
+    config = copy.deepcopy(model.config)
+    config.num_labels, config.pad_token_id = 1, pad_id
+    unused = {id(p) for p in model.get_output_embeddings().parameters()} if not config.tie_word_embeddings else set()
+    state = {name: p.detach() for name, p in model.named_parameters() if id(p) not in unused}
+    with torch.device("meta"):
+        classifier = classifier_class(config)(config)
+    classifier.load_state_dict(state | {SCORE: head.detach()}, strict=False, assign=True)
+    if lost := [name for name, p in classifier.named_parameters() if p.is_meta]:
+        raise UsageError(f"the reward model cannot be written as {type(classifier).__name__}: {lost[0]} has no value")
+    classifier.save_pretrained(str(folder))

@@ -1,0 +1,52 @@
+"""Bradley–Terry: logistic regression of who wins on the difference of two scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_cli.fields import key
+from rlhf_cli.objectives.preference import Pairs
+from rlhf_cli.objectives.reward import RewardObjective
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlhf_cli.data.trees import Batch, Tree
+
+
+@dataclass(frozen=True)
+class BradleyTerry(RewardObjective):
+    """−p log σ(d) − (1 − p) log σ(−d) + c(r_w + r_l)², d = r_w − r_l − m, of every ordered pair; Ouyang et al. 2022, eq. 1.
+
+    m: the data's margin (Touvron et al. 2023, eq. 2), 0 without `margin_column`. p: the data's probability that the first
+    response is the better one, 1 where they have none; label smoothing ε makes it (1 − ε)p + ε(1 − p). c: Eisenstein et al. 2023.
+    """
+
+    kind: Literal["bradley_terry"] = "bradley_terry"
+    margin_column: str | None = key(None, "column of the margin by which the chosen score is to lead")
+    label_smoothing: float = key(0.0, "ε: share of labels taken to be wrong", low=0.0, high=0.499)
+    center_coef: float = key(0.0, "c: weight of (r_w + r_l)², which keeps scores around 0", low=0.0)
+
+    @property
+    def margin_from(self) -> str | None:
+        return self.margin_column
+
+    def losses(self, scores: torch.Tensor, pairs: Pairs, batch: Batch) -> dict[str, torch.Tensor]:
+        import torch
+        from torch.nn.functional import logsigmoid
+
+        facts = [batch.facts[tree] for tree in pairs.tree.tolist()]
+        chosen, rejected = scores[pairs.chosen], scores[pairs.rejected]
+        d = chosen - rejected
+        if self.margin_column is not None:
+            d = d - d.new_tensor([fact.margin for fact in facts])
+        p = d.new_tensor([1.0 if fact.probability is None else fact.probability for fact in facts])
+        p = torch.lerp(p, 1 - p, self.label_smoothing)
+        loss = -p * logsigmoid(d) - (1 - p) * logsigmoid(-d) + self.center_coef * (chosen + rejected) ** 2
+        return {"pairs": loss.sum()}
+
+    def check_tree(self, tree: Tree) -> str | None:
+        if self.margin_column is not None and tree.facts.margin is None:
+            return f"no margin in the column '{self.margin_column}'"
+        return super().check_tree(tree)

@@ -1,0 +1,33 @@
+"""Direct preference optimisation: logistic regression on the difference of two log-ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rlhf_cli.fields import key
+from rlhf_cli.objectives.preference import LogRatioPair, Pair
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Dpo(LogRatioPair):
+    """−(1 − ε) log σ(z) − ε log σ(−z), z = β(ρ_w − ρ_l); Rafailov et al. 2023, eq. 7; with ε > 0 Mitchell 2023 (cDPO)."""
+
+    kind: Literal["dpo"] = "dpo"
+    label_smoothing: float = key(0.0, "ε: share of labels taken to be wrong", low=0.0, high=0.499)
+
+    saturates: ClassVar[bool] = True
+
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+        from torch.nn.functional import logsigmoid
+
+        z = self.margin(pair)
+        return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
+
+    def gradient_left(self, pair: Pair) -> torch.Tensor:
+        """|σ(−z) − ε| / (½ − ε)."""
+        return ((-self.margin(pair)).sigmoid() - self.label_smoothing).abs() / (0.5 - self.label_smoothing)

@@ -1,0 +1,51 @@
+"""Identity preference optimisation: least squares on the difference of log-ratios, so that it stops at a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_cli.fields import key
+from rlhf_cli.objectives.preference import LogRatioPair, Pair
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Ipo(LogRatioPair):
+    """(h − 1/(2β))², h = ρ_w − ρ_l; Azar et al. 2023, eq. 17. With `token_mean` each ρ is divided by its response's length.
+
+    The implicit reward is β times the ρ that the loss compares, so its margin is ½ at the target.
+    """
+
+    kind: Literal["ipo"] = "ipo"
+    normalize: Literal["sum", "token_mean"] = key("sum", "log-ratios are sums over a response (the paper's), or means per token")
+
+    @property
+    def target(self) -> float:
+        """The h that the loss asks for: nats, with `token_mean` nats per token."""
+        return 1 / (2 * self.beta)
+
+    @property
+    def announcement(self) -> str:
+        unit = "nats" if self.normalize == "sum" else "nats per token"
+        return f"ipo at beta {self.beta:g} ({self.normalize}) asks for a log-ratio margin of {self.target:g} {unit}"
+
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+        chosen, rejected = self._logratios(pair)
+        return (chosen - rejected - self.target) ** 2
+
+    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen, rejected = self._logratios(pair)
+        return self.beta * chosen, self.beta * rejected
+
+    def _logratios(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.normalize == "sum":
+            return pair.chosen_ratio, pair.rejected_ratio
+        return pair.chosen_ratio / pair.chosen_length, pair.rejected_ratio / pair.rejected_length
+
+    def metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """Adds the mean of h as margin/logratio, and its target."""
+        return means | {"margin/logratio": means["rewards/margins"] / self.beta, "margin/target": self.target}

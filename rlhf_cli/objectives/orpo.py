@@ -1,0 +1,41 @@
+"""ORPO: supervised fine-tuning on the chosen response and a penalty on the odds ratio, in one and without a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rlhf_cli.fields import key
+from rlhf_cli.objectives.preference import Pair, PairObjective
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Orpo(PairObjective):
+    """−mean log π(y_w) − λ log σ(log odds(y_w) − log odds(y_l)), log p = mean log π; Hong et al. 2024, eq. 6 and 7.
+
+    The implicit reward is mean log π, of which the log odds are an increasing function.
+    """
+
+    kind: Literal["orpo"] = "orpo"
+    lambda_: float = key(0.1, "λ: weight of the odds ratio beside the negative log-likelihood per token", low=0.0)
+
+    reference: ClassVar[bool] = False
+
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+        from torch.nn.functional import softplus
+
+        chosen, rejected = self.rewards(pair)
+        return -chosen + self.lambda_ * softplus(log_odds(rejected) - log_odds(chosen))
+
+    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        return pair.chosen / pair.chosen_length, pair.rejected / pair.rejected_length
+
+
+def log_odds(logp: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 − p)) of log p ≤ 0, which is kept below 0 by what float32 can tell from it, so that 1 − p > 0."""
+    logp = logp.clamp(max=-1e-7)
+    return logp - (-logp.expm1()).log()

@@ -1,0 +1,27 @@
+"""The mean of the logistic losses of all ordered pairs of one prompt, so that every prompt weighs the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_cli.objectives.preference import Pairs
+from rlhf_cli.objectives.reward import RewardObjective
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlhf_cli.data.trees import Batch
+
+
+@dataclass(frozen=True)
+class AllPairs(RewardObjective):
+    """−1/C(K, 2) Σ log σ(r_w − r_l); Ouyang et al. 2022, eq. 1. Tied responses are no pair, and the mean is over those left."""
+
+    kind: Literal["pairs"] = "pairs"
+
+    def losses(self, scores: torch.Tensor, pairs: Pairs, batch: Batch) -> dict[str, torch.Tensor]:
+        from torch.nn.functional import softplus
+
+        pairs_of_tree = pairs.tree.bincount()[pairs.tree]
+        return {"trees": (softplus(scores[pairs.rejected] - scores[pairs.chosen]) / pairs_of_tree).sum()}

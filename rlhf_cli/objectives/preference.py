@@ -1,0 +1,239 @@
+"""What all objectives on preferences share: responses as sums of log-probabilities, pairs of them, and their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from rlhf_cli.fields import key
+from rlhf_cli.objectives.base import Objective, Term
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlhf_cli.data.records import Facts
+    from rlhf_cli.data.trees import Batch, Tree
+    from rlhf_cli.models.backbone import Backbone
+
+BETA = "β: weight of the log-ratio to the reference; the implicit reward is β(log π − log π_ref)"
+"""The help of the recipe key wherever it means this."""
+
+SATURATED = 0.05
+"""A pair whose gradient has less than this share of its size at log-ratio 0 teaches next to nothing any more."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The M responses of one pass, tree by tree, in the order of their ranks. Sums over its tokens, in nats, float64."""
+
+    logps: torch.Tensor  # (M,) log π(y|x)
+    reference: torch.Tensor | None  # (M,) log π_ref(y|x)
+    lengths: torch.Tensor  # (M,) tokens
+    counts: tuple[int, ...]  # responses of each tree; their sum is M
+    facts: tuple[Facts, ...]  # of each tree
+
+    @cached_property
+    def logratio(self) -> torch.Tensor:
+        """ρ = log π(y|x) − log π_ref(y|x), (M,)."""
+        assert self.reference is not None
+        return self.logps - self.reference
+
+    @cached_property
+    def means(self) -> torch.Tensor:
+        """Log-probability per token, (M,)."""
+        return self.logps / self.lengths
+
+
+def read_responses(backbone: Backbone, batch: Batch, reference: bool) -> Responses:
+    """The policy's and, where asked for, the reference's log-probabilities of a pass's responses.
+
+    The reference's come with the batch, or from the role "reference" without gradient.
+    """
+    import torch
+
+    known = None
+    if reference:
+        known = batch.reference
+        if known is None:
+            with torch.no_grad():
+                known = backbone.logps("reference", batch)[0]
+    logps, _ = backbone.logps("policy", batch)
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(batch.last), dtype=torch.float64, device=values.device).index_add(0, batch.owner, values.double())
+
+    lengths = total(torch.ones_like(logps))
+    return Responses(total(logps), None if known is None else total(known), lengths, batch.counts, batch.facts)
+
+
+def ordered_pairs(count: int, facts: Facts) -> list[tuple[int, int]]:
+    """(better, worse) of every two responses of a tree that are not tied.
+
+    >>> from rlhf_cli.data.records import Facts
+    >>> ordered_pairs(3, Facts(ranks=(1, 2, 2)))
+    [(0, 1), (0, 2)]
+    """
+    ranks = facts.ranks or range(count)
+    return [(a, b) for a, b in combinations(range(count), 2) if ranks[a] < ranks[b]]
+
+
+class Pairs(NamedTuple):
+    """The P pairs of one pass as indices into its M responses."""
+
+    chosen: torch.Tensor  # (P,) int64
+    rejected: torch.Tensor  # (P,) int64
+    tree: torch.Tensor  # (P,) int64: which tree of the pass
+
+
+def pairs_of(counts: Sequence[int], facts: Sequence[Facts], device: torch.device) -> Pairs:
+    """All ordered pairs of a pass, tree by tree."""
+    import torch
+
+    found: list[tuple[int, int, int]] = []
+    start = 0
+    for tree, (count, fact) in enumerate(zip(counts, facts, strict=True)):
+        found += [(start + a, start + b, tree) for a, b in ordered_pairs(count, fact)]
+        start += count
+    table = torch.tensor(found, dtype=torch.int64, device=device).reshape(-1, 3)
+    return Pairs(table[:, 0], table[:, 1], table[:, 2])
+
+
+def accuracy(margin: torch.Tensor) -> torch.Tensor:
+    """1 where a margin has the right sign, ½ where it is 0; float64."""
+    return (margin > 0).double() + (margin == 0).double() / 2
+
+
+def check_order(tree: Tree) -> str | None:
+    """Why a tree gives no pair, if it gives none."""
+    if ordered_pairs(len(tree.responses), tree.facts):
+        return None
+    return "needs two responses" if len(tree.responses) < 2 else "its responses are all tied"
+
+
+def count_preferences(trees: Sequence[Tree]) -> dict[str, int]:
+    """Trees, responses and ordered pairs, and the tokens of each tree's first response."""
+    return {
+        "trees": len(trees),
+        "responses": sum(len(tree.responses) for tree in trees),
+        "pairs": sum(len(ordered_pairs(len(tree.responses), tree.facts)) for tree in trees),
+        "tokens": sum(len(tree.responses[0]) - (len(tree.prompt) == 0) for tree in trees),
+    }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The P pairs of a pass as a loss sees them. All (P,), sums over tokens in nats, float64."""
+
+    chosen: torch.Tensor  # log π(y_w|x)
+    rejected: torch.Tensor
+    chosen_ratio: torch.Tensor  # ρ(y_w); NaN where the objective needs no reference
+    rejected_ratio: torch.Tensor
+    chosen_length: torch.Tensor  # tokens
+    rejected_length: torch.Tensor
+    score_gap: torch.Tensor  # s_w − s_l of the data; NaN where they have none
+
+
+@dataclass(frozen=True)
+class PairObjective(Objective):
+    """A loss on pairs of responses. A ranking counts as all its ordered pairs, each with the same weight.
+
+    `sft_weight` adds the negative log-likelihood of the best response, a mean over the tokens of the global batch.
+    """
+
+    kind: str = ""
+    sft_weight: float = key(0.0, "adds this much of the chosen responses' negative log-likelihood per token", low=0.0)
+
+    reference: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False
+
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+        """The loss of every pair, (P,)."""
+        raise NotImplementedError
+
+    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        """Implicit rewards of chosen and rejected responses, (P,) each, in the units in which the loss compares them."""
+        raise NotImplementedError
+
+    def gradient_left(self, pair: Pair) -> torch.Tensor:
+        """The size of ∂loss/∂margin as a share of its size at log-ratio 0, (P,); for losses that saturate."""
+        raise NotImplementedError
+
+    def losses(self, responses: Responses, pair: Pair, given: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """Unit → sum over the pass, without the `sft_weight` term."""
+        return {"pairs": self.loss(pair, given).sum()}
+
+    def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
+        return count_preferences(trees)
+
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+        responses = read_responses(backbone, batch, self.reference)
+        pair = _pair(responses, pairs_of(responses.counts, responses.facts, responses.logps.device))
+        yield Term(self.losses(responses, pair, given) | sft_losses(self.sft_weight, responses), self._sums(pair))
+
+    def _sums(self, pair: Pair) -> dict[str, tuple[torch.Tensor, str]]:
+        chosen, rejected = self.rewards(pair)
+        sums = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": accuracy(chosen - rejected),
+            "logps/chosen": pair.chosen,
+            "logps/rejected": pair.rejected,
+        }
+        if self.saturates:
+            sums["rewards/saturated"] = (self.gradient_left(pair) < SATURATED).double()
+        if self.reference:
+            sums["logratio/mean"] = (pair.chosen_ratio + pair.rejected_ratio) / 2
+        return {name: (value.detach().sum(), "pairs") for name, value in sums.items()}
+
+    def check_tree(self, tree: Tree) -> str | None:
+        if self.needs_scores and tree.facts.scores is None:
+            return f"kind {self.kind} needs scores"
+        return check_order(tree)
+
+
+@dataclass(frozen=True)
+class LogRatioPair(PairObjective):
+    """A loss on pairs whose implicit reward is βρ."""
+
+    beta: float = key(0.1, BETA, low=1e-9)
+
+    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.beta * pair.chosen_ratio, self.beta * pair.rejected_ratio
+
+    def margin(self, pair: Pair) -> torch.Tensor:
+        """z = β(ρ_w − ρ_l), (P,)."""
+        return self.beta * (pair.chosen_ratio - pair.rejected_ratio)
+
+
+def _pair(responses: Responses, pairs: Pairs) -> Pair:
+    import torch
+
+    ratio = responses.logratio if responses.reference is not None else torch.full_like(responses.logps, torch.nan)
+    scores = torch.tensor(
+        [s for count, facts in zip(responses.counts, responses.facts, strict=True) for s in facts.scores or [torch.nan] * count],
+        dtype=torch.float64,
+        device=ratio.device,
+    )
+    return Pair(
+        chosen=responses.logps[pairs.chosen],
+        rejected=responses.logps[pairs.rejected],
+        chosen_ratio=ratio[pairs.chosen],
+        rejected_ratio=ratio[pairs.rejected],
+        chosen_length=responses.lengths[pairs.chosen],
+        rejected_length=responses.lengths[pairs.rejected],
+        score_gap=scores[pairs.chosen] - scores[pairs.rejected],
+    )
+
+
+def sft_losses(weight: float, responses: Responses) -> dict[str, torch.Tensor]:
+    """`sft_weight` times the negative log-likelihood of every tree's first response, a sum over tokens."""
+    import torch
+
+    if not weight:
+        return {}
+    first = torch.tensor([0, *responses.counts[:-1]], device=responses.logps.device).cumsum(0)
+    return {"tokens": -weight * responses.logps[first].sum()}

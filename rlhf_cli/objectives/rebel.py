@@ -1,0 +1,32 @@
+"""REBEL: regression of the difference of log-ratios on the difference of rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rlhf_cli.fields import key
+from rlhf_cli.objectives.preference import Pair, PairObjective
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Rebel(PairObjective):
+    """((ρ_w − ρ_l)/η − (s_w − s_l))²; Gao et al. 2024, algorithm 1. Scores s come from the data; the implicit reward is ρ/η.
+
+    The paper's reference is the policy of the iteration before; here it is the one that the recipe names.
+    """
+
+    kind: Literal["rebel"] = "rebel"
+    eta: float = key(1.0, "η: nats of log-ratio for a score difference of 1", low=1e-9)
+
+    needs_scores: ClassVar[bool] = True
+
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+        return ((pair.chosen_ratio - pair.rejected_ratio) / self.eta - pair.score_gap) ** 2
+
+    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        return pair.chosen_ratio / self.eta, pair.rejected_ratio / self.eta

@@ -1,0 +1,34 @@
+"""DPO whose expectation under labels flipped at a known rate is the loss under the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rlhf_cli.fields import key
+from rlhf_cli.objectives.preference import LogRatioPair, Pair
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Robust(LogRatioPair):
+    """[−(1 − ε) log σ(z) + ε log σ(−z)] / (1 − 2ε), z = β(ρ_w − ρ_l); Chowdhury et al. 2024 (rDPO). Has no lower bound."""
+
+    kind: Literal["robust"] = "robust"
+    label_smoothing: float = key(0.0, "ε: share of labels that are flipped", low=0.0, high=0.499)
+
+    saturates: ClassVar[bool] = True
+
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+        from torch.nn.functional import logsigmoid
+
+        z, flipped = self.margin(pair), self.label_smoothing
+        return (-(1 - flipped) * logsigmoid(z) + flipped * logsigmoid(-z)) / (1 - 2 * flipped)
+
+    def gradient_left(self, pair: Pair) -> torch.Tensor:
+        """2 [(1 − ε) σ(−z) + ε σ(z)]."""
+        doubt = (-self.margin(pair)).sigmoid()
+        return 2 * ((1 - self.label_smoothing) * doubt + self.label_smoothing * (1 - doubt))

@@ -1,0 +1,42 @@
+"""SimPO: the mean log-probability per token as the reward, a margin, and no reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rlhf_cli.fields import key
+from rlhf_cli.objectives.preference import Pair, PairObjective
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Simpo(PairObjective):
+    """−log σ(m − γ), m = β(mean log π(y_w) − mean log π(y_l)); Meng et al. 2024, eq. 6. The implicit reward is β mean log π."""
+
+    kind: Literal["simpo"] = "simpo"
+    beta: float = key(2.0, "β: weight of the log-probability per token", low=1e-9)
+    gamma: float = key(1.0, "γ: margin that the rewards are asked to have", low=0.0)
+
+    reference: ClassVar[bool] = False
+    saturates: ClassVar[bool] = True
+
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+        from torch.nn.functional import softplus
+
+        return softplus(self.gamma - self._margin(pair))
+
+    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.beta * pair.chosen / pair.chosen_length, self.beta * pair.rejected / pair.rejected_length
+
+    def gradient_left(self, pair: Pair) -> torch.Tensor:
+        """σ(γ − m) / σ(γ): there is no log-ratio, so the size at equal rewards is the measure."""
+        return (self.gamma - self._margin(pair)).sigmoid() * (1 + math.exp(-self.gamma))
+
+    def _margin(self, pair: Pair) -> torch.Tensor:
+        chosen, rejected = self.rewards(pair)
+        return chosen - rejected

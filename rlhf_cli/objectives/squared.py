@@ -1,0 +1,22 @@
+"""Least squares on the margin of implicit rewards, with the target 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_cli.objectives.preference import LogRatioPair, Pair
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Squared(LogRatioPair):
+    """(z − 1)², z = β(ρ_w − ρ_l); Tang et al. 2024 (GPO), table 1. It is β² times ipo at β/2."""
+
+    kind: Literal["squared"] = "squared"
+
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+        return (self.margin(pair) - 1) ** 2

@@ -1,0 +1,67 @@
+"""What all objectives on single responses, marked desirable or not, share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rlhf_cli.fields import key
+from rlhf_cli.objectives.base import Objective, Term
+from rlhf_cli.objectives.preference import BETA, read_responses
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlhf_cli.data.trees import Batch, Tree
+    from rlhf_cli.models.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class UnpairedObjective(Objective):
+    """A loss on the log-ratios of single responses; the implicit reward is βρ.
+
+    A tree may bring a second response, one that was written for another prompt: `terms` never sees it.
+    """
+
+    kind: str = ""
+    beta: float = key(0.1, BETA, low=1e-9)
+
+    reference: ClassVar[bool] = True
+
+    def loss(self, logratio: torch.Tensor, desirable: torch.Tensor, given: Mapping[str, float]) -> torch.Tensor:
+        """The loss of every response, (M,), from its ρ (M,) float64 and its mark (M,) bool."""
+        raise NotImplementedError
+
+    def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
+        desirable = sum(tree.facts.label is True for tree in trees)
+        return {"trees": len(trees), "desirable": desirable, "undesirable": len(trees) - desirable}
+
+    def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[Tree]]:
+        return [], [only(tree, 0) for tree in trees]
+
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+        import torch
+
+        responses = read_responses(backbone, batch, self.reference)
+        logratio = responses.logratio
+        desirable = torch.tensor([facts.label is True for facts in batch.facts], device=logratio.device)
+        sums = {"logratio/mean": (logratio.detach().sum(), "trees")}
+        for unit, mine in (("desirable", desirable), ("undesirable", ~desirable)):
+            # A class without a response has no sum, so that its mean is absent and not 0.
+            if mine.any():
+                sums[f"rewards/{unit}"] = (self.beta * logratio.detach()[mine].sum(), unit)
+                sums[f"logps/{unit}"] = (responses.logps.detach()[mine].sum(), unit)
+        yield Term({"trees": self.loss(logratio, desirable, given).sum()}, sums)
+
+    def metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """Adds rewards/margins, the difference of the classes' mean rewards, where there are both."""
+        if not {"rewards/desirable", "rewards/undesirable"} <= means.keys():
+            return means
+        return means | {"rewards/margins": means["rewards/desirable"] - means["rewards/undesirable"]}
+
+
+def only(tree: Tree, response: int) -> Tree:
+    """The tree with one of its responses."""
+    known = tree.reference
+    return tree._replace(responses=(tree.responses[response],), reference=None if known is None else (known[response],))

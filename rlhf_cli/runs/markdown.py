@@ -1,0 +1,33 @@
+"""Pieces of a Markdown page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def cell(text: str, length: int) -> str:
+    """Any text as one cell of a Markdown table that shows it literally."""
+    shown = text if len(text) <= length else text[:length] + "…"
+    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", shown.replace("\r\n", "\n"))
+    return re.sub(r"([\\`*_\[\]|<>~$&])", r"\\\1", shown.strip("\n")).replace("\n", "<br>")
+
+
+def percent(share: float | None, sign: str = "") -> str:
+    return "n/a" if share is None else f"{100 * share:{sign}.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """In two units.
+
+    >>> duration(3725.0)
+    '1 h 2 min'
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

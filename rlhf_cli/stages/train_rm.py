@@ -1,0 +1,79 @@
+"""`rlhf train-rm`: a reward model from comparisons, read from the top as it happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+
+from rlhf_cli.evaluation.preference import Card, reward_card, score_responses
+from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.heads import classifier_class
+from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.runs.folder import RunFolder
+from rlhf_cli.runs.parents import POLICY_STAGES
+from rlhf_cli.stages.training import Job, finish_job, load_job, open_job, prepare_job, train_job
+
+SCORED = 256
+"""Training prompts, drawn with the seed, whose responses give the mean and the standard deviation of the scores."""
+
+
+def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
+    """Train a reward model on the ranked responses of the recipe's data.
+
+    Raises:
+        RunError: with its exit code; with exit code 2 nothing was trained or changed.
+    """
+    job = prepare_job(loaded, check=check, resume=resume, starts=(*POLICY_STAGES, "train-rm"))
+    if check:
+        return
+    with open_job(job, resume=resume, force=force) as folder:
+        if folder is None:
+            return
+        backbone, base = load_job(job)
+        fit = train_job(job, folder, backbone, sampled=False)
+        card = _score(job, backbone)
+        if card.warning:
+            job.console.warn(card.warning)
+        finish_job(job, folder, fit, base, _manifest(job, folder, backbone, base, card))
+
+
+def _score(job: Job, backbone: Backbone) -> Card:
+    """The card of the trained model, from all held-out rows and some that it was trained on."""
+    training = job.dataset.train.trees
+    held_out = job.dataset.held_out.trees if job.dataset.held_out else training[:0]
+    chosen = np.random.default_rng(job.recipe.seed).permutation(len(training))[:SCORED]
+    some = [training[int(i)] for i in sorted(chosen)]
+    return reward_card(
+        score_responses(backbone, "reward", held_out, job.budget, job.ranks),
+        held_out,
+        job.dataset.held_out.trees.wheres if job.dataset.held_out else (),
+        training,
+        score_responses(backbone, "reward", some, job.budget, job.ranks),
+    )
+
+
+def _manifest(job: Job, folder: RunFolder, backbone: Backbone, base: str, card: Card) -> dict[str, Any]:
+    """What the manifest says of a reward model, with the lines of Python that load it where transformers has a class for it."""
+    figures = dataclasses.asdict(card)
+    if classifier_class(backbone.model.config) is None:
+        job.console.warn("transformers has no sequence classifier for this architecture: only rlhf can load the reward model")
+        return {"reward_model": figures}
+    model = json.dumps(folder.model.as_posix())
+    if job.lora is None:
+        imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
+        lines = [imports, "", f"model = AutoModelForSequenceClassification.from_pretrained({model})"]
+    else:
+        revision = f", revision={json.dumps(job.start.revision)}" if job.start.revision and base == job.start.base else ""
+        lines = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+            "",
+            "base = AutoModelForSequenceClassification.from_pretrained(",
+            f"    {json.dumps(base)}{revision}, num_labels=1, pad_token_id={backbone.pad_id}",
+            ")",
+            f"model = PeftModel.from_pretrained(base, {model})",
+        ]
+    return {"reward_model": figures, "load": [*lines, f"tokenizer = AutoTokenizer.from_pretrained({model})"]}

@@ -1,0 +1,373 @@
+"""What every training stage does before its weights are loaded, and once they are trained."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+
+from rlhf_cli.console import Console
+from rlhf_cli.data.batches import DatasetSource, total_steps
+from rlhf_cli.data.dataset import Dataset, data_report, prepare, question
+from rlhf_cli.data.encode import show_example
+from rlhf_cli.data.templates import Template, choose_template, end_of_turn
+from rlhf_cli.errors import NumberError, Stopped, UsageError
+from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.heads import choose_pad_id
+from rlhf_cli.models.load import load_config, load_tokenizer, resolve_dtype
+from rlhf_cli.models.memory import Memory, auto_budget, estimate
+from rlhf_cli.models.policy import load_trained, parent_lora, resolve_lora
+from rlhf_cli.models.sampling import continue_greedily, end_ids
+from rlhf_cli.objectives.base import Objective
+from rlhf_cli.recipe import schema
+from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.runs.files import disk_errors, write_json
+from rlhf_cli.runs.folder import RunFolder, open_run
+from rlhf_cli.runs.manifest import BaseModel, Outcome, Parent, build_manifest, write_manifest
+from rlhf_cli.runs.parents import POLICY_STAGES, Start, base_model, resolve_start
+from rlhf_cli.runs.report import write_report
+from rlhf_cli.runs.resume import finished_steps, record_inputs, recorded_budget, refuse_other_inputs, reopen
+from rlhf_cli.stages.plan import learning_rate_warning, plan
+from rlhf_cli.training.invariants import check_start
+from rlhf_cli.training.loop import Fit, Sampler, peak_memory
+from rlhf_cli.training.ranks import Ranks
+from rlhf_cli.training.signals import StopSignals
+from rlhf_cli.training.trackers import check_trackers, start_trackers
+
+SHOWN_PROMPTS, SHOWN_TOKENS = 8, 64
+"""Samples in samples.jsonl: how many prompts, and how long their greedy continuations may get."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run before its weights are loaded: the recipe with every `auto` and default replaced by the value in force, and its data."""
+
+    loaded: Loaded
+    recipe: schema.Recipe
+    objective: Objective
+    lora: schema.Lora | None
+    memory: Memory
+    start: Start
+    base: BaseModel | None  # None: on the hub, and not fetched by --check
+    tokenizer: Any
+    template: Template
+    dataset: Dataset
+    source: DatasetSource
+    steps: int
+    ranks: Ranks
+    console: Console
+    signals: StopSignals
+    started: float
+
+    @property
+    def budget(self) -> int:
+        return int(self.recipe.train.tokens_per_device)
+
+
+def prepare_job(
+    loaded: Loaded,
+    *,
+    check: bool,
+    resume: bool,
+    starts: Collection[str] = POLICY_STAGES,
+    shape: Callable[[Dataset, schema.Recipe], tuple[Dataset, Objective]] | None = None,
+) -> Job:
+    """Read and tokenise the data, settle every value, and show the plan.
+
+    `starts`: the stages whose runs this one may start from. `shape`: gives the trees another form, and the objective what it
+    has to know of them.
+
+    Raises:
+        UsageError: the recipe, the data or what `model.path` names is wrong.
+    """
+    signals = StopSignals()
+    signals.install()
+    _quiet()
+    started = time.monotonic()
+    recipe, where = loaded.recipe, loaded.where
+    console = Console(os.environ.get("RANK", "0") == "0")
+    start = resolve_start(recipe.model.path, recipe.model.revision, f"{where('model.path')}: model.path", starts)
+    tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.model.trust_remote_code)
+    template = choose_template(tokenizer, recipe.model.chat_template)
+    _check_template(recipe, start, template, loaded)
+    objective = recipe.objective
+    dataset = prepare(
+        recipe.data,
+        loaded.stage,
+        tokenizer,
+        template,
+        recipe.seed,
+        where,
+        objective.responses,
+        margin_column=objective.margin_from,
+        check=objective.check_tree,
+    )
+    if shape is not None:
+        dataset, objective = shape(dataset, recipe)
+    source = dataset.source(recipe.train, recipe.data, recipe.seed)
+    steps = total_steps(recipe.train.epochs, recipe.train.steps, source.steps_per_epoch)
+    ranks = Ranks(expected=not check)
+    if resume and recipe.train.tokens_per_device == "auto" and (budget := recorded_budget(RunFolder(Path(recipe.output)))):
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, tokens_per_device=budget))
+    lora, memory, recipe = _settle(recipe, objective, start, dataset, ranks, loaded)
+    base = base_model(start) if not check or Path(start.base).exists() else None
+    job = Job(
+        loaded,
+        recipe,
+        objective,
+        lora,
+        memory,
+        start,
+        base,
+        tokenizer,
+        template,
+        dataset,
+        source,
+        steps,
+        ranks,
+        console,
+        signals,
+        started,
+    )
+    console.plan(plan(recipe, dataset, source, steps, memory, job.budget, _facts(job)))
+    console.example(show_example(source.batch(1)[0], tokenizer))
+    for message in _warnings(job):
+        console.warn(message)
+    if check:
+        console.say("the recipe and the data are fine; nothing was trained")
+    return job
+
+
+@contextlib.contextmanager
+def open_job(job: Job, *, resume: bool, force: bool) -> Iterator[RunFolder | None]:
+    """The locked run folder with the recipe and the inputs recorded in it; None if the run is finished."""
+    check_trackers(job.recipe.trackers)
+    output, ranks = Path(job.recipe.output), job.ranks
+    with open_run(output, resume=resume, force=force) if ranks.main else RunFolder(output) as folder:
+        ranks.barrier()
+        inputs = {
+            "base": job.base and job.base.weights_hash,
+            "template": job.template.hash,
+            "parent": job.start.parent and job.start.parent.manifest_hash,
+            **job.dataset.fingerprints,
+        }
+        done = False
+        if resume:
+            refuse_other_inputs(folder, job.recipe, inputs)
+            done = finished_steps(folder) >= job.steps
+        ranks.barrier()
+        if done:
+            job.console.say(f"{output} is finished: {folder.manifest}")
+            yield None
+        else:
+            if ranks.main:
+                reopen(folder)
+                record_inputs(folder, job.recipe, job.loaded.stage, inputs)
+                write_json(folder.data, data_report(job.dataset))
+            yield folder
+    ranks.close()
+
+
+def load_job(job: Job) -> tuple[Backbone, str]:
+    """The backbone with the role that the objective trains, and the base its adapter sits on."""
+    recipe, start = job.recipe, job.start
+    backbone, base = load_trained(
+        recipe.model,
+        job.lora,
+        start.base,
+        start.revision,
+        start.adapter,
+        job.ranks.device,
+        recipe.seed,
+        Path(recipe.output) / "base",
+        job.objective.role,
+    )
+    backbone.pad_id = choose_pad_id(job.tokenizer, stop_ids(job, backbone))
+    job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")
+    return backbone, base
+
+
+def train_job(job: Job, folder: RunFolder, backbone: Backbone, *, sampled: bool = True, reference_is_start: bool = False) -> Fit:
+    """Check what must hold before the first step, then train to the end or to a signal.
+
+    Raises:
+        Stopped: a signal arrived; a checkpoint was written.
+        NumberError: an invariant is broken, or a step was refused.
+    """
+    fit = Fit(
+        run=folder,
+        backbone=backbone,
+        objective=job.objective,
+        source=job.source,
+        held_out=list(job.dataset.held_out.trees) if job.dataset.held_out else [],
+        save_model=partial(_save_model, job, backbone),
+        sample=partial(_samples, job, backbone) if sampled else _no_samples,
+        train=job.recipe.train,
+        steps=job.steps,
+        seed=job.recipe.seed,
+        budget=job.budget,
+        ranks=job.ranks,
+        console=job.console,
+        signals=job.signals,
+        trackers=start_trackers(job.recipe, folder.path, job.ranks.main),
+    )
+    try:
+        # Before a checkpoint is taken up: every process checks the start it was given, also one that goes on later.
+        check_start(
+            backbone,
+            job.objective,
+            job.source.batch(1),
+            budget=job.budget,
+            ranks=job.ranks,
+            reference_is_start=reference_is_start,
+        )
+        fit.resume()
+        fit.go()
+    except (Stopped, NumberError) as error:
+        if not error.one_rank:  # of all ranks alike: they part in order
+            job.ranks.close()
+        raise
+    finally:
+        fit.trackers.close()
+    return fit
+
+
+def finish_job(
+    job: Job,
+    folder: RunFolder,
+    fit: Fit,
+    base: str,
+    extra: dict[str, Any] | None = None,
+    parents: tuple[Parent, ...] = (),
+) -> None:
+    """Write model, report and, last of all, the manifest. `parents`: runs that were used beside the one the stage started from."""
+    if job.ranks.main:
+        with disk_errors(folder.model):
+            fit.save_model(folder.model)
+        described = job.base if base == job.start.base else base_model(Start(base, None, None, base, None, None))
+        assert described is not None
+        outcome = Outcome(
+            stage=job.loaded.stage,
+            seed=job.recipe.seed,
+            base_model=described,
+            data=job.dataset.fingerprints,
+            chat_template_hash=job.template.hash,
+            steps=fit.state.step,
+            tokens=fit.state.tokens,
+            seconds=fit.state.seconds,
+            peak_memory=max(fit.state.peak_memory, peak_memory()),
+            parents=(*((job.start.parent,) if job.start.parent else ()), *parents),
+            status=fit.status,
+            extra={"lora": job.lora and dataclasses.asdict(job.lora)} | (extra or {}),
+        )
+        manifest = build_manifest(folder, outcome)
+        write_report(folder, manifest)
+        write_manifest(folder, manifest)
+    job.console.say(f"{fit.status} in {time.monotonic() - job.started:.0f} s: {folder.report}")
+
+
+def stop_ids(job: Job, backbone: Backbone) -> list[int]:
+    """The ids that end a response of this model under its template."""
+    return end_ids(backbone.model, *end_of_turn(job.tokenizer, job.template)[-1:], job.tokenizer.eos_token_id)
+
+
+def _settle(
+    recipe: schema.Recipe, objective: Objective, start: Start, dataset: Dataset, ranks: Ranks, loaded: Loaded
+) -> tuple[schema.Lora | None, Memory, schema.Recipe]:
+    lora = resolve_lora(
+        recipe.lora, parent_lora(start.adapter, start.manifest and start.manifest.get("lora")), loaded.where("lora")
+    )
+    dtype = resolve_dtype(recipe.model.dtype, ranks.device)
+    memory = estimate(
+        load_config(start.base, start.revision, recipe.model.trust_remote_code),
+        rank=lora.r if lora else None,
+        dtype=dtype,
+        checkpointing=recipe.model.gradient_checkpointing,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    recipe = dataclasses.replace(recipe, lora=lora, objective=objective)
+    asked = recipe.train.tokens_per_device
+    budget = ranks.min(auto_budget(memory, dataset.longest, ranks.device)) if asked == "auto" else asked
+    train = dataclasses.replace(recipe.train, tokens_per_device=budget, learning_rate=schema.learning_rate_of(recipe))
+    model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
+    return lora, memory, dataclasses.replace(recipe, train=train, model=model)
+
+
+def _facts(job: Job) -> dict[str, str]:
+    recipe, start = job.recipe, job.start
+    return {
+        "start": recipe.model.path + (f" (continues the adapter in {start.adapter})" if start.adapter else ""),
+        "trains": f"LoRA r {job.lora.r}" if job.lora else "all weights",
+        "objective": job.objective.kind,
+        "dtype": recipe.model.dtype,
+        "chat template": job.template.source,
+        "devices": f"{job.ranks.size} × {job.ranks.device.type}",
+    }
+
+
+def _warnings(job: Job) -> Iterator[str]:
+    yield from job.dataset.train.notices
+    if message := learning_rate_warning(job.recipe, job.memory):
+        yield message
+    if job.lora and job.lora.dropout:
+        yield "with lora.dropout, results depend on tokens_per_device: the masks follow the cut"
+
+
+def _quiet() -> None:
+    """Libraries speak through our lines and errors, not through their own bars and warnings."""
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _check_template(recipe: schema.Recipe, start: Start, template: Template, loaded: Loaded) -> None:
+    if start.template_hash not in (None, template.hash) and recipe.model.chat_template is None:
+        raise UsageError(
+            f"{loaded.where('model.path')}: {recipe.model.path} was trained with another chat template than {template.source}. "
+            "name the one you want in model.chat_template"
+        )
+
+
+def _save_model(job: Job, backbone: Backbone, folder: Path) -> None:
+    """What was trained, with its tokenizer and the template it was trained with."""
+    backbone.save(job.objective.role, folder)
+    job.tokenizer.chat_template = job.template.text
+    job.tokenizer.save_pretrained(str(folder))
+
+
+def _no_samples() -> Iterator[dict[str, Any] | None]:
+    return iter(())
+
+
+def _samples(job: Job, backbone: Backbone) -> Iterator[dict[str, Any] | None]:
+    """Greedy responses to the first held-out prompts, or to the first that are trained on."""
+    encoded, records = job.dataset.train, job.dataset.reading.train
+    if job.dataset.held_out is not None:
+        encoded, records = job.dataset.held_out, job.dataset.reading.held_out
+    first = {tree.row: tree for tree in encoded.trees[: 2 * SHOWN_PROMPTS] if len(tree.prompt)}  # kto splits a row in two
+    trees = list(first.values())[:SHOWN_PROMPTS]
+    if not trees:
+        return
+    yield None
+    responses = continue_greedily(
+        backbone, job.objective.role, [tree.prompt for tree in trees], stop_ids(job, backbone), SHOWN_TOKENS
+    )
+    lines = []
+    for tree, (ids, ended) in zip(trees, responses, strict=True):
+        record = records[tree.row]
+        response = job.tokenizer.decode(ids, skip_special_tokens=True)
+        line = {"prompt": question(record), "response": response, "ended": ended, "tokens": len(ids), "where": record.where}
+        lines.append(line)
+    yield {"lines": lines}
+
+
+__all__ = ["Job", "Sampler", "finish_job", "load_job", "open_job", "prepare_job", "stop_ids", "train_job"]

@@ -1,0 +1,253 @@
+"""A reward model's card: figures by hand, and scores that do not depend on the cut into passes or ranks."""
+
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_cli.data.records import Facts
+from rlhf_cli.data.trees import Tree, build_batch, plan_passes
+from rlhf_cli.errors import NumberError
+from rlhf_cli.evaluation.preference import (
+    LengthBaseline,
+    Rate,
+    beats_length,
+    calibration_error,
+    histogram,
+    length_baseline,
+    margins,
+    rate,
+    reliability,
+    reward_card,
+    score_responses,
+)
+from rlhf_cli.models.backbone import Backbone, lora_config
+from rlhf_cli.objectives.bradley_terry import BradleyTerry
+from rlhf_cli.recipe import schema
+from rlhf_cli.runs.verdict import wilson
+from rlhf_cli.training.ranks import Ranks
+from rlhf_cli.training.step import evaluate
+from tests.models.tiny_backbone import draw_trees, make
+
+
+def tree(*lengths, **facts):
+    """Responses of these lengths after a prompt of two tokens."""
+    responses = tuple(np.ones(length, np.int32) for length in lengths)
+    return Tree(np.ones(2, np.int32), np.zeros(2, bool), responses, 0, Facts(**facts))
+
+
+def pairs_with(values):
+    """Pairs, one a tree, whose margins are these."""
+    return margins([tree(1, 1) for _ in values], [(value, 0.0) for value in values])
+
+
+def logit(probability):
+    return math.log(probability / (1 - probability))
+
+
+SIX = [logit(0.62), -logit(0.63), logit(0.82), logit(0.83), -logit(0.97), 0.0]
+
+
+def test_wilson_bounds_are_where_the_share_is_just_1_96_deviations_away():
+    for share, count in ((0.8, 10), (0.5, 1.8), (1.0, 7), (0.0, 10), (0.731, 412)):
+        for bound in wilson(share, count):
+            assert abs(share - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / count), abs=1e-6)
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=5e-5)  # as in tables
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=5e-5)
+
+
+def test_a_tie_counts_half():
+    found = rate(pairs_with(SIX))
+    assert found.accuracy == 3.5 / 6
+    assert (found.low, found.high) == wilson(3.5 / 6, 6)
+    assert (found.pairs, found.prompts) == (6, 6)
+
+
+def test_calibration_of_six_pairs():
+    bins = reliability(pairs_with(SIX).values)
+    assert [(each.low, each.high, each.count) for each in bins] == [
+        (0.5, 0.55, 1),
+        (0.6, 0.65, 2),
+        (0.8, 0.85, 2),
+        (0.95, 1.0, 1),
+    ]
+    assert [each.confidence for each in bins] == pytest.approx([0.5, 0.625, 0.825, 0.97])
+    assert [each.accuracy for each in bins] == [0.5, 0.5, 1.0, 0.0]
+    assert calibration_error(bins) == pytest.approx((0 + 2 * 0.125 + 2 * 0.175 + 0.97) / 6)
+
+
+def test_a_certain_model_is_in_the_last_bin():
+    (last,) = reliability(np.array([800.0, -800.0]))
+    assert (last.low, last.high, last.count, last.confidence, last.accuracy) == (0.95, 1.0, 2, 1.0, 0.5)
+
+
+def test_a_ranking_with_a_tie_gives_the_pairs_that_are_not_tied():
+    trees = [tree(1, 1, 1, ranks=(1, 2, 2)), tree(1, 1)]
+    found = margins(trees, [(1.0, 1.0, -2.0), (0.0, 4.0)])
+    assert found.values.tolist() == [0.0, 3.0, -4.0]
+    assert found.tree.tolist() == [0, 0, 1]
+
+
+def test_a_prompt_is_one_observation():
+    three = rate(margins([tree(1, 1, 1)] * 4, [(3.0, 2.0, 1.0)] * 3 + [(1.0, 2.0, 3.0)]))
+    assert (three.accuracy, three.pairs, three.prompts) == (0.75, 12, 4)
+    assert (three.low, three.high) == wilson(0.75, 4)
+    # Two pairs of one prompt and one of another: (2 + 1)² / (2² + 1²) observations.
+    uneven = rate(margins([tree(1, 1, 1, ranks=(1, 2, 2)), tree(1, 1)], [(1.0, 1.0, -2.0), (0.0, 4.0)]))
+    assert (uneven.accuracy, uneven.pairs, uneven.prompts) == (0.5, 3, 2)
+    assert (uneven.low, uneven.high) == pytest.approx(wilson(0.5, 9 / 5))
+
+
+def test_all_tied_is_no_pair():
+    assert rate(margins([tree(1, 1, ranks=(1, 1))], [(2.0, 1.0)])) is None
+
+
+def test_the_histogram_has_an_edge_at_zero():
+    found = histogram(np.array([-1.0, -0.05, 0.0, 0.05, 2.0]))
+    assert found.mean == pytest.approx(0.2)
+    assert (found.edges[0], found.edges[10], found.edges[20]) == (-2.0, 0.0, 2.0)
+    assert (found.counts[5], found.counts[9], found.counts[10], found.counts[19]) == (1, 1, 2, 1)
+    assert sum(found.counts) == 5
+    assert sum(histogram(np.zeros(3)).counts[10:]) == 3
+
+
+def test_the_length_baseline_takes_its_direction_from_training():
+    held_out = [tree(3, 5), tree(3, 6), tree(9, 2), tree(4, 4)]  # the shorter wins two, the longer one
+    longer_wins, shorter_wins = [tree(5, 1), tree(5, 1), tree(1, 5)], [tree(1, 5), tree(1, 5), tree(5, 1)]
+    assert length_baseline(held_out, longer_wins) == LengthBaseline("longer", 1.5 / 4, *wilson(1.5 / 4, 4))
+    assert length_baseline(held_out, shorter_wins) == LengthBaseline("shorter", 2.5 / 4, *wilson(2.5 / 4, 4))
+    assert length_baseline([], shorter_wins) is None
+
+
+LENGTH = LengthBaseline("longer", 0.6, 0.55, 0.65)
+
+
+def test_no_warning_for_a_model_that_beats_length():
+    assert beats_length(Rate(0.75, 0.70, 0.80, 400, 400), LENGTH) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Rate(0.68, 0.64, 0.72, 400, 400), "is hardly better than always preferring the longer response"),
+        (Rate(0.58, 0.53, 0.63, 400, 400), "is no better than always preferring the longer response"),
+        (Rate(0.52, 0.47, 0.57, 400, 400), "cannot be told from guessing and is no better than always preferring the longer"),
+        (Rate(0.62, 0.49, 0.73, 60, 60), "cannot be told from guessing and is hardly better than always preferring the longer"),
+    ],
+)
+def test_a_warning_in_words(model, words):
+    said = beats_length(model, LENGTH)
+    assert f"{100 * model.accuracy:.1f} % ({100 * model.low:.1f} % to {100 * model.high:.1f} %), {words}" in said
+    assert "which has 60.0 % (55.0 % to 65.0 %)" in said
+    assert ("the intervals overlap" in said) == (model.accuracy > LENGTH.accuracy)
+
+
+def test_the_card():
+    held_out = [tree(3, 5, subset="help"), tree(3, 6, subset="harm"), tree(9, 2, subset="help"), tree(4, 4)]
+    scores = [np.array(own) for own in ((2.0, 1.0), (0.0, 1.0), (1.0, 1.0), (3.0, 0.0))]
+    card = reward_card(scores, held_out, ["a:1", "a:2", "a:3", "a:4"], [tree(1, 5)], [np.array([1.0, 3.0]), np.array([5.0, 7.0])])
+    assert (card.accuracy, card.accuracy_low, card.accuracy_high) == (2.5 / 4, *wilson(2.5 / 4, 4))
+    assert (card.pairs, card.prompts, card.constant) == (4, 4, 0.5)
+    assert card.length_baseline.prefers == "shorter"
+    assert card.subsets == {
+        "help": Rate(0.75, *wilson(0.75, 2), 2, 2),
+        "harm": Rate(0.0, *wilson(0.0, 1), 1, 1),
+        "(none)": Rate(1.0, *wilson(1.0, 1), 1, 1),
+    }
+    assert (card.score_mean, card.score_std, card.score_responses) == (4.0, math.sqrt(5.0), 4)
+    sigma = [1 / (1 + math.exp(-gap)) for gap in (1.0, 1.0, 0.0, 3.0)]
+    assert card.confidence == pytest.approx(sum(sigma) / 4)
+    # σ(1) = 0.731 twice, once right; the tie at 0.5; σ(3) = 0.953, right.
+    assert card.ece == pytest.approx((2 * (sigma[0] - 0.5) + 0 + (1 - sigma[3])) / 4)
+    assert card.margins.mean == pytest.approx(0.75)
+    assert card.warning.startswith("The reward model's held-out accuracy, 62.5 % (")
+    assert list(asdict(card)["reliability"][0]) == ["low", "high", "count", "confidence", "accuracy"]
+
+
+def test_the_card_without_held_out_rows_has_the_scores_alone():
+    card = reward_card([], [], [], [tree(1, 5)], [np.array([1.0, 3.0])])
+    assert (card.accuracy, card.length_baseline, card.ece, card.margins, card.warning) == (None,) * 5
+    assert (card.pairs, card.reliability, card.subsets, card.score_mean, card.score_std) == (0, [], {}, 2.0, 1.0)
+
+
+def test_a_score_that_is_not_finite_names_its_row():
+    with pytest.raises(NumberError, match=r"^hh\.jsonl:8: the score of response 2 is nan\n"):
+        reward_card([np.zeros(2), np.array([1.0, np.nan])], [tree(1, 1)] * 2, ["hh.jsonl:7", "hh.jsonl:8"], [], [np.zeros(2)])
+    with pytest.raises(NumberError, match=r"training tree 0: the score of response 1 is inf"):
+        reward_card([], [], [], [], [np.array([np.inf, 0.0])])
+
+
+class SumOfTokens:
+    """A backbone whose score of a response is the sum of its token ids."""
+
+    def __init__(self, layout):
+        self.layout = layout
+        self.model = torch.nn.Identity().train()
+        self.roles = set()
+
+    def batches(self, trees, budget, rank, ranks):
+        for rows in plan_passes(trees, ranks, budget, self.layout)[rank]:
+            yield build_batch(trees, rows)
+
+    def scores(self, role, batch):
+        assert not torch.is_grad_enabled()
+        assert not self.model.training
+        self.roles.add(role)
+        totals = torch.zeros(len(batch.last))
+        return totals.index_add(0, batch.owner, batch.target.float())
+
+
+class Other:
+    """One of two ranks; `gather` puts what the other one found beside its own."""
+
+    size = 2
+
+    def __init__(self, rank, others):
+        self.rank = rank
+        self.others = others
+
+    def gather(self, value):
+        self.others[self.rank] = value
+        return list(self.others.values())
+
+
+class Alone:
+    rank, size = 0, 1
+
+    def gather(self, value):
+        return [value]
+
+
+@pytest.mark.parametrize("layout", ["long", "packed", "alone"])
+def test_scores_come_back_in_the_order_of_trees_and_responses(layout):
+    trees = draw_trees(5, seed=1, branches=2) + draw_trees(4, seed=2, branches=4) + draw_trees(3, seed=3)
+    wanted = [[float(response.sum()) for response in each.responses] for each in trees]
+    backbone = SumOfTokens(layout)
+    for batch_size in (5, 64):
+        found = score_responses(backbone, "reward", trees, 40, Alone(), batch_size)
+        assert [own.tolist() for own in found] == wanted
+    assert backbone.roles == {"reward"}
+    shares = {}
+    with pytest.raises(KeyError):  # the first rank alone has not all of them
+        score_responses(backbone, "reward", trees, 40, Other(0, shares))
+    assert [own.tolist() for own in score_responses(backbone, "reward", trees, 40, Other(1, shares))] == wanted
+    assert 0 < len(shares[0]) < len(trees)
+
+
+def test_the_accuracy_is_the_one_that_training_logs():
+    backbone = Backbone(make(), torch.float32)
+    torch.manual_seed(0)
+    backbone.add_lora("reward", lora_config(schema.Lora(r=4, alpha=8), "", None), None, trained=True)
+    backbone.add_head("reward", torch.randn(1, 16))
+    trees = draw_trees(20, seed=1, branches=2) + draw_trees(15, seed=2, branches=4)
+    trees = [each._replace(facts=Facts(ranks=(1, 2, 2, 3))) if len(each.responses) == 4 else each for each in trees]
+    *_, logged = evaluate(backbone, BradleyTerry(), trees, budget=60, ranks=Ranks(expected=False))
+    scores = score_responses(backbone, "reward", trees, 60, Ranks(expected=False))
+    card = reward_card(scores, trees, ["row"] * 35, trees, scores)
+    assert 0.2 < card.accuracy < 0.8
+    assert card.pairs == 20 + 15 * 5
+    assert card.accuracy == pytest.approx(logged["accuracy"], abs=1e-6)
+    assert card.margins.mean == pytest.approx(logged["margin"], abs=1e-6)
+    assert (card.score_mean, card.score_std) == pytest.approx((logged["score_mean"], logged["score_std"]), abs=1e-6)

@@ -1,0 +1,232 @@
+"""The recipes of the stages that compare responses: which keys each takes, their defaults, metrics and learning rates."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.objectives import OBJECTIVES
+from rlhf_cli.objectives.hinge import Hinge
+from rlhf_cli.objectives.kto import Kto
+from rlhf_cli.objectives.slic import Slic
+from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
+from rlhf_cli.recipe.help import key_table
+from rlhf_cli.recipe.keys import kind_of, objectives_of
+from rlhf_cli.recipe.load import Loaded, load_recipe
+from rlhf_cli.recipe.schema import (
+    LEARNING_RATE,
+    METRICS,
+    SANE_LEARNING_RATE,
+    STAGES,
+    Reference,
+    default_learning_rate,
+    learning_rate_of,
+    metrics_of,
+    sane_learning_rate,
+)
+
+GOOD = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl, holdout: 0.1}\n"
+EVERY_KIND = [(stage, kind) for stage, objectives in OBJECTIVES.items() for kind in map(kind_of, objectives)]
+REFERENCE_FREE = [("dpo", "slic"), ("dpo", "simpo"), ("dpo", "orpo")]
+
+
+def load(folder: Path, stage: str, *overrides: str, text: str = GOOD) -> Loaded:
+    path = folder / "r.yaml"
+    path.write_text(text)
+    return load_recipe(stage, path, overrides)
+
+
+def refused(folder: Path, stage: str, *overrides: str, text: str = GOOD) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        load(folder, stage, *overrides, text=text)
+    return str(caught.value).replace(f"{folder}/", "").splitlines()
+
+
+def test_every_registered_kind_is_in_its_stages_schema_in_that_order() -> None:
+    assert {stage: objectives_of(stage) for stage in STAGES} == OBJECTIVES
+    assert len(EVERY_KIND) == 1 + 3 + 12 + 1 + 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_default_kind(tmp_path: Path, stage: str) -> None:
+    recipe: Any = load(tmp_path, stage).recipe
+    kinds = {"sft": "sft", "train-rm": "bradley_terry", "dpo": "dpo", "ipo": "ipo", "kto": "kto"}
+    assert (recipe.stage, recipe.objective.kind) == (stage, kinds[stage])
+    assert vars(recipe).get("reference") == (Reference("start", True) if stage in ("dpo", "ipo", "kto") else None)
+
+
+@pytest.mark.parametrize(("stage", "kind"), EVERY_KIND)
+def test_round_trip_of_every_kind(tmp_path: Path, stage: str, kind: str) -> None:
+    recipe = load(tmp_path, stage, f"objective.kind={kind}").recipe
+    assert recipe.objective.kind == kind
+    text = dump_recipe(recipe, stage)
+    assert load(tmp_path, stage, text=text).recipe == recipe
+    assert f"objective:\n  kind: {kind}\n" in text
+    keys = [line.split(":")[0] for line in text.splitlines()[1:] if line[0].isalpha()]
+    direct = ["reference"] if stage in ("dpo", "ipo", "kto") else []
+    assert keys == ["model", "lora", "data", "train", "objective", *direct, "seed", "output", "trackers"]
+
+
+def test_keys_of_the_chosen_kind(tmp_path: Path) -> None:
+    assert load(tmp_path, "dpo", "objective={kind: hinge, beta: 0.3}").recipe.objective == Hinge(beta=0.3)
+    assert load(tmp_path, "dpo", "objective={kind: slic, lambda: 0.3}").recipe.objective == Slic(lambda_=0.3)
+    assert load(tmp_path, "kto", "objective={lambda: auto}").recipe.objective == Kto(lambda_="auto")
+
+
+REFUSALS = {
+    ("dpo", "objective={kind: hinge, label_smoothing: 0.1}"): "objective.label_smoothing: has no effect with kind: hinge "
+    "(it belongs to dpo, robust). remove it",
+    ("dpo", "objective={gamma: 1}"): "objective.gamma: has no effect with kind: dpo (it belongs to simpo). remove it",
+    (
+        "kto",
+        "objective={kind: bco, lambda_d: 2}",
+    ): "objective.lambda_d: has no effect with kind: bco (it belongs to kto). remove it",
+    ("dpo", "objective={kind: hing}"): "objective.kind: expected dpo | robust | hinge | squared | slic | simpo | orpo | odpo | "
+    "cal_dpo | rebel | bco | plackett_luce, found the text 'hing'. did you mean hinge?",
+    ("ipo", "objective={kind: kto}"): "objective.kind: expected ipo, found the text 'kto'. kto is a kind of rlhf kto",
+    ("kto", "objective={kind: dpo}"): "objective.kind: expected kto | bco, found the text 'dpo'. dpo is a kind of rlhf dpo",
+    ("dpo", "objective={normalize: sum}"): "objective.normalize: has no effect in dpo. remove it",
+    ("dpo", "objective={zzzz: 1}"): "objective.zzzz: unknown key. dpo takes kind, sft_weight, beta, label_smoothing",
+    ("dpo", "data.train_on=last"): "data.train_on: has no effect in dpo. remove it",
+    ("dpo", "rollout={temperature: 1}"): "rollout: has no effect in dpo. remove it",
+    ("train-rm", "reference={model: base}"): "reference: has no effect in train-rm. remove it",
+    ("train-rm", "objective={beta: 1}"): "objective.beta: has no effect in train-rm. remove it",
+    ("dpo", "objective={label_smoothing: 0.5}"): "objective.label_smoothing: expected at most 0.499, found 0.5",
+    ("dpo", "objective={kind: robust, label_smoothing: 0.5}"): "objective.label_smoothing: expected at most 0.499, found 0.5",
+    ("train-rm", "objective={label_smoothing: 0.5}"): "objective.label_smoothing: expected at most 0.499, found 0.5",
+    (
+        "dpo",
+        "objective={kind: simpo}\nreference={model: base}",
+    ): "reference.model: has no effect with kind: simpo, which needs no reference. remove it",
+    ("dpo", "objective={kind: orpo}\nreference={cache: false}"): "reference.cache: has no effect with kind: orpo, which needs no "
+    "reference. remove it",
+    ("kto", "objective={lambda: auto, lambda_u: 2}"): "objective.lambda_u: has no effect beside objective.lambda: auto. "
+    "keep one of the two",
+    (
+        "dpo",
+        "train.keep_best={metric: rewards/accuracy, mode: max}",
+    ): "train.keep_best.metric: no metric is named rewards/accuracy. did you mean rewards/accuracies?",
+    ("train-rm", "train.keep_best={metric: grad_norm, mode: min}"): "train.keep_best.metric: no metric is named grad_norm. "
+    "there are loss, accuracy, margin, score_mean, score_std",
+    (
+        "dpo",
+        "objective={kind: simpo}\ntrain.stop_if={logratio/mean: {below: -9}}",
+    ): "train.stop_if.logratio/mean: no metric is named "
+    "logratio/mean. there are loss, rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, rewards/saturated, "
+    "logps/chosen, logps/rejected, grad_norm, learning_rate, tokens, tokens_per_second, epoch",
+}
+
+
+@pytest.mark.parametrize(("stage", "given"), REFUSALS)
+def test_refusals(tmp_path: Path, stage: str, given: str) -> None:
+    (line,) = refused(tmp_path, stage, *given.split("\n"))
+    assert line == f"--set {REFUSALS[stage, given]}"
+
+
+def test_a_refusal_names_the_line_of_the_file(tmp_path: Path) -> None:
+    text = GOOD + "objective:\n  kind: hinge\n  beta: 0.2\n  label_smoothing: 0.1\nreference:\n  modle: base\n"
+    assert refused(tmp_path, "dpo", text=text) == [
+        "r.yaml:7: objective.label_smoothing: has no effect with kind: hinge (it belongs to dpo, robust). remove it",
+        "r.yaml:9: reference.modle: unknown key. did you mean reference.model?",
+    ]
+    changed = GOOD + "objective: {kind: dpo, label_smoothing: 0.1}\n"
+    assert refused(tmp_path, "dpo", "objective.kind=hinge", text=changed) == [
+        "r.yaml:4: objective.label_smoothing: has no effect with kind: hinge (it belongs to dpo, robust). remove it"
+    ]
+
+
+def test_an_unknown_kind_hides_no_other_fault(tmp_path: Path) -> None:
+    text = GOOD + "objective: {kind: hing}\nseed: x\ntrain: {epochs: 0, keep_best: {metric: loss, mode: min}}\n"
+    assert [line.split(": ")[1] for line in refused(tmp_path, "dpo", text=text)] == ["objective.kind", "seed", "train.epochs"]
+
+
+def test_where(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "dpo", "reference.cache=false", text=GOOD + "objective:\n  kind: hinge\nreference:\n  model: base\n")
+    assert loaded.where("objective.kind").endswith("r.yaml:5")
+    assert loaded.where("objective.beta").endswith("r.yaml:4")
+    assert loaded.where("reference.model").endswith("r.yaml:7")
+    assert loaded.where("reference.cache") == "--set reference.cache"
+
+
+def test_a_path_of_the_reference_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_TEST_ROOT", "/big")
+    recipe: Any = load(tmp_path, "ipo", "reference.model=${RLHF_TEST_ROOT}/m").recipe
+    assert recipe.reference.model == "/big/m"
+
+
+def test_a_resumed_run_may_change_the_cache_and_nothing_else_of_the_reference(tmp_path: Path) -> None:
+    old = dump_recipe(load(tmp_path, "dpo").recipe, "dpo")
+    refuse_changes(old, load(tmp_path, "dpo", "reference.cache=false").recipe)
+    with pytest.raises(UsageError, match=r"1 values differ.*\n.*\n  reference\.model  start  base"):
+        refuse_changes(old, load(tmp_path, "dpo", "reference.model=base").recipe)
+    with pytest.raises(UsageError, match=r"\n  objective\.beta  0\.1  0\.2"):
+        refuse_changes(old, load(tmp_path, "dpo", "objective.beta=0.2").recipe)
+
+
+def test_metrics(tmp_path: Path) -> None:
+    assert metrics_of(load(tmp_path, "train-rm").recipe) == ("loss", "accuracy", "margin", "score_mean", "score_std")
+    ipo = set(metrics_of(load(tmp_path, "ipo").recipe)) - set(metrics_of(load(tmp_path, "dpo").recipe))
+    assert ipo == {"margin/target", "margin/logratio"}
+    for stage, kind in EVERY_KIND:
+        missing = set(METRICS[stage]) - set(metrics_of(load(tmp_path, stage, f"objective.kind={kind}").recipe))
+        absent = {"logratio/mean"} if (stage, kind) in REFERENCE_FREE else {"kl"} if (stage, kind) == ("kto", "bco") else set()
+        assert missing == absent, (stage, kind)
+
+
+RATES = {
+    ("sft", "sft"): (2e-4, 2e-5),
+    ("train-rm", "bradley_terry"): (1e-4, 1e-5),
+    ("train-rm", "plackett_luce"): (1e-4, 1e-5),
+    ("dpo", "dpo"): (1e-5, 1e-6),
+    ("dpo", "plackett_luce"): (1e-5, 1e-6),
+    ("dpo", "simpo"): (5e-6, 5e-7),
+    ("dpo", "orpo"): (8e-5, 8e-6),
+    ("ipo", "ipo"): (1e-5, 1e-6),
+    ("kto", "kto"): (1e-5, 1e-6),
+}
+
+
+@pytest.mark.parametrize(("stage", "kind"), RATES)
+def test_learning_rates(tmp_path: Path, stage: str, kind: str) -> None:
+    chosen = f"objective.kind={kind}"
+    found = tuple(learning_rate_of(load(tmp_path, stage, chosen, f"lora={lora}").recipe) for lora in ("{r: 4}", "null"))
+    assert found == RATES[stage, kind]
+    assert learning_rate_of(load(tmp_path, stage, chosen).recipe) == found[0]
+    assert learning_rate_of(load(tmp_path, stage, chosen, "train.learning_rate=0.5").recipe) == 0.5
+
+
+def test_every_default_rate_is_sane_and_direct_ones_are_bounded_closer_than_sft(tmp_path: Path) -> None:
+    for stage, kind in EVERY_KIND:
+        for trained in ("lora", "full"):
+            low, high = SANE_LEARNING_RATE[stage, trained]  # type: ignore[index]
+            assert low < default_learning_rate(stage, kind, trained) < high  # type: ignore[arg-type]
+    assert LEARNING_RATE.keys() == SANE_LEARNING_RATE.keys()
+    assert sane_learning_rate(load(tmp_path, "dpo", "lora=null").recipe) == (5e-8, 5e-5)
+    assert sane_learning_rate(load(tmp_path, "sft", "lora=null").recipe) == (1e-7, 3e-4)
+
+
+def test_help_lists_each_kind_with_its_own_keys() -> None:
+    lines = key_table("dpo").splitlines()
+    assert max(map(len, lines)) <= 77
+    kinds = [line.split()[1] for line in lines if line.startswith("  kind: ")]
+    assert kinds == [kind_of(objective) for objective in OBJECTIVES["dpo"]]
+    start = lines.index("  kind: simpo                 with sft_weight: 0")
+    assert lines[start + 1].startswith("    beta: 2 ")
+    assert lines[start + 2].startswith("    gamma: 1 ")
+    assert lines[start + 3].startswith("  kind: orpo ")
+    assert "  kind: hinge                 with sft_weight: 0, beta: 0.1" in lines
+    text = " ".join(" ".join(lines).split())
+    assert "null: 1e-05 lora, 1e-06 full; simpo 5e-06 lora, 5e-07 full; orpo 8e-05 lora, 8e-06 full" in text
+    assert "train_on" not in text
+    assert "train_on: all" in key_table("sft")
+
+
+def test_reading_every_stage_needs_no_torch() -> None:
+    code = "import sys, rlhf_cli.recipe.load, rlhf_cli.recipe.help; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
