@@ -1,4 +1,4 @@
-# Every target installs what it needs into .venv first; a target with nothing to do says nothing or one line.
+# Every target installs what it needs into .venv first, and does only what is left to do.
 #
 #   PYTHON=python3.12      the Python (3.11 or later) that makes .venv
 #   TORCH_INDEX=URL        another place to look for torch, e.g. https://download.pytorch.org/whl/cpu
@@ -8,34 +8,51 @@ NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11))'
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 DEV := .venv/.installed-dev
-QUICK := runs/quickstart/sft
+STAGES := sft rm dpo ipo kto
+QUICK := $(STAGES:%=runs/quickstart/%/manifest.json)
+GOLD := runs/quickstart/gold.txt
 BASE := models/quickstart-base/tokenizer_config.json
+DATA := $(patsubst %,data/quickstart/%.jsonl,sft pairs unpaired eval_prompts)
 SMOLLM2 := models/smollm2-135m-instruct
-SMOLLM2_RUN := runs/smollm2/sft
-# A finished run that is older than its recipe, data or model is moved aside; an unfinished one goes on.
-NEW_OR_ON = $(if $(wildcard $@),--force,--resume)
+SMOLLM2_RUNS := $(STAGES:%=runs/smollm2/%/manifest.json)
+ROWS = $(if $(HH),--set 'data.train.0.path=$(HH)' --set data.train.0.name=null) $(if $(LIMIT),--set data.train.0.limit=$(LIMIT))
+# A finished run that is older than its recipe, data or model is moved aside, and so is an unfinished one that began before
+# its data or model was made anew. Any other unfinished run goes on.
+SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/null)
+NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
-.PRECIOUS: $(QUICK)/manifest.json $(SMOLLM2_RUN)/manifest.json $(BASE)
+.PRECIOUS: $(QUICK) $(SMOLLM2_RUNS) $(BASE)
 .PHONY: help quickstart test check smollm2 bench always
 
 help:
-	@echo "make quickstart   make a tiny model and its data, fine-tune it: a few minutes on a CPU"
+	@echo "make quickstart   make a tiny model and its data; sft, then a reward model, dpo, ipo and kto: some minutes on a CPU"
 	@echo "make test         every test"
 	@echo "make check        linters, types and the fast tests"
-	@echo "make smollm2      fine-tune SmolLM2-135M-Instruct on HH-RLHF; HH=rows.jsonl.gz to use a file, LIMIT=n for fewer rows"
+	@echo "make smollm2      the same stages of SmolLM2-135M-Instruct on HH-RLHF; HH=rows.jsonl.gz to use a file, LIMIT=n for fewer rows"
 	@echo "make bench        compare with another trainer on the same rows; HH=rows.jsonl.gz"
 
-quickstart: $(QUICK)/manifest.json
-	@echo "the report of the quickstart's run: $(QUICK)/report.md"
+# runs/x/y is what the recipe x/y.yaml makes. The stages after sft start from its run.
+$(QUICK) $(SMOLLM2_RUNS): runs/%/manifest.json: recipes/%.yaml | $(DEV)
+	@$(BIN)/rlhf $(patsubst rm,train-rm,$(notdir $*)) $< $(NEW_OR_ON) $(SET)
 
-$(QUICK)/manifest.json: recipes/quickstart/sft.yaml $(BASE) | $(DEV)
-	@$(BIN)/rlhf sft $< $(NEW_OR_ON)
+$(filter-out %/sft/manifest.json,$(QUICK)): runs/quickstart/sft/manifest.json
+$(filter-out %/sft/manifest.json,$(SMOLLM2_RUNS)): runs/smollm2/sft/manifest.json
+
+quickstart: $(GOLD)
+	@printf 'report: %s\n' $(QUICK:manifest.json=report.md)
+	@cat $(GOLD)
+
+$(QUICK): $(BASE)
+
+$(GOLD): scripts/quickstart_gold.py $(QUICK)
+	@$(BIN)/python $< $(patsubst %/manifest.json,%,$(filter-out scripts/% %/rm/manifest.json,$^)) > $@.part
+	@mv $@.part $@
 
 # The last file that the script writes stands for all of them.
 $(BASE): scripts/make_quickstart.py scripts/quickstart_model.py recipes/quickstart/gold.py | $(DEV)
 	@$(BIN)/python scripts/make_quickstart.py
 
-ifeq ($(wildcard data/quickstart/sft.jsonl),)
+ifneq ($(wildcard $(DATA)),$(DATA))
 $(BASE): always
 endif
 
@@ -48,13 +65,12 @@ check: $(DEV)
 	@$(BIN)/mypy --no-error-summary
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
 
-smollm2: $(SMOLLM2_RUN)/manifest.json
-	@echo "the report of SmolLM2's run: $(SMOLLM2_RUN)/report.md"
+smollm2: $(SMOLLM2_RUNS)
+	@printf 'report: %s\n' $(SMOLLM2_RUNS:manifest.json=report.md)
 
-$(SMOLLM2_RUN)/manifest.json: recipes/smollm2/sft.yaml .venv/.smollm2-rows | $(SMOLLM2)/config.json $(DEV)
-	@$(BIN)/rlhf sft $< $(NEW_OR_ON) --set model.path=$(SMOLLM2) \
-		$(if $(HH),--set 'data.train.0.path=$(HH)' --set data.train.0.name=null) \
-		$(if $(LIMIT),--set data.train.0.limit=$(LIMIT))
+$(SMOLLM2_RUNS): .venv/.smollm2-rows | $(SMOLLM2)/config.json
+$(SMOLLM2_RUNS): SET = $(ROWS)
+runs/smollm2/sft/manifest.json: SET = --set model.path=$(SMOLLM2) $(ROWS)
 
 # Changes when HH or LIMIT is another than the last time.
 .venv/.smollm2-rows: always | .venv/bin/pip

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli import cli
-from rlhf_cli.data.formats import COLUMNS, detect
+from rlhf_cli.data.formats import COLUMNS, OPTIONAL, detect
 from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.load import Loaded, load_recipe
@@ -58,18 +58,19 @@ class TestReadme:
     def test_commands_are_understood(self, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """Each gets through the real command line and, with a recipe, the real loader; only the work itself is faked."""
         calls: list[Any] = []
-        for name, attribute in (("rlhf_cli.stages.sft", "run"), ("rlhf_cli.runs.export", "export")):
+        for name, attribute in (*((stage.module, "run") for stage in cli.COMMANDS.values()), ("rlhf_cli.runs.export", "export")):
             module = ModuleType(name)
             setattr(module, attribute, lambda *given, **flags: calls.append(given))
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.chdir(ROOT)
         assert cli.main(words) == 0
-        assert len(calls) == (words[0] in ("sft", "export"))
+        assert len(calls) == (words[0] in (*STAGES, "export"))
 
     def test_every_command_is_of_a_kind_that_is_tested(self) -> None:
         starts = {words[0] for words in readme_commands() if "rlhf_cli" not in words}
         assert starts == {"make", "rlhf", "."}
-        assert len(rlhf_commands()) == 7
+        assert len(rlhf_commands()) == 11
+        assert {words[0] for words in rlhf_commands()} >= {"sft", "train-rm", "dpo", "export"}
 
     def test_make_targets_exist(self) -> None:
         targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -88,6 +89,24 @@ class TestReadme:
         found = {name: detect([json.loads(row)], takes.get(name, "sft"), "README.md") for name, row in rows.items()}
         assert found == {name: name for name in COLUMNS}
 
+    def test_lists_every_optional_column(self) -> None:
+        (table,) = re.findall(r"^\| optional column .*?\n\n", README, re.MULTILINE | re.DOTALL)
+        rows = [line.split("|") for line in table.strip().splitlines()[2:]]
+        named = [name for row in rows for name in re.findall(r"`([a-z_]+)`", row[1])]
+        assert sorted(named) == sorted(OPTIONAL)
+        formats = {name for row in rows for name in re.findall(r"`([a-z-]+)`", row[2])}
+        assert formats == {"preference", "hh", "ranked"}
+
+    def test_lists_every_kind_of_loss(self) -> None:
+        (table,) = re.findall(r"^\| command \| `objective.kind` .*?\n\n", README, re.MULTILINE | re.DOTALL)
+        found: dict[str, list[str]] = {}
+        stage = ""
+        for line in table.strip().splitlines()[2:]:
+            cells = line.split("|")
+            stage = cells[1].strip(" `") or stage
+            found.setdefault(stage, []).extend(re.findall(r"`(\w+)`", cells[2]))
+        assert found == {stage: [kind_of(kind) for kind in kinds] for stage, kinds in OBJECTIVES.items() if stage != "sft"}
+
     def test_tells_which_commands_work(self) -> None:
         rows = re.findall(r"^\| (`rlhf .*?) \| .* \| (works|planned) \|$", README, re.MULTILINE)
         working = [re.findall(r"`(?:rlhf )?([a-z-]+)`", names) for names, status in rows if status == "works"]
@@ -103,15 +122,26 @@ class TestReadme:
         for words in readme_commands():
             if words[0] not in ("rlhf", "torchrun"):
                 continue
-            brief = ["--set", "train.steps=3"] if "sft" in words and "--set" not in words else []
+            brief = ["--set", "train.steps=3"] if STAGES.keys() & set(words) and "--set" not in words else []
             done = subprocess.run([*words, *brief], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
         losses = {name: [line["loss"] for line in train_lines(tmp_path / "runs" / name)] for name in ("short", "two")}
         assert [len(values) for values in losses.values()] == [20, 3]
         assert losses["two"][0] == pytest.approx(losses["short"][0], abs=1e-5)
+        assert [len(train_lines(tmp_path / "runs" / name)) for name in ("judge", "liked", "hinge")] == [20, 20, 20]
         from transformers import AutoModelForCausalLM
 
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").num_parameters() == 1_392_960
+        (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        done = subprocess.run(
+            [sys.executable, "-c", f"{lines}print(float(score))"],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert abs(float(done.stdout)) < 100, done.stderr
 
     def test_links_lead_somewhere(self) -> None:
         pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
@@ -251,24 +281,40 @@ echo "$(basename $0) $*" >> calls
 case "$*" in
   scripts/make_quickstart.py)
     mkdir -p data/quickstart models/quickstart-base
-    touch data/quickstart/sft.jsonl models/quickstart-base/tokenizer_config.json ;;
+    for name in sft pairs unpaired eval_prompts; do touch data/quickstart/$name.jsonl; done
+    touch models/quickstart-base/tokenizer_config.json ;;
+  scripts/quickstart_gold.py*) echo "gold of $*" ;;
   scripts/fetch_smollm2.py*) mkdir -p models/smollm2-135m-instruct; touch models/smollm2-135m-instruct/config.json ;;
-  "sft recipes/"*) folder=runs/$(basename $(dirname $2))/sft; mkdir -p $folder; touch $folder/manifest.json ;;
+  *" recipes/"*)
+    folder=runs/$(basename $(dirname $2))/$(basename $2 .yaml)
+    mkdir -p $folder; touch $folder/recipe.yaml
+    if [ -e stop ]; then rm stop; exit 1; fi
+    touch $folder/manifest.json ;;
 esac
 """
 INSTALL = "python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[{}]"
-QUICKSTART = "rlhf sft recipes/quickstart/sft.yaml"
-SMOLLM2 = "rlhf sft recipes/smollm2/sft.yaml {} --set model.path=models/smollm2-135m-instruct"
+CHAIN = {"sft": "sft", "rm": "train-rm", "dpo": "dpo", "ipo": "ipo", "kto": "kto"}
+"""Recipe → its command, in the order of the Makefile; the first one's run is where the others start."""
+GOLD = "python scripts/quickstart_gold.py " + " ".join(f"runs/quickstart/{name}" for name in CHAIN if name != "rm")
+
+
+def calls(folder: str, names: Iterable[str], how: str, *more: str) -> list[str]:
+    """The commands that run these recipes of a folder."""
+    return [" ".join(["rlhf", CHAIN[name], f"recipes/{folder}/{name}.yaml", how, *more]) for name in names]
 
 
 class TestMakefile:
-    """The real Makefile on stand-ins for the tools in .venv/bin that write down how they were called."""
+    """The real Makefile on stand-ins for the tools in .venv/bin that write down how they were called.
+
+    That of rlhf leaves a recipe.yaml and a manifest.json; where a file `stop` lies only the first, as a stopped run does.
+    """
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         for name in ("Makefile", "pyproject.toml", "constraints.txt", *(str(path.relative_to(ROOT)) for path in RECIPES)):
             self.put(tmp_path / name, (ROOT / name).read_text())
-        for name in ("scripts/make_quickstart.py", "scripts/quickstart_model.py", "recipes/quickstart/gold.py"):
+        scripts = ("scripts/make_quickstart.py", "scripts/quickstart_model.py", "scripts/quickstart_gold.py")
+        for name in (*scripts, "recipes/quickstart/gold.py"):
             self.put(tmp_path / name, "")
         for name in ("pip", "python", "rlhf", "ruff", "mypy"):
             self.put(tmp_path / ".venv/bin" / name, TOOL)
@@ -287,29 +333,67 @@ class TestMakefile:
         path.touch()
 
     @staticmethod
-    def make(folder: Path, *words: str) -> list[str]:
-        """The calls that a target made."""
+    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         (folder / "calls").write_text("")
         env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-        done = subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+
+    def make(self, folder: Path, *words: str) -> list[str]:
+        """The calls that a target made."""
+        done = self.run(folder, *words)
         assert (done.returncode, done.stderr) == (0, "")
+        return (folder / "calls").read_text().splitlines()
+
+    def stop_after(self, folder: Path, *words: str) -> list[str]:
+        """The calls of a target whose first run of rlhf is stopped."""
+        (folder / "stop").touch()
+        assert self.run(folder, *words).returncode == 2
         return (folder / "calls").read_text().splitlines()
 
     def test_quickstart_does_what_is_left_to_do(self, folder: Path) -> None:
         assert self.make(folder, "quickstart") == [
             INSTALL.format("dev"),
             "python scripts/make_quickstart.py",
-            f"{QUICKSTART} --resume",
+            *calls("quickstart", CHAIN, "--resume"),
+            GOLD,
         ]
         assert self.make(folder, "quickstart") == []
         self.change(folder / "recipes/quickstart/sft.yaml")
-        assert self.make(folder, "quickstart") == [f"{QUICKSTART} --force"]
-        (folder / "runs/quickstart/sft/manifest.json").unlink()
-        assert self.make(folder, "quickstart") == [f"{QUICKSTART} --resume"]
+        assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--force"), GOLD]
+        self.change(folder / "models/quickstart-base/tokenizer_config.json")
+        assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--force"), GOLD]
 
-    def test_lost_data_is_made_again(self, folder: Path) -> None:
+    @pytest.mark.parametrize("name", [name for name in CHAIN if name != "sft"])
+    def test_a_recipe_changes_its_own_run_alone(self, name: str, folder: Path) -> None:
         self.make(folder, "quickstart")
-        (folder / "data/quickstart/sft.jsonl").unlink()
+        self.change(folder / f"recipes/quickstart/{name}.yaml")
+        assert self.make(folder, "quickstart") == [*calls("quickstart", [name], "--force"), GOLD]
+
+    def test_quickstart_ends_with_reports_and_gold_rewards(self, folder: Path) -> None:
+        for _ in range(2):
+            said = self.run(folder, "quickstart").stdout.splitlines()
+            reports = [f"report: runs/quickstart/{name}/report.md" for name in CHAIN]
+            assert said[-6:] == [*reports, f"gold of {GOLD.removeprefix('python ')}"]
+
+    def test_a_stopped_run_goes_on(self, folder: Path) -> None:
+        assert self.stop_after(folder, "quickstart")[-1:] == calls("quickstart", ["sft"], "--resume")
+        assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--resume"), GOLD]
+        self.change(folder / "recipes/quickstart/dpo.yaml")
+        assert self.stop_after(folder, "quickstart") == calls("quickstart", ["dpo"], "--force")
+        (folder / "runs/quickstart/dpo/manifest.json").unlink()  # a new run has none
+        assert self.make(folder, "quickstart") == [*calls("quickstart", ["dpo"], "--resume"), GOLD]
+
+    def test_a_stopped_run_whose_parent_is_new_is_begun_anew(self, folder: Path) -> None:
+        """rlhf would refuse to resume it: it started from other weights."""
+        self.make(folder, "quickstart")
+        (folder / "runs/quickstart/kto/manifest.json").unlink()
+        self.change(folder / "recipes/quickstart/sft.yaml")
+        assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--force"), GOLD]
+
+    @pytest.mark.parametrize("name", ["sft", "pairs", "unpaired", "eval_prompts"])
+    def test_lost_data_is_made_again(self, name: str, folder: Path) -> None:
+        self.make(folder, "quickstart")
+        (folder / f"data/quickstart/{name}.jsonl").unlink()
         assert "python scripts/make_quickstart.py" in self.make(folder, "quickstart")
 
     def test_new_requirements_are_installed(self, folder: Path) -> None:
@@ -328,18 +412,40 @@ class TestMakefile:
 
     def test_smollm2_with_rows_from_the_hub_or_a_file(self, folder: Path) -> None:
         fetch = "python scripts/fetch_smollm2.py --dest models/smollm2-135m-instruct"
-        assert self.make(folder, "smollm2")[-2:] == [fetch, SMOLLM2.format("--resume")]
+        start = "--set model.path=models/smollm2-135m-instruct"
+        later = [name for name in CHAIN if name != "sft"]
+        wanted = [fetch, *calls("smollm2", ["sft"], "--resume", start), *calls("smollm2", later, "--resume")]
+        assert self.make(folder, "smollm2")[-6:] == wanted
         assert self.make(folder, "smollm2") == []
         rows = "--set data.train.0.path=my rows.jsonl.gz --set data.train.0.name=null --set data.train.0.limit=9"
-        assert self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9") == [f"{SMOLLM2.format('--force')} {rows}"]
+        wanted = [*calls("smollm2", ["sft"], "--force", start, rows), *calls("smollm2", later, "--force", rows)]
+        assert self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9") == wanted
         assert self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9") == []
+        self.change(folder / "recipes/smollm2/ipo.yaml")
+        again = self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9")
+        assert again == calls("smollm2", ["ipo"], "--force", rows)
 
-    def test_smollm2_overrides_fit_its_recipe(self) -> None:
+    @pytest.mark.parametrize("name", CHAIN)
+    def test_smollm2_overrides_fit_its_recipes(self, name: str) -> None:
         overrides = ["data.train.0.path=rows.jsonl.gz", "data.train.0.name=null", "data.train.0.limit=9"]
-        (source,) = load_recipe("sft", ROOT / "recipes/smollm2/sft.yaml", overrides).recipe.data.train
+        (source,) = load_recipe(CHAIN[name], ROOT / f"recipes/smollm2/{name}.yaml", overrides).recipe.data.train
         assert (source.path, source.name, source.limit, source.format) == ("rows.jsonl.gz", None, 9, "hh")
 
     def test_an_old_python_is_refused(self, folder: Path) -> None:
         (folder / ".venv/bin/pip").unlink()
         done = subprocess.run(["make", "PYTHON=false", "quickstart"], cwd=folder, capture_output=True, text=True, timeout=60)
         assert done.stderr.splitlines()[0] == "error: false is older than Python 3.11; name another: make PYTHON=/path/to/python3"
+
+
+class TestChain:
+    """Each folder of recipes is a chain: the later stages start from the first one's run."""
+
+    @pytest.mark.parametrize("folder", ["quickstart", "smollm2"])
+    def test_all_hold_out_the_same_prompts(self, folder: str) -> None:
+        """A function of prompt, seed and share: else a policy would have learned what later stages hold out."""
+        recipes = {name: load_recipe(stage, ROOT / f"recipes/{folder}/{name}.yaml").recipe for name, stage in CHAIN.items()}
+        shares = {(recipe.data.holdout, recipe.seed) for recipe in recipes.values()}
+        assert shares == {(0.1 if folder == "quickstart" else 0.05, 0)}
+        starts = {name: recipe.model.path for name, recipe in recipes.items() if name != "sft"}
+        assert starts == dict.fromkeys(starts, recipes["sft"].output)
+        assert {path.stem for path in RECIPES if path.parent.name == folder} == set(CHAIN)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +115,21 @@ def write_recipe(path: Path, start: Path, rows: Path, folder: Path, **sections: 
     return path
 
 
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Inside, signals may be handled in another way; afterwards they are as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def rlhf(*arguments: str | Path) -> int:
     """The exit code of a command run in this process."""
-    return main([str(a) for a in arguments])
+    with own_signals():
+        return main([str(a) for a in arguments])
 
 
 def spawn(*arguments: str | Path, ranks: int = 1, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:

@@ -107,7 +107,8 @@ class Backbone:
         if state is not None:
             self._set_adapter_weights(role, state)
         mine = frozenset(n for n, _ in self.model.named_parameters() if f".{role}." in n or n.endswith(f".{role}"))
-        self.trained[role] = mine if trained else frozenset()
+        if trained:
+            self.trained[role] = self.trained.get(role, frozenset()) | mine
         self.active = None
         self.activate(role)
         if any(n.startswith("lora_") for n, _ in self.model.get_output_embeddings().named_parameters()):

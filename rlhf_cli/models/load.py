@@ -123,7 +123,7 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor], torch.Tens
     """The LoraConfig and the tensors of an adapter folder, and the scalar head (1, D) of a reward model.
 
     Raises:
-        UsageError: the folder holds no safetensors adapter, or one that is not LoRA.
+        UsageError: the folder holds no safetensors adapter, one that is not LoRA, or a reward model's without its head.
     """
     from peft import LoraConfig
 
@@ -138,7 +138,9 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor], torch.Tens
         raise NumberError(f"{weights}: {broken[0]} is not finite; the adapter is damaged")
     head = state.pop(f"base_model.model.{SCORE}", None)
     config = LoraConfig.from_pretrained(str(folder))
-    return (dataclasses.replace(config, task_type="CAUSAL_LM", modules_to_save=None) if head is not None else config), state, head
+    if head is None and config.task_type != "SEQ_CLS":
+        return config, state, None
+    return dataclasses.replace(config, task_type="CAUSAL_LM", modules_to_save=None), state, _check_head(folder, head)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -162,7 +164,7 @@ def read_head(folder: Path) -> torch.Tensor:
     """The scalar head (1, D) of a reward model's folder, adapter or full.
 
     Raises:
-        UsageError: it has none.
+        UsageError: it has none, or one of several labels.
     """
     from safetensors import safe_open
 
@@ -170,9 +172,16 @@ def read_head(folder: Path) -> torch.Tensor:
         with safe_open(path, framework="pt") as file:
             for name in (SCORE, f"base_model.model.{SCORE}"):
                 if name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    head: torch.Tensor = file.get_tensor(name)
-                    return head.float()
-    raise UsageError(f"{folder}: no reward head ({SCORE}) is in it; is it a reward model?")
+                    return _check_head(folder, file.get_tensor(name)).float()
+    return _check_head(folder, None)
+
+
+def _check_head(folder: Path, head: torch.Tensor | None) -> torch.Tensor:
+    if head is None:
+        raise UsageError(f"{folder}: no reward head ({SCORE}) is in it; is it a reward model?")
+    if len(head) != 1:
+        raise UsageError(f"{folder}: a classifier with {len(head)} labels is no reward model; one has a single label")
+    return head
 
 
 def _load(loader: Any, path: str, what: str, **options: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ import torch
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone, lora_config
+from rlhf_cli.models.heads import save_full_reward
 from rlhf_cli.models.load import is_classifier, load_model, local_folder, read_adapter, read_head, resolve_dtype
 from rlhf_cli.recipe import schema
 
@@ -73,19 +76,21 @@ def load_trained(
     compute = resolve_dtype(settings.dtype, device)
     merge = adapter is not None and (lora is None or lora.merge_parent)
     parent, state, head = read_adapter(adapter) if adapter is not None else (None, None, None)
-    if adapter is None and is_classifier(base, revision, settings.trust_remote_code):
+    classifier = is_classifier(base, revision, settings.trust_remote_code)
+    if adapter is None and classifier:
         head = read_head(local_folder(base, revision))
     if head is not None and role == "policy":
         raise UsageError(f"{adapter or base} is a reward model, not a policy; model.path must name a language model")
     loaded = dataclasses.replace(settings, quantize=None) if merge else settings
-    headless = head is not None and adapter is None
+    headless = classifier and head is not None  # the base of a reward model's adapter may be a reward model too
     model = load_model(loaded, base, revision, torch.float32 if merge or lora is None else compute, device, headless)
     if merge and state is not None:
         model = merge_adapter(model, parent, state)
         if lora is not None:
-            _save_once(model, merged)
+            whole = partial(save_full_reward, model, head, None) if classifier and head is not None else model.save_pretrained
+            _save_once(whole, merged)
             base, revision, parent, state = str(merged), None, None, None
-            model = load_model(settings, base, None, compute, device)
+            model = load_model(settings, base, None, compute, device, headless)
     backbone = Backbone(model, compute, settings.attention, headless)
     torch.manual_seed(seed)
     if role == "reward":
@@ -105,12 +110,12 @@ def load_trained(
     return backbone, base
 
 
-def _save_once(model: Any, folder: Path) -> None:
+def _save_once(save: Callable[[Path], None], folder: Path) -> None:
     """Several ranks make the same model; the first complete one keeps the name."""
     if folder.exists():
         return
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    model.save_pretrained(str(part))
+    save(part)
     try:
         part.rename(folder)
     except OSError:

@@ -8,6 +8,7 @@ type cannot say. A key without a default is required.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -246,8 +247,12 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 """Stage → the metrics of its held-out and training lines: what `keep_best` can watch."""
 
-KINDS_WITHOUT = {"logratio/mean": ("slic", "simpo", "orpo"), "kl": ("bco",)}
-"""Metric → kinds of its stage that do not have it: they need no reference, or no z0."""
+LACKS: dict[str, Callable[[Objective], bool]] = {
+    "logratio/mean": lambda objective: not objective.reference,
+    "rewards/saturated": lambda objective: not objective.saturates,
+    "kl": lambda objective: not objective.mismatches,
+}
+"""Metric → does an objective of its stages not have it?"""
 
 TRAINING_METRICS = ("grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch")
 """What training lines of every stage have beside them; `stop_if` can watch all."""
@@ -255,8 +260,7 @@ TRAINING_METRICS = ("grad_norm", "learning_rate", "tokens", "tokens_per_second",
 
 def metrics_of(recipe: Recipe) -> tuple[str, ...]:
     """The metrics of a recipe's held-out lines, those that its kind does not have left out."""
-    kind = recipe.objective.kind
-    return tuple(name for name in METRICS[recipe.stage] if kind not in KINDS_WITHOUT.get(name, ()))
+    return tuple(name for name in METRICS[recipe.stage] if name not in LACKS or not LACKS[name](recipe.objective))
 
 
 def learning_rate_of(recipe: Recipe) -> float:

@@ -10,55 +10,69 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_cli.errors import NumberError, UsageError
-from rlhf_cli.models.load import read_adapter
+from rlhf_cli.models.heads import classifier_class, save_full_reward
+from rlhf_cli.models.load import is_classifier, load_tokenizer, read_adapter, read_head
 from rlhf_cli.runs.files import disk_error
 from rlhf_cli.runs.folder import RunFolder
-from rlhf_cli.runs.parents import Start, resolve_start
+from rlhf_cli.runs.parents import POLICY_STAGES, Start, resolve_start
 
 TOLERANCE = 1e-3
-"""Largest difference of log-probabilities in float32: merging B·A into W rounds every weight once."""
+"""Largest difference of log-probabilities or scores in float32: merging B·A into W rounds every weight once."""
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 MODEL_FILES = ("adapter_config.json", "config.json", "generation_config.json")
 
 
 def export(run: Path, dest: Path, merge: bool) -> str:
-    """Write the trained policy of `run` to `dest`: its adapter, or with `merge` (or after full training) a whole model; says so.
+    """Write what `run` trained to `dest`: its adapter, or with `merge` (or after full training) a whole model; says so.
+
+    A policy is a causal language model, a reward model a sequence classifier with one label.
 
     Raises:
-        UsageError: `run` is no finished run, or `dest` exists.
-        NumberError: the exported model gives other log-probabilities than the run; nothing is left at `dest`.
+        UsageError: `run` is no finished run, `dest` exists, or transformers has no classifier for a reward model's architecture.
+        NumberError: the exported model gives other log-probabilities or scores than the run; nothing is left at `dest`.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if os.path.lexists(dest):
         raise UsageError(f"{dest} exists; export to a new folder")
-    start = resolve_start(str(run), None, "export")
+    start = resolve_start(str(run), None, "export", (*POLICY_STAGES, "train-rm"))
     source = RunFolder(run).model
     if not source.is_dir():
         raise UsageError(f"{run} is not a run: it has no model/")
+    model, head = _load_run(start)
+    pad_id = None if head is None else _pad_id(run, start, model)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent))
     except OSError as error:
         raise disk_error(dest, error) from error
     try:
-        wanted = _logps(_load_run(start))
+        ids = _draw_ids(start, model)
+        wanted = _logps(model, ids) if head is None else _scores_of_run(model, head, ids)
         if start.adapter is None or not merge:
             shutil.copytree(source, part, dirs_exist_ok=True)
         else:
-            model = _load_run(start).merge_and_unload()
-            model.save_pretrained(str(part))
+            merged = model.merge_and_unload()
+            if head is None:
+                merged.save_pretrained(str(part))
+            else:
+                save_full_reward(merged, head, pad_id, part)
             for file in source.iterdir():
                 if not file.name.endswith(WEIGHTS) and file.name not in MODEL_FILES:
                     shutil.copy2(file, part / file.name)
-        difference = float((_logps(_load_export(start, part)) - wanted).abs().max())
+        if head is None:
+            what, found = "log-probabilities", _logps(_load_export(AutoModelForCausalLM, start, part), ids)
+        else:
+            options = {"num_labels": 1, "pad_token_id": pad_id}
+            what, found = "scores", _scores(_load_export(AutoModelForSequenceClassification, start, part, options), ids)
+        difference = float((found - wanted).abs().max())
         if not difference <= TOLERANCE:
-            raise NumberError(f"{dest}: log-probabilities differ from the run's by {difference:.2g}; nothing was exported")
+            raise NumberError(f"{dest}: {what} differ from the run's by {difference:.2g}; nothing was exported")
         part.chmod(0o755)
         part.rename(dest)
     except OSError as error:
@@ -66,32 +80,67 @@ def export(run: Path, dest: Path, merge: bool) -> str:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     kind = "adapter" if (dest / "adapter_config.json").exists() else "model"
-    return f"{kind} in {dest}: log-probabilities within {difference:.1e} of the run's"
+    return f"{kind} in {dest}: {what} within {difference:.1e} of the run's"
 
 
-def _base(path: str, revision: str | None = None) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True)
+def _load(loader: Any, path: str, revision: str | None = None, **options: Any) -> Any:
+    return loader.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True, **options)
 
 
-def _load_run(start: Start) -> Any:
-    base = _base(start.base, start.revision)
+def _load_run(start: Start) -> tuple[Any, torch.Tensor | None]:
+    """The language model with the run's weights, or with its adapter on it, and the scalar head (1, D) of a reward model."""
+    model = _load(AutoModelForCausalLM, start.base, start.revision)
     if start.adapter is None:
-        return base
-    read_adapter(start.adapter)
-    return PeftModel.from_pretrained(base, str(start.adapter))
+        return model, read_head(Path(start.base)) if is_classifier(start.base, None, False) else None
+    config, state, head = read_adapter(start.adapter)
+    model = get_peft_model(model, config)
+    set_peft_model_state_dict(model, state)
+    return model, head
 
 
-def _load_export(start: Start, folder: Path) -> Any:
-    """As a user would: the folder alone, or the adapter on its base."""
+def _load_export(loader: Any, start: Start, folder: Path, options: dict[str, Any] | None = None) -> Any:
+    """As a user would: the folder alone, or the adapter on its base, which takes `options`."""
     if (folder / "adapter_config.json").exists():
-        return PeftModel.from_pretrained(_base(start.base, start.revision), str(folder))
-    return _base(str(folder))
+        return PeftModel.from_pretrained(_load(loader, start.base, start.revision, **(options or {})), str(folder))
+    return _load(loader, str(folder))
+
+
+def _pad_id(run: Path, start: Start, model: Any) -> int | None:
+    """What the classifier's config is to name as padding."""
+    if start.manifest is None:
+        raise UsageError(f"{run}: only a finished run of a reward model can be exported")
+    if classifier_class(model.config) is None:
+        raise UsageError(
+            f"{run}: transformers has no sequence classifier for {model.config.model_type}, so only rlhf can load it"
+        )
+    pad_id: int | None = start.manifest["pad_token_id"]
+    return pad_id
+
+
+def _draw_ids(start: Start, model: Any) -> torch.Tensor:
+    """Two fixed texts of random tokens, (2, 24), that end as responses do: a classifier must not take their end for padding."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
+    ids[:, -1] = load_tokenizer(start.tokenizer, start.revision, False).eos_token_id
+    return ids
 
 
 @torch.no_grad()
-def _logps(model: Any) -> torch.Tensor:
-    """Log-probabilities on a fixed text of random tokens."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
+def _logps(model: Any, ids: torch.Tensor) -> torch.Tensor:
     logps: torch.Tensor = model.eval()(input_ids=ids).logits.log_softmax(-1)
     return logps
+
+
+@torch.no_grad()
+def _scores_of_run(model: Any, head: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The head at the last token of each text, (2,)."""
+    states = model.eval()(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    scores: torch.Tensor = states[:, -1] @ head[0].float()
+    return scores
+
+
+@torch.no_grad()
+def _scores(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """One text at a time, since some tokenizers have nothing to pad with."""
+    model.eval()
+    return torch.cat([model(input_ids=row[None]).logits[0] for row in ids])

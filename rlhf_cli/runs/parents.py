@@ -38,7 +38,8 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
     """What `model.path` means; `place` begins every message.
 
     Raises:
-        UsageError: a mistyped path, an unfinished or changed run, a run of a stage that is not one of `stages`.
+        UsageError: a mistyped path, an unfinished or changed run, a run of a stage that is not one of `stages`, a reward model
+            where `stages` has no train-rm.
     """
     folder = Path(path)
     if (folder / "manifest.json").exists() or (folder / "recipe.yaml").exists():
@@ -51,7 +52,9 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
     if (folder / "hashes.json").exists() and (folder / "model").is_dir():
         if json.loads((folder / "hashes.json").read_text()) != {k: v for k, v in hash_tree(folder).items() if k != "hashes.json"}:
             raise UsageError(f"{place}: the checkpoint {path} is damaged: its files do not match its hashes")
-        return resolve_start(str(folder / "model"), revision, place)
+        return resolve_start(str(folder / "model"), revision, place, stages)
+    if "train-rm" not in stages and _is_reward_model(folder):
+        raise UsageError(f"{place}: {path} is a reward model, not a policy; name a language model")
     if (folder / "adapter_config.json").exists():
         config = json.loads((folder / "adapter_config.json").read_text())
         tokenizer = path if (folder / "tokenizer_config.json").exists() else config["base_model_name_or_path"]
@@ -65,6 +68,16 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
     if folder.exists() and not (folder / "config.json").exists():
         raise UsageError(f"{place}: {path} is neither a model (config.json), an adapter nor a run (manifest.json)")
     return Start(path, None if folder.exists() else revision, None, path, None, None)
+
+
+def _is_reward_model(folder: Path) -> bool:
+    """Is the adapter or the model of this folder a sequence classifier, as reward models are saved?"""
+    if (folder / "adapter_config.json").exists():
+        return bool(json.loads((folder / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS")
+    if not (folder / "config.json").exists():
+        return False
+    architectures = json.loads((folder / "config.json").read_text()).get("architectures") or ()
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
 def is_meant_as_path(path: str) -> bool:

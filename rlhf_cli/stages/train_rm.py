@@ -34,7 +34,9 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
             return
         backbone, base = load_job(job)
         fit = train_job(job, folder, backbone, sampled=False)
+        job.signals.obey_at_once("after the last step; continue with --resume")
         card = _score(job, backbone)
+        job.signals.defer()
         if card.warning:
             job.console.warn(card.warning)
         finish_job(job, folder, fit, base, _manifest(job, folder, backbone, base, card))
@@ -76,4 +78,5 @@ def _manifest(job: Job, folder: RunFolder, backbone: Backbone, base: str, card: 
             ")",
             f"model = PeftModel.from_pretrained(base, {model})",
         ]
-    return {"reward_model": figures, "load": [*lines, f"tokenizer = AutoTokenizer.from_pretrained({model})"]}
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({model})")
+    return {"reward_model": figures, "pad_token_id": backbone.pad_id, "load": lines}

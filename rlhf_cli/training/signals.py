@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
+from typing import NoReturn
 
 from rlhf_cli.errors import Stopped
 
@@ -13,12 +14,13 @@ class StopSignals:
     """Holds the signal that asked the run to stop.
 
     Until `defer()` a signal ends the run where it stands, by `Stopped`. After it, the loop looks at `received` between two
-    passes. A second SIGINT ends the process at once.
+    passes, until `obey_at_once()`. A second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._deferred = False
+        self._remark = "before the first step; nothing was trained"
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -27,9 +29,22 @@ class StopSignals:
     def defer(self) -> None:
         self._deferred = True
 
+    def obey_at_once(self, remark: str) -> None:
+        """End the run where it stands at a signal from now on; `remark` follows "stopped by SIGTERM" in the message.
+
+        Raises:
+            Stopped: a signal is here already.
+        """
+        self._deferred, self._remark = False, remark
+        if self.received is not None:
+            self._stop(self.received)
+
+    def _stop(self, number: int) -> NoReturn:
+        raise Stopped(f"stopped by {signal.Signals(number).name} {self._remark}", number)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             os._exit(128 + number)
         self.received = number
         if not self._deferred:
-            raise Stopped(f"stopped by {signal.Signals(number).name} before the first step; nothing was trained", number)
+            self._stop(number)

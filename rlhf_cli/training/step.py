@@ -66,7 +66,8 @@ def optimise(
         torch.manual_seed(derive_seed(seed, step, ranks.rank))
         optimizer.zero_grad(set_to_none=True)
         try:
-            statistics = _means(list(_measure(backbone, objective, seen, budget, ranks)), counts, ranks)
+            measured = list(_measure(backbone, objective, seen, budget, ranks))
+            statistics = _means(measured, counts, ranks)
             passes = _accumulate(backbone, objective, learned, counts, memory | statistics, budget, ranks)
             break
         except (RuntimeError, MemoryError) as error:
@@ -84,7 +85,7 @@ def optimise(
     norm = float(torch.nn.utils.get_total_norm(gradients))
     means = statistics | _means(passes, counts, ranks)
     if not (math.isfinite(norm) and all(map(math.isfinite, means.values()))):
-        refusal = _refusal(step, means["loss"], norm, passes, {n: p.grad for n, p in parameters.items()}, ranks)
+        refusal = _refusal(step, means, norm, [*measured, *passes], {n: p.grad for n, p in parameters.items()}, ranks)
         optimizer.zero_grad(set_to_none=True)
         raise refusal
     torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), max_grad_norm, torch.tensor(norm, device=gradients[0].device))
@@ -149,7 +150,8 @@ def _measure(backbone: Backbone, objective: Objective, trees: list[Tree], budget
         for batch in backbone.batches(trees[start : start + EVALUATED], budget, ranks.rank, ranks.size):
             with torch.no_grad():
                 sums = objective.statistics(backbone, batch)
-            yield _Pass({(name, unit): value.detach().double() for name, (value, unit) in sums.items()}, batch.trees)
+            found = {(name, unit): value.detach().double() for name, (value, unit) in sums.items()}
+            yield _Pass(found, tuple(start + tree for tree in batch.trees))
 
 
 def _accumulate(
@@ -245,10 +247,16 @@ def _check_gradients_exist(backbone: Backbone, ranks: Ranks) -> None:
 
 
 def _refusal(
-    step: int, loss: float, norm: float, passes: list[_Pass], gradients: dict[str, torch.Tensor | None], ranks: Ranks
+    step: int,
+    means: Mapping[str, float],
+    norm: float,
+    passes: list[_Pass],
+    gradients: dict[str, torch.Tensor | None],
+    ranks: Ranks,
 ) -> NonFinite:
     trees = [t for p in passes if not all(math.isfinite(float(v)) for v in p.sums.values()) for t in p.trees]
     tensor = next((n for n, g in gradients.items() if g is not None and not torch.isfinite(g).all()), None)
     suspects = sorted({t for share in ranks.gather(trees) for t in share})
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm} (first in {tensor})"
+    broken = sorted((name for name, value in means.items() if not math.isfinite(value)), key=lambda name: name != "loss")
+    what = f"the {broken[0]} is {means[broken[0]]}" if broken else f"the gradient norm is {norm} (first in {tensor})"
     return NonFinite(f"step {step}: {what}; the update was refused and the weights are as before it", suspects)

@@ -114,6 +114,13 @@ def test_the_head_is_small_float32_and_trained() -> None:
     assert list(backbone.trained_parameters()) == ["reward.score.weight"]
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_reward_models_head_is_trained(lora: bool) -> None:
+    names = list(reward_backbone(lora=lora).trained_parameters())
+    assert names[-1] == "reward.score.weight"
+    assert len(names) > 10
+
+
 def test_an_untied_output_head_is_not_trained_in_a_reward_model() -> None:
     names = set(reward_backbone(lora=False, tie_word_embeddings=False).trained_parameters())
     assert "lm_head.weight" not in names

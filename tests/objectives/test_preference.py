@@ -101,7 +101,7 @@ def test_two_ranked_responses_are_a_pair() -> None:
     for objective in (Dpo(beta=0.3), PlackettLuce(beta=0.3), BradleyTerry(), PlackettLuceReward(), AllPairs()):
         values = table(ratios).requires_grad_()
         loss = run(objective, Lookup(policy=values, reference=zero, reward=0.3 * values), trees).loss
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients.append(torch.autograd.grad(loss, values)[0].tolist())
     by_hand = sum(math.log1p(math.exp(-0.3 * (chosen[0] - rejected[0]))) for chosen, rejected in ratios) / 3
     assert losses == pytest.approx([by_hand] * 5, abs=1e-12)
@@ -200,6 +200,7 @@ SHIFTED = 2 + math.log((1 + math.exp(-2)) / 0.05 - 1)
     [
         (Dpo(beta=1.0), math.log(39)),  # 2 σ(−z) = 0.05
         (Dpo(beta=1.0, label_smoothing=0.2), math.log(1 / 0.215 - 1)),  # σ(−z) − 0.2 = 0.05 · 0.3
+        (Robust(beta=1.0, label_smoothing=0.01), math.log(0.98 / 0.015 - 1)),  # 2 (0.98 σ(−z) + 0.01) = 0.05
         (Hinge(beta=1.0), 1.0),
         (Odpo(beta=1.0, f="identity"), SHIFTED),
         (Simpo(beta=1.0, gamma=2.0), SHIFTED),
@@ -234,6 +235,8 @@ def test_bco_remembers_the_mean_rewards() -> None:
     second = one_pair(objective, 4.0, -2.0, **first.memory)
     assert second.memory == pytest.approx({"reward/good": 0.076, "reward/bad": -0.038})
     assert float(second.loss) == pytest.approx(math.log1p(math.exp(-0.39)) + math.log1p(math.exp(-0.21)), abs=1e-12)
+    third = one_pair(objective, 0.0, 0.0, **first.memory)
+    assert third.memory == pytest.approx({"reward/good": 0.036, "reward/bad": -0.018})
 
 
 def test_ipo_says_what_it_asks_for() -> None:

@@ -172,9 +172,12 @@ def test_metrics(tmp_path: Path) -> None:
     assert metrics_of(load(tmp_path, "train-rm").recipe) == ("loss", "accuracy", "margin", "score_mean", "score_std")
     ipo = set(metrics_of(load(tmp_path, "ipo").recipe)) - set(metrics_of(load(tmp_path, "dpo").recipe))
     assert ipo == {"margin/target", "margin/logratio"}
+    assert "rewards/saturated" in metrics_of(load(tmp_path, "dpo").recipe)
     for stage, kind in EVERY_KIND:
         missing = set(METRICS[stage]) - set(metrics_of(load(tmp_path, stage, f"objective.kind={kind}").recipe))
         absent = {"logratio/mean"} if (stage, kind) in REFERENCE_FREE else {"kl"} if (stage, kind) == ("kto", "bco") else set()
+        if "rewards/saturated" in METRICS[stage] and kind not in ("dpo", "robust", "hinge", "odpo", "simpo"):
+            absent |= {"rewards/saturated"}
         assert missing == absent, (stage, kind)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,6 @@ import pytest
 
 from rlhf_cli.training import checkpoint, loop
 from tests.tiny import make_model, read_lines, rlhf, write_recipe, write_rows
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,6 @@ from tests.tiny import make_model, read_lines, rlhf, write_recipe, write_rows
 TENSOR = "layers.1.mlp.down_proj"
 REFUSED = 3
 ONCE_AT_THE_END = {"steps": 4, "save_every": None, "tokens_per_device": 80}
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +15,52 @@ import pytest
 
 from rlhf_cli.training import loop
 from rlhf_cli.training.signals import StopSignals
-from tests.tiny import make_model, read_lines, rlhf, spawn, write_recipe, write_rows
+from tests.tiny import make_model, own_signals, read_lines, rlhf, spawn, write_pairs, write_recipe, write_rows
 
 LORA = {"r": 4, "dropout": 0.2}
-SECTIONS: dict[str, Any] = {"data": {"holdout": 0.2}, "train": {"steps": 6, "tokens_per_device": 80, "eval_every": 2}}
+TRAIN: dict[str, Any] = {"steps": 6, "tokens_per_device": 80, "eval_every": 2}
+SECTIONS: dict[str, Any] = {"data": {"holdout": 0.2}, "train": TRAIN}
 
+STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("sft", {}),
+    "train-rm": ("train-rm", {}),
+    "dpo": ("dpo", {"objective": {"kind": "bco"}}),
+    "ipo": ("ipo", {"objective": {"normalize": "token_mean"}}),
+    # A pair is two judged responses.
+    "kto": ("kto", {"train": TRAIN | {"batch_size": 8}}),
+    "kto bco": ("kto", {"objective": {"kind": "bco"}, "train": TRAIN | {"batch_size": 8}}),
+}
+"""Name → command, and what its recipe says beside the common keys."""
 
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+TIMES = ("seconds", "peak_memory", "metrics_bytes")
+"""What differs in state.json between equal runs."""
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
-    return make_model(folder / "model"), write_rows(folder / "rows.jsonl", 15)
+    make_model(folder / "model", initializer_range=0.2)
+    write_pairs(folder / "pairs.jsonl", 15)
+    write_pairs(folder / "others.jsonl", 15, seed=7)
+    write_rows(folder / "rows.jsonl", 15)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(home: Path) -> tuple[Path, Path]:
+    return home / "model", home / "rows.jsonl"
 
 
 def recipe(parts: tuple[Path, Path], folder: Path, lora: dict[str, Any] | None) -> Path:
     """12 training rows in batches of 4: six steps are two epochs, each of several forward passes."""
     return write_recipe(folder / "sft.yaml", *parts, folder / "whole", lora=lora, **SECTIONS)
+
+
+def stage(home: Path, folder: Path, name: str, lora: dict[str, Any] | None) -> list[str | Path]:
+    """The command line of a stage, its recipe as that of `recipe`."""
+    command, sections = STAGES[name]
+    rows = home / ("rows.jsonl" if command == "sft" else "pairs.jsonl")
+    return [command, write_recipe(folder / "x.yaml", home / "model", rows, folder / "whole", lora=lora, **SECTIONS | sections)]
 
 
 def same_bytes(a: Path, b: Path) -> None:
@@ -46,6 +72,10 @@ def same_bytes(a: Path, b: Path) -> None:
             assert (a / name).read_bytes() == (b / name).read_bytes(), name
     assert read_lines(a / "metrics.jsonl") == read_lines(b / "metrics.jsonl")
     assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    one, other = (json.loads((run / "checkpoints" / last / "state.json").read_text()) for run in (a, b))
+    assert {k: v for k, v in one.items() if k not in TIMES} == {k: v for k, v in other.items() if k not in TIMES}
+    cards = [json.loads((run / "manifest.json").read_text()).get("reward_model") for run in (a, b)]
+    assert cards[0] == cards[1]
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
@@ -61,32 +91,116 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
     monkeypatch.setattr(loop, name, dying)
 
 
+def stop_and_resume(words: list[str | Path], again: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, name, call)
+        assert rlhf(*words, "--output", again) == 130
+    assert not (again / "manifest.json").exists()
+    assert rlhf(*words, "--output", again, "--resume") == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
-def test_from_every_step(parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any) -> None:
-    path = recipe(parts, tmp_path, lora)
-    assert rlhf("sft", path) == 0
-    for name, calls in {"optimise": 6, "evaluate": 4, "save_checkpoint": 6}.items():
+@pytest.mark.parametrize("name", STAGES)
+def test_from_every_step(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, lora: Any) -> None:
+    words = stage(home, tmp_path, name, lora)
+    assert rlhf(*words) == 0
+    for function, calls in {"optimise": 6, "evaluate": 4, "save_checkpoint": 6}.items():
         for call in range(1, calls + 1):
-            again = tmp_path / f"{name}-{call}"
-            with monkeypatch.context() as patch:
-                interrupt(patch, name, call)
-                assert rlhf("sft", path, "--output", again) == 130
-            assert not (again / "manifest.json").exists()
-            assert rlhf("sft", path, "--output", again, "--resume") == 0
+            again = tmp_path / f"{function}-{call}"
+            stop_and_resume(words, again, monkeypatch, function, call)
             same_bytes(tmp_path / "whole", again)
 
 
+@pytest.mark.parametrize(
+    ("name", "lora", "function", "call"),
+    [
+        ("sft", LORA, "evaluate", 3),  # between update 4 and its held-out figures
+        ("train-rm", LORA, "save_checkpoint", 4),
+        ("train-rm", None, "optimise", 6),
+        ("dpo", LORA, "optimise", 5),
+        ("ipo", None, "evaluate", 3),
+        ("kto", LORA, "optimise", 3),
+        ("kto bco", None, "optimise", 4),
+    ],
+)
 def test_from_one_step_several_passes_and_dropout(
-    parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, lora: Any, function: str, call: int
 ) -> None:
-    path = recipe(parts, tmp_path, LORA)
-    assert rlhf("sft", path) == 0
-    with monkeypatch.context() as patch:
-        interrupt(patch, "evaluate", 3)  # between update 4 and its held-out figures
-        assert rlhf("sft", path, "--output", tmp_path / "again") == 130
-    assert rlhf("sft", path, "--output", tmp_path / "again", "--resume") == 0
+    words = stage(home, tmp_path, name, lora)
+    assert rlhf(*words) == 0
+    stop_and_resume(words, tmp_path / "again", monkeypatch, function, call)
     same_bytes(tmp_path / "whole", tmp_path / "again")
+
+
+def test_the_running_means_are_in_every_checkpoint(home: Path, tmp_path: Path) -> None:
+    """Without them δ would be 0 after a resume: they are not 0, and differ from step to step."""
+    assert (
+        rlhf(*stage(home, tmp_path, "dpo", LORA), "--set", "train.keep_checkpoints=6", "--set", "train.learning_rate=0.02") == 0
+    )
+    files = sorted((tmp_path / "whole" / "checkpoints").glob("step-*/state.json"))
+    means = [json.loads(file.read_text())["memory"] for file in files]
+    assert len(means) == 6 and all(mean.keys() == {"reward/good", "reward/bad"} for mean in means)
+    assert len({mean["reward/good"] for mean in means}) == 6 and abs(means[-1]["reward/good"] - means[-1]["reward/bad"]) > 1e-3
+
+
+def test_whatever_became_of_the_reference_store(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again, cache, words = tmp_path / "again", tmp_path / "cache", stage(home, tmp_path, "dpo", LORA)
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "first"))
+    assert rlhf(*words) == 0
+    monkeypatch.setenv("RLHF_CACHE", str(cache))
+    with monkeypatch.context() as patch:
+        interrupt(patch, "optimise", 4)
+        assert rlhf(*words, "--output", again) == 130
+    shutil.copytree(again, tmp_path / "stopped")
+    (shard,) = (cache / "reference").glob("*/rows-*.safetensors")
+
+    def resume_finds(number: int) -> None:
+        shutil.rmtree(again)
+        shutil.copytree(tmp_path / "stopped", again)
+        capsys.readouterr()
+        assert rlhf(*words, "--output", again, "--resume") == 0
+        assert f"reference log-probabilities: {number} of 30 from the store" in capsys.readouterr().out
+        same_bytes(tmp_path / "whole", again)
+
+    others = [f"data.train={home / 'others.jsonl'}", "train.steps=1", "train.eval_every=null"]
+    assert rlhf(*words, "--output", tmp_path / "others", *(word for o in others for word in ("--set", o))) == 0
+    assert len(list(shard.parent.glob("rows-*.safetensors"))) == 2
+    resume_finds(30)
+    shard.write_bytes(shard.read_bytes()[:-7])
+    resume_finds(0)
+    shutil.rmtree(cache)
+    resume_finds(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train-rm", "dpo", "kto"])
+def test_two_ranks(home: Path, tmp_path: Path, name: str) -> None:
+    """Stopped by a signal to the launcher after a few steps, and taken up by two ranks again."""
+    words = [*stage(home, tmp_path, name, LORA), "--set", "train.steps=60", "--set", "train.save_every=1"]
+
+    def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+        try:
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        return process.returncode, errors
+
+    code, errors = finish(spawn(*words, ranks=2))
+    assert code == 0, errors
+    again = tmp_path / "again"
+    process = spawn(*words, "--output", again, ranks=2)
+    deadline = time.monotonic() + 60
+    while not (again / "checkpoints" / "step-00000003").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    assert re.search(r"stopped after step \d+ of 60; continue with --resume", finish(process)[1])
+    assert not (again / "manifest.json").exists()
+    code, errors = finish(spawn(*words, "--output", again, "--resume", ranks=2))
+    assert code == 0, errors
+    same_bytes(tmp_path / "whole", again)
 
 
 def test_a_signal_between_two_passes_saves_and_resumes(
@@ -186,9 +300,10 @@ def test_killed_process(parts: tuple[Path, Path], tmp_path: Path, delay: float) 
 
 def test_received_is_kept_when_a_library_swallows_the_exception() -> None:
     signals = StopSignals()
-    signals.install()
-    try:
-        signal.raise_signal(signal.SIGTERM)
-    except Exception as error:
-        assert str(error) == "stopped by SIGTERM before the first step; nothing was trained"
+    with own_signals():
+        signals.install()
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:
+            assert str(error) == "stopped by SIGTERM before the first step; nothing was trained"
     assert signals.received == signal.SIGTERM
