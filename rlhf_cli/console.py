@@ -64,14 +64,14 @@ class Console:
         if self.enabled:
             self._write(self.err, _paint(self.err, RED, f"error: {clean(message)}"))
 
-    def example(self, pieces: list[tuple[str, bool]]) -> None:
-        """Show the first example; pieces are (text, is it supervised?) in order."""
+    def example(self, pieces: list[tuple[str, bool]], marked: str = "is what the model learns to write") -> None:
+        """Show the first example; pieces are (text, is it supervised?) in order, `marked` says what the supervised ones are."""
         if not self.enabled:
             return
         opened, closed = (LEARNED, RESET) if _has_colour(self.out) else ("⟦", "⟧")
         shown = [(_shorten(clean(text)), supervised) for text, supervised in _merge(pieces)]
-        marked = "".join(f"{opened}{text}{closed}" if supervised else text for text, supervised in shown)
-        self._print(f"First example; {opened}this{closed} is what the model learns to write:\n{marked}\n")
+        example = "".join(f"{opened}{text}{closed}" if supervised else text for text, supervised in shown)
+        self._print(f"First example; {opened}this{closed} {marked}:\n{example}\n")
 
     def plan(self, sections: list[tuple[str, list[tuple[str, object]]]]) -> None:
         """Titled lists of (label, value), the values aligned over all of them."""

@@ -309,11 +309,15 @@ def _percentiles(sizes: list[int]) -> dict[str, int]:
 
 
 def show_example(tree: Tree, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The tree as text, cut where supervision starts or ends: (piece, is it supervised); each response is a piece."""
+    """The tree as text, cut where supervision starts or ends: (piece, is it supervised); several responses on a line each."""
     edges = [0, *(np.flatnonzero(np.diff(tree.supervised)) + 1), len(tree.prompt)]
     pieces = [(tree.prompt[a:b], bool(tree.supervised[a])) for a, b in pairwise(edges) if a < b]
     pieces += [(response, True) for response in tree.responses]
-    return [(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False), flag) for ids, flag in pieces]
+    shown = [(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False), flag) for ids, flag in pieces]
+    if len(tree.responses) == 1:
+        return shown
+    first = len(shown) - len(tree.responses)
+    return [*shown[:first], *(part for piece in shown[first:] for part in (("\n", False), piece))]
 
 
 __all__ = ["Encoded", "Trees", "checked", "encode", "same_tokens", "show_example"]

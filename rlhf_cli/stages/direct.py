@@ -77,7 +77,7 @@ def _find_reference(job: Job) -> Start | None:
 
 
 def _with_reference(job: Job, reference: Start, backbone: Backbone, base: str) -> Job:
-    """The job with the reference's log-probabilities in its trees or, with `cache: false`, the role "reference" in its backbone."""
+    """The job with the reference's log-probabilities in its trees or, with `cache: false`, with the role "reference"."""
     assert isinstance(job.recipe, schema.DirectRecipe)
     cached, is_start = job.recipe.reference.cache, reference == job.start
     if not (cached and is_start):
@@ -108,7 +108,9 @@ def _add_reference(job: Job, reference: Start, backbone: Backbone, base: str) ->
     """Give the backbone the role "reference": a frozen adapter on the policy's base or the bare base, else a model of its own."""
     settings = job.recipe.model
     fresh = base != job.start.base  # a merged parent: the policy's adapter is new, and its base is the start
-    same_base = job.lora is not None and not fresh and (reference.base, reference.revision) == (job.start.base, job.start.revision)
+    same_base = (
+        job.lora is not None and not fresh and (reference.base, reference.revision) == (job.start.base, job.start.revision)
+    )
     if job.lora is not None and ((fresh and reference == job.start) or (same_base and reference.adapter is None)):
         backbone.alias["reference"] = BASE
     elif same_base and reference.adapter is not None:
@@ -121,5 +123,3 @@ def _add_reference(job: Job, reference: Start, backbone: Backbone, base: str) ->
             config, state, _ = read_adapter(reference.adapter)
             other.add_lora("reference", config, state, trained=False)
         backbone.elsewhere["reference"] = other
-
-

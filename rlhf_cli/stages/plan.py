@@ -93,4 +93,6 @@ def learning_rate_warning(recipe: schema.Recipe, memory: Memory) -> str | None:
     trained: schema.Trained = "full" if recipe.lora is None else "lora"
     usual = schema.default_learning_rate(recipe.stage, recipe.objective.kind, trained)
     words = {"full": "training all weights", "lora": "LoRA"}[trained]
-    return f"train.learning_rate {rate:g} is outside {low:g} … {high:g}, where {recipe.stage} with {words} works; {usual:g} is usual"
+    return (
+        f"train.learning_rate {rate:g} is outside {low:g} … {high:g}, where {recipe.stage} with {words} works; {usual:g} is usual"
+    )

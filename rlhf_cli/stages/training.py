@@ -49,7 +49,7 @@ SHOWN_PROMPTS, SHOWN_TOKENS = 8, 64
 
 @dataclass(frozen=True)
 class Job:
-    """A run before its weights are loaded: the recipe with every `auto` and default replaced by the value in force, and its data."""
+    """A run before its weights are loaded: its data, and the recipe with every `auto` replaced by the value in force."""
 
     loaded: Loaded
     recipe: schema.Recipe
@@ -139,7 +139,7 @@ def prepare_job(
         started,
     )
     console.plan(plan(recipe, dataset, source, steps, memory, job.budget, _facts(job)))
-    console.example(show_example(source.batch(1)[0], tokenizer))
+    console.example(show_example(source.batch(1)[0], tokenizer), _example_words(objective))
     for message in _warnings(job):
         console.warn(message)
     if check:
@@ -249,7 +249,7 @@ def finish_job(
     extra: dict[str, Any] | None = None,
     parents: tuple[Parent, ...] = (),
 ) -> None:
-    """Write model, report and, last of all, the manifest. `parents`: runs that were used beside the one the stage started from."""
+    """Write model, report and, last of all, the manifest. `parents`: runs that were used beside the one it started from."""
     if job.ranks.main:
         with disk_errors(folder.model):
             fit.save_model(folder.model)
@@ -300,6 +300,14 @@ def _settle(
     train = dataclasses.replace(recipe.train, tokens_per_device=budget, learning_rate=schema.learning_rate_of(recipe))
     model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
     return lora, memory, dataclasses.replace(recipe, train=train, model=model)
+
+
+def _example_words(objective: Objective) -> str:
+    if objective.responses == "first":
+        return "is what the model learns to write"
+    if objective.mismatches:
+        return "is a judged response and, after it, another prompt's: the policy's drift is measured on those"
+    return "is a response, the best one first"
 
 
 def _facts(job: Job) -> dict[str, str]:

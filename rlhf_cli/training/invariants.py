@@ -15,8 +15,8 @@ from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.step import evaluate
 
 TOLERANCE = 1e-4
-"""Largest difference in float32 of a token's log-probability or of a score, relative to 1 + its size. What two layouts of the same
-rows differ by grows with the square root of a sum's length."""
+"""Largest difference in float32 of a token's log-probability or of a score, relative to 1 + its size; of a sum over T tokens
+√T times as much, as independent roundings add up."""
 
 ZERO_AT_START = (
     "rewards/margins",
@@ -53,7 +53,9 @@ def check_start(
         noise = _noise(backbone, objective.role, few, packed)
         _same(packed, _packed(backbone, objective.role, few, budget), noise, "two passes over the same rows", "dropout is on?")
         alone = _alone(backbone, objective.role, few)
-        _same(packed, alone, noise, "packed rows and single ones", "the mask, the positions or the targets of packed rows are wrong")
+        _same(
+            packed, alone, noise, "packed rows and single ones", "the mask, the positions or the targets of packed rows are wrong"
+        )
         if objective.reference and reference_is_start:
             _check_reference(backbone, trees, budget, noise, ranks)
     if objective.reference and reference_is_start:
@@ -129,16 +131,15 @@ def _check_reference(backbone: Backbone, trees: list[Tree], budget: int, noise: 
             why = "the reference is the bare base model, without the adapter that the policy starts from"
         else:
             why = "the reference has other weights than the policy starts from, or its values belong to other tokens"
+        token, response = float((policy - known).abs().max()), float(ratio.abs().max())
         raise NumberError(
-            f"before step 1: the policy and its reference differ: log-ratios of up to {float((policy - known).abs().max()):.3g} nats "
-            f"a token and {float(ratio.abs().max()):.3g} a response, where 0 is right\n  {why}"
+            f"before step 1: the policy and its reference differ: log-ratios of up to {token:.3g} nats a token "
+            f"and {response:.3g} a response, where 0 is right\n  {why}"
         ).on_one_rank()
 
 
-def _check_metrics(
-    backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, noise: float, ranks: Ranks
-) -> None:
-    """Implicit rewards, margins and the KL estimate of the first batch are 0; the bound is coarse, for a large beta scales rounding."""
+def _check_metrics(backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, noise: float, ranks: Ranks) -> None:
+    """Implicit rewards, margins and the KL estimate of the first batch are 0; the bound is coarse, for beta scales rounding."""
     metrics: dict[str, float] = {}
     for value in evaluate(backbone, objective, trees, budget=budget, ranks=ranks):
         metrics = value or metrics

@@ -124,6 +124,7 @@ def evaluate(
         measured.append(found)
         yield None
     statistics = _means(measured, counts, ranks)
+    backbone.model.eval()
     with torch.no_grad():
         for start in range(0, len(learned), batch_size):
             for batch in backbone.batches(learned[start : start + batch_size], budget, ranks.rank, ranks.size):
@@ -145,7 +146,8 @@ def derive_seed(*parts: int) -> int:
 
 
 def _measure(backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, ranks: Ranks) -> Iterator[_Pass]:
-    """The objective's statistics, pass by pass."""
+    """The objective's statistics, pass by pass, with dropout off."""
+    backbone.model.eval()
     for start in range(0, len(trees), EVALUATED):
         for batch in backbone.batches(trees[start : start + EVALUATED], budget, ranks.rank, ranks.size):
             with torch.no_grad():

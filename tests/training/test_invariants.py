@@ -66,7 +66,7 @@ def test_dropout_in_the_reference() -> None:
     backbone = with_reference(dropout=0.3)
     original = backbone.model.eval
     backbone.model.eval = lambda: (original(), _dropout_on(backbone))[0]
-    with pytest.raises(NumberError, match=r"the policy and its reference differ: log-ratios of up to .*\n.*is dropout on in it\?"):
+    with pytest.raises(NumberError, match=r"the policy and its reference differ: log-ratios .*\n.*is dropout on in it\?"):
         check(backbone, Dpo())
 
 
@@ -86,7 +86,7 @@ def test_dropout_in_the_policy() -> None:
 def test_the_bare_base_as_reference() -> None:
     backbone = make_backbone(make())
     backbone.alias["reference"] = BASE
-    with pytest.raises(NumberError, match=r"where 0 is right\n.*bare base model, without the adapter that the policy starts from"):
+    with pytest.raises(NumberError, match=r"where 0 is right\n.*bare base model, without the adapter that"):
         check(backbone, Dpo())
 
 
