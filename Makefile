@@ -12,7 +12,7 @@ STAGES := sft rm dpo ipo kto
 QUICK := $(STAGES:%=runs/quickstart/%/manifest.json)
 GOLD := runs/quickstart/gold.txt
 BASE := models/quickstart-base/tokenizer_config.json
-DATA := $(patsubst %,data/quickstart/%.jsonl,sft pairs unpaired eval_prompts)
+DATA := $(patsubst %,data/quickstart/%.jsonl,sft pairs ranked unpaired eval_prompts)
 SMOLLM2 := models/smollm2-135m-instruct
 SMOLLM2_RUNS := $(STAGES:%=runs/smollm2/%/manifest.json)
 ROWS = $(if $(HH),--set 'data.train.0.path=$(HH)' --set data.train.0.name=null) $(if $(LIMIT),--set data.train.0.limit=$(LIMIT))

@@ -281,7 +281,7 @@ echo "$(basename $0) $*" >> calls
 case "$*" in
   scripts/make_quickstart.py)
     mkdir -p data/quickstart models/quickstart-base
-    for name in sft pairs unpaired eval_prompts; do touch data/quickstart/$name.jsonl; done
+    for name in sft pairs ranked unpaired eval_prompts; do touch data/quickstart/$name.jsonl; done
     touch models/quickstart-base/tokenizer_config.json ;;
   scripts/quickstart_gold.py*) echo "gold of $*" ;;
   scripts/fetch_smollm2.py*) mkdir -p models/smollm2-135m-instruct; touch models/smollm2-135m-instruct/config.json ;;
@@ -390,7 +390,7 @@ class TestMakefile:
         self.change(folder / "recipes/quickstart/sft.yaml")
         assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--force"), GOLD]
 
-    @pytest.mark.parametrize("name", ["sft", "pairs", "unpaired", "eval_prompts"])
+    @pytest.mark.parametrize("name", ["sft", "pairs", "ranked", "unpaired", "eval_prompts"])
     def test_lost_data_is_made_again(self, name: str, folder: Path) -> None:
         self.make(folder, "quickstart")
         (folder / f"data/quickstart/{name}.jsonl").unlink()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,7 +141,28 @@ def spawn(*arguments: str | Path, ranks: int = 1, environment: dict[str, str] | 
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings)
 
 
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that it started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    """Do all of them end within so many seconds?"""
+    deadline = time.monotonic() + seconds
+    alive = lambda pid: Path(f"/proc/{pid}/stat").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text()  # noqa: E731
+    while time.monotonic() < deadline:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def read_lines(path: Path, *without: str) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, without the keys that differ between equal runs."""
+    """The objects of a .jsonl file of strict JSON, without the keys that differ between equal runs."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{path}: {name}")
+
     dropped = {"time", "tokens_per_second", *without}
-    return [{k: v for k, v in json.loads(line).items() if k not in dropped} for line in path.read_text().splitlines()]
+    lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in dropped} for line in lines]

@@ -93,8 +93,8 @@ def _pair_facts(row: Row) -> Facts:
     if scores and scores[0] < scores[1]:
         raise BadRow("'score_chosen' is lower than 'score_rejected'")
     probability = _number(row["probability"], "'probability'") if row.get("probability") is not None else None
-    if probability is not None and not 0 <= probability <= 1:
-        raise BadRow("'probability' is not between 0 and 1")
+    if probability is not None and not 0.5 <= probability <= 1:
+        raise BadRow("'probability' is not between 0.5 and 1", "that of the chosen response; where it is lower, swap the two")
     return Facts(scores=tuple(scores) or None, probability=probability)
 
 

@@ -29,6 +29,12 @@ def unpaired_dataset(dataset: Dataset, place: str, seed: int, max_length: int, *
     """
     dataset = dataset.map_trees(unpaired)
     _check_classes(dataset.train.trees, place)
+    if mismatches and dataset.held_out is not None and _is_one_text(dataset.held_out.trees):
+        number = len(dataset.held_out.trees)
+        raise UsageError(
+            f"{place}: the {number} held-out responses are one text ({dataset.held_out.trees.where(0)}), and KTO compares each with "
+            "another one; hold out more rows (data.holdout or data.eval)"
+        )
     return dataset.map_trees(partial(with_mismatches, seed=seed, max_length=max_length)) if mismatches else dataset
 
 
@@ -45,6 +51,10 @@ def unpaired(trees: Trees) -> Trees:
     response = np.where(label, trees.first[tree] + 1, trees.first[tree + 1] - 1)
     parts = np.stack([trees.first[tree], response], axis=1).ravel()
     return regroup(trees, tree, np.full(len(tree), 2), parts, facts)
+
+
+def _is_one_text(trees: Trees) -> bool:
+    return not _classes(trees, trees.first[:-1] + 1).any()
 
 
 def _check_classes(trees: Trees, place: str) -> None:

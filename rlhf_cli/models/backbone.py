@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +93,13 @@ class Backbone:
         self.kernel = self._choose_kernel(attention, headless)
 
     def add_lora(self, role: str, config: LoraConfig, state: dict[str, torch.Tensor] | None, *, trained: bool) -> None:
-        """Give `role` an adapter of its own: fresh (B = 0), or with the tensors of `state`.
+        """Give `role` an adapter of its own: fresh (B = 0), or with the tensors of `state`. A frozen one has no dropout.
 
         Raises:
             UsageError: the tensors do not fit the adapter.
         """
+        if not trained:
+            config = dataclasses.replace(config, lora_dropout=0.0)  # it may run while the policy's dropout is on
         try:
             if self.peft is None:
                 self.peft = get_peft_model(self.model, config, adapter_name=role)

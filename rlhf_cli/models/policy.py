@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,16 +79,13 @@ def load_trained(
         head = read_head(local_folder(base, revision))
     if head is not None and role == "policy":
         raise UsageError(f"{adapter or base} is a reward model, not a policy; model.path must name a language model")
-    loaded = dataclasses.replace(settings, quantize=None) if merge else settings
     headless = classifier and head is not None  # the base of a reward model's adapter may be a reward model too
-    model = load_model(loaded, base, revision, torch.float32 if merge or lora is None else compute, device, headless)
+    if merge and lora is not None and state is not None:
+        _save_merged(settings, base, revision, parent, state, head if classifier else None, device, merged)
+        base, revision, parent, state = str(merged), None, None, None
+    model = load_model(settings, base, revision, torch.float32 if lora is None else compute, device, headless)
     if merge and state is not None:
         model = merge_adapter(model, parent, state)
-        if lora is not None:
-            whole = partial(save_full_reward, model, head, None) if classifier and head is not None else model.save_pretrained
-            _save_once(whole, merged)
-            base, revision, parent, state = str(merged), None, None, None
-            model = load_model(settings, base, None, compute, device, headless)
     backbone = Backbone(model, compute, settings.attention, headless)
     torch.manual_seed(seed)
     if role == "reward":
@@ -110,12 +105,29 @@ def load_trained(
     return backbone, base
 
 
-def _save_once(save: Callable[[Path], None], folder: Path) -> None:
-    """Several ranks make the same model; the first complete one keeps the name."""
+def _save_merged(
+    settings: schema.Model,
+    base: str,
+    revision: str | None,
+    config: Any,
+    state: dict[str, torch.Tensor],
+    head: torch.Tensor | None,
+    device: torch.device,
+    folder: Path,
+) -> None:
+    """Write base and adapter as one model, a reward model where there is a head; none of it stays in memory.
+
+    Several ranks make the same model; the first complete one keeps the name.
+    """
     if folder.exists():
         return
+    plain = dataclasses.replace(settings, quantize=None)
+    model = merge_adapter(load_model(plain, base, revision, torch.float32, device, head is not None), config, state)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    save(part)
+    if head is None:
+        model.save_pretrained(str(part))
+    else:
+        save_full_reward(model, head, None, part)
     try:
         part.rename(folder)
     except OSError:

@@ -33,6 +33,8 @@ class Objective:
     """Which responses of a row it learns from."""
     reference: ClassVar[bool] = False
     """Does it need the reference's log-probabilities?"""
+    soft_labels: ClassVar[bool] = False
+    """Does it use the probability that the chosen response is the better one, where the data have one?"""
     mismatches: ClassVar[bool] = False
     """Does it compare each response with one that was written for another prompt?"""
     saturates: ClassVar[bool] = False

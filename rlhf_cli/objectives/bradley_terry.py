@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_cli.fields import key
 from rlhf_cli.objectives.preference import Pairs
@@ -24,6 +24,9 @@ class BradleyTerry(RewardObjective):
     """
 
     kind: Literal["bradley_terry"] = "bradley_terry"
+
+    soft_labels: ClassVar[bool] = True
+
     margin_column: str | None = key(None, "column of the margin by which the chosen score is to lead")
     label_smoothing: float = key(0.0, "ε: share of labels taken to be wrong", low=0.0, high=0.499)
     center_coef: float = key(0.0, "c: weight of (r_w + r_l)², which keeps scores around 0", low=0.0)

@@ -191,7 +191,7 @@ class PairObjective(Objective):
 
     def check_tree(self, tree: Tree) -> str | None:
         if self.needs_scores and tree.facts.scores is None:
-            return f"kind {self.kind} needs scores"
+            return f"kind {self.kind} needs scores: score_chosen and score_rejected, or the scores of a ranking"
         return check_order(tree)
 
 

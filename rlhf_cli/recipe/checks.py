@@ -116,7 +116,11 @@ def _reference(recipe: DirectRecipe) -> Iterator[Finding]:
 
 def _balance(recipe: KtoRecipe) -> Iterator[Finding]:
     objective = recipe.objective
-    if objective.kind != "kto" or objective.lambda_ is None:
+    if objective.kind != "kto":
+        return
+    if objective.lambda_d == objective.lambda_u == 0:
+        yield "objective.lambda_d", "0 beside lambda_u: 0 leaves nothing to learn. give one class a weight"
+    if objective.lambda_ is None:
         return
     for name, weight in {"lambda_d": objective.lambda_d, "lambda_u": objective.lambda_u}.items():
         if weight != 1.0:

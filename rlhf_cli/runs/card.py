@@ -55,13 +55,19 @@ def _rate(accuracy: float, low: float, high: float) -> tuple[str, str]:
 
 
 def _calibration(card: dict[str, Any]) -> list[str]:
-    leaning = "over" if card["confidence"] > card["accuracy"] else "under"
     rows = [
         (f"{each['low']:.2f} to {each['high']:.2f}", f"{each['count']:,}", percent(each["confidence"]), percent(each["accuracy"]))
         for each in card["reliability"]
     ]
     return [
         f"Calibration: expected error {percent(card['ece'])}. A mean confidence σ(|margin|) of {percent(card['confidence'])} "
-        f"against an accuracy of {percent(card['accuracy'])}: it is {leaning}-confident.",
+        f"against an accuracy of {percent(card['accuracy'])}{_leaning(card)}.",
         table(("confidence", "pairs", "mean confidence", "accuracy"), rows),
     ]
+
+
+def _leaning(card: dict[str, Any]) -> str:
+    """Said only where the mean confidence is outside the accuracy's interval."""
+    if card["confidence"] > card["accuracy_high"]:
+        return ": it is over-confident"
+    return ": it is under-confident" if card["confidence"] < card["accuracy_low"] else ": they agree within the interval"

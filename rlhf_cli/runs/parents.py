@@ -43,7 +43,10 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
     """
     folder = Path(path)
     if (folder / "manifest.json").exists() or (folder / "recipe.yaml").exists():
-        manifest = read_manifest(folder, stages=stages)
+        try:
+            manifest = read_manifest(folder, stages=stages)
+        except UsageError as error:
+            raise UsageError(f"{place}: {error}") from error
         base, parent = manifest["base_model"], Parent(path, manifest_hash(folder))
         if not (folder / "model" / "adapter_config.json").exists():
             return Start(str(folder / "model"), None, None, str(folder / "model"), parent, manifest)
@@ -83,7 +86,13 @@ def _is_reward_model(folder: Path) -> bool:
 def is_meant_as_path(path: str) -> bool:
     """A hub id is a name or owner/name; everything else, and what lies in a folder that exists, is a path."""
     owner, _, rest = path.partition("/")
-    return path.startswith((".", "/", "~")) or "/" in rest or (bool(rest) and Path(owner).is_dir()) or path.endswith(".gguf")
+    return (
+        path.startswith((".", "/", "~"))
+        or path.endswith("/")
+        or "/" in rest
+        or (bool(rest) and Path(owner).is_dir())
+        or path.endswith(".gguf")
+    )
 
 
 def base_model(start: Start) -> BaseModel:

@@ -26,6 +26,8 @@ SHOWN = (
     ("token_accuracy", "token accuracy"),
     ("accuracy", "accuracy"),
     ("margin", "margin"),
+    ("score_mean", "mean score"),
+    ("score_std", "standard deviation of the scores"),
     ("rewards/accuracies", "accuracy of the implicit reward"),
     ("rewards/margins", "margin of the implicit reward"),
     ("rewards/chosen", "implicit reward, chosen"),
@@ -43,6 +45,9 @@ SHOWN = (
     ("margin/target", "its target"),
 )
 """Metrics of the first table in their order, as far as a run has them."""
+NOISE = 1e-5
+"""What is smaller is rounding: the log-ratios of a policy that is its own reference."""
+
 PROMPT_LENGTH, RESPONSE_LENGTH = 400, 800
 """Characters of a sample that are shown."""
 
@@ -116,7 +121,10 @@ def _learned(story: Story) -> str:
 
 
 def _moved(name: str, first: float, last: float) -> tuple[str, str, str, str]:
-    return name, f"{first:.4g}", f"{last:.4g}", percent((last - first) / abs(first), "+") if first else "n/a"
+    # A share of almost nothing, or of what has changed its sign, says nothing.
+    compares = abs(first) > NOISE and first * last > 0
+    change = percent((last - first) / abs(first), "+") if compares else f"{last - first:+.4g}"
+    return name, f"{first:.4g}", f"{last:.4g}", change
 
 
 def _samples(story: Story) -> str:

@@ -23,6 +23,12 @@ def record_inputs(run: RunFolder, recipe: schema.Recipe, stage: str, inputs: dic
     write_json(run.path / INPUTS, inputs)
 
 
+def forget_inputs(run: RunFolder) -> None:
+    """Take back what was written before a run that never began."""
+    for path in (run.recipe, run.path / INPUTS, run.data):
+        path.unlink(missing_ok=True)
+
+
 def refuse_other_inputs(run: RunFolder, recipe: schema.Recipe, inputs: dict[str, Any]) -> None:
     """Raises UsageError when the recipe, the data or the parent changed since the run was started."""
     if not run.recipe.exists():

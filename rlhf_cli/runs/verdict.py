@@ -56,7 +56,7 @@ def held_out_verdict(train: Lines, held_out: Lines) -> list[str]:
         words = [f"**Held-out loss did not fall** ({moved}): on rows it has not seen, the model is not better than at the start."]
     best = min(held_out, key=lambda line: float(line["loss"]))
     since = _train_since(train, best["step"])
-    if last > RISE * best["loss"] and since and since[1] < since[0]:
+    if last - best["loss"] > (RISE - 1) * abs(best["loss"]) and since and since[1] < since[0]:
         words.append(
             f"**Overfitting**: held-out loss was lowest after step {best['step']} ({best['loss']:.4g}) and rose to {last:.4g}, "
             f"while training loss fell from {since[0]:.4g} to {since[1]:.4g}. Train for fewer steps, "
@@ -140,14 +140,16 @@ def _displacement(better: str, worse: str, logps: tuple[float, float], margins: 
 
 
 def _distance_to_target(reached: float, target: float, where: str) -> str:
-    said = f"The mean difference of {where} log-ratios is {reached:.4g}, IPO's target {target:.4g}"
+    said = f"The mean difference that IPO compares is {reached:.4g} on {where} pairs, its target {target:.4g}"
     if reached > target:
         return f"{said}: {reached - target:.4g} beyond it."
     return f"{said}: {target - reached:.4g} short of it, {percent(reached / target)} of the way."
 
 
 def _saturation(share: float, where: str) -> str:
-    said = f"{percent(share)} of the {where} pairs are saturated: a logistic loss has less than 5 % of its first gradient there"
+    said = (
+        f"{percent(share)} of the {where} pairs are saturated: the loss has less than 5 % of its gradient at equal rewards there"
+    )
     if share <= 0.5:
         return f"{said}."
     return f"**{said}.** More steps teach little and move the policy on: train for fewer epochs."

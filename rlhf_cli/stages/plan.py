@@ -23,8 +23,10 @@ def plan(
     facts: dict[str, str],
 ) -> list[Section]:
     """Rows by fate, lengths, EOS share, steps, trees and tokens per step, memory."""
-    lengths, supervised = source.trees.lengths, source.trees.supervised_counts
+    lengths = source.trees.lengths
     per_step = min(recipe.train.batch_size, len(lengths))
+    learned = per_step * source.trees.supervised_counts.mean()
+    supervised = f", {learned:,.0f} supervised" if recipe.objective.responses == "first" else ""
     sections: list[Section] = [("model", list(facts.items()))]
     sections.append(("training rows", _rows(dataset.train, [r for r in dataset.reading.reports])))
     if dataset.held_out is not None:
@@ -45,11 +47,8 @@ def plan(
             "training",
             [
                 ("steps", f"{steps:,} ({source.steps_per_epoch:,} an epoch, {steps / source.steps_per_epoch:.3g} epochs)"),
-                ("trees a step", f"{per_step} (prompts with their responses)"),
-                (
-                    "tokens a step",
-                    f"{per_step * lengths.mean():,.0f} on average, {per_step * supervised.mean():,.0f} supervised",
-                ),
+                ("batch", f"{per_step} {_unit(source)} a step, over all devices"),
+                ("tokens a step", f"{per_step * lengths.mean():,.0f} on average{supervised}"),
                 ("forward passes", f"about {passes:.0f} a step of at most {budget:,} tokens (tokens_per_device)"),
                 ("learning rate", f"{recipe.train.learning_rate:g}, {recipe.train.schedule}"),
                 (
@@ -64,6 +63,11 @@ def plan(
         )
     )
     return sections
+
+
+def _unit(source: DatasetSource) -> str:
+    """What batch_size counts: KTO's pairs count twice."""
+    return "judged responses" if source.trees.facts[0].label is not None else "prompts with their responses"
 
 
 def _rows(encoded: Encoded, reports: list[Any]) -> list[tuple[str, object]]:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.preference import Card, reward_card, score_responses
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import classifier_class
+from rlhf_cli.models.load import load_config
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.parents import POLICY_STAGES
@@ -27,6 +29,12 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
     job = prepare_job(loaded, check=check, resume=resume, starts=(*POLICY_STAGES, "train-rm"))
+    config = load_config(job.start.base, job.start.revision, job.recipe.model.trust_remote_code)
+    if job.lora is None and classifier_class(config) is None:
+        raise UsageError(
+            f"{loaded.where('lora')}: lora: transformers has no sequence classifier for {config.model_type} models, so one whose "
+            "weights are all trained could not be saved. leave lora at auto"
+        )
     if check:
         return
     with open_job(job, resume=resume, force=force) as folder:
@@ -35,25 +43,25 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         backbone, base = load_job(job)
         fit = train_job(job, folder, backbone, sampled=False)
         job.signals.obey_at_once("after the last step; continue with --resume")
-        card = _score(job, backbone)
+        card = _score(job, backbone, fit.state.budget)
         job.signals.defer()
         if card.warning:
             job.console.warn(card.warning)
         finish_job(job, folder, fit, base, _manifest(job, folder, backbone, base, card))
 
 
-def _score(job: Job, backbone: Backbone) -> Card:
+def _score(job: Job, backbone: Backbone, budget: int) -> Card:
     """The card of the trained model, from all held-out rows and some that it was trained on."""
     training = job.dataset.train.trees
     held_out = job.dataset.held_out.trees if job.dataset.held_out else training[:0]
     chosen = np.random.default_rng(job.recipe.seed).permutation(len(training))[:SCORED]
     some = [training[int(i)] for i in sorted(chosen)]
     return reward_card(
-        score_responses(backbone, "reward", held_out, job.budget, job.ranks),
+        score_responses(backbone, "reward", held_out, budget, job.ranks),
         held_out,
         job.dataset.held_out.trees.wheres if job.dataset.held_out else (),
         training,
-        score_responses(backbone, "reward", some, job.budget, job.ranks),
+        score_responses(backbone, "reward", some, budget, job.ranks),
     )
 
 

@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +35,7 @@ from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import BaseModel, Outcome, Parent, build_manifest, write_manifest
 from rlhf_cli.runs.parents import POLICY_STAGES, Start, base_model, resolve_start
 from rlhf_cli.runs.report import write_report
-from rlhf_cli.runs.resume import finished_steps, record_inputs, recorded_budget, refuse_other_inputs, reopen
+from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, recorded_budget, refuse_other_inputs, reopen
 from rlhf_cli.stages.plan import learning_rate_warning, plan
 from rlhf_cli.training.invariants import check_start
 from rlhf_cli.training.loop import Fit, Sampler, peak_memory
@@ -67,6 +67,7 @@ class Job:
     console: Console
     signals: StopSignals
     started: float
+    inputs: dict[str, str] = field(default_factory=dict)  # what else a resumed run must have in common
 
     @property
     def budget(self) -> int:
@@ -159,6 +160,7 @@ def open_job(job: Job, *, resume: bool, force: bool) -> Iterator[RunFolder | Non
             "template": job.template.hash,
             "parent": job.start.parent and job.start.parent.manifest_hash,
             **job.dataset.fingerprints,
+            **job.inputs,
         }
         done = False
         if resume:
@@ -169,11 +171,17 @@ def open_job(job: Job, *, resume: bool, force: bool) -> Iterator[RunFolder | Non
             job.console.say(f"{output} is finished: {folder.manifest}")
             yield None
         else:
+            fresh = not folder.recipe.exists()
             if ranks.main:
                 reopen(folder)
                 record_inputs(folder, job.recipe, job.loaded.stage, inputs)
                 write_json(folder.data, data_report(job.dataset))
-            yield folder
+            try:
+                yield folder
+            except UsageError:
+                if ranks.main and fresh:
+                    forget_inputs(folder)  # nothing was trained: the mended recipe may use the same folder
+                raise
     ranks.close()
 
 
@@ -326,6 +334,8 @@ def _warnings(job: Job) -> Iterator[str]:
     yield from job.dataset.train.notices
     if message := learning_rate_warning(job.recipe, job.memory):
         yield message
+    if not job.objective.soft_labels and any(facts.probability is not None for facts in job.dataset.train.trees.facts):
+        yield f"the column 'probability' has no effect with kind {job.objective.kind}: every chosen response counts as the better one"
     if job.lora and job.lora.dropout:
         yield "with lora.dropout, results depend on tokens_per_device: the masks follow the cut"
 

@@ -47,19 +47,32 @@ def check_start(
         NumberError: with what was measured, and what it points to.
     """
     backbone.model.eval()
-    few = sorted(trees, key=tree_length)[:COMPARED]
-    with torch.no_grad():
-        packed = _packed(backbone, objective.role, few, budget)
-        noise = _noise(backbone, objective.role, few, packed)
-        _same(packed, _packed(backbone, objective.role, few, budget), noise, "two passes over the same rows", "dropout is on?")
-        alone = _alone(backbone, objective.role, few)
-        _same(
-            packed, alone, noise, "packed rows and single ones", "the mask, the positions or the targets of packed rows are wrong"
-        )
-        if objective.reference and reference_is_start:
-            _check_reference(backbone, trees, budget, noise, ranks)
+    verdict, noise = None, TOLERANCE
+    try:
+        noise = _check_numbers(backbone, objective, trees, budget, ranks, reference_is_start)
+    except NumberError as error:
+        verdict = str(error)
+    # Devices may differ: what one of them finds ends the run on all, in order.
+    if faults := [words for words in ranks.gather(verdict) if words]:
+        raise NumberError(faults[0])
     if objective.reference and reference_is_start:
         _check_metrics(backbone, objective, trees, budget, noise, ranks)
+
+
+@torch.no_grad()
+def _check_numbers(
+    backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, ranks: Ranks, reference_is_start: bool
+) -> float:
+    """What this rank can see by itself; returns what counts as rounding."""
+    few = sorted(trees, key=tree_length)[:COMPARED]
+    packed = _packed(backbone, objective.role, few, budget)
+    noise = _noise(backbone, objective.role, few, packed)
+    _same(packed, _packed(backbone, objective.role, few, budget), noise, "two passes over the same rows", "dropout is on?")
+    alone = _alone(backbone, objective.role, few)
+    _same(packed, alone, noise, "packed rows and single ones", "the mask, the positions or the targets of packed rows are wrong")
+    if objective.reference and reference_is_start:
+        _check_reference(backbone, trees, budget, noise, ranks)
+    return noise
 
 
 def _noise(backbone: Backbone, role: str, trees: list[Tree], packed: Values) -> float:
@@ -135,7 +148,7 @@ def _check_reference(backbone: Backbone, trees: list[Tree], budget: int, noise: 
         raise NumberError(
             f"before step 1: the policy and its reference differ: log-ratios of up to {token:.3g} nats a token "
             f"and {response:.3g} a response, where 0 is right\n  {why}"
-        ).on_one_rank()
+        )
 
 
 def _check_metrics(backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, noise: float, ranks: Ranks) -> None:

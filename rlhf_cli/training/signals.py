@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from rlhf_cli.errors import Stopped
 
+BEFORE = "before the first step; nothing was trained"
+
 
 class StopSignals:
     """Holds the signal that asked the run to stop.
@@ -20,11 +22,15 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._deferred = False
-        self._remark = "before the first step; nothing was trained"
+        self._remark = BEFORE
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+
+    def say(self, remark: str) -> None:
+        """What follows "stopped by SIGTERM" in the message from now on."""
+        self._remark = remark
 
     def defer(self) -> None:
         self._deferred = True
@@ -35,7 +41,8 @@ class StopSignals:
         Raises:
             Stopped: a signal is here already.
         """
-        self._deferred, self._remark = False, remark
+        self._deferred = False
+        self.say(remark)
         if self.received is not None:
             self._stop(self.received)
 

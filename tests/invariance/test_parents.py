@@ -146,7 +146,8 @@ class Made:
 
         def watched(job: Any, folder: Any, backbone: Backbone, **settings: Any) -> Any:
             self.before[run] = hidden(backbone, role)
-            self.heads |= {run: head.weight.detach().clone() for head in backbone.heads.values()}
+            if role in backbone.heads:
+                self.heads[run] = backbone.heads[role].weight.detach().clone()
             fit = train(job, folder, backbone, **settings)
             self.trained[run] = outputs(backbone, role)
             return fit
@@ -331,6 +332,6 @@ def test_several_labels(home: Path, made: Made, tmp_path: Path, capsys: pytest.C
     shutil.copytree(made("train-rm", "lora", "lora") / "model", adapter)
     change_head(adapter, lambda head: head.repeat(2, 1))
     for start in (whole, adapter):
-        assert make(home, "train-rm", start, tmp_path / "run", "lora") == 2
+        assert make(home, "train-rm", start, start.with_suffix(".run"), "lora") == 2
         message = f"error: {start}: a classifier with 2 labels is no reward model; one has a single label"
         assert capsys.readouterr().err.splitlines()[-1] == message

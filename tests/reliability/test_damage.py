@@ -152,13 +152,13 @@ def test_full_disk(
 def test_stop_if_survives_a_kill_before_the_end(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     settings = ["--output", run, "--set", "train.stop_if={loss: {above: 1}}"]
-    from rlhf_cli.stages import sft
+    from rlhf_cli.stages import training
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "write_report", killed)
+        patch.setattr(training, "write_report", killed)
         assert rlhf("sft", path, *settings) == 130
     assert rlhf("sft", path, *settings, "--resume") == 0
     manifest = json.loads((run / "manifest.json").read_text())

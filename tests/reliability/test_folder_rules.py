@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+from transformers import AutoModelForCausalLM
 
 from rlhf_cli.runs.folder import open_run
-from rlhf_cli.stages import sft
+from rlhf_cli.stages import training
 from tests.data.tiny_tokenizer import CHATML
-from tests.tiny import make_model, rlhf, write_recipe, write_rows
+from tests.tiny import make_model, rlhf, write_pairs, write_recipe, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +24,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of 2 steps whose finished run is in `parent` beside it."""
     folder = tmp_path_factory.mktemp("folders")
     parts = make_model(folder / "model"), write_rows(folder / "rows.jsonl", 8)
+    write_pairs(folder / "pairs.jsonl", 8)
     recipe = write_recipe(folder / "sft.yaml", *parts, folder / "parent", lora={"r": 4}, train={"steps": 2})
     assert rlhf("sft", recipe) == 0
     return recipe
@@ -41,7 +44,9 @@ def forbid_weights(patch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("weights were loaded")
 
-    patch.setattr(sft, "load_trained", refuse)
+    patch.setattr(training, "load_trained", refuse)
+    patch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    patch.setattr(safetensors.torch, "load_file", refuse)
 
 
 def errors(capsys: pytest.CaptureFixture[str]) -> str:
@@ -80,12 +85,16 @@ def test_a_wrong_path_touches_nothing(
     assert contents(parent) == before and [p.name for p in tmp_path.iterdir()] == ["parent"]
 
 
+@pytest.mark.parametrize("stage", ["sft", "train-rm", "dpo", "ipo", "kto"])
+@pytest.mark.parametrize("start", ["model", "parent"])
 def test_check_creates_nothing_and_loads_no_weights(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str, start: str
 ) -> None:
     forbid_weights(monkeypatch)
-    assert rlhf("sft", path, "--output", tmp_path / "deep" / "run", "--check") == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "the recipe and the data are fine; nothing was trained"
+    rows = path.parent / ("rows.jsonl" if stage == "sft" else "pairs.jsonl")
+    settings = ["--set", f"model.path={path.parent / start}", "--set", f"data.train={rows}"]
+    assert rlhf(stage, path, "--output", tmp_path / "deep" / "run", *settings, "--check") == 0
+    assert "the recipe and the data are fine; nothing was trained" in capsys.readouterr().out.splitlines()[-2:]
     assert list(tmp_path.iterdir()) == []
 
 

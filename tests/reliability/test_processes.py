@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_model, read_lines, rlhf, spawn, write_recipe, write_rows
+from tests.tiny import children, gone, make_model, read_lines, rlhf, spawn, write_recipe, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -28,20 +27,6 @@ def wait_for_steps(run: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("the run did not come to its fifth step within a minute")
-
-
-def children(process: subprocess.Popen[str]) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def gone(pids: list[int], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    alive = lambda pid: Path(f"/proc/{pid}/stat").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text()  # noqa: E731
-    while time.monotonic() < deadline:
-        if not any(alive(pid) for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_one_process(recipe: Path, tmp_path: Path) -> None:
