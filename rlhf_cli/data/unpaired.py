@@ -30,10 +30,10 @@ def unpaired_dataset(dataset: Dataset, place: str, seed: int, max_length: int, *
     dataset = dataset.map_trees(unpaired)
     _check_classes(dataset.train.trees, place)
     if mismatches and dataset.held_out is not None and _is_one_text(dataset.held_out.trees):
-        number = len(dataset.held_out.trees)
+        held_out = dataset.held_out.trees
         raise UsageError(
-            f"{place}: the {number} held-out responses are one text ({dataset.held_out.trees.where(0)}), and KTO compares each with "
-            "another one; hold out more rows (data.holdout or data.eval)"
+            f"{place}: the {len(held_out)} held-out responses are one text ({held_out.where(0)}), and KTO compares each "
+            "with another one; hold out more rows (data.holdout or data.eval)"
         )
     return dataset.map_trees(partial(with_mismatches, seed=seed, max_length=max_length)) if mismatches else dataset
 

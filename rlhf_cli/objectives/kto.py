@@ -58,9 +58,9 @@ class Kto(UnpairedObjective):
 
     def loss(self, logratio: torch.Tensor, desirable: torch.Tensor, given: Mapping[str, float]) -> torch.Tensor:
         assert self.lambda_ is None, "call settled() first"
-        gain = self.beta * (logratio - max(0.0, given["kl"]))
+        gain = self.beta * (logratio - max(given["kl"], 0.0))
         return self.lambda_d * desirable * (-gain).sigmoid() + self.lambda_u * ~desirable * gain.sigmoid()
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         """`kl` is z0."""
-        return super().metrics(means | {"kl": max(0.0, means["kl"])})
+        return super().metrics(means | {"kl": max(means["kl"], 0.0)})

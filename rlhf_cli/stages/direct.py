@@ -20,7 +20,7 @@ from rlhf_cli.recipe import schema
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.manifest import BaseModel, weights_hash
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
-from rlhf_cli.stages.training import Job, finish_job, load_job, open_job, prepare_job, train_job
+from rlhf_cli.stages.training import FINE, Job, finish_job, load_job, open_job, prepare_job, train_job
 from rlhf_cli.training.reference import reference_logps, weights_key
 from rlhf_cli.training.signals import BEFORE
 
@@ -54,6 +54,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     for words in _announce(job, reference):
         job.console.say(words)
     if check:
+        job.console.say(FINE)
         return
     if reference is not None:
         job = dataclasses.replace(job, inputs={"reference": json.dumps(reference.record)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.stages.training import finish_job, load_job, open_job, prepare_job, train_job
+from rlhf_cli.stages.training import FINE, finish_job, load_job, open_job, prepare_job, train_job
 
 
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
@@ -14,6 +14,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     """
     job = prepare_job(loaded, check=check, resume=resume)
     if check:
+        job.console.say(FINE)
         return
     with open_job(job, resume=resume, force=force) as folder:
         if folder is None:

@@ -16,7 +16,7 @@ from rlhf_cli.models.load import load_config
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.parents import POLICY_STAGES
-from rlhf_cli.stages.training import Job, finish_job, load_job, open_job, prepare_job, train_job
+from rlhf_cli.stages.training import FINE, Job, finish_job, load_job, open_job, prepare_job, train_job
 
 SCORED = 256
 """Training prompts, drawn with the seed, whose responses give the mean and the standard deviation of the scores."""
@@ -36,6 +36,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
             "weights are all trained could not be saved. leave lora at auto"
         )
     if check:
+        job.console.say(FINE)
         return
     with open_job(job, resume=resume, force=force) as folder:
         if folder is None:

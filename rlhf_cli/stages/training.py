@@ -43,6 +43,9 @@ from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.signals import StopSignals
 from rlhf_cli.training.trackers import check_trackers, start_trackers
 
+FINE = "the recipe and the data are fine; nothing was trained"
+"""The last words of --check."""
+
 SHOWN_PROMPTS, SHOWN_TOKENS = 8, 64
 """Samples in samples.jsonl: how many prompts, and how long their greedy continuations may get."""
 
@@ -143,8 +146,6 @@ def prepare_job(
     console.example(show_example(source.batch(1)[0], tokenizer), _example_words(objective))
     for message in _warnings(job):
         console.warn(message)
-    if check:
-        console.say("the recipe and the data are fine; nothing was trained")
     return job
 
 
@@ -335,7 +336,7 @@ def _warnings(job: Job) -> Iterator[str]:
     if message := learning_rate_warning(job.recipe, job.memory):
         yield message
     if not job.objective.soft_labels and any(facts.probability is not None for facts in job.dataset.train.trees.facts):
-        yield f"the column 'probability' has no effect with kind {job.objective.kind}: every chosen response counts as the better one"
+        yield f"the column 'probability' has no effect with kind {job.objective.kind}: every chosen response counts as better"
     if job.lora and job.lora.dropout:
         yield "with lora.dropout, results depend on tokens_per_device: the masks follow the cut"
 

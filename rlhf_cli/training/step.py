@@ -68,6 +68,8 @@ def optimise(
         try:
             measured = list(_measure(backbone, objective, seen, budget, ranks))
             statistics = _means(measured, counts, ranks)
+            if not all(map(math.isfinite, statistics.values())):
+                raise _refusal(step, statistics, math.nan, measured, {}, ranks)
             passes = _accumulate(backbone, objective, learned, counts, memory | statistics, budget, ranks)
             break
         except (RuntimeError, MemoryError) as error:
@@ -85,7 +87,7 @@ def optimise(
     norm = float(torch.nn.utils.get_total_norm(gradients))
     means = statistics | _means(passes, counts, ranks)
     if not (math.isfinite(norm) and all(map(math.isfinite, means.values()))):
-        refusal = _refusal(step, means, norm, [*measured, *passes], {n: p.grad for n, p in parameters.items()}, ranks)
+        refusal = _refusal(step, means, norm, passes, {n: p.grad for n, p in parameters.items()}, ranks)
         optimizer.zero_grad(set_to_none=True)
         raise refusal
     torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), max_grad_norm, torch.tensor(norm, device=gradients[0].device))

@@ -70,10 +70,10 @@ GOOD = [
     ("ranked", {"prompt": "2+2?", "responses": ["4", "5", "fish"]}, "2+2?", ("4", "5", "fish"), {}),
     (
         "preference",
-        {"prompt": "2+2?", "chosen": "4", "rejected": "5", "score_chosen": 3, "score_rejected": -0.5, "probability": 0.25},
+        {"prompt": "2+2?", "chosen": "4", "rejected": "5", "score_chosen": 3, "score_rejected": -0.5, "probability": 0.75},
         "2+2?",
         ("4", "5"),
-        {"scores": (3.0, -0.5), "probability": 0.25},
+        {"scores": (3.0, -0.5), "probability": 0.75},
     ),
     (
         "hh",
@@ -135,6 +135,8 @@ def hh(chosen, rejected):
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 Q, GOOD_HH = "\n\nHuman: hi", "\n\nHuman: hi\n\nAssistant: hello"
+SWAP = "that of the chosen response; where it is lower, swap the two"
+
 BAD = [
     ("messages", {}, "'messages' is missing"),
     ("messages", {"messages": None}, "'messages' is null, expected a list"),
@@ -210,7 +212,8 @@ BAD = [
     ("preference", {**PAIR, "score_chosen": 1}, "one of 'score_chosen' and 'score_rejected' is missing"),
     ("preference", {**PAIR, "score_chosen": 1, "score_rejected": "0"}, "'score_rejected' is text, expected a number"),
     ("preference", {**PAIR, "score_chosen": 1, "score_rejected": 2}, "'score_chosen' is lower than 'score_rejected'"),
-    ("preference", {**PAIR, "probability": 1.01}, "'probability' is not between 0 and 1"),
+    ("preference", {**PAIR, "probability": 1.01}, f"'probability' is not between 0.5 and 1 ({SWAP})"),
+    ("preference", {**PAIR, "probability": 0.49}, f"'probability' is not between 0.5 and 1 ({SWAP})"),
     ("preference", {**PAIR, "probability": True}, "'probability' is true or false, expected a number"),
     ("hh", {**HH, "probability": float("nan")}, "'probability' is not finite"),
     (

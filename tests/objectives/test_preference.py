@@ -254,8 +254,8 @@ def test_ipo_says_what_it_asks_for() -> None:
         (Dpo(), [1, 1], Facts(ranks=(1, 1)), "its responses are all tied"),
         (Dpo(), [1], Facts(), "needs two responses"),
         (AllPairs(), [1, 1], Facts(ranks=(1, 1)), "its responses are all tied"),
-        (Odpo(), [1, 1], Facts(), "kind odpo needs scores"),
-        (Rebel(), [1, 1], Facts(), "kind rebel needs scores"),
+        (Odpo(), [1, 1], Facts(), "kind odpo needs scores: score_chosen and score_rejected, or the scores of a ranking"),
+        (Rebel(), [1, 1], Facts(), "kind rebel needs scores: score_chosen and score_rejected, or the scores of a ranking"),
         (Rebel(), [1, 1], Facts(scores=(1.0, 1.0)), None),
         (Odpo(), [1, 1], Facts(scores=(2.0, 1.0)), None),
         (

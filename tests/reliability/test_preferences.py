@@ -27,6 +27,8 @@ from tests.tiny import children, gone, make_model, read_lines, rlhf, spawn, writ
 REFUSED = 3
 ROWS = 15
 
+KEPT = "while the reference's log-probabilities were computed; what is done is kept, continue with --resume"
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -266,7 +268,7 @@ def test_a_signal_while_the_reference_is_computed_keeps_the_work(
 
         patch.setattr(reference._Work, "_forward", signalled)
         assert rlhf("dpo", path) == 128 + number
-    message = f"stopped by {number.name} before the first step; nothing was trained"
+    message = f"stopped by {number.name} {KEPT}"
     assert capsys.readouterr().err.splitlines()[-1] == message
     assert len(list(store.glob("*/rows-*.safetensors"))) == 1
     assert rlhf("dpo", path, "--resume") == 0
@@ -349,7 +351,7 @@ def test_a_process_that_computes_the_reference(
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     if ranks == 1:
-        message = f"stopped by {number.name} before the first step; nothing was trained"
+        message = f"stopped by {number.name} {KEPT}"
         assert (process.returncode, errors.splitlines()[-1]) == (128 + number, message)
     assert gone(mine, 5)
     assert len(list(store.glob("*/rows-*.safetensors"))) == 1

@@ -197,7 +197,7 @@ def write_reward_report(run, **card):
 def test_a_reward_model_has_a_card(run):
     text = write_reward_report(run)
     assert text.startswith("# mine: reward model, finished\n")
-    assert "| held-out accuracy | 0.5 | 0.714 | +42.8 % |\n| held-out margin | 0 | 1.5 | n/a |" in text
+    assert "| held-out accuracy | 0.5 | 0.714 | +42.8 % |\n| held-out margin | 0 | 1.5 | +1.5 |" in text
     assert (
         "The better response of 400 held-out pairs has the higher score in 71.4 % (95 % interval 66.8 % to 75.6 %). "
         "Ties count half.\n\n|  | accuracy | 95 % interval |\n"
@@ -207,7 +207,7 @@ def test_a_reward_model_has_a_card(run):
         "| always the shorter response | 55.0 % | 50.1 % to 59.8 % |\n"
         "| the same score for all | 50.0 % |  |"
     ) in text
-    assert "expected error 3.4 %. A mean confidence σ(|margin|) of 75.0 % against an accuracy of 71.4 %: it is over-conf" in text
+    assert "expected error 3.4 %. A mean confidence σ(|margin|) of 75.0 % against an accuracy of 71.4 %: they agree" in text
     assert "| 0.50 to 0.55 | 150 | 52.0 % | 50.0 % |\n| 0.95 to 1.00 | 250 | 97.0 % | 90.0 % |" in text
     assert "Scores of 2,000 training responses have mean 0.25 and standard deviation 1.75." in text
     assert '```python\nfrom transformers import AutoModelForSequenceClassification\nmodel = "of a reward"\n```' in text
@@ -268,8 +268,10 @@ def test_the_report_of_a_preference_run(run):
         "**Displacement**: the log-probability of the held-out chosen responses fell by 12.5 nats, from -80 to -92.5, although "
         "the margin grew from 0 to 1.5."
     ) in text
-    assert "25.0 % of the held-out pairs are saturated: a logistic loss has less than 5 % of its first gradient there." in text
-    assert "| held-out margin of the implicit reward | 0 | 1.5 | n/a |" in text
+    assert (
+        "25.0 % of the held-out pairs are saturated: the loss has less than 5 % of its gradient at equal rewards there." in text
+    )
+    assert "| held-out margin of the implicit reward | 0 | 1.5 | +1.5 |" in text
     assert "| held-out log-probability, chosen | -80 | -92.5 | -15.6 % |" in text
     # 15 tokens before, 27 after.
     assert "**Length drift**: these responses have a mean of 15.0 tokens before, 27.0 after (+80.0 %); those that did not" in text
@@ -284,7 +286,7 @@ def test_a_metric_may_be_absent_in_some_lines(run):
     text = run.report.read_text()
     assert text.startswith("# mine: Kahneman–Tversky optimisation, finished\n")
     assert "| training implicit reward, desirable | 0.75 | 0.75 | +0.0 % |" in text
-    assert "| training KL estimate z0 | 0 | 0.75 | n/a |" in text
+    assert "| training KL estimate z0 | 0 | 0.75 | +0.75 |" in text
     assert "the mean implicit reward of training desirable responses is 0.75, of undesirable ones -0.25." in text
     assert "No displacement: the log-probability of the training desirable responses went from -50 to -50 nats." in text
     assert {path.name for path in run.plots.iterdir()} == {"loss.png", "margin.png", "rewards.png", "logps.png", "kl.png"}
@@ -326,7 +328,7 @@ def test_classes_that_are_not_told_apart():
 def test_the_gap_to_the_target_of_ipo(reached, words):
     lines = [line(step, "eval", 0.5, **{"margin/logratio": h, "margin/target": 5.0}) for step, h in ((0, 0.0), (4, reached))]
     (said,) = preference_verdict([], lines, 10)
-    assert f"The mean difference of held-out log-ratios is {reached:g}, IPO's target {words}" in said
+    assert f"The mean difference that IPO compares is {reached:g} on held-out pairs, its target {words}" in said
 
 
 def test_lengths_of_samples():
