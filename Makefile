@@ -15,7 +15,9 @@ BASE := models/quickstart-base/tokenizer_config.json
 DATA := $(patsubst %,data/quickstart/%.jsonl,sft pairs ranked unpaired eval_prompts)
 SMOLLM2 := models/smollm2-135m-instruct
 SMOLLM2_RUNS := $(STAGES:%=runs/smollm2/%/manifest.json)
-ROWS = $(if $(HH),--set 'data.train.0.path=$(HH)' --set data.train.0.name=null) $(if $(LIMIT),--set data.train.0.limit=$(LIMIT))
+# With few rows: small batches, and enough of them held out to tell something.
+FEW = --set data.train.0.limit=$(LIMIT) --set data.holdout=0.3 --set train.batch_size=8 --set train.eval_every=0.5
+ROWS = $(if $(HH),--set 'data.train.0.path=$(HH)' --set data.train.0.name=null) $(if $(LIMIT),$(FEW))
 # A finished run that is older than its recipe, data or model is moved aside, and so is an unfinished one that began before
 # its data or model was made anew. Any other unfinished run goes on.
 SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/null)

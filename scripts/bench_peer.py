@@ -104,8 +104,8 @@ STAGES = {
 def unused_token(tokenizer: Any, rows: list[dict[str, Any]]) -> str:
     """A special token that is in no row."""
     used = {token for row in rows for ids in row.values() if isinstance(ids, list) for token in ids}
-    special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return next(token for token, index in special if index not in used)
+    added = tokenizer.added_tokens_decoder
+    return next(str(added[index]) for index in sorted(added) if added[index].special and index not in used)
 
 
 def settings(stage: Stage, options: argparse.Namespace, folder: str) -> Any:

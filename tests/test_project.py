@@ -303,6 +303,17 @@ def calls(folder: str, names: Iterable[str], how: str, *more: str) -> list[str]:
     return [" ".join(["rlhf", CHAIN[name], f"recipes/{folder}/{name}.yaml", how, *more]) for name in names]
 
 
+FEW_ROWS = [
+    "data.train.0.path=my rows.jsonl.gz",
+    "data.train.0.name=null",
+    "data.train.0.limit=9",
+    "data.holdout=0.3",
+    "train.batch_size=8",
+    "train.eval_every=0.5",
+]
+"""What `make smollm2 HH=… LIMIT=9` overrides."""
+
+
 class TestMakefile:
     """The real Makefile on stand-ins for the tools in .venv/bin that write down how they were called.
 
@@ -417,7 +428,7 @@ class TestMakefile:
         wanted = [fetch, *calls("smollm2", ["sft"], "--resume", start), *calls("smollm2", later, "--resume")]
         assert self.make(folder, "smollm2")[-6:] == wanted
         assert self.make(folder, "smollm2") == []
-        rows = "--set data.train.0.path=my rows.jsonl.gz --set data.train.0.name=null --set data.train.0.limit=9"
+        rows = " ".join(f"--set {override}" for override in FEW_ROWS)
         wanted = [*calls("smollm2", ["sft"], "--force", start, rows), *calls("smollm2", later, "--force", rows)]
         assert self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9") == wanted
         assert self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9") == []
@@ -427,9 +438,10 @@ class TestMakefile:
 
     @pytest.mark.parametrize("name", CHAIN)
     def test_smollm2_overrides_fit_its_recipes(self, name: str) -> None:
-        overrides = ["data.train.0.path=rows.jsonl.gz", "data.train.0.name=null", "data.train.0.limit=9"]
-        (source,) = load_recipe(CHAIN[name], ROOT / f"recipes/smollm2/{name}.yaml", overrides).recipe.data.train
-        assert (source.path, source.name, source.limit, source.format) == ("rows.jsonl.gz", None, 9, "hh")
+        recipe = load_recipe(CHAIN[name], ROOT / f"recipes/smollm2/{name}.yaml", FEW_ROWS).recipe
+        (source,) = recipe.data.train
+        assert (source.path, source.name, source.limit, source.format) == ("my rows.jsonl.gz", None, 9, "hh")
+        assert (recipe.data.holdout, recipe.train.batch_size, recipe.train.eval_every) == (0.3, 8, 0.5)
 
     def test_an_old_python_is_refused(self, folder: Path) -> None:
         (folder / ".venv/bin/pip").unlink()
