@@ -225,6 +225,8 @@ def _lineage(story: Story) -> str:
     revision = f", revision {base['revision']}" if base["revision"] else ""
     lines = [f"- base model `{base['path']}`{revision}, weights {base['weights_hash']}"]
     lines += [f"- earlier run `{parent['path']}`, manifest {parent['manifest_hash']}" for parent in manifest["parents"]]
+    if reference := manifest.get("reference"):
+        lines.append(f"- reference `{reference['model']}`, weights {reference['adapter'] or reference['base']}")
     lines.append(f"- seed {manifest['seed']}" + (f", git commit {manifest['git_commit']}" if manifest["git_commit"] else ""))
     lines.append("- " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()))
     again = f"To repeat the run: `rlhf {manifest['stage']} {story.run.recipe.as_posix()} --output <another folder>`."

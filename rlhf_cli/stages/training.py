@@ -20,6 +20,7 @@ from rlhf_cli.data.batches import DatasetSource, total_steps
 from rlhf_cli.data.dataset import Dataset, data_report, prepare, question
 from rlhf_cli.data.encode import show_example
 from rlhf_cli.data.templates import Template, choose_template, end_of_turn
+from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import choose_pad_id
@@ -372,8 +373,13 @@ def _samples(job: Job, backbone: Backbone) -> Iterator[dict[str, Any] | None]:
     encoded, records = job.dataset.train, job.dataset.reading.train
     if job.dataset.held_out is not None:
         encoded, records = job.dataset.held_out, job.dataset.reading.held_out
-    first = {tree.row: tree for tree in encoded.trees[: 2 * SHOWN_PROMPTS] if len(tree.prompt)}  # kto splits a row in two
-    trees = list(first.values())[:SHOWN_PROMPTS]
+    first: dict[bytes, Tree] = {}  # a prompt may have several rows, and kto splits a row in two
+    for tree in encoded.trees:
+        if len(first) == SHOWN_PROMPTS:
+            break
+        if len(tree.prompt):
+            first.setdefault(tree.prompt.tobytes(), tree)
+    trees = list(first.values())
     if not trees:
         return
     yield None

@@ -104,6 +104,7 @@ def test_every_part_of_the_report(run):
     assert 'base = AutoModelForCausalLM.from_pretrained("org/tiny", revision="r1")' in text
     assert 'model = PeftModel.from_pretrained(base, "runs/mine/model")' in text
     assert "- earlier run `runs/first`, manifest p1\n- seed 7, git commit c0ffee\n- rlhf_cli 0.1.0, torch 2.13" in text
+    assert "- reference" not in text
     assert "`rlhf sft runs/mine/recipe.yaml --output <another folder>`" in text
 
 
@@ -256,9 +257,10 @@ def test_the_report_of_a_preference_run(run):
         for step, tokens in ((0, 10), (0, 20), (4, 30), (4, 24))
     ]
     jsonl(run.samples, samples)
-    write_report(run, {**MANIFEST, "stage": "dpo"})
+    write_report(run, {**MANIFEST, "stage": "dpo", "reference": {"model": "runs/other/model", "base": "b1", "adapter": "a1"}})
     text = run.report.read_text()
     assert text.startswith("# mine: direct preference optimisation, finished\n")
+    assert "\n- reference `runs/other/model`, weights a1\n" in text
     # Wilson with z = 1.96: (0.7 + 0.0192) / 1.0384 ± 1.96 √(0.0021 + 0.000096) / 1.0384.
     assert (
         "The implicit reward prefers the chosen response in 70.0 % of the held-out pairs "
