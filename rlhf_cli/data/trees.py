@@ -45,7 +45,11 @@ class Segment(NamedTuple):
     start: int
     prompt: int
     branches: tuple[int, ...]  # lengths
+    shared: int = 0  # tokens before `prompt` that stand in the row's first tree alone
 
+
+SHARED_FROM = 16
+"""Beginnings of prompts that are at least so long are computed once a row: a system prompt, or the same prompt again."""
 
 Row = list[Piece]
 Layout = Literal["long", "packed", "alone"]
@@ -71,6 +75,7 @@ class Batch:
     owner: torch.Tensor  # (N,) int64: its response, counted through the pass; earlier turns belong to their tree's first
     last: torch.Tensor  # (M,) int64: flat index of the last token of each of the pass's responses, in the order of `owner`
     reference: torch.Tensor | None  # (N,) float32: the reference's log-probabilities, where the trees bring them
+    shared: torch.Tensor  # (R,) int64: the first so many tokens of a row begin the prompts of all its trees
     segments: tuple[Segment, ...]
     trees: tuple[int, ...]  # the trees of the pass, as indices into the global batch; their responses follow each other
     counts: tuple[int, ...]  # responses of each tree
@@ -110,7 +115,20 @@ def plan_passes(trees: Sequence[Tree], ranks: int, budget: int, layout: Layout) 
     if layout == "alone":
         return [_cut([_alone(trees[i], i) for i in share], budget) for share in shares]
     capacity = budget if layout == "long" else min(budget, max(lengths, default=budget))
-    return [_cut(_fill_rows(share, trees, lengths, capacity), budget) for share in shares]
+    shared = _shared(trees)
+    return [_cut(_fill_rows(share, trees, lengths, shared, capacity), budget) for share in shares]
+
+
+def _shared(trees: Sequence[Tree]) -> int:
+    """Tokens with which all prompts begin, but for the last of any; 0 where that is not worth a row's while."""
+    if len(trees) < 2:
+        return 0
+    first = trees[0].prompt[: max(0, min(len(tree.prompt) for tree in trees) - 1)]
+    for tree in trees[1:]:
+        differs = np.flatnonzero(tree.prompt[: len(first)] != first)
+        if len(differs):
+            first = first[: differs[0]]
+    return len(first) if len(first) >= SHARED_FROM else 0
 
 
 class _Unit(NamedTuple):
@@ -125,19 +143,20 @@ def _alone(tree: Tree, index: int) -> _Unit:
     return _Unit([[Piece(index, (b,))] for b in range(len(tree.responses))], width)
 
 
-def _fill_rows(share: Sequence[int], trees: Sequence[Tree], lengths: Sequence[int], capacity: int) -> list[_Unit]:
-    """First fit, longest first (`share` comes in that order)."""
+def _fill_rows(share: Sequence[int], trees: Sequence[Tree], lengths: Sequence[int], shared: int, capacity: int) -> list[_Unit]:
+    """First fit, longest first (`share` comes in that order); the `shared` beginning of all counts once a row."""
     rows: list[Row] = []
     used: list[int] = []
     for index in share:
         piece = Piece(index, tuple(range(len(trees[index].responses))))
-        place = next((r for r, u in enumerate(used) if u + lengths[index] <= capacity), None)
+        more = lengths[index] - shared
+        place = next((r for r, u in enumerate(used) if u + more <= capacity), None)
         if place is None:
             rows.append([piece])
             used.append(lengths[index])
         else:
             rows[place].append(piece)
-            used[place] += lengths[index]
+            used[place] += more
     return [_Unit([row], width) for row, width in zip(rows, used, strict=True)]
 
 
@@ -155,7 +174,11 @@ def _cut(units: list[_Unit], budget: int) -> list[list[Row]]:
 
 def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
     """Lay the pieces of one pass into tensors; `rows` index into `trees`."""
-    length = max(sum(_piece_length(trees[p.tree], p) for p in row) for row in rows)
+    shares = [_shared([trees[p.tree] for p in row]) for row in rows]
+    length = max(
+        sum(_piece_length(trees[p.tree], p) for p in row) - shared * (len(row) - 1)
+        for row, shared in zip(rows, shares, strict=True)
+    )
     shape = (len(rows), length)
     ids, positions, branch = (np.zeros(shape, np.int64) for _ in range(3))
     tree_of = np.full(shape, -1, np.int64)
@@ -177,20 +200,21 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
 
     for r, row in enumerate(rows):
         start = 0
-        for piece in row:
+        for place, piece in enumerate(row):
             tree = trees[piece.tree]
+            shared = shares[r] if place else 0
             prompt = len(tree.prompt)
-            end = start + _piece_length(tree, piece)
+            end = start + _piece_length(tree, piece) - shared
             tree_of[r, start:end] = numbers[piece.tree]
-            ids[r, start : start + prompt] = tree.prompt
-            positions[r, start : start + prompt] = np.arange(prompt)
-            flat = r * length + start
+            at = start + prompt - shared
+            ids[r, start:at] = tree.prompt[shared:]
+            positions[r, start:at] = np.arange(shared, prompt)
             if 0 in piece.branches:
                 earlier = np.flatnonzero(tree.supervised)
                 earlier = earlier[earlier > 0]
                 unknown = None if tree.reference is None else np.full(len(earlier), np.nan, np.float32)
-                supervise(flat + earlier - 1, tree.prompt[earlier], unknown)
-            at = start + prompt
+                before = earlier - 1
+                supervise(r * length + before + (start - shared) * (before >= shared), tree.prompt[earlier], unknown)
             for k, b in enumerate(piece.branches, 1):
                 response = tree.responses[b]
                 here = slice(at, at + len(response))
@@ -199,14 +223,15 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
                 positions[r, here] = prompt + np.arange(len(response))
                 sources = np.arange(at - 1, at + len(response) - 1) + r * length
                 if prompt:
-                    sources[:1] = flat + prompt - 1
+                    sources[:1] = r * length + start + prompt - shared - 1
                 first = 0 if prompt else 1
                 known = None if tree.reference is None else tree.reference[b][first:]
                 supervise(sources[first:], response[first:], known)
                 at += len(response)
                 last.append(r * length + at - 1)
             counts[piece.tree] += len(piece.branches)
-            segments.append(Segment(r, start, prompt, tuple(len(tree.responses[b]) for b in piece.branches)))
+            branches = tuple(len(tree.responses[b]) for b in piece.branches)
+            segments.append(Segment(r, start, prompt - shared, branches, shared))
             start = end
         positions[r, start:] = np.arange(length - start)
     return Batch(
@@ -219,6 +244,7 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
         owner=_join(owner),
         last=torch.tensor(last),
         reference=torch.from_numpy(np.concatenate(reference)) if reference else None,
+        shared=torch.tensor(shares),
         segments=tuple(segments),
         trees=tuple(numbers),
         counts=tuple(counts.values()),
@@ -239,10 +265,13 @@ def _piece_length(tree: Tree, piece: Piece) -> int:
 def visible(batch: Batch, window: int | None = None) -> torch.Tensor:
     """(R, 1, L, L) bool: token i sees token j of the same tree, j not after i, in the prompt or in i's own branch.
 
+    What begins all prompts of a row belongs to each of its trees.
+
     `window` limits the distance in positions, not in row indices. Padding sees padding, so that no row of the softmax is empty.
     """
     index = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    same_tree = batch.tree[:, :, None] == batch.tree[:, None, :]
+    begins_all = (index < batch.shared[:, None])[:, None, :] & (batch.tree >= 0)[:, :, None]
+    same_tree = (batch.tree[:, :, None] == batch.tree[:, None, :]) | begins_all
     reachable = (batch.branch[:, None, :] == 0) | (batch.branch[:, None, :] == batch.branch[:, :, None])
     seen = same_tree & reachable & (index[None, :] <= index[:, None])
     if window is not None:

@@ -41,15 +41,29 @@ def tree_attention(
     rows = []
     for row in range(query.shape[0]):
         mine = [segment for segment in segments if segment.row == row]
-        sizes = [size for segment in mine for size in _sizes(segment)]
-        sizes.append(query.shape[2] - sum(sizes))
+        shared = mine[-1].shared if mine else 0
+        sizes = [[*_sizes(segment)] for segment in mine]
+        if shared:
+            sizes[0][0] -= shared
+            sizes.insert(0, [shared])
+        used = [size for own in sizes for size in own]
+        rest = query.shape[2] - sum(used)
         # split and not slices: its backward is one concatenation, where every slice's would fill a tensor of the whole row.
-        q, k, v = (iter(torch.split(x[row : row + 1], sizes, 2)) for x in (query, key, value))
-        parts = [part for segment in mine for part in _attend(segment, q, k, v, scaling, sliding_window)]
-        if sizes[-1]:
-            parts.append(query.new_zeros(sizes[-1], query.shape[1], value.shape[3]))
+        split = zip(*(torch.split(x[row : row + 1], [*used, rest], 2) for x in (query, key, value)), strict=True)
+        begins = next(split) if shared else None
+        parts: list[torch.Tensor] = []
+        for segment in mine:
+            pieces = [next(split) for _ in _sizes(segment)]
+            for n, out in enumerate(_attend(begins, pieces, scaling, sliding_window)):
+                parts.append(out[segment.shared :] if n == 0 else out)
+        if rest:
+            parts.append(query.new_zeros(rest, query.shape[1], value.shape[3]))
         rows.append(torch.cat(parts))
     return torch.stack(rows) if len(rows) > 1 else rows[0][None], None
+
+
+Piece = tuple[torch.Tensor, ...]
+"""Query, key and value of some tokens that follow each other, (1, H, length, D) each."""
 
 
 def _sizes(segment: Segment) -> tuple[int, ...]:
@@ -57,19 +71,15 @@ def _sizes(segment: Segment) -> tuple[int, ...]:
     return (segment.prompt, *segment.branches) if len(segment.branches) > 1 else (segment.prompt + segment.branches[0],)
 
 
-def _attend(
-    segment: Segment,
-    q: Iterator[torch.Tensor],
-    k: Iterator[torch.Tensor],
-    v: Iterator[torch.Tensor],
-    scale: float | None,
-    window: int | None,
-) -> Iterator[torch.Tensor]:
-    """The parts of one tree, each (length, H, D), from iterators over (1, H, length, D)."""
-    prompt_k, prompt_v = next(k), next(v)
-    yield _causal(next(q), prompt_k, prompt_v, scale, window)
-    for _ in range(len(_sizes(segment)) - 1):
-        yield _causal(next(q), torch.cat((prompt_k, next(k)), 2), torch.cat((prompt_v, next(v)), 2), scale, window)
+def _attend(begins: Piece | None, pieces: Sequence[Piece], scale: float | None, window: int | None) -> Iterator[torch.Tensor]:
+    """The parts of one tree, each (length, H, D): the prompt with what all prompts of the row begin with, then the branches.
+
+    That beginning is computed again for every tree, a few rows more, so that the kernel has a plain causal sequence.
+    """
+    q, k, v = pieces[0] if begins is None else (torch.cat(pair, 2) for pair in zip(begins, pieces[0], strict=True))
+    yield _causal(q, k, v, scale, window)
+    for query, key, value in pieces[1:]:
+        yield _causal(query, torch.cat((k, key), 2), torch.cat((v, value), 2), scale, window)
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:
@@ -95,10 +105,11 @@ def block_mask(batch: Batch, window: int | None) -> Any:
     """The rule of `visible` as flex attention's BlockMask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    tree, branch, positions = batch.tree, batch.branch, batch.positions
+    tree, branch, positions, shared = batch.tree, batch.branch, batch.positions, batch.shared
 
     def rule(b: torch.Tensor, _: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        seen = (tree[b, i] == tree[b, j]) & (i >= j) & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
+        same_tree = (tree[b, i] == tree[b, j]) | ((j < shared[b]) & (tree[b, i] >= 0))
+        seen = same_tree & (i >= j) & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
         return seen if window is None else seen & (positions[b, i] - positions[b, j] < window)
 
     rows, length = batch.ids.shape

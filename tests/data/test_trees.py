@@ -225,3 +225,36 @@ def test_a_batch_moves_as_a_whole() -> None:
     assert {value.device.type for value in vars(moved).values() if torch.is_tensor(value)} == {"meta"}
     assert moved.reference is not None and moved.last.shape == (2,)
     assert moved.segments == (Segment(0, 0, 3, (2, 2)),)
+
+
+def test_what_begins_all_prompts_of_a_row_stands_in_its_first_tree() -> None:
+    """16 tokens 1 … 16 begin both prompts: [1 … 16 40 | 50 51] and then [41 42 | 52], by hand."""
+    begin = list(range(1, 17))
+    tree = lambda prompt, *responses: Tree(  # noqa: E731
+        np.array([*begin, *prompt], np.int32),
+        np.array([False] * 3 + [True] + [False] * (12 + len(prompt))),
+        tuple(np.array(response, np.int32) for response in responses),
+        0,
+    )
+    batch = build_batch([tree([40], [50, 51]), tree([41, 42], [52])], [[Piece(0, (0,)), Piece(1, (0,))]])
+    assert batch.ids.tolist() == [[*begin, 40, 50, 51, 41, 42, 52]]
+    assert batch.positions.tolist() == [[*range(16), 16, 17, 18, 16, 17, 18]]
+    assert batch.tree.tolist() == [[0] * 19 + [1] * 3]
+    assert batch.shared.tolist() == [16]
+    assert batch.segments == (Segment(0, 0, 17, (2,)), Segment(0, 19, 2, (1,), 16))
+    # The supervised token 4 of the beginning belongs to each of the two trees.
+    assert batch.source.tolist() == [2, 16, 17, 2, 20]
+    assert batch.target.tolist() == [4, 50, 51, 4, 52]
+    assert batch.owner.tolist() == [0, 0, 0, 1, 1]
+    assert (batch.last.tolist(), batch.tokens) == ([18, 21], 22)
+    seen = visible(batch)[0, 0]
+    assert seen[19].nonzero()[:, 0].tolist() == [*range(16), 19]
+    assert seen[21].nonzero()[:, 0].tolist() == [*range(16), 19, 20, 21]
+
+
+def test_short_beginnings_are_not_shared() -> None:
+    prompts = [np.arange(size, dtype=np.int32) for size in (16, 17, 30)]
+    trees = [Tree(prompt, np.zeros(len(prompt), bool), (np.array([1], np.int32),), 0) for prompt in prompts]
+    pieces = [Piece(i, (0,)) for i in range(3)]
+    assert build_batch(trees, [pieces]).shared.tolist() == [0]  # 15 tokens: of the shortest prompt, the last stays its own
+    assert build_batch(trees, [pieces[1:]]).shared.tolist() == [16]

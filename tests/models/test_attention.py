@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,6 +12,13 @@ from rlhf_cli.models.attention import block_mask, dense_mask, tree_attention
 from tests.models.tiny_backbone import draw_trees
 
 DIM = 4
+
+
+def _begun() -> Batch:
+    """Two rows whose trees begin alike, of 1 to 3 branches, and one with a single tree."""
+    trees = [*draw_trees(2, branches=3, system=17), *draw_trees(2, seed=1, system=17), *draw_trees(2, seed=2, branches=2)]
+    pieces = [Piece(i, tuple(range(len(tree.responses)))) for i, tree in enumerate(trees)]
+    return build_batch(trees, [[pieces[2], pieces[0], pieces[3]], [pieces[1], pieces[2]], [pieces[4], pieces[5]]])
 
 
 def _batch() -> Batch:
@@ -35,8 +44,11 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: to
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
-def test_tree_attention_is_a_dense_softmax_under_visible(heads: tuple[int, int], window: int | None) -> None:
-    batch = _batch()
+@pytest.mark.parametrize("made", [_batch, _begun])
+def test_tree_attention_is_a_dense_softmax_under_visible(
+    made: Callable[[], Batch], heads: tuple[int, int], window: int | None
+) -> None:
+    batch = made()
     rows, length = batch.ids.shape
     generator = torch.Generator().manual_seed(0)
     real = batch.tree >= 0
@@ -73,8 +85,9 @@ def test_what_it_has_not_it_refuses(options: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_masks_say_the_same(window: int | None) -> None:
-    batch = _batch()
+@pytest.mark.parametrize("made", [_batch, _begun])
+def test_the_masks_say_the_same(made: Callable[[], Batch], window: int | None) -> None:
+    batch = made()
     seen = visible(batch, window)
     assert torch.equal(dense_mask(batch, window, None), seen)
     additive = dense_mask(batch, window, torch.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_cli.data.trees import Piece, Tree
+from rlhf_cli.data.trees import Piece, Tree, plan_passes, tree_length
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.backbone import BASE, KERNELS, Backbone
 from tests.models.tiny_backbone import draw_trees, make, make_backbone, packed_logps, plain_logps
@@ -31,6 +31,32 @@ def test_logps_do_not_depend_on_layout_or_kernel(name: str, attention: str) -> N
         with torch.no_grad():
             found = packed_logps(backbone, TREES, budget)
         assert float((found - wanted).abs().max()) < 1e-5, budget
+
+
+BEGUN = [
+    *draw_trees(3, branches=2, earlier=True, system=18),
+    *draw_trees(2, seed=1, branches=1, system=18),
+    *draw_trees(1, seed=2, branches=3, system=18),
+]
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mistral", "qwen3"])
+def test_what_begins_all_prompts_is_computed_once_a_row_and_changes_nothing(name: str, attention: str) -> None:
+    backbone = Backbone(make(name), torch.float32, attention)
+    with torch.no_grad(), backbone.plain_attention() as model:
+        wanted = plain_logps(model, BEGUN)
+    for budget in (1, 90, 4096):
+        rows = [row for part in plan_passes(BEGUN, 1, budget, "long")[0] for row in part]
+        batch = backbone.batch(BEGUN, rows)
+        assert batch.shared.tolist() == [18 if len(row) > 1 else 0 for row in rows]
+        assert batch.tokens == sum(map(tree_length, BEGUN)) - 18 * (len(BEGUN) - len(rows))
+        with torch.no_grad():
+            logps, _ = backbone.logps("policy", batch)
+        found = {}
+        for number, name_ in enumerate((piece.tree, b) for row in rows for piece in row for b in piece.branches):
+            found[name_] = logps[batch.owner == number]
+        assert float((torch.cat([found[key] for key in sorted(found)]) - wanted).abs().max()) < 1e-5, budget
 
 
 @pytest.mark.parametrize("name", ["bloom", "mamba"])

@@ -84,13 +84,18 @@ def make_backbone(
     return backbone
 
 
-def draw_trees(count: int, seed: int = 0, *, branches: int = 1, earlier: bool = False, longest: int = 9) -> list[Tree]:
-    """Random prompts, each with `branches` responses; with `earlier`, some tokens of a prompt are supervised."""
+def draw_trees(
+    count: int, seed: int = 0, *, branches: int = 1, earlier: bool = False, longest: int = 9, system: int = 0
+) -> list[Tree]:
+    """Random prompts, each with `branches` responses; with `earlier`, some tokens of a prompt are supervised.
+
+    All prompts begin with the same `system` tokens.
+    """
     random = np.random.default_rng(seed)
     ids = lambda: random.integers(0, VOCABULARY, random.integers(1, longest + 1)).astype(np.int32)  # noqa: E731
     trees = []
     for row in range(count):
-        prompt = ids()
+        prompt = np.concatenate((np.random.default_rng(99).integers(0, VOCABULARY, system).astype(np.int32), ids()))
         supervised = random.random(len(prompt)) < 0.4 if earlier else np.zeros(len(prompt), bool)
         trees.append(Tree(prompt, supervised, tuple(ids() for _ in range(branches)), row))
     return trees

@@ -20,7 +20,9 @@ from rlhf_cli.training.step import NonFinite, StepResult, derive_seed, evaluate,
 from tests.models.tiny_backbone import draw_trees, largest_difference, make, make_backbone, plain_logps, sequences, weights
 
 ALONE = Ranks(expected=False)
-BATCHES = [draw_trees(6, seed=step, earlier=True) for step in range(6)]
+BATCHES = [draw_trees(6, seed=step, earlier=True, system=17 * (step % 2)) for step in range(6)]
+"""Every second batch has prompts that begin alike, as under a system prompt."""
+
 RATE, CLIP = 0.01, 0.5
 
 
