@@ -166,7 +166,7 @@ class Progress:
 
 SHOWN = (
     ("loss", "loss {:.3f}"),
-    ("perplexity", "perplexity {:.2f}"),
+    ("perplexity", "perplexity {:.4g}"),
     ("token_accuracy", "accuracy {:.3f}"),
     ("accuracy", "accuracy {:.3f}"),
     ("margin", "margin {:.3f}"),

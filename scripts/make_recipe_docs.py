@@ -63,7 +63,8 @@ KINDS = """\
 RATES = """\
 ## Learning rates
 
-With `train.learning_rate: null` the default of the stage, or of the kind of its objective. A run warns outside the range.
+With `train.learning_rate: null` the default of the stage, or of the kind of its objective. A run warns outside the range, of
+models below 20 M parameters that are trained in full above a hundred times it.
 
 | stage, kind | LoRA | range | all weights | range |
 |---|---|---|---|---|

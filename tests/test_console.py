@@ -48,7 +48,7 @@ def test_piped_progress_is_one_plain_line_every_log_every():
     assert [line.split()[1] for line in lines] == ["10/200", "12/200", "200/200", "200/200"]
     assert re.fullmatch(r"step 12/200 loss 1\.234 lr 2\.0e-04 1,234 tok/s \d\d:\d\d left 1\.2 GiB", lines[1])
     assert lines[2] == "step 200/200 loss 1.234 lr 2.0e-04 1,234 tok/s 00:00 left 1.2 GiB"
-    assert lines[3] == "step 200/200 held-out loss 1.500 perplexity 4.48 accuracy 0.500"
+    assert lines[3] == "step 200/200 held-out loss 1.500 perplexity 4.482 accuracy 0.500"
 
 
 def test_time_left_counts_the_steps_of_this_process(monkeypatch):

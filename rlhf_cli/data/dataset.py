@@ -102,9 +102,10 @@ def _check_lost(dataset: Dataset, max_lost: float) -> None:
 def data_report(dataset: Dataset) -> dict[str, Any]:
     """data.json: rows read, kept, dropped by reason and truncated, lengths, and the share that ends in its EOS."""
     reading = dataset.reading
-    report = {"train": _split(dataset.train, reading.reports), "eval": None}
+    report: dict[str, Any] = {"train": _split(dataset.train, reading.reports), "eval": None}
     if dataset.held_out is not None:
         report["eval"] = _split(dataset.held_out, reading.eval_reports)
+        report["train"]["held_out"] = 0 if reading.eval_reports else dataset.held_out.read
     return report
 
 

@@ -95,6 +95,7 @@ class Builder:
     def section(self, kind: type, node: Node, prefix: str, rivals: Sequence[type] = ()) -> Any:
         """The dataclass `kind` from a mapping node; `rivals` could stand in its place under another `kind:`."""
         keys = keys_of(kind)
+        self.carried_over(kind, node, prefix, rivals)
         meant = self.unknown(kind, node, prefix, rivals)
         values = {}
         for name, key in keys.items():
@@ -106,6 +107,18 @@ class Builder:
             elif key.default is dataclasses.MISSING:
                 values[key.field] = None if dotted in meant else self.missing(key, node, dotted)
         return kind(**values)
+
+    def carried_over(self, kind: type, node: Node, prefix: str, rivals: Sequence[type]) -> None:
+        """Reports keys of the file that the command line's `kind` gives another default: they were meant for another kind."""
+        chosen = node.value.get("kind")
+        if chosen is None or chosen.line != 0:
+            return
+        for name, key in keys_of(kind).items():
+            usual = next((keys_of(rival)[name].default for rival in rivals if name in keys_of(rival)), key.default)
+            if name != "kind" and name in node.value and node.value[name].line > 0 and key.default != usual:
+                what = f"is the file's, and kind {kind_of(kind)} has a default of its own, {as_yaml(key.default)}. "
+                what += f"give it with --set too, or replace the whole section: --set '{prefix[:-1]}={{kind: {kind_of(kind)}}}'"
+                self.report(node.value[name].line, f"{prefix}{name}", what)
 
     def missing(self, key: Key, node: Node, dotted: str) -> Any:
         inner = key.kind if dataclasses.is_dataclass(key.kind) and isinstance(key.kind, type) else None
@@ -125,6 +138,8 @@ class Builder:
             owners = [kind_of(rival) for rival in rivals if name in keys_of(rival)]
             if owners:
                 what = f"has no effect with kind: {kind_of(kind)} (it belongs to {', '.join(owners)}). remove it"
+                if child.line > 0 and "kind" in node.value and node.value["kind"].line == 0:
+                    what += f", or replace the whole section: --set '{prefix[:-1]}={{kind: {kind_of(kind)}}}'"
                 self.report(child.line, dotted, what)
                 continue
             if dotted in self.elsewhere:

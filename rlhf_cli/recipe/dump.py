@@ -67,6 +67,11 @@ def flatten(recipe: Recipe) -> dict[str, object]:
     return dict(_flat(_plain(recipe), ""))
 
 
+def flatten_section(section: object) -> dict[str, object]:
+    """Key → value of one section without sections in it."""
+    return dict(_plain(section))
+
+
 def differences(old_text: str, new: Recipe) -> list[tuple[str, object, object]]:
     """(key, old, new) for each key whose value differs from a dumped recipe; None where one side lacks the key.
 
@@ -94,9 +99,8 @@ def refuse_changes(old_text: str, new: Recipe, old_path: str = "recipe.yaml") ->
     rows = [("key", "old", "new"), *((key, _show(old), _show(now)) for key, old, now in refused)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     table = [f"  {key:<{widths[0]}}  {old:<{widths[1]}}  {now}" for key, old, now in rows]
-    head = (
-        f"--resume: {len(refused)} values differ from {old_path} and may not. put them back, or start another run with --output"
-    )
+    differ = f"{len(refused)} value{'s differ' if len(refused) > 1 else ' differs'} from {old_path}"
+    head = f"--resume: {differ} and may not. put them back, or start another run with --output"
     raise UsageError("\n".join([head, *table]))
 
 

@@ -32,6 +32,11 @@ class Loaded:
     path: Path
     lines: dict[str, int]
 
+    def named(self, key: str) -> str:
+        """`where`, and the key itself if that does not say it."""
+        place = self.where(key)
+        return place if place.endswith(key) else f"{place}: {key}"
+
     def where(self, key: str) -> str:
         """`recipes/x.yaml:14` of the key or its nearest parent in the file, or `--set key`."""
         found = _nearest(self.lines, key)

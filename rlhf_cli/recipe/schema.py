@@ -67,7 +67,7 @@ class Source:
         "auto", "row format"
     )
     columns: dict[str, str] = key({}, "ours: theirs")
-    weight: float = key(1.0, "share of each epoch when there are several sources", low=0.0)
+    weight: float = key(1.0, "share of each epoch when there are several sources, whatever their sizes", low=0.0)
     limit: int | None = key(None, "first N rows after a seeded shuffle", low=1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def export(run: Path, dest: Path, merge: bool) -> str:
         UsageError: `run` is no finished run, `dest` exists, or transformers has no classifier for a reward model's architecture.
         NumberError: the exported model gives other log-probabilities or scores than the run; nothing is left at `dest`.
     """
+    warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if os.path.lexists(dest):

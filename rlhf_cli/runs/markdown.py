@@ -17,6 +17,19 @@ def cell(text: str, length: int) -> str:
     return re.sub(r"([\\`*_\[\]|<>~$&])", r"\\\1", shown.strip("\n")).replace("\n", "<br>")
 
 
+NOISE = 1e-6
+"""What is smaller is rounding: the log-ratios of a policy that is its own reference."""
+
+
+def figure(value: float, sign: str = "") -> str:
+    """Four digits; rounding noise is 0.
+
+    >>> figure(0.123456), figure(-3e-9), figure(2.0, "+")
+    ('0.1235', '0', '+2')
+    """
+    return f"{value:{sign}.4g}" if abs(value) >= NOISE else "0"
+
+
 def percent(share: float | None, sign: str = "") -> str:
     return "n/a" if share is None else f"{100 * share:{sign}.1f} %"
 

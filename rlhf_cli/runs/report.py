@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rlhf_cli.runs.card import model_card
 from rlhf_cli.runs.files import write_atomic
 from rlhf_cli.runs.folder import RunFolder, read_metrics
-from rlhf_cli.runs.markdown import cell, duration, percent, table
+from rlhf_cli.runs.markdown import NOISE, cell, duration, figure, percent, table
 from rlhf_cli.runs.plots import draw_card, draw_plots
 from rlhf_cli.runs.verdict import Lines, ends, held_out_verdict, length_verdict, moved, preference_verdict, train_verdict
 
@@ -45,9 +45,6 @@ SHOWN = (
     ("margin/target", "its target"),
 )
 """Metrics of the first table in their order, as far as a run has them."""
-NOISE = 1e-5
-"""What is smaller is rounding: the log-ratios of a policy that is its own reference."""
-
 PROMPT_LENGTH, RESPONSE_LENGTH = 400, 800
 """Characters of a sample that are shown."""
 
@@ -98,8 +95,18 @@ def _head(story: Story) -> str:
     return (
         f"# {story.run.path.resolve().name}: {stage}, {manifest['status']}\n\n"
         f"Started from {start} and trained {what} on {data['kept']:,} rows of {_sources(data)}: "
-        f"{steps}, {manifest['tokens']:,} tokens, {duration(manifest['seconds'])}."
+        f"{steps}, {manifest['tokens']:,} tokens, {duration(manifest['seconds'])}.{_settings(manifest)}"
     )
+
+
+def _settings(manifest: dict[str, Any]) -> str:
+    """What was minimised, and how fast."""
+    if "objective" not in manifest:
+        return ""
+    kind, *keys = manifest["objective"].items()
+    values = ", ".join(f"{name} {json.dumps(value)}" for name, value in keys)
+    named = f"`{kind[1]}`" + (f" ({values})" if values else "")
+    return f" Objective {named}, learning rate {manifest['learning_rate']:g}, batches of {manifest['batch_size']}."
 
 
 def _sources(split: dict[str, Any]) -> str:
@@ -121,10 +128,10 @@ def _learned(story: Story) -> str:
 
 
 def _moved(name: str, first: float, last: float) -> tuple[str, str, str, str]:
-    # A share of almost nothing, or of what has changed its sign, says nothing.
-    compares = abs(first) > NOISE and first * last > 0
-    change = percent((last - first) / abs(first), "+") if compares else f"{last - first:+.4g}"
-    return name, f"{first:.4g}", f"{last:.4g}", change
+    # Of a quantity that may be 0 or negative, a share says nothing.
+    shares = name.endswith(("loss", "perplexity")) and first > NOISE and last > 0
+    change = percent((last - first) / first, "+") if shares else figure(last - first, "+")
+    return name, figure(first), figure(last), change
 
 
 def _samples(story: Story) -> str:
@@ -160,6 +167,8 @@ def _data(story: Story) -> str:
     splits = [(name, story.data[key]) for key, name in (("train", "training"), ("eval", "held out")) if story.data.get(key)]
     parts = [split for _, split in splits]
     rows = [_counts("rows read", parts, "read"), _counts("rows kept", parts, "kept")]
+    if held_out := story.data["train"].get("held_out"):
+        rows.append(("held out", f"{held_out:,}", "")[: len(parts) + 1])
     for reason in sorted({reason for part in parts for reason in part["dropped"]}):
         rows.append((f"dropped: {reason}", *(f"{part['dropped'].get(reason, 0):,}" for part in parts)))
     rows.append(_counts("truncated", parts, "truncated"))
@@ -198,7 +207,12 @@ def _load(story: Story) -> str:
     code = "\n".join(["```python", *lines, "```"])
     run = story.run.path.as_posix()
     onward = f"In the recipe of the next stage: `model: {{path: {run}}}`."
-    if "reward_model" not in story.manifest:
+    if "reward_model" in story.manifest:
+        onward += (
+            " It scores a text as it was trained on: rendered by the chat template, tokenised without further special tokens, "
+            "and ending in the end-of-turn token with nothing behind it, where the score is read."
+        )
+    else:
         onward += f" As one plain folder: `rlhf export {run} <folder> --merge`."
     return f"## The model\n\nIt is in `{story.run.model.as_posix()}`. To load it:\n\n{code}\n\n{onward}"
 

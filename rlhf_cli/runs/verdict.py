@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rlhf_cli.runs.markdown import percent
+from rlhf_cli.runs.markdown import figure, percent
 
 Lines = list[dict[str, Any]]
 RISE = 1.01
@@ -132,9 +132,9 @@ def _displacement(better: str, worse: str, logps: tuple[float, float], margins: 
     if margins[1] <= margins[0]:
         return f"**The {better} responses became less likely**: {fell}, and the margin did not grow."
     return (
-        f"**Displacement**: {fell}, although the margin grew from {margins[0]:.4g} to {margins[1]:.4g}. The policy tells the "
-        f"responses apart by making the {worse} ones unlikely, and what both lost went to responses that nobody has judged. Read "
-        "the samples; a lower learning rate or fewer steps limit it"
+        f"**Displacement**: {fell}, although the margin grew from {figure(margins[0])} to {figure(margins[1])}. The policy tells "
+        f"the responses apart by making the {worse} ones unlikely, and what both lost went to responses that nobody has judged. "
+        "Read the samples; a lower learning rate or fewer steps limit it"
         + (", `objective.sft_weight` holds the chosen responses up." if better == "chosen" else ".")
     )
 

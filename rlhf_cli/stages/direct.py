@@ -96,7 +96,7 @@ def _find_reference(job: Job, check: bool) -> Reference | None:
         UsageError: it cannot be told what it names, its base has changed, or its tokenizer is another one.
     """
     assert isinstance(job.recipe, schema.DirectRecipe)
-    path, place = job.recipe.reference.model, f"{job.loaded.where('reference.model')}: reference.model"
+    path, place = job.recipe.reference.model, job.loaded.named("reference.model")
     if not job.objective.reference:
         return None
     if path == "base" and job.start.adapter is None and job.start.parent is not None:

@@ -89,10 +89,16 @@ def _rows(encoded: Encoded, reports: list[Any]) -> list[tuple[str, object]]:
     return rows
 
 
+SMALL, SMALL_BEARS = 20_000_000, 100
+"""Models of fewer parameters, trained in full, bear so many times the rates of large ones."""
+
+
 def learning_rate_warning(recipe: schema.Recipe, memory: Memory) -> str | None:
-    """Words for a rate outside what has worked; models below 20 M parameters, trained from nothing, need larger ones."""
+    """Words for a rate outside what has worked."""
     (low, high), rate = schema.sane_learning_rate(recipe), schema.learning_rate_of(recipe)
-    if low <= rate <= high or (recipe.lora is None and memory.trained < 20_000_000):
+    if recipe.lora is None and memory.trained < SMALL:
+        high *= SMALL_BEARS
+    if low <= rate <= high:
         return None
     trained: schema.Trained = "full" if recipe.lora is None else "lora"
     usual = schema.default_learning_rate(recipe.stage, recipe.objective.kind, trained)

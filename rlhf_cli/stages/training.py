@@ -30,6 +30,7 @@ from rlhf_cli.models.policy import load_trained, parent_lora, resolve_lora
 from rlhf_cli.models.sampling import continue_greedily, end_ids
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe import schema
+from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.files import disk_errors, write_json
 from rlhf_cli.runs.folder import RunFolder, open_run
@@ -100,7 +101,7 @@ def prepare_job(
     started = time.monotonic()
     recipe, where = loaded.recipe, loaded.where
     console = Console(os.environ.get("RANK", "0") == "0")
-    start = resolve_start(recipe.model.path, recipe.model.revision, f"{where('model.path')}: model.path", starts)
+    start = resolve_start(recipe.model.path, recipe.model.revision, loaded.named("model.path"), starts)
     tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.model.trust_remote_code)
     template = choose_template(tokenizer, recipe.model.chat_template)
     _check_template(recipe, start, template, loaded)
@@ -277,7 +278,13 @@ def finish_job(
             peak_memory=max(fit.state.peak_memory, peak_memory()),
             parents=(*((job.start.parent,) if job.start.parent else ()), *parents),
             status=fit.status,
-            extra={"lora": job.lora and dataclasses.asdict(job.lora)} | (extra or {}),
+            extra={
+                "objective": flatten_section(job.objective),
+                "learning_rate": job.recipe.train.learning_rate,
+                "batch_size": job.recipe.train.batch_size,
+                "lora": job.lora and dataclasses.asdict(job.lora),
+                **(extra or {}),
+            },
         )
         manifest = build_manifest(folder, outcome)
         write_report(folder, manifest)

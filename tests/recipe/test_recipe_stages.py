@@ -13,6 +13,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.objectives.hinge import Hinge
 from rlhf_cli.objectives.kto import Kto
+from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
 from rlhf_cli.recipe.help import key_table
@@ -136,8 +137,21 @@ def test_a_refusal_names_the_line_of_the_file(tmp_path: Path) -> None:
     ]
     changed = GOOD + "objective: {kind: dpo, label_smoothing: 0.1}\n"
     assert refused(tmp_path, "dpo", "objective.kind=hinge", text=changed) == [
-        "r.yaml:4: objective.label_smoothing: has no effect with kind: hinge (it belongs to dpo, robust). remove it"
+        "r.yaml:4: objective.label_smoothing: has no effect with kind: hinge (it belongs to dpo, robust). remove it, "
+        "or replace the whole section: --set 'objective={kind: hinge}'"
     ]
+    assert load(tmp_path, "dpo", "objective={kind: hinge}", text=changed).recipe.objective == Hinge()
+
+
+def test_a_kind_from_the_command_line_does_not_take_over_what_was_meant_for_another(tmp_path: Path) -> None:
+    text = GOOD + "objective: {kind: dpo, beta: 0.1}\n"
+    assert refused(tmp_path, "dpo", "objective.kind=simpo", text=text) == [
+        "r.yaml:4: objective.beta: is the file's, and kind simpo has a default of its own, 2. give it with --set too, "
+        "or replace the whole section: --set 'objective={kind: simpo}'"
+    ]
+    for settings in (["objective={kind: simpo}"], ["objective.kind=simpo", "objective.beta=2"]):
+        assert load(tmp_path, "dpo", *settings, text=text).recipe.objective == Simpo()
+    assert load(tmp_path, "dpo", "objective.kind=hinge", text=text.replace("0.1", "0.3")).recipe.objective == Hinge(beta=0.3)
 
 
 def test_an_unknown_kind_hides_no_other_fault(tmp_path: Path) -> None:
@@ -162,7 +176,7 @@ def test_a_path_of_the_reference_is_expanded(tmp_path: Path, monkeypatch: pytest
 def test_a_resumed_run_may_change_the_cache_and_nothing_else_of_the_reference(tmp_path: Path) -> None:
     old = dump_recipe(load(tmp_path, "dpo").recipe, "dpo")
     refuse_changes(old, load(tmp_path, "dpo", "reference.cache=false").recipe)
-    with pytest.raises(UsageError, match=r"1 values differ.*\n.*\n  reference\.model  start  base"):
+    with pytest.raises(UsageError, match=r"1 value differs.*\n.*\n  reference\.model  start  base"):
         refuse_changes(old, load(tmp_path, "dpo", "reference.model=base").recipe)
     with pytest.raises(UsageError, match=r"\n  objective\.beta  0\.1  0\.2"):
         refuse_changes(old, load(tmp_path, "dpo", "objective.beta=0.2").recipe)
