@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (without the program's name) and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    _end_with_launcher()
     _spin_briefly()
     _fill_descriptors()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -196,6 +197,24 @@ def _say(lines: Sequence[str], every_rank: bool = False) -> None:
         sys.stderr.flush()
     except OSError:
         _mute()
+
+
+PR_SET_PDEATHSIG = 1
+
+
+def _end_with_launcher() -> None:
+    """A launcher that is killed leaves its trainers running, or waiting for each other: the kernel tells them instead.
+
+    First of all, because one that dies while libraries are imported must be noticed too.
+    """
+    if "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return
+    import ctypes
+
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def _leave_on_signals() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,6 @@ from accelerate import PartialState
 
 from rlhf_cli.errors import MachineError, UsageError
 
-PR_SET_PDEATHSIG = 1
 GRADIENT_BUCKET = 2**24
 """Elements of one gradient reduction: 64 MiB."""
 
@@ -34,15 +32,13 @@ class Ranks:
             raise UsageError("sharded launches (FSDP, DeepSpeed) are not supported yet; use accelerate launch --multi_gpu")
         self.rank, self.size = 0, 1
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        launched = "RANK" in os.environ and expected
-        if launched or "ACCELERATE_MIXED_PRECISION" in os.environ:
-            # A launcher that is killed leaves its trainers running; the kernel tells them instead.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if not expected:
             return
+        launched = "RANK" in os.environ
         # PartialState does not look at ACCELERATE_USE_CPU by itself, and without a GPU would take each rank for the only one.
         on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
-        self._state: Any = PartialState(cpu=on_cpu, **({"timeout": timedelta(hours=2)} if launched else {}))
+        with _signals_end_at_once():
+            self._state: Any = PartialState(cpu=on_cpu, **({"timeout": timedelta(hours=2)} if launched else {}))
         self.rank = self._state.process_index
         self.size = self._state.num_processes
         self.device = self._state.device
@@ -110,6 +106,17 @@ class Ranks:
         """Destroy the process group; left open, some runs hang at their end."""
         if self.size > 1:
             self._state.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _signals_end_at_once() -> Iterator[None]:
+    """While ranks wait for each other inside a library, which would not let a handler of ours run: nothing is held yet."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
