@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--samples", type=int, default=4, help="responses to a prompt")
     options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     prompts = [json.loads(line)["prompt"] for line in (ROOT / "data/quickstart/eval_prompts.jsonl").read_text().splitlines()]
     gold = runpy.run_path(str(ROOT / "recipes/quickstart/gold.py"))["gold"]
     first = None
