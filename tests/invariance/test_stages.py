@@ -69,7 +69,7 @@ def agree(a: Path, b: Path, tolerance: float = 3e-6) -> None:
     assert max(float((one[n] - other[n]).abs().max()) for n in one) < tolerance
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in STAGES])
 def test_tokens_per_device_changes_nothing(name: str, home: Path, tmp_path: Path) -> None:
     assert rlhf(*recipe(home, name, tmp_path / "a", tokens_per_device=4096)) == 0
     assert rlhf(*recipe(home, name, tmp_path / "b", tokens_per_device=30)) == 0

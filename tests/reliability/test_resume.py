@@ -116,11 +116,11 @@ def test_from_every_step(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("name", "lora", "function", "call"),
     [
         ("sft", LORA, "evaluate", 3),  # between update 4 and its held-out figures
-        ("train-rm", LORA, "save_checkpoint", 4),
+        pytest.param("train-rm", LORA, "save_checkpoint", 4, marks=pytest.mark.slow),
         ("train-rm", None, "optimise", 6),
         ("dpo", LORA, "optimise", 5),
-        ("ipo", None, "evaluate", 3),
-        ("kto", LORA, "optimise", 3),
+        pytest.param("ipo", None, "evaluate", 3, marks=pytest.mark.slow),
+        pytest.param("kto", LORA, "optimise", 3, marks=pytest.mark.slow),
         ("kto bco", None, "optimise", 4),
     ],
 )
