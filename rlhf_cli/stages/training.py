@@ -40,7 +40,7 @@ from rlhf_cli.runs.report import write_report
 from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, recorded_budget, refuse_other_inputs, reopen
 from rlhf_cli.stages.plan import learning_rate_warning, plan
 from rlhf_cli.training.invariants import check_start
-from rlhf_cli.training.loop import Fit, Sampler, peak_memory
+from rlhf_cli.training.loop import Fit, peak_memory
 from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.signals import StopSignals
 from rlhf_cli.training.trackers import check_trackers, start_trackers
@@ -400,6 +400,3 @@ def _samples(job: Job, backbone: Backbone) -> Iterator[dict[str, Any] | None]:
         line = {"prompt": question(record), "response": response, "ended": ended, "tokens": len(ids), "where": record.where}
         lines.append(line)
     yield {"lines": lines}
-
-
-__all__ = ["Job", "Sampler", "finish_job", "load_job", "open_job", "prepare_job", "stop_ids", "train_job"]
