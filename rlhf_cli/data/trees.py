@@ -16,6 +16,16 @@ import torch
 from rlhf_cli.data.records import Facts
 
 
+class Recorded(NamedTuple):
+    """What a rollout recorded of each token of a response, before any update; the columns of `Tree.recorded`."""
+
+    old: torch.Tensor  # (N,) log π_old at the rollout's temperature
+    reference: torch.Tensor  # (N,) log π_ref at the rollout's temperature
+    advantage: torch.Tensor  # (N,)
+    value: torch.Tensor  # (N,) V before the token; NaN for kinds without a value
+    target: torch.Tensor  # (N,) what V is to become; NaN where no value is learned
+
+
 class Tree(NamedTuple):
     """A prompt and the responses that branch off it, as token ids.
 
@@ -29,6 +39,7 @@ class Tree(NamedTuple):
     row: int  # index of the record it came from
     facts: Facts = Facts()
     reference: tuple[np.ndarray, ...] | None = None  # the reference's log-probability of every token, as `responses`, float32
+    recorded: tuple[np.ndarray, ...] | None = None  # of every response (T, 5) float32, the columns of Recorded
 
 
 class Piece(NamedTuple):
@@ -75,6 +86,7 @@ class Batch:
     owner: torch.Tensor  # (N,) int64: its response, counted through the pass; earlier turns belong to their tree's first
     last: torch.Tensor  # (M,) int64: flat index of the last token of each of the pass's responses, in the order of `owner`
     reference: torch.Tensor | None  # (N,) float32: the reference's log-probabilities, where the trees bring them
+    recorded: torch.Tensor | None  # (5, N) float32: the rows of Recorded, where the trees bring them
     shared: torch.Tensor  # (R,) int64: the first so many tokens of a row begin the prompts of all its trees
     segments: tuple[Segment, ...]
     trees: tuple[int, ...]  # the trees of the pass, as indices into the global batch; their responses follow each other
@@ -186,6 +198,7 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
     target: list[np.ndarray] = []
     owner: list[np.ndarray] = []
     reference: list[np.ndarray] = []
+    recorded: list[np.ndarray] = []
     last: list[int] = []
     segments: list[Segment] = []
     numbers = {index: n for n, index in enumerate(dict.fromkeys(p.tree for row in rows for p in row))}
@@ -227,6 +240,8 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
                 first = 0 if prompt else 1
                 known = None if tree.reference is None else tree.reference[b][first:]
                 supervise(sources[first:], response[first:], known)
+                if tree.recorded is not None:
+                    recorded.append(tree.recorded[b][first:])
                 at += len(response)
                 last.append(r * length + at - 1)
             counts[piece.tree] += len(piece.branches)
@@ -244,6 +259,7 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
         owner=_join(owner),
         last=torch.tensor(last),
         reference=torch.from_numpy(np.concatenate(reference)) if reference else None,
+        recorded=torch.from_numpy(np.concatenate(recorded).T.copy()) if recorded else None,
         shared=torch.tensor(shares),
         segments=tuple(segments),
         trees=tuple(numbers),

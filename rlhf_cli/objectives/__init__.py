@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from rlhf_cli.objectives.bandit import Bandit
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.cal_dpo import CalDpo
 from rlhf_cli.objectives.dpo import Dpo
+from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.objectives.hinge import Hinge
 from rlhf_cli.objectives.ipo import Ipo
 from rlhf_cli.objectives.kto import Kto
@@ -14,7 +16,10 @@ from rlhf_cli.objectives.odpo import Odpo
 from rlhf_cli.objectives.orpo import Orpo
 from rlhf_cli.objectives.pairs import AllPairs
 from rlhf_cli.objectives.plackett_luce import PlackettLuce, PlackettLuceReward
+from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.objectives.rebel import Rebel
+from rlhf_cli.objectives.reinforce import Reinforce
+from rlhf_cli.objectives.rloo import Rloo
 from rlhf_cli.objectives.robust import Robust
 from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.objectives.simpo import Simpo
@@ -27,5 +32,6 @@ OBJECTIVES: dict[str, tuple[type[Objective], ...]] = {
     "dpo": (Dpo, Robust, Hinge, Squared, Slic, Simpo, Orpo, Odpo, CalDpo, Rebel, Bco, PlackettLuce),
     "ipo": (Ipo,),
     "kto": (Kto, UnpairedBco),
+    "ppo": (Ppo, Reinforce, Rloo, Grpo, Bandit),
 }
 """Stage → its kinds, the default first."""

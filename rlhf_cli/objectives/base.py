@@ -29,8 +29,10 @@ class Objective:
 
     role: ClassVar[Literal["policy", "reward"]] = "policy"
     """Whose weights it trains."""
-    responses: ClassVar[Literal["first", "all"]] = "all"
-    """Which responses of a row it learns from."""
+    responses: ClassVar[Literal["first", "all", "none"]] = "all"
+    """Which responses of a row it learns from; none: from its own alone, drawn while it trains."""
+    of_first_update: ClassVar[frozenset[str]] = frozenset()
+    """Metrics that say something only before a step's first update, where a step makes several."""
     reference: ClassVar[bool] = False
     """Does it need the reference's log-probabilities?"""
     soft_labels: ClassVar[bool] = False
@@ -48,9 +50,20 @@ class Objective:
         """What the sums over these trees are divided by; known before any forward pass, and additive over trees."""
         raise NotImplementedError
 
-    def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[Tree]]:
-        """The trees of a global batch as `statistics` sees them (empty: it needs none), and as `terms` does."""
-        return [], trees
+    def updates(self, trees: list[Tree], seed: int) -> list[list[Tree]]:
+        """The global batches of a step's updates, one after the other; `seed` is the step's own."""
+        return [trees]
+
+    def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[list[Tree]]]:
+        """The trees of an update's batch as `statistics` sees them (empty: it needs none), and as `terms` does.
+
+        Those come in parts that are cut into passes apart from each other.
+        """
+        return [], [trees]
+
+    def fault(self, means: Mapping[str, float]) -> str | None:
+        """What the means of a run's first update say is wrong, before its weights change."""
+        return None
 
     def statistics(self, backbone: Backbone, batch: Batch) -> dict[str, tuple[torch.Tensor, str]]:
         """Name → (sum over one pass, unit), without gradient. Their global means come before the first `terms`, as `given`."""

@@ -47,8 +47,8 @@ class Kto(UnpairedObjective):
             raise UsageError(f"objective.lambda: auto balances two classes, and no {missing} response is there; remove the key")
         return replace(self, lambda_d=max(1.0, undesirable / desirable), lambda_u=max(1.0, desirable / undesirable), lambda_=None)
 
-    def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[Tree]]:
-        return [only(tree, 1) for tree in trees], [only(tree, 0) for tree in trees]
+    def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[list[Tree]]]:
+        return [only(tree, 1) for tree in trees], [[only(tree, 0) for tree in trees]]
 
     def statistics(self, backbone: Backbone, batch: Batch) -> dict[str, tuple[torch.Tensor, str]]:
         import torch

@@ -37,8 +37,8 @@ class UnpairedObjective(Objective):
         desirable = sum(tree.facts.label is True for tree in trees)
         return {"trees": len(trees), "desirable": desirable, "undesirable": len(trees) - desirable}
 
-    def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[Tree]]:
-        return [], [only(tree, 0) for tree in trees]
+    def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[list[Tree]]]:
+        return [], [[only(tree, 0) for tree in trees]]
 
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
         import torch

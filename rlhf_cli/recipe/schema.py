@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from rlhf_cli.fields import key
+from rlhf_cli.objectives.bandit import Bandit
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.cal_dpo import CalDpo
 from rlhf_cli.objectives.dpo import Dpo
+from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.objectives.hinge import Hinge
 from rlhf_cli.objectives.ipo import Ipo
 from rlhf_cli.objectives.kto import Kto
@@ -25,7 +27,10 @@ from rlhf_cli.objectives.odpo import Odpo
 from rlhf_cli.objectives.orpo import Orpo
 from rlhf_cli.objectives.pairs import AllPairs
 from rlhf_cli.objectives.plackett_luce import PlackettLuce, PlackettLuceReward
+from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.objectives.rebel import Rebel
+from rlhf_cli.objectives.reinforce import Reinforce
+from rlhf_cli.objectives.rloo import Rloo
 from rlhf_cli.objectives.robust import Robust
 from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.objectives.simpo import Simpo
@@ -130,9 +135,68 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Reference:
+class PolicyReference:
     model: str = key("start", "start: the weights that this stage starts from; base: the bare base model; a path", path=True)
+
+
+@dataclass(frozen=True)
+class Reference(PolicyReference):
     cache: bool = key(True, "compute its log-probabilities once and keep them; false: again in every step")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How responses are drawn from the policy."""
+
+    max_new_tokens: int = key(128, "tokens of a response at most; longer ones are cut off", low=1)
+    temperature: float = key(1.0, "of sampling; the log-probabilities of the ppo kinds are taken at it too", low=1e-2, high=100.0)
+    responses_per_prompt: int = key(1, "rloo and grpo need 2 or more", low=1)
+    missing_eos_penalty: float = key(0.0, "taken off the score of a response that did not end", low=0.0)
+    engine: Literal["transformers", "vllm"] = key("transformers", "what samples (vllm: an extra)")
+
+
+@dataclass(frozen=True)
+class OnlineRollout(Rollout):
+    responses_per_prompt: int = key(2, "they are ranked by the reward; 2: one pair", low=2)
+    refresh: int = key(1, "steps between two draws from the policy; 1: online, more: iterative", low=1)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One term of the reward: a reward model or a Python function."""
+
+    model: str | None = key(
+        None, "reward model: the folder of a train-rm run, or a sequence classifier with one label", path=True
+    )
+    revision: str | None = key(None, "hub revision of the model")
+    function: str | None = key(
+        None, "file.py:name, called with lists of prompts and responses, returns a list of numbers", path=True
+    )
+    name: str | None = key(None, "under which it is logged; default: the model's folder or the function's name")
+    weight: float = key(1.0, "factor of this term in the score")
+    normalize: bool | None = key(None, "scores less their mean, over their deviation, as the train-rm run recorded; its default")
+
+
+@dataclass(frozen=True)
+class Kl:
+    coef: float = key(0.05, "κ: weight of the log-ratio to the reference", low=0.0)
+    target: float | None = key(None, "nats a response: κ is adapted to reach this KL", low=1e-9)
+    horizon: int = key(10000, "responses over which an adapted κ changes by a factor", low=1)
+    estimator: Literal["k1", "k2", "k3"] = key("k1", "k1: in the reward; k2, k3: as a loss term")
+
+
+@dataclass(frozen=True)
+class Value:
+    init: Literal["reward", "policy"] = key("reward", "weights that the value starts from: the first reward model, or the policy")
+    learning_rate: float | None = key(None, "null: the policy's", low=0.0)
+
+
+@dataclass(frozen=True)
+class Ptx:
+    """Supervised rows that are learned beside the reward (Ouyang et al. 2022: PPO-ptx)."""
+
+    data: list[Source] = key(help="a path, or a list of sources")
+    coef: float = key(27.8, "γ: weight of their mean negative log-likelihood", low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +241,10 @@ class DirectRecipe(Recipe):
     """The keys of every stage that compares the policy with a reference."""
 
     reference: Reference = field(default_factory=Reference)
+    rollout: OnlineRollout | None = key(None, "draw the responses from the policy while it trains, and rank them by `reward`")
+    reward: list[Reward] | None = key(None, "with rollout: what ranks the responses; {model: …} or {function: …} each")
+    reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
+    gold: list[Reward] | None = key(None, "with rollout: like reward; only measured, never trained on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,10 +276,29 @@ class KtoRecipe(DirectRecipe):
     objective: Kto | UnpairedBco = field(default_factory=Kto)
 
 
-STAGES: dict[str, type[Recipe]] = {recipe.stage: recipe for recipe in (SftRecipe, TrainRmRecipe, DpoRecipe, IpoRecipe, KtoRecipe)}
+@dataclass(frozen=True, kw_only=True)
+class PpoRecipe(Recipe):
+    """`rlhf ppo`."""
+
+    stage: ClassVar[str] = "ppo"
+
+    objective: Ppo | Reinforce | Rloo | Grpo | Bandit = field(default_factory=Ppo)
+    reference: PolicyReference = field(default_factory=PolicyReference)
+    rollout: Rollout = field(default_factory=Rollout)
+    reward: list[Reward] = key(help="a list of terms: {model: …} or {function: file.py:name}")
+    reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
+    kl: Kl = field(default_factory=Kl)
+    value: Value = field(default_factory=Value)
+    ptx: Ptx | None = key(None, "supervised rows to learn beside the reward")
+    gold: list[Reward] | None = key(None, "like reward; only measured, never trained on")
+
+
+STAGES: dict[str, type[Recipe]] = {
+    recipe.stage: recipe for recipe in (SftRecipe, TrainRmRecipe, DpoRecipe, IpoRecipe, KtoRecipe, PpoRecipe)
+}
 """Stage name → its recipe. What a stage's recipe does not name has no effect there and is rejected."""
 
-ELSEWHERE = ("rollout", "reward", "reward_combine", "kl", "value", "ptx", "gold", "models", "prompts", "preferences")
+ELSEWHERE = ("models", "prompts", "preferences")
 """Top-level keys that none of these stages has but others do: they too are said to have no effect."""
 
 SHORT_FORM: dict[type, str] = {Source: "path"}

@@ -74,7 +74,7 @@ def run(
 ) -> Result:
     """What an optimiser step makes of a global batch: sums over its passes, divided by its counts; float64, without weights."""
     counts = objective.counts(trees)
-    seen, learned = objective.phases(trees)
+    seen, (learned,) = objective.phases(trees)
     statistics: dict[str, float] = {}
     for batch in passes(seen, budget):
         for name, (value, unit) in objective.statistics(backbone, batch).items():

@@ -114,10 +114,10 @@ def test_bco_keeps_the_mean_of_a_class_that_is_absent() -> None:
 
 def test_bco_looks_at_the_prompts_own_responses_alone() -> None:
     trees = make_trees([[1, 2]], [Facts(label=True)])
-    seen, learned = UnpairedBco().phases(trees)
+    seen, (learned,) = UnpairedBco().phases(trees)
     assert seen == []
     assert [[ids.tolist() for ids in tree.responses] for tree in learned] == [[[1]]]
-    (mismatched,), (own,) = Kto().phases(trees)
+    (mismatched,), ((own,),) = Kto().phases(trees)
     assert [ids.tolist() for ids in (*mismatched.responses, *own.responses)] == [[2, 3], [1]]
 
 
