@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -12,6 +12,21 @@ import numpy as np
 from rlhf_cli.data.flat import Trees
 from rlhf_cli.data.sources import epoch_order
 from rlhf_cli.data.trees import Tree
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """What one step, or several that follow each other, learn from."""
+
+    first: int  # the step that the first of the batches is for
+    batches: tuple[list[Tree], ...]
+    wheres: tuple[list[str], ...]  # file and line of every tree
+    memory: dict[str, float] = field(default_factory=dict)  # the objective's own numbers, as the draw left them
+    given: dict[str, float] = field(default_factory=dict)  # constants of the objective's terms
+    metrics: dict[str, float] = field(default_factory=dict)  # of what was drawn; logged with the first step
+
+    def serves(self, step: int) -> bool:
+        return self.first <= step < self.first + len(self.batches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +54,10 @@ class DatasetSource:
         epoch, batch = divmod(step - 1, self.steps_per_epoch)
         order: np.ndarray = self._order(epoch)  # type: ignore[operator]
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def draw(self, step: int, memory: Mapping[str, float]) -> Iterator[Draw]:
+        """The batch of `step`, as every source gives it: the last value is the draw."""
+        yield Draw(step, (self.batch(step),), (self.wheres(step),), dict(memory))
 
     def batch(self, step: int) -> list[Tree]:
         return [self.trees[int(i)] for i in self.indices(step)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,21 +127,21 @@ class Backbone:
         self.trained[role] = self.trained.get(role, frozenset()) | own
         self.activate(role)
 
-    def add_head(self, role: str, weight: torch.Tensor | None, *, trained: bool = True) -> None:
-        """Give `role` a scalar head without bias, in float32: `weight` (1, D), or small random numbers.
+    def add_head(self, role: str, weight: torch.Tensor | None, bias: float | None = None, *, trained: bool = True) -> None:
+        """Give `role` a scalar head in float32: `weight` (1, D), or small random numbers; without bias where `bias` is None.
 
         Their standard deviation is 1/√(D + 1) (Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B).
         """
         width = self.model.config.get_text_config().hidden_size
-        head = torch.nn.Linear(width, 1, bias=False, device=self.device, dtype=torch.float32)
+        head = torch.nn.Linear(width, 1, bias=bias is not None, device=self.device, dtype=torch.float32)
         with torch.no_grad():
-            if weight is None:
-                head.weight.copy_(torch.randn(1, width) * (width + 1) ** -0.5)
-            else:
-                head.weight.copy_(weight)
+            head.weight.copy_(torch.randn(1, width) * (width + 1) ** -0.5 if weight is None else weight)
+            if bias is not None:
+                head.bias.fill_(bias)
         self.heads[role] = head.requires_grad_(trained)
         if trained:
-            self.trained[role] = self.trained.get(role, frozenset()) | {f"{role}.{SCORE}"}
+            names = frozenset(f"{role}.score.{name}" for name, _ in head.named_parameters())
+            self.trained[role] = self.trained.get(role, frozenset()) | names
 
     def enable_gradient_checkpointing(self) -> None:
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -161,12 +161,37 @@ class Backbone:
             parameter.requires_grad_(name in trained)
         self.active = role
 
+    def at(self, role: str) -> Backbone:
+        """The backbone that holds the weights of `role`: this one, or another frozen model's."""
+        return self.elsewhere.get(role, self)
+
+    @property
+    def hosts(self) -> tuple[Backbone, ...]:
+        """This backbone and those that hold other roles, each once."""
+        return tuple({id(host): host for host in (self, *self.elsewhere.values())}.values())
+
+    @property
+    def trained_roles(self) -> dict[str, dict[str, torch.nn.Parameter]]:
+        """Trained role → name → parameter, in the model's order, wherever the role is."""
+        found: dict[str, dict[str, torch.nn.Parameter]] = {}
+        for host in self.hosts:
+            heads = {f"{role}.score.{name}": p for role, head in host.heads.items() for name, p in head.named_parameters()}
+            own = dict(host.model.named_parameters()) | heads
+            found |= {role: {name: p for name, p in own.items() if name in names} for role, names in host.trained.items()}
+        return found
+
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Name → parameter of all trained roles, in the model's order."""
-        trained = frozenset().union(*self.trained.values())
-        heads = {f"{role}.{SCORE}": head.weight for role, head in self.heads.items()}
-        own = dict(self.model.named_parameters()) | heads
-        return {name: p for name, p in own.items() if name in trained}
+        """Name → parameter of all trained roles."""
+        return {name: p for own in self.trained_roles.values() for name, p in own.items()}
+
+    def train(self, mode: bool) -> None:
+        """Dropout on or off, in every model."""
+        for host in self.hosts:
+            host.model.train(mode)
+
+    @property
+    def has_dropout(self) -> bool:
+        return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for host in self.hosts for m in host.model.modules())
 
     def hidden(self, role: str, batch: Batch) -> torch.Tensor:
         """Last hidden states, (R·L, D), of a batch that is on the backbone's device."""
@@ -178,20 +203,39 @@ class Backbone:
             out = self.model.base_model(input_ids=batch.ids, use_cache=False, **self._attention_arguments(batch))
         return torch.flatten(out.last_hidden_state, 0, 1)
 
-    def logps(self, role: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def logps(self, role: str, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (N,) of the batch's supervised tokens, float32, and whether each is the most likely one (N,).
 
         The one function for policy, old policy and reference. The head runs on the N states that predict something.
         """
+        (logps,), hits = self.tempered_logps(role, batch, (temperature,))
+        return logps, hits
+
+    def tempered_logps(
+        self, role: str, batch: Batch, temperatures: Sequence[float]
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """`logps` at several temperatures from one forward pass."""
         if role in self.elsewhere:
-            return self.elsewhere[role].logps(role, batch)
-        return self._head(self.hidden(role, batch)[batch.source], batch.target)
+            return self.elsewhere[role].tempered_logps(role, batch, temperatures)
+        states = self.hidden(role, batch)[batch.source]
+        found = {temperature: self._head(states, batch.target, temperature) for temperature in temperatures}
+        return tuple(found[temperature][0] for temperature in temperatures), found[temperatures[0]][1]
 
     def scores(self, role: str, batch: Batch) -> torch.Tensor:
         """The role's scalar head at the last token of every response of the pass, (M,) float32."""
-        states = self.hidden(role, batch)[batch.last].float()
+        return self._scalars(role, batch, batch.last)
+
+    def values(self, role: str, batch: Batch) -> torch.Tensor:
+        """The role's scalar head at the state before every supervised token, (N,) float32."""
+        return self._scalars(role, batch, batch.source)
+
+    def _scalars(self, role: str, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+        if role in self.elsewhere:
+            return self.elsewhere[role]._scalars(role, batch, places)
+        states = self.hidden(role, batch)[places].float()
         with torch.autocast(self.device.type, enabled=False):
-            return torch.nn.functional.linear(states, self.heads[role].weight)[:, 0]
+            found: torch.Tensor = self.heads[role](states)[:, 0]
+        return found
 
     def load(self, role: str, folder: Path) -> None:
         """Put back the weights that `save` wrote, bit for bit.
@@ -245,9 +289,12 @@ class Backbone:
     def batch(self, trees: list[Tree], rows: list[Row]) -> Batch:
         return build_batch(trees, rows).to(self.device)
 
-    def _head(self, hidden: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _head(self, hidden: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         head = self.model.get_output_embeddings()
         bias = None if head.bias is None else head.bias.to(self.compute_dtype)
+        if temperature != 1:
+            # The head is linear: scaled states are scaled logits.
+            hidden, bias = hidden / temperature, None if bias is None else bias / temperature
         return token_logps(hidden.to(self.compute_dtype), head.weight.to(self.compute_dtype), bias, target)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -17,8 +17,11 @@ from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.runs.files import disk_errors, hash_tree, sync_folder, write_json
 from rlhf_cli.runs.folder import require_space
 from rlhf_cli.training.optim import optimizer_state, restore_optimizer
+from rlhf_cli.training.underway import Underway, load_underway, save_underway
 
 HASHES, STATE, OPTIMIZER, NUMBERS, MODEL = "hashes.json", "state.json", "optimizer.safetensors", "optimizer.json", "model"
+ROLES = "roles.safetensors"
+"""The trained weights of the roles beside the one that the run is for, e.g. the value's."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,17 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    folder: Path, backbone: Backbone, save_model: Callable[[Path], None], optimizer: torch.optim.Optimizer, state: State
+    folder: Path,
+    backbone: Backbone,
+    role: str,
+    save_model: Callable[[Path], None],
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    underway: Underway | None = None,
 ) -> Path:
     """Write step-<n> beside its place, sync it, read it back against its hashes, and rename it into place.
+
+    `save_model` writes the weights of `role`, as they are handed on; those of other trained roles lie beside them.
 
     Raises:
         MachineError: the disk is full or fails; what was there before is untouched.
@@ -66,6 +77,10 @@ def save_checkpoint(
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             save_model(part / MODEL)
+            if others := _other_roles(backbone, role):
+                save_file({name: p.detach().cpu().contiguous() for name, p in others.items()}, part / ROLES)
+            if underway is not None:
+                save_underway(part, underway)
             save_file(tensors, part / OPTIMIZER)
             write_json(part / NUMBERS, numbers)
             write_json(part / STATE, asdict(state))
@@ -127,14 +142,24 @@ def load_state(checkpoint: Path) -> State:
     return State(**json.loads((checkpoint / STATE).read_text()))
 
 
-def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.optim.Optimizer) -> None:
-    """Put the trained weights of `role` and the optimiser back as they were saved, bit for bit."""
+def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.optim.Optimizer) -> Underway | None:
+    """Put all trained weights and the optimiser back as they were saved, bit for bit; returns what was under way."""
     from safetensors.torch import load_file
 
     parameters = backbone.trained_parameters()
     backbone.load(role, checkpoint / MODEL)
+    if others := _other_roles(backbone, role):
+        saved = load_file(checkpoint / ROLES)
+        with torch.no_grad():
+            for name, parameter in others.items():
+                parameter.copy_(saved[name])
     numbers: dict[str, Any] = json.loads((checkpoint / NUMBERS).read_text())
     restore_optimizer(optimizer, parameters, load_file(checkpoint / OPTIMIZER), numbers)
+    return load_underway(checkpoint)
+
+
+def _other_roles(backbone: Backbone, role: str) -> dict[str, torch.nn.Parameter]:
+    return {name: p for other, own in backbone.trained_roles.items() if other != role for name, p in own.items()}
 
 
 def prune(folder: Path, keep: int, protected: int | None) -> None:

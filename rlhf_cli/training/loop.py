@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from rlhf_cli.console import Console, Progress, peak_memory_gib
-from rlhf_cli.data.batches import due_steps
-from rlhf_cli.data.trees import Tree
+from rlhf_cli.data.batches import Draw, due_steps
+from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.errors import NumberError, Stopped
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.objectives.base import Objective
@@ -35,22 +35,33 @@ from rlhf_cli.training.checkpoint import (
 from rlhf_cli.training.optim import build_optimizer, learning_rate
 from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.signals import StopSignals
-from rlhf_cli.training.step import NonFinite, evaluate, optimise
+from rlhf_cli.training.step import NonFinite, derive_seed, optimise
 from rlhf_cli.training.trackers import Trackers
+from rlhf_cli.training.underway import Underway
 from rlhf_cli.training.watch import KEPT, note_best, reason_to_stop
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
-    """Yields the global batch of every optimiser step, as a function of the step alone."""
+    """Where the global batch of every step comes from: data, as a function of the step alone, or the policy itself."""
 
     @property
     def steps_per_epoch(self) -> int: ...
-    def batch(self, step: int) -> list[Tree]: ...
-    def wheres(self, step: int) -> list[str]: ...
+    def draw(self, step: int, memory: Mapping[str, float]) -> Iterator[Draw | None]:
+        """Yields None between passes, so that a caller can stop, and then what `step` learns from."""
+        ...
 
+
+DEALT = 1
+"""Tells the seed that deals a step's batch to its updates from the others."""
 
 Sampler = Callable[[], Iterator[dict[str, Any] | None]]
 """Yields None between two prompts and, last, {"lines": [...]} for samples.jsonl without their step."""
+
+
+Measure = Callable[[State], Iterator[dict[str, float] | None]]
+"""Yields None between passes and, last, the held-out metrics; the state holds the budget and the objective's own numbers."""
 
 
 @dataclass
@@ -61,7 +72,7 @@ class Fit:
     backbone: Backbone
     objective: Objective
     source: Source
-    held_out: list[Tree]
+    measure: Measure | None  # None: nothing is held out
     sample: Sampler
     save_model: Callable[[Path], None]  # writes what is trained, and its tokenizer, into a folder
     train: schema.Train
@@ -72,11 +83,13 @@ class Fit:
     console: Console
     signals: StopSignals
     trackers: Trackers
+    learning_rates: dict[str, float] = field(default_factory=dict)  # role → its peak, where it is not the recipe's
     state: State = field(init=False)
+    underway: Underway | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.state = State(0, -1, 0, 0.0, 0.0, self.budget, 0, 0, {}, None, None, self.steps, self.budget)
-        self.optimizer = build_optimizer(self.backbone.trained_parameters(), self.train)
+        self.optimizer = build_optimizer(self.backbone.trained_roles, self.train)
 
     def resume(self) -> None:
         """Take up the newest intact checkpoint, if there is one; leftovers of a killed process are cleared."""
@@ -90,8 +103,9 @@ class Fit:
         if checkpoint is None:
             return
         self.state = load_state(checkpoint)
-        restore(checkpoint, self.backbone, self.objective.role, self.optimizer)
-        self.console.say(f"resuming after step {self.state.step} from {checkpoint}")
+        self.underway = restore(checkpoint, self.backbone, self.objective.role, self.optimizer)
+        within = f" and {self.underway.updates} updates of the next" if self.underway and self.underway.updates else ""
+        self.console.say(f"resuming after step {self.state.step}{within} from {checkpoint}")
         self._take_up_changes()
 
     def _take_up_changes(self) -> None:
@@ -138,8 +152,50 @@ class Fit:
             self.samples.truncate_after(self.state.samples_bytes)
 
     def _step(self, progress: Progress) -> None:
-        started, step = time.monotonic(), self.state.step + 1
-        trees = self.source.batch(step)
+        """All updates of the next step. A signal between two of them ends the run with what is done saved."""
+        step = self.state.step + 1
+        started = time.monotonic() - (self.underway.seconds if self.underway else 0.0)
+        begun = self._begin(step)
+        ready = time.monotonic()
+        trees = begun.draw.batches[step - begun.draw.first]
+        updates = self.objective.updates(trees, derive_seed(self.seed, step, DEALT))
+        while begun.updates < len(updates):
+            begun = self._update(step, begun, updates[begun.updates], started)
+            if begun.updates < len(updates):
+                self._obey_signal()
+        seconds = time.monotonic() - started
+        tokens = sum(map(tree_length, trees))
+        metrics = self.objective.metrics(begun.sums.means | begun.first) | {
+            "tokens": self.state.tokens + tokens,
+            "tokens_per_second": tokens / seconds,
+            "epoch": step / self.source.steps_per_epoch,
+        }
+        if begun.draw.first == step and begun.draw.metrics:
+            metrics |= begun.draw.metrics | {"time/update": time.monotonic() - ready}
+        self._advance(step=step, tokens=self.state.tokens + tokens, seconds=self.state.seconds + seconds)
+        self.underway = Underway(begun.draw) if begun.draw.serves(step + 1) else None
+        self._log("train", metrics)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+        progress.update(step, self.steps, metrics, memory)
+        self._watch("train", metrics)
+
+    def _begin(self, step: int) -> Underway:
+        """What is known of the step: a batch that was drawn for it before, or one that is drawn now."""
+        if self.underway is None:
+            draw = self._until_last(self.source.draw(step, self.state.memory))
+            assert draw is not None
+            self.underway = Underway(draw)
+            self._advance(memory=draw.memory)
+            self._obey_signal()
+        return self.underway
+
+    def _update(self, step: int, begun: Underway, trees: list[Tree], started: float) -> Underway:
+        share = learning_rate(self.train, step, self.steps)
+        peak = self.train.learning_rate or 0.0
+        rates = {
+            role: share * self.learning_rates[role] / peak if role in self.learning_rates else share
+            for role in self.backbone.trained_roles
+        }
         try:
             result = optimise(
                 self.backbone,
@@ -148,45 +204,33 @@ class Fit:
                 trees,
                 step=step,
                 seed=self.seed,
-                rate=learning_rate(self.train, step, self.steps),
+                rates=rates,
                 max_grad_norm=self.train.max_grad_norm,
                 budget=self.state.budget,
                 ranks=self.ranks,
                 memory=self.state.memory,
+                given=begun.draw.given,
+                update=begun.updates,
             )
         except NonFinite as error:
-            raise self._keep_evidence(error, step, trees) from error
+            raise self._keep_evidence(error, step, begun.draw) from error
         if result.budget != self.state.budget:
             self.console.warn(
                 f"step {step}: out of memory; replayed with tokens_per_device {result.budget}, the result is the same"
             )
-        seconds = time.monotonic() - started
-        metrics = result.metrics | {
-            "tokens": self.state.tokens + result.tokens,
-            "tokens_per_second": result.tokens / seconds,
-            "epoch": step / self.source.steps_per_epoch,
-        }
-        self._advance(
-            step=step,
-            tokens=self.state.tokens + result.tokens,
-            seconds=self.state.seconds + seconds,
-            budget=result.budget,
-            memory=result.memory,
-        )
-        self._log("train", metrics)
-        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-        progress.update(step, self.steps, metrics, memory)
-        self._watch("train", metrics)
+        means = result.sums.means
+        first = begun.first if begun.updates else {name: means[name] for name in self.objective.of_first_update}
+        self._advance(budget=result.budget, memory=result.memory)
+        sums = begun.sums + result.sums
+        self.underway = Underway(begun.draw, begun.updates + 1, sums, first, time.monotonic() - started)
+        return self.underway
 
     def _look(self, progress: Progress, due: set[int] | frozenset[int]) -> None:
         """Held-out figures and samples of the weights after this step, if they are due and not yet in the logs."""
         if self.state.step not in due or self.state.evaluated >= self.state.step:
             return
         started = time.monotonic()
-        figures = evaluate(
-            self.backbone, self.objective, self.held_out, budget=self.state.budget, ranks=self.ranks, memory=self.state.memory
-        )
-        metrics = self._until_last(figures) if self.held_out else None
+        metrics = self._until_last(self.measure(self.state)) if self.measure is not None else None
         lines = self._until_last(self.sample()) if self.ranks.main else None
         self.ranks.barrier()
         if metrics:
@@ -198,8 +242,8 @@ class Fit:
         self._advance(evaluated=self.state.step, seconds=self.state.seconds + time.monotonic() - started)
         self._watch("eval", metrics or {})
 
-    def _until_last(self, values: Iterator[dict[str, Any] | None]) -> dict[str, Any] | None:
-        """The last value; a signal between two ends the run with the figures of this step still due."""
+    def _until_last(self, values: Iterator[T | None]) -> T | None:
+        """The last value; a signal between two ends the run with what was under way still to do."""
         last = None
         for value in values:
             last = value
@@ -235,12 +279,22 @@ class Fit:
         if self.ranks.main:
             self._advance(peak_memory=max(self.state.peak_memory, peak_memory()))
             self._advance(metrics_bytes=self.metrics.sync(), samples_bytes=self.samples.sync())
-            save_checkpoint(self.run.checkpoints, self.backbone, self.save_model, self.optimizer, self.state)
+            save_checkpoint(
+                self.run.checkpoints,
+                self.backbone,
+                self.objective.role,
+                self.save_model,
+                self.optimizer,
+                self.state,
+                self.underway,
+            )
             prune(self.run.checkpoints, self.train.keep_checkpoints, self.state.best_step)
         self.ranks.barrier()
 
     def _is_unsaved(self) -> bool:
         """As rank 0 sees it, for all: saving is a joint affair."""
+        if self.underway is not None and self.underway.updates:
+            return True
         return self.ranks.any(self.ranks.main and not checkpoint_path(self.run.checkpoints, self.state.step).exists())
 
     def _obey_signal(self) -> None:
@@ -251,13 +305,13 @@ class Fit:
             self._save()
         raise Stopped(f"stopped after step {self.state.step} of {self.steps}; continue with --resume", received)
 
-    def _keep_evidence(self, error: NonFinite, step: int, trees: list[Tree]) -> NumberError:
+    def _keep_evidence(self, error: NonFinite, step: int, draw: Draw) -> NumberError:
         """Save the refused batch, and the state before it where no checkpoint has it yet."""
         with contextlib.suppress(NumberError):
             if self.state.step and self._is_unsaved():
                 self._save()
-        rows = self.source.wheres(step)
-        suspects = [rows[i] for i in error.trees]
+        trees, rows = draw.batches[step - draw.first], draw.wheres[step - draw.first]
+        suspects = [where for where, tree in zip(rows, trees, strict=True) if tree.row in error.rows]
         path: Path = self.run.path / "failed" / f"step-{step:08d}.json"
         if self.ranks.main:
             path.parent.mkdir(exist_ok=True)

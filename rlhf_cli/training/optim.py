@@ -12,9 +12,9 @@ from rlhf_cli.errors import MachineError
 from rlhf_cli.recipe import schema
 
 
-def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], train: schema.Train) -> torch.optim.Optimizer:
-    """The recipe's optimiser over float32 parameters; the loop sets its learning rate before every step."""
-    values = list(parameters.values())
+def build_optimizer(roles: Mapping[str, Mapping[str, torch.nn.Parameter]], train: schema.Train) -> torch.optim.Optimizer:
+    """The recipe's optimiser over float32 parameters, a group for each trained role; every step sets their learning rates."""
+    values = [{"params": list(own.values()), "role": role} for role, own in roles.items()]
     rate = train.learning_rate or 0.0
     if train.optimizer == "sgd":
         return torch.optim.SGD(values, lr=rate, weight_decay=train.weight_decay)
@@ -24,7 +24,7 @@ def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], train: schema.
         except ImportError as error:
             raise MachineError("train.optimizer: adamw_8bit needs bitsandbytes: pip install 'rlhf-cli[quant]'") from error
         return AdamW8bit(values, lr=rate, betas=train.betas, weight_decay=train.weight_decay)  # type: ignore[no-any-return]
-    fused = values[0].device.type in ("cpu", "cuda")
+    fused = next(p for own in roles.values() for p in own.values()).device.type in ("cpu", "cuda")
     return torch.optim.AdamW(values, lr=rate, betas=train.betas, weight_decay=train.weight_decay, fused=fused)
 
 
@@ -34,7 +34,7 @@ def warmup_steps(warmup: float, steps: int) -> int:
 
 
 def learning_rate(train: schema.Train, step: int, steps: int) -> float:
-    """The rate of update `step`, counted from 1: a linear rise to the peak, then the schedule towards 0.
+    """The rate of step `step`, counted from 1: a linear rise to the peak, then the schedule towards 0.
 
     With w warm-up steps, update k ≤ w has k/w of the peak. Cosine and linear fall so that a further update would have 0.
     """

@@ -13,7 +13,6 @@ import torch
 from rlhf_cli.data.trees import Batch, Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.heads import SCORE
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.training.ranks import Ranks
 
@@ -22,7 +21,34 @@ FLOAT16_LOSS_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Sums over all ranks, and what they are divided by; those of several updates add up."""
+
+    totals: dict[tuple[str, str], float] = field(default_factory=dict)  # (metric, unit) → sum
+    counts: dict[str, int] = field(default_factory=dict)  # unit → count
+
+    def __add__(self, other: Sums) -> Sums:
+        totals = {key: self.totals.get(key, 0.0) + other.totals.get(key, 0.0) for key in {**self.totals, **other.totals}}
+        return Sums(
+            totals, {unit: self.counts.get(unit, 0) + other.counts.get(unit, 0) for unit in {**self.counts, **other.counts}}
+        )
+
+    @property
+    def means(self) -> dict[str, float]:
+        """A metric with several units is the sum of its means."""
+        found: dict[str, float] = {}
+        for (name, unit), total in self.totals.items():
+            found[name] = found.get(name, 0.0) + total / max(1, self.counts[unit])
+        return found
+
+
+UPDATES = "updates"
+"""The unit of what an update has one of, as its gradient norm."""
+
+
+@dataclass(frozen=True)
 class StepResult:
+    sums: Sums
     metrics: dict[str, float]
     tokens: int  # of all ranks, padding not counted
     budget: int  # tokens_per_device in force, smaller than before if memory ran out
@@ -32,9 +58,9 @@ class StepResult:
 class NonFinite(NumberError):
     """The step was refused: a loss or a gradient is not finite. The weights are as they were."""
 
-    def __init__(self, message: str, trees: list[int]) -> None:
+    def __init__(self, message: str, rows: list[int]) -> None:
         super().__init__(message)
-        self.trees = trees  # global-batch indices of the passes concerned
+        self.rows = rows  # records of the passes concerned
 
 
 def optimise(
@@ -45,59 +71,76 @@ def optimise(
     *,
     step: int,
     seed: int,
-    rate: float,
+    rates: Mapping[str, float],
     max_grad_norm: float,
     budget: int,
     ranks: Ranks,
     memory: Mapping[str, float] | None = None,
+    given: Mapping[str, float] | None = None,
+    update: int = 0,
 ) -> StepResult:
-    """Make update `step` on a global batch, the same on every rank. Metrics are of the weights before the update.
+    """Make an update of `step` on a global batch, the same on every rank. Metrics are of the weights before the update.
 
-    `memory`: the objective's own numbers from the step before.
+    rates: the learning rate of every trained role, whose gradients are also clipped apart from the others'; memory: the
+    objective's own numbers from the step before; given: what else its terms take; update: which of the step's updates this is.
 
     Raises:
         NonFinite: a loss or gradient is not finite; nothing was changed.
+        NumberError: the objective finds fault with the run's first batch; nothing was changed.
         MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
     """
+    roles = backbone.trained_roles
     parameters = backbone.trained_parameters()
     counts, memory = objective.counts(trees), dict(memory or {})
+    constants = memory | dict(given or {})
     seen, learned = objective.phases(trees)
     while True:
-        torch.manual_seed(derive_seed(seed, step, ranks.rank))
+        torch.manual_seed(derive_seed(seed, step, update, ranks.rank))
         optimizer.zero_grad(set_to_none=True)
         try:
             measured = list(_measure(backbone, objective, seen, budget, ranks))
-            statistics = _means(measured, counts, ranks)
-            if not all(map(math.isfinite, statistics.values())):
-                raise _refusal(step, statistics, math.nan, measured, {}, ranks)
-            passes = _accumulate(backbone, objective, learned, counts, memory | statistics, budget, ranks)
+            statistics = _summed(measured, counts, ranks)
+            if not all(map(math.isfinite, statistics.means.values())):
+                raise _refusal(step, statistics.means, {}, measured, {}, ranks)
+            passes = _accumulate(backbone, objective, learned, counts, constants | statistics.means, budget, ranks)
             break
         except (RuntimeError, MemoryError) as error:
             budget = smaller_budget(error, budget, trees, ranks)
         # Out here the error, and with it the pass's tensors, is gone.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if step == 1:
+    if step == 1 and update == 0:
         _check_gradients_exist(backbone, ranks)
     ranks.sum_gradients(parameters.values())
     scale = _loss_scale(backbone)
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
     if scale != 1:
-        torch._foreach_mul_(gradients, 1 / scale)
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    means = statistics | _means(passes, counts, ranks)
-    if not (math.isfinite(norm) and all(map(math.isfinite, means.values()))):
-        refusal = _refusal(step, means, norm, passes, {n: p.grad for n, p in parameters.items()}, ranks)
+        torch._foreach_mul_([p.grad for p in parameters.values() if p.grad is not None], 1 / scale)
+    norms = {role: float(torch.nn.utils.get_total_norm(_gradients(own))) for role, own in roles.items()}
+    sums = Sums(statistics.totals, {}) + _summed(passes, counts, ranks)
+    means = sums.means
+    if not all(map(math.isfinite, (*norms.values(), *means.values()))):
+        refusal = _refusal(step, means, norms, passes, {n: p.grad for n, p in parameters.items()}, ranks)
         optimizer.zero_grad(set_to_none=True)
         raise refusal
-    torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), max_grad_norm, torch.tensor(norm, device=gradients[0].device))
+    if step == 1 and update == 0 and not backbone.has_dropout and (fault := objective.fault(means)):
+        optimizer.zero_grad(set_to_none=True)
+        raise NumberError(f"step 1: {fault}; nothing was trained")
+    for role, own in roles.items():
+        total = torch.tensor(norms[role], device=next(iter(own.values())).device)
+        torch.nn.utils.clip_grads_with_norm_(list(own.values()), max_grad_norm, total)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rates[group["role"]]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    named = {("grad_norm" if role == objective.role else f"grad_norm/{role}", UPDATES): norm for role, norm in norms.items()}
+    named |= {("learning_rate" if role == objective.role else f"learning_rate/{role}", UPDATES): rates[role] for role in roles}
+    sums += Sums(named, {UPDATES: 1})
     tokens = int(sum(map(tree_length, trees)))
-    metrics = objective.metrics(means) | {"grad_norm": norm, "learning_rate": rate}
-    return StepResult(metrics, tokens, budget, objective.remember(memory, means))
+    return StepResult(sums, objective.metrics(sums.means), tokens, budget, objective.remember(memory, means))
+
+
+def _gradients(parameters: Mapping[str, torch.nn.Parameter]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters.values() if p.grad is not None]
 
 
 EVALUATED = 64
@@ -119,26 +162,28 @@ def evaluate(
     All of them are one global batch to the objective's statistics.
     """
     counts = objective.counts(trees)
-    seen, learned = objective.phases(trees)
+    seen, parts = objective.phases(trees)
     measured: list[_Pass] = []
     passes: list[_Pass] = []
     for found in _measure(backbone, objective, seen, budget, ranks):
         measured.append(found)
         yield None
-    statistics = _means(measured, counts, ranks)
-    backbone.model.eval()
+    statistics = _summed(measured, counts, ranks).means
+    backbone.train(False)
     with torch.no_grad():
-        for start in range(0, len(learned), batch_size):
-            for batch in backbone.batches(learned[start : start + batch_size], budget, ranks.rank, ranks.size):
-                passes.append(_run_pass(backbone, objective, batch, counts, dict(memory or {}) | statistics, 0.0))
-                yield None
-    yield objective.metrics(statistics | _means(passes, counts, ranks))
+        for learned in parts:
+            for start in range(0, len(learned), batch_size):
+                some = learned[start : start + batch_size]
+                for batch in backbone.batches(some, budget, ranks.rank, ranks.size):
+                    passes.append(_run_pass(backbone, objective, batch, some, counts, dict(memory or {}) | statistics, 0.0))
+                    yield None
+    yield objective.metrics(statistics | _summed(passes, counts, ranks).means)
 
 
 @dataclass(frozen=True)
 class _Pass:
     sums: dict[tuple[str, str], torch.Tensor]  # (metric, unit) → sum
-    trees: tuple[int, ...]
+    rows: tuple[int, ...]  # the records of its trees
 
 
 def derive_seed(*parts: int) -> int:
@@ -149,19 +194,20 @@ def derive_seed(*parts: int) -> int:
 
 def _measure(backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, ranks: Ranks) -> Iterator[_Pass]:
     """The objective's statistics, pass by pass, with dropout off."""
-    backbone.model.eval()
+    backbone.train(False)
     for start in range(0, len(trees), EVALUATED):
-        for batch in backbone.batches(trees[start : start + EVALUATED], budget, ranks.rank, ranks.size):
+        some = trees[start : start + EVALUATED]
+        for batch in backbone.batches(some, budget, ranks.rank, ranks.size):
             with torch.no_grad():
                 sums = objective.statistics(backbone, batch)
             found = {(name, unit): value.detach().double() for name, (value, unit) in sums.items()}
-            yield _Pass(found, tuple(start + tree for tree in batch.trees))
+            yield _Pass(found, tuple(some[tree].row for tree in batch.trees))
 
 
 def _accumulate(
     backbone: Backbone,
     objective: Objective,
-    trees: list[Tree],
+    parts: list[list[Tree]],
     counts: dict[str, int],
     given: Mapping[str, float],
     budget: int,
@@ -170,13 +216,20 @@ def _accumulate(
     with _training(backbone):
         scale = _loss_scale(backbone)
         return [
-            _run_pass(backbone, objective, batch, counts, given, scale)
+            _run_pass(backbone, objective, batch, trees, counts, given, scale)
+            for trees in parts
             for batch in backbone.batches(trees, budget, ranks.rank, ranks.size)
         ]
 
 
 def _run_pass(
-    backbone: Backbone, objective: Objective, batch: Batch, counts: dict[str, int], given: Mapping[str, float], scale: float
+    backbone: Backbone,
+    objective: Objective,
+    batch: Batch,
+    trees: Sequence[Tree],
+    counts: dict[str, int],
+    given: Mapping[str, float],
+    scale: float,
 ) -> _Pass:
     """Forward one pass and, with a scale, each of its terms backward before the next; the division is here and nowhere else."""
     sums: dict[tuple[str, str], torch.Tensor] = {}
@@ -187,31 +240,28 @@ def _run_pass(
         found |= {(name, unit): value for name, (value, unit) in term.sums.items()}
         for key, value in found.items():
             sums[key] = sums.get(key, 0.0) + value.detach().double()
-    return _Pass(sums, batch.trees)
+    return _Pass(sums, tuple(trees[tree].row for tree in batch.trees))
 
 
-def _means(passes: Sequence[_Pass], counts: dict[str, int], ranks: Ranks) -> dict[str, float]:
-    """Global sums over global counts. Ranks without a pass learn the names from the others."""
+def _summed(passes: Sequence[_Pass], counts: dict[str, int], ranks: Ranks) -> Sums:
+    """Sums over all passes and ranks. Ranks without a pass learn the names from the others."""
     mine = {key: 0.0 for p in passes for key in p.sums}
     for p in passes:
         for key, value in p.sums.items():
             mine[key] += float(value)
     keys = sorted({key for keys in ranks.gather(list(mine)) for key in keys})
     totals = ranks.sum(mine.get(key, 0.0) for key in keys)
-    means: dict[str, float] = {}
-    for (name, unit), total in zip(keys, totals, strict=True):
-        means[name] = means.get(name, 0.0) + total / max(1, counts[unit])
-    return means
+    return Sums(dict(zip(keys, totals, strict=True)), counts)
 
 
 @contextmanager
 def _training(backbone: Backbone) -> Iterator[None]:
     """Dropout is on; everywhere else it is off."""
-    backbone.model.train()
+    backbone.train(True)
     try:
         yield
     finally:
-        backbone.model.eval()
+        backbone.train(False)
 
 
 def _loss_scale(backbone: Backbone) -> float:
@@ -242,8 +292,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _check_gradients_exist(backbone: Backbone, ranks: Ranks) -> None:
     """After the first backward every adapter tensor has a gradient, and no frozen one has any."""
     trained = backbone.trained_parameters()
-    lost = [name for name, p in trained.items() if p.grad is None and (backbone.peft is not None or name.endswith(SCORE))]
-    leaked = [name for name, p in backbone.model.named_parameters() if p.grad is not None and name not in trained]
+    needed = (name for name in trained if ".lora_" in name or ".score." in name)
+    lost = [name for name in needed if trained[name].grad is None]
+    every = [pair for host in backbone.hosts for pair in host.model.named_parameters()]
+    leaked = [name for name, p in every if p.grad is not None and name not in trained]
     if ranks.size == 1 and lost:
         raise NumberError(f"step 1: {len(lost)} trained tensors have no gradient, the first is {lost[0]}; nothing was trained")
     if leaked:
@@ -253,14 +305,15 @@ def _check_gradients_exist(backbone: Backbone, ranks: Ranks) -> None:
 def _refusal(
     step: int,
     means: Mapping[str, float],
-    norm: float,
+    norms: Mapping[str, float],
     passes: list[_Pass],
     gradients: dict[str, torch.Tensor | None],
     ranks: Ranks,
 ) -> NonFinite:
-    trees = [t for p in passes if not all(math.isfinite(float(v)) for v in p.sums.values()) for t in p.trees]
+    rows = [row for p in passes if not all(math.isfinite(float(v)) for v in p.sums.values()) for row in p.rows]
     tensor = next((n for n, g in gradients.items() if g is not None and not torch.isfinite(g).all()), None)
-    suspects = sorted({t for share in ranks.gather(trees) for t in share})
+    suspects = sorted({row for share in ranks.gather(rows) for row in share})
     broken = sorted((name for name, value in means.items() if not math.isfinite(value)), key=lambda name: name != "loss")
+    norm = next((norm for norm in norms.values() if not math.isfinite(norm)), math.nan)
     what = f"the {broken[0]} is {means[broken[0]]}" if broken else f"the gradient norm is {norm} (first in {tensor})"
     return NonFinite(f"step {step}: {what}; the update was refused and the weights are as before it", suspects)

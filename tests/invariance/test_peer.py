@@ -47,10 +47,10 @@ def plain_settings(folder: Path, steps: int, rows: int, rate: float) -> dict[str
 def _ours(folder: Path) -> tuple[list[float], list[float]]:
     backbone = make_backbone(AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32))
     backbone.save("policy", folder / "adapter")
-    optimizer = build_optimizer(backbone.trained_parameters(), schema.Train())
+    optimizer = build_optimizer(backbone.trained_roles, schema.Train())
     results = []
     for step in range(1, STEPS + 1):
-        options = {"step": step, "seed": 0, "rate": RATE, "max_grad_norm": 1.0, "budget": 60, "ranks": Ranks(expected=False)}
+        options = {"step": step, "seed": 0, "rates": {"policy": RATE}, "max_grad_norm": 1.0, "budget": 60, "ranks": Ranks(expected=False)}
         results.append(optimise(backbone, Sft(), optimizer, TREES[(step - 1) * ROWS : step * ROWS], **options).metrics)
     return [m["loss"] for m in results], [m["grad_norm"] for m in results]
 

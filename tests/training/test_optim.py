@@ -50,7 +50,7 @@ def _step(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Param
 def test_first_adamw_update() -> None:
     """The first update moves every weight by the rate, against its gradient, after it has decayed by rate · decay."""
     parameters = _parameters()
-    optimizer = build_optimizer(parameters, schema.Train(learning_rate=0.1, weight_decay=0.2))
+    optimizer = build_optimizer({"policy": parameters}, schema.Train(learning_rate=0.1, weight_decay=0.2))
     _step(optimizer, parameters)
     assert parameters["a"].tolist() == pytest.approx([1.0 * 0.98 - 0.1, -2.0 * 0.98 + 0.1])
     assert parameters["b"].tolist()[0] == pytest.approx([3.0 * 0.98 - 0.1])
@@ -58,7 +58,7 @@ def test_first_adamw_update() -> None:
 
 def test_sgd_update() -> None:
     parameters = _parameters()
-    optimizer = build_optimizer(parameters, schema.Train(learning_rate=0.1, optimizer="sgd", weight_decay=0.5))
+    optimizer = build_optimizer({"policy": parameters}, schema.Train(learning_rate=0.1, optimizer="sgd", weight_decay=0.5))
     _step(optimizer, parameters)
     assert parameters["a"].tolist() == pytest.approx([1.0 - 0.1 * (1.5 + 0.5), -2.0 - 0.1 * (-1.5 - 1.0)])
 
@@ -67,15 +67,15 @@ def test_sgd_update() -> None:
 def test_state_goes_through_plain_tensors(kind: str) -> None:
     train = schema.Train(learning_rate=0.1, optimizer=kind, betas=(0.8, 0.9))  # type: ignore[arg-type]
     straight, begun = _parameters(), _parameters()
-    first = build_optimizer(straight, train)
-    before = build_optimizer(begun, train)
+    first = build_optimizer({"policy": straight}, train)
+    before = build_optimizer({"policy": begun}, train)
     for scale in (1.0, 3.0):
         _step(first, straight, scale)
         _step(before, begun, scale)
     tensors, numbers = optimizer_state(before, begun)
     assert sorted(tensors) == ([f"{n}|{e}" for n in "ab" for e in ("exp_avg", "exp_avg_sq", "step")] if kind == "adamw" else [])
     resumed = {name: torch.nn.Parameter(p.detach().clone()) for name, p in begun.items()}
-    after = build_optimizer(resumed, train)
+    after = build_optimizer({"policy": resumed}, train)
     restore_optimizer(after, resumed, tensors, numbers)
     for scale in (0.2, 5.0):
         _step(first, straight, scale)

@@ -29,10 +29,10 @@ RATE, CLIP = 0.01, 0.5
 def train(
     backbone: Backbone, batches: list[list[Tree]] = BATCHES, *, budget: int = 40, rate: float = RATE, settings: Any = None
 ) -> list[StepResult]:
-    optimizer = build_optimizer(backbone.trained_parameters(), settings or schema.Train(weight_decay=0.1, betas=(0.8, 0.95)))
+    optimizer = build_optimizer(backbone.trained_roles, settings or schema.Train(weight_decay=0.1, betas=(0.8, 0.95)))
     results = []
     for step, trees in enumerate(batches, 1):
-        options = {"step": step, "seed": 0, "rate": rate, "max_grad_norm": CLIP, "budget": budget, "ranks": ALONE}
+        options = {"step": step, "seed": 0, "rates": {"policy": rate}, "max_grad_norm": CLIP, "budget": budget, "ranks": ALONE}
         results.append(optimise(backbone, Sft(), optimizer, trees, **options))
         budget = results[-1].budget
     return results
@@ -79,8 +79,8 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(lora: bool, tmp_path
     backbone = make_backbone(make(), lora=lora)
     start = weights(backbone)
     # With SGD at rate 1 and no effective clipping, the step is the gradient.
-    optimizer = torch.optim.SGD(backbone.trained_parameters().values(), lr=0.0)
-    options = {"step": 1, "seed": 0, "rate": 1.0, "max_grad_norm": 1e9, "budget": 40, "ranks": ALONE}
+    optimizer = build_optimizer(backbone.trained_roles, schema.Train(optimizer="sgd"))
+    options = {"step": 1, "seed": 0, "rates": {"policy": 1.0}, "max_grad_norm": 1e9, "budget": 40, "ranks": ALONE}
     result = optimise(backbone, Sft(), optimizer, BATCHES[0], **options)
     moved = {n: start[n] - w for n, w in weights(backbone).items()}
     assert largest_difference(moved, gradients) < 1e-6 * max(1.0, norm)
@@ -248,7 +248,7 @@ def test_what_counts_as_out_of_memory() -> None:
 def test_a_step_that_is_not_finite_is_refused(broken: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tree 2 of the batch breaks the loss of its own pass; the weights and AdamW's moments stay."""
     backbone = make_backbone(make())
-    optimizer = build_optimizer(backbone.trained_parameters(), schema.Train())
+    optimizer = build_optimizer(backbone.trained_roles, schema.Train())
     before, logps = weights(backbone), backbone.logps
 
     def breaks(role: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,10 +256,10 @@ def test_a_step_that_is_not_finite_is_refused(broken: float, monkeypatch: pytest
         return values * (broken if 2 in batch.trees else 1.0), hits
 
     monkeypatch.setattr(backbone, "logps", breaks)
-    options = {"step": 1, "seed": 0, "rate": 0.1, "max_grad_norm": 1.0, "budget": 1, "ranks": ALONE}
+    options = {"step": 1, "seed": 0, "rates": {"policy": 0.1}, "max_grad_norm": 1.0, "budget": 1, "ranks": ALONE}
     with pytest.raises(NonFinite, match=r"step 1: the loss is (nan|-?inf); the update was refused") as caught:
         optimise(backbone, Sft(), optimizer, BATCHES[0], **options)
-    assert caught.value.trees == [2]
+    assert caught.value.rows == [2]
     assert largest_difference(weights(backbone), before) == 0
     assert len(optimizer.state) == 0
     assert all(p.grad is None for p in backbone.trained_parameters().values())

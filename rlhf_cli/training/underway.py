@@ -1,0 +1,92 @@
+"""What a checkpoint holds of a step that is half done: its draw, which later weights could not repeat, and its sums so far."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_cli.data.batches import Draw
+from rlhf_cli.data.records import Facts
+from rlhf_cli.data.trees import Tree
+from rlhf_cli.runs.files import write_json
+from rlhf_cli.training.step import Sums
+
+ARRAYS, NUMBERS = "underway.npz", "underway.json"
+
+
+@dataclass(frozen=True)
+class Underway:
+    """A draw that is still learned from, and how far its step has come: a step of several updates may be left between two."""
+
+    draw: Draw
+    updates: int = 0  # made of the step after State.step
+    sums: Sums = field(default_factory=Sums)  # of those updates
+    first: dict[str, float] = field(default_factory=dict)  # means of the first of them, where only it says something
+    seconds: float = 0.0
+
+
+def save_underway(folder: Path, underway: Underway) -> None:
+    """Write it into a checkpoint; numbers come back bit for bit."""
+    draw, arrays = underway.draw, _Arrays()
+    trees = [[arrays.add(tree) for tree in batch] for batch in draw.batches]
+    np.savez(folder / ARRAYS, **arrays.found)  # type: ignore[arg-type]
+    numbers = {
+        "first": draw.first,
+        "batches": trees,
+        "wheres": draw.wheres,
+        "memory": draw.memory,
+        "given": draw.given,
+        "metrics": draw.metrics,
+        "updates": underway.updates,
+        "totals": [[*key, total] for key, total in underway.sums.totals.items()],
+        "counts": underway.sums.counts,
+        "first_means": underway.first,
+        "seconds": underway.seconds,
+    }
+    write_json(folder / NUMBERS, numbers)
+
+
+def load_underway(folder: Path) -> Underway | None:
+    """The inverse of `save_underway`; None if nothing was under way."""
+    if not (folder / NUMBERS).exists():
+        return None
+    numbers: dict[str, Any] = json.loads((folder / NUMBERS).read_text())
+    with np.load(folder / ARRAYS) as arrays:
+        batches = tuple([_tree(arrays, one) for one in batch] for batch in numbers["batches"])
+    wheres = tuple(numbers["wheres"])
+    draw = Draw(numbers["first"], batches, wheres, numbers["memory"], numbers["given"], numbers["metrics"])
+    sums = Sums({(name, unit): total for name, unit, total in numbers["totals"]}, numbers["counts"])
+    return Underway(draw, numbers["updates"], sums, numbers["first_means"], numbers["seconds"])
+
+
+PARTS = ("responses", "reference", "recorded")
+"""The fields of a tree that are one array for each response, where they are there."""
+
+
+class _Arrays:
+    """Arrays by number."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, np.ndarray] = {}
+
+    def one(self, array: np.ndarray) -> str:
+        name = str(len(self.found))
+        self.found[name] = array
+        return name
+
+    def add(self, tree: Tree) -> dict[str, Any]:
+        """The tree as JSON, its arrays by their numbers."""
+        fields = tree._asdict()
+        parts = {name: fields[name] and [self.one(array) for array in fields[name]] for name in PARTS}
+        prompt = {"prompt": self.one(tree.prompt), "supervised": self.one(tree.supervised)}
+        return {**prompt, **parts, "row": tree.row, "facts": tree.facts._asdict()}
+
+
+def _tree(arrays: Any, saved: dict[str, Any]) -> Tree:
+    parts: dict[str, Any] = {name: saved[name] and tuple(arrays[number] for number in saved[name]) for name in PARTS}
+    facts: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["facts"].items()}
+    return Tree(arrays[saved["prompt"]], arrays[saved["supervised"]], row=saved["row"], facts=Facts(**facts), **parts)
