@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from math import comb
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from rlhf_cli.data.batches import DatasetSource, kept_sizes
 from rlhf_cli.data.cache import default_folder
-from rlhf_cli.data.encode import Encoded, checked, encode, same_tokens
+from rlhf_cli.data.encode import Encoded, Taken, checked, encode, same_tokens
 from rlhf_cli.data.flat import Trees
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.sources import BEYOND_LIMIT, Reading, SourceReport, check_lost, read_data
@@ -58,13 +58,15 @@ def prepare(
     template: Template,
     seed: int,
     where: Callable[[str], str],
-    responses: Literal["first", "all"],
+    responses: Taken,
     check: Callable[[Tree], str | None] | None = None,
     margin_column: str | None = None,
+    reserve: int = 0,
 ) -> Dataset:
     """Read, check and tokenise, or find the same tokens in the cache.
 
-    check: why a tree cannot be trained on, if it cannot; margin_column: where the files keep the margins of pairs.
+    stage: whose rows these are to be, ppo's where only their prompts are used; check: why a tree cannot be trained on, if it
+    cannot; margin_column: where the files keep the margins of pairs; reserve: tokens that a prompt without responses leaves free.
 
     Raises:
         UsageError: rows, columns or files are wrong, or more than `data.max_lost` of the rows would be lost.
@@ -73,7 +75,7 @@ def prepare(
     checks = ([same_tokens] if responses == "all" else []) + ([check] if check else [])
 
     def trees_of(records: list[Record]) -> Encoded:
-        encoded = encode(records, tokenizer, template, data, responses=responses, cache=default_folder())
+        encoded = encode(records, tokenizer, template, data, responses=responses, cache=default_folder(), reserve=reserve)
         return reduce(checked, checks, encoded)
 
     dataset = Dataset(reading, trees_of(reading.train), trees_of(reading.held_out) if reading.held_out else None)

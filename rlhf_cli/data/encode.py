@@ -17,7 +17,7 @@ from rlhf_cli.data import overlong, sandbox, templates, turns
 from rlhf_cli.data.dialogue import BadRow
 from rlhf_cli.data.flat import Trees, flatten, select
 from rlhf_cli.data.overlong import span
-from rlhf_cli.data.records import Record
+from rlhf_cli.data.records import Facts, Record
 from rlhf_cli.data.sandbox import TookTooLong, memory_limit, time_limit
 from rlhf_cli.data.templates import Format, Template, tokenise, with_prefix
 from rlhf_cli.data.trees import Tree
@@ -35,6 +35,10 @@ TIMEOUTS = 3
 """Rows on which a template may use up its time before it is refused."""
 
 
+Taken = Literal["first", "all", "none"]
+"""Which responses of a record are tokenised; none: its prompt alone, to which responses will be drawn."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Trees, and what became of the rows they were made from."""
@@ -45,13 +49,27 @@ class Encoded:
     lost: dict[str, int]  # reason → rows
     truncated_rows: tuple[int, ...]  # of those kept
     examples: tuple[str, ...]  # the first lost rows: "where: reason: detail"
-    eos_share: float  # responses that end in their end-of-turn or EOS, among those that fit max_length
-    percentiles: dict[str, dict[str, int]]  # prompt | response (the longest) | total → p50 | p90 | p99 | max, before max_length
+    eos_share: float | None  # responses that end in their end-of-turn or EOS, of those that fit max_length; None: no responses
+    percentiles: dict[str, dict[str, int]]  # prompt | response (the longest) | total → p50 | p90 | p99 | max, before max_length;
+    # of prompts without responses: prompt alone
     notices: tuple[str, ...] = ()  # for the console
 
     @property
     def truncated(self) -> int:
         return len(self.truncated_rows)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What is made of a record."""
+
+    data: schema.Data
+    responses: Taken
+    reserve: int  # tokens of max_length that are kept free
+
+    @property
+    def find_turns(self) -> bool:
+        return self.responses == "first" and self.data.train_on == "all"
 
 
 @dataclass
@@ -76,33 +94,43 @@ def encode(
     template: Template,
     data: schema.Data,
     *,
-    responses: Literal["first", "all"],
+    responses: Taken,
     cache: Path | None,
+    reserve: int = 0,
 ) -> Encoded:
-    """Tokenises the first or all responses of each record, or reads the same tokens from the `cache` folder.
+    """Tokenises the first, all or none of the responses of each record, or reads the same tokens from the `cache` folder.
 
     Earlier assistant turns are supervised for `first` alone: comparing responses says nothing about a prompt they share.
+    `none`: trees without responses, whose prompts leave `reserve` tokens of max_length free; facts about responses are dropped.
     Raises UsageError if the template or every row is unusable, or (overlong: error) a row is too long.
     """
-    taken = [record._replace(responses=record.responses[:1]) for record in records] if responses == "first" else records
-    find_turns = responses == "first" and data.train_on == "all"
+    taken = [_taken(record, responses) for record in records]
+    rules = _Rules(data, responses, reserve)
     if cache is None:
-        return _restore(_encode(taken, tokenizer, template, data, find_turns), records, ())
-    name = store.key(_key_parts(taken, tokenizer, template, data, find_turns))
+        return _restore(_encode(taken, tokenizer, template, rules), taken, ())
+    name = store.key(_key_parts(taken, tokenizer, template, rules))
     notices: tuple[str, ...] = ()
     try:
         stored = store.load(cache, name)
     except store.Damaged as damaged:
         stored, notices = None, (f"{damaged}: damaged; its tokens are made again",)
     if stored is None:
-        stored = _encode(taken, tokenizer, template, data, find_turns)
+        stored = _encode(taken, tokenizer, template, rules)
         store.store(cache, name, stored)
-    return _restore(stored, records, notices)
+    return _restore(stored, taken, notices)
 
 
-def _key_parts(
-    records: Sequence[Record], tokenizer: Any, template: Template, data: schema.Data, find_turns: bool
-) -> Iterator[str]:
+def _taken(record: Record, responses: Taken) -> Record:
+    match responses:
+        case "first":
+            return record._replace(responses=record.responses[:1])
+        case "none":
+            return record._replace(responses=(), facts=Facts(subset=record.facts.subset))
+        case "all":
+            return record
+
+
+def _key_parts(records: Sequence[Record], tokenizer: Any, template: Template, rules: _Rules) -> Iterator[str]:
     import tokenizers
     import transformers
 
@@ -111,7 +139,9 @@ def _key_parts(
     tokenise(tokenizer, [""])  # forgets padding and truncation left from other calls, which are part of the serialisation
     yield tokenizer.backend_tokenizer.to_str()
     yield json.dumps([tokenizer.special_tokens_map, template.text])
-    yield json.dumps([data.max_length, data.overlong, data.control_tokens, find_turns])
+    data = rules.data
+    drawn = rules.responses == "none"
+    yield json.dumps([data.max_length, data.overlong, data.control_tokens, rules.find_turns, drawn, rules.reserve])
     for record in records:
         yield json.dumps([record.prompt, record.responses])
 
@@ -161,16 +191,16 @@ def same_tokens(tree: Tree) -> str | None:
     return "a better and a worse response are the same, cut and tokenised" if len(ranked) > len(set(responses)) else None
 
 
-def _encode(records: Sequence[Record], tokenizer: Any, template: Template, data: schema.Data, find_turns: bool) -> store.Stored:
+def _encode(records: Sequence[Record], tokenizer: Any, template: Template, rules: _Rules) -> store.Stored:
     form = templates.read_format(tokenizer, template)
     letters = read_letters(tokenizer)
     tally = _Tally()
     for start in range(0, len(records), CHUNK):
-        rendered = _render(form, records, range(start, min(start + CHUNK, len(records))), data, find_turns, tally)
+        rendered = _render(form, records, range(start, min(start + CHUNK, len(records))), rules, tally)
         for tree in _tokenise(form, letters, rendered):
             record = records[tree.row]
             try:
-                _take(tree, record, form, letters, data, find_turns, tally)
+                _take(tree, record, form, letters, rules, tally)
             except BadRow as bad:
                 tally.lose(tree.row, bad)
     if records and not tally.trees:
@@ -178,31 +208,35 @@ def _encode(records: Sequence[Record], tokenizer: Any, template: Template, data:
         raise UsageError(
             f"none of {len(records)} rows can be used: {_counts(tally.lost)}\nthe first: {records[row].where}: {text}"
         )
-    return _summary(tally, form, records)
+    return _summary(tally, form, records, rules)
 
 
 def _counts(lost: Counter[str]) -> str:
     return ", ".join(f"{reason} ({count})" for reason, count in lost.most_common())
 
 
-def _render(
-    form: Format, records: Sequence[Record], rows: range, data: schema.Data, find_turns: bool, tally: _Tally
-) -> list[tuple[int, Rendered]]:
+def _render(form: Format, records: Sequence[Record], rows: range, rules: _Rules, tally: _Tally) -> list[tuple[int, Rendered]]:
     rendered = []
     with memory_limit():
         for row in rows:
             try:
-                if not records[row].responses:
-                    raise BadRow("no response")
-                if data.control_tokens == "reject":
+                _check_parts(records[row], rules)
+                if rules.data.control_tokens == "reject":
                     check_text(form, records[row])
                 with time_limit():
-                    rendered.append((row, render_row(form, records[row], find_turns=find_turns)))
+                    rendered.append((row, render_row(form, records[row], find_turns=rules.find_turns)))
             except BadRow as bad:
                 tally.lose(row, bad)
                 if isinstance(bad, TookTooLong) and tally.lost[bad.reason] == TIMEOUTS:
                     raise UsageError(f"chat template ({form.template.source}): {records[row].where}: {bad}") from None
     return rendered
+
+
+def _check_parts(record: Record, rules: _Rules) -> None:
+    if rules.responses == "none" and not record.prompt:
+        raise BadRow("no prompt")
+    if rules.responses != "none" and not record.responses:
+        raise BadRow("no response")
 
 
 def _tokenise(form: Format, letters: Letters, rendered: Sequence[tuple[int, Rendered]]) -> list[Tree]:
@@ -246,48 +280,54 @@ def _continue(form: Format, anchors: Sequence[str], texts: Sequence[str]) -> lis
     return [ids[len(newline) :] if anchor else ids for anchor, ids in zip(anchors, together, strict=True)]
 
 
-def _take(tree: Tree, record: Record, form: Format, letters: Letters, data: schema.Data, find_turns: bool, tally: _Tally) -> None:
+def _take(tree: Tree, record: Record, form: Format, letters: Letters, rules: _Rules, tally: _Tally) -> None:
     """Adds the tree to the tally, fitted to max_length. Raises BadRow if it cannot be used."""
 
     def encode_one(shorter: Record) -> Tree:
         with memory_limit(), time_limit():
-            rendered = render_row(form, shorter, find_turns=find_turns)
+            rendered = render_row(form, shorter, find_turns=rules.find_turns)
         return _tokenise(form, letters, [(tree.row, rendered)])[0]
 
-    tokens = span(tree)
-    tally.sizes.append((len(tree.prompt), tokens - len(tree.prompt), tokens))
+    data, reserve = rules.data, rules.reserve
+    tokens = span(tree, reserve)
+    response = max(map(len, tree.responses), default=0)
+    tally.sizes.append((len(tree.prompt), response, len(tree.prompt) + response))
     fitted = tree
     if tokens > data.max_length:
+        free = f", {reserve} of them for the response" if reserve else ""
         match data.overlong:
             case "drop":
-                raise overlong.too_long(tokens)
+                raise overlong.too_long(tokens, free)
             case "error":
+                choices = "drop or truncate-prompt" if rules.responses == "none" else "drop, truncate-prompt or truncate-response"
                 raise UsageError(
-                    f"{record.where}: {tokens} tokens, but data.max_length is {data.max_length}\n"
-                    "raise it, or set data.overlong to drop, truncate-prompt or truncate-response"
+                    f"{record.where}: {tokens} tokens{free}, but data.max_length is {data.max_length}\n"
+                    f"raise it, or set data.overlong to {choices}"
                 )
             case "truncate-prompt":
-                fitted = overlong.cut_prompt(record, encode_one, form.tokenizer, data.max_length)
+                fitted = overlong.cut_prompt(record, encode_one, form.tokenizer, data.max_length, reserve)
             case "truncate-response":
-                fitted = overlong.cut_responses(tree, data.max_length)
-    if not len(fitted.prompt) and max(map(len, fitted.responses)) < 2:
+                fitted = overlong.cut_responses(tree, data.max_length - reserve)
+    if rules.responses == "none" and not len(fitted.prompt):
+        raise BadRow("no prompt", "its text is nothing to the tokenizer")
+    if rules.responses != "none" and not len(fitted.prompt) and max(map(len, fitted.responses)) < 2:
         raise BadRow("no supervised token", "one token alone has nothing to be predicted from")
     tally.trees.append(fitted)
     if fitted is not tree:
         tally.truncated.append(tree.row)
 
 
-def _summary(tally: _Tally, form: Format, records: Sequence[Record]) -> store.Stored:
+def _summary(tally: _Tally, form: Format, records: Sequence[Record], rules: _Rules) -> store.Stored:
     trees = flatten(tally.trees, records)
     is_response = np.ones(len(trees.segments) - 1, bool)
     is_response[trees.first[:-1]] = False
     last = trees.ids[trees.segments[1:][is_response] - 1]
-    names = ("prompt", "response", "total")
+    names = ("prompt", "response", "total") if rules.responses != "none" else ("prompt",)
     facts = {
         "lost": dict(tally.lost),
         "truncated": tally.truncated,
         "examples": tally.examples,
-        "eos_share": float(np.isin(last, [form.end_ids[-1], form.eos_id]).mean()) if len(last) else 0.0,
+        "eos_share": float(np.isin(last, [form.end_ids[-1], form.eos_id]).mean()) if len(last) else None,
         "percentiles": {name: _percentiles([size[k] for size in tally.sizes]) for k, name in enumerate(names)},
     }
     arrays = {

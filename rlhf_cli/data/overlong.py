@@ -13,9 +13,9 @@ TRIES = 8
 """Cutting n tokens' worth of text may save a few less: the cut is repeated until the row fits."""
 
 
-def span(tree: Tree) -> int:
-    """Tokens of the prompt and the longest response: what max_length counts."""
-    return len(tree.prompt) + max(map(len, tree.responses))
+def span(tree: Tree, reserve: int = 0) -> int:
+    """Tokens of the prompt, of the longest response, and `reserve` for one that is yet to be drawn: what max_length counts."""
+    return len(tree.prompt) + max(map(len, tree.responses), default=0) + reserve
 
 
 def too_long(tokens: int, detail: str = "") -> BadRow:
@@ -31,7 +31,7 @@ def cut_responses(tree: Tree, max_length: int) -> Tree:
     return tree._replace(responses=tuple(response[:room] for response in tree.responses))
 
 
-def cut_prompt(record: Record, encode_one: Callable[[Record], Tree], tokenizer: Any, max_length: int) -> Tree:
+def cut_prompt(record: Record, encode_one: Callable[[Record], Tree], tokenizer: Any, max_length: int, reserve: int = 0) -> Tree:
     """Drops the oldest exchanges, system turns excepted, then the beginning of the last user turn.
 
     The text is cut and rendered again, so the template stays whole. Raises BadRow if no text of the prompt would be left.
@@ -40,15 +40,15 @@ def cut_prompt(record: Record, encode_one: Callable[[Record], Tree], tokenizer: 
     for prompt in without_oldest(record.prompt):
         shorter = record._replace(prompt=prompt)
         tree = encode_one(shorter)
-        if span(tree) <= max_length:
+        if span(tree, reserve) <= max_length:
             return tree
     for _ in range(TRIES):
         tree = encode_one(shorter)
-        excess = span(tree) - max_length
+        excess = span(tree, reserve) - max_length
         if excess <= 0:
             return tree
-        shorter = shorter._replace(prompt=_without_beginning(shorter.prompt, excess, tokenizer, span(tree)))
-    raise too_long(span(tree))
+        shorter = shorter._replace(prompt=_without_beginning(shorter.prompt, excess, tokenizer, span(tree, reserve)))
+    raise too_long(span(tree, reserve))
 
 
 def without_oldest(prompt: str | tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from rlhf_cli.errors import NumberError
+from rlhf_cli.models.scoring import score_trees
 from rlhf_cli.objectives.preference import ordered_pairs
 from rlhf_cli.runs.markdown import percent
 from rlhf_cli.runs.verdict import wilson
@@ -267,7 +267,6 @@ class Ranks(Protocol):
     def gather(self, value: Any) -> list[Any]: ...
 
 
-@torch.no_grad()
 def score_responses(
     backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks, batch_size: int = 64
 ) -> list[np.ndarray]:
@@ -275,12 +274,6 @@ def score_responses(
 
     Cut into passes of at most `budget` tokens as held-out rows are while training, so that the accuracy is the logged one.
     """
-    backbone.model.eval()
-    mine: dict[int, np.ndarray] = {}
-    for start in range(0, len(trees), batch_size):
-        for batch in backbone.batches(list(trees[start : start + batch_size]), budget, ranks.rank, ranks.size):
-            scores = backbone.scores(role, batch).double().cpu().numpy()
-            own = np.split(scores, np.cumsum(batch.counts)[:-1])
-            mine |= {start + tree: part for tree, part in zip(batch.trees, own, strict=True)}
+    mine = score_trees(backbone, role, trees, budget, ranks.rank, ranks.size, batch_size)
     found = {tree: part for share in ranks.gather(mine) for tree, part in share.items()}
     return [found[tree] for tree in range(len(trees))]

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_cli.fields import key
-from rlhf_cli.objectives.policy_gradient import PolicyGradient
+from rlhf_cli.objectives.advantages import explained_variance, first_tokens, response_returns, spread, token_rewards, whiten
+from rlhf_cli.objectives.policy_gradient import ActorCritic, Experience, Lesson
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
-class Bandit(PolicyGradient):
-    """Return less V(x), the value before the first token."""
+class Bandit(ActorCritic):
+    """Return R less V(x), the value before the first token, which is to become R; no other token has a value target."""
 
     kind: Literal["bandit"] = "bandit"
-    value_clip: float = key(0.2, "values move at most so far from those of the rollout", low=0.0)
-    value_coef: float = key(0.5, "weight of the value loss", low=0.0)
-    whiten: bool = key(True, "advantages get mean 0 and standard deviation 1 over the rollout")
+    whiten: bool = key(True, "advantages get mean 0 and standard deviation 1 over the rollout's responses")
 
-    values: ClassVar[bool] = True
+    def learn(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Lesson:
+        import numpy as np
+
+        values, lengths = experience.values, experience.lengths
+        assert values is not None
+        returns = response_returns(token_rewards(experience, kl_coef), lengths)
+        first = first_tokens(lengths)
+        advantages = returns - values[first]
+        targets = np.full(len(values), np.nan)
+        targets[first] = returns
+        metrics = {"value/explained_variance": explained_variance(values, targets)}
+        return Lesson(spread(whiten(advantages) if self.whiten else advantages, lengths), targets, dict(memory), metrics)

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf_cli.objectives.policy_gradient import PolicyGradient
+from rlhf_cli.objectives.advantages import prompt_means, response_returns, spread, token_rewards
+from rlhf_cli.objectives.policy_gradient import Experience, Lesson, PolicyGradient
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+STD_EPSILON = 1e-4
+"""Added to the standard deviation: a prompt whose returns are all equal has advantages of 0."""
 
 
 @dataclass(frozen=True)
 class Grpo(PolicyGradient):
-    """(return − mean)/(std + 1e-4) over the responses of a prompt; Shao et al. 2024."""
+    """(return − mean)/(population std + 1e-4) over the responses of a prompt; Shao et al. 2024."""
 
     kind: Literal["grpo"] = "grpo"
 
     least_samples: ClassVar[int] = 2
+
+    def learn(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Lesson:
+        import numpy as np
+
+        returns = response_returns(token_rewards(experience, kl_coef), experience.lengths)
+        centred = returns - prompt_means(returns, experience.prompt)
+        std = np.sqrt(prompt_means(centred**2, experience.prompt))
+        return Lesson(spread(centred / (std + STD_EPSILON), experience.lengths), None, dict(memory), {})

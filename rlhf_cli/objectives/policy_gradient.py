@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from rlhf_cli.fields import key
-from rlhf_cli.objectives.base import Objective
+from rlhf_cli.objectives.base import Objective, Term
+from rlhf_cli.objectives.kl import k2, k3
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
+
+    from rlhf_cli.data.trees import Batch, Recorded, Tree
+    from rlhf_cli.models.backbone import Backbone
+
+KL_LOSSES = {"k2_coef": k2, "k3_coef": k3}
+"""Weight in `given` → what it weighs, a sum over the response tokens."""
+
+RATIO_TOLERANCE = 5e-2
+"""How far the first mean ratio may be from 1: a bf16 log-probability moves by 1e-2 or so when its row is packed otherwise, and
+a small rollout's mean keeps some of that. In float32 the ratio is 1 to 1e-4."""
+
+LOGRATIO_TOLERANCE = 0.2
+"""How large the first log-ratios may be, in nats a token. Where the responses were drawn at other odds than recorded their mean
+ratio may still be 1 (its expectation is, whatever the policy), but their size is not 0."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +48,24 @@ class Lesson(NamedTuple):
     advantages: np.ndarray  # (N,)
     targets: np.ndarray | None  # (N,) what V is to become, NaN where nothing is learned; None for kinds without a value
     memory: dict[str, float]  # the objective's own numbers afterwards
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float]  # of the whole rollout, e.g. how well the values knew its returns
 
 
 @dataclass(frozen=True)
 class PolicyGradient(Objective):
-    """−A w or its clipped form, a mean over the response tokens of a mini-batch; w = π/π_old a token."""
+    """max(−A w, −A clip(w, 1 − ε, 1 + ε)), a mean over the response tokens of a mini-batch; w = π/π_old of each token.
+
+    Schulman et al. 2017, eq. 7; the kinds differ in A. Trees with `recorded` are the rollout's, and nothing in their prompts
+    is supervised. Trees without are ptx rows, whose weighted negative log-likelihood is added (Ouyang et al. 2022, eq. 2).
+    """
 
     kind: str = ""
     epochs: int = key(4, "passes over a rollout's responses", low=1)
     minibatches: int = key(1, "updates a pass: a rollout's prompts are dealt to so many", low=1)
-    clip: float = key(0.2, "ε: token ratios are clipped to 1 − ε … 1 + ε", low=0.0)
+    clip: float = key(0.2, "ε: token ratios are clipped to 1 − ε … 1 + ε", low=1e-9)
 
     responses: ClassVar = "none"
+    of_first_update: ClassVar[frozenset[str]] = frozenset({"policy/ratio"})
     reference: ClassVar[bool] = True
     values: ClassVar[bool] = False
     """Does it learn a value, a role of its own?"""
@@ -54,3 +75,122 @@ class PolicyGradient(Objective):
     def learn(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Lesson:
         """Advantages and value targets. `kl_coef`: κ of the log-ratio in the reward, 0 where the KL is a loss term."""
         raise NotImplementedError
+
+    def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
+        """Response tokens, responses and tokens with a value target of the rollout's trees, supervised tokens of the ptx rows."""
+        import numpy as np
+
+        from rlhf_cli.data.trees import Recorded, supervised_tokens
+
+        drawn, ptx = _split(trees)
+        target = Recorded._fields.index("target")
+        return {
+            "tokens": sum(map(supervised_tokens, drawn)),
+            "responses": sum(len(tree.responses) for tree in drawn),
+            "valued": sum(int(np.isfinite(known[:, target]).sum()) for tree in drawn for known in tree.recorded or ()),
+            "ptx_tokens": sum(map(supervised_tokens, ptx)),
+        }
+
+    def updates(self, trees: list[Tree], seed: int) -> list[list[Tree]]:
+        """`epochs` passes over all trees, each dealt anew into `minibatches` parts; no part is without a prompt.
+
+        Prompts keep all their responses. ptx rows are dealt likewise, so that each update has its share of them.
+        """
+        import numpy as np
+
+        drawn, ptx = _split(trees)
+        parts = min(self.minibatches, len(drawn))
+        random = np.random.default_rng(seed)
+
+        def deal(mine: list[Tree]) -> list[list[Tree]]:
+            order = random.permutation(len(mine)) if parts > 1 else np.arange(len(mine))
+            return [[mine[i] for i in part] for part in np.array_split(order, parts)]
+
+        return [some + others for _ in range(self.epochs) for some, others in zip(deal(drawn), deal(ptx), strict=True)]
+
+    def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[list[Tree]]]:
+        """The rollout's trees and the ptx rows apart: a pass has either."""
+        return [], [part for part in _split(trees) if part]
+
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+        """`given`: "temperature"; "k2_coef" or "k3_coef", κ of a KL loss term; "ptx_coef" where there are ptx rows."""
+        if batch.recorded is None:
+            logps, _ = backbone.logps("policy", batch)
+            loss = -logps.double().sum()
+            yield Term({"ptx_tokens": given["ptx_coef"] * loss}, {"loss/ptx": (loss.detach(), "ptx_tokens")})
+        else:
+            yield self._policy_term(backbone, batch, given)
+
+    def _policy_term(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Term:
+        """The clipped loss and the KL loss. policy/approxkl is the mean of ½(log π − log π_old)², k2 of KL(π_old‖π)."""
+        import torch
+
+        recorded = _recorded(batch)
+        new = backbone.logps("policy", batch, given["temperature"])[0].double()
+        difference = new - recorded.old
+        ratio = difference.exp()
+        plain = -recorded.advantage * ratio
+        clipped = -recorded.advantage * ratio.clamp(1 - self.clip, 1 + self.clip)
+        policy = torch.maximum(plain, clipped).sum()
+        loss = policy
+        for name, estimate in KL_LOSSES.items():
+            if weight := given.get(name, 0.0):
+                loss = loss + weight * estimate(new, recorded.reference).sum()
+        sums = {
+            "loss/policy": policy,
+            "policy/clipfrac": (clipped > plain).double().sum(),
+            "policy/approxkl": (difference**2 / 2).sum(),
+            "policy/ratio": ratio.sum(),
+        }
+        return Term({"tokens": loss}, {name: (value.detach(), "tokens") for name, value in sums.items()})
+
+    def fault(self, means: Mapping[str, float]) -> str | None:
+        ratio, size = means["policy/ratio"], math.sqrt(2 * means["policy/approxkl"])
+        if abs(ratio - 1) <= RATIO_TOLERANCE and size <= LOGRATIO_TOLERANCE:
+            return None
+        return (
+            f"the policy's ratio to the policy that drew the responses is {ratio:.4g}, where 1 is right "
+            f"(its logarithm's root mean square is {size:.2g}, where 0 is right)"
+        )
+
+
+@dataclass(frozen=True)
+class ActorCritic(PolicyGradient):
+    """A policy gradient with a learned value: ½ max((V − R)², (V_clipped − R)²), a mean over the tokens that have a target R.
+
+    V_clipped = V_old + clip(V − V_old, ±value_clip); Schulman et al. 2017's implementation, Ouyang et al. 2022.
+    """
+
+    value_clip: float = key(0.2, "values move at most so far from those of the rollout", low=1e-9)
+    value_coef: float = key(0.5, "weight of the value loss", low=0.0)
+
+    values: ClassVar[bool] = True
+
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+        yield from super().terms(backbone, batch, given)
+        if batch.recorded is not None:
+            yield self._value_term(backbone, batch)
+
+    def _value_term(self, backbone: Backbone, batch: Batch) -> Term:
+        import torch
+
+        recorded = _recorded(batch)
+        learned = recorded.target.isfinite()
+        old, target = recorded.value[learned], recorded.target[learned]
+        values = backbone.values("value", batch)[learned].double()
+        clipped = old + (values - old).clamp(-self.value_clip, self.value_clip)
+        loss = torch.maximum((values - target) ** 2, (clipped - target) ** 2).sum() / 2
+        return Term({"valued": self.value_coef * loss}, {"loss/value": (loss.detach(), "valued")})
+
+
+def _split(trees: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:
+    """A rollout's trees, and the ptx rows among them."""
+    return [tree for tree in trees if tree.recorded is not None], [tree for tree in trees if tree.recorded is None]
+
+
+def _recorded(batch: Batch) -> Recorded:
+    """What the rollout recorded of a pass's tokens, float64."""
+    from rlhf_cli.data.trees import Recorded
+
+    assert batch.recorded is not None
+    return Recorded(*batch.recorded.double())

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf_cli.objectives.policy_gradient import PolicyGradient
+from rlhf_cli.objectives.advantages import means_of_others, response_returns, spread, token_rewards
+from rlhf_cli.objectives.policy_gradient import Experience, Lesson, PolicyGradient
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -15,3 +19,8 @@ class Rloo(PolicyGradient):
     kind: Literal["rloo"] = "rloo"
 
     least_samples: ClassVar[int] = 2
+
+    def learn(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Lesson:
+        returns = response_returns(token_rewards(experience, kl_coef), experience.lengths)
+        advantages = returns - means_of_others(returns, experience.prompt)
+        return Lesson(spread(advantages, experience.lengths), None, dict(memory), {})

@@ -306,6 +306,8 @@ def _advice(node: Node, forms: list[Any], near: str | None, key: Key) -> str:
         return f"put it in quotes: '{node.text[:40]}'"
     if list in forms and isinstance(value, str) and str not in forms:
         return f"write [{node.text[:40]}]"
+    if list in forms and isinstance(value, dict) and sections_in(key.kind):
+        return "it is a list: begin each of its terms with `- `"
     if value is None and key.default is not dataclasses.MISSING:
         return f"remove the key for its default, {as_yaml(key.default)}"
     if isinstance(key.default, (bool, int, float, str, tuple)):

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from rlhf_cli.recipe.schema import TRAINING_METRICS, DirectRecipe, KtoRecipe, Recipe, Reference, Source, metrics_of
+from rlhf_cli.recipe.rewards import name_of
+from rlhf_cli.recipe.schema import (
+    DirectRecipe,
+    Kl,
+    KtoRecipe,
+    PpoRecipe,
+    Recipe,
+    Reference,
+    Reward,
+    Source,
+    Value,
+    learns_values,
+    metrics_of,
+    training_metrics_of,
+)
 from rlhf_cli.recipe.suggest import closest
 
 Finding = tuple[str, str]
@@ -70,11 +85,15 @@ def _stop_rules(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _sources(recipe: Recipe) -> Iterator[Finding]:
-    for key, sources in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval or [])):
-        for index, source in enumerate(sources):
-            yield from _source(f"{key}.{index}", source, alone=len(sources) == 1)
-        if len(sources) > 1 and not any(source.weight for source in sources):
-            yield key, "every source has weight 0. give one a share"
+    yield from _source_list("data.train", recipe.data.train)
+    yield from _source_list("data.eval", recipe.data.eval or [])
+
+
+def _source_list(key: str, sources: list[Source]) -> Iterator[Finding]:
+    for index, source in enumerate(sources):
+        yield from _source(f"{key}.{index}", source, alone=len(sources) == 1)
+    if len(sources) > 1 and not any(source.weight for source in sources):
+        yield key, "every source has weight 0. give one a share"
 
 
 def _source(key: str, source: Source, alone: bool) -> Iterator[Finding]:
@@ -95,8 +114,8 @@ def _quantised(recipe: Recipe) -> Iterator[Finding]:
 def _watched(recipe: Recipe) -> Iterator[Finding]:
     held_out = metrics_of(recipe)
     keep = recipe.train.keep_best
-    training = (*held_out, *TRAINING_METRICS)
-    watched: dict[str, tuple[str, tuple[str, ...]]] = {f"train.stop_if.{name}": (name, training) for name in recipe.train.stop_if}
+    either = tuple(dict.fromkeys((*training_metrics_of(recipe), *held_out)))
+    watched: dict[str, tuple[str, tuple[str, ...]]] = {f"train.stop_if.{name}": (name, either) for name in recipe.train.stop_if}
     if keep is not None:
         watched["train.keep_best.metric"] = (keep.metric, held_out)
     for key, (name, known) in watched.items():
@@ -127,6 +146,119 @@ def _balance(recipe: KtoRecipe) -> Iterator[Finding]:
             yield f"objective.{name}", "has no effect beside objective.lambda: auto. keep one of the two"
 
 
+FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
+
+
+def _terms(key: str, terms: list[Reward] | None) -> Iterator[Finding]:
+    """The terms of the reward or of what is only measured."""
+    if terms is None:
+        return
+    if not terms:
+        yield key, "the list is empty. name a term: {model: …} or {function: file.py:name}"
+    names: set[str] = set()
+    for index, term in enumerate(terms):
+        yield from _term(f"{key}.{index}", term)
+        name = name_of(term)
+        if name in names:
+            yield f"{key}.{index}.name", f"a second term would be logged as {key}/{name}. give one of them another name"
+        names.add(name)
+
+
+def _term(key: str, term: Reward) -> Iterator[Finding]:
+    if (term.model is None) == (term.function is None):
+        found, advice = ("none", "name one") if term.model is None else ("both", "make it two terms")
+        yield key, f"expected model or function, found {found}. {advice}"
+        return
+    if term.function is not None:
+        if not FUNCTION.fullmatch(term.function):
+            yield f"{key}.function", f"expected file.py:name, found {term.function}. name a function in a Python file"
+        for name, value in {"revision": term.revision, "normalize": term.normalize}.items():
+            if value is not None:
+                yield f"{key}.{name}", "has no effect on a function, it is for reward models. remove it"
+    if term.name is not None and not term.name.strip():
+        yield f"{key}.name", "expected a name, found blank text. remove it for the default"
+
+
+def _judges(recipe: PpoRecipe | DirectRecipe) -> Iterator[Finding]:
+    yield from _terms("reward", recipe.reward)
+    yield from _terms("gold", recipe.gold)
+    for index, term in enumerate(recipe.reward or []):
+        if term.weight == 0:
+            yield f"reward.{index}.weight", "0 leaves the term out of the score. move it to gold, where it is only measured"
+    for index, term in enumerate(recipe.gold or []):
+        if term.weight != 1.0:
+            yield f"gold.{index}.weight", "has no effect on a term that is only measured. remove it"
+    if recipe.reward is not None and len(recipe.reward) == 1 and recipe.reward_combine != "sum":
+        yield "reward_combine", "has no effect on one term. remove it, or add a term to reward"
+
+
+def _drawn(recipe: Recipe) -> Iterator[Finding]:
+    """What changes where responses are drawn and only the prompts of the data are used."""
+    rollout, data = recipe.draws, recipe.data
+    if rollout is None:
+        return
+    if data.overlong == "truncate-response":
+        yield "data.overlong", "truncate-response has no effect where responses are drawn. use drop, error or truncate-prompt"
+    if rollout.max_new_tokens >= data.max_length:
+        what = f"leaves no room for a prompt in data.max_length ({data.max_length}). lower it, or raise data.max_length"
+        yield "rollout.max_new_tokens", what
+
+
+def _samples(recipe: PpoRecipe) -> Iterator[Finding]:
+    objective, found = recipe.objective, recipe.rollout.responses_per_prompt
+    if found < objective.least_samples:
+        what = f"{found} is too few for kind: {objective.kind}, which compares the responses of a prompt. "
+        yield "rollout.responses_per_prompt", f"{what}set it to {objective.least_samples} or more"
+    if objective.minibatches > recipe.train.batch_size:
+        what = f"{objective.minibatches} updates cannot share train.batch_size ({recipe.train.batch_size}) prompts. "
+        yield "objective.minibatches", f"{what}lower it"
+
+
+def _value(recipe: PpoRecipe) -> Iterator[Finding]:
+    if learns_values(recipe.objective):
+        return
+    default = Value()
+    given = {"init": recipe.value.init != default.init, "learning_rate": recipe.value.learning_rate != default.learning_rate}
+    for name in (name for name, differs in given.items() if differs):
+        yield f"value.{name}", f"has no effect with kind: {recipe.objective.kind}, which learns no value. remove it"
+
+
+def _kl(recipe: PpoRecipe) -> Iterator[Finding]:
+    kl, default = recipe.kl, Kl()
+    if kl.target is None and kl.horizon != default.horizon:
+        yield "kl.horizon", "has no effect without kl.target. set one, or remove it"
+    if kl.coef:
+        return
+    if kl.target is not None:
+        yield "kl.target", "has no effect with kl.coef: 0, which stays 0 whatever it is multiplied by. give coef a start"
+    if kl.estimator != default.estimator:
+        yield "kl.estimator", "has no effect with kl.coef: 0. remove it, or give coef a weight"
+
+
+def _ptx(recipe: PpoRecipe) -> Iterator[Finding]:
+    if recipe.ptx is None:
+        return
+    yield from _source_list("ptx.data", recipe.ptx.data)
+    if recipe.ptx.coef == 0:
+        yield "ptx.coef", "0 learns nothing from these rows. give it a weight, or remove ptx"
+
+
+def _online(recipe: DirectRecipe) -> Iterator[Finding]:
+    if recipe.rollout is None:
+        given = {
+            "reward": recipe.reward is not None,
+            "reward_combine": recipe.reward_combine != "sum",
+            "gold": recipe.gold is not None,
+        }
+        for name in (name for name, there in given.items() if there):
+            yield name, "has no effect without rollout. add `rollout: {}` to draw responses, or remove it"
+        return
+    if recipe.reward is None:
+        yield "rollout", "needs a reward to rank what is drawn. add reward: [{model: …}] or [{function: file.py:name}]"
+    if recipe.objective.reference and not recipe.reference.cache:
+        yield "reference.cache", "has no effect with rollout: responses are new, so nothing can be kept. remove it"
+
+
 CHECKS = (
     Check(("train.steps", "train.epochs"), _length),
     Check(("train.eval_every", "train.save_every", "train.warmup"), _intervals),
@@ -134,14 +266,32 @@ CHECKS = (
     Check(("data.eval", "data.holdout"), _held_out),
     Check(("data.eval", "data.holdout", "train.eval_every", "train.keep_best"), _evaluation),
     Check(("train.stop_if",), _stop_rules),
-    Check(("train.stop_if", "train.keep_best", "objective.kind"), _watched),
+    Check(("train.stop_if", "train.keep_best", "objective.kind", "rollout", "reward", "gold", "ptx"), _watched),
     Check(("data.train", "data.eval"), _sources),
     Check(("model.quantize", "lora"), _quantised),
+    Check(("data.overlong", "data.max_length", "rollout"), _drawn),
 )
 
-DIRECT = (Check(("objective.kind", "reference"), _reference),)
+JUDGED = Check(("reward", "reward_combine", "gold"), _judges)
 
-CHECKS_OF_STAGE: dict[str, tuple[Check, ...]] = {"dpo": DIRECT, "ipo": DIRECT, "kto": (*DIRECT, Check(("objective",), _balance))}
+DIRECT = (
+    Check(("objective.kind", "reference"), _reference),
+    JUDGED,
+    Check(("objective.kind", "rollout", "reward", "reward_combine", "gold", "reference"), _online),
+)
+
+CHECKS_OF_STAGE: dict[str, tuple[Check, ...]] = {
+    "dpo": DIRECT,
+    "ipo": DIRECT,
+    "kto": (*DIRECT, Check(("objective",), _balance)),
+    "ppo": (
+        JUDGED,
+        Check(("objective", "rollout", "train.batch_size"), _samples),
+        Check(("objective.kind", "value"), _value),
+        Check(("kl",), _kl),
+        Check(("ptx",), _ptx),
+    ),
+}
 
 
 def findings(recipe: Recipe, bad: set[str]) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from rlhf_cli.recipe.keys import Key, arms, as_yaml, keys_of, kind_of, objectives_of, sections_in
-from rlhf_cli.recipe.schema import LEARNING_RATE, STAGES, default_learning_rate
+from rlhf_cli.recipe.schema import LEARNING_RATE, STAGES, Train, default_learning_rate
 
 WIDTH = 77  # typer indents by two more
 COLUMN = 30
@@ -24,7 +24,7 @@ def key_table(stage: str) -> str:
 def _section(section: type, depth: int, stage: str, told: set[Any], lines: list[str]) -> None:
     for key in keys_of(section).values():
         inner = sections_in(key.kind)
-        lines += _entry(f"{key.name}{_default(key)}", depth, _meaning(key, stage))
+        lines += _entry(f"{key.name}{_default(key)}", depth, _meaning(key, stage if section is Train else ""))
         if len(inner) > 1:
             _kinds(inner, depth + 1, lines)
         elif inner and inner[0] not in told:
@@ -64,7 +64,7 @@ def _default(key: Key) -> str:
 def _meaning(key: Key, stage: str) -> str:
     choices = [name for arm in arms(key.kind) if get_origin(arm) is Literal for name in get_args(arm)]
     words = [key.help] if key.help else []
-    if key.name == "learning_rate":
+    if key.name == "learning_rate" and stage:
         words.append(f"null: {'; '.join(_rates(stage))}")
     if len(choices) > 1:
         words.append(" | ".join(choices))

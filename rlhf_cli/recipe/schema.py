@@ -27,6 +27,7 @@ from rlhf_cli.objectives.odpo import Odpo
 from rlhf_cli.objectives.orpo import Orpo
 from rlhf_cli.objectives.pairs import AllPairs
 from rlhf_cli.objectives.plackett_luce import PlackettLuce, PlackettLuceReward
+from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.objectives.rebel import Rebel
 from rlhf_cli.objectives.reinforce import Reinforce
@@ -36,6 +37,7 @@ from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.objectives.squared import Squared
+from rlhf_cli.recipe.rewards import name_of
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,22 @@ class Recipe:
     output: str = key(help="the run folder", path=True, last=True)
     trackers: list[str] = key([], "tensorboard, wandb, mlflow, trackio, …; offline files are always written", last=True)
 
+    @property
+    def draws(self) -> Rollout | None:
+        """How responses are drawn from the policy; None where it learns from those of its data."""
+        return None
+
+    @property
+    def judges(self) -> tuple[list[Reward], list[Reward]]:
+        """The terms of the reward and the gold ones, for the responses that are drawn."""
+        return [], []
+
+    @property
+    def paths(self) -> list[str]:
+        """What it reads: local paths or hub ids of models and data."""
+        models = [term.model for terms in self.judges for term in terms if term.model is not None]
+        return [self.model.path, *models, *(source.path for source in (*self.data.train, *(self.data.eval or ())))]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SftRecipe(Recipe):
@@ -245,6 +263,14 @@ class DirectRecipe(Recipe):
     reward: list[Reward] | None = key(None, "with rollout: what ranks the responses; {model: …} or {function: …} each")
     reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
     gold: list[Reward] | None = key(None, "with rollout: like reward; only measured, never trained on")
+
+    @property
+    def draws(self) -> Rollout | None:
+        return self.rollout
+
+    @property
+    def judges(self) -> tuple[list[Reward], list[Reward]]:
+        return self.reward or [], self.gold or []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +318,18 @@ class PpoRecipe(Recipe):
     ptx: Ptx | None = key(None, "supervised rows to learn beside the reward")
     gold: list[Reward] | None = key(None, "like reward; only measured, never trained on")
 
+    @property
+    def draws(self) -> Rollout:
+        return self.rollout
+
+    @property
+    def judges(self) -> tuple[list[Reward], list[Reward]]:
+        return self.reward, self.gold or []
+
+    @property
+    def paths(self) -> list[str]:
+        return [*super().paths, *(source.path for source in (self.ptx.data if self.ptx else ()))]
+
 
 STAGES: dict[str, type[Recipe]] = {
     recipe.stage: recipe for recipe in (SftRecipe, TrainRmRecipe, DpoRecipe, IpoRecipe, KtoRecipe, PpoRecipe)
@@ -316,6 +354,8 @@ _PAIRS = (
     "logratio/mean",
 )
 
+_DRAWN = ("objective/scores", "objective/kl", "objective/entropy", "response/length", "response/eos_rate")
+
 METRICS: dict[str, tuple[str, ...]] = {
     "sft": ("loss", "perplexity", "token_accuracy"),
     "train-rm": ("loss", "accuracy", "margin", "score_mean", "score_std"),
@@ -331,23 +371,63 @@ METRICS: dict[str, tuple[str, ...]] = {
         "logratio/mean",
         "kl",
     ),
+    "ppo": (
+        "loss",
+        "loss/policy",
+        "loss/value",
+        "loss/ptx",
+        "kl_coef",
+        "policy/clipfrac",
+        "policy/approxkl",
+        "policy/ratio",
+        "value/explained_variance",
+        "grad_norm/value",
+        "time/rollout",
+        "time/score",
+        "time/update",
+    ),
 }
-"""Stage → the metrics of its held-out and training lines: what `keep_best` can watch."""
+"""Stage → the metrics of its training lines; those of its held-out lines too where it learns from the responses of its data."""
 
-LACKS: dict[str, Callable[[Objective], bool]] = {
-    "logratio/mean": lambda objective: not objective.reference,
-    "rewards/saturated": lambda objective: not objective.saturates,
-    "kl": lambda objective: not objective.mismatches,
+LACKS: dict[str, Callable[[Recipe], bool]] = {
+    "logratio/mean": lambda recipe: not recipe.objective.reference,
+    "rewards/saturated": lambda recipe: not recipe.objective.saturates,
+    "kl": lambda recipe: not recipe.objective.mismatches,
+    "loss/value": lambda recipe: not learns_values(recipe.objective),
+    "value/explained_variance": lambda recipe: not learns_values(recipe.objective),
+    "grad_norm/value": lambda recipe: not learns_values(recipe.objective),
+    "loss/ptx": lambda recipe: not (isinstance(recipe, PpoRecipe) and recipe.ptx is not None),
 }
-"""Metric → does an objective of its stages not have it?"""
+"""Metric → does a recipe of its stages not have it?"""
 
 TRAINING_METRICS = ("grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch")
 """What training lines of every stage have beside them; `stop_if` can watch all."""
 
 
+def learns_values(objective: Objective) -> bool:
+    """Does it learn a value beside the policy?"""
+    return isinstance(objective, PolicyGradient) and objective.values
+
+
 def metrics_of(recipe: Recipe) -> tuple[str, ...]:
-    """The metrics of a recipe's held-out lines, those that its kind does not have left out."""
-    return tuple(name for name in METRICS[recipe.stage] if name not in LACKS or not LACKS[name](recipe.objective))
+    """The metrics of a recipe's held-out lines, what `keep_best` can watch; those that its kind does not have left out."""
+    return _drawn_metrics(recipe) if recipe.draws else _own_metrics(recipe)
+
+
+def training_metrics_of(recipe: Recipe) -> tuple[str, ...]:
+    """The metrics of a recipe's training lines, what `stop_if` can watch. Those of drawn responses stand where some are drawn."""
+    return (*_own_metrics(recipe), *(_drawn_metrics(recipe) if recipe.draws else ()), *TRAINING_METRICS)
+
+
+def _own_metrics(recipe: Recipe) -> tuple[str, ...]:
+    return tuple(name for name in METRICS[recipe.stage] if name not in LACKS or not LACKS[name](recipe))
+
+
+def _drawn_metrics(recipe: Recipe) -> tuple[str, ...]:
+    """What is measured of the responses that are drawn from the policy."""
+    rewards, golds = recipe.judges
+    penalised = ("objective/rlhf_reward",) if recipe.stage == "ppo" else ()
+    return (*_DRAWN, *penalised, *(f"reward/{name_of(term)}" for term in rewards), *(f"gold/{name_of(term)}" for term in golds))
 
 
 def learning_rate_of(recipe: Recipe) -> float:
@@ -384,12 +464,15 @@ LEARNING_RATE: dict[tuple[str, Trained], float] = {
     ("ipo", "full"): 1e-6,
     ("kto", "lora"): 1e-5,
     ("kto", "full"): 1e-6,
+    ("ppo", "lora"): 3e-5,
+    ("ppo", "full"): 3e-6,
 }
 """(stage, lora | full) → default.
 
 LoRA wants about 10× the rate of full fine-tuning: Schulman et al. 2025, "LoRA Without Regret". Full fine-tuning: train-rm as
 Touvron et al. 2023, §3.2.2; dpo as Rafailov et al. 2023, app. B (later work went down to 5e-7: Tunstall et al. 2023, Lambert et
-al. 2024); ipo as dpo, since Azar et al. 2023 train no language model; kto inside Ethayarajh et al. 2024's 5e-7 … 5e-6.
+al. 2024); ipo as dpo, since Azar et al. 2023 train no language model; kto inside Ethayarajh et al. 2024's 5e-7 … 5e-6; ppo as
+Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
 """
 
 KIND_LEARNING_RATE: dict[tuple[str, str, Trained], float] = {
@@ -410,5 +493,7 @@ SANE_LEARNING_RATE: dict[tuple[str, Trained], tuple[float, float]] = {
     ("train-rm", "full"): (1e-7, 1e-4),
     **{(stage, "lora"): (5e-7, 5e-4) for stage in ("dpo", "ipo", "kto")},
     **{(stage, "full"): (5e-8, 5e-5) for stage in ("dpo", "ipo", "kto")},
+    ("ppo", "lora"): (5e-7, 5e-4),
+    ("ppo", "full"): (5e-8, 5e-5),
 }
-"""(stage, lora | full) → outside this range a run warns. Direct objectives diverge, or forget, at rates that suit SFT."""
+"""(stage, lora | full) → outside this range a run warns. Other objectives diverge, or forget, at rates that suit SFT."""

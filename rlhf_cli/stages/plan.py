@@ -8,6 +8,7 @@ from rlhf_cli.data.batches import DatasetSource
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.encode import Encoded
 from rlhf_cli.models.memory import Memory
+from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.recipe import schema
 
 Section = tuple[str, list[tuple[str, object]]]
@@ -25,8 +26,7 @@ def plan(
     """Rows by fate, lengths, EOS share, steps, trees and tokens per step, memory."""
     lengths = source.trees.lengths
     per_step = min(recipe.train.batch_size, len(lengths))
-    learned = per_step * source.trees.supervised_counts.mean()
-    supervised = f", {learned:,.0f} supervised" if recipe.objective.responses == "first" else ""
+    tokens, words = _tokens_a_step(recipe, source, per_step)
     sections: list[Section] = [("model", list(facts.items()))]
     sections.append(("training rows", _rows(dataset.train, [r for r in dataset.reading.reports])))
     if dataset.held_out is not None:
@@ -41,15 +41,16 @@ def plan(
                 )
             )
         sections.append(("mix", shares))
-    passes = max(1.0, per_step * float(lengths.mean()) / budget)
+    passes, often = max(1.0, tokens / budget), "for all of these, each" if recipe.draws else "a step"
     sections.append(
         (
             "training",
             [
                 ("steps", f"{steps:,} ({source.steps_per_epoch:,} an epoch, {steps / source.steps_per_epoch:.3g} epochs)"),
-                ("batch", f"{per_step} {_unit(source)} a step, over all devices"),
-                ("tokens a step", f"{per_step * lengths.mean():,.0f} on average{supervised}"),
-                ("forward passes", f"about {passes:.0f} a step of at most {budget:,} tokens (tokens_per_device)"),
+                ("batch", f"{per_step} {_unit(recipe, source)} a step, over all devices"),
+                *([("updates", _updates(recipe.objective))] if isinstance(recipe.objective, PolicyGradient) else []),
+                ("tokens a step", words),
+                ("forward passes", f"about {passes:.0f} {often} of at most {budget:,} tokens (tokens_per_device)"),
                 ("learning rate", f"{recipe.train.learning_rate:g}, {recipe.train.schedule}"),
                 (
                     "memory",
@@ -65,9 +66,28 @@ def plan(
     return sections
 
 
-def _unit(source: DatasetSource) -> str:
+def _tokens_a_step(recipe: schema.Recipe, source: DatasetSource, per_step: int) -> tuple[float, str]:
+    """Tokens of a step's batch, on average or (of drawn responses) at most, and the same in words."""
+    mean = float(source.trees.lengths.mean())
+    if rollout := recipe.draws:
+        longest = rollout.responses_per_prompt * rollout.max_new_tokens
+        words = f"{per_step * (mean + longest):,.0f} at most: prompts of {mean:,.0f} on average and {longest:,} drawn for each"
+        return per_step * (mean + longest), words
+    learned = per_step * source.trees.supervised_counts.mean()
+    supervised = f", {learned:,.0f} supervised" if recipe.objective.responses == "first" else ""
+    return per_step * mean, f"{per_step * mean:,.0f} on average{supervised}"
+
+
+def _unit(recipe: schema.Recipe, source: DatasetSource) -> str:
     """What batch_size counts: KTO's pairs count twice."""
+    if rollout := recipe.draws:
+        each = f"{rollout.responses_per_prompt} responses" if rollout.responses_per_prompt > 1 else "one response"
+        return f"prompts, each with {each} of the policy,"
     return "judged responses" if source.trees.facts[0].label is not None else "prompts with their responses"
+
+
+def _updates(objective: PolicyGradient) -> str:
+    return f"{objective.epochs * objective.minibatches} a step: {objective.epochs} passes in {objective.minibatches} mini-batches"
 
 
 def _rows(encoded: Encoded, reports: list[Any]) -> list[tuple[str, object]]:
@@ -81,7 +101,8 @@ def _rows(encoded: Encoded, reports: list[Any]) -> list[tuple[str, object]]:
         fates[reason] = fates.get(reason, 0) + count
     rows += [(name, f"{count:,}") for name, count in fates.items()]
     rows.append(("truncated", f"{encoded.truncated:,}"))
-    rows.append(("end in EOS", f"{encoded.eos_share:.1%}"))
+    if encoded.eos_share is not None:
+        rows.append(("end in EOS", f"{encoded.eos_share:.1%}"))
     for part, p in encoded.percentiles.items():
         rows.append((f"{part} tokens", f"median {p['p50']}, 90 % {p['p90']}, 99 % {p['p99']}, longest {p['max']}"))
     rows += [("", example) for r in reports for example in r.bad_examples[:3]]

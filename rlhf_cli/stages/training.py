@@ -27,11 +27,12 @@ from rlhf_cli.models.heads import choose_pad_id
 from rlhf_cli.models.load import load_config, load_tokenizer, resolve_dtype
 from rlhf_cli.models.memory import Memory, auto_budget, estimate
 from rlhf_cli.models.policy import load_trained, parent_lora, resolve_lora
-from rlhf_cli.models.sampling import continue_greedily, end_ids
+from rlhf_cli.models.sampling import end_ids
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe import schema
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.rollout.generate import Request, TransformersEngine
 from rlhf_cli.runs.files import disk_errors, write_json
 from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import BaseModel, Outcome, Parent, build_manifest, write_manifest
@@ -40,9 +41,10 @@ from rlhf_cli.runs.report import write_report
 from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, recorded_budget, refuse_other_inputs, reopen
 from rlhf_cli.stages.plan import learning_rate_warning, plan
 from rlhf_cli.training.invariants import check_start
-from rlhf_cli.training.loop import Fit, peak_memory
+from rlhf_cli.training.loop import Fit, Measure, Source, peak_memory
 from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.signals import StopSignals
+from rlhf_cli.training.step import evaluate
 from rlhf_cli.training.trackers import check_trackers, start_trackers
 
 FINE = "the recipe and the data are fine; nothing was trained"
@@ -89,8 +91,8 @@ def prepare_job(
 ) -> Job:
     """Read and tokenise the data, settle every value, and show the plan.
 
-    `starts`: the stages whose runs this one may start from. `shape`: gives the trees another form, and the objective what it
-    has to know of them.
+    Where responses are drawn from the policy, the trees are prompts alone. `starts`: the stages whose runs this one may start
+    from. `shape`: gives the trees another form, and the objective what it has to know of them.
 
     Raises:
         UsageError: the recipe, the data or what `model.path` names is wrong.
@@ -105,17 +107,18 @@ def prepare_job(
     tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.model.trust_remote_code)
     template = choose_template(tokenizer, recipe.model.chat_template)
     _check_template(recipe, start, template, loaded)
-    objective = recipe.objective
+    objective, draws = recipe.objective, recipe.draws
     dataset = prepare(
         recipe.data,
-        loaded.stage,
+        "ppo" if draws else loaded.stage,
         tokenizer,
         template,
         recipe.seed,
         where,
-        objective.responses,
-        margin_column=objective.margin_from,
-        check=objective.check_tree,
+        "none" if draws else objective.responses,
+        reserve=draws.max_new_tokens if draws else 0,
+        margin_column=None if draws else objective.margin_from,
+        check=None if draws else objective.check_tree,
     )
     if shape is not None:
         dataset, objective = shape(dataset, recipe)
@@ -145,7 +148,7 @@ def prepare_job(
         started,
     )
     console.plan(plan(recipe, dataset, source, steps, memory, job.budget, _facts(job)))
-    console.example(show_example(source.batch(1)[0], tokenizer), _example_words(objective))
+    console.example(show_example(source.batch(1)[0], tokenizer), _example_words(recipe))
     for message in _warnings(job):
         console.warn(message)
     return job
@@ -207,19 +210,38 @@ def load_job(job: Job) -> tuple[Backbone, str]:
     return backbone, base
 
 
-def train_job(job: Job, folder: RunFolder, backbone: Backbone, *, sampled: bool = True, reference_is_start: bool = False) -> Fit:
+@dataclass(frozen=True)
+class Way:
+    """How a run learns, where it does not from the responses of its data."""
+
+    source: Source
+    measure: Measure | None
+    first: list[Tree]  # what the start is checked with
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of roles beside the policy
+
+
+def train_job(
+    job: Job,
+    folder: RunFolder,
+    backbone: Backbone,
+    *,
+    sampled: bool = True,
+    reference_is_start: bool = False,
+    way: Way | None = None,
+) -> Fit:
     """Check what must hold before the first step, then train to the end or to a signal.
 
     Raises:
         Stopped: a signal arrived; a checkpoint was written.
         NumberError: an invariant is broken, or a step was refused.
     """
+    way = way or Way(job.source, _measure(job, backbone), job.source.batch(1))
     fit = Fit(
         run=folder,
         backbone=backbone,
         objective=job.objective,
-        source=job.source,
-        held_out=list(job.dataset.held_out.trees) if job.dataset.held_out else [],
+        source=way.source,
+        measure=way.measure,
         save_model=partial(_save_model, job, backbone),
         sample=partial(_samples, job, backbone) if sampled else _no_samples,
         train=job.recipe.train,
@@ -230,13 +252,14 @@ def train_job(job: Job, folder: RunFolder, backbone: Backbone, *, sampled: bool 
         console=job.console,
         signals=job.signals,
         trackers=start_trackers(job.recipe, folder.path, job.ranks.main),
+        learning_rates=way.learning_rates,
     )
     try:
         # Before a checkpoint is taken up: every process checks the start it was given, also one that goes on later.
         check_start(
             backbone,
             job.objective,
-            job.source.batch(1),
+            way.first,
             budget=job.budget,
             ranks=job.ranks,
             reference_is_start=reference_is_start,
@@ -313,13 +336,17 @@ def _settle(
     )
     recipe = dataclasses.replace(recipe, lora=lora, objective=objective)
     asked = recipe.train.tokens_per_device
-    budget = ranks.min(auto_budget(memory, dataset.longest, ranks.device)) if asked == "auto" else asked
+    longest = dataset.longest + (recipe.draws.responses_per_prompt * recipe.draws.max_new_tokens if recipe.draws else 0)
+    budget = ranks.min(auto_budget(memory, longest, ranks.device)) if asked == "auto" else asked
     train = dataclasses.replace(recipe.train, tokens_per_device=budget, learning_rate=schema.learning_rate_of(recipe))
     model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
     return lora, memory, dataclasses.replace(recipe, train=train, model=model)
 
 
-def _example_words(objective: Objective) -> str:
+def _example_words(recipe: schema.Recipe) -> str:
+    objective = recipe.objective
+    if recipe.draws:
+        return "is learned: that is a prompt, and its responses are drawn from the policy"
     if objective.responses == "first":
         return "is what the model learns to write"
     if objective.mismatches:
@@ -371,6 +398,14 @@ def _save_model(job: Job, backbone: Backbone, folder: Path) -> None:
     job.tokenizer.save_pretrained(str(folder))
 
 
+def _measure(job: Job, backbone: Backbone) -> Measure | None:
+    """The objective's metrics on the held-out rows."""
+    if job.dataset.held_out is None:
+        return None
+    trees = list(job.dataset.held_out.trees)
+    return lambda state: evaluate(backbone, job.objective, trees, budget=state.budget, ranks=job.ranks, memory=state.memory)
+
+
 def _no_samples() -> Iterator[dict[str, Any] | None]:
     return iter(())
 
@@ -389,14 +424,26 @@ def _samples(job: Job, backbone: Backbone) -> Iterator[dict[str, Any] | None]:
     trees = list(first.values())
     if not trees:
         return
-    yield None
-    responses = continue_greedily(
-        backbone, job.objective.role, [tree.prompt for tree in trees], stop_ids(job, backbone), SHOWN_TOKENS
-    )
+    engine = TransformersEngine(backbone, job.objective.role)
+    prompts = [tree.prompt for tree in trees]
+    ends = stop_ids(job, backbone)
     lines = []
-    for tree, (ids, ended) in zip(trees, responses, strict=True):
-        record = records[tree.row]
-        response = job.tokenizer.decode(ids, skip_special_tokens=True)
-        line = {"prompt": question(record), "response": response, "ended": ended, "tokens": len(ids), "where": record.where}
-        lines.append(line)
+    with contextlib.closing(engine.generate(Request(prompts, range(len(prompts)), 1, SHOWN_TOKENS, 0.0, ends, 0))) as drawing:
+        for drawn in drawing:
+            if drawn is None:
+                yield None
+                continue
+            for tree, ((ids, ended),) in zip(trees, drawn, strict=True):
+                record = records[tree.row]
+                shown = ids[: len(ids) - ended]
+                response = job.tokenizer.decode(shown.tolist(), skip_special_tokens=True)
+                lines.append(
+                    {
+                        "prompt": question(record),
+                        "response": response,
+                        "ended": ended,
+                        "tokens": len(shown),
+                        "where": record.where,
+                    }
+                )
     yield {"lines": lines}

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from rlhf_cli.console import Console, Progress, peak_memory_gib
-from rlhf_cli.data.batches import Draw, due_steps
+from rlhf_cli.data.batches import Draw, derive_seed, due_steps
 from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.errors import NumberError, Stopped
 from rlhf_cli.models.backbone import Backbone
@@ -35,7 +35,7 @@ from rlhf_cli.training.checkpoint import (
 from rlhf_cli.training.optim import build_optimizer, learning_rate
 from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.signals import StopSignals
-from rlhf_cli.training.step import NonFinite, derive_seed, optimise
+from rlhf_cli.training.step import NonFinite, optimise
 from rlhf_cli.training.trackers import Trackers
 from rlhf_cli.training.underway import Underway
 from rlhf_cli.training.watch import KEPT, note_best, reason_to_stop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rlhf_cli.data.batches import derive_seed
 from rlhf_cli.data.trees import Batch, Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
@@ -184,12 +184,6 @@ def evaluate(
 class _Pass:
     sums: dict[tuple[str, str], torch.Tensor]  # (metric, unit) → sum
     rows: tuple[int, ...]  # the records of its trees
-
-
-def derive_seed(*parts: int) -> int:
-    """A 63-bit seed from a tuple of integers: what is random in a step depends on nothing else, so there is no state to save."""
-    text = ",".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def _measure(backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, ranks: Ranks) -> Iterator[_Pass]:

@@ -22,7 +22,7 @@ Ragged = Sequence[Sequence[Sequence[float]]]
 
 
 class Lookup:
-    """A backbone whose roles are tables: the log-probability of a token, or the score at it, by its id alone.
+    """A backbone whose roles are tables: the log-probability of a token, the value before it or the score at it, by its id alone.
 
     No two tokens of `make_trees` share an id, so a number that goes to another response, or to none, shows.
     """
@@ -30,10 +30,15 @@ class Lookup:
     def __init__(self, **tables: torch.Tensor) -> None:
         self.tables = tables
         self.asked: list[tuple[str, bool]] = []  # role, with gradients
+        self.temperatures: list[float] = []
 
-    def logps(self, role: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def logps(self, role: str, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         self.asked.append((role, torch.is_grad_enabled()))
+        self.temperatures.append(temperature)
         return self.tables[role][batch.target], torch.zeros(len(batch.target), dtype=torch.bool)
+
+    def values(self, role: str, batch: Batch) -> torch.Tensor:
+        return self.tables[role][batch.target]
 
     def scores(self, role: str, batch: Batch) -> torch.Tensor:
         return self.tables[role][batch.ids.flatten()[batch.last]]
@@ -70,21 +75,28 @@ class Result(NamedTuple):
 
 
 def run(
-    objective: Objective, backbone: Any, trees: list[Tree], *, budget: int = 4096, memory: Mapping[str, float] | None = None
+    objective: Objective,
+    backbone: Any,
+    trees: list[Tree],
+    *,
+    budget: int = 4096,
+    memory: Mapping[str, float] | None = None,
+    given: Mapping[str, float] | None = None,
 ) -> Result:
     """What an optimiser step makes of a global batch: sums over its passes, divided by its counts; float64, without weights."""
     counts = objective.counts(trees)
-    seen, (learned,) = objective.phases(trees)
+    seen, parts = objective.phases(trees)
     statistics: dict[str, float] = {}
     for batch in passes(seen, budget):
         for name, (value, unit) in objective.statistics(backbone, batch).items():
             assert not value.requires_grad
             statistics[name] = statistics.get(name, 0.0) + float(value) / counts[unit]
     kept = dict(memory or {})
+    constants = kept | dict(given or {}) | statistics
     loss = torch.zeros((), dtype=torch.float64)
     means: dict[str, float] = {}
-    for batch in passes(learned, budget):
-        for term in objective.terms(backbone, batch, kept | statistics):
+    for batch in [batch for part in parts for batch in passes(part, budget)]:
+        for term in objective.terms(backbone, batch, constants):
             for unit, value in term.losses.items():
                 loss = loss + value / counts[unit]
             for name, (value, unit) in term.sums.items():

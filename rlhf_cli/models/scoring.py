@@ -1,0 +1,31 @@
+"""Scores of many responses by a role with a scalar head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from rlhf_cli.data.trees import Tree
+    from rlhf_cli.models.backbone import Backbone
+
+
+@torch.no_grad()
+def score_trees(
+    backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, rank: int = 0, ranks: int = 1, batch_size: int = 64
+) -> dict[int, np.ndarray]:
+    """Index of a tree → the scores of its responses, (K,) float64, for this rank's share of the trees.
+
+    `backbone` holds the role's weights; `batch_size` trees at a time are cut into passes of at most `budget` tokens.
+    """
+    backbone.model.eval()
+    found: dict[int, np.ndarray] = {}
+    for start in range(0, len(trees), batch_size):
+        for batch in backbone.batches(list(trees[start : start + batch_size]), budget, rank, ranks):
+            scores = backbone.scores(role, batch).double().cpu().numpy()
+            own = np.split(scores, np.cumsum(batch.counts)[:-1])
+            found |= {start + tree: part for tree, part in zip(batch.trees, own, strict=True)}
+    return found

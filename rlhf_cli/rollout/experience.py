@@ -1,0 +1,239 @@
+"""Responses drawn from the current policy: what they say, what they are worth, and what every role makes of their tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from rlhf_cli.data.records import Record
+from rlhf_cli.data.trees import Batch, Tree
+from rlhf_cli.errors import RunError
+from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.objectives.policy_gradient import Experience
+from rlhf_cli.recipe import schema
+from rlhf_cli.rollout.generate import Drawn, Engine, Request
+from rlhf_cli.rollout.rewards import Answers, Term, combine
+
+T = TypeVar("T")
+Work = Generator[None, None, T]
+"""Yields between two passes or tokens, so that a caller can stop, and returns its result."""
+
+
+class Ranks(Protocol):
+    """The processes of a run, as far as rollouts need them."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """M responses of N tokens, tree by tree, before anything is learned from them."""
+
+    trees: list[Tree]  # prompts with their responses
+    ended: np.ndarray  # (M,) bool
+    terms: dict[str, np.ndarray]  # reward term → (M,) float64, before its weight
+    gold: dict[str, np.ndarray]  # gold term → (M,)
+    scores: np.ndarray  # (M,) combined, penalties taken off
+    old: np.ndarray  # (N,) float64 log π at the rollout's temperature
+    reference: np.ndarray  # (N,) log π_ref at the rollout's temperature
+    plain: np.ndarray  # (N,) log π at temperature 1
+    plain_reference: np.ndarray  # (N,) log π_ref at temperature 1
+    values: np.ndarray | None  # (N,)
+    seconds: dict[str, float]  # rollout: drawing; score: rewards and log-probabilities
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(M,) tokens of each response, its end included."""
+        return np.array([len(response) for tree in self.trees for response in tree.responses], np.int64)
+
+    @property
+    def experience(self) -> Experience:
+        prompt = np.repeat(np.arange(len(self.trees)), [len(tree.responses) for tree in self.trees])
+        return Experience(self.lengths, prompt, self.scores, self.old, self.reference, self.values)
+
+    def figures(self, kl_coef: float | None = None) -> dict[str, float]:
+        """Means over the responses. KL (at temperature 1) and entropy are sums over tokens, Σ log π/π_ref and −Σ log π.
+
+        `kl_coef`: κ, for the reward that is left when the log-ratio at the rollout's temperature is taken off.
+        """
+        starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
+        named = {f"reward/{name}": values for name, values in self.terms.items()}
+        named |= {f"gold/{name}": values for name, values in self.gold.items()}
+        named |= {
+            "objective/scores": self.scores,
+            "objective/kl": np.add.reduceat(self.plain - self.plain_reference, starts),
+            "objective/entropy": -np.add.reduceat(self.old, starts),
+            "response/length": self.lengths,
+            "response/eos_rate": self.ended,
+        }
+        if kl_coef is not None:
+            named["objective/rlhf_reward"] = self.scores - kl_coef * np.add.reduceat(self.old - self.reference, starts)
+        return {name: float(values.mean()) for name, values in named.items()}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws responses from the policy as it is now, each rank its share of the prompts, and measures them."""
+
+    backbone: Backbone
+    engine: Engine
+    tokenizer: Any
+    ends: tuple[int, ...]
+    settings: schema.Rollout
+    records: Sequence[Record]  # that trees name by their row
+    terms: Sequence[Term]
+    gold: Sequence[Term]
+    combine: str
+    budget: int
+    ranks: Ranks
+
+    def rollout(self, prompts: Sequence[Tree], seed: int, *, samples: int | None = None, values: bool = False) -> Work[Rollout]:
+        """Responses to all prompts, the same on every rank. `samples`: of each prompt, by default the recipe's number.
+
+        Raises:
+            RunError: a reward could not be computed.
+        """
+        started = time.monotonic()
+        share = range(self.ranks.rank, len(prompts), self.ranks.size)
+        count = self.settings.responses_per_prompt if samples is None else samples
+        own = yield from self.respond([prompts[i] for i in share], share, seed, count, self.settings.max_new_tokens)
+        drawn_at = time.monotonic()
+        trees = [
+            prompts[i]._replace(responses=tuple(response.ids for response in responses))
+            for i, responses in zip(share, own, strict=True)
+        ]
+        answers = self._answers(trees, own)
+        worth = together(self.ranks, lambda: self._worth(answers))
+        yield
+        tokens = yield from self._tokens(trees, values)
+        found = _merge(self.ranks.gather(dict(zip(share, zip(trees, own, worth, tokens, strict=True), strict=True))))
+        whole = np.concatenate([scores for _, _, scores, _ in found], 1)
+        old, reference, plain, plain_reference, value = np.concatenate([numbers for *_, numbers in found], 1)
+        names, gold = [term.name for term in self.terms], [term.name for term in self.gold]
+        scores, gold_scores = whole[: len(names)], whole[len(names) :]
+        ended = np.array([response.ended for _, responses, _, _ in found for response in responses])
+        weighted = scores * np.array([term.weight for term in self.terms])[:, None]
+        return Rollout(
+            trees=[tree for tree, *_ in found],
+            ended=ended,
+            terms=dict(zip(names, scores, strict=True)),
+            gold=dict(zip(gold, gold_scores, strict=True)),
+            scores=combine(weighted, self.combine) - self.settings.missing_eos_penalty * ~ended,
+            old=old,
+            reference=reference,
+            plain=plain,
+            plain_reference=plain_reference,
+            values=value if values else None,
+            seconds={"rollout": drawn_at - started, "score": time.monotonic() - drawn_at},
+        )
+
+    def respond(
+        self, prompts: Sequence[Tree], numbers: Sequence[int], seed: int, samples: int, max_new_tokens: int
+    ) -> Work[list[list[Drawn]]]:
+        """The responses to each prompt, without judging them. `numbers`: of each prompt, what its randomness follows from."""
+        if not prompts:
+            return []
+        request = Request(
+            prompts=[tree.prompt for tree in prompts],
+            numbers=list(numbers),
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            temperature=self.settings.temperature,
+            ends=self.ends,
+            seed=seed,
+        )
+        return (yield from last(self.engine.generate(request)))
+
+    def _answers(self, trees: list[Tree], drawn: list[list[Drawn]]) -> Answers:
+        def text(response: Drawn) -> str:
+            ids = response.ids[:-1] if response.ended else response.ids
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+        return Answers(
+            trees=trees,
+            records=[self.records[tree.row] for tree in trees],
+            texts=[[text(response) for response in responses] for responses in drawn],
+            ended=[[response.ended for response in responses] for responses in drawn],
+        )
+
+    def _worth(self, answers: Answers) -> list[np.ndarray]:
+        """(terms, K) of every tree's responses, gold after the reward."""
+        if not answers.trees:
+            return []
+        scores = np.stack([term.score(answers) for term in (*self.terms, *self.gold)])
+        return np.split(scores, np.cumsum([len(tree.responses) for tree in answers.trees])[:-1], 1)
+
+    def _tokens(self, trees: list[Tree], values: bool) -> Work[list[np.ndarray]]:
+        """(5, n) of every tree's response tokens: `old`, `reference`, `plain`, `plain_reference`, and the value or NaN."""
+        warm = self.settings.temperature
+
+        def logps(role: str) -> Callable[[Backbone, Batch], tuple[torch.Tensor, ...]]:
+            return lambda host, batch: host.tempered_logps(role, batch, (warm, 1.0))[0]
+
+        policy = yield from _per_tree(self.backbone, trees, self.budget, logps("policy"))
+        host = self.backbone.at("reference")
+        reference = yield from _per_tree(host, trees, self.budget, logps("reference"))
+        value = [np.full((1, part.shape[1]), np.nan) for part in policy]
+        if values:
+            host = self.backbone.at("value")
+            value = yield from _per_tree(host, trees, self.budget, lambda own, batch: (own.values("value", batch),))
+        return [
+            np.concatenate([mine[:1], theirs[:1], mine[1:], theirs[1:], worth])
+            for mine, theirs, worth in zip(policy, reference, value, strict=True)
+        ]
+
+
+def _per_tree(
+    host: Backbone, trees: list[Tree], budget: int, read: Callable[[Backbone, Batch], tuple[torch.Tensor, ...]]
+) -> Work[list[np.ndarray]]:
+    """(rows of `read`, n) float64 of every tree's response tokens, response by response."""
+    host.train(False)
+    found: dict[int, np.ndarray] = {}
+    for batch in host.batches(trees, budget):
+        with torch.no_grad():
+            rows = torch.stack(read(host, batch)).double().cpu().numpy()
+        owner = batch.owner.cpu().numpy()
+        first = 0
+        for tree, count in zip(batch.trees, batch.counts, strict=True):
+            found[tree] = np.concatenate([rows[:, owner == response] for response in range(first, first + count)], 1)
+            first += count
+        yield
+    return [found[tree] for tree in range(len(trees))]
+
+
+def _merge(shares: list[dict[int, T]]) -> list[T]:
+    whole = {index: value for share in shares for index, value in share.items()}
+    return [whole[index] for index in range(len(whole))]
+
+
+def last(values: Iterator[T | None]) -> Work[T]:
+    """The last value of an iterator whose others are pauses."""
+    found: T | None = None
+    for value in values:
+        found = value
+        yield
+    assert found is not None
+    return found
+
+
+def together(ranks: Ranks, work: Callable[[], T]) -> T:
+    """`work` on this rank; what it raises on any rank ends the run on all, in order."""
+    fault: tuple[type[RunError], str] | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except RunError as error:
+        fault = type(error), str(error)
+    for found in ranks.gather(fault):
+        if found is not None:
+            raise found[0](found[1])
+    return result  # type: ignore[return-value]

@@ -1,0 +1,346 @@
+"""Responses drawn from the policy: an own token loop, in which every draw is a function of seed, prompt, sample and position.
+
+Prompts are read once each, sorted by length; rows that ended cost nothing more. How prompts are batched, cut into waves or
+dealt to ranks changes no response as long as the logits are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from rlhf_cli.errors import NumberError, UsageError
+from rlhf_cli.models.backbone import LAYER_TYPES, PLAIN, Backbone
+from rlhf_cli.models.few_rows import few_rows, linear
+from rlhf_cli.models.kv_cache import RowCache
+from rlhf_cli.models.merging import merged
+
+PROMPT_TOKENS = 4096
+"""Tokens of a forward pass over prompts, padding included; a longer prompt has one of its own."""
+
+PASS_COST = 32
+"""Padding tokens that are cheaper than another pass over prompts."""
+
+CPU_CACHE = 2 * 2**30
+"""Bytes that the keys, values and logits of a wave may take on a CPU."""
+
+GPU_SHARE = 0.5
+"""The same on a GPU, as a share of what is free."""
+
+LOGITS = 4
+"""Vectors of the vocabulary's length, in float32, that a row takes while its next token is chosen."""
+
+BLOCK = 256
+"""Tokens whose probabilities are summed before they are searched one by one."""
+
+CACHE_NAMES = ("past_key_values", "cache_params")
+"""What models call the cache that they take and return; the second one's have no attention."""
+
+
+class Drawn(NamedTuple):
+    """One response."""
+
+    ids: np.ndarray  # (T,) int32, its end-of-turn included where it ended
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw, and all that the draws depend on beside the weights."""
+
+    prompts: Sequence[np.ndarray]  # token ids, at least one each
+    numbers: Sequence[int]  # of each prompt in the whole batch, over all ranks
+    samples: int  # responses per prompt
+    max_new_tokens: int
+    temperature: float  # 0: greedy
+    ends: Sequence[int]  # ids that end a response
+    seed: int  # of this draw alone: it says which step it is, too
+
+
+class Engine(Protocol):
+    """Whatever draws responses."""
+
+    def generate(self, request: Request) -> Iterator[list[list[Drawn]] | None]:
+        """None between tokens, so that a caller can stop; last of all the responses, [prompt][sample]."""
+        ...
+
+
+class TransformersEngine:
+    """Draws with the backbone's own weights. While it draws, the backbone is its alone."""
+
+    def __init__(self, backbone: Backbone, role: str) -> None:
+        self.backbone, self.role = backbone, role
+        takes_masks = backbone.kernel.name != PLAIN and LAYER_TYPES.issuperset(backbone._layer_types)
+        self.decoder: type[_Aligned] | type[_Alike] = _Aligned if takes_masks else _Alike
+        self.fixed, self.per_token = _cache_bytes(backbone)
+
+    @torch.no_grad()
+    def generate(self, request: Request) -> Generator[list[list[Drawn]] | None, None, None]:
+        """None after every token, then the responses; a caller that stops early must close the iterator.
+
+        Raises:
+            UsageError: a prompt is empty.
+            NumberError: the logits are not finite.
+        """
+        if not all(map(len, request.prompts)):
+            raise UsageError("an empty prompt: there is no token to continue; give every prompt at least one")
+        self.backbone.train(False)
+        drawn = [[Drawn(np.empty(0, np.int32), False)] * request.samples for _ in request.prompts]
+        with merged(self.backbone, self.role), self.backbone.plain_attention() as model, few_rows(model):
+            for wave in self._waves(request):
+                yield from self._draw(request, wave, drawn)
+        yield drawn
+
+    def _waves(self, request: Request) -> Iterator[np.ndarray]:
+        """All rows of (prompt, sample), longest prompts first, cut into the fewest waves of about equal size that fit."""
+        lengths = np.array([len(prompt) for prompt in request.prompts])
+        logits = LOGITS * 4 * self.backbone.model.get_output_embeddings().weight.shape[0]
+        room = _room(self.backbone.device)
+        for together in self.decoder.apart(np.argsort(-lengths, kind="stable"), lengths):
+            rows = np.stack((np.repeat(together, request.samples), np.tile(np.arange(request.samples), len(together))), 1)
+            row = self.fixed + self.per_token * (lengths[together[0]] + request.max_new_tokens) + logits
+            yield from np.array_split(rows, math.ceil(len(rows) / max(1, room // row)))
+
+    def _draw(self, request: Request, wave: np.ndarray, drawn: list[list[Drawn]]) -> Iterator[None]:
+        """Fill in the responses of a wave."""
+        copies = Counter(wave[:, 0].tolist())
+        prompts = [request.prompts[number] for number in copies]
+        decoder = self.decoder(self.backbone, prompts, list(copies.values()), request.max_new_tokens)
+        head = _Head(self.backbone)
+        uniforms = np.stack([draw_uniforms(request.seed, request.numbers[p], s, request.max_new_tokens) for p, s in wave])
+        ids = np.zeros(uniforms.shape, np.int32)
+        rows = np.arange(len(wave))  # of the wave, in the decoder's order
+        states = decoder.begin()
+        for t in range(request.max_new_tokens):
+            chances = torch.from_numpy(uniforms[rows, t]).to(states.device)
+            tokens = choose(head(states), request.temperature, chances)
+            ids[rows, t] = tokens.cpu().numpy()
+            ended = np.isin(ids[rows, t], request.ends)
+            last = t + 1 == request.max_new_tokens
+            for row, end in zip(rows, ended, strict=True):
+                if end or last:
+                    prompt, sample = wave[row]
+                    drawn[prompt][sample] = Drawn(ids[row, : t + 1], bool(end))
+            yield None
+            if last or ended.all():
+                return
+            if ended.any():
+                order = decoder.keep(~ended)
+                rows, tokens = rows[order], tokens[torch.from_numpy(order).to(tokens.device)]
+            states = decoder.append(tokens)
+
+
+class _Head:
+    """The output head alone, in the compute dtype."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        head = backbone.model.get_output_embeddings()
+        self.dtype = backbone.compute_dtype
+        self.weight: torch.Tensor = head.weight.to(self.dtype)
+        self.bias: torch.Tensor | None = None if head.bias is None else head.bias.to(self.dtype)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, V) float32."""
+        return linear(states.to(self.dtype), self.weight, self.bias).float()
+
+
+class _Aligned:
+    """Rows whose prompts end in one column, of every length: for attention that takes a mask."""
+
+    @staticmethod
+    def apart(order: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """Prompts that cannot share a wave: none."""
+        return [order]
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray], copies: Sequence[int], more: int) -> None:
+        """`prompts`: the longest first; `copies`: rows of each; `more`: tokens that may follow."""
+        self.backbone, self.prompts = backbone, prompts
+        self.copies = torch.tensor(copies, device=backbone.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=backbone.device)
+        self.cache = RowCache(sum(copies), len(prompts[0]), more)
+        self.start = torch.repeat_interleave(len(prompts[0]) - lengths, self.copies)  # first column of each row
+
+    def begin(self) -> torch.Tensor:
+        """Read all prompts; the last state of every row, (rows, D)."""
+        states = []
+        for part in cut_prompts([len(prompt) for prompt in self.prompts]):
+            some, copies = self.prompts[part], self.copies[part]
+            width = len(some[0])
+            ids = np.zeros((len(some), width), np.int64)
+            for row, prompt in zip(ids, some, strict=True):
+                row[width - len(prompt) :] = prompt
+            start = torch.tensor([width - len(prompt) for prompt in some], device=self.backbone.device)
+            with self.cache.prompts(copies):
+                states.append(self._forward(torch.from_numpy(ids), start, 0).repeat_interleave(copies, 0))
+        return torch.cat(states)
+
+    def append(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The states of one more token (rows,) of each row, (rows, D)."""
+        states = self._forward(tokens[:, None], self.start, self.cache.column)
+        self.cache.advance()
+        return states
+
+    def keep(self, live: np.ndarray) -> np.ndarray:
+        """Drop rows; those that are left, in their new order."""
+        order = self.cache.keep(torch.from_numpy(live).to(self.backbone.device))
+        self.start = self.start[order]
+        return order.cpu().numpy()
+
+    def _forward(self, ids: torch.Tensor, start: torch.Tensor, first: int) -> torch.Tensor:
+        """Last states of ids (rows, L), which stand in the columns from `first`; a row begins in column `start` (rows,)."""
+        key = torch.arange(first + ids.shape[1], device=start.device)
+        query = key[first:, None]
+        age = query - key
+        seen = (age >= 0) & (key >= start[:, None, None])
+        with self.backbone.autocast():
+            out = self.backbone.model.base_model(
+                input_ids=ids.to(start.device),
+                position_ids=(key[first:] - start[:, None]).clamp_min(0),
+                attention_mask=self._masks(seen[:, None], age),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        states: torch.Tensor = out.last_hidden_state[:, -1]
+        return states
+
+    def _masks(self, seen: torch.Tensor, age: torch.Tensor) -> Any:
+        """What the model takes: one additive mask, or a dict of them by kind of layer."""
+        kinds, window = self.backbone._layer_types, self.backbone._window
+
+        def mask(limit: int | None) -> torch.Tensor:
+            hidden = ~seen if limit is None else ~seen | (age >= limit)
+            empty = torch.zeros(hidden.shape, dtype=self.backbone.compute_dtype, device=seen.device)
+            return empty.masked_fill_(hidden, torch.finfo(empty.dtype).min)
+
+        if len(kinds) > 1:
+            return {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
+        return mask(None if kinds == ("full_attention",) else window)
+
+
+class _Alike:
+    """Rows whose prompts are equally long, with the model's own cache: for models that take no mask."""
+
+    @staticmethod
+    def apart(order: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        """Prompts that can share a wave: of one length, and read in one pass."""
+        for length in dict.fromkeys(lengths[order].tolist()):
+            same = order[lengths[order] == length]
+            yield from np.array_split(same, math.ceil(len(same) * length / max(length, PROMPT_TOKENS)))
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray], copies: Sequence[int], more: int) -> None:
+        self.backbone, self.prompts = backbone, prompts
+        self.copies = torch.tensor(copies, device=backbone.device)
+        self.cache: dict[str, Any] = {}
+
+    def begin(self) -> torch.Tensor:
+        """As of `_Aligned`."""
+        states = self._forward(torch.from_numpy(np.stack(self.prompts).astype(np.int64)).to(self.backbone.device))
+        rows = torch.repeat_interleave(torch.arange(len(states), device=states.device), self.copies)
+        return states[self._select(rows)]
+
+    def append(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As of `_Aligned`."""
+        return self._forward(tokens[:, None])
+
+    def keep(self, live: np.ndarray) -> np.ndarray:
+        """As of `_Aligned`."""
+        order = np.flatnonzero(live)
+        self._select(torch.from_numpy(order).to(self.backbone.device))
+        return order
+
+    def _select(self, rows: torch.Tensor) -> torch.Tensor:
+        for cache in self.cache.values():
+            cache.reorder_cache(rows)
+        return rows
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        with self.backbone.autocast():
+            out = self.backbone.model.base_model(input_ids=ids, use_cache=True, **self.cache)
+        self.cache = {name: out[name] for name in CACHE_NAMES if name in out}
+        states: torch.Tensor = out.last_hidden_state[:, -1]
+        return states
+
+
+@torch.no_grad()
+def _cache_bytes(backbone: Backbone) -> tuple[float, float]:
+    """What a row of the model's cache takes: bytes whatever its length, and bytes of each token; measured on short prompts."""
+    sizes = []
+    for length in (4, 8):
+        decoder = _Alike(backbone, [np.zeros(length, np.int32)], [1], 0)
+        with backbone.plain_attention():
+            decoder.begin()
+        held = [value for cache in decoder.cache.values() for layer in cache.layers for value in vars(layer).values()]
+        held += [value for several in held if isinstance(several, dict) for value in several.values()]
+        sizes.append(sum(value.nbytes for value in held if torch.is_tensor(value)))
+    per_token = (sizes[1] - sizes[0]) / 4
+    return sizes[0] - 4 * per_token, per_token
+
+
+def _room(device: torch.device) -> float:
+    """Bytes that a wave may take."""
+    if device.type != "cuda":
+        return CPU_CACHE
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
+
+
+def cut_prompts(lengths: Sequence[int]) -> list[slice]:
+    """Prompts, the longest first, as forward passes of at most PROMPT_TOKENS and with little padding."""
+    cuts = [0]
+    padding = 0
+    for number, length in enumerate(lengths):
+        longest = lengths[cuts[-1]]
+        padding += longest - length
+        if padding > PASS_COST or (number + 1 - cuts[-1]) * longest > max(longest, PROMPT_TOKENS):
+            cuts.append(number)
+            padding = 0
+    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(lengths)], strict=True)]
+
+
+def draw_uniforms(seed: int, number: int, sample: int, count: int) -> np.ndarray:
+    """(count,) float64 in [0, 1): one for each token of a prompt's sample, the same however many are asked for."""
+    key = blake2b(f"{seed},{number},{sample}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count)
+
+
+def choose(logits: torch.Tensor, temperature: float, uniforms: torch.Tensor) -> torch.Tensor:
+    """The next token of every row, (B,) int64: the first whose cumulative probability exceeds the row's uniform.
+
+    logits (B, V) float32 are overwritten, uniforms (B,) are float64; probabilities ∝ exp(logits / temperature), summed in
+    float64. A token of probability 0 is never drawn. Temperature 0: the most likely token.
+
+    Raises:
+        NumberError: the logits are not finite.
+    """
+    top = logits.amax(-1, keepdim=True)
+    if not torch.isfinite(top).all():
+        raise NumberError("the policy's logits are not finite while it samples; look at the last steps' loss and grad_norm")
+    if temperature == 0:
+        return logits.argmax(-1)
+    weights = logits.sub_(top).div_(temperature).exp_()
+    if weights.shape[1] % BLOCK:
+        weights = F.pad(weights, (0, -weights.shape[1] % BLOCK))
+    blocks = weights.view(len(weights), -1, BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    block, rest = _search(ends, uniforms * ends[:, -1])
+    inside = blocks[torch.arange(len(blocks), device=block.device), block].double().cumsum(-1)
+    return block * BLOCK + _search(inside, rest)[0]
+
+
+def _search(ends: torch.Tensor, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first interval of each row whose end (B, n) exceeds its point (B,), and how far into it the point lies.
+
+    A point that rounding moved to the last end or beyond counts as just before it.
+    """
+    point = torch.minimum(point, torch.nextafter(ends[:, -1], torch.zeros_like(point)))[:, None]
+    at = torch.searchsorted(ends, point, right=True)
+    begin = F.pad(ends, (1, 0)).gather(1, at)
+    return at[:, 0], (point - begin)[:, 0]

@@ -1,0 +1,164 @@
+"""Where the batches of a run come from that learns from its own responses: the policy as it is when a step begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhf_cli.data.batches import DatasetSource, Draw, derive_seed
+from rlhf_cli.data.records import Facts
+from rlhf_cli.data.trees import Tree
+from rlhf_cli.objectives.kl import next_coef
+from rlhf_cli.objectives.policy_gradient import PolicyGradient
+from rlhf_cli.recipe import schema
+from rlhf_cli.rollout.experience import Rollout, Sampler
+
+KL_COEF = "kl_coef"
+"""The name of an adapted κ among the objective's own numbers."""
+
+DRAWN, HELD_OUT, PROBED = 2, 3, 4
+"""Tell the seeds of training, held-out and probing responses from each other and from those of updates."""
+
+PROBE_PROMPTS, PROBE_TOKENS = 4, 16
+"""Responses that are drawn to check the start of a run with."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts whose responses are drawn and measured, but never trained on."""
+
+    sampler: Sampler
+    prompts: list[Tree]
+    seed: int
+    kl_coef: float | None  # κ of the recipe; None: no KL is taken off the reward
+
+    def measure(self, memory: Mapping[str, float]) -> Iterator[dict[str, float] | None]:
+        """Figures of one response to every prompt. The same random numbers each time: two measurements differ by the policy."""
+        rollout = yield from self.sampler.rollout(self.prompts, derive_seed(self.seed, HELD_OUT), samples=1)
+        yield rollout.figures(None if self.kl_coef is None else memory.get(KL_COEF, self.kl_coef))
+
+
+def probe(sampler: Sampler, prompts: Sequence[Tree], seed: int) -> list[Tree]:
+    """A few prompts with short responses, to check what must hold before the first step."""
+    few = list(prompts[:PROBE_PROMPTS])
+    work = sampler.respond(few, range(len(few)), derive_seed(seed, PROBED), sampler.settings.responses_per_prompt, PROBE_TOKENS)
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            return [
+                tree._replace(responses=tuple(response.ids for response in responses))
+                for tree, responses in zip(few, done.value, strict=True)
+            ]
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """A rollout for every step, with the advantages that the objective makes of it."""
+
+    sampler: Sampler
+    prompts: DatasetSource
+    objective: PolicyGradient
+    kl: schema.Kl
+    ptx: DatasetSource | None
+    ptx_coef: float
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.prompts.steps_per_epoch
+
+    def draw(self, step: int, memory: Mapping[str, float]) -> Iterator[Draw | None]:
+        """Yields None between tokens and passes, and then the rollout of `step` with what it teaches."""
+        prompts = self.prompts.batch(step)
+        seed = derive_seed(self.seed, DRAWN, step)
+        rollout = yield from self.sampler.rollout(prompts, seed, values=self.objective.values)
+        coef = memory.get(KL_COEF, self.kl.coef)
+        experience = rollout.experience
+        lesson = self.objective.learn(experience, coef if self.kl.estimator == "k1" else 0.0, memory)
+        figures = rollout.figures(coef)
+        metrics = {
+            **figures,
+            "kl_coef": coef,
+            **lesson.metrics,
+            **{f"time/{name}": seconds for name, seconds in rollout.seconds.items()},
+        }
+        after = dict(lesson.memory)
+        if self.kl.target is not None:
+            after[KL_COEF] = next_coef(coef, figures["objective/kl"], self.kl.target, self.kl.horizon, len(rollout.ended))
+        given = {"temperature": self.sampler.settings.temperature}
+        if self.kl.estimator != "k1":
+            given[f"{self.kl.estimator}_coef"] = coef
+        trees, wheres = _recorded(rollout, lesson.advantages, lesson.targets), self.prompts.wheres(step)
+        if self.ptx is not None:
+            given["ptx_coef"] = self.ptx_coef
+            offset = len(self.sampler.records)
+            trees += [tree._replace(row=offset + tree.row) for tree in self.ptx.batch(step)]
+            wheres += self.ptx.wheres(step)
+        yield Draw(step, (trees,), (wheres,), after, given, metrics)
+
+
+def _recorded(rollout: Rollout, advantages: np.ndarray, targets: np.ndarray | None) -> list[Tree]:
+    """The trees with the columns of `Recorded` for every token."""
+    unknown = np.full(len(rollout.old), np.nan)
+    values = unknown if rollout.values is None else rollout.values
+    columns = [rollout.old, rollout.reference, advantages, values, unknown if targets is None else targets]
+    parts = iter(np.split(np.stack(columns, 1).astype(np.float32), np.cumsum(rollout.lengths)[:-1]))
+    return [tree._replace(recorded=tuple(next(parts) for _ in tree.responses)) for tree in rollout.trees]
+
+
+Shape = Callable[[list[Tree], int], list[Tree]]
+"""Gives the ranked trees of a step, with the step's seed, the form that an objective takes."""
+
+
+@dataclass(frozen=True)
+class PreferenceSource:
+    """Responses ranked by the reward, drawn anew every `refresh` steps, for objectives on preferences."""
+
+    sampler: Sampler
+    prompts: DatasetSource
+    refresh: int
+    steps: int
+    shape: Shape | None
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.prompts.steps_per_epoch
+
+    def draw(self, step: int, memory: Mapping[str, float]) -> Iterator[Draw | None]:
+        """Yields None between tokens and passes, and then the ranked responses for `step` and the steps until the next draw."""
+        steps = range(step, min(step + self.refresh, self.steps + 1))
+        batches = [self.prompts.batch(k) for k in steps]
+        prompts = [tree for batch in batches for tree in batch]
+        rollout = yield from self.sampler.rollout(prompts, derive_seed(self.seed, DRAWN, step))
+        trees = iter(ranked(rollout))
+        shaped = []
+        for k, batch in zip(steps, batches, strict=True):
+            own = [next(trees) for _ in batch]
+            shaped.append(own if self.shape is None else self.shape(own, derive_seed(self.seed, DRAWN, step, k)))
+        wheres = tuple([self.sampler.records[tree.row].where for tree in own] for own in shaped)
+        times = {f"time/{name}": seconds for name, seconds in rollout.seconds.items()}
+        yield Draw(step, tuple(shaped), wheres, dict(memory), {}, rollout.figures() | times)
+
+
+def ranked(rollout: Rollout) -> list[Tree]:
+    """The trees with their responses best first, ties marked as such, and the reference's log-probabilities of each."""
+    known = iter(np.split(rollout.plain_reference, np.cumsum(rollout.lengths)[:-1]))
+    scores = iter(rollout.scores.tolist())
+    found = []
+    for tree in rollout.trees:
+        own = [next(scores) for _ in tree.responses]
+        reference = [next(known).astype(np.float32) for _ in tree.responses]
+        order = sorted(range(len(own)), key=lambda k: -own[k])
+        better = sorted(set(own), reverse=True)
+        found.append(
+            tree._replace(
+                responses=tuple(tree.responses[k] for k in order),
+                facts=Facts(ranks=tuple(float(better.index(own[k])) for k in order), scores=tuple(own[k] for k in order)),
+                reference=tuple(reference[k] for k in order),
+            )
+        )
+    return found

@@ -1,0 +1,119 @@
+"""`rlhf ppo`: policy optimisation against a reward, read from the top as it happens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from rlhf_cli.data.dataset import Dataset, prepare
+from rlhf_cli.models.homes import Head, Homes
+from rlhf_cli.models.load import local_folder, read_head
+from rlhf_cli.objectives.policy_gradient import PolicyGradient
+from rlhf_cli.recipe import schema
+from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.rollout.source import PolicySource
+from rlhf_cli.stages.drawing import Drawing, Judges, find_judges, open_drawing, recorded
+from rlhf_cli.stages.reference import find_reference, place_reference
+from rlhf_cli.stages.reward_models import FoundRewardModel
+from rlhf_cli.stages.training import FINE, Job, Way, finish_job, load_job, open_job, prepare_job, train_job
+
+
+def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
+    """Train the recipe's policy on its own responses, judged by the reward.
+
+    Raises:
+        RunError: with its exit code; with exit code 2 nothing was trained or changed.
+    """
+    job = prepare_job(loaded, check=check, resume=resume)
+    reference, judges, ptx = find_reference(job, check), find_judges(job, check), _ptx_rows(job)
+    assert reference is not None
+    for words in (reference.words, *judges.words(), *_announce(job)):
+        job.console.say(words)
+    if check:
+        job.console.say(FINE)
+        return
+    job = dataclasses.replace(job, inputs=recorded(reference, judges) | (ptx.fingerprints if ptx else {}))
+    with open_job(job, resume=resume, force=force) as folder:
+        if folder is None:
+            return
+        backbone, base = load_job(job)
+        homes = Homes(backbone, job.recipe.model, base, job.start.revision, job.ranks.device)
+        place_reference(job, reference, homes, base)
+        drawing = open_drawing(job, judges, backbone, homes, base)
+        way = Way(
+            source=_source(job, drawing, ptx),
+            measure=drawing.measure,
+            first=drawing.probe,
+            learning_rates=_add_value(job, judges, homes, base),
+        )
+        fit = train_job(job, folder, backbone, reference_is_start=reference.is_start, way=way)
+        parents = (*reference.parents(job), *judges.parents())
+        finish_job(job, folder, fit, base, {"reference": reference.record, **judges.record}, parents)
+
+
+def _announce(job: Job) -> Iterator[str]:
+    """What a step does, and what the recipe's keys do not show."""
+    recipe, objective = _parts(job)
+    prompts, samples = min(recipe.train.batch_size, len(job.source.trees)), recipe.rollout.responses_per_prompt
+    yield (
+        f"each step draws {prompts} prompts (train.batch_size) × {samples} (rollout.responses_per_prompt) responses and learns "
+        f"from them in {objective.epochs} passes (objective.epochs) of {objective.minibatches} (objective.minibatches) updates"
+    )
+    if recipe.kl.estimator == "k2":
+        yield "kl: ½(log π/π_ref)² is a loss term; on the policy's own tokens its gradient is that of each token's KL"
+    if recipe.kl.estimator == "k3":
+        yield "kl: k3 is a loss term; on the policy's own tokens it descends KL(π_ref‖π), not KL(π‖π_ref)"
+    if objective.announcement:
+        yield objective.announcement
+
+
+def _parts(job: Job) -> tuple[schema.PpoRecipe, PolicyGradient]:
+    assert isinstance(job.recipe, schema.PpoRecipe)
+    assert isinstance(job.objective, PolicyGradient)
+    return job.recipe, job.objective
+
+
+def _ptx_rows(job: Job) -> Dataset | None:
+    recipe, _ = _parts(job)
+    if recipe.ptx is None:
+        return None
+    data = dataclasses.replace(recipe.data, train=recipe.ptx.data, eval=None, holdout=0.0)
+    return prepare(data, "sft", job.tokenizer, job.template, recipe.seed, job.loaded.where, "first")
+
+
+def _source(job: Job, drawing: Drawing, ptx: Dataset | None) -> PolicySource:
+    recipe, objective = _parts(job)
+    rows = ptx.source(recipe.train, recipe.data, recipe.seed) if ptx else None
+    coef = recipe.ptx.coef if recipe.ptx else 0.0
+    return PolicySource(drawing.sampler, job.source, objective, recipe.kl, rows, coef, recipe.seed)
+
+
+def _add_value(job: Job, judges: Judges, homes: Homes, base: str) -> dict[str, float]:
+    """Give the role "value" its weights, where the objective has one; returns the learning rate of the role.
+
+    From a reward model r it starts as that term of the score, weight · (r − mean)/std; from the policy, as 0.
+    """
+    recipe, objective = _parts(job)
+    if not objective.values:
+        return {}
+    lora = job.lora or schema.Lora()
+    models = [judge for judge in judges.reward if isinstance(judge.found, FoundRewardModel) and judge.found.reads == "tokens"]
+    if recipe.value.init == "reward" and models:
+        found, weight = models[0].found, models[0].reward.weight
+        assert isinstance(found, FoundRewardModel)
+        start = found.start
+        scale = weight / found.std
+        head = read_head(start.adapter or local_folder(start.base, start.revision)) * scale
+        homes.add_value(start.base, start.revision, start.adapter, lora, Head(head, -found.mean * scale))
+        job.console.say(f"value: starts as the reward model {found.name}")
+    else:
+        merged = base != job.start.base
+        adapter, revision = (None, None) if merged else (job.start.adapter, job.start.revision)
+        width = homes.policy.model.config.get_text_config().hidden_size
+        homes.add_value(base, revision, adapter, lora, Head(torch.zeros(1, width), 0.0))
+        why = "" if recipe.value.init == "policy" else ": no reward model reads its tokens"
+        job.console.say(f"value: starts as 0, on the policy's weights{why}")
+    rate = recipe.value.learning_rate
+    return {"value": rate if rate is not None else recipe.train.learning_rate or 0.0}

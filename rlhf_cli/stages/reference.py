@@ -1,0 +1,86 @@
+"""The frozen model that a policy is compared with: what `reference.model` names, and where its weights go."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.models.homes import Homes
+from rlhf_cli.models.load import load_tokenizer
+from rlhf_cli.recipe import schema
+from rlhf_cli.runs.manifest import BaseModel, Parent, weights_hash
+from rlhf_cli.runs.parents import Start, base_model, resolve_start
+from rlhf_cli.stages.training import Job
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen model that the policy is compared with."""
+
+    start: Start
+    base: BaseModel | None  # None: on the hub, and not fetched by --check
+    is_start: bool  # the very weights that the policy starts from
+
+    @property
+    def record(self) -> dict[str, str | None]:
+        """What identifies it, in the manifest and when a run is resumed."""
+        return {
+            "model": str(self.start.adapter or self.start.base),
+            "base": self.base.weights_hash if self.base else None,
+            "adapter": weights_hash(self.start.adapter) if self.start.adapter else None,
+        }
+
+    @property
+    def words(self) -> str:
+        """What a run says of it."""
+        path = self.record["model"]
+        return f"reference: the weights this run starts from, {path}" if self.is_start else f"reference: {path}"
+
+    def parents(self, job: Job) -> tuple[Parent, ...]:
+        """The run it comes from, unless the policy starts from it too."""
+        used = self.start.parent
+        return (used,) if used is not None and used != job.start.parent else ()
+
+
+def find_reference(job: Job, check: bool, *, needed: bool = True) -> Reference | None:
+    """What `reference.model` names, with the policy's own vocabulary; None where it is not needed.
+
+    Raises:
+        UsageError: it cannot be told what it names, its base has changed, or its tokenizer is another one.
+    """
+    assert isinstance(job.recipe, schema.DirectRecipe | schema.PpoRecipe)
+    path, place = job.recipe.reference.model, job.loaded.named("reference.model")
+    if not needed:
+        return None
+    if path == "base" and job.start.adapter is None and job.start.parent is not None:
+        raise UsageError(
+            f"{place}: base is the model under an adapter, and {job.recipe.model.path} has none: all its weights were trained. "
+            "name the model by its path"
+        )
+    if path in ("start", "base"):
+        bare = dataclasses.replace(job.start, adapter=None, parent=None, manifest=None)
+        found = job.start if path == "start" else bare
+    else:
+        found = resolve_start(path, None, place)
+        tokenizer = load_tokenizer(found.tokenizer, found.revision, job.recipe.model.trust_remote_code)
+        if tokenizer.get_vocab() != job.tokenizer.get_vocab():
+            raise UsageError(f"{place}: {path} has another tokenizer than {job.recipe.model.path}; a reference must share it")
+    is_start = _same(found.base, job.start.base) and _same(found.adapter, job.start.adapter)
+    base = base_model(found) if not check or Path(found.base).exists() else None
+    return Reference(found, base, is_start and found.revision == job.start.revision)
+
+
+def _same(one: str | Path | None, other: str | Path | None) -> bool:
+    """Do both name the same folder, however it is written, or the same hub id?"""
+    return (one and Path(one).resolve()) == (other and Path(other).resolve())
+
+
+def place_reference(job: Job, reference: Reference, homes: Homes, base: str) -> None:
+    """Give the role "reference" its weights; `base` is what the policy's adapter sits on."""
+    start = reference.start
+    if reference.is_start and base != job.start.base:
+        homes.add("reference", base, None, None)  # a merged parent: the policy's adapter is new, and its base is the start
+    else:
+        homes.add("reference", start.base, start.revision, start.adapter)
