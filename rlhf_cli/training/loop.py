@@ -193,7 +193,7 @@ class Fit:
         share = learning_rate(self.train, step, self.steps)
         peak = self.train.learning_rate or 0.0
         rates = {
-            role: share * self.learning_rates[role] / peak if role in self.learning_rates else share
+            role: share * (self.learning_rates[role] / peak) if role in self.learning_rates else share
             for role in self.backbone.trained_roles
         }
         try:
@@ -303,7 +303,10 @@ class Fit:
             return
         if self._is_unsaved():
             self._save()
-        raise Stopped(f"stopped after step {self.state.step} of {self.steps}; continue with --resume", received)
+        updates = self.underway.updates if self.underway else 0
+        within = f"in step {self.state.step + 1} of {self.steps}, after {updates} of its updates"
+        done = within if updates else f"after step {self.state.step} of {self.steps}"
+        raise Stopped(f"stopped {done}; continue with --resume", received)
 
     def _keep_evidence(self, error: NonFinite, step: int, draw: Draw) -> NumberError:
         """Save the refused batch, and the state before it where no checkpoint has it yet."""

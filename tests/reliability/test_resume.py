@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from rlhf_cli.rollout import experience
+from rlhf_cli.stages import training
 from rlhf_cli.training import loop
 from rlhf_cli.training.signals import StopSignals
 from tests.tiny import make_model, own_signals, read_lines, rlhf, spawn, write_pairs, write_recipe, write_rows
@@ -20,6 +23,18 @@ from tests.tiny import make_model, own_signals, read_lines, rlhf, spawn, write_p
 LORA = {"r": 4, "dropout": 0.2}
 TRAIN: dict[str, Any] = {"steps": 6, "tokens_per_device": 80, "eval_every": 2}
 SECTIONS: dict[str, Any] = {"data": {"holdout": 0.2}, "train": TRAIN}
+
+FUNCTION = """from math import sin
+
+def wave(prompts, responses):
+    return [sin(len(p) + len(r)) for p, r in zip(prompts, responses)]
+"""
+"""A reward that tells responses apart."""
+
+DRAWN: dict[str, Any] = {
+    "data": {"holdout": 0.2, "max_length": 60},
+    "reward": [{"function": "${REWARDS}/wave.py:wave"}],
+}
 
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
@@ -29,6 +44,23 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     # A pair is two judged responses.
     "kto": ("kto", {"train": TRAIN | {"batch_size": 8}}),
     "kto bco": ("kto", {"objective": {"kind": "bco"}, "train": TRAIN | {"batch_size": 8}}),
+    # Four updates a step, an adapted KL coefficient and a baseline that runs on.
+    "ppo": (
+        "ppo",
+        DRAWN
+        | {
+            "objective": {"kind": "ppo", "epochs": 2, "minibatches": 2},
+            "rollout": {"max_new_tokens": 6},
+            "kl": {"target": 0.5, "horizon": 20},
+        },
+    ),
+    "reinforce": (
+        "ppo",
+        DRAWN | {"objective": {"kind": "reinforce", "baseline": "ema", "epochs": 1}, "rollout": {"max_new_tokens": 6}},
+    ),
+    # Every second step learns from what was drawn before the one before it.
+    "online dpo": ("dpo", DRAWN | {"rollout": {"max_new_tokens": 6, "refresh": 2}}),
+    "online kto": ("kto", DRAWN | {"rollout": {"max_new_tokens": 6, "refresh": 3}}),
 }
 """Name → command, and what its recipe says beside the common keys."""
 
@@ -43,6 +75,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "pairs.jsonl", 15)
     write_pairs(folder / "others.jsonl", 15, seed=7)
     write_rows(folder / "rows.jsonl", 15)
+    (folder / "wave.py").write_text(FUNCTION)
     return folder
 
 
@@ -59,6 +92,7 @@ def recipe(parts: tuple[Path, Path], folder: Path, lora: dict[str, Any] | None) 
 def stage(home: Path, folder: Path, name: str, lora: dict[str, Any] | None) -> list[str | Path]:
     """The command line of a stage, its recipe as that of `recipe`."""
     command, sections = STAGES[name]
+    sections = yaml.safe_load(yaml.safe_dump(sections).replace("${REWARDS}", str(home)))
     rows = home / ("rows.jsonl" if command == "sft" else "pairs.jsonl")
     return [command, write_recipe(folder / "x.yaml", home / "model", rows, folder / "whole", lora=lora, **SECTIONS | sections)]
 
@@ -70,7 +104,8 @@ def same_bytes(a: Path, b: Path) -> None:
         assert names and names == {p.relative_to(b) for p in (b / folder).rglob("*.safetensors")}
         for name in names:
             assert (a / name).read_bytes() == (b / name).read_bytes(), name
-    assert read_lines(a / "metrics.jsonl") == read_lines(b / "metrics.jsonl")
+    times = [f"time/{what}" for what in ("rollout", "score", "update")]
+    assert read_lines(a / "metrics.jsonl", *times) == read_lines(b / "metrics.jsonl", *times)
     assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
     one, other = (json.loads((run / "checkpoints" / last / "state.json").read_text()) for run in (a, b))
     assert {k: v for k, v in one.items() if k not in TIMES} == {k: v for k, v in other.items() if k not in TIMES}
@@ -78,9 +113,13 @@ def same_bytes(a: Path, b: Path) -> None:
     assert cards[0] == cards[1]
 
 
+PLACES: dict[str, Any] = {"optimise": loop, "save_checkpoint": loop, "evaluate": training, "together": experience}
+"""Function → the module whose name for it is called; `together` judges what was drawn."""
+
+
 def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    """The process dies, as far as the run folder can tell, before the `call`-th call of `loop.name`."""
-    original, calls = getattr(loop, name), [0]
+    """The process dies, as far as the run folder can tell, before the `call`-th call of a function of PLACES."""
+    original, calls = getattr(PLACES[name], name), [0]
 
     def dying(*arguments: Any, **settings: Any) -> Any:
         calls[0] += 1
@@ -88,7 +127,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
             raise KeyboardInterrupt
         return original(*arguments, **settings)
 
-    monkeypatch.setattr(loop, name, dying)
+    monkeypatch.setattr(PLACES[name], name, dying)
 
 
 def stop_and_resume(words: list[str | Path], again: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
@@ -105,7 +144,9 @@ def stop_and_resume(words: list[str | Path], again: Path, monkeypatch: pytest.Mo
 def test_from_every_step(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, lora: Any) -> None:
     words = stage(home, tmp_path, name, lora)
     assert rlhf(*words) == 0
-    for function, calls in {"optimise": 6, "evaluate": 4, "save_checkpoint": 6}.items():
+    drawn = STAGES[name][1].keys() >= DRAWN.keys()
+    updates = 24 if name == "ppo" else 6
+    for function, calls in {"optimise": updates, "together" if drawn else "evaluate": 4, "save_checkpoint": 6}.items():
         for call in range(1, calls + 1):
             again = tmp_path / f"{function}-{call}"
             stop_and_resume(words, again, monkeypatch, function, call)
@@ -122,6 +163,11 @@ def test_from_every_step(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         pytest.param("ipo", None, "evaluate", 3, marks=pytest.mark.slow),
         pytest.param("kto", LORA, "optimise", 3, marks=pytest.mark.slow),
         ("kto bco", None, "optimise", 4),
+        ("ppo", LORA, "optimise", 15),  # the third update of step 4
+        pytest.param("ppo", None, "together", 6, marks=pytest.mark.slow),
+        pytest.param("reinforce", LORA, "optimise", 4, marks=pytest.mark.slow),
+        ("online dpo", LORA, "optimise", 4),  # drawn before step 3, of which a checkpoint knows
+        pytest.param("online kto", None, "optimise", 6, marks=pytest.mark.slow),
     ],
 )
 def test_from_one_step_several_passes_and_dropout(
@@ -223,6 +269,36 @@ def test_a_signal_between_two_passes_saves_and_resumes(
     assert capsys.readouterr().err.splitlines()[-1] == "stopped after step 3 of 6; continue with --resume"
     assert [p.name for p in (again / "checkpoints").iterdir()] == ["step-00000003"]
     assert rlhf("sft", path, "--output", again, "--resume") == 0
+    same_bytes(tmp_path / "whole", again)
+
+
+@pytest.mark.parametrize("update", [0, 1, 2])
+def test_a_signal_between_two_updates_of_a_step_saves_and_resumes(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], update: int
+) -> None:
+    """A step of ppo makes four updates: the rollout, and what they were until then, are in the checkpoint of the step before."""
+    words = [*stage(home, tmp_path, "ppo", LORA), "--set", "train.save_every=null"]
+    assert rlhf(*words) == 0
+    original = loop.optimise
+
+    def signalled(*arguments: Any, **settings: Any) -> Any:
+        if settings["step"] == 3 and settings["update"] == update:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments, **settings)
+
+    again = tmp_path / "again"
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "optimise", signalled)
+        assert rlhf(*words, "--output", again) == 143
+    (checkpoint,) = (again / "checkpoints").iterdir()
+    saved = json.loads((checkpoint / "underway.json").read_text())
+    assert (checkpoint.name, saved["first"], saved["updates"]) == ("step-00000002", 3, update + 1)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"stopped in step 3 of 6, after {update + 1} of its updates; continue with --resume"
+    )
+    assert rlhf(*words, "--output", again, "--resume") == 0
+    assert f"resuming after step 2 and {update + 1} updates of the next" in capsys.readouterr().out
     same_bytes(tmp_path / "whole", again)
 
 
