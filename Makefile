@@ -8,13 +8,18 @@ NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11))'
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 DEV := .venv/.installed-dev
-STAGES := sft rm dpo ipo kto
-QUICK := $(STAGES:%=runs/quickstart/%/manifest.json)
+QUICK_RUNS := sft rm dpo ipo kto ppo rloo online-dpo
+REAL_RUNS := sft rm dpo ipo kto ppo
+# The command of a run that is not called after it.
+COMMAND_rm := train-rm
+COMMAND_rloo := ppo
+COMMAND_online-dpo := dpo
+QUICK := $(QUICK_RUNS:%=runs/quickstart/%/manifest.json)
 GOLD := runs/quickstart/gold.txt
 BASE := models/quickstart-base/tokenizer_config.json
-DATA := $(patsubst %,data/quickstart/%.jsonl,sft pairs ranked unpaired eval_prompts)
+DATA := $(patsubst %,data/quickstart/%.jsonl,sft pairs ranked unpaired prompts eval_prompts)
 SMOLLM2 := models/smollm2-135m-instruct
-SMOLLM2_RUNS := $(STAGES:%=runs/smollm2/%/manifest.json)
+SMOLLM2_RUNS := $(REAL_RUNS:%=runs/smollm2/%/manifest.json)
 # With few rows: small batches, and enough of them held out to tell something.
 FEW = --set data.train.0.limit=$(LIMIT) --set data.holdout=0.3 --set train.batch_size=8 --set train.eval_every=0.5
 ROWS = $(if $(HH),--set 'data.train.0.path=$(HH)' --set data.train.0.name=null) $(if $(LIMIT),$(FEW))
@@ -27,7 +32,7 @@ NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 .PHONY: help quickstart test check smollm2 bench always
 
 help:
-	@echo "make quickstart   make a tiny model and its data; sft, then a reward model, dpo, ipo and kto: some minutes on a CPU"
+	@echo "make quickstart   make a tiny model and its data; every stage from sft to ppo: some minutes on a CPU"
 	@echo "make test         every test"
 	@echo "make check        linters, types and the fast tests"
 	@echo "make smollm2      the same stages of SmolLM2-135M-Instruct on HH-RLHF; HH=rows.jsonl.gz to use a file, LIMIT=n for fewer rows"
@@ -35,10 +40,12 @@ help:
 
 # runs/x/y is what the recipe x/y.yaml makes. The stages after sft start from its run.
 $(QUICK) $(SMOLLM2_RUNS): runs/%/manifest.json: recipes/%.yaml | $(DEV)
-	@$(BIN)/rlhf $(patsubst rm,train-rm,$(notdir $*)) $< $(NEW_OR_ON) $(SET)
+	@$(BIN)/rlhf $(or $(COMMAND_$(notdir $*)),$(notdir $*)) $< $(NEW_OR_ON) $(SET)
 
 $(filter-out %/sft/manifest.json,$(QUICK)): runs/quickstart/sft/manifest.json
 $(filter-out %/sft/manifest.json,$(SMOLLM2_RUNS)): runs/smollm2/sft/manifest.json
+$(filter %/ppo/manifest.json %/rloo/manifest.json %/online-dpo/manifest.json,$(QUICK)): runs/quickstart/rm/manifest.json
+runs/smollm2/ppo/manifest.json: runs/smollm2/rm/manifest.json
 
 quickstart: $(GOLD)
 	@printf 'report: %s\n' $(QUICK:manifest.json=report.md)
@@ -81,8 +88,14 @@ runs/smollm2/sft/manifest.json: SET = --set model.path=$(SMOLLM2) $(ROWS)
 $(SMOLLM2)/config.json: | $(DEV) .venv/.installed-smollm2
 	@$(BIN)/python scripts/fetch_smollm2.py --dest $(SMOLLM2)
 
-bench: $(SMOLLM2)/config.json | $(DEV) .venv/.installed-bench
+bench: $(SMOLLM2)/config.json .venv/trl-ppo/trl/__init__.py | $(DEV) .venv/.installed-bench
 	@$(BIN)/python scripts/bench.py $(if $(HH),'$(HH)')
+	@$(BIN)/python scripts/bench_rollout.py --model $(SMOLLM2) $(if $(HH),--data '$(HH)')
+	@$(BIN)/python scripts/bench_ppo.py $(if $(HH),'$(HH)') --peer .venv/trl-ppo
+
+# The last TRL that had PPO, beside the one that the other stages are compared with.
+.venv/trl-ppo/trl/__init__.py: | .venv/bin/pip
+	@$(PIP) --no-deps --target .venv/trl-ppo trl==1.11.0
 
 .venv/.installed-%: pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "installing the requirements ($*) into .venv"

@@ -39,6 +39,7 @@ COMMANDS = {
     "dpo": Stage("rlhf_cli.stages.direct", "Direct preference optimisation, and other losses on pairs or rankings."),
     "ipo": Stage("rlhf_cli.stages.direct", "Identity preference optimisation: pairs, with a target for the margin."),
     "kto": Stage("rlhf_cli.stages.direct", "Kahneman-Tversky optimisation: single responses marked good or bad."),
+    "ppo": Stage("rlhf_cli.stages.ppo", "Proximal policy optimisation, and other methods on responses of the policy's own."),
 }
 """Each stage that takes a recipe."""
 
@@ -86,8 +87,7 @@ def _run_stage(
     loaded = load_recipe(name, recipe, overrides, output)
     if not check and not force and os.environ.get("RANK", "0") == "0":
         refuse_occupied(Path(loaded.recipe.output), resume)  # again when the run is opened; here it costs no imports
-    paths = [loaded.recipe.model.path, *(s.path for s in (*loaded.recipe.data.train, *(loaded.recipe.data.eval or ())))]
-    if not all(Path(path).exists() for path in paths) and is_offline():
+    if not all(Path(path).exists() for path in loaded.recipe.paths) and is_offline():
         # Before anything imports huggingface_hub: it reads the variable once, and would otherwise retry for a minute.
         os.environ["HF_HUB_OFFLINE"] = "1"
     _leave_on_signals()

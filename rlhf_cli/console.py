@@ -166,6 +166,10 @@ class Progress:
 
 SHOWN = (
     ("loss", "loss {:.3f}"),
+    ("objective/scores", "score {:.3f}"),
+    ("objective/kl", "KL {:.3f}"),
+    ("objective/entropy", "entropy {:.3f}"),
+    ("response/length", "length {:.1f}"),
     ("perplexity", "perplexity {:.4g}"),
     ("token_accuracy", "accuracy {:.3f}"),
     ("accuracy", "accuracy {:.3f}"),

@@ -134,7 +134,7 @@ def model_flops(model: Any, trees: list[Tree], objective: Objective) -> dict[str
     Backward takes as much again of a frozen matrix, twice as much of an adapter and of attention.
     """
     head = objective.role == "policy"
-    measured, learned = objective.phases(trees)
+    measured, (learned,) = objective.phases(trees)
     frozen, adapters, attention = forward_flops(model, learned, head)
     steps = 2 * frozen + 3 * adapters + 3 * attention + forward_flops(model, measured, head).sum()
     frozen, _, attention = forward_flops(model, trees, head)
@@ -170,12 +170,12 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
                 )
                 reference[state] = clock.read()
         rows = known
-    optimizer = build_optimizer(backbone.trained_parameters(), schema.Train(learning_rate=RATE))
-    clock = Clock()
+    optimizer = build_optimizer(backbone.trained_roles, schema.Train(learning_rate=RATE))
+    rates, clock = {objective.role: RATE}, Clock()
     for step in range(1, options.steps + 1):
         batch = rows[(step - 1) * options.batch_size : step * options.batch_size]
         result = optimise(
-            backbone, objective, optimizer, batch, step=step, seed=0, rate=RATE, max_grad_norm=1.0, budget=budget, ranks=ranks
+            backbone, objective, optimizer, batch, step=step, seed=0, rates=rates, max_grad_norm=1.0, budget=budget, ranks=ranks
         )
         losses.append(result.metrics["loss"])
     return {

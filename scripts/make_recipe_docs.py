@@ -98,8 +98,9 @@ def _stage(stage: str, section: type) -> Iterator[str]:
     every: type = Recipe
     common = known_keys(every)
     added = {dotted: key for dotted, key in walk(section) if dotted not in common and not dotted.startswith("objective.")}
+    lists = {dotted: f"{dotted}.{step}" for dotted, key in added.items() if (step := _step(key.kind)) and sections_in(key.kind)}
     yield STAGE.format(stage=stage)
-    rows = [_row(key, dotted) for dotted, key in added.items() if not sections_in(key.kind)]
+    rows = [_row(key, _placed(dotted, lists)) for dotted, key in added.items() if _says_something(key)]
     if rows:
         yield _table(rows)
     default, *others = objectives_of(stage)
@@ -109,6 +110,19 @@ def _stage(stage: str, section: type) -> Iterator[str]:
         about = " ".join((inspect.getdoc(objective) or "").split("\n\n")[0].split())
         rows = [_row(key, f"objective.{key.name}") for key in keys_of(objective).values()]
         yield f"### `{stage}`, `kind: {kind_of(objective)}`\n\n{about}\n\n{_table(rows)}"
+
+
+def _says_something(key: Key) -> bool:
+    """All but a section that is always there: its keys say it all."""
+    return not (dataclasses.is_dataclass(key.kind) and sections_in(key.kind))
+
+
+def _placed(dotted: str, lists: dict[str, str]) -> str:
+    """The key with a position after the list that it stands in, as `--set` wants it."""
+    for name, place in lists.items():
+        if dotted.startswith(f"{name}."):
+            return place + dotted.removeprefix(f"{name}.")
+    return dotted
 
 
 def _table(rows: Iterable[str]) -> str:

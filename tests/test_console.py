@@ -194,6 +194,8 @@ def test_words_of_metrics():
     assert describe(pairs) == ["loss 0.500", "accuracy 0.750", "margin 0.250", "kl 0.000"]
     reward = {"loss": 0.5, "accuracy": 0.625, "margin": -1.5, "score_mean": 3.0, "learning_rate": 1e-4}
     assert describe(reward) == ["loss 0.500", "accuracy 0.625", "margin -1.500", "lr 1.0e-04"]
+    drawn = {"response/length": 20.25, "objective/kl": 1.5, "objective/scores": 0.5, "objective/entropy": 40.0, "loss": -0.25}
+    assert describe(drawn) == ["loss -0.250", "score 0.500", "KL 1.500", "entropy 40.000", "length 20.2"]
     assert [clock(seconds) for seconds in (0.4, 59.6, 3599, 3600)] == ["00:00", "01:00", "59:59", "1:00:00"]
     assert 0.001 < peak_memory_gib() < 1000
 

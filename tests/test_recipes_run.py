@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import WORDS, make_model, read_lines, rlhf
 
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
-STAGE = {"rm": "train-rm"}
+STAGE = {"rm": "train-rm", "rloo": "ppo", "online-dpo": "dpo"}
 """The stage of recipes that are not named after theirs."""
 
 
@@ -22,12 +22,21 @@ def write_pairs(path: Path, count: int) -> Path:
     return path
 
 
+def settings_of(changes: dict[str, object]) -> list[str]:
+    return [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_two_steps(recipe: Path, tmp_path: Path) -> None:
+    """Stages that draw responses do so with a reward model of the same tiny model."""
     model, rows, output = make_model(tmp_path / "model"), write_pairs(tmp_path / "rows.jsonl", 40), tmp_path / "run"
     changes = {"model.path": model, "data.train": rows, "data.max_length": 256, "train.steps": 2, "train.batch_size": 4}
-    settings = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     stage = STAGE.get(recipe.stem, recipe.stem)
+    if "rollout:" in recipe.read_text():
+        judge = {"model.path": model, "data.train": rows, "train.steps": 2, "train.batch_size": 4, "data.max_length": 256}
+        assert rlhf("train-rm", "recipes/quickstart/rm.yaml", "--output", tmp_path / "rm", *settings_of(judge)) == 0
+        changes |= {"reward.0.model": tmp_path / "rm", "rollout.max_new_tokens": 6}
+    settings = settings_of(changes)
     assert rlhf(stage, recipe, "--output", output, *settings) == 0
     assert [(line["step"], line["split"]) for line in read_lines(output / "metrics.jsonl")] == [
         (0, "eval"),

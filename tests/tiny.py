@@ -163,6 +163,6 @@ def read_lines(path: Path, *without: str) -> list[dict[str, Any]]:
     def refuse(name: str) -> None:
         raise ValueError(f"{path}: {name}")
 
-    dropped = {"time", "tokens_per_second", *without}
+    dropped = {"time", "tokens_per_second", "time/rollout", "time/score", "time/update", *without}
     lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in dropped} for line in lines]

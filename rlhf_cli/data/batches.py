@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -56,7 +56,7 @@ class DatasetSource:
         order: np.ndarray = self._order(epoch)  # type: ignore[operator]
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def draw(self, step: int, memory: Mapping[str, float]) -> Iterator[Draw]:
+    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[Draw, None, None]:
         """The batch of `step`, as every source gives it: the last value is the draw."""
         yield Draw(step, (self.batch(step),), (self.wheres(step),), dict(memory))
 

@@ -382,9 +382,6 @@ METRICS: dict[str, tuple[str, ...]] = {
         "policy/ratio",
         "value/explained_variance",
         "grad_norm/value",
-        "time/rollout",
-        "time/score",
-        "time/update",
     ),
 }
 """Stage → the metrics of its training lines; those of its held-out lines too where it learns from the responses of its data."""
@@ -399,6 +396,8 @@ LACKS: dict[str, Callable[[Recipe], bool]] = {
     "loss/ptx": lambda recipe: not (isinstance(recipe, PpoRecipe) and recipe.ptx is not None),
 }
 """Metric → does a recipe of its stages not have it?"""
+
+_TIMES = ("time/rollout", "time/score", "time/update")
 
 TRAINING_METRICS = ("grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch")
 """What training lines of every stage have beside them; `stop_if` can watch all."""
@@ -416,7 +415,8 @@ def metrics_of(recipe: Recipe) -> tuple[str, ...]:
 
 def training_metrics_of(recipe: Recipe) -> tuple[str, ...]:
     """The metrics of a recipe's training lines, what `stop_if` can watch. Those of drawn responses stand where some are drawn."""
-    return (*_own_metrics(recipe), *(_drawn_metrics(recipe) if recipe.draws else ()), *TRAINING_METRICS)
+    drawn = (*_drawn_metrics(recipe), *_TIMES) if recipe.draws else ()
+    return (*_own_metrics(recipe), *drawn, *TRAINING_METRICS)
 
 
 def _own_metrics(recipe: Recipe) -> tuple[str, ...]:

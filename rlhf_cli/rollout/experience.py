@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -215,12 +216,13 @@ def _merge(shares: list[dict[int, T]]) -> list[T]:
     return [whole[index] for index in range(len(whole))]
 
 
-def last(values: Iterator[T | None]) -> Work[T]:
-    """The last value of an iterator whose others are pauses."""
+def last(values: Generator[T | None, None, None]) -> Work[T]:
+    """The last value of a generator whose others are pauses; stopped early, it is closed too."""
     found: T | None = None
-    for value in values:
-        found = value
-        yield
+    with contextlib.closing(values):
+        for value in values:
+            found = value
+            yield
     assert found is not None
     return found
 

@@ -68,7 +68,7 @@ class Request:
 class Engine(Protocol):
     """Whatever draws responses."""
 
-    def generate(self, request: Request) -> Iterator[list[list[Drawn]] | None]:
+    def generate(self, request: Request) -> Generator[list[list[Drawn]] | None, None, None]:
         """None between tokens, so that a caller can stop; last of all the responses, [prompt][sample]."""
         ...
 

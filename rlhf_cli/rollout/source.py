@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,7 @@ class HeldOut:
     seed: int
     kl_coef: float | None  # κ of the recipe; None: no KL is taken off the reward
 
-    def measure(self, memory: Mapping[str, float]) -> Iterator[dict[str, float] | None]:
+    def measure(self, memory: Mapping[str, float]) -> Generator[dict[str, float] | None, None, None]:
         """Figures of one response to every prompt. The same random numbers each time: two measurements differ by the policy."""
         rollout = yield from self.sampler.rollout(self.prompts, derive_seed(self.seed, HELD_OUT), samples=1)
         yield rollout.figures(None if self.kl_coef is None else memory.get(KL_COEF, self.kl_coef))
@@ -70,7 +70,7 @@ class PolicySource:
     def steps_per_epoch(self) -> int:
         return self.prompts.steps_per_epoch
 
-    def draw(self, step: int, memory: Mapping[str, float]) -> Iterator[Draw | None]:
+    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[Draw | None, None, None]:
         """Yields None between tokens and passes, and then the rollout of `step` with what it teaches."""
         prompts = self.prompts.batch(step)
         seed = derive_seed(self.seed, DRAWN, step)
@@ -128,7 +128,7 @@ class PreferenceSource:
     def steps_per_epoch(self) -> int:
         return self.prompts.steps_per_epoch
 
-    def draw(self, step: int, memory: Mapping[str, float]) -> Iterator[Draw | None]:
+    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[Draw | None, None, None]:
         """Yields None between tokens and passes, and then the ranked responses for `step` and the steps until the next draw."""
         steps = range(step, min(step + self.refresh, self.steps + 1))
         batches = [self.prompts.batch(k) for k in steps]

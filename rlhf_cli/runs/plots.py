@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -54,6 +56,11 @@ def _measured(key: str, label: str = "", colours: tuple[str, str] = (TRAIN, HELD
     )
 
 
+def _of_steps(key: str) -> Series:
+    """A metric of training steps alone."""
+    return Series(key, "training", TRAIN, "train", "noisy", 1)
+
+
 BETTER, WORSE = (CHOSEN, CHOSEN_HELD_OUT), (REJECTED, REJECTED_HELD_OUT)
 
 PLOTS: tuple[tuple[str, str, str, tuple[Series, ...]], ...] = (
@@ -83,6 +90,18 @@ PLOTS: tuple[tuple[str, str, str, tuple[Series, ...]], ...] = (
         ),
     ),
     ("kl", "KL estimate z0", "nats per response", _measured("kl")),
+    ("score", "Score", "score", _measured("objective/scores")),
+    ("reference_kl", "KL to the reference", "nats per response", _measured("objective/kl")),
+    ("length", "Length of the responses", "tokens", _measured("response/length")),
+    ("entropy", "Entropy", "nats per response", _measured("objective/entropy")),
+    ("eos_rate", "Responses that end", "share", _measured("response/eos_rate")),
+    (
+        "explained_variance",
+        "Explained variance of the value",
+        "share",
+        (_of_steps("value/explained_variance"),),
+    ),
+    ("clipfrac", "Clipped tokens", "share", (_of_steps("policy/clipfrac"),)),
     (
         "learning_rate",
         "Learning rate",
@@ -98,17 +117,33 @@ PLOTS: tuple[tuple[str, str, str, tuple[Series, ...]], ...] = (
 )
 """(file name, title, unit, what is drawn) in the order of reading; what a run did not measure is left out."""
 
+TERMS = {"gold/": "Gold reward", "reward/": "Term of the reward"}
+"""Beginning of a metric → title of its own picture."""
+
 
 def draw_plots(folder: Path, train: Lines, held_out: Lines) -> list[tuple[str, str]]:
     """Write the PNGs for which there are numbers; their (title, file name) in the order of reading."""
     _prepare(folder)
     lines = {"train": train, "eval": held_out}
     drawn = []
-    for name, title, unit, series in PLOTS:
+    for name, title, unit, series in (*PLOTS, *_terms((*train, *held_out))):
         if curves := [_curve(each, lines[each.split]) for each in series if any(each.key in line for line in lines[each.split])]:
             write_atomic(folder / f"{name}.png", _curves_png(title, unit, curves))
             drawn.append((title, f"{name}.png"))
     return drawn
+
+
+def _terms(lines: Iterable[dict[str, Any]]) -> list[tuple[str, str, str, tuple[Series, ...]]]:
+    """A row of PLOTS for each gold term, and for each term of a reward that has several."""
+    names = sorted({name for line in lines for name in line})
+    found = {start: [name for name in names if name.startswith(start)] for start in TERMS}
+    if len(found["reward/"]) < 2:
+        found["reward/"] = []  # the score is its only term
+    return [
+        (re.sub(r"[^\w.-]", "_", name), f"{TERMS[start]}: {name.removeprefix(start)}", "score", _measured(name))
+        for start in TERMS
+        for name in found[start]
+    ]
 
 
 def draw_card(folder: Path, card: dict[str, Any]) -> list[tuple[str, str]]:
@@ -171,7 +206,7 @@ def _png(figure: Figure) -> bytes:
 def _curves_png(title: str, unit: str, curves: list[Curve]) -> bytes:
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _axes(title, "optimiser steps", unit)
+    figure, axes = _axes(title, "steps", unit)
     for curve in curves:
         _draw(axes, curve)
     axes.ticklabel_format(axis="y", scilimits=(-3, 5))

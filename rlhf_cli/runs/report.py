@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.runs.card import model_card
+from rlhf_cli.runs.drawn import drawn_verdict, is_drawn
 from rlhf_cli.runs.files import write_atomic
 from rlhf_cli.runs.folder import RunFolder, read_metrics
 from rlhf_cli.runs.markdown import NOISE, cell, duration, figure, percent, table
@@ -19,6 +21,7 @@ STAGE_NAMES = {
     "dpo": "direct preference optimisation",
     "ipo": "identity preference optimisation",
     "kto": "Kahneman–Tversky optimisation",
+    "ppo": "policy optimisation with a reward",
 }
 SHOWN = (
     ("loss", "loss"),
@@ -45,6 +48,25 @@ SHOWN = (
     ("margin/target", "its target"),
 )
 """Metrics of the first table in their order, as far as a run has them."""
+DRAWN = (
+    ("objective/scores", "score"),
+    ("objective/rlhf_reward", "score less the KL penalty"),
+    ("reward/", "reward"),
+    ("gold/", "gold"),
+    ("objective/kl", "KL to the reference, nats a response"),
+    ("response/length", "length of a response, tokens"),
+    ("objective/entropy", "entropy, nats a response"),
+    ("response/eos_rate", "responses that end"),
+    ("policy/clipfrac", "clipped tokens"),
+    ("policy/approxkl", "KL of an update (estimate)"),
+    ("value/explained_variance", "explained variance of the value"),
+    ("loss/policy", "policy loss"),
+    ("loss/value", "value loss"),
+    ("loss/ptx", "loss on the supervised rows"),
+    ("kl_coef", "κ, the weight of the KL"),
+    *((key, name) for key, name in SHOWN if key != "loss"),
+)
+"""The same for runs on responses of the policy's own; a key that ends in / stands for all metrics that begin with it."""
 PROMPT_LENGTH, RESPONSE_LENGTH = 400, 800
 """Characters of a sample that are shown."""
 
@@ -61,6 +83,11 @@ class Story(NamedTuple):
     adapter: dict[str, Any] | None  # adapter_config.json; None after a training of all weights
     plots: list[tuple[str, str]]  # (title, file name)
     card_plots: list[tuple[str, str]]
+
+    @property
+    def drawn(self) -> bool:
+        """Did the run learn from responses of the policy's own?"""
+        return is_drawn(self.train, self.held_out)
 
 
 def write_report(run: RunFolder, manifest: dict[str, Any]) -> None:
@@ -87,16 +114,26 @@ def write_report(run: RunFolder, manifest: dict[str, Any]) -> None:
 def _head(story: Story) -> str:
     manifest, data = story.manifest, story.data["train"]
     stage = STAGE_NAMES.get(manifest["stage"], manifest["stage"])
+    if story.drawn and manifest["stage"] != "ppo":
+        stage = f"online {stage}"
     start = f"`{manifest['base_model']['path']}`"
-    if manifest["parents"]:
-        start = f"`{manifest['parents'][0]['path']}` (on the base model {start})"
+    judges = {Path(record["model"]).parent for _, record in _judges(manifest) if "model" in record}
+    runs = [parent["path"] for parent in manifest["parents"] if Path(parent["path"]) not in judges]
+    if runs:
+        start = f"`{runs[0]}` (on the base model {start})"
     what = f"a LoRA adapter of rank {story.adapter['r']}" if story.adapter else "all weights"
+    rows = f"{data['kept']:,} {'prompts' if story.drawn else 'rows'}"
     steps = f"{manifest['steps']:,} step{'' if manifest['steps'] == 1 else 's'}"
     return (
         f"# {story.run.path.resolve().name}: {stage}, {manifest['status']}\n\n"
-        f"Started from {start} and trained {what} on {data['kept']:,} rows of {_sources(data)}: "
+        f"Started from {start} and trained {what} on {rows} of {_sources(data)}: "
         f"{steps}, {manifest['tokens']:,} tokens, {duration(manifest['seconds'])}.{_settings(manifest)}"
     )
+
+
+def _judges(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(reward | gold, its record) of everybody who judged the responses of the run."""
+    return [(name, record) for name in ("reward", "gold") for record in manifest.get(name, [])]
 
 
 def _settings(manifest: dict[str, Any]) -> str:
@@ -115,6 +152,27 @@ def _sources(split: dict[str, Any]) -> str:
 
 
 def _learned(story: Story) -> str:
+    return _of_drawn(story) if story.drawn else _of_rows(story)
+
+
+def _of_drawn(story: Story) -> str:
+    """A run on the policy's own responses: its loss says nothing of progress, since they change with the policy."""
+    train, held_out = story.train, story.held_out
+    names = sorted({name for line in (*train, *held_out) for name in line})
+    rows = []
+    for key, said in DRAWN:
+        for name in (name for name in names if (name.startswith(key) if key.endswith("/") else name == key)):
+            label = f"{said} {cell(name.removeprefix(key), PROMPT_LENGTH)}".strip()
+            both = [moved(train, [], name), moved([], held_out, name)]
+            if any(both):
+                rows.append((label, *(text for ends in both for text in (map(figure, ends) if ends else ("", "")))))
+    words = drawn_verdict(train, held_out)
+    pictures = [f"![{title}](plots/{name})" for title, name in story.plots]
+    head = ("", "training, start", "end", "held-out, start", "end")
+    return "\n\n".join(["## Did it learn?", *words, table(head, rows), *pictures])
+
+
+def _of_rows(story: Story) -> str:
     train, held_out = story.train, story.held_out
     rows = [_moved("training loss", *ends([line["loss"] for line in train]))] if train else []
     where = "held-out" if held_out else "training"
@@ -140,13 +198,21 @@ def _samples(story: Story) -> str:
         by_prompt.setdefault((line["where"], line["prompt"]), []).append(line)
     if not by_prompt:
         return ""
-    start, end = min(line["step"] for line in story.samples), max(line["step"] for line in story.samples)
+    columns = _shown_steps(sorted({line["step"] for line in story.samples}), story.drawn)
     rows = [
-        (cell(prompt, PROMPT_LENGTH), _response(lines, start), _response(lines, end)) for (_, prompt), lines in by_prompt.items()
+        (cell(prompt, PROMPT_LENGTH), *(_response(lines, step) for step in columns)) for (_, prompt), lines in by_prompt.items()
     ]
     words = ["The same prompts before and after. All of them over time: `samples.jsonl`.", length_verdict(story.samples)]
-    before_after = table(("prompt", f"before (step {start})", f"after (step {end})"), rows)
-    return "\n\n".join(["## Samples", *(said for said in words if said), before_after])
+    over_time = table(("prompt", *(f"{when} (step {step})" for step, when in columns.items())), rows)
+    return "\n\n".join(["## Samples", *(said for said in words if said), over_time])
+
+
+def _shown_steps(steps: list[int], halfway: bool) -> dict[int, str]:
+    """The steps whose samples are shown, and when that was: the first, the last and, if asked, the one nearest half the way."""
+    first, last = steps[0], steps[-1]
+    between = steps[1:-1] if halfway else []
+    middle = [min(between, key=lambda step: abs(2 * step - first - last))] if between else []
+    return {first: "before", **dict.fromkeys(middle, "halfway"), last: "after"}
 
 
 def _card(story: Story) -> str:
@@ -172,8 +238,9 @@ def _data(story: Story) -> str:
     for reason in sorted({reason for part in parts for reason in part["dropped"]}):
         rows.append((f"dropped: {reason}", *(f"{part['dropped'].get(reason, 0):,}" for part in parts)))
     rows.append(_counts("truncated", parts, "truncated"))
-    rows.append(("responses that end (EOS)", *(percent(part["eos_share"]) for part in parts)))
-    for kind in ("prompt", "response", "total"):
+    if any(part["eos_share"] is not None for part in parts):
+        rows.append(("responses that end (EOS)", *(percent(part["eos_share"]) for part in parts)))
+    for kind in (kind for kind in ("prompt", "response", "total") if any(kind in part["lengths"] for part in parts)):
         rows.append((f"tokens, {kind}: median / 90 % / 99 % / longest", *(_lengths(part["lengths"].get(kind)) for part in parts)))
     words = [_source(name, source) for name, part in splits for source in part["sources"]]
     eos = story.data["train"]["eos_share"]
@@ -199,7 +266,18 @@ def _lengths(stats: dict[str, float] | None) -> str:
 def _cost(story: Story) -> str:
     manifest = story.manifest
     speed = f"{manifest['tokens']:,} tokens ({manifest['tokens_per_second']:,.0f} a second)"
-    return f"## Cost\n\n{duration(manifest['seconds'])} for {speed}; at most {manifest['peak_memory']:.1f} GiB of memory."
+    said = f"{duration(manifest['seconds'])} for {speed}; at most {manifest['peak_memory']:.1f} GiB of memory."
+    return "\n\n".join(["## Cost", said, *_shares(story.train)])
+
+
+def _shares(train: Lines) -> list[str]:
+    """Where the time of the steps went, for runs that sample."""
+    spent = {
+        words: sum(line.get(f"time/{name}", 0.0) for line in train)
+        for name, words in (("rollout", "drawing responses"), ("score", "scoring them"), ("update", "updates"))
+    }
+    whole = sum(spent.values())
+    return [f"Of a step's time: {', '.join(f'{percent(x / whole)} {words}' for words, x in spent.items())}."] if whole else []
 
 
 def _load(story: Story) -> str:
@@ -241,6 +319,9 @@ def _lineage(story: Story) -> str:
     lines += [f"- earlier run `{parent['path']}`, manifest {parent['manifest_hash']}" for parent in manifest["parents"]]
     if reference := manifest.get("reference"):
         lines.append(f"- reference `{reference['model']}`, weights {reference['adapter'] or reference['base']}")
+    for name, record in _judges(manifest):
+        what = record.get("model") or record["function"]
+        lines.append(f"- {name} `{what}`, {record.get('adapter') or record.get('base') or record['hash']}")
     lines.append(f"- seed {manifest['seed']}" + (f", git commit {manifest['git_commit']}" if manifest["git_commit"] else ""))
     lines.append("- " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()))
     again = f"To repeat the run: `rlhf {manifest['stage']} {story.run.recipe.as_posix()} --output <another folder>`."

@@ -76,10 +76,11 @@ def _train_since(train: Lines, step: int) -> tuple[float, float] | None:
 
 def moved(train: Lines, held_out: Lines, key: str) -> tuple[float, float] | None:
     """A metric at the start and at the end: on held-out rows, else `ends` of the training; None without two measurements."""
-    values = [line[key] for line in held_out or train if key in line]
+    on_held_out = any(key in line for line in held_out)
+    values = [line[key] for line in (held_out if on_held_out else train) if key in line]
     if len(values) < 2:
         return None
-    return (values[0], values[-1]) if held_out else ends(values)
+    return (values[0], values[-1]) if on_held_out else ends(values)
 
 
 def preference_verdict(train: Lines, held_out: Lines, rows: int) -> list[str]:

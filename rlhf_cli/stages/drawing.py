@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -144,7 +144,7 @@ def open_drawing(job: Job, judges: Judges, backbone: Backbone, homes: Homes, bas
     if held_out is not None:
         unseen = HeldOut(sampler(reading.held_out), list(held_out.trees), job.recipe.seed, _kl_coef(job.recipe))
 
-        def measure(state: State) -> Iterator[dict[str, float] | None]:
+        def measure(state: State) -> Generator[dict[str, float] | None, None, None]:
             return unseen.measure(state.memory)
 
     return Drawing(own, measure, probe(own, job.source.batch(1), job.recipe.seed))

@@ -8,7 +8,6 @@ from rlhf_cli.data.batches import DatasetSource
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.encode import Encoded
 from rlhf_cli.models.memory import Memory
-from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.recipe import schema
 
 Section = tuple[str, list[tuple[str, object]]]
@@ -48,7 +47,6 @@ def plan(
             [
                 ("steps", f"{steps:,} ({source.steps_per_epoch:,} an epoch, {steps / source.steps_per_epoch:.3g} epochs)"),
                 ("batch", f"{per_step} {_unit(recipe, source)} a step, over all devices"),
-                *([("updates", _updates(recipe.objective))] if isinstance(recipe.objective, PolicyGradient) else []),
                 ("tokens a step", words),
                 ("forward passes", f"about {passes:.0f} {often} of at most {budget:,} tokens (tokens_per_device)"),
                 ("learning rate", f"{recipe.train.learning_rate:g}, {recipe.train.schedule}"),
@@ -84,10 +82,6 @@ def _unit(recipe: schema.Recipe, source: DatasetSource) -> str:
         each = f"{rollout.responses_per_prompt} responses" if rollout.responses_per_prompt > 1 else "one response"
         return f"prompts, each with {each} of the policy,"
     return "judged responses" if source.trees.facts[0].label is not None else "prompts with their responses"
-
-
-def _updates(objective: PolicyGradient) -> str:
-    return f"{objective.epochs * objective.minibatches} a step: {objective.epochs} passes in {objective.minibatches} mini-batches"
 
 
 def _rows(encoded: Encoded, reports: list[Any]) -> list[tuple[str, object]]:

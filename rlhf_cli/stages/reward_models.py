@@ -85,7 +85,7 @@ def find_reward_model(
     same = _same_tokenizer(own, tokenizer)
     chosen = template if same and _unknown_template(start, own) else _template(start, own, reward.model, place)
     base = base_model(start) if not check or Path(start.base).exists() else None
-    if start.adapter or base is not None:
+    if base is not None:
         _check_head(start, place)
     config = load_config(start.base, start.revision, trust_remote_code).get_text_config().to_dict()
     positions = next((int(config[key]) for key in POSITION_KEYS if config.get(key)), None)

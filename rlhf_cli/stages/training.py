@@ -7,7 +7,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from rlhf_cli.runs.parents import POLICY_STAGES, Start, base_model, resolve_star
 from rlhf_cli.runs.report import write_report
 from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, recorded_budget, refuse_other_inputs, reopen
 from rlhf_cli.stages.plan import learning_rate_warning, plan
+from rlhf_cli.training.checkpoint import checkpoint_path
 from rlhf_cli.training.invariants import check_start
 from rlhf_cli.training.loop import Fit, Measure, Source, peak_memory
 from rlhf_cli.training.ranks import Ranks
@@ -306,12 +307,15 @@ def finish_job(
                 "learning_rate": job.recipe.train.learning_rate,
                 "batch_size": job.recipe.train.batch_size,
                 "lora": job.lora and dataclasses.asdict(job.lora),
+                "best_step": fit.state.best_step,
                 **(extra or {}),
             },
         )
         manifest = build_manifest(folder, outcome)
         write_report(folder, manifest)
         write_manifest(folder, manifest)
+    if fit.state.best_step not in (None, fit.state.step):
+        job.console.say(f"the best checkpoint: {checkpoint_path(folder.checkpoints, fit.state.best_step or 0)}")
     job.console.say(f"{fit.status} in {time.monotonic() - job.started:.0f} s: {folder.report}")
 
 
@@ -406,11 +410,11 @@ def _measure(job: Job, backbone: Backbone) -> Measure | None:
     return lambda state: evaluate(backbone, job.objective, trees, budget=state.budget, ranks=job.ranks, memory=state.memory)
 
 
-def _no_samples() -> Iterator[dict[str, Any] | None]:
-    return iter(())
+def _no_samples() -> Generator[dict[str, Any] | None, None, None]:
+    yield None
 
 
-def _samples(job: Job, backbone: Backbone) -> Iterator[dict[str, Any] | None]:
+def _samples(job: Job, backbone: Backbone) -> Generator[dict[str, Any] | None, None, None]:
     """Greedy responses to the first held-out prompts, or to the first that are trained on."""
     encoded, records = job.dataset.train, job.dataset.reading.train
     if job.dataset.held_out is not None:

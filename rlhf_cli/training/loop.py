@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -48,7 +48,7 @@ class Source(Protocol):
 
     @property
     def steps_per_epoch(self) -> int: ...
-    def draw(self, step: int, memory: Mapping[str, float]) -> Iterator[Draw | None]:
+    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[Draw | None, None, None]:
         """Yields None between passes, so that a caller can stop, and then what `step` learns from."""
         ...
 
@@ -56,11 +56,11 @@ class Source(Protocol):
 DEALT = 1
 """Tells the seed that deals a step's batch to its updates from the others."""
 
-Sampler = Callable[[], Iterator[dict[str, Any] | None]]
+Sampler = Callable[[], Generator[dict[str, Any] | None, None, None]]
 """Yields None between two prompts and, last, {"lines": [...]} for samples.jsonl without their step."""
 
 
-Measure = Callable[[State], Iterator[dict[str, float] | None]]
+Measure = Callable[[State], Generator[dict[str, float] | None, None, None]]
 """Yields None between passes and, last, the held-out metrics; the state holds the budget and the objective's own numbers."""
 
 
@@ -242,12 +242,13 @@ class Fit:
         self._advance(evaluated=self.state.step, seconds=self.state.seconds + time.monotonic() - started)
         self._watch("eval", metrics or {})
 
-    def _until_last(self, values: Iterator[T | None]) -> T | None:
+    def _until_last(self, values: Generator[T | None, None, None]) -> T | None:
         """The last value; a signal between two ends the run with what was under way still to do."""
         last = None
         for value in values:
             last = value
             if self.signals.received is not None and self.ranks.size == 1:
+                values.close()  # what it holds in another form, as weights while they sample, is put back
                 self._obey_signal()
         return last
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -156,7 +156,7 @@ def evaluate(
     ranks: Ranks,
     memory: Mapping[str, float] | None = None,
     batch_size: int = EVALUATED,
-) -> Iterator[dict[str, float] | None]:
+) -> Generator[dict[str, float] | None, None, None]:
     """The objective's metrics on held-out trees: yields None between passes, so that a caller can stop, then the metrics.
 
     All of them are one global batch to the objective's statistics.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rlhf_cli.recipe import schema
 
 KEPT = "keep_best"
-"""The key of the best held-out value that `keep_best` watches; a `falls` rule has one for training and one for held-out lines."""
+"""The key of the best held-out value that `kept_by` names; a `falls` rule has one for training and one for held-out lines."""
 
 
 def note_best(best: Mapping[str, float], split: str, metrics: Mapping[str, float], train: schema.Train) -> dict[str, float]:
@@ -17,10 +17,16 @@ def note_best(best: Mapping[str, float], split: str, metrics: Mapping[str, float
         if rule.falls is not None and name in metrics:
             key = f"{split}/{name}"
             new[key] = max(metrics[name], best.get(key, metrics[name]))
-    keep = train.keep_best
+    keep = kept_by(train)
     if keep is not None and split == "eval" and keep.metric in metrics:
         new[KEPT] = (max if keep.mode == "max" else min)(metrics[keep.metric], best.get(KEPT, metrics[keep.metric]))
     return new
+
+
+def kept_by(train: schema.Train) -> schema.KeepBest | None:
+    """What decides which checkpoint is the best: `keep_best`, else the first metric that may not fall."""
+    falling = [name for name, rule in train.stop_if.items() if rule.falls is not None]
+    return train.keep_best or (schema.KeepBest(falling[0], "max") if falling else None)
 
 
 def reason_to_stop(

@@ -125,3 +125,31 @@ def test_held_out_data_may_be_of_one_class() -> None:
     dataset = unpaired_dataset(whole, "data.train", seed=0, max_length=64, mismatches=True)
     assert dataset.held_out is not None
     assert {tree.facts.label for tree in dataset.held_out.trees} == {True}
+
+
+def test_prompts_of_any_rows() -> None:
+    """What ppo reads of every kind of row, and a cache that tells prompts from rows and one reserve from another."""
+    rows: list[dict[str, Any]] = [*PAIRS, *RANKED, *JUDGED, {"prompt": "Hello"}]
+    by_kind = [PAIRS, RANKED, JUDGED, [{"prompt": "Hello"}]]
+    names = [f"{number}.jsonl" for number in range(len(by_kind))]
+    for name, part in zip(names, by_kind, strict=True):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    settings = schema.Data([schema.Source(name) for name in names], max_length=40, max_lost=1.0)
+    template = Template("file", "x", CHATML)
+
+    def prompts(reserve: int) -> Dataset:
+        return prepare(settings, "ppo", tiny_tokenizer(), template, 0, str, "none", reserve=reserve)
+
+    dataset = prompts(4)
+    assert dataset.train.kept == len(rows) == 14
+    assert dataset.longest == max(len(tree.prompt) for tree in dataset.train.trees)
+    report = data_report(dataset)["train"]
+    assert (report["kept"], report["eos_share"], list(report["lengths"])) == (14, None, ["prompt"])
+    assert "pairs" not in report and "labels" not in report
+    shortest = int(dataset.train.trees.lengths.min())
+    assert prompts(40 - shortest).train.kept == int((dataset.train.trees.lengths == shortest).sum()) < 14
+    assert prompts(4).train.kept == 14
+    with pytest.raises(UsageError, match=r"^none of 14 rows can be used: longer than data\.max_length"):
+        prompts(39)
+    (first,) = dataset.source(schema.Train(batch_size=1), settings, 0).batch(1)
+    assert first.responses == ()

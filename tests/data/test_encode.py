@@ -282,3 +282,52 @@ def test_percentiles_by_nearest_rank() -> None:
     tokenizer = tiny_tokenizer()
     letters = [Record("", ("q" * n,), f"t:{n}") for n in range(1, 11)]  # no merges: n tokens and the EOS
     assert run(letters, tokenizer, CHATML).percentiles["response"] == {"p50": 6, "p90": 10, "p99": 11, "max": 11}
+
+
+def prompts_of(records: list[Record], tokenizer: Any, reserve: int, text: str | None = CHATML, **data: Any) -> Encoded:
+    settings = schema.Data(train=[], **data)
+    return encode(records, tokenizer, file(text), settings, responses="none", reserve=reserve, cache=None)
+
+
+def test_prompts_alone() -> None:
+    """Rows with and without responses give the same trees; what is said of responses is dropped, equal rows stay."""
+    tokenizer = tiny_tokenizer()
+    ranked = Record("Hi", ("a", "b"), "r:2", Facts((1.0, 2.0), subset="s"))
+    rows = [DIALOGUE, DIALOGUE._replace(responses=(), where="p:1"), ranked]
+    encoded = prompts_of(rows, tokenizer, 5)
+    assert (encoded.kept, encoded.lost, encoded.eos_share) == (3, {}, None)
+    for tree in encoded.trees[:2]:
+        assert tree.prompt.tolist() == encode_prompt(tokenizer, file(CHATML), DIALOGUE.prompt)
+    assert [tree.responses for tree in encoded.trees] == [(), (), ()]
+    assert [tree.facts for tree in encoded.trees] == [Facts(), Facts(), Facts(subset="s")]
+    assert encoded.trees.supervised_counts.tolist() == [0, 0, 0]
+    assert encoded.trees.lengths.tolist() == [len(tree.prompt) for tree in encoded.trees]
+    assert encoded.percentiles == {"prompt": dict.fromkeys(("p50", "p90", "p99", "max"), int(encoded.trees.lengths[0]))}
+    assert show_example(encoded.trees[2], tokenizer) == [("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False)]
+
+
+def test_prompts_leave_room_for_a_response() -> None:
+    tokenizer = tiny_tokenizer()
+    rows = [Record("Hi", (), "o:1"), Record("Hello there. " * 9 + "Are you well?", (), "o:2")]
+    long = int(prompts_of(rows, tokenizer, 0).trees.lengths[1])
+    assert prompts_of(rows, tokenizer, 7, max_length=long + 7).kept == 2
+    dropped = prompts_of(rows, tokenizer, 8, max_length=long + 7)
+    assert dropped.lost == {"longer than data.max_length": 1}
+    assert dropped.examples == (f"o:2: longer than data.max_length ({long + 8} tokens, 8 of them for the response)",)
+    with pytest.raises(UsageError) as error:
+        prompts_of(rows, tokenizer, 8, max_length=long + 7, overlong="error")
+    assert str(error.value) == (
+        f"o:2: {long + 8} tokens, 8 of them for the response, but data.max_length is {long + 7}\n"
+        "raise it, or set data.overlong to drop or truncate-prompt"
+    )
+    cut = prompts_of(rows, tokenizer, 20, max_length=60, overlong="truncate-prompt")
+    assert (cut.kept, cut.truncated) == (2, 1)
+    assert 37 <= cut.trees.lengths[1] <= 40
+    assert tokenizer.decode(cut.trees[1].prompt).endswith("Are you well?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_rows_without_a_prompt_are_bad_where_only_prompts_are_used() -> None:
+    rows = [Record("", ("Hello",), "t:1"), Record("Hi<|im_end|>", (), "t:2"), Record("Hi", ("</s>",), "t:3")]
+    encoded = prompts_of(rows, tiny_tokenizer(), 1)
+    assert encoded.lost == {"no prompt": 1, "a control token in the text": 1}
+    assert encoded.trees.where(0) == "t:3"  # its response, which is not used, has one too

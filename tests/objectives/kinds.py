@@ -53,7 +53,9 @@ REWARD_KINDS: dict[str, Objective] = {
 UNPAIRED_KINDS: dict[str, Any] = {"kto": Kto(beta=0.3, lambda_u=1.5), "unpaired bco": UnpairedBco(beta=0.3)}
 ALL: dict[str, Objective] = PAIR_KINDS | REWARD_KINDS | UNPAIRED_KINDS
 
-assert {type(objective) for objective in ALL.values()} == {c for s, kinds in OBJECTIVES.items() if s not in ("sft", "ppo") for c in kinds}
+assert {type(objective) for objective in ALL.values()} == {
+    c for s, kinds in OBJECTIVES.items() if s not in ("sft", "ppo") for c in kinds
+}
 
 SHAPE = [[2, 3], [4, 1, 2], [1, 1], [3, 2], [2, 5, 1, 3]]
 """Lengths of the responses of five prompts."""

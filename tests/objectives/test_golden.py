@@ -182,13 +182,18 @@ FIELDS = {
     ("ipo", "ipo"): {"beta": 0.1, "normalize": "sum"},
     ("kto", "kto"): {"beta": 0.1, "lambda_d": 1.0, "lambda_u": 1.0, "lambda_": None},
     ("kto", "bco"): {"beta": 0.1, "decay": 0.9},
+    ("ppo", "ppo"): {"value_clip": 0.2, "value_coef": 0.5, "gamma": 1.0, "lam": 0.95, "whiten": True},
+    ("ppo", "reinforce"): {"baseline": "mean", "whiten": False},
+    ("ppo", "rloo"): {},
+    ("ppo", "grpo"): {},
+    ("ppo", "bandit"): {"value_clip": 0.2, "value_coef": 0.5, "whiten": True},
 }
 
 
 def test_fields_and_defaults() -> None:
     """A kind has the fields it uses and no other, `kind` first; those on pairs have `sft_weight`."""
     found = {(stage, kind().kind): vars(kind()) for stage, kinds in OBJECTIVES.items() if stage != "sft" for kind in kinds}
-    shared = {"dpo": {"sft_weight": 0.0}, "ipo": {"sft_weight": 0.0}}
+    shared = {"dpo": {"sft_weight": 0.0}, "ipo": {"sft_weight": 0.0}, "ppo": {"epochs": 4, "minibatches": 1, "clip": 0.2}}
     assert found == {(stage, kind): {"kind": kind} | shared.get(stage, {}) | own for (stage, kind), own in FIELDS.items()}
     assert list(found) == list(FIELDS)
     for kinds in OBJECTIVES.values():

@@ -24,6 +24,7 @@ from rlhf_cli.recipe.schema import (
     METRICS,
     SANE_LEARNING_RATE,
     STAGES,
+    PolicyReference,
     Reference,
     default_learning_rate,
     learning_rate_of,
@@ -33,16 +34,17 @@ from rlhf_cli.recipe.schema import (
 
 GOOD = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl, holdout: 0.1}\n"
 EVERY_KIND = [(stage, kind) for stage, objectives in OBJECTIVES.items() for kind in map(kind_of, objectives)]
+DRAWN = GOOD + "reward: [{model: rm}]\nrollout: {responses_per_prompt: 2}\n"
 REFERENCE_FREE = [("dpo", "slic"), ("dpo", "simpo"), ("dpo", "orpo")]
 
 
-def load(folder: Path, stage: str, *overrides: str, text: str = GOOD) -> Loaded:
+def load(folder: Path, stage: str, *overrides: str, text: str | None = None) -> Loaded:
     path = folder / "r.yaml"
-    path.write_text(text)
+    path.write_text(text or (DRAWN if stage == "ppo" else GOOD))
     return load_recipe(stage, path, overrides)
 
 
-def refused(folder: Path, stage: str, *overrides: str, text: str = GOOD) -> list[str]:
+def refused(folder: Path, stage: str, *overrides: str, text: str | None = None) -> list[str]:
     with pytest.raises(UsageError) as caught:
         load(folder, stage, *overrides, text=text)
     return str(caught.value).replace(f"{folder}/", "").splitlines()
@@ -50,15 +52,16 @@ def refused(folder: Path, stage: str, *overrides: str, text: str = GOOD) -> list
 
 def test_every_registered_kind_is_in_its_stages_schema_in_that_order() -> None:
     assert {stage: objectives_of(stage) for stage in STAGES} == OBJECTIVES
-    assert len(EVERY_KIND) == 1 + 3 + 12 + 1 + 2
+    assert len(EVERY_KIND) == 1 + 3 + 12 + 1 + 2 + 5
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_default_kind(tmp_path: Path, stage: str) -> None:
     recipe: Any = load(tmp_path, stage).recipe
-    kinds = {"sft": "sft", "train-rm": "bradley_terry", "dpo": "dpo", "ipo": "ipo", "kto": "kto"}
+    kinds = {"sft": "sft", "train-rm": "bradley_terry", "dpo": "dpo", "ipo": "ipo", "kto": "kto", "ppo": "ppo"}
+    references = dict.fromkeys(("dpo", "ipo", "kto"), Reference("start", True)) | {"ppo": PolicyReference("start")}
     assert (recipe.stage, recipe.objective.kind) == (stage, kinds[stage])
-    assert vars(recipe).get("reference") == (Reference("start", True) if stage in ("dpo", "ipo", "kto") else None)
+    assert vars(recipe).get("reference") == references.get(stage)
 
 
 @pytest.mark.parametrize(("stage", "kind"), EVERY_KIND)
@@ -69,8 +72,9 @@ def test_round_trip_of_every_kind(tmp_path: Path, stage: str, kind: str) -> None
     assert load(tmp_path, stage, text=text).recipe == recipe
     assert f"objective:\n  kind: {kind}\n" in text
     keys = [line.split(":")[0] for line in text.splitlines()[1:] if line[0].isalpha()]
-    direct = ["reference"] if stage in ("dpo", "ipo", "kto") else []
-    assert keys == ["model", "lora", "data", "train", "objective", *direct, "seed", "output", "trackers"]
+    direct = ["reference", "rollout", "reward", "reward_combine"]
+    added = {"ppo": [*direct, "kl", "value", "ptx", "gold"]} | {name: [*direct, "gold"] for name in ("dpo", "ipo", "kto")}
+    assert keys == ["model", "lora", "data", "train", "objective", *added.get(stage, []), "seed", "output", "trackers"]
 
 
 def test_keys_of_the_chosen_kind(tmp_path: Path) -> None:
@@ -94,7 +98,9 @@ REFUSALS = {
     ("dpo", "objective={normalize: sum}"): "objective.normalize: has no effect in dpo. remove it",
     ("dpo", "objective={zzzz: 1}"): "objective.zzzz: unknown key. dpo takes kind, sft_weight, beta, label_smoothing",
     ("dpo", "data.train_on=last"): "data.train_on: has no effect in dpo. remove it",
-    ("dpo", "rollout={temperature: 1}"): "rollout: has no effect in dpo. remove it",
+    ("sft", "rollout={temperature: 1}"): "rollout: has no effect in sft. remove it",
+    ("dpo", "kl={coef: 1}"): "kl: has no effect in dpo. remove it",
+    ("ppo", "reference={cache: false}"): "reference.cache: has no effect in ppo. remove it",
     ("train-rm", "reference={model: base}"): "reference: has no effect in train-rm. remove it",
     ("train-rm", "objective={beta: 1}"): "objective.beta: has no effect in train-rm. remove it",
     ("dpo", "objective={label_smoothing: 0.5}"): "objective.label_smoothing: expected at most 0.499, found 0.5",
@@ -188,6 +194,8 @@ def test_metrics(tmp_path: Path) -> None:
     assert ipo == {"margin/target", "margin/logratio"}
     assert "rewards/saturated" in metrics_of(load(tmp_path, "dpo").recipe)
     for stage, kind in EVERY_KIND:
+        if stage == "ppo":
+            continue
         missing = set(METRICS[stage]) - set(metrics_of(load(tmp_path, stage, f"objective.kind={kind}").recipe))
         absent = {"logratio/mean"} if (stage, kind) in REFERENCE_FREE else {"kl"} if (stage, kind) == ("kto", "bco") else set()
         if "rewards/saturated" in METRICS[stage] and kind not in ("dpo", "robust", "hinge", "odpo", "simpo"):
@@ -205,6 +213,8 @@ RATES = {
     ("dpo", "orpo"): (8e-5, 8e-6),
     ("ipo", "ipo"): (1e-5, 1e-6),
     ("kto", "kto"): (1e-5, 1e-6),
+    ("ppo", "ppo"): (3e-5, 3e-6),
+    ("ppo", "rloo"): (3e-5, 3e-6),
 }
 
 

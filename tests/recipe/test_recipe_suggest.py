@@ -45,7 +45,9 @@ def typos(word: str, rng: random.Random) -> list[str]:
 
 def place_of(prefix: str) -> str:
     """The prefix with a position or a name where a key of a list or of free names needs one."""
-    return prefix.replace("train.stop_if", "train.stop_if.loss").replace("data.eval", "data.eval.0")
+    for key in ("data.eval", "reward", "gold"):
+        prefix = prefix.replace(key, f"{key}.0")
+    return prefix.replace("train.stop_if", "train.stop_if.loss")
 
 
 def test_first_suggestion_is_right_for_every_key(tmp_path: Path) -> None:
@@ -98,6 +100,7 @@ TOP = "model: {path: m}\noutput: o\ndata: {train: x.jsonl}\n"
         ("dpo", "refrence.cache=false", "reference"),
         ("kto", "desirable_weight=2", "objective.lambda_d"),
         ("train-rm", "center_rewards_coefficient=0.1", "objective.center_coef"),
+        ("dpo", "max_completion_length=64", "rollout.max_new_tokens"),
     ],
 )
 def test_names_that_people_bring_along(tmp_path: Path, stage: str, override: str, meant: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_cli.recipe.schema import KeepBest, StopRule, Train
-from rlhf_cli.training.watch import note_best, reason_to_stop
+from rlhf_cli.training.watch import kept_by, note_best, reason_to_stop
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,13 @@ def test_best_values() -> None:
     for split, metrics in lines:
         best = note_best(best, split, metrics, train)
     assert best == {"train/score": 2.0, "eval/score": 0.5, "keep_best": 2.0}
+
+
+def test_a_metric_that_may_not_fall_says_which_checkpoint_is_the_best() -> None:
+    """Unless the recipe names another one: what stops the run for having fallen has a best checkpoint to go back to."""
+    train = Train(stop_if={"objective/kl": StopRule(above=9), "gold/true": StopRule(falls=0.1)})
+    best: dict[str, float] = {}
+    for split, gold in (("eval", 0.4), ("train", 0.9), ("eval", 0.6), ("eval", 0.5)):
+        best = note_best(best, split, {"gold/true": gold, "objective/kl": 1.0}, train)
+    assert best == {"train/gold/true": 0.9, "eval/gold/true": 0.6, "keep_best": 0.6}
+    assert kept_by(Train(stop_if=train.stop_if, keep_best=KeepBest("loss", "min"))) == KeepBest("loss", "min")

@@ -1,0 +1,109 @@
+"""Responses drawn by vLLM, from the policy's weights as they are saved for every draw.
+
+Written after vLLM's documentation and tested against a stand-in: the real library could not be run where this was made.
+Old log-probabilities come from the training forward pass, so that its rounding is not the policy's.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Generator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.rollout.generate import Drawn, Request
+
+GPU_SHARE = 0.4
+"""Of the GPU's memory, that vLLM takes for itself; the rest is for training."""
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as the largest rank of an adapter."""
+
+
+class VllmEngine:
+    """Draws with vLLM on the first GPU that this process sees."""
+
+    def __init__(self, base: str, revision: str | None, dtype: str, save: Callable[[Path], None]) -> None:
+        """`base`: what an adapter sits on; `save`: writes the adapter, or else all weights, into a folder.
+
+        Raises:
+            MachineError: vLLM is not installed.
+        """
+        try:
+            import vllm
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise MachineError(f"rollout.engine: vllm cannot be imported ({error}); pip install 'rlhf-cli[vllm]'") from error
+        self.vllm, self.lora_request = vllm, LoRARequest
+        self.base, self.revision, self.dtype, self.save = base, revision, dtype, save
+        self.running: Any = None
+        self.draws = 0
+
+    def generate(self, request: Request) -> Generator[list[list[Drawn]] | None, None, None]:
+        """None, then the responses: a draw that has begun is not interrupted. Reproducible as far as vLLM's seeds are.
+
+        Raises:
+            UsageError: a prompt is empty.
+        """
+        if not all(map(len, request.prompts)):
+            raise UsageError("an empty prompt: there is no token to continue; give every prompt at least one")
+        yield None
+        self.draws += 1
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder))
+            adapter = self._load(Path(folder))
+            outputs = self.running.generate(
+                [self.vllm.TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in request.prompts],
+                [self._sampling(request, number) for number in request.numbers],
+                use_tqdm=False,
+                lora_request=adapter,
+            )
+        # Greedy samples are all the same, and vLLM draws one only.
+        times = 1 if request.temperature else request.samples
+        yield [[_drawn(found.token_ids, request) for found in output.outputs] * times for output in outputs]
+
+    def _load(self, folder: Path) -> Any:
+        """Have the saved weights in force; an adapter's name for this draw, else None."""
+        config = folder / "adapter_config.json"
+        if not config.exists():
+            self.running = None  # its memory is needed for the new weights
+            self.running = self._start(str(folder), None)
+            return None
+        if self.running is None:
+            rank = json.loads(config.read_text())["r"]
+            largest = next((size for size in LORA_RANKS if size >= rank), rank)
+            self.running = self._start(self.base, self.revision, enable_lora=True, max_loras=1, max_lora_rank=largest)
+        # A new number, for vLLM keeps adapters by it.
+        return self.lora_request(f"draw-{self.draws}", self.draws, str(folder))
+
+    def _start(self, model: str, revision: str | None, **more: Any) -> Any:
+        return self.vllm.LLM(
+            model=model,
+            revision=revision,
+            dtype=self.dtype,
+            skip_tokenizer_init=True,
+            gpu_memory_utilization=GPU_SHARE,
+            **more,
+        )
+
+    def _sampling(self, request: Request, number: int) -> Any:
+        seed = blake2b(f"{request.seed},{number}".encode(), digest_size=4).digest()
+        return self.vllm.SamplingParams(
+            n=request.samples if request.temperature else 1,
+            temperature=request.temperature,
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=list(request.ends),
+            ignore_eos=True,  # `ends` names all that end a response
+            seed=int.from_bytes(seed, "little") >> 1,
+            detokenize=False,
+            skip_special_tokens=False,
+        )
+
+
+def _drawn(ids: Any, request: Request) -> Drawn:
+    return Drawn(np.array(ids, np.int32), len(ids) > 0 and ids[-1] in request.ends)

@@ -1,0 +1,221 @@
+"""Recipes whose responses are drawn from the policy: what their sections must agree on, their metrics, their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
+from rlhf_cli.recipe.help import key_table
+from rlhf_cli.recipe.load import Loaded, load_recipe
+from rlhf_cli.recipe.rewards import default_name, name_of
+from rlhf_cli.recipe.schema import OnlineRollout, Reward, metrics_of, training_metrics_of
+
+PLAIN = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl, holdout: 0.1}\n"
+GOOD = PLAIN + "reward: [{model: runs/rm}]\n"
+
+
+def load(folder: Path, stage: str, *overrides: str, text: str = GOOD) -> Loaded:
+    path = folder / "r.yaml"
+    path.write_text(text)
+    return load_recipe(stage, path, overrides)
+
+
+def refused(folder: Path, stage: str, *overrides: str, text: str = GOOD) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        load(folder, stage, *overrides, text=text)
+    return str(caught.value).replace(f"{folder}/", "").splitlines()
+
+
+NO_VALUE = "has no effect with kind: rloo, which learns no value. remove it"
+RLOO = "objective.kind=rloo\nrollout.responses_per_prompt=4\n"
+REFUSALS = {
+    # terms
+    ("ppo", "reward=[]"): "reward: the list is empty. name a term: {model: …} or {function: file.py:name}",
+    ("ppo", "gold=[]"): "gold: the list is empty. name a term: {model: …} or {function: file.py:name}",
+    ("ppo", "reward=[{weight: 2}]"): "reward.0: expected model or function, found none. name one",
+    ("ppo", "reward=[{model: a, function: f.py:b}]"): "reward.0: expected model or function, found both. make it two terms",
+    (
+        "ppo",
+        "reward=[{function: f.py}]",
+    ): "reward.0.function: expected file.py:name, found f.py. name a function in a Python file",
+    (
+        "ppo",
+        "reward=[{function: f.py:a-b}]",
+    ): "reward.0.function: expected file.py:name, found f.py:a-b. name a function in a Python file",
+    ("ppo", "reward=[{function: f:a}]"): "reward.0.function: expected file.py:name, found f:a. name a function in a Python file",
+    (
+        "ppo",
+        "reward=[{function: f.py:a, normalize: true}]",
+    ): "reward.0.normalize: has no effect on a function, it is for reward models. remove it",
+    (
+        "ppo",
+        "gold=[{function: f.py:a, revision: main}]",
+    ): "gold.0.revision: has no effect on a function, it is for reward models. remove it",
+    ("ppo", "reward.0.weight=0"): "reward.0.weight: 0 leaves the term out of the score. move it to gold, where it is only "
+    "measured",
+    ("ppo", "gold=[{model: g}]\ngold.0.weight=2"): "gold.0.weight: has no effect on a term that is only measured. remove it",
+    (
+        "ppo",
+        "reward=[{model: a/rm}, {model: b/rm}]",
+    ): "reward.1.name: a second term would be logged as reward/rm. give one of them another name",
+    ("ppo", "reward.0.name=' '"): "reward.0.name: expected a name, found blank text. remove it for the default",
+    ("ppo", "reward_combine=min"): "reward_combine: has no effect on one term. remove it, or add a term to reward",
+    ("ppo", "reward={model: m}"): "reward: expected a list, found keys with values. it is a list: begin each of its terms "
+    "with `- `",
+    ("ppo", "reward.0.wieght=2"): "reward.0.wieght: unknown key. did you mean reward.0.weight?",
+    # rollouts
+    ("ppo", "objective.kind=rloo"): "rollout.responses_per_prompt: 1 is too few for kind: rloo, which compares the responses "
+    "of a prompt. set it to 2 or more",
+    ("ppo", "objective.kind=grpo"): "rollout.responses_per_prompt: 1 is too few for kind: grpo, which compares the responses "
+    "of a prompt. set it to 2 or more",
+    ("ppo", "objective.minibatches=33"): "objective.minibatches: 33 updates cannot share train.batch_size (32) prompts. lower it",
+    ("ppo", "rollout.max_new_tokens=1024"): "rollout.max_new_tokens: leaves no room for a prompt in data.max_length (1024). "
+    "lower it, or raise data.max_length",
+    ("ppo", "data.overlong=truncate-response"): "data.overlong: truncate-response has no effect where responses are drawn. "
+    "use drop, error or truncate-prompt",
+    ("ppo", "rollout.refresh=2"): "rollout.refresh: has no effect in ppo. remove it",
+    # values, KL, ptx
+    ("ppo", RLOO + "value.init=policy"): f"value.init: {NO_VALUE}",
+    ("ppo", RLOO + "value.learning_rate=1e-5"): f"value.learning_rate: {NO_VALUE}",
+    ("ppo", "kl.horizon=500"): "kl.horizon: has no effect without kl.target. set one, or remove it",
+    ("ppo", "kl={coef: 0, target: 6}"): "kl.target: has no effect with kl.coef: 0, which stays 0 whatever it is multiplied by. "
+    "give coef a start",
+    ("ppo", "kl={coef: 0, estimator: k2}"): "kl.estimator: has no effect with kl.coef: 0. remove it, or give coef a weight",
+    ("ppo", "ptx={data: y.jsonl, coef: 0}"): "ptx.coef: 0 learns nothing from these rows. give it a weight, or remove ptx",
+    ("ppo", "ptx={data: {path: y.jsonl, weight: 2}}"): "ptx.data.weight: has no effect with one source. remove it",
+    # metrics
+    ("ppo", "train.keep_best={metric: loss, mode: min}"): "train.keep_best.metric: no metric is named loss. there are "
+    "objective/scores, objective/kl, objective/entropy, response/length, response/eos_rate, objective/rlhf_reward, reward/rm",
+    ("ppo", "train.keep_best={metric: rewrad/rm, mode: max}"): "train.keep_best.metric: no metric is named rewrad/rm. "
+    "did you mean reward/rm?",
+    ("ppo", "train.stop_if={policy/clipfarc: {above: 0.5}}"): "train.stop_if.policy/clipfarc: no metric is named "
+    "policy/clipfarc. did you mean policy/clipfrac?",
+    ("ppo", RLOO + "train.stop_if={loss/value: {above: 9}}"): "train.stop_if.loss/value: no metric is named loss/value. there "
+    "are loss, loss/policy, kl_coef, policy/clipfrac, policy/approxkl, policy/ratio, "
+    "objective/scores, objective/kl, objective/entropy, response/length, response/eos_rate, objective/rlhf_reward, reward/rm, "
+    "time/rollout, time/score, time/update, grad_norm, learning_rate, tokens, tokens_per_second, epoch",
+    # direct objectives
+    ("dpo", ""): "reward: has no effect without rollout. add `rollout: {}` to draw responses, or remove it",
+    ("dpo", "rollout={}\nreward=null"): "rollout: needs a reward to rank what is drawn. add reward: [{model: …}] or "
+    "[{function: file.py:name}]",
+    ("dpo", "rollout={}\nreference.cache=false"): "reference.cache: has no effect with rollout: responses are new, so "
+    "nothing can be kept. remove it",
+    ("dpo", "rollout={}\nrollout.responses_per_prompt=1"): "rollout.responses_per_prompt: expected at least 2, found 1",
+    ("kto", "rollout={}\ndata.overlong=truncate-response"): "data.overlong: truncate-response has no effect where responses "
+    "are drawn. use drop, error or truncate-prompt",
+    ("dpo", "rollout={}\ntrain.keep_best={metric: loss, mode: min}"): "train.keep_best.metric: no metric is named loss. there "
+    "are objective/scores, objective/kl, objective/entropy, response/length, response/eos_rate, reward/rm",
+}
+
+
+@pytest.mark.parametrize(("stage", "given"), REFUSALS)
+def test_refusals(tmp_path: Path, stage: str, given: str) -> None:
+    (line,) = refused(tmp_path, stage, *(part for part in given.split("\n") if part))
+    told = line.removeprefix("--set ") if line.startswith("--set ") else line.partition(": ")[2]
+    assert told == REFUSALS[stage, given]
+
+
+def test_every_fault_of_a_list_of_terms_has_its_line(tmp_path: Path) -> None:
+    text = PLAIN + "reward:\n  - model: a\n    wieght: 2\n  - function: f.py\n  - {}\ngold:\n  - modle: g\n"
+    assert refused(tmp_path, "ppo", text=text) == [
+        "r.yaml:6: reward.0.wieght: unknown key. did you mean reward.0.weight?",
+        "r.yaml:10: gold.0.modle: unknown key. did you mean gold.0.model?",
+    ]
+    assert refused(tmp_path, "ppo", text=text.replace("wieght", "weight").replace("modle", "model")) == [
+        "r.yaml:7: reward.1.function: expected file.py:name, found f.py. name a function in a Python file",
+        "r.yaml:8: reward.2: expected model or function, found none. name one",
+    ]
+    assert refused(tmp_path, "ppo", text=PLAIN) == [
+        "r.yaml:1: reward: missing. add it: a list of terms: {model: …} or {function: file.py:name}"
+    ]
+
+
+def test_a_term_is_changed_from_the_command_line(tmp_path: Path) -> None:
+    changed: Any = load(tmp_path, "ppo", "reward.0.weight=2", "gold.0.function=g.py:gold").recipe
+    assert changed.reward == [Reward(model="runs/rm", weight=2.0)]
+    assert changed.gold == [Reward(function="g.py:gold")]
+
+
+def test_sections_that_may_be_empty(tmp_path: Path) -> None:
+    online: Any = load(tmp_path, "dpo", text=GOOD + "rollout: {}\n").recipe
+    assert online.rollout == OnlineRollout() == online.draws
+    assert (online.rollout.responses_per_prompt, online.rollout.refresh) == (2, 1)
+    offline: Any = load(tmp_path, "dpo", text=PLAIN + "rollout:\n").recipe
+    assert offline.draws is None
+    assert offline.judges == ([], [])
+
+
+def test_round_trip_with_every_section(tmp_path: Path) -> None:
+    text = GOOD + "gold: [{function: 'g.py:gold'}]\nkl: {target: 6}\nvalue: {init: policy}\nptx: {data: y.jsonl}\n"
+    recipe = load(tmp_path, "ppo", "reward.0.normalize=false", text=text).recipe
+    dumped = dump_recipe(recipe, "ppo")
+    assert load(tmp_path, "ppo", text=dumped).recipe == recipe
+    refuse_changes(dumped, recipe)
+    with pytest.raises(UsageError, match=r"\n  reward\.0\.weight  1\.0  2\.0$"):
+        refuse_changes(dumped, load(tmp_path, "ppo", "reward.0.weight=2", text=dumped).recipe)
+
+
+@pytest.mark.parametrize(
+    ("term", "name"),
+    [
+        (Reward(model="runs/quickstart/rm/"), "rm"),
+        (Reward(model="org/judge", name="judge"), "judge"),
+        (Reward(function="a/b.py:gold"), "gold"),
+        (Reward(model="org/judge", name="mine"), "mine"),
+    ],
+)
+def test_names_of_terms(term: Reward, name: str) -> None:
+    assert name_of(term) == name
+    assert default_name(term) in (name, "judge")
+
+
+DRAWN = {"objective/scores", "objective/kl", "objective/entropy", "response/length", "response/eos_rate"}
+TIMES = {"time/rollout", "time/score", "time/update"}
+COMMON = {"grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch"}
+
+
+def test_metrics_of_ppo(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "ppo", "reward.0.name=a", "gold.0.function=g.py:b").recipe
+    held_out = DRAWN | {"objective/rlhf_reward", "reward/a", "gold/b"}
+    assert set(metrics_of(recipe)) == held_out
+    training = {"loss", "loss/policy", "kl_coef", "policy/clipfrac", "policy/approxkl", "policy/ratio"}
+    training |= TIMES
+    values = {"loss/value", "value/explained_variance", "grad_norm/value"}
+    assert set(training_metrics_of(recipe)) == held_out | training | values | COMMON
+    assert len(training_metrics_of(recipe)) == len(set(training_metrics_of(recipe)))
+    for kind, more in (("ppo", values), ("bandit", values), ("reinforce", set()), ("rloo", set()), ("grpo", set())):
+        of_kind = load(tmp_path, "ppo", f"objective.kind={kind}", "rollout.responses_per_prompt=2").recipe
+        assert set(training_metrics_of(of_kind)) - set(metrics_of(of_kind)) == training | COMMON | more, kind
+    mixed = load(tmp_path, "ppo", "ptx.data=y.jsonl").recipe
+    assert set(training_metrics_of(mixed)) - set(training_metrics_of(recipe)) == {"loss/ptx", "reward/rm"}
+
+
+def test_metrics_of_online_direct_objectives(tmp_path: Path) -> None:
+    online, offline = load(tmp_path, "dpo", "rollout={}").recipe, load(tmp_path, "dpo", text=PLAIN).recipe
+    assert set(metrics_of(online)) == DRAWN | {"reward/rm"}
+    assert set(training_metrics_of(online)) - set(training_metrics_of(offline)) == DRAWN | TIMES | {"reward/rm"}
+    assert set(metrics_of(offline)) == set(training_metrics_of(offline)) - COMMON
+    load(tmp_path, "dpo", "rollout={}", "train.stop_if={objective/kl: {above: 20}, rewards/margins: {above: 9}}")
+    load(tmp_path, "ppo", "train.keep_best={metric: reward/rm, mode: max}", "train.stop_if={kl_coef: {above: 9}}")
+
+
+def test_help_tells_a_terms_keys_once_and_no_stage_rate_for_the_value() -> None:
+    lines = key_table("ppo").splitlines()
+    assert max(map(len, lines)) <= 77
+    assert [line.split(":")[0] for line in lines if line.startswith("  function")] == ["  function"]
+    assert "reward: *" in [line.split("  ")[0] for line in lines]
+    text = " ".join(" ".join(lines).split())
+    assert "null: 3e-05 lora, 3e-06 full" in text
+    assert text.count("learning_rate: null null: the policy's dropout") == 0
+    assert text.count("3e-05 lora") == 1
+
+
+def test_paths_of_everything_that_is_read(tmp_path: Path) -> None:
+    """Before anything is imported, they tell whether the hub is needed."""
+    more = ["data.eval=e.jsonl", "gold=[{model: org/gold}, {function: 'g.py:gold'}]", "ptx.data=[p.jsonl, q.jsonl]"]
+    assert load(tmp_path, "ppo", *more).recipe.paths == ["m", "runs/rm", "org/gold", "x.jsonl", "e.jsonl", "p.jsonl", "q.jsonl"]
+    assert load(tmp_path, "dpo", text=PLAIN).recipe.paths == ["m", "x.jsonl"]
