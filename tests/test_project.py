@@ -286,7 +286,7 @@ echo "$(basename $0) $*" >> calls
 case "$*" in
   scripts/make_quickstart.py)
     mkdir -p data/quickstart models/quickstart-base
-    for name in sft pairs ranked unpaired eval_prompts; do touch data/quickstart/$name.jsonl; done
+    for name in sft pairs ranked unpaired prompts eval_prompts; do touch data/quickstart/$name.jsonl; done
     touch models/quickstart-base/tokenizer_config.json ;;
   scripts/quickstart_gold.py*) echo "gold of $*" ;;
   scripts/fetch_smollm2.py*) mkdir -p models/smollm2-135m-instruct; touch models/smollm2-135m-instruct/config.json ;;
@@ -298,8 +298,12 @@ case "$*" in
 esac
 """
 INSTALL = "python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[{}]"
-CHAIN = {"sft": "sft", "rm": "train-rm", "dpo": "dpo", "ipo": "ipo", "kto": "kto"}
+CHAIN = {name: STAGE_OF.get(name, name) for name in ("sft", "rm", "dpo", "ipo", "kto", "ppo", "rloo", "online-dpo")}
 """Recipe → its command, in the order of the Makefile; the first one's run is where the others start."""
+REAL_CHAIN = [name for name in CHAIN if name not in ("rloo", "online-dpo")]
+"""The recipes of smollm2."""
+JUDGED = ("ppo", "rloo", "online-dpo")
+"""Those whose responses the reward model judges."""
 GOLD = "python scripts/quickstart_gold.py " + " ".join(f"runs/quickstart/{name}" for name in CHAIN if name != "rm")
 
 
@@ -383,13 +387,14 @@ class TestMakefile:
     def test_a_recipe_changes_its_own_run_alone(self, name: str, folder: Path) -> None:
         self.make(folder, "quickstart")
         self.change(folder / f"recipes/quickstart/{name}.yaml")
-        assert self.make(folder, "quickstart") == [*calls("quickstart", [name], "--force"), GOLD]
+        own = [name, *(JUDGED if name == "rm" else ())]
+        assert self.make(folder, "quickstart") == [*calls("quickstart", own, "--force"), GOLD]
 
     def test_quickstart_ends_with_reports_and_gold_rewards(self, folder: Path) -> None:
         for _ in range(2):
             said = self.run(folder, "quickstart").stdout.splitlines()
             reports = [f"report: runs/quickstart/{name}/report.md" for name in CHAIN]
-            assert said[-6:] == [*reports, f"gold of {GOLD.removeprefix('python ')}"]
+            assert said[-len(CHAIN) - 1 :] == [*reports, f"gold of {GOLD.removeprefix('python ')}"]
 
     def test_a_stopped_run_goes_on(self, folder: Path) -> None:
         assert self.stop_after(folder, "quickstart")[-1:] == calls("quickstart", ["sft"], "--resume")
@@ -406,7 +411,7 @@ class TestMakefile:
         self.change(folder / "recipes/quickstart/sft.yaml")
         assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--force"), GOLD]
 
-    @pytest.mark.parametrize("name", ["sft", "pairs", "ranked", "unpaired", "eval_prompts"])
+    @pytest.mark.parametrize("name", ["sft", "pairs", "ranked", "unpaired", "prompts", "eval_prompts"])
     def test_lost_data_is_made_again(self, name: str, folder: Path) -> None:
         self.make(folder, "quickstart")
         (folder / f"data/quickstart/{name}.jsonl").unlink()
@@ -429,9 +434,9 @@ class TestMakefile:
     def test_smollm2_with_rows_from_the_hub_or_a_file(self, folder: Path) -> None:
         fetch = "python scripts/fetch_smollm2.py --dest models/smollm2-135m-instruct"
         start = "--set model.path=models/smollm2-135m-instruct"
-        later = [name for name in CHAIN if name != "sft"]
+        later = [name for name in REAL_CHAIN if name != "sft"]
         wanted = [fetch, *calls("smollm2", ["sft"], "--resume", start), *calls("smollm2", later, "--resume")]
-        assert self.make(folder, "smollm2")[-6:] == wanted
+        assert self.make(folder, "smollm2")[-len(wanted) :] == wanted
         assert self.make(folder, "smollm2") == []
         rows = " ".join(f"--set {override}" for override in FEW_ROWS)
         wanted = [*calls("smollm2", ["sft"], "--force", start, rows), *calls("smollm2", later, "--force", rows)]
@@ -441,7 +446,7 @@ class TestMakefile:
         again = self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9")
         assert again == calls("smollm2", ["ipo"], "--force", rows)
 
-    @pytest.mark.parametrize("name", CHAIN)
+    @pytest.mark.parametrize("name", REAL_CHAIN)
     def test_smollm2_overrides_fit_its_recipes(self, name: str) -> None:
         recipe = load_recipe(CHAIN[name], ROOT / f"recipes/smollm2/{name}.yaml", FEW_ROWS).recipe
         (source,) = recipe.data.train
@@ -466,6 +471,6 @@ class TestChain:
         assert shares == {(0.1 if folder == "quickstart" else 0.05, 0)}
         starts = {name: recipe.model.path for name, recipe in recipes.items() if name != "sft"}
         assert starts == dict.fromkeys(starts, recipes["sft"].output)
-        assert recipes.keys() >= CHAIN.keys()
+        assert recipes.keys() == set(CHAIN if folder == "quickstart" else REAL_CHAIN)
         judges = {term.model for recipe in recipes.values() for terms in recipe.judges for term in terms if term.model}
         assert judges == {recipes["rm"].output}

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.backbone import LAYER_TYPES, PLAIN, Backbone
-from rlhf_cli.models.few_rows import few_rows, linear
 from rlhf_cli.models.kv_cache import RowCache
 from rlhf_cli.models.merging import merged
+from rlhf_cli.models.packed import packed
 
 PROMPT_TOKENS = 4096
 """Tokens of a forward pass over prompts, padding included; a longer prompt has one of its own."""
@@ -94,7 +94,7 @@ class TransformersEngine:
             raise UsageError("an empty prompt: there is no token to continue; give every prompt at least one")
         self.backbone.train(False)
         drawn = [[Drawn(np.empty(0, np.int32), False)] * request.samples for _ in request.prompts]
-        with merged(self.backbone, self.role), self.backbone.plain_attention() as model, few_rows(model):
+        with merged(self.backbone, self.role), self.backbone.plain_attention() as model, packed(model):
             for wave in self._waves(request):
                 yield from self._draw(request, wave, drawn)
         yield drawn
@@ -114,14 +114,13 @@ class TransformersEngine:
         copies = Counter(wave[:, 0].tolist())
         prompts = [request.prompts[number] for number in copies]
         decoder = self.decoder(self.backbone, prompts, list(copies.values()), request.max_new_tokens)
-        head = _Head(self.backbone)
         uniforms = np.stack([draw_uniforms(request.seed, request.numbers[p], s, request.max_new_tokens) for p, s in wave])
         ids = np.zeros(uniforms.shape, np.int32)
         rows = np.arange(len(wave))  # of the wave, in the decoder's order
         states = decoder.begin()
         for t in range(request.max_new_tokens):
             chances = torch.from_numpy(uniforms[rows, t]).to(states.device)
-            tokens = choose(head(states), request.temperature, chances)
+            tokens = choose(self._logits(states), request.temperature, chances)
             ids[rows, t] = tokens.cpu().numpy()
             ended = np.isin(ids[rows, t], request.ends)
             last = t + 1 == request.max_new_tokens
@@ -137,19 +136,11 @@ class TransformersEngine:
                 rows, tokens = rows[order], tokens[torch.from_numpy(order).to(tokens.device)]
             states = decoder.append(tokens)
 
-
-class _Head:
-    """The output head alone, in the compute dtype."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        head = backbone.model.get_output_embeddings()
-        self.dtype = backbone.compute_dtype
-        self.weight: torch.Tensor = head.weight.to(self.dtype)
-        self.bias: torch.Tensor | None = None if head.bias is None else head.bias.to(self.dtype)
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """(B, V) float32."""
-        return linear(states.to(self.dtype), self.weight, self.bias).float()
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The output head alone, (B, V) float32."""
+        with self.backbone.autocast():
+            logits: torch.Tensor = self.backbone.model.get_output_embeddings()(states.to(self.backbone.compute_dtype))
+        return logits.float()
 
 
 class _Aligned:

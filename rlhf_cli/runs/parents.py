@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Collection
@@ -28,10 +29,11 @@ class Start:
     tokenizer: str  # where the tokenizer and its template are
     parent: Parent | None
     manifest: dict[str, Any] | None  # the parent's
+    template: str | None = None  # hash of a checkpoint's chat template
 
     @property
     def template_hash(self) -> str | None:
-        return None if self.manifest is None else self.manifest["chat_template_hash"]
+        return self.template if self.manifest is None else self.manifest["chat_template_hash"]
 
 
 def resolve_start(path: str, revision: str | None, place: str, stages: Collection[str] = POLICY_STAGES) -> Start:
@@ -55,7 +57,9 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
     if (folder / "hashes.json").exists() and (folder / "model").is_dir():
         if json.loads((folder / "hashes.json").read_text()) != {k: v for k, v in hash_tree(folder).items() if k != "hashes.json"}:
             raise UsageError(f"{place}: the checkpoint {path} is damaged: its files do not match its hashes")
-        return resolve_start(str(folder / "model"), revision, place, stages)
+        inputs = folder.parent.parent / "inputs.json"
+        template = json.loads(inputs.read_text()).get("template") if inputs.exists() else None
+        return dataclasses.replace(resolve_start(str(folder / "model"), revision, place, stages), template=template)
     if "train-rm" not in stages and _is_reward_model(folder):
         raise UsageError(f"{place}: {path} is a reward model, not a policy; name a language model")
     if (folder / "adapter_config.json").exists():

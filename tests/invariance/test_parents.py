@@ -110,6 +110,23 @@ def test_a_checkpoint_is_a_parent_too(home: Path, tmp_path: Path) -> None:
         assert float((packed_logps(_policy(checkpoint, LORA, tmp_path / "base"), TREES, 60) - wanted).abs().max()) < 1e-5
 
 
+def test_a_checkpoint_remembers_a_template_that_its_tokenizer_does_not(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer without a chat template is saved with none; what it is trained with then would be the built-in one."""
+    rows = home / "rows.jsonl"
+    path = write_recipe(
+        tmp_path / "x.yaml", home / "base", rows, tmp_path / "plain", model={"chat_template": "none"}, train={"steps": 1}
+    )
+    assert rlhf("sft", path) == 0
+    (checkpoint,) = (tmp_path / "plain" / "checkpoints").glob("step-*")
+    again = ["sft", path, "--output", tmp_path / "again", "--set", f"model.path={checkpoint}"]
+    assert rlhf(*again, "--check") == 0
+    capsys.readouterr()
+    assert rlhf(*again, "--check", "--set", "model.chat_template=null") == 2
+    assert "was trained with another chat template than" in capsys.readouterr().err
+
+
 def test_the_base_is_never_touched(home: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32).state_dict()
     make_model(home / "again", initializer_range=0.2)

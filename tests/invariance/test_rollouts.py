@@ -33,31 +33,29 @@ from tests.tiny import make_model, read_lines, rlhf, spawn, write_pairs, write_r
 
 TIMES = ("time/rollout", "time/score", "time/update")
 
-WAVE = "from math import sin\n\ndef wave(prompts, responses):\n    return [sin(len(p) + len(r)) for p, r in zip(prompts, responses)]\n"
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose responses often end, prompts of 1 to 6 words, a policy and a reward model trained on it, a function."""
+    """A base whose responses often end, prompts of 1 to 6 words, a policy and a reward model trained on it."""
     folder = tmp_path_factory.mktemp("rollouts")
     make_model(folder / "base", initializer_range=0.2)
     (folder / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(60))}))
     write_pairs(folder / "pairs.jsonl", 14)
     write_rows(folder / "eval.jsonl", 3, seed=1)
-    (folder / "wave.py").write_text(WAVE)
     train = {"steps": 3, "learning_rate": 0.02, "save_every": None}
-    for name, command in {"sft": "sft", "rm": "train-rm"}.items():
-        words = write_recipe(
-            folder / f"{name}.yaml", folder / "base", folder / "pairs.jsonl", folder / name, lora={"r": 4}, train=train
-        )
-        assert rlhf(command, words) == 0
+    for name, stage in {"sft": "sft", "rm": "train-rm"}.items():
+        parts = folder / "base", folder / "pairs.jsonl", folder / name
+        assert rlhf(stage, write_recipe(folder / f"{name}.yaml", *parts, lora={"r": 4}, train=train)) == 0
     return folder
 
 
-@pytest.fixture(autouse=True)
-def plain_report(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def plain_report() -> Iterator[None]:
     """Without pictures, which take longer than the runs."""
-    monkeypatch.setattr(report, "draw_plots", lambda folder, train, held_out: [])
+    with pytest.MonkeyPatch.context() as patch:
+        for pictures in ("draw_plots", "draw_card"):
+            patch.setattr(report, pictures, lambda *lines: [])
+        yield
 
 
 def recipe(home: Path, output: Path, start: str = "sft", **sections: Any) -> Path:

@@ -216,6 +216,6 @@ def test_help_tells_a_terms_keys_once_and_no_stage_rate_for_the_value() -> None:
 
 def test_paths_of_everything_that_is_read(tmp_path: Path) -> None:
     """Before anything is imported, they tell whether the hub is needed."""
-    more = ["data.eval=e.jsonl", "gold=[{model: org/gold}, {function: 'g.py:gold'}]", "ptx.data=[p.jsonl, q.jsonl]"]
+    more = ["data.eval=e.jsonl", "gold=[{model: org/gold}, {function: 'g.py:good'}]", "ptx.data=[p.jsonl, q.jsonl]"]
     assert load(tmp_path, "ppo", *more).recipe.paths == ["m", "runs/rm", "org/gold", "x.jsonl", "e.jsonl", "p.jsonl", "q.jsonl"]
     assert load(tmp_path, "dpo", text=PLAIN).recipe.paths == ["m", "x.jsonl"]
