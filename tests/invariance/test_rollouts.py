@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def test_logged_figures_are_those_of_plain_transformers(home: Path, tmp_path: Pa
 
     monkeypatch.setattr(source, "_recorded", noting)
     run = tmp_path / "run"
-    settings = {"train": {"steps": 1, "eval_every": None}, "rollout": {"temperature": 0.7}, "kl": {"coef": 0.3}}
+    settings: dict[str, Any] = {"train": {"steps": 1, "eval_every": None}, "rollout": {"temperature": 0.7}, "kl": {"coef": 0.3}}
     assert rlhf("ppo", recipe(home, run, reference={"model": "base"}, **settings)) == 0
     (line,), (rollout,) = train_lines(run), rollouts
     base = AutoModelForCausalLM.from_pretrained(home / "base")
@@ -145,7 +145,7 @@ class FixedEngine:
 
     drawn: list[list[Drawn]]
 
-    def generate(self, request: Request) -> Iterator[list[list[Drawn]] | None]:
+    def generate(self, request: Request) -> Generator[list[list[Drawn]] | None, None, None]:
         yield None
         yield [self.drawn[number] for number in request.numbers]
 

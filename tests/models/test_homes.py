@@ -73,7 +73,7 @@ Start = Callable[..., Ready]
 def start(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Runs `rlhf ppo` up to its first step; keys as of `write_recipe`, models by their names in `home`."""
     loads: list[str] = []
-    found: list[Any] = []
+    found: list[tuple[Backbone, list[ModelTerm]]] = []
 
     def noting(module: Any) -> None:
         original = module.load_model
@@ -85,10 +85,11 @@ def start(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         monkeypatch.setattr(module, "load_model", load)
 
     def capture(job: Any, folder: Any, backbone: Backbone, *, way: Any, **others: Any) -> None:
-        found.extend((backbone, way.source.sampler.terms))
+        found.append((backbone, way.source.sampler.terms))
         raise NumberError("as far as this test goes")
 
-    noting(homes), noting(policy)
+    for module in (homes, policy):
+        noting(module)
     monkeypatch.setattr(ppo, "train_job", capture)
 
     def run(judge: str = "rm", *, weight: float = 1.0, normalize: bool | None = None, **sections: Any) -> Ready:
@@ -97,7 +98,7 @@ def start(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         output = tmp_path / f"run-{len(found)}"
         words = write_recipe(tmp_path / "x.yaml", home / "sft", home / "pairs.jsonl", output, **sections)
         assert rlhf("ppo", words) == 3
-        return Ready(*found[-2:], loads)
+        return Ready(*found[-1], loads)
 
     return run
 
@@ -231,11 +232,11 @@ def test_where_no_reward_model_reads_its_tokens_the_value_starts_as_0(
     name: str, home: Path, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own.py").write_text("def own(prompts, responses):\n    return [1.0 for _ in responses]\n")
-    sections: dict[str, Any] = {
+    sections: dict[str, dict[str, Any]] = {
         "text": {"model": {"path": str(home / "sft"), "chat_template": "none"}},
         "function": {"reward": [{"function": f"{tmp_path / 'own.py'}:own"}]},
-    }[name]
-    backbone = start(**sections).backbone
+    }
+    backbone = start(**sections[name]).backbone
     assert "value: starts as 0, on the policy's weights: no reward model reads its tokens" in capsys.readouterr().out
     assert float(values_before(backbone, TREES).abs().max()) == 0.0
 

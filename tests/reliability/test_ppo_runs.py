@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.rollout import generate, rewards
 from rlhf_cli.runs import report
 from rlhf_cli.runs.manifest import weights_hash
-from rlhf_cli.stages import ppo
+from rlhf_cli.stages import ppo, training
 from tests.models.tiny_backbone import draw_trees, packed_logps, plain_logps
 from tests.tiny import make_model, read_lines, rlhf, write_pairs, write_recipe
 
@@ -221,7 +222,7 @@ def test_the_kl_coefficient_follows_the_kl(finished: Finished) -> None:
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[Backbone]:
     """The backbones of the runs that follow."""
     found: list[Backbone] = []
-    original = ppo.train_job
+    original = training.train_job
 
     def noting(job: Any, folder: Any, backbone: Backbone, **others: Any) -> Any:
         found.append(backbone)
@@ -455,7 +456,7 @@ def test_the_manifest_names_all_data(with_ptx: Path, home: Path, tmp_path: Path)
 @pytest.mark.xfail(strict=True, reason="the loop divides the value's rate by the policy's")
 def test_the_value_may_learn_alone(home: Path, tmp_path: Path) -> None:
     """A policy that stays where it is while the value gets to know it."""
-    settings = {"train": {"steps": 2, "learning_rate": 0.0}, "value": {"learning_rate": 1e-3}}
+    settings: dict[str, Any] = {"train": {"steps": 2, "learning_rate": 0.0}, "value": {"learning_rate": 1e-3}}
     assert rlhf("ppo", recipe(home, tmp_path / "run", objective=ONCE, **settings)) == 0
     lines = all_lines(tmp_path / "run", "train")
     assert [line["learning_rate"] for line in lines] == [0, 0]
@@ -486,6 +487,36 @@ def test_memory_that_runs_out_while_responses_are_drawn_or_judged(
     assert code == 0 or (code == 4 and "tokens_per_device" in capsys.readouterr().err)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [{"r": 4}, None], ids=["lora", "full"])
+@pytest.mark.parametrize("call", [7, 9, 13])
+def test_a_signal_between_two_tokens(
+    call: int, lora: Any, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is saved while the adapter is merged into the base is the adapter, and the step is drawn again, the same."""
+    path = recipe(home, tmp_path / "run", objective=ONCE, lora=lora, reward=MODEL)
+    assert rlhf("ppo", path) == 0
+    original, calls = generate.choose, [0]
+
+    def signalled(*arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == call:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    again = tmp_path / "again"
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "choose", signalled)
+        assert rlhf("ppo", path, "--output", again) == 143
+    (checkpoint,) = (again / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert capsys.readouterr().err.splitlines()[-1] == f"stopped after step {step} of 3; continue with --resume"
+    assert rlhf("ppo", path, "--output", again, "--resume") == 0
+    one, two = (next((run / "model").glob("*.safetensors")) for run in (tmp_path / "run", again))
+    assert one.read_bytes() == two.read_bytes()
+
+
 DRIVER = """
 import os, sys
 from rlhf_cli.cli import main
@@ -506,7 +537,16 @@ sys.exit(main(sys.argv[1:]))
 def test_logits_that_are_not_finite_on_one_rank_alone(home: Path, tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", driver, "ppo"]
+    words: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        driver,
+        "ppo",
+    ]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run([*words, recipe(home, tmp_path / "run")], env=settings, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
