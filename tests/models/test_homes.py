@@ -275,7 +275,7 @@ def test_a_merged_parent_is_the_reference(home: Path, start: Start, tmp_path: Pa
     assert value_off(ready) < 1e-5
 
 
-@pytest.mark.parametrize("lora", ["auto", None])
+@pytest.mark.parametrize("lora", ["auto", pytest.param(None, marks=pytest.mark.slow)])
 def test_references_by_name(lora: Any, home: Path, start: Start) -> None:
     """`start`, an earlier run and a path on the same base cost adapters; the bare base costs nothing."""
     wanted = {"base": ("base", None), str(home / "again"): ("base", "again"), str(home / "other"): ("other", None)}
