@@ -85,7 +85,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     source = DatasetSource(flatten(trees, records), (len(trees),), (1.0,), EPISODES, 0, False)
     config = load_config(options.model, None, False)
     memory = estimate(config, rank=lora and lora.r, dtype=torch.float32, checkpointing=False, trust_remote_code=False)
-    budget = auto_budget(memory, 64 + NEW_TOKENS, CPU)
+    budget = auto_budget(memory, 64 + NEW_TOKENS, CPU, values=True)
     term = ModelTerm("reward", 1.0, backbone, "reward", 0.0, 1.0, budget, Reader("reward", None, None))
     sampler = Sampler(
         backbone=backbone,
@@ -200,9 +200,11 @@ def compare(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace, side: str) -> dict[str, Any]:
     shared = [options.data, "--model", options.model, "--iterations", str(options.iterations), "--out", options.out]
     own = ["--theirs"] if side == "trl" else ["--ours", side]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    if side == "trl":
-        environment["PYTHONPATH"] = options.peer
+    # Each side as its users run it: `rlhf` makes idle threads sleep soon (see cli.py).
+    own_environment = (
+        {"PYTHONPATH": options.peer, "TRL_EXPERIMENTAL_SILENCE": "1"} if side == "trl" else {"GOMP_SPINCOUNT": "1000"}
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | own_environment
     command = [sys.executable, str(Path(__file__)), *shared, *own]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -87,8 +87,8 @@ class Backbone:
         model.requires_grad_(False)
         model.config.use_cache = False
         text = model.config.get_text_config().to_dict()
-        self._window: int | None = text.get("sliding_window") if text.get("use_sliding_window", True) else None
-        self._layer_types = tuple(dict.fromkeys(text.get("layer_types") or ()))
+        self.window: int | None = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+        self.layer_types = tuple(dict.fromkeys(text.get("layer_types") or ()))
         self._plain: str = model.config._attn_implementation
         self.kernel = self._choose_kernel(attention, headless)
 
@@ -109,7 +109,8 @@ class Backbone:
             raise UsageError(f"lora: {str(error).splitlines()[0]}") from error
         if state is not None:
             self._set_adapter_weights(role, state)
-        mine = frozenset(n for n, _ in self.model.named_parameters() if f".{role}." in n or n.endswith(f".{role}"))
+        # Only behind the name of a LoRA part: a layer of the base may have the role's name.
+        mine = frozenset(n for n, _ in self.model.named_parameters() if role in n.partition(".lora_")[2].split("."))
         if trained:
             self.trained[role] = self.trained.get(role, frozenset()) | mine
         self.active = None
@@ -308,8 +309,8 @@ class Backbone:
         if self.kernel.name == TREES:
             return {"position_ids": batch.positions, "segments": batch.segments}
         make = {"dense": self._dense, "additive": self._additive, "block": block_mask}[self.kernel.mask or ""]
-        windows = {kind: self._window if kind == "sliding_attention" else None for kind in self._layer_types}
-        masks = {kind: make(batch, window) for kind, window in windows.items()} or {"": make(batch, self._window)}
+        windows = {kind: self.window if kind == "sliding_attention" else None for kind in self.layer_types}
+        masks = {kind: make(batch, window) for kind, window in windows.items()} or {"": make(batch, self.window)}
         # Models with one kind of layer take one mask, models with two a dict of them.
         return {"position_ids": batch.positions, "attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
@@ -339,7 +340,7 @@ class Backbone:
         if not headless:
             self._check_head(trees)
         candidates = ("trees",) * (setting == "auto" and self.device.type == "cpu") + CANDIDATES[setting]
-        if not LAYER_TYPES.issuperset(self._layer_types):
+        if not LAYER_TYPES.issuperset(self.layer_types):
             candidates = tuple(name for name in candidates if KERNELS[name].layout == "alone")
         for name in candidates:
             self.kernel = KERNELS[name]

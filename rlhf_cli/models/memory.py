@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,10 @@ from rlhf_cli.errors import UsageError
 
 CPU_ACTIVATIONS = 3 * 2**28
 """Bytes that `tokens_per_device: auto` lets the activations of a pass take on a CPU; longer passes were not faster there."""
+
+SECOND_ROLE = 2.4
+"""By how much a value that is trained beside the policy shortens the passes. Measured with a 135 M model: 214 tokens instead of
+514 take 3 % more time and 0.8 GiB less; a value's activations find the heap in the pieces that those of the policy left."""
 
 PROCESS = 0.55 * 2**30
 """Python, torch and the libraries, resident."""
@@ -55,9 +61,27 @@ def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing
     return Memory(weights, trained, 12 * trained, kept * size)
 
 
-def auto_budget(memory: Memory, longest: int, device: torch.device) -> int:
-    """`tokens_per_device: auto`: what fits beside weights and optimiser, at least the longest tree."""
+def auto_budget(memory: Memory, longest: int, device: torch.device, *, values: bool = False) -> int:
+    """`tokens_per_device: auto`: what fits beside weights and optimiser, at least the longest tree.
+
+    values: a value is trained beside the policy.
+    """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] * 0.7 - memory.total(0)
         return max(longest, min(int(free / memory.per_token), 2**17))
-    return max(longest, min(CPU_ACTIVATIONS // memory.per_token, 4096))
+    room = CPU_ACTIVATIONS / SECOND_ROLE if values else CPU_ACTIVATIONS
+    return max(longest, min(int(room / memory.per_token), 4096))
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system: the C library keeps it for blocks of the same size, which may not come."""
+    with contextlib.suppress(AttributeError, OSError):  # not every C library can
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's out-of-memory, Python's, and that of torch's allocator on a CPU."""
+    text = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text
+    )

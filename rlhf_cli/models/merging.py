@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,31 +12,37 @@ from peft.tuners.lora import Linear, LoraLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.models.backbone import BASE, Backbone
+from rlhf_cli.models.packed import Folds, can_pack, packed
 
 
 @contextlib.contextmanager
 def merged(backbone: Backbone, role: str) -> Iterator[None]:
-    """Inside, `role` forwards without its adapter's extra products; no other role may.
+    """Inside, `role` forwards without its adapter's extra products; no other role may, and nothing can be learned.
 
-    Each adapted linear layer points at a new tensor W + scaling · B A, computed in float32, and afterwards at its own again, the
-    same memory: weights that are merged and unmerged by subtraction drift. Where a layer is no plain linear one (quantised, DoRA)
-    the adapter stays as it is; a role without an adapter needs nothing.
+    On a CPU in float32 the weights W + scaling · B A are made one by one and packed. Elsewhere each adapted linear layer points
+    at such a tensor, and afterwards at its own again, the same memory: weights that are merged and unmerged by subtraction drift.
+    Where a layer is no plain linear one (quantised, DoRA) the adapter stays as it is; a role without an adapter needs nothing.
     """
     backbone.activate(role)
-    adapter = backbone.active
-    layers = _mergeable(backbone)
-    if not layers:
+    adapter, layers = backbone.active, _mergeable(backbone)
+    if layers:
+        backbone.activate(BASE)
+    folds = {layer.base_layer: partial(_folded, layer, adapter) for layer in layers}
+    rest = {layer: fold for layer, fold in folds.items() if not can_pack(layer)}
+    with _swapped(rest), packed(backbone.model, folds):
         yield
-        return
-    originals = [layer.base_layer.weight.data for layer in layers]
-    backbone.activate(BASE)
+
+
+@contextlib.contextmanager
+def _swapped(folds: Folds) -> Iterator[None]:
+    originals = {layer: layer.weight.data for layer in folds}
     try:
-        for layer, original in zip(layers, originals, strict=True):
-            layer.base_layer.weight.data = _folded(layer, adapter, original)
+        for layer, fold in folds.items():
+            layer.weight.data = fold()
         yield
     finally:
-        for layer, original in zip(layers, originals, strict=True):
-            layer.base_layer.weight.data = original
+        for layer, original in originals.items():
+            layer.weight.data = original
 
 
 def _mergeable(backbone: Backbone) -> list[Any]:
@@ -53,6 +60,8 @@ def _mergeable(backbone: Backbone) -> list[Any]:
 
 
 @torch.no_grad()
-def _folded(layer: Any, adapter: str | None, weight: torch.Tensor) -> torch.Tensor:
-    delta: torch.Tensor = layer.get_delta_weight(adapter)  # with PEFT's own scaling and orientation, in float32
+def _folded(layer: Any, adapter: str | None) -> torch.Tensor:
+    """W + scaling · B A, computed in float32."""
+    delta: torch.Tensor = layer.get_delta_weight(adapter)  # with PEFT's own scaling and orientation
+    weight = layer.base_layer.weight
     return delta.add_(weight).to(weight.dtype)

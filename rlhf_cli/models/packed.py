@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,20 +14,31 @@ ROWS = 8
 for every product (576 × 1536 in float32, AVX-512)."""
 
 
+Folds = Mapping[torch.nn.Module, Callable[[], torch.Tensor]]
+"""Layer → a function that makes another weight for it, one adapter folded in."""
+
+
+def can_pack(layer: torch.nn.Module) -> bool:
+    """Is it a float32 linear layer on a CPU, and has torch oneDNN?"""
+    if type(layer) is not torch.nn.Linear or layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
+        return False
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
 @contextlib.contextmanager
-def packed(model: Any) -> Iterator[None]:
-    """Inside, the float32 linear layers of a model on a CPU multiply by packed copies of their weights as they are now.
+def packed(model: Any, folds: Folds | None = None) -> Iterator[None]:
+    """Inside, the float32 linear layers of a model on a CPU multiply by packed copies of their weights, or of those of `folds`.
 
     By oneDNN, through the operator that torch.compile uses for frozen models; nothing can be learned through it. Elsewhere
-    nothing changes.
+    nothing changes. The layers' own weights are not touched.
     """
-    layers = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32]
-    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        layers = []
+    layers = [layer for layer in model.modules() if can_pack(layer)]
+    made = dict(folds or {})
     try:
         for layer in layers:
+            weight = made[layer]() if layer in made else layer.weight
             # On the instance, where it comes before the method of its class.
-            vars(layer)["forward"] = partial(_multiply, _pack(layer.weight), layer.bias)
+            vars(layer)["forward"] = partial(_multiply, _pack(weight), layer.bias)
         yield
     finally:
         for layer in layers:

@@ -39,6 +39,8 @@ class Objective:
     """Does it use the probability that the chosen response is the better one, where the data have one?"""
     mismatches: ClassVar[bool] = False
     """Does it compare each response with one that was written for another prompt?"""
+    ties: ClassVar[bool] = True
+    """Can it learn from responses of which some are tied?"""
     saturates: ClassVar[bool] = False
     """Does its gradient fade for pairs that are far apart? Then it logs rewards/saturated."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_cli.objectives.preference import LogRatioPair, Pair, Pairs, Responses
 from rlhf_cli.objectives.reward import RewardObjective
@@ -20,6 +20,8 @@ class PlackettLuce(LogRatioPair):
     """Plackett–Luce with r = βρ over K ranked responses; Rafailov et al. 2023, app. A.3. With K = 2 it is dpo. No ties."""
 
     kind: Literal["plackett_luce"] = "plackett_luce"
+
+    ties: ClassVar[bool] = False
 
     def losses(self, responses: Responses, pair: Pair, given: Mapping[str, float]) -> dict[str, torch.Tensor]:
         return {"trees": ranking_losses(self.beta * responses.logratio, responses.counts).sum()}

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.recipe.keys import keys_of
+from rlhf_cli.recipe.keys import keys_of, walk
 from rlhf_cli.recipe.schema import Recipe
 from rlhf_cli.recipe.yaml_reader import SCALARS, Unreadable, plain, read
 
@@ -84,7 +84,10 @@ def differences(old_text: str, new: Recipe) -> list[tuple[str, object, object]]:
             f"the earlier run's recipe.yaml cannot be read, line {error.problem.line}: {error.problem.what}"
         ) from None
     now = flatten(new)
-    return [(key, old.get(key), now.get(key)) for key in dict.fromkeys([*now, *old]) if old.get(key) != now.get(key)]
+    # A key that the old file does not know had its default.
+    usual = {key for key, known in walk(type(new)) if key not in old and now.get(key) == known.default}
+    keys = [key for key in dict.fromkeys([*now, *old]) if key not in usual]
+    return [(key, old.get(key), now.get(key)) for key in keys if old.get(key) != now.get(key)]
 
 
 def refuse_changes(old_text: str, new: Recipe, old_path: str = "recipe.yaml") -> None:

@@ -382,6 +382,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         "policy/ratio",
         "value/explained_variance",
         "grad_norm/value",
+        "learning_rate/value",
     ),
 }
 """Stage → the metrics of its training lines; those of its held-out lines too where it learns from the responses of its data."""
@@ -392,6 +393,7 @@ LACKS: dict[str, Callable[[Recipe], bool]] = {
     "kl": lambda recipe: not recipe.objective.mismatches,
     "loss/value": lambda recipe: not learns_values(recipe.objective),
     "value/explained_variance": lambda recipe: not learns_values(recipe.objective),
+    "learning_rate/value": lambda recipe: not learns_values(recipe.objective),
     "grad_norm/value": lambda recipe: not learns_values(recipe.objective),
     "loss/ptx": lambda recipe: not (isinstance(recipe, PpoRecipe) and recipe.ptx is not None),
 }

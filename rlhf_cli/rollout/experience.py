@@ -13,8 +13,9 @@ import torch
 
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Batch, Tree
-from rlhf_cli.errors import RunError
+from rlhf_cli.errors import MachineError, RunError, Stopped
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.memory import is_out_of_memory, return_freed
 from rlhf_cli.objectives.policy_gradient import Experience
 from rlhf_cli.recipe import schema
 from rlhf_cli.rollout.generate import Drawn, Engine, Request
@@ -106,7 +107,9 @@ class Sampler:
         started = time.monotonic()
         share = range(self.ranks.rank, len(prompts), self.ranks.size)
         count = self.settings.responses_per_prompt if samples is None else samples
-        own = yield from self.respond([prompts[i] for i in share], share, seed, count, self.settings.max_new_tokens)
+        work = self.respond([prompts[i] for i in share], share, seed, count, self.settings.max_new_tokens)
+        own = yield from guarded(self.ranks, work)
+        return_freed()  # the copies of the weights that sampling used
         drawn_at = time.monotonic()
         trees = [
             prompts[i]._replace(responses=tuple(response.ids for response in responses))
@@ -115,7 +118,7 @@ class Sampler:
         answers = self._answers(trees, own)
         worth = together(self.ranks, lambda: self._worth(answers))
         yield
-        tokens = yield from self._tokens(trees, values)
+        tokens = yield from guarded(self.ranks, self._tokens(trees, values))
         found = _merge(self.ranks.gather(dict(zip(share, zip(trees, own, worth, tokens, strict=True), strict=True))))
         whole = np.concatenate([scores for _, _, scores, _ in found], 1)
         old, reference, plain, plain_reference, value = np.concatenate([numbers for *_, numbers in found], 1)
@@ -229,13 +232,39 @@ def last(values: Generator[T | None, None, None]) -> Work[T]:
 
 def together(ranks: Ranks, work: Callable[[], T]) -> T:
     """`work` on this rank; what it raises on any rank ends the run on all, in order."""
-    fault: tuple[type[RunError], str] | None = None
+
+    def without_pause() -> Work[T]:
+        return work()
+        yield
+
+    return at_once(guarded(ranks, without_pause()))
+
+
+def at_once(work: Work[T]) -> T:
+    """The result of work whose pauses nobody uses."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+
+def guarded(ranks: Ranks, work: Work[T]) -> Work[T]:
+    """`together` for work with pauses."""
+    fault: RunError | None = None
     result: T | None = None
     try:
-        result = work()
+        result = yield from work
+    except Stopped:
+        raise
     except RunError as error:
-        fault = type(error), str(error)
-    for found in ranks.gather(fault):
+        fault = error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "set train.tokens_per_device lower, or draw fewer or shorter responses, then --resume"
+        fault = MachineError(f"out of memory while responses were drawn and judged; {advice}")
+    for found in ranks.gather(fault and (type(fault), str(fault))):
         if found is not None:
-            raise found[0](found[1])
+            raise found[0](found[1]) from fault
     return result  # type: ignore[return-value]

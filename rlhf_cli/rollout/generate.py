@@ -21,7 +21,6 @@ from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.backbone import LAYER_TYPES, PLAIN, Backbone
 from rlhf_cli.models.kv_cache import RowCache
 from rlhf_cli.models.merging import merged
-from rlhf_cli.models.packed import packed
 
 PROMPT_TOKENS = 4096
 """Tokens of a forward pass over prompts, padding included; a longer prompt has one of its own."""
@@ -78,7 +77,7 @@ class TransformersEngine:
 
     def __init__(self, backbone: Backbone, role: str) -> None:
         self.backbone, self.role = backbone, role
-        takes_masks = backbone.kernel.name != PLAIN and LAYER_TYPES.issuperset(backbone._layer_types)
+        takes_masks = backbone.kernel.name != PLAIN and LAYER_TYPES.issuperset(backbone.layer_types)
         self.decoder: type[_Aligned] | type[_Alike] = _Aligned if takes_masks else _Alike
         self.fixed, self.per_token = _cache_bytes(backbone)
 
@@ -94,7 +93,7 @@ class TransformersEngine:
             raise UsageError("an empty prompt: there is no token to continue; give every prompt at least one")
         self.backbone.train(False)
         drawn = [[Drawn(np.empty(0, np.int32), False)] * request.samples for _ in request.prompts]
-        with merged(self.backbone, self.role), self.backbone.plain_attention() as model, packed(model):
+        with merged(self.backbone, self.role), self.backbone.plain_attention():
             for wave in self._waves(request):
                 yield from self._draw(request, wave, drawn)
         yield drawn
@@ -204,7 +203,7 @@ class _Aligned:
 
     def _masks(self, seen: torch.Tensor, age: torch.Tensor) -> Any:
         """What the model takes: one additive mask, or a dict of them by kind of layer."""
-        kinds, window = self.backbone._layer_types, self.backbone._window
+        kinds, window = self.backbone.layer_types, self.backbone.window
 
         def mask(limit: int | None) -> torch.Tensor:
             hidden = ~seen if limit is None else ~seen | (age >= limit)

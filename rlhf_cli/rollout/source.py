@@ -13,7 +13,7 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.objectives.kl import next_coef
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.recipe import schema
-from rlhf_cli.rollout.experience import Rollout, Sampler
+from rlhf_cli.rollout.experience import Rollout, Sampler, at_once, guarded
 
 KL_COEF = "kl_coef"
 """The name of an adapted κ among the objective's own numbers."""
@@ -44,14 +44,10 @@ def probe(sampler: Sampler, prompts: Sequence[Tree], seed: int) -> list[Tree]:
     """A few prompts with short responses, to check what must hold before the first step."""
     few = list(prompts[:PROBE_PROMPTS])
     work = sampler.respond(few, range(len(few)), derive_seed(seed, PROBED), sampler.settings.responses_per_prompt, PROBE_TOKENS)
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            return [
-                tree._replace(responses=tuple(response.ids for response in responses))
-                for tree, responses in zip(few, done.value, strict=True)
-            ]
+    drawn = at_once(guarded(sampler.ranks, work))
+    return [
+        tree._replace(responses=tuple(response.ids for response in responses)) for tree, responses in zip(few, drawn, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -121,6 +117,7 @@ class PreferenceSource:
     prompts: DatasetSource
     refresh: int
     steps: int
+    ties: bool  # may responses of one prompt be tied?
     shape: Shape | None
     seed: int
 
@@ -134,7 +131,7 @@ class PreferenceSource:
         batches = [self.prompts.batch(k) for k in steps]
         prompts = [tree for batch in batches for tree in batch]
         rollout = yield from self.sampler.rollout(prompts, derive_seed(self.seed, DRAWN, step))
-        trees = iter(ranked(rollout))
+        trees = iter(ranked(rollout) if self.ties else map(untied, ranked(rollout)))
         shaped = []
         for k, batch in zip(steps, batches, strict=True):
             own = [next(trees) for _ in batch]
@@ -162,3 +159,14 @@ def ranked(rollout: Rollout) -> list[Tree]:
             )
         )
     return found
+
+
+def untied(tree: Tree) -> Tree:
+    """The tree with one response of each rank: a ranking of all of them would put some order into a tie."""
+    ranks, scores = tree.facts.ranks or (), tree.facts.scores or ()
+    kept = [k for k, rank in enumerate(ranks) if rank not in ranks[:k]]
+    return tree._replace(
+        responses=tuple(tree.responses[k] for k in kept),
+        facts=tree.facts._replace(ranks=tuple(ranks[k] for k in kept), scores=tuple(scores[k] for k in kept)),
+        reference=tree.reference and tuple(tree.reference[k] for k in kept),
+    )

@@ -83,7 +83,8 @@ def _online(job: Job, drawing: Drawing) -> Way:
             max_length=recipe.data.max_length,
             mismatches=job.objective.mismatches,
         )
-    source = PreferenceSource(drawing.sampler, job.source, recipe.rollout.refresh, job.steps, shape, recipe.seed)
+    refresh, ties = recipe.rollout.refresh, job.objective.ties
+    source = PreferenceSource(drawing.sampler, job.source, refresh, job.steps, ties, shape, recipe.seed)
     order = tuple(float(k) for k in range(recipe.rollout.responses_per_prompt))
     first = [tree._replace(facts=Facts(ranks=order, scores=order[::-1])) for tree in drawing.probe]
     return Way(source, drawing.measure, shape(first, recipe.seed) if shape else first)

@@ -39,13 +39,20 @@ class Judge:
     found: FoundRewardModel | FunctionTerm
 
     @property
-    def record(self) -> dict[str, Any]:
-        """What identifies it, in the manifest and when a run is resumed."""
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common. Not the text of a function: one that failed is mended, and the run goes on."""
         own = {"name": name_of(self.reward), "weight": self.reward.weight}
         if isinstance(self.found, FoundRewardModel):
             return own | self.found.record
+        return own | {"function": self.found.reference}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        if isinstance(self.found, FoundRewardModel):
+            return self.identity
         file = self.found.reference.rpartition(":")[0]
-        return own | {"function": self.found.reference, "hash": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+        return self.identity | {"hash": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -197,5 +204,8 @@ def judged(trees: list[Tree], seed: int, records: Sequence[Record], max_length: 
 
 def recorded(reference: Reference, judges: Judges) -> dict[str, str]:
     """What a resumed run must have in common beside its data."""
-    named = {"reference": reference.record} | {name: records for name, records in judges.record.items() if records}
+    named: dict[str, Any] = {"reference": reference.record}
+    for what, judges_of in (("reward", judges.reward), ("gold", judges.gold)):
+        if judges_of:
+            named[what] = [judge.identity for judge in judges_of]
     return {name: json.dumps(records) for name, records in named.items()}

@@ -50,7 +50,8 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         )
         fit = train_job(job, folder, backbone, reference_is_start=reference.is_start, way=way)
         parents = (*reference.parents(job), *judges.parents())
-        finish_job(job, folder, fit, base, {"reference": reference.record, **judges.record}, parents)
+        extra = {"reference": reference.record, **judges.record}
+        finish_job(job, folder, fit, base, extra, parents, ptx.fingerprints if ptx else {})
 
 
 def _announce(job: Job) -> Iterator[str]:
@@ -65,6 +66,8 @@ def _announce(job: Job) -> Iterator[str]:
         yield "kl: ½(log π/π_ref)² is a loss term; on the policy's own tokens its gradient is that of each token's KL"
     if recipe.kl.estimator == "k3":
         yield "kl: k3 is a loss term; on the policy's own tokens it descends KL(π_ref‖π), not KL(π‖π_ref)"
+    if job.lora and job.lora.dropout:
+        yield "with lora.dropout the policy that learns differs from the one that drew: the first ratio is not 1, nor checked"
     if objective.announcement:
         yield objective.announcement
 

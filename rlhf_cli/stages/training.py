@@ -7,7 +7,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,11 @@ from rlhf_cli.data.dataset import Dataset, data_report, prepare, question
 from rlhf_cli.data.encode import show_example
 from rlhf_cli.data.templates import Template, choose_template, end_of_turn
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.errors import NumberError, Stopped, UsageError
+from rlhf_cli.errors import MachineError, NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import choose_pad_id
 from rlhf_cli.models.load import load_config, load_tokenizer, resolve_dtype
-from rlhf_cli.models.memory import Memory, auto_budget, estimate
+from rlhf_cli.models.memory import Memory, auto_budget, estimate, is_out_of_memory
 from rlhf_cli.models.policy import load_trained, parent_lora, resolve_lora
 from rlhf_cli.models.sampling import end_ids
 from rlhf_cli.objectives.base import Objective
@@ -186,7 +186,7 @@ def open_job(job: Job, *, resume: bool, force: bool) -> Iterator[RunFolder | Non
             try:
                 yield folder
             except UsageError:
-                if ranks.main and fresh:
+                if ranks.main and fresh and not folder.checkpoints.exists():
                     forget_inputs(folder)  # nothing was trained: the mended recipe may use the same folder
                 raise
     ranks.close()
@@ -271,6 +271,12 @@ def train_job(
         if not error.one_rank:  # of all ranks alike: they part in order
             job.ranks.close()
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Updates mend this themselves where they can; here it was a check or held-out rows.
+        advice = f"set train.tokens_per_device below {job.budget}, then --resume"
+        raise MachineError(f"out of memory outside of a step; {advice}").on_one_rank() from error
     finally:
         fit.trackers.close()
     return fit
@@ -283,8 +289,12 @@ def finish_job(
     base: str,
     extra: dict[str, Any] | None = None,
     parents: tuple[Parent, ...] = (),
+    fingerprints: Mapping[str, str] | None = None,
 ) -> None:
-    """Write model, report and, last of all, the manifest. `parents`: runs that were used beside the one it started from."""
+    """Write model, report and, last of all, the manifest.
+
+    parents: runs that were used beside the one it started from; fingerprints: of data beside the job's own.
+    """
     if job.ranks.main:
         with disk_errors(folder.model):
             fit.save_model(folder.model)
@@ -294,7 +304,7 @@ def finish_job(
             stage=job.loaded.stage,
             seed=job.recipe.seed,
             base_model=described,
-            data=job.dataset.fingerprints,
+            data=job.dataset.fingerprints | dict(fingerprints or {}),
             chat_template_hash=job.template.hash,
             steps=fit.state.step,
             tokens=fit.state.tokens,
@@ -341,7 +351,8 @@ def _settle(
     recipe = dataclasses.replace(recipe, lora=lora, objective=objective)
     asked = recipe.train.tokens_per_device
     longest = dataset.longest + (recipe.draws.responses_per_prompt * recipe.draws.max_new_tokens if recipe.draws else 0)
-    budget = ranks.min(auto_budget(memory, longest, ranks.device)) if asked == "auto" else asked
+    values = schema.learns_values(objective)
+    budget = ranks.min(auto_budget(memory, longest, ranks.device, values=values)) if asked == "auto" else asked
     train = dataclasses.replace(recipe.train, tokens_per_device=budget, learning_rate=schema.learning_rate_of(recipe))
     model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
     return lora, memory, dataclasses.replace(recipe, train=train, model=model)

@@ -15,7 +15,7 @@ import torch
 from rlhf_cli.console import Console, Progress, peak_memory_gib
 from rlhf_cli.data.batches import Draw, derive_seed, due_steps
 from rlhf_cli.data.trees import Tree, tree_length
-from rlhf_cli.errors import NumberError, Stopped
+from rlhf_cli.errors import NumberError, RunError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe import schema
@@ -182,20 +182,28 @@ class Fit:
     def _begin(self, step: int) -> Underway:
         """What is known of the step: a batch that was drawn for it before, or one that is drawn now."""
         if self.underway is None:
-            draw = self._until_last(self.source.draw(step, self.state.memory))
+            try:
+                draw = self._until_last(self.source.draw(step, self.state.memory))
+            except (UsageError, NumberError) as error:
+                raise self._without_draw(error, step) from error
             assert draw is not None
             self.underway = Underway(draw)
             self._advance(memory=draw.memory)
             self._obey_signal()
         return self.underway
 
+    def _without_draw(self, error: UsageError | NumberError, step: int) -> RunError:
+        """What a batch that cannot be made ends a run with: nothing of what was trained is lost."""
+        if not self.state.step or error.one_rank:
+            return error
+        if self._is_unsaved():
+            self._save()
+        return NumberError(f"step {step} (those before it are saved, --resume goes on): {error}")
+
     def _update(self, step: int, begun: Underway, trees: list[Tree], started: float) -> Underway:
-        share = learning_rate(self.train, step, self.steps)
         peak = self.train.learning_rate or 0.0
-        rates = {
-            role: share * (self.learning_rates[role] / peak) if role in self.learning_rates else share
-            for role in self.backbone.trained_roles
-        }
+        peaks = {role: self.learning_rates.get(role, peak) for role in self.backbone.trained_roles}
+        rates = {role: learning_rate(self.train, step, self.steps, own) for role, own in peaks.items()}
         try:
             result = optimise(
                 self.backbone,

@@ -33,12 +33,13 @@ def warmup_steps(warmup: float, steps: int) -> int:
     return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
 
 
-def learning_rate(train: schema.Train, step: int, steps: int) -> float:
+def learning_rate(train: schema.Train, step: int, steps: int, peak: float | None = None) -> float:
     """The rate of step `step`, counted from 1: a linear rise to the peak, then the schedule towards 0.
 
-    With w warm-up steps, update k ≤ w has k/w of the peak. Cosine and linear fall so that a further update would have 0.
+    `peak`: by default the recipe's. With w warm-up steps, step k ≤ w has k/w of the peak. Cosine and linear fall so that a
+    further step would have 0.
     """
-    peak = train.learning_rate or 0.0
+    peak = train.learning_rate or 0.0 if peak is None else peak
     warm = warmup_steps(train.warmup, steps)
     if step <= warm:
         return peak * step / warm

@@ -13,6 +13,7 @@ from rlhf_cli.data.batches import derive_seed
 from rlhf_cli.data.trees import Batch, Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.training.ranks import Ranks
 
@@ -273,14 +274,6 @@ def smaller_budget(error: BaseException, budget: int, trees: list[Tree], ranks: 
     if budget <= longest:
         raise MachineError(f"out of memory with one tree of {longest} tokens in the pass; {advice}") from error
     return max(budget // 2, 1)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's out-of-memory, Python's, and that of torch's allocator on a CPU."""
-    text = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text
-    )
 
 
 def _check_gradients_exist(backbone: Backbone, ranks: Ranks) -> None:

@@ -50,8 +50,17 @@ def _ours(folder: Path) -> tuple[list[float], list[float]]:
     optimizer = build_optimizer(backbone.trained_roles, schema.Train())
     results = []
     for step in range(1, STEPS + 1):
-        options = {"step": step, "seed": 0, "rates": {"policy": RATE}, "max_grad_norm": 1.0, "budget": 60, "ranks": Ranks(expected=False)}
-        results.append(optimise(backbone, Sft(), optimizer, TREES[(step - 1) * ROWS : step * ROWS], **options).metrics)
+        options = {
+            "step": step,
+            "seed": 0,
+            "rates": {"policy": RATE},
+            "max_grad_norm": 1.0,
+            "budget": 60,
+            "ranks": Ranks(expected=False),
+        }
+        results.append(
+            optimise(backbone, Sft(), optimizer, TREES[(step - 1) * ROWS : step * ROWS], **options).metrics
+        )
     return [m["loss"] for m in results], [m["grad_norm"] for m in results]
 
 

@@ -65,7 +65,13 @@ def with_reference(backbone: Backbone, trees: list[Tree]) -> list[Tree]:
 
 def our_steps(backbone: Backbone, objective: Objective, trees: list[Tree]) -> list[dict[str, float]]:
     optimizer = build_optimizer(backbone.trained_roles, schema.Train())
-    options: dict[str, Any] = {"seed": 0, "rates": {"policy": RATE}, "max_grad_norm": 1.0, "budget": 60, "ranks": Ranks(expected=False)}
+    options: dict[str, Any] = {
+        "seed": 0,
+        "rates": {"policy": RATE},
+        "max_grad_norm": 1.0,
+        "budget": 60,
+        "ranks": Ranks(expected=False),
+    }
     batches = [trees[start : start + ROWS] for start in range(0, len(trees), ROWS)]
     return [optimise(backbone, objective, optimizer, batch, step=k, **options).metrics for k, batch in enumerate(batches, 1)]
 

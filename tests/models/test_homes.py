@@ -290,7 +290,6 @@ def test_references_by_name(lora: Any, home: Path, start: Start) -> None:
         ready.loads.clear()
 
 
-@pytest.mark.xfail(strict=True, reason="add_lora takes every parameter with .value. in its name for the role value's")
 def test_a_role_owns_its_adapter_alone() -> None:
     """RWKV has linear layers that are called value."""
     settings = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}

@@ -57,7 +57,17 @@ def test_merged_logits_are_those_of_the_adapter(name: str, role: str) -> None:
     assert torch.equal(logits(backbone), wanted)
 
 
-def test_the_base_is_the_same_memory_after_any_number_of_cycles() -> None:
+def test_packed_weights_leave_the_base_where_it_is() -> None:
+    backbone = two_roles()
+    before = memory(backbone)
+    with merged(backbone, "policy"):
+        assert memory(backbone) == before
+    assert not any("forward" in vars(module) for module in backbone.model.modules())
+
+
+def test_the_base_is_the_same_memory_after_any_number_of_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is packed, as on a GPU."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     backbone = two_roles()
     before = memory(backbone)
     for role in ("policy", "reference", "policy"):
@@ -105,7 +115,7 @@ def test_a_role_without_an_adapter_needs_nothing(role: str) -> None:
     before, wanted = memory(backbone), logits(backbone)
     with merged(backbone, role):
         assert memory(backbone) == before
-        assert torch.equal(logits(backbone), wanted)
+        assert float((logits(backbone) - wanted).abs().max()) < 1e-5
 
 
 def test_all_weights_trained_needs_nothing() -> None:
@@ -121,4 +131,4 @@ def test_what_cannot_be_folded_stays_an_adapter() -> None:
     before, wanted = memory(backbone), logits(backbone)
     with merged(backbone, "reference"):
         assert memory(backbone) == before
-        assert torch.equal(logits(backbone), wanted)
+        assert float((logits(backbone) - wanted).abs().max()) < 1e-5
