@@ -58,9 +58,7 @@ def _ours(folder: Path) -> tuple[list[float], list[float]]:
             "budget": 60,
             "ranks": Ranks(expected=False),
         }
-        results.append(
-            optimise(backbone, Sft(), optimizer, TREES[(step - 1) * ROWS : step * ROWS], **options).metrics
-        )
+        results.append(optimise(backbone, Sft(), optimizer, TREES[(step - 1) * ROWS : step * ROWS], **options).metrics)
     return [m["loss"] for m in results], [m["grad_norm"] for m in results]
 
 
