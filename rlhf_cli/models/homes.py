@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import BASE, Backbone, lora_config
 from rlhf_cli.models.load import is_classifier, load_model, local_folder, read_adapter, read_head
 from rlhf_cli.recipe import schema
@@ -43,12 +44,21 @@ class Homes:
         self._settle(role, host)
 
     def add_value(self, base: str, revision: str | None, adapter: Path | None, lora: schema.Lora, head: Head) -> None:
-        """Place the role "value": a trained copy of the adapter, or a fresh one, which changes nothing yet; and a head."""
+        """Place the role "value": a trained copy of the adapter, or a fresh one, which changes nothing yet; and a head.
+
+        Raises:
+            UsageError: its model and the policy's cannot take the same rows, or the adapter does not fit.
+        """
         host = self.host(base, revision)
         config, state = lora_config(lora, base, revision), None
         if adapter is not None:
             parent, state, _ = read_adapter(adapter)
             config = dataclasses.replace(parent, lora_dropout=lora.dropout, inference_mode=False)
+        if host.kernel.layout != self.policy.kernel.layout:
+            raise UsageError(
+                f"value: {base} takes {host.kernel.layout} rows and the policy {self.policy.kernel.layout} ones: they cannot "
+                "learn from the same passes; set value.init: policy"
+            )
         host.add_lora("value", config, state, trained=True)
         host.add_head("value", head.weight, head.bias)
         if self._settings.gradient_checkpointing and host is not self.policy:

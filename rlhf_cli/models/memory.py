@@ -68,9 +68,10 @@ def auto_budget(memory: Memory, longest: int, device: torch.device, *, values: b
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] * 0.7 - memory.total(0)
-        return max(longest, min(int(free / memory.per_token), 2**17))
-    room = CPU_ACTIVATIONS / SECOND_ROLE if values else CPU_ACTIVATIONS
-    return max(longest, min(int(room / memory.per_token), 4096))
+        room, most = free, 2**17
+    else:
+        room, most = CPU_ACTIVATIONS, 4096
+    return max(longest, min(int(room / memory.per_token / (SECOND_ROLE if values else 1)), most))
 
 
 def return_freed() -> None:

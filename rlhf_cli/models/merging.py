@@ -21,13 +21,18 @@ def merged(backbone: Backbone, role: str) -> Iterator[None]:
 
     On a CPU in float32 the weights W + scaling · B A are made one by one and packed. Elsewhere each adapted linear layer points
     at such a tensor, and afterwards at its own again, the same memory: weights that are merged and unmerged by subtraction drift.
-    Where a layer is no plain linear one (quantised, DoRA) the adapter stays as it is; a role without an adapter needs nothing.
+    The adapter stays as it is where a layer is no plain linear one (quantised, DoRA), or in half precision: most of a young
+    adapter's B A is less than half a step of W's own numbers, and would be rounded away. A role without one needs nothing.
     """
     backbone.activate(role)
     adapter, layers = backbone.active, _mergeable(backbone)
     if layers:
         backbone.activate(BASE)
     folds = {layer.base_layer: partial(_folded, layer, adapter) for layer in layers}
+    if backbone.compute_dtype != torch.float32:
+        with _swapped(folds):
+            yield
+        return
     rest = {layer: fold for layer, fold in folds.items() if not can_pack(layer)}
     with _swapped(rest), packed(backbone.model, folds):
         yield
@@ -52,6 +57,7 @@ def _mergeable(backbone: Backbone) -> list[Any]:
     plain = all(
         type(m) is Linear
         and type(m.base_layer) in (torch.nn.Linear, Conv1D)
+        and m.base_layer.weight.dtype == torch.float32
         and role not in m.lora_variant
         and not m.lora_bias[role]
         for m in layers
@@ -61,7 +67,6 @@ def _mergeable(backbone: Backbone) -> list[Any]:
 
 @torch.no_grad()
 def _folded(layer: Any, adapter: str | None) -> torch.Tensor:
-    """W + scaling · B A, computed in float32."""
+    """W + scaling · B A."""
     delta: torch.Tensor = layer.get_delta_weight(adapter)  # with PEFT's own scaling and orientation
-    weight = layer.base_layer.weight
-    return delta.add_(weight).to(weight.dtype)
+    return delta.add_(layer.base_layer.weight)

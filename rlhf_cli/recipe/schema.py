@@ -190,7 +190,7 @@ class Kl:
 @dataclass(frozen=True)
 class Value:
     init: Literal["reward", "policy"] = key("reward", "weights that the value starts from: the first reward model, or the policy")
-    learning_rate: float | None = key(None, "null: the policy's", low=0.0)
+    learning_rate: float | None = key(None, "null: train.learning_rate, else LoRA's default: the value is an adapter", low=0.0)
 
 
 @dataclass(frozen=True)

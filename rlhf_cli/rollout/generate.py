@@ -31,8 +31,8 @@ PASS_COST = 32
 CPU_CACHE = 2 * 2**30
 """Bytes that the keys, values and logits of a wave may take on a CPU."""
 
-GPU_SHARE = 0.5
-"""The same on a GPU, as a share of what is free."""
+GPU_SHARE = 0.2
+"""The same on a GPU, as a share of all its memory: of what is free a resumed run would find another one, and cut other waves."""
 
 LOGITS = 4
 """Vectors of the vocabulary's length, in float32, that a row takes while its next token is chosen."""
@@ -276,10 +276,7 @@ def _cache_bytes(backbone: Backbone) -> tuple[float, float]:
 
 def _room(device: torch.device) -> float:
     """Bytes that a wave may take."""
-    if device.type != "cuda":
-        return CPU_CACHE
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
+    return GPU_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else CPU_CACHE
 
 
 def cut_prompts(lengths: Sequence[int]) -> list[slice]:

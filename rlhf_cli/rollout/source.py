@@ -126,7 +126,10 @@ class PreferenceSource:
         return self.prompts.steps_per_epoch
 
     def draw(self, step: int, memory: Mapping[str, float]) -> Generator[Draw | None, None, None]:
-        """Yields None between tokens and passes, and then the ranked responses for `step` and the steps until the next draw."""
+        """Yields None between tokens and passes, and then the ranked responses for `step` and the steps until the next draw.
+
+        Prompts whose responses are all tied are left out.
+        """
         steps = range(step, min(step + self.refresh, self.steps + 1))
         batches = [self.prompts.batch(k) for k in steps]
         prompts = [tree for batch in batches for tree in batch]
@@ -134,8 +137,8 @@ class PreferenceSource:
         trees = iter(ranked(rollout) if self.ties else map(untied, ranked(rollout)))
         shaped = []
         for k, batch in zip(steps, batches, strict=True):
-            own = [next(trees) for _ in batch]
-            shaped.append(own if self.shape is None else self.shape(own, derive_seed(self.seed, DRAWN, step, k)))
+            own = [tree for tree in (next(trees) for _ in batch) if len(set(tree.facts.ranks or ())) > 1]
+            shaped.append(self.shape(own, derive_seed(self.seed, DRAWN, step, k)) if self.shape and own else own)
         wheres = tuple([self.sampler.records[tree.row].where for tree in own] for own in shaped)
         times = {f"time/{name}": seconds for name, seconds in rollout.seconds.items()}
         yield Draw(step, tuple(shaped), wheres, dict(memory), {}, rollout.figures() | times)

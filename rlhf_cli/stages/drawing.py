@@ -130,10 +130,12 @@ def open_drawing(job: Job, judges: Judges, backbone: Backbone, homes: Homes, bas
     terms = [_place(job, judge, f"reward{number or ''}", backbone, homes) for number, judge in enumerate(judges.reward)]
     gold = [_place(job, judge, f"gold{number or ''}", backbone, homes) for number, judge in enumerate(judges.gold)]
 
+    engine = _engine(job, backbone, base)
+
     def sampler(records: Sequence[Record]) -> Sampler:
         return Sampler(
             backbone=backbone,
-            engine=_engine(job, backbone, base),
+            engine=engine,
             tokenizer=job.tokenizer,
             ends=tuple(stop_ids(job, backbone)),
             settings=settings,
@@ -169,6 +171,9 @@ def _engine(job: Job, backbone: Backbone, base: str) -> Engine:
     assert job.recipe.draws is not None
     if job.recipe.draws.engine == "transformers":
         return TransformersEngine(backbone, "policy")
+    if job.ranks.size > 1:
+        place = job.loaded.named("rollout.engine")
+        raise UsageError(f"{place}: vllm draws on one device, and there are {job.ranks.size}; use engine: transformers")
     from rlhf_cli.rollout.vllm import VllmEngine
 
     revision = job.start.revision if base == job.start.base else None
@@ -185,15 +190,12 @@ def _kl_coef(recipe: schema.Recipe) -> float | None:
 
 
 def judged(trees: list[Tree], seed: int, records: Sequence[Record], max_length: int, mismatches: bool) -> list[Tree]:
-    """Ranked responses one by one, the best of a prompt as desirable and its worst as undesirable; prompts with ties left out.
+    """Ranked responses one by one, the best of a prompt as desirable and its worst as undesirable.
 
     Raises:
-        NumberError: the reward ties all responses of every prompt.
+        NumberError: all of them are one text, and the objective compares each with another one.
     """
-    told = [tree for tree in trees if tree.facts.ranks and len(set(tree.facts.ranks)) > 1]
-    if not told:
-        raise NumberError(f"the reward gives all responses of each of {len(trees)} prompts the same score: nothing to learn from")
-    flat = unpaired(flatten(told, records))
+    flat = unpaired(flatten(trees, records))
     if not mismatches:
         return list(flat)
     try:

@@ -118,5 +118,15 @@ def _add_value(job: Job, judges: Judges, homes: Homes, base: str) -> dict[str, f
         homes.add_value(base, revision, adapter, lora, Head(torch.zeros(1, width), 0.0))
         why = "" if recipe.value.init == "policy" else ": no reward model reads its tokens"
         job.console.say(f"value: starts as 0, on the policy's weights{why}")
-    rate = recipe.value.learning_rate
-    return {"value": rate if rate is not None else recipe.train.learning_rate or 0.0}
+    return {"value": _value_rate(job)}
+
+
+def _value_rate(job: Job) -> float:
+    """The recipe's; else the policy's, and beside a policy that trains all weights what an adapter wants by default."""
+    recipe, objective = _parts(job)
+    asked = job.loaded.recipe.train.learning_rate
+    if recipe.value.learning_rate is not None:
+        return recipe.value.learning_rate
+    if asked is None:
+        return schema.default_learning_rate("ppo", objective.kind, "lora")
+    return asked

@@ -123,6 +123,8 @@ def prepare_job(
     )
     if shape is not None:
         dataset, objective = shape(dataset, recipe)
+    elif draws:
+        objective = objective.settled(1, 1)  # of every prompt one desirable response and one undesirable
     source = dataset.source(recipe.train, recipe.data, recipe.seed)
     steps = total_steps(recipe.train.epochs, recipe.train.steps, source.steps_per_epoch)
     ranks = Ranks(expected=not check)

@@ -44,8 +44,9 @@ class State:
     memory: dict[str, float] = field(default_factory=dict)  # the objective's own numbers, e.g. BCO's running means
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
+def checkpoint_path(folder: Path, step: int, updates: int = 0) -> Path:
+    """Where the weights after `step` are, or those after so many `updates` of the next one, which sort behind them."""
+    return folder / (f"step-{step:08d}-{updates:04d}" if updates else f"step-{step:08d}")
 
 
 def save_checkpoint(
@@ -66,7 +67,7 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
-    final = checkpoint_path(folder, state.step)
+    final = checkpoint_path(folder, state.step, underway.updates if underway else 0)
     part = folder / f".{final.name}.tmp"
     parameters = backbone.trained_parameters()
     tensors, numbers = optimizer_state(optimizer, parameters)

@@ -15,7 +15,7 @@ import torch
 from rlhf_cli.console import Console, Progress, peak_memory_gib
 from rlhf_cli.data.batches import Draw, derive_seed, due_steps
 from rlhf_cli.data.trees import Tree, tree_length
-from rlhf_cli.errors import NumberError, RunError, Stopped, UsageError
+from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe import schema
@@ -56,7 +56,7 @@ class Source(Protocol):
 DEALT = 1
 """Tells the seed that deals a step's batch to its updates from the others."""
 
-Sampler = Callable[[], Generator[dict[str, Any] | None, None, None]]
+Samples = Callable[[], Generator[dict[str, Any] | None, None, None]]
 """Yields None between two prompts and, last, {"lines": [...]} for samples.jsonl without their step."""
 
 
@@ -73,7 +73,7 @@ class Fit:
     objective: Objective
     source: Source
     measure: Measure | None  # None: nothing is held out
-    sample: Sampler
+    sample: Samples
     save_model: Callable[[Path], None]  # writes what is trained, and its tokenizer, into a folder
     train: schema.Train
     steps: int
@@ -158,14 +158,16 @@ class Fit:
         begun = self._begin(step)
         ready = time.monotonic()
         trees = begun.draw.batches[step - begun.draw.first]
-        updates = self.objective.updates(trees, derive_seed(self.seed, step, DEALT))
+        # Responses that are all tied teach nothing; an update without a gradient would still move weights by its momentum.
+        updates = self.objective.updates(trees, derive_seed(self.seed, step, DEALT)) if trees else []
         while begun.updates < len(updates):
             begun = self._update(step, begun, updates[begun.updates], started)
             if begun.updates < len(updates):
                 self._obey_signal()
         seconds = time.monotonic() - started
         tokens = sum(map(tree_length, trees))
-        metrics = self.objective.metrics(begun.sums.means | begun.first) | {
+        learned = self.objective.metrics(begun.sums.means | begun.first) if updates else {"loss": 0.0}
+        metrics = learned | {
             "tokens": self.state.tokens + tokens,
             "tokens_per_second": tokens / seconds,
             "epoch": step / self.source.steps_per_epoch,
@@ -184,21 +186,22 @@ class Fit:
         if self.underway is None:
             try:
                 draw = self._until_last(self.source.draw(step, self.state.memory))
-            except (UsageError, NumberError) as error:
-                raise self._without_draw(error, step) from error
+            except (UsageError, NumberError, MachineError) as error:
+                raise self._kept(error, f"step {step}") from error
             assert draw is not None
             self.underway = Underway(draw)
             self._advance(memory=draw.memory)
             self._obey_signal()
         return self.underway
 
-    def _without_draw(self, error: UsageError | NumberError, step: int) -> RunError:
-        """What a batch that cannot be made ends a run with: nothing of what was trained is lost."""
+    def _kept(self, error: RunError, when: str) -> RunError:
+        """What responses that cannot be drawn or judged end a run with: nothing of what was trained is lost."""
         if not self.state.step or error.one_rank:
             return error
         if self._is_unsaved():
             self._save()
-        return NumberError(f"step {step} (those before it are saved, --resume goes on): {error}")
+        kind = MachineError if isinstance(error, MachineError) else NumberError
+        return kind(f"{when} (what was trained before is saved): {error}")
 
     def _update(self, step: int, begun: Underway, trees: list[Tree], started: float) -> Underway:
         peak = self.train.learning_rate or 0.0
@@ -238,7 +241,10 @@ class Fit:
         if self.state.step not in due or self.state.evaluated >= self.state.step:
             return
         started = time.monotonic()
-        metrics = self._until_last(self.measure(self.state)) if self.measure is not None else None
+        try:
+            metrics = self._until_last(self.measure(self.state)) if self.measure is not None else None
+        except (UsageError, NumberError, MachineError) as error:
+            raise self._kept(error, f"held-out responses after step {self.state.step}") from error
         lines = self._until_last(self.sample()) if self.ranks.main else None
         self.ranks.barrier()
         if metrics:
@@ -302,9 +308,9 @@ class Fit:
 
     def _is_unsaved(self) -> bool:
         """As rank 0 sees it, for all: saving is a joint affair."""
-        if self.underway is not None and self.underway.updates:
-            return True
-        return self.ranks.any(self.ranks.main and not checkpoint_path(self.run.checkpoints, self.state.step).exists())
+        updates = self.underway.updates if self.underway else 0
+        path = checkpoint_path(self.run.checkpoints, self.state.step, updates)
+        return self.ranks.any(self.ranks.main and not path.exists())
 
     def _obey_signal(self) -> None:
         received = max(s or 0 for s in self.ranks.gather(self.signals.received))

@@ -184,7 +184,7 @@ def test_metrics_of_ppo(tmp_path: Path) -> None:
     assert set(metrics_of(recipe)) == held_out
     training = {"loss", "loss/policy", "kl_coef", "policy/clipfrac", "policy/approxkl", "policy/ratio"}
     training |= TIMES
-    values = {"loss/value", "value/explained_variance", "grad_norm/value"}
+    values = {"loss/value", "value/explained_variance", "grad_norm/value", "learning_rate/value"}
     assert set(training_metrics_of(recipe)) == held_out | training | values | COMMON
     assert len(training_metrics_of(recipe)) == len(set(training_metrics_of(recipe)))
     for kind, more in (("ppo", values), ("bandit", values), ("reinforce", set()), ("rloo", set()), ("grpo", set())):

@@ -293,7 +293,7 @@ def test_a_signal_between_two_updates_of_a_step_saves_and_resumes(
         assert rlhf(*words, "--output", again) == 143
     (checkpoint,) = (again / "checkpoints").iterdir()
     saved = json.loads((checkpoint / "underway.json").read_text())
-    assert (checkpoint.name, saved["first"], saved["updates"]) == ("step-00000002", 3, update + 1)
+    assert (checkpoint.name, saved["first"], saved["updates"]) == (f"step-00000002-{update + 1:04d}", 3, update + 1)
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"stopped in step 3 of 6, after {update + 1} of its updates; continue with --resume"
     )
