@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from rlhf_cli.errors import NumberError
-from rlhf_cli.models.scoring import score_trees
+from rlhf_cli.models.scoring import Ranks, score_trees
 from rlhf_cli.objectives.preference import ordered_pairs
 from rlhf_cli.runs.markdown import percent
 from rlhf_cli.runs.verdict import wilson
@@ -255,16 +255,6 @@ def beats_length(model: Rate, baseline: LengthBaseline) -> str | None:
 
 def _with_interval(figure: Rate | LengthBaseline) -> str:
     return f"{percent(figure.accuracy)} ({percent(figure.low)} to {percent(figure.high)})"
-
-
-class Ranks(Protocol):
-    """The processes of a run, as far as scoring needs them."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def gather(self, value: Any) -> list[Any]: ...
 
 
 def score_responses(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,16 @@ import torch
 if TYPE_CHECKING:
     from rlhf_cli.data.trees import Tree
     from rlhf_cli.models.backbone import Backbone
+
+
+class Ranks(Protocol):
+    """The processes of a run, as far as scoring and drawing need them."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def gather(self, value: Any) -> list[Any]: ...
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from rlhf_cli.data.trees import Batch, Tree
 from rlhf_cli.errors import MachineError, RunError, Stopped
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.memory import is_out_of_memory, return_freed
+from rlhf_cli.models.scoring import Ranks
 from rlhf_cli.objectives.policy_gradient import Experience
 from rlhf_cli.recipe import schema
 from rlhf_cli.rollout.generate import Drawn, Engine, Request
@@ -24,16 +25,6 @@ from rlhf_cli.rollout.rewards import Answers, Term, combine
 T = TypeVar("T")
 Work = Generator[None, None, T]
 """Yields between two passes or tokens, so that a caller can stop, and returns its result."""
-
-
-class Ranks(Protocol):
-    """The processes of a run, as far as rollouts need them."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def gather(self, value: Any) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
