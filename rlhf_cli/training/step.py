@@ -13,7 +13,7 @@ from rlhf_cli.data.batches import derive_seed
 from rlhf_cli.data.trees import Batch, Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.memory import is_out_of_memory
+from rlhf_cli.models.memory import LONG_PASS, is_out_of_memory, return_freed
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.training.ranks import Ranks
 
@@ -228,6 +228,7 @@ def _run_pass(
 ) -> _Pass:
     """Forward one pass and, with a scale, each of its terms backward before the next; the division is here and nowhere else."""
     sums: dict[tuple[str, str], torch.Tensor] = {}
+    several = scale and backbone.device.type == "cpu" and len(backbone.trained_roles) > 1
     for term in objective.terms(backbone, batch, given):
         if scale:
             torch.stack([loss * (scale / max(1, counts[unit])) for unit, loss in term.losses.items()]).sum().backward()  # type: ignore[no-untyped-call]
@@ -235,6 +236,8 @@ def _run_pass(
         found |= {(name, unit): value for name, (value, unit) in term.sums.items()}
         for key, value in found.items():
             sums[key] = sums.get(key, 0.0) + value.detach().double()
+        if several and batch.tokens > LONG_PASS:
+            return_freed()
     return _Pass(sums, tuple(trees[tree].row for tree in batch.trees))
 
 
