@@ -191,7 +191,8 @@ def describe(metrics: Mapping[str, float]) -> list[str]:
     """
     training = "learning_rate" in metrics
     skipped = ("perplexity", "token_accuracy") if training else ()
-    return [form.format(metrics[name]) for name, form in SHOWN if name in metrics and name not in skipped]
+    gold = [f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("gold/")]
+    return gold + [form.format(metrics[name]) for name, form in SHOWN if name in metrics and name not in skipped]
 
 
 def clock(seconds: float) -> str:

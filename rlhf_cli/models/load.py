@@ -38,7 +38,7 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
             f"{path}: the tokenizer has no fast version (tokenizer.json), which the loss mask needs; convert it first"
         )
     if tokenizer.eos_token_id is None:
-        raise UsageError(f"{path}: the tokenizer names no EOS token; a model could never learn to stop")
+        raise UsageError(f"{path}: the tokenizer names no EOS token, with which every response ends")
     return tokenizer
 
 

@@ -305,7 +305,8 @@ def _advice(node: Node, forms: list[Any], near: str | None, key: Key) -> str:
     if (str in forms or source_list(key.kind)) and isinstance(value, (bool, int, float)):
         return f"put it in quotes: '{node.text[:40]}'"
     if list in forms and isinstance(value, str) and str not in forms:
-        return f"write [{node.text[:40]}]"
+        sections = sections_in(key.kind)
+        return f"write [{{{next(iter(keys_of(sections[0])))}: {node.text[:40]}}}]" if sections else f"write [{node.text[:40]}]"
     if list in forms and isinstance(value, dict) and sections_in(key.kind):
         return "it is a list: begin each of its terms with `- `"
     if value is None and key.default is not dataclasses.MISSING:

@@ -292,7 +292,12 @@ def _load(story: Story) -> str:
         )
     else:
         onward += f" As one plain folder: `rlhf export {run} <folder> --merge`."
-    return f"## The model\n\nIt is in `{story.run.model.as_posix()}`. To load it:\n\n{code}\n\n{onward}"
+    best, last = story.manifest.get("best_step"), story.manifest["steps"]
+    where = f"It is in `{story.run.model.as_posix()}`."
+    if best not in (None, last):
+        path = (story.run.checkpoints / f"step-{best:08d}").as_posix()
+        where += f" It is that of step {last}, the last one. The best by held-out figures is `{path}`: a stage can start from it."
+    return f"## The model\n\n{where} To load it:\n\n{code}\n\n{onward}"
 
 
 def _policy_lines(story: Story) -> list[str]:

@@ -83,7 +83,11 @@ def _ptx_rows(job: Job) -> Dataset | None:
     if recipe.ptx is None:
         return None
     data = dataclasses.replace(recipe.data, train=recipe.ptx.data, eval=None, holdout=0.0)
-    return prepare(data, "sft", job.tokenizer, job.template, recipe.seed, job.loaded.where, "first")
+
+    def where(key: str) -> str:
+        return job.loaded.named(key.replace("data.train", "ptx.data", 1))
+
+    return prepare(data, "sft", job.tokenizer, job.template, recipe.seed, where, "first")
 
 
 def _source(job: Job, drawing: Drawing, ptx: Dataset | None) -> PolicySource:

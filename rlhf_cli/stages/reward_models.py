@@ -81,7 +81,10 @@ def find_reward_model(
     start = resolve_start(reward.model, reward.revision, place, stages=(*POLICY_STAGES, RECORDED))
     _refuse_policy(start, reward.model, place, trust_remote_code)
     mean, std = _figures(start, reward, place)
-    own = load_tokenizer(start.tokenizer, start.revision, trust_remote_code)
+    try:
+        own = load_tokenizer(start.tokenizer, start.revision, trust_remote_code)
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from error
     same = _same_tokenizer(own, tokenizer)
     chosen = template if same and _unknown_template(start, own) else _template(start, own, reward.model, place)
     base = base_model(start) if not check or Path(start.base).exists() else None

@@ -166,6 +166,8 @@ class Fit:
                 self._obey_signal()
         seconds = time.monotonic() - started
         tokens = sum(map(tree_length, trees))
+        if not updates:
+            self.console.warn(f"step {step}: the responses of every prompt are tied; nothing was learned")
         learned = self.objective.metrics(begun.sums.means | begun.first) if updates else {"loss": 0.0}
         metrics = learned | {
             "tokens": self.state.tokens + tokens,

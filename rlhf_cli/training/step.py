@@ -305,5 +305,6 @@ def _refusal(
     suspects = sorted({row for share in ranks.gather(rows) for row in share})
     broken = sorted((name for name, value in means.items() if not math.isfinite(value)), key=lambda name: name != "loss")
     norm = next((norm for norm in norms.values() if not math.isfinite(norm)), math.nan)
-    what = f"the {broken[0]} is {means[broken[0]]}" if broken else f"the gradient norm is {norm} (first in {tensor})"
+    where = f" (first in {tensor})" if tensor else ", of gradients that are finite each"
+    what = f"the {broken[0]} is {means[broken[0]]}" if broken else f"the gradient norm is {norm}{where}"
     return NonFinite(f"step {step}: {what}; the update was refused and the weights are as before it", suspects)
