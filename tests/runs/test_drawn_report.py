@@ -215,6 +215,14 @@ def test_who_judged_is_no_start(run: RunFolder) -> None:
     assert "\n- reward `runs/rm/model`, a1\n- gold `g.py:g`, h1\n- seed 0" in text
 
 
+def test_a_best_checkpoint_that_is_not_the_last_is_named(run: RunFolder) -> None:
+    path = (run.checkpoints / "step-00000002").as_posix()
+    write_report(run, MANIFEST | {"steps": 4, "best_step": 2})
+    assert f"It is that of step 4, the last one. The best by held-out figures is `{path}`" in run.report.read_text()
+    write_report(run, MANIFEST | {"steps": 4, "best_step": 4})
+    assert "The best by held-out" not in run.report.read_text()
+
+
 def test_the_report_of_a_ppo_run(run: RunFolder) -> None:
     write_report(run, MANIFEST)
     text = run.report.read_text()
