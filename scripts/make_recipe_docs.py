@@ -29,7 +29,8 @@ from rlhf_cli.recipe.keys import (
     source_list,
     walk,
 )
-from rlhf_cli.recipe.schema import LEARNING_RATE, SANE_LEARNING_RATE, STAGES, Recipe, Trained, default_learning_rate
+from rlhf_cli.recipe.rates import LEARNING_RATE, SANE_LEARNING_RATE, Trained, default_learning_rate
+from rlhf_cli.recipe.schema import STAGES, TRAINING_STAGES, TrainingRecipe
 
 DEST = Path(__file__).parents[1] / "docs" / "recipes.md"
 HEAD = """\
@@ -55,8 +56,9 @@ at the working directory.
 STAGE = """\
 ## `rlhf {stage}`
 
-The keys of every stage, and those of this section.
+{about}
 """
+EVAL = "It trains nothing: these are all its keys."
 KINDS = """\
 `objective.kind` chooses the loss, and with it the keys that have an effect. The default is `{kind}`.
 """
@@ -74,8 +76,8 @@ TABLE = "| key | default | value | meaning |\n|---|---|---|---|"
 
 def reference() -> str:
     """The whole file."""
-    every: type = Recipe
-    parts = [HEAD, SETTING, *_section(every, "Every stage", "")]
+    every: type = TrainingRecipe
+    parts = [HEAD, SETTING, *_section(every, "Every stage that trains", "")]
     for stage, section in STAGES.items():
         parts += _stage(stage, section)
     return "\n".join([*parts, RATES + "\n".join(_rates()) + "\n", RESUMING + "\n".join(_may_change()), ""])
@@ -95,14 +97,17 @@ def _section(section: type, title: str, prefix: str) -> Iterator[str]:
 
 def _stage(stage: str, section: type) -> Iterator[str]:
     """The keys that a stage adds, and a table for each kind of its objective."""
-    every: type = Recipe
+    every: type = TrainingRecipe
     common = known_keys(every)
     added = {dotted: key for dotted, key in walk(section) if dotted not in common and not dotted.startswith("objective.")}
     lists = {dotted: f"{dotted}.{step}" for dotted, key in added.items() if (step := _step(key.kind)) and sections_in(key.kind)}
-    yield STAGE.format(stage=stage)
+    about = "The keys of every stage that trains, and those of this section." if stage in TRAINING_STAGES else EVAL
+    yield STAGE.format(stage=stage, about=about)
     rows = [_row(key, _placed(dotted, lists)) for dotted, key in added.items() if _says_something(key)]
     if rows:
         yield _table(rows)
+    if stage not in TRAINING_STAGES:
+        return
     default, *others = objectives_of(stage)
     if others:
         yield KINDS.format(kind=kind_of(default))
@@ -165,7 +170,7 @@ def _arm(arm: Any) -> str:
 
 
 def _rates() -> Iterator[str]:
-    for stage in STAGES:
+    for stage in TRAINING_STAGES:
         kinds = list(map(kind_of, objectives_of(stage)))
         others = [kind for kind in kinds if default_learning_rate(stage, kind, "full") != LEARNING_RATE[stage, "full"]]
         for name, kind in [(f"`{stage}`", kinds[0]), *((f"`{stage}`, `{kind}`", kind) for kind in others)]:

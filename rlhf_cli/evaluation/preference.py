@@ -150,6 +150,39 @@ def length_baseline(held_out: Sequence[Tree], training: Sequence[Tree]) -> Lengt
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How well scores agree with preferences; None, 0 or empty where there is no pair."""
+
+    rate: Rate | None
+    ties: int  # pairs with equal scores, which count half
+    length_baseline: LengthBaseline | None
+    ece: float | None  # expected calibration error
+    confidence: float | None  # mean of σ(|margin|); above the accuracy: over-confident
+    reliability: list[Bin]
+    margins: Histogram | None
+    subsets: dict[str, Rate]  # empty where the data name none
+
+
+def agreement(scores: Sequence[np.ndarray], trees: Sequence[Tree], training: Sequence[Tree]) -> Agreement:
+    """How well the scores (K,) of every tree's responses, in their order, agree with the preferences of the data.
+
+    `training`: trees that decide whether the length baseline prefers longer or shorter responses; without any, longer ones.
+    """
+    pairs = margins(trees, scores)
+    found, bins = rate(pairs), reliability(pairs.values)
+    return Agreement(
+        rate=found,
+        ties=int((pairs.values == 0).sum()),
+        length_baseline=length_baseline(trees, training),
+        ece=calibration_error(bins) if bins else None,
+        confidence=float(confidences(pairs.values).mean()) if found else None,
+        reliability=bins,
+        margins=histogram(pairs.values) if found else None,
+        subsets=_subsets(pairs, trees),
+    )
+
+
+@dataclass(frozen=True)
 class Card:
     """A reward model's card, as `reward_model` in the manifest; figures of pairs are None where nothing was held out."""
 
@@ -189,8 +222,8 @@ def reward_card(
     """
     _check_finite(scores, wheres)
     _check_finite(training_scores, [f"training tree {number}" for number in range(len(training_scores))])
-    pairs = margins(held_out, scores)
-    found, baseline, bins = rate(pairs), length_baseline(held_out, training), reliability(pairs.values)
+    agreed = agreement(scores, held_out, training)
+    found, baseline = agreed.rate, agreed.length_baseline
     spread = np.concatenate(training_scores).astype(np.float64)
     return Card(
         accuracy=found.accuracy if found else None,
@@ -200,11 +233,11 @@ def reward_card(
         prompts=found.prompts if found else 0,
         constant=0.5,
         length_baseline=baseline,
-        ece=calibration_error(bins) if bins else None,
-        confidence=float(confidences(pairs.values).mean()) if found else None,
-        reliability=bins,
-        margins=histogram(pairs.values) if found else None,
-        subsets=_subsets(pairs, held_out),
+        ece=agreed.ece,
+        confidence=agreed.confidence,
+        reliability=agreed.reliability,
+        margins=agreed.margins,
+        subsets=agreed.subsets,
         score_mean=float(spread.mean()),
         score_std=float(spread.std()),
         score_responses=len(spread),

@@ -144,6 +144,13 @@ class Backbone:
             names = frozenset(f"{role}.score.{name}" for name, _ in head.named_parameters())
             self.trained[role] = self.trained.get(role, frozenset()) | names
 
+    def remove(self, role: str) -> None:
+        """Take away a frozen role: its adapter, its head, or its name for the base."""
+        self.heads.pop(role, None)
+        if self.alias.pop(role, None) is None:
+            self.peft.delete_adapter(role)
+        self.active = None
+
     def enable_gradient_checkpointing(self) -> None:
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,20 +13,21 @@ import torch
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import BASE, Backbone, lora_config
 from rlhf_cli.models.load import is_classifier, load_model, local_folder, read_adapter, read_head
+from rlhf_cli.models.memory import return_freed
 from rlhf_cli.recipe import schema
 
 
-class Homes:
-    """Gives roles a place: on the policy's base where that is frozen and theirs too, else on one frozen model a base."""
+class Frozen:
+    """Frozen models, each loaded once, whatever roles share it."""
 
-    def __init__(self, policy: Backbone, settings: schema.Model, base: str, revision: str | None, device: torch.device) -> None:
-        """`base` and `revision` are what the policy's adapter sits on; a policy that trains all weights shares none of them."""
-        self.policy = policy
+    def __init__(self, settings: schema.Model, compute: torch.dtype, device: torch.device) -> None:
+        self.places: dict[str, Backbone] = {}
+        """Role → the backbone that holds its weights."""
         self._settings = settings
+        self._compute = compute
         self._device = device
         self._models: dict[tuple[str, str | None], Backbone] = {}
-        if policy.peft is not None:
-            self._models[_key(base, revision)] = policy
+        self._guest: tuple[str, str | None] | None = None
 
     def add(self, role: str, base: str, revision: str | None, adapter: Path | None, *, head: bool = False) -> None:
         """Place frozen weights under `role`: an adapter on the base, or the base itself; with its scalar head if it has one.
@@ -41,7 +45,57 @@ class Homes:
         if head:
             weight = read_head(adapter or local_folder(base, revision)) if weight is None else weight
             host.add_head(role, weight, trained=False)
-        self._settle(role, host)
+        self.places[role] = host
+
+    def host(self, base: str, revision: str | None) -> Backbone:
+        """The backbone on this base, loaded once."""
+        key = _key(base, revision)
+        if key not in self._models:
+            settings = self._settings
+            headless = is_classifier(base, revision, settings.trust_remote_code)
+            model = load_model(settings, base, revision, self._compute, self._device, headless)
+            self._models[key] = Backbone(model, self._compute, settings.attention, headless)
+        return self._models[key]
+
+    @contextlib.contextmanager
+    def visit(
+        self, role: str, base: str, revision: str | None, adapter: Path | None, *, head: bool = False
+    ) -> Iterator[Backbone]:
+        """A backbone on which `role` has these weights as long as the block lasts, and the roles that were added theirs.
+
+        A base that only visitors use is kept until one comes that sits on another: no more than one such is in memory.
+        """
+        key = _key(base, revision)
+        if self._guest not in (None, key):
+            del self._models[self._guest]
+            self._guest = None
+            gc.collect()  # a backbone and its model refer to each other
+            return_freed()
+        if key not in self._models:
+            self._guest = key
+        self.add(role, base, revision, adapter, head=head)
+        host = self.places.pop(role)
+        host.elsewhere = {other: place for other, place in self.places.items() if place is not host}
+        try:
+            yield host
+        finally:
+            host.remove(role)
+            host.elsewhere = {}
+
+
+class Homes(Frozen):
+    """Gives roles a place: on the policy's base where that is frozen and theirs too, else on one frozen model a base."""
+
+    def __init__(self, policy: Backbone, settings: schema.Model, base: str, revision: str | None, device: torch.device) -> None:
+        """`base` and `revision` are what the policy's adapter sits on; a policy that trains all weights shares none of them."""
+        super().__init__(settings, policy.compute_dtype, device)
+        self.policy = policy
+        if policy.peft is not None:
+            self._models[_key(base, revision)] = policy
+
+    def add(self, role: str, base: str, revision: str | None, adapter: Path | None, *, head: bool = False) -> None:
+        super().add(role, base, revision, adapter, head=head)
+        self._settle(role)
 
     def add_value(self, base: str, revision: str | None, adapter: Path | None, lora: schema.Lora, head: Head) -> None:
         """Place the role "value": a trained copy of the adapter, or a fresh one, which changes nothing yet; and a head.
@@ -63,21 +117,12 @@ class Homes:
         host.add_head("value", head.weight, head.bias)
         if self._settings.gradient_checkpointing and host is not self.policy:
             host.enable_gradient_checkpointing()
-        self._settle("value", host)
+        self.places["value"] = host
+        self._settle("value")
 
-    def host(self, base: str, revision: str | None) -> Backbone:
-        """The backbone on this base, loaded once."""
-        key = _key(base, revision)
-        if key not in self._models:
-            settings, compute = self._settings, self.policy.compute_dtype
-            headless = is_classifier(base, revision, settings.trust_remote_code)
-            model = load_model(settings, base, revision, compute, self._device, headless)
-            self._models[key] = Backbone(model, compute, settings.attention, headless)
-        return self._models[key]
-
-    def _settle(self, role: str, host: Backbone) -> None:
-        if host is not self.policy:
-            self.policy.elsewhere[role] = host
+    def _settle(self, role: str) -> None:
+        if self.places[role] is not self.policy:
+            self.policy.elsewhere[role] = self.places[role]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,15 @@
-"""Scores of many responses by a role with a scalar head."""
+"""What a role makes of many responses: scores by its head, or numbers for each of their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from rlhf_cli.data.trees import Tree
+    from rlhf_cli.data.trees import Batch, Tree
     from rlhf_cli.models.backbone import Backbone
 
 
@@ -39,3 +39,21 @@ def score_trees(
             own = np.split(scores, np.cumsum(batch.counts)[:-1])
             found |= {start + tree: part for tree, part in zip(batch.trees, own, strict=True)}
     return found
+
+
+def token_figures(
+    host: Backbone, trees: Sequence[Tree], budget: int, read: Callable[[Backbone, Batch], tuple[torch.Tensor, ...]]
+) -> Generator[None, None, list[list[np.ndarray]]]:
+    """(rows of `read`, n) float64 for the n supervised tokens of every response, [tree][response]; pauses after each pass."""
+    host.train(False)
+    found: dict[int, list[np.ndarray]] = {}
+    for batch in host.batches(list(trees), budget):
+        with torch.no_grad():
+            rows = torch.stack(read(host, batch)).double().cpu().numpy()
+        owner = batch.owner.cpu().numpy()
+        first = 0
+        for tree, count in zip(batch.trees, batch.counts, strict=True):
+            found[tree] = [rows[:, owner == response] for response in range(first, first + count)]
+            first += count
+        yield
+    return [found[tree] for tree in range(len(trees))]

@@ -23,7 +23,7 @@ from rlhf_cli.recipe.keys import (
     shape,
     source_list,
 )
-from rlhf_cli.recipe.schema import STAGES
+from rlhf_cli.recipe.schema import TRAINING_STAGES
 from rlhf_cli.recipe.suggest import closest, closest_key
 from rlhf_cli.recipe.yaml_reader import BAD, Node, Problem
 
@@ -142,7 +142,7 @@ class Builder:
                     what += f", or replace the whole section: --set '{prefix[:-1]}={{kind: {kind_of(kind)}}}'"
                 self.report(child.line, dotted, what)
                 continue
-            if dotted in self.elsewhere:
+            if dotted in self.elsewhere and not any(key.endswith(f".{name}") for key in self.beyond(prefix)):
                 self.report(child.line, dotted, f"has no effect in {self.stage}. remove it")
                 continue
             # a key that is there already is the less likely meaning, so unused ones come first
@@ -273,7 +273,7 @@ def _near_kind(names: list[str], value: Any) -> str:
     """Where the kind is at home, or which is meant."""
     if not isinstance(value, str):
         return "write one of these"
-    homes = [stage for stage in STAGES if value in map(kind_of, objectives_of(stage))]
+    homes = [stage for stage in TRAINING_STAGES if value in map(kind_of, objectives_of(stage))]
     if homes:
         return f"{value} is a kind of rlhf {homes[0]}"
     near = closest(value, names)

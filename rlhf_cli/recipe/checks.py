@@ -6,20 +6,25 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from rlhf_cli.recipe.rewards import name_of
+from rlhf_cli.recipe.metrics import learns_values, metrics_of, training_metrics_of
+from rlhf_cli.recipe.rewards import name_of, term_names
 from rlhf_cli.recipe.schema import (
     DirectRecipe,
+    EvalRecipe,
+    EvalSource,
     Kl,
     KtoRecipe,
     PpoRecipe,
     Recipe,
     Reference,
     Reward,
+    Rows,
+    Sampling,
     Source,
+    TrainingRecipe,
     Value,
-    learns_values,
-    metrics_of,
-    training_metrics_of,
+    Winrate,
+    is_pattern,
 )
 from rlhf_cli.recipe.suggest import closest
 
@@ -34,7 +39,7 @@ class Check(NamedTuple):
     test: Callable[[Any], Iterator[Finding]]  # of the recipe
 
 
-def _length(recipe: Recipe) -> Iterator[Finding]:
+def _length(recipe: TrainingRecipe) -> Iterator[Finding]:
     train = recipe.train
     if train.steps is not None and train.epochs != 1.0:
         yield "train.epochs", "has no effect beside train.steps. keep one of the two"
@@ -42,7 +47,7 @@ def _length(recipe: Recipe) -> Iterator[Finding]:
         yield "train.epochs", "expected more than 0, found 0. use --check to train nothing"
 
 
-def _intervals(recipe: Recipe) -> Iterator[Finding]:
+def _intervals(recipe: TrainingRecipe) -> Iterator[Finding]:
     train = recipe.train
     intervals = {"eval_every": train.eval_every, "save_every": train.save_every}
     for name, value in intervals.items():
@@ -53,19 +58,19 @@ def _intervals(recipe: Recipe) -> Iterator[Finding]:
             yield f"train.{name}", f"{value:g} is neither a share below 1 nor a whole number of steps. write {value:.0f}"
 
 
-def _optimizer(recipe: Recipe) -> Iterator[Finding]:
+def _optimizer(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.train.optimizer == "sgd" and recipe.train.betas != (0.9, 0.999):
         yield "train.betas", "has no effect with optimizer: sgd. remove it"
     if recipe.train.max_grad_norm == 0:
         yield "train.max_grad_norm", "0 would erase every gradient. give a large number to clip nothing"
 
 
-def _held_out(recipe: Recipe) -> Iterator[Finding]:
+def _held_out(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.data.eval is not None and recipe.data.holdout:
         yield "data.holdout", "has no effect beside data.eval. keep one of the two"
 
 
-def _evaluation(recipe: Recipe) -> Iterator[Finding]:
+def _evaluation(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.data.eval is not None or recipe.data.holdout:
         return
     if recipe.train.eval_every not in (0, 0.25):
@@ -74,7 +79,7 @@ def _evaluation(recipe: Recipe) -> Iterator[Finding]:
         yield "train.keep_best", "needs an evaluation. set data.eval or data.holdout"
 
 
-def _stop_rules(recipe: Recipe) -> Iterator[Finding]:
+def _stop_rules(recipe: TrainingRecipe) -> Iterator[Finding]:
     for metric, rule in recipe.train.stop_if.items():
         given = [
             name for name, limit in (("above", rule.above), ("below", rule.below), ("falls", rule.falls)) if limit is not None
@@ -84,21 +89,22 @@ def _stop_rules(recipe: Recipe) -> Iterator[Finding]:
             yield f"train.stop_if.{metric}", f"expected exactly one of above, below, falls; found {found}. keep one"
 
 
-def _sources(recipe: Recipe) -> Iterator[Finding]:
+def _sources(recipe: TrainingRecipe) -> Iterator[Finding]:
     yield from _source_list("data.train", recipe.data.train)
     yield from _source_list("data.eval", recipe.data.eval or [])
 
 
 def _source_list(key: str, sources: list[Source]) -> Iterator[Finding]:
     for index, source in enumerate(sources):
-        yield from _source(f"{key}.{index}", source, alone=len(sources) == 1)
+        if source.weight != 1.0 and len(sources) == 1:
+            yield f"{key}.{index}.weight", "has no effect with one source. remove it"
+        yield from _place(f"{key}.{index}", source)
     if len(sources) > 1 and not any(source.weight for source in sources):
         yield key, "every source has weight 0. give one a share"
 
 
-def _source(key: str, source: Source, alone: bool) -> Iterator[Finding]:
-    if alone and source.weight != 1.0:
-        yield f"{key}.weight", "has no effect with one source. remove it"
+def _place(key: str, source: Rows) -> Iterator[Finding]:
+    """Of a hub's keys on a local file."""
     if source.path.endswith(FILE_ENDINGS):
         if source.name is not None:
             yield f"{key}.name", "has no effect on a local file, it chooses a hub configuration. remove it"
@@ -106,12 +112,12 @@ def _source(key: str, source: Source, alone: bool) -> Iterator[Finding]:
             yield f"{key}.split", "has no effect on a local file, it chooses a hub split. remove it"
 
 
-def _quantised(recipe: Recipe) -> Iterator[Finding]:
+def _quantised(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.model.quantize is not None and recipe.lora is None:
         yield "model.quantize", "quantised weights cannot be trained, and lora is null. remove one of the two"
 
 
-def _watched(recipe: Recipe) -> Iterator[Finding]:
+def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
     held_out = metrics_of(recipe)
     keep = recipe.train.keep_best
     either = tuple(dict.fromkeys((*training_metrics_of(recipe), *held_out)))
@@ -179,7 +185,7 @@ def _term(key: str, term: Reward) -> Iterator[Finding]:
         yield f"{key}.name", "expected a name, found blank text. remove it for the default"
 
 
-def _judges(recipe: PpoRecipe | DirectRecipe) -> Iterator[Finding]:
+def _judges(recipe: PpoRecipe | DirectRecipe | EvalRecipe) -> Iterator[Finding]:
     yield from _terms("reward", recipe.reward)
     yield from _terms("gold", recipe.gold)
     for index, term in enumerate(recipe.reward or []):
@@ -192,7 +198,7 @@ def _judges(recipe: PpoRecipe | DirectRecipe) -> Iterator[Finding]:
         yield "reward_combine", "has no effect on one term. remove it, or add a term to reward"
 
 
-def _drawn(recipe: Recipe) -> Iterator[Finding]:
+def _drawn(recipe: TrainingRecipe) -> Iterator[Finding]:
     """What changes where responses are drawn and only the prompts of the data are used."""
     rollout, data = recipe.draws, recipe.data
     if rollout is None:
@@ -259,7 +265,7 @@ def _online(recipe: DirectRecipe) -> Iterator[Finding]:
         yield "reference.cache", "has no effect with rollout: responses are new, so nothing can be kept. remove it"
 
 
-CHECKS = (
+TRAINING = (
     Check(("train.steps", "train.epochs"), _length),
     Check(("train.eval_every", "train.save_every", "train.warmup"), _intervals),
     Check(("train.optimizer", "train.betas", "train.max_grad_norm"), _optimizer),
@@ -275,28 +281,158 @@ CHECKS = (
 JUDGED = Check(("reward", "reward_combine", "gold"), _judges)
 
 DIRECT = (
+    *TRAINING,
     Check(("objective.kind", "reference"), _reference),
     JUDGED,
     Check(("objective.kind", "rollout", "reward", "reward_combine", "gold", "reference"), _online),
 )
 
+
+def _rows(recipe: EvalRecipe) -> Iterator[Finding]:
+    sections: dict[str, list[EvalSource] | None] = {
+        "prompts": recipe.prompts,
+        "preferences": recipe.preferences,
+        "text": recipe.text,
+    }
+    if not any(sections.values()):
+        yield "prompts", "there is nothing to evaluate on. name prompts, preferences or text"
+    for name, sources in sections.items():
+        for index, source in enumerate(sources or ()):
+            yield from _place(f"{name}.{index}", source)
+            if sources and source.holdout != sources[0].holdout:
+                yield f"{name}.{index}.holdout", "all sources of a list are split alike. give each the same holdout"
+
+
+def _models(recipe: EvalRecipe) -> Iterator[Finding]:
+    if not recipe.models:
+        yield "models", "there is none. add `name: path` for each"
+    for name in recipe.models:
+        if not name.strip() or "/" in name:
+            yield f"models.{name}", "a name is a word without a slash. give it another one"
+    if recipe.reference is not None:
+        yield from _known("reference", recipe.reference, recipe)
+
+
+def _known(key: str, name: str, recipe: EvalRecipe) -> Iterator[Finding]:
+    """Does the name stand for one model?"""
+    if name not in recipe.models:
+        near = closest(name, tuple(recipe.models))
+        yield key, f"no model is named {name}. " + (f"did you mean {near}?" if near else f"there are {', '.join(recipe.models)}")
+    elif is_pattern(recipe.models[name]):
+        yield key, f"{name} is several models, {recipe.models[name]}. name one of them among models too"
+
+
+def _needs_prompts(recipe: EvalRecipe) -> Iterator[Finding]:
+    """What has no effect where nothing is drawn."""
+    if recipe.prompts is None:
+        default = Sampling()
+        given = {
+            "rollout": recipe.rollout != default,
+            "winrate": recipe.winrate is not None,
+            "best_of_n": bool(recipe.best_of_n),
+            "dump_pairs": recipe.dump_pairs is not None,
+        }
+        for name in (name for name, there in given.items() if there):
+            yield name, "has no effect without prompts. name some, or remove it"
+        if recipe.preferences is None:
+            for name, terms in {"reward": recipe.reward, "gold": recipe.gold}.items():
+                if terms is not None:
+                    yield name, "has no effect without prompts or preferences. name some, or remove it"
+    elif recipe.rollout.max_new_tokens >= recipe.max_length:
+        what = f"leaves no room for a prompt in max_length ({recipe.max_length}). lower it, or raise max_length"
+        yield "rollout.max_new_tokens", what
+
+
+def _winrate(recipe: EvalRecipe) -> Iterator[Finding]:
+    if recipe.winrate is None:
+        return
+    yield from _known("winrate.baseline", recipe.winrate.baseline, recipe)
+    yield from _judge("winrate.judge", recipe.winrate, recipe)
+
+
+def _judge(key: str, winrate: Winrate, recipe: EvalRecipe) -> Iterator[Finding]:
+    judge = winrate.judge
+    if not isinstance(judge, str):
+        if not judge.endpoint.startswith(("http://", "https://")):
+            yield f"{key}.endpoint", f"expected a URL, found {judge.endpoint}. write http:// or https:// before it"
+        return
+    rewards, golds = map(term_names, recipe.judges)
+    names = [*(["reward"] if rewards else []), *(["gold"] if golds else []), *rewards, *golds]
+    if judge in names:
+        return
+    near = closest(judge, names)
+    if judge in ("reward", "gold"):
+        yield key, f"there is no {judge} in this recipe. add {judge}: [{{model: …}}] or [{{function: file.py:name}}]"
+    elif near:
+        yield key, f"no term is named {judge}. did you mean {near}?"
+    else:
+        yield key, f"no term is named {judge}. name one of {', '.join(names) or 'a reward, which there is none of'}"
+
+
+def _best_of(recipe: EvalRecipe) -> Iterator[Finding]:
+    if not recipe.best_of_n:
+        return
+    if any(n < 1 for n in recipe.best_of_n):
+        yield "best_of_n", "expected numbers of responses, 1 or more"
+    if recipe.reference is None:
+        yield "best_of_n", "chooses among the reference's responses. name a reference"
+    if recipe.reward is None:
+        yield "best_of_n", "chooses by the score. add a reward"
+
+
+def _dump(recipe: EvalRecipe) -> Iterator[Finding]:
+    if recipe.dump_pairs is None or recipe.prompts is None:
+        return
+    endpoint = recipe.winrate is not None and not isinstance(recipe.winrate.judge, str)
+    if recipe.winrate is None and recipe.reward is None:
+        yield "dump_pairs", "needs a judge to rank the responses. add winrate or reward"
+    if not recipe.dump_pairs.endswith(".jsonl"):
+        yield "dump_pairs", f"expected a .jsonl file, found {recipe.dump_pairs}. rename it"
+    if not endpoint and recipe.rollout.responses_per_prompt < 2 and not _several(recipe):
+        yield "dump_pairs", "one response to a prompt is no ranking. set rollout.responses_per_prompt to 2 or more"
+
+
+def _several(recipe: EvalRecipe) -> bool:
+    return len(recipe.models) > 1 or any(map(is_pattern, recipe.models.values()))
+
+
+def _implicit(recipe: EvalRecipe) -> Iterator[Finding]:
+    if recipe.beta is not None and (recipe.preferences is None or recipe.reference is None):
+        yield "beta", "scales implicit rewards, which need preferences and a reference. name both, or remove it"
+
+
+EVALUATION = (
+    Check(("models", "reference"), _models),
+    Check(("prompts", "preferences", "text"), _rows),
+    Check(("prompts", "preferences", "rollout", "winrate", "best_of_n", "dump_pairs", "reward", "gold"), _needs_prompts),
+    Check(("models", "winrate", "reward", "gold"), _winrate),
+    Check(("best_of_n", "reference", "reward"), _best_of),
+    Check(("dump_pairs", "winrate", "reward", "rollout", "models"), _dump),
+    Check(("beta", "preferences", "reference"), _implicit),
+    JUDGED,
+)
+
 CHECKS_OF_STAGE: dict[str, tuple[Check, ...]] = {
+    "sft": TRAINING,
+    "train-rm": TRAINING,
     "dpo": DIRECT,
     "ipo": DIRECT,
     "kto": (*DIRECT, Check(("objective",), _balance)),
     "ppo": (
+        *TRAINING,
         JUDGED,
         Check(("objective", "rollout", "train.batch_size"), _samples),
         Check(("objective.kind", "value"), _value),
         Check(("kl",), _kl),
         Check(("ptx",), _ptx),
     ),
+    "eval": EVALUATION,
 }
 
 
 def findings(recipe: Recipe, bad: set[str]) -> Iterator[Finding]:
     """What the recipe's keys disagree on; checks that read a key in `bad` are left out."""
-    for check in (*CHECKS, *CHECKS_OF_STAGE.get(recipe.stage, ())):
+    for check in CHECKS_OF_STAGE[recipe.stage]:
         if not any(_touches(read, key) for read in check.reads for key in bad):
             yield from check.test(recipe)
 

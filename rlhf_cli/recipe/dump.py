@@ -27,6 +27,14 @@ MAY_CHANGE = (
     "reference.cache",
     "trackers",
     "output",
+    "models",
+    "preferences",
+    "text",
+    "winrate",
+    "best_of_n",
+    "beta",
+    "dump_pairs",
+    "tokens_per_device",
 )
 """Keys, with all below them, that may differ when a run is resumed. steps and epochs may only grow."""
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from rlhf_cli.recipe.keys import Key, arms, as_yaml, keys_of, kind_of, objectives_of, sections_in
-from rlhf_cli.recipe.schema import LEARNING_RATE, STAGES, Train, default_learning_rate
+from rlhf_cli.recipe.rates import LEARNING_RATE, default_learning_rate
+from rlhf_cli.recipe.schema import STAGES, Train
 
 WIDTH = 77  # typer indents by two more
 COLUMN = 30

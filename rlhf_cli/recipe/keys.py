@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from rlhf_cli.recipe.schema import ELSEWHERE, SHORT_FORM, STAGES
+from rlhf_cli.recipe.schema import SHORT_FORM, STAGES, TRAINING_STAGES
 
 
 class Key(NamedTuple):
@@ -69,8 +69,8 @@ def kind_of(section: type) -> str:
 
 
 def objectives_of(stage: str) -> tuple[type, ...]:
-    """The kinds of a stage's objective, the default first."""
-    recipe: type = STAGES[stage]
+    """The kinds of a training stage's objective, the default first."""
+    recipe: type = TRAINING_STAGES[stage]
     return sections_in(keys_of(recipe)["objective"].kind)
 
 
@@ -138,4 +138,4 @@ def keys_elsewhere(section: type) -> frozenset[str]:
     """Dotted keys that other recipes have and this one has not."""
     recipes: Iterable[type] = STAGES.values()
     others = {dotted for recipe in recipes for dotted in known_keys(recipe)}
-    return frozenset(others.union(ELSEWHERE).difference(known_keys(section)))
+    return frozenset(others.difference(known_keys(section)))

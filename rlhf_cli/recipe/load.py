@@ -10,6 +10,7 @@ from pathlib import Path
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.build import SHOWN, Builder, lines_of, spell_out
 from rlhf_cli.recipe.checks import findings
+from rlhf_cli.recipe.dump import flatten
 from rlhf_cli.recipe.schema import STAGES, Recipe
 from rlhf_cli.recipe.suggest import closest
 from rlhf_cli.recipe.yaml_reader import BAD, MAX_BYTES, Node, Problem, Unreadable, decode, plain, read
@@ -60,11 +61,13 @@ def load_recipe(stage: str, path: Path, overrides: Sequence[str] = (), output: s
     builder = Builder(section, stage)
     recipe = builder.section(section, root, "")
     problems += builder.problems
+    values = flatten(recipe)
     bad = builder.bad | {problem.key for problem in problems}
     found = [_locate(lines, key, what) for key, what in findings(recipe, bad)]
-    if lines.get("model.trust_remote_code", 0) > 0 and recipe.model.trust_remote_code:
-        what = "only the command line may allow this. remove it and add --set model.trust_remote_code=true"
-        found.append(Problem(lines["model.trust_remote_code"], "model.trust_remote_code", what))
+    for key in ("model.trust_remote_code", "trust_remote_code"):
+        if lines.get(key, 0) > 0 and values.get(key):
+            what = f"only the command line may allow this. remove it and add --set {key}=true"
+            found.append(Problem(lines[key], key, what))
     if problems or found:
         raise UsageError(_render(path, problems + found))
     return Loaded(recipe, stage, path, lines)

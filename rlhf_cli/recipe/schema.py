@@ -8,7 +8,6 @@ type cannot say. A key without a default is required.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -27,7 +26,6 @@ from rlhf_cli.objectives.odpo import Odpo
 from rlhf_cli.objectives.orpo import Orpo
 from rlhf_cli.objectives.pairs import AllPairs
 from rlhf_cli.objectives.plackett_luce import PlackettLuce, PlackettLuceReward
-from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.objectives.rebel import Rebel
 from rlhf_cli.objectives.reinforce import Reinforce
@@ -37,7 +35,6 @@ from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.objectives.squared import Squared
-from rlhf_cli.recipe.rewards import name_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,9 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Source:
+class Rows:
+    """Rows of a file, a folder or the hub."""
+
     path: str = key(help="hub id, .jsonl[.gz] | .json | .csv | .parquet file, glob or folder", path=True)
     name: str | None = key(None, "hub configuration (data_dir included)")
     split: str = key("train", "hub split")
@@ -74,8 +73,19 @@ class Source:
         "auto", "row format"
     )
     columns: dict[str, str] = key({}, "ours: theirs")
-    weight: float = key(1.0, "share of each epoch when there are several sources, whatever their sizes", low=0.0)
     limit: int | None = key(None, "first N rows after a seeded shuffle", low=1)
+
+
+@dataclass(frozen=True)
+class Source(Rows):
+    weight: float = key(1.0, "share of each epoch when there are several sources, whatever their sizes", low=0.0)
+
+
+@dataclass(frozen=True)
+class EvalSource(Rows):
+    holdout: float = key(
+        0.0, "only the rows that training with this holdout and the same source and seed has held out; 0: all", low=0.0, high=0.9
+    )
 
 
 @dataclass(frozen=True)
@@ -147,13 +157,17 @@ class Reference(PolicyReference):
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """How responses are drawn from the policy."""
+class Sampling:
+    """How responses are drawn from a policy."""
 
     max_new_tokens: int = key(128, "tokens of a response at most; longer ones are cut off", low=1)
     temperature: float = key(1.0, "of sampling; the log-probabilities of the ppo kinds are taken at it too", low=1e-2, high=100.0)
     responses_per_prompt: int = key(1, "rloo and grpo need 2 or more", low=1)
     missing_eos_penalty: float = key(0.0, "taken off the score of a response that did not end", low=0.0)
+
+
+@dataclass(frozen=True)
+class Rollout(Sampling):
     engine: Literal["transformers", "vllm"] = key("transformers", "what samples (vllm: an extra)")
 
 
@@ -201,27 +215,36 @@ class Ptx:
     coef: float = key(27.8, "γ: weight of their mean negative log-likelihood", low=0.0)
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """A judge behind an OpenAI-compatible interface. The key comes from the environment variable OPENAI_API_KEY, if set."""
+
+    endpoint: str = key(help="URL that /chat/completions follows, e.g. http://localhost:8000/v1")
+    model: str = key(help="its name on the server")
+    prompt: str | None = key(
+        None, "a file with {prompt}, {a} and {b}, which asks for A, B or TIE; null: a built-in one", path=True
+    )
+    timeout: float = key(60.0, "seconds that an answer may take", low=0.1)
+    retries: int = key(4, "how often a question is asked again that got no answer", low=0)
+    parallel: int = key(4, "questions under way at once", low=1)
+
+
+@dataclass(frozen=True)
+class Winrate:
+    """Whose response is better: each model's against the baseline's to the same prompt."""
+
+    baseline: str = key(help="the name of one of the models")
+    judge: str | Endpoint = key("reward", "reward: the score; gold; the name of a term; or {endpoint, model, prompt}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The keys of every stage."""
+    """The keys of every command."""
 
     stage: ClassVar[str]
 
-    model: Model
-    lora: Lora | Literal["auto"] | None = key(
-        "auto", "auto: the parent's adapter goes on, else r 16 on all linear layers; null: train all weights"
-    )
-    data: Data
-    train: Train = field(default_factory=Train)
-    objective: Objective
     seed: int = key(0, "of everything that is random", low=0, high=2**32 - 1, last=True)
     output: str = key(help="the run folder", path=True, last=True)
-    trackers: list[str] = key([], "tensorboard, wandb, mlflow, trackio, …; offline files are always written", last=True)
-
-    @property
-    def draws(self) -> Rollout | None:
-        """How responses are drawn from the policy; None where it learns from those of its data."""
-        return None
 
     @property
     def judges(self) -> tuple[list[Reward], list[Reward]]:
@@ -231,12 +254,34 @@ class Recipe:
     @property
     def paths(self) -> list[str]:
         """What it reads: local paths or hub ids of models and data."""
-        models = [term.model for terms in self.judges for term in terms if term.model is not None]
-        return [self.model.path, *models, *(source.path for source in (*self.data.train, *(self.data.eval or ())))]
+        return [term.model for terms in self.judges for term in terms if term.model is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftRecipe(Recipe):
+class TrainingRecipe(Recipe):
+    """The keys of every stage that trains."""
+
+    model: Model
+    lora: Lora | Literal["auto"] | None = key(
+        "auto", "auto: the parent's adapter goes on, else r 16 on all linear layers; null: train all weights"
+    )
+    data: Data
+    train: Train = field(default_factory=Train)
+    objective: Objective
+    trackers: list[str] = key([], "tensorboard, wandb, mlflow, trackio, …; offline files are always written", last=True)
+
+    @property
+    def draws(self) -> Rollout | None:
+        """How responses are drawn from the policy; None where it learns from those of its data."""
+        return None
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.model.path, *super().paths, *(source.path for source in (*self.data.train, *(self.data.eval or ())))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftRecipe(TrainingRecipe):
     """`rlhf sft`."""
 
     stage: ClassVar[str] = "sft"
@@ -246,7 +291,7 @@ class SftRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRmRecipe(Recipe):
+class TrainRmRecipe(TrainingRecipe):
     """`rlhf train-rm`."""
 
     stage: ClassVar[str] = "train-rm"
@@ -255,7 +300,7 @@ class TrainRmRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DirectRecipe(Recipe):
+class DirectRecipe(TrainingRecipe):
     """The keys of every stage that compares the policy with a reference."""
 
     reference: Reference = field(default_factory=Reference)
@@ -303,7 +348,7 @@ class KtoRecipe(DirectRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoRecipe(Recipe):
+class PpoRecipe(TrainingRecipe):
     """`rlhf ppo`."""
 
     stage: ClassVar[str] = "ppo"
@@ -331,171 +376,66 @@ class PpoRecipe(Recipe):
         return [*super().paths, *(source.path for source in (self.ptx.data if self.ptx else ()))]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalRecipe(Recipe):
+    """`rlhf eval`."""
+
+    stage: ClassVar[str] = "eval"
+
+    models: dict[str, str] = key(
+        help="name: path each. runs, checkpoints of runs (runs/ppo/checkpoints/* for all of them), adapters, plain models",
+        path=True,
+    )
+    reference: str | None = key(None, "the name of one of them: KL and implicit rewards are measured against it")
+    prompts: list[EvalSource] | None = key(None, "a path, or a list of sources: responses are drawn and judged")
+    preferences: list[EvalSource] | None = key(
+        None, "the same: how often reward models, and policies' implicit rewards, agree with the data"
+    )
+    text: list[EvalSource] | None = key(None, "the same: perplexity of its responses")
+    rollout: Sampling = field(default_factory=Sampling)
+    reward: list[Reward] | None = key(None, "a list of terms: {model: …} or {function: file.py:name}")
+    reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
+    gold: list[Reward] | None = key(None, "like reward: what people really want, where that can be computed")
+    winrate: Winrate | None = key(None, "compare the models' responses one to one")
+    best_of_n: list[int] = key([], "over-optimisation of the reference by choosing the response with the best score of n, each n")
+    beta: float | None = key(None, "of implicit rewards; null: that of each model's own training, else 0.1", low=1e-9)
+    dump_pairs: str | None = key(
+        None, "a .jsonl file to write: the responses, ranked by the judge, as preference data", path=True
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of weights and of compute; auto: bfloat16 on a GPU")
+    attention: Literal["auto", "sdpa", "flex", "flash", "eager"] = key("auto", "attention kernel, as in training")
+    chat_template: str | None = key(None, "null: each model's own; a Jinja file; none", path=True)
+    trust_remote_code: bool = key(False, "run code from model folders; only with --set, never from the file")
+    max_length: int = key(1024, "tokens of prompt + response", low=2)
+    overlong: Literal["drop", "error", "truncate-prompt"] = key("drop", "what happens to longer rows")
+    control_tokens: Literal["reject", "keep"] = key("reject", "text that contains the tokenizer's control tokens")
+    max_lost: float = key(0.05, "exit 2 if more than this share of rows is dropped or truncated", low=0.0, high=1.0)
+    tokens_per_device: int | Literal["auto"] = key("auto", "packing budget of one forward pass; never changes the result", low=1)
+
+    @property
+    def judges(self) -> tuple[list[Reward], list[Reward]]:
+        return self.reward or [], self.gold or []
+
+    @property
+    def paths(self) -> list[str]:
+        sources = [source for rows in (self.prompts, self.preferences, self.text) for source in rows or ()]
+        models = [path for path in self.models.values() if not is_pattern(path)]
+        return [*models, *super().paths, *(source.path for source in sources)]
+
+
+def is_pattern(path: str) -> bool:
+    """Does it stand for several paths?"""
+    return any(char in path for char in "*?[")
+
+
 STAGES: dict[str, type[Recipe]] = {
-    recipe.stage: recipe for recipe in (SftRecipe, TrainRmRecipe, DpoRecipe, IpoRecipe, KtoRecipe, PpoRecipe)
+    recipe.stage: recipe for recipe in (SftRecipe, TrainRmRecipe, DpoRecipe, IpoRecipe, KtoRecipe, PpoRecipe, EvalRecipe)
 }
 """Stage name → its recipe. What a stage's recipe does not name has no effect there and is rejected."""
 
-ELSEWHERE = ("models", "prompts", "preferences")
-"""Top-level keys that none of these stages has but others do: they too are said to have no effect."""
+TRAINING_STAGES: dict[str, type[TrainingRecipe]] = {
+    name: recipe for name, recipe in STAGES.items() if issubclass(recipe, TrainingRecipe)
+}
 
-SHORT_FORM: dict[type, str] = {Source: "path"}
+SHORT_FORM: dict[type, str] = {Source: "path", EvalSource: "path"}
 """Where a list of these is expected, one may stand alone, and a plain text stands for one with this key alone."""
-
-_PAIRS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "rewards/saturated",
-    "logps/chosen",
-    "logps/rejected",
-    "logratio/mean",
-)
-
-_DRAWN = ("objective/scores", "objective/kl", "objective/entropy", "response/length", "response/eos_rate")
-
-METRICS: dict[str, tuple[str, ...]] = {
-    "sft": ("loss", "perplexity", "token_accuracy"),
-    "train-rm": ("loss", "accuracy", "margin", "score_mean", "score_std"),
-    "dpo": _PAIRS,
-    "ipo": (*_PAIRS, "margin/target", "margin/logratio"),
-    "kto": (
-        "loss",
-        "rewards/desirable",
-        "rewards/undesirable",
-        "rewards/margins",
-        "logps/desirable",
-        "logps/undesirable",
-        "logratio/mean",
-        "kl",
-    ),
-    "ppo": (
-        "loss",
-        "loss/policy",
-        "loss/value",
-        "loss/ptx",
-        "kl_coef",
-        "policy/clipfrac",
-        "policy/approxkl",
-        "policy/ratio",
-        "value/explained_variance",
-        "grad_norm/value",
-        "learning_rate/value",
-    ),
-}
-"""Stage → the metrics of its training lines; those of its held-out lines too where it learns from the responses of its data."""
-
-LACKS: dict[str, Callable[[Recipe], bool]] = {
-    "logratio/mean": lambda recipe: not recipe.objective.reference,
-    "rewards/saturated": lambda recipe: not recipe.objective.saturates,
-    "kl": lambda recipe: not recipe.objective.mismatches,
-    "loss/value": lambda recipe: not learns_values(recipe.objective),
-    "value/explained_variance": lambda recipe: not learns_values(recipe.objective),
-    "learning_rate/value": lambda recipe: not learns_values(recipe.objective),
-    "grad_norm/value": lambda recipe: not learns_values(recipe.objective),
-    "loss/ptx": lambda recipe: not (isinstance(recipe, PpoRecipe) and recipe.ptx is not None),
-}
-"""Metric → does a recipe of its stages not have it?"""
-
-_TIMES = ("time/rollout", "time/score", "time/update")
-
-TRAINING_METRICS = ("grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch")
-"""What training lines of every stage have beside them; `stop_if` can watch all."""
-
-
-def learns_values(objective: Objective) -> bool:
-    """Does it learn a value beside the policy?"""
-    return isinstance(objective, PolicyGradient) and objective.values
-
-
-def metrics_of(recipe: Recipe) -> tuple[str, ...]:
-    """The metrics of a recipe's held-out lines, what `keep_best` can watch; those that its kind does not have left out."""
-    return _drawn_metrics(recipe) if recipe.draws else _own_metrics(recipe)
-
-
-def training_metrics_of(recipe: Recipe) -> tuple[str, ...]:
-    """The metrics of a recipe's training lines, what `stop_if` can watch. Those of drawn responses stand where some are drawn."""
-    drawn = (*_drawn_metrics(recipe), *_TIMES) if recipe.draws else ()
-    return (*_own_metrics(recipe), *drawn, *TRAINING_METRICS)
-
-
-def _own_metrics(recipe: Recipe) -> tuple[str, ...]:
-    return tuple(name for name in METRICS[recipe.stage] if name not in LACKS or not LACKS[name](recipe))
-
-
-def _drawn_metrics(recipe: Recipe) -> tuple[str, ...]:
-    """What is measured of the responses that are drawn from the policy."""
-    rewards, golds = recipe.judges
-    penalised = ("objective/rlhf_reward",) if recipe.stage == "ppo" else ()
-    return (*_DRAWN, *penalised, *(f"reward/{name_of(term)}" for term in rewards), *(f"gold/{name_of(term)}" for term in golds))
-
-
-def learning_rate_of(recipe: Recipe) -> float:
-    """The learning rate in force: the recipe's own, else the default of its stage, kind, and LoRA or all weights."""
-    if recipe.train.learning_rate is not None:
-        return recipe.train.learning_rate
-    return default_learning_rate(recipe.stage, recipe.objective.kind, _trained(recipe))
-
-
-def sane_learning_rate(recipe: Recipe) -> tuple[float, float]:
-    """The lowest and highest rate at which a run of this recipe does not warn."""
-    return SANE_LEARNING_RATE[recipe.stage, _trained(recipe)]
-
-
-def default_learning_rate(stage: str, kind: str, trained: Trained) -> float:
-    """The default of one kind of a stage."""
-    return KIND_LEARNING_RATE.get((stage, kind, trained), LEARNING_RATE[stage, trained])
-
-
-def _trained(recipe: Recipe) -> Trained:
-    return "full" if recipe.lora is None else "lora"
-
-
-Trained = Literal["lora", "full"]
-
-LEARNING_RATE: dict[tuple[str, Trained], float] = {
-    ("sft", "lora"): 2e-4,
-    ("sft", "full"): 2e-5,
-    ("train-rm", "lora"): 1e-4,
-    ("train-rm", "full"): 1e-5,
-    ("dpo", "lora"): 1e-5,
-    ("dpo", "full"): 1e-6,
-    ("ipo", "lora"): 1e-5,
-    ("ipo", "full"): 1e-6,
-    ("kto", "lora"): 1e-5,
-    ("kto", "full"): 1e-6,
-    ("ppo", "lora"): 3e-5,
-    ("ppo", "full"): 3e-6,
-}
-"""(stage, lora | full) → default.
-
-LoRA wants about 10× the rate of full fine-tuning: Schulman et al. 2025, "LoRA Without Regret". Full fine-tuning: train-rm as
-Touvron et al. 2023, §3.2.2; dpo as Rafailov et al. 2023, app. B (later work went down to 5e-7: Tunstall et al. 2023, Lambert et
-al. 2024); ipo as dpo, since Azar et al. 2023 train no language model; kto inside Ethayarajh et al. 2024's 5e-7 … 5e-6; ppo as
-Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
-"""
-
-KIND_LEARNING_RATE: dict[tuple[str, str, Trained], float] = {
-    ("dpo", "simpo", "lora"): 5e-6,
-    ("dpo", "simpo", "full"): 5e-7,
-    ("dpo", "orpo", "lora"): 8e-5,
-    ("dpo", "orpo", "full"): 8e-6,
-}
-"""(stage, kind, lora | full) → default, where a kind wants another than its stage.
-
-simpo: Meng et al. 2024 searched 3e-7 … 1e-6. orpo: Hong et al. 2024; it is supervised fine-tuning as well.
-"""
-
-SANE_LEARNING_RATE: dict[tuple[str, Trained], tuple[float, float]] = {
-    ("sft", "lora"): (1e-6, 2e-3),
-    ("sft", "full"): (1e-7, 3e-4),
-    ("train-rm", "lora"): (1e-6, 1e-3),
-    ("train-rm", "full"): (1e-7, 1e-4),
-    **{(stage, "lora"): (5e-7, 5e-4) for stage in ("dpo", "ipo", "kto")},
-    **{(stage, "full"): (5e-8, 5e-5) for stage in ("dpo", "ipo", "kto")},
-    ("ppo", "lora"): (5e-7, 5e-4),
-    ("ppo", "full"): (5e-8, 5e-5),
-}
-"""(stage, lora | full) → outside this range a run warns. Other objectives diverge, or forget, at rates that suit SFT."""

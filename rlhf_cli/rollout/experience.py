@@ -16,7 +16,7 @@ from rlhf_cli.data.trees import Batch, Tree
 from rlhf_cli.errors import MachineError, RunError, Stopped
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.memory import is_out_of_memory, return_freed
-from rlhf_cli.models.scoring import Ranks
+from rlhf_cli.models.scoring import Ranks, token_figures
 from rlhf_cli.objectives.policy_gradient import Experience
 from rlhf_cli.recipe import schema
 from rlhf_cli.rollout.generate import Drawn, Engine, Request
@@ -81,13 +81,14 @@ class Sampler:
     engine: Engine
     tokenizer: Any
     ends: tuple[int, ...]
-    settings: schema.Rollout
+    settings: schema.Sampling
     records: Sequence[Record]  # that trees name by their row
     terms: Sequence[Term]
     gold: Sequence[Term]
     combine: str
     budget: int
     ranks: Ranks
+    compared: bool = True  # is there a role "reference"? Without it the log-probabilities of a reference are NaN
 
     def rollout(self, prompts: Sequence[Tree], seed: int, *, samples: int | None = None, values: bool = False) -> Work[Rollout]:
         """Responses to all prompts, the same on every rank. `samples`: of each prompt, by default the recipe's number.
@@ -148,15 +149,15 @@ class Sampler:
         )
         return (yield from last(self.engine.generate(request)))
 
-    def _answers(self, trees: list[Tree], drawn: list[list[Drawn]]) -> Answers:
-        def text(response: Drawn) -> str:
-            ids = response.ids[:-1] if response.ended else response.ids
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def text(self, ids: np.ndarray, ended: bool) -> str:
+        """What a response says, without the token that ended it."""
+        return str(self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
 
+    def _answers(self, trees: list[Tree], drawn: list[list[Drawn]]) -> Answers:
         return Answers(
             trees=trees,
             records=[self.records[tree.row] for tree in trees],
-            texts=[[text(response) for response in responses] for responses in drawn],
+            texts=[[self.text(*response) for response in responses] for responses in drawn],
             ended=[[response.ended for response in responses] for responses in drawn],
         )
 
@@ -175,8 +176,10 @@ class Sampler:
             return lambda host, batch: host.tempered_logps(role, batch, (warm, 1.0))[0]
 
         policy = yield from _per_tree(self.backbone, trees, self.budget, logps("policy"))
-        host = self.backbone.at("reference")
-        reference = yield from _per_tree(host, trees, self.budget, logps("reference"))
+        reference = [np.full_like(part, np.nan) for part in policy]
+        if self.compared:
+            host = self.backbone.at("reference")
+            reference = yield from _per_tree(host, trees, self.budget, logps("reference"))
         value = [np.full((1, part.shape[1]), np.nan) for part in policy]
         if values:
             host = self.backbone.at("value")
@@ -191,18 +194,8 @@ def _per_tree(
     host: Backbone, trees: list[Tree], budget: int, read: Callable[[Backbone, Batch], tuple[torch.Tensor, ...]]
 ) -> Work[list[np.ndarray]]:
     """(rows of `read`, n) float64 of every tree's response tokens, response by response."""
-    host.train(False)
-    found: dict[int, np.ndarray] = {}
-    for batch in host.batches(trees, budget):
-        with torch.no_grad():
-            rows = torch.stack(read(host, batch)).double().cpu().numpy()
-        owner = batch.owner.cpu().numpy()
-        first = 0
-        for tree, count in zip(batch.trees, batch.counts, strict=True):
-            found[tree] = np.concatenate([rows[:, owner == response] for response in range(first, first + count)], 1)
-            first += count
-        yield
-    return [found[tree] for tree in range(len(trees))]
+    found = yield from token_figures(host, trees, budget, read)
+    return [np.concatenate(responses, 1) for responses in found]
 
 
 def _merge(shares: list[dict[int, T]]) -> list[T]:

@@ -9,7 +9,7 @@ import yaml
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe import schema
-from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
+from rlhf_cli.recipe.dump import differences, dump_recipe, refuse_changes
 from rlhf_cli.runs.files import write_atomic, write_json
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.manifest import read_manifest
@@ -29,20 +29,37 @@ def forget_inputs(run: RunFolder) -> None:
         path.unlink(missing_ok=True)
 
 
-def refuse_other_inputs(run: RunFolder, recipe: schema.Recipe, inputs: dict[str, Any]) -> None:
-    """Raises UsageError when the recipe, the data or the parent changed since the run was started."""
+def refuse_other_inputs(run: RunFolder, recipe: schema.Recipe, inputs: dict[str, Any], *, may_grow: bool = False) -> None:
+    """Raises UsageError when the recipe, the data or the parent changed since the run was started.
+
+    may_grow: inputs may come and go, and only what the run had before must be the same.
+    """
     if not run.recipe.exists():
         return
     refuse_changes(run.recipe.read_text(encoding="utf-8"), recipe, str(run.recipe))
-    if not (run.path / INPUTS).exists():
+    old = _recorded(run)
+    if old is None:
         return
-    old = json.loads((run.path / INPUTS).read_text())
-    changed = [key for key in {**old, **inputs} if old.get(key) != inputs.get(key)]
+    keys = old.keys() & inputs.keys() if may_grow else {**old, **inputs}
+    changed = [key for key in {**old, **inputs} if key in keys and old.get(key) != inputs.get(key)]
     if changed:
         rows = [f"  {key}: {str(old.get(key))[:16]} → {str(inputs.get(key))[:16]}" for key in changed]
         raise UsageError(
             "\n".join(["--resume: what the run was started with has changed. start another run with --output", *rows])
         )
+
+
+def is_as_before(run: RunFolder, recipe: schema.Recipe, inputs: dict[str, Any]) -> bool:
+    """Is the recipe, but for its output, and are all inputs those that the run was last started with?"""
+    if not run.recipe.exists():
+        return False
+    changed = [key for key, _, _ in differences(run.recipe.read_text(encoding="utf-8"), recipe) if key != "output"]
+    return not changed and _recorded(run) == inputs
+
+
+def _recorded(run: RunFolder) -> dict[str, Any] | None:
+    path = run.path / INPUTS
+    return dict(json.loads(path.read_text())) if path.exists() else None
 
 
 def recorded_budget(run: RunFolder) -> int | None:

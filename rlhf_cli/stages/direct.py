@@ -30,11 +30,12 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     Raises:
         RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
+    assert isinstance(loaded.recipe, schema.DirectRecipe)
     draws = loaded.recipe.draws is not None
     judge = loaded.stage == "kto" and not draws
     job = prepare_job(loaded, check=check, resume=resume, shape=partial(_judged, loaded) if judge else None)
     reference = find_reference(job, check, needed=draws or job.objective.reference)
-    judges = find_judges(job, check)
+    judges = find_judges(loaded, job.tokenizer, job.template, job.recipe.model.trust_remote_code, check)
     for words in _announce(job, reference, judges):
         job.console.say(words)
     if check:
@@ -90,7 +91,7 @@ def _online(job: Job, drawing: Drawing) -> Way:
     return Way(source, drawing.measure, shape(first, recipe.seed) if shape else first)
 
 
-def _judged(loaded: Loaded, dataset: Dataset, recipe: schema.Recipe) -> tuple[Dataset, Objective]:
+def _judged(loaded: Loaded, dataset: Dataset, recipe: schema.TrainingRecipe) -> tuple[Dataset, Objective]:
     """Single responses with their labels and mismatches, and the objective with the weights that follow from their numbers."""
     objective = recipe.objective
     changed = unpaired_dataset(

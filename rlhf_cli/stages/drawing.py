@@ -12,12 +12,14 @@ from typing import Any
 
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
+from rlhf_cli.data.templates import Template
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.data.unpaired import unpaired, with_mismatches
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.homes import Homes
 from rlhf_cli.recipe import schema
+from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import name_of
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.generate import Engine, TransformersEngine
@@ -81,32 +83,31 @@ class Judges:
                     yield f"{what} {judge.found.name}: scores {scores}; it reads the policy's {judge.found.reads}"
 
 
-def find_judges(job: Job, check: bool) -> Judges:
-    """What `reward` and `gold` name.
+def find_judges(loaded: Loaded, tokenizer: Any, template: Template, trust_remote_code: bool, check: bool) -> Judges:
+    """What `reward` and `gold` name; `tokenizer` and `template` are the policy's.
 
     Raises:
         UsageError: a model or a function is not there, or is no reward.
     """
-    rewards, golds = job.recipe.judges
 
-    def find(key: str, terms: Sequence[schema.Reward]) -> list[Judge]:
-        return [Judge(term, _find(job, term, f"{key}.{number}", check)) for number, term in enumerate(terms)]
+    def find(key: str, term: schema.Reward) -> FoundRewardModel | FunctionTerm:
+        if term.function is not None:
+            return function_term(term, name_of(term), loaded.named(f"{key}.function"))
+        return find_reward_model(
+            term,
+            name_of(term),
+            loaded.named(f"{key}.model"),
+            tokenizer=tokenizer,
+            template=template,
+            trust_remote_code=trust_remote_code,
+            check=check,
+        )
 
-    return Judges(find("reward", rewards), find("gold", golds))
-
-
-def _find(job: Job, term: schema.Reward, key: str, check: bool) -> FoundRewardModel | FunctionTerm:
-    if term.function is not None:
-        return function_term(term, name_of(term), job.loaded.named(f"{key}.function"))
-    return find_reward_model(
-        term,
-        name_of(term),
-        job.loaded.named(f"{key}.model"),
-        tokenizer=job.tokenizer,
-        template=job.template,
-        trust_remote_code=job.recipe.model.trust_remote_code,
-        check=check,
+    reward, gold = (
+        [Judge(term, find(f"{key}.{number}", term)) for number, term in enumerate(terms)]
+        for key, terms in zip(("reward", "gold"), loaded.recipe.judges, strict=True)
     )
+    return Judges(reward, gold)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def open_drawing(job: Job, judges: Judges, backbone: Backbone, homes: Homes, bas
             backbone=backbone,
             engine=engine,
             tokenizer=job.tokenizer,
-            ends=tuple(stop_ids(job, backbone)),
+            ends=tuple(stop_ids(backbone, job.tokenizer, job.template)),
             settings=settings,
             records=records,
             terms=terms,
@@ -180,12 +181,12 @@ def _engine(job: Job, backbone: Backbone, base: str) -> Engine:
     return VllmEngine(base, revision, job.recipe.model.dtype, partial(backbone.save, "policy"))
 
 
-def _combine(recipe: schema.Recipe) -> str:
+def _combine(recipe: schema.TrainingRecipe) -> str:
     assert isinstance(recipe, schema.PpoRecipe | schema.DirectRecipe)
     return recipe.reward_combine
 
 
-def _kl_coef(recipe: schema.Recipe) -> float | None:
+def _kl_coef(recipe: schema.TrainingRecipe) -> float | None:
     return recipe.kl.coef if isinstance(recipe, schema.PpoRecipe) else None
 
 

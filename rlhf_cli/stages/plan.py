@@ -8,13 +8,13 @@ from rlhf_cli.data.batches import DatasetSource
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.encode import Encoded
 from rlhf_cli.models.memory import Memory
-from rlhf_cli.recipe import schema
+from rlhf_cli.recipe import rates, schema
 
 Section = tuple[str, list[tuple[str, object]]]
 
 
 def plan(
-    recipe: schema.Recipe,
+    recipe: schema.TrainingRecipe,
     dataset: Dataset,
     source: DatasetSource,
     steps: int,
@@ -64,7 +64,7 @@ def plan(
     return sections
 
 
-def _tokens_a_step(recipe: schema.Recipe, source: DatasetSource, per_step: int) -> tuple[float, str]:
+def _tokens_a_step(recipe: schema.TrainingRecipe, source: DatasetSource, per_step: int) -> tuple[float, str]:
     """Tokens of a step's batch, on average or (of drawn responses) at most, and the same in words."""
     mean = float(source.trees.lengths.mean())
     if rollout := recipe.draws:
@@ -76,7 +76,7 @@ def _tokens_a_step(recipe: schema.Recipe, source: DatasetSource, per_step: int) 
     return per_step * mean, f"{per_step * mean:,.0f} on average{supervised}"
 
 
-def _unit(recipe: schema.Recipe, source: DatasetSource) -> str:
+def _unit(recipe: schema.TrainingRecipe, source: DatasetSource) -> str:
     """What batch_size counts: KTO's pairs count twice."""
     if rollout := recipe.draws:
         each = f"{rollout.responses_per_prompt} responses" if rollout.responses_per_prompt > 1 else "one response"
@@ -108,15 +108,15 @@ SMALL, SMALL_BEARS = 20_000_000, 100
 """Models of fewer parameters, trained in full, bear so many times the rates of large ones."""
 
 
-def learning_rate_warning(recipe: schema.Recipe, memory: Memory) -> str | None:
+def learning_rate_warning(recipe: schema.TrainingRecipe, memory: Memory) -> str | None:
     """Words for a rate outside what has worked."""
-    (low, high), rate = schema.sane_learning_rate(recipe), schema.learning_rate_of(recipe)
+    (low, high), rate = rates.sane_learning_rate(recipe), rates.learning_rate_of(recipe)
     if recipe.lora is None and memory.trained < SMALL:
         high *= SMALL_BEARS
     if low <= rate <= high:
         return None
-    trained: schema.Trained = "full" if recipe.lora is None else "lora"
-    usual = schema.default_learning_rate(recipe.stage, recipe.objective.kind, trained)
+    trained: rates.Trained = "full" if recipe.lora is None else "lora"
+    usual = rates.default_learning_rate(recipe.stage, recipe.objective.kind, trained)
     words = {"full": "training all weights", "lora": "LoRA"}[trained]
     return (
         f"train.learning_rate {rate:g} is outside {low:g} … {high:g}, where {recipe.stage} with {words} works; {usual:g} is usual"

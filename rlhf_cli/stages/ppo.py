@@ -11,7 +11,7 @@ from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.models.homes import Head, Homes
 from rlhf_cli.models.load import local_folder, read_head
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
-from rlhf_cli.recipe import schema
+from rlhf_cli.recipe import rates, schema
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.stages.drawing import Drawing, Judges, find_judges, open_drawing, recorded
@@ -27,7 +27,11 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
     job = prepare_job(loaded, check=check, resume=resume)
-    reference, judges, ptx = find_reference(job, check), find_judges(job, check), _ptx_rows(job)
+    reference, judges, ptx = (
+        find_reference(job, check),
+        find_judges(loaded, job.tokenizer, job.template, job.recipe.model.trust_remote_code, check),
+        _ptx_rows(job),
+    )
     assert reference is not None
     for words in (reference.words, *judges.words(), *_announce(job)):
         job.console.say(words)
@@ -128,9 +132,10 @@ def _add_value(job: Job, judges: Judges, homes: Homes, base: str) -> dict[str, f
 def _value_rate(job: Job) -> float:
     """The recipe's; else the policy's, and beside a policy that trains all weights what an adapter wants by default."""
     recipe, objective = _parts(job)
+    assert isinstance(job.loaded.recipe, schema.PpoRecipe)
     asked = job.loaded.recipe.train.learning_rate
     if recipe.value.learning_rate is not None:
         return recipe.value.learning_rate
     if asked is None:
-        return schema.default_learning_rate("ppo", objective.kind, "lora")
+        return rates.default_learning_rate("ppo", objective.kind, "lora")
     return asked

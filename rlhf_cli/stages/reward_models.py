@@ -86,7 +86,7 @@ def find_reward_model(
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from error
     same = _same_tokenizer(own, tokenizer)
-    chosen = template if same and _unknown_template(start, own) else _template(start, own, reward.model, place)
+    chosen = template if same and _unknown_template(start, own) else recorded_template(start, own, reward.model, place)
     base = base_model(start) if not check or Path(start.base).exists() else None
     if base is not None:
         _check_head(start, place)
@@ -108,11 +108,11 @@ def _refuse_policy(start: Start, path: str, place: str, trust_remote_code: bool)
     remedy = f"a reward is judged by a run of {RECORDED}, or by a sequence classifier with one label"
     if start.manifest is not None and start.manifest["stage"] != RECORDED:
         raise UsageError(f"{place}: {path} is a run of {start.manifest['stage']}, a policy and not a reward model; {remedy}")
-    if not _is_reward_model(start, place, trust_remote_code):
+    if not is_reward_model(start, place, trust_remote_code):
         raise UsageError(f"{place}: {path} is a language model, a policy and not a reward model; {remedy}")
 
 
-def _is_reward_model(start: Start, place: str, trust_remote_code: bool) -> bool:
+def is_reward_model(start: Start, place: str, trust_remote_code: bool) -> bool:
     if start.adapter is not None:
         return bool(json.loads((start.adapter / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS")
     try:
@@ -154,10 +154,11 @@ def _figures(start: Start, reward: schema.Reward, place: str) -> tuple[float, fl
 
 def _same_tokenizer(one: Any, other: Any) -> bool:
     """Do both make the same tokens of every text, and end it with the same one?"""
-    return _serialised(one) == _serialised(other)
+    return serialised(one) == serialised(other)
 
 
-def _serialised(tokenizer: Any) -> tuple[str, str | None, str]:
+def serialised(tokenizer: Any) -> tuple[str, str | None, str]:
+    """All that decides which tokens it makes of a text, and how a text ends."""
     tokenise(tokenizer, [""])  # forgets padding and truncation left from other calls, which are part of the serialisation
     return tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.eos_token
 
@@ -167,8 +168,12 @@ def _unknown_template(start: Start, tokenizer: Any) -> bool:
     return start.template_hash is None and not tokenizer.chat_template
 
 
-def _template(start: Start, tokenizer: Any, path: str, place: str) -> Template:
-    """The chat template that it was trained with."""
+def recorded_template(start: Start, tokenizer: Any, path: str, place: str) -> Template:
+    """The chat template that a model was trained with.
+
+    Raises:
+        UsageError: its tokenizer has another one.
+    """
     try:
         own = choose_template(tokenizer, None)
     except UsageError as error:

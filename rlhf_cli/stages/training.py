@@ -29,7 +29,7 @@ from rlhf_cli.models.memory import Memory, auto_budget, estimate, is_out_of_memo
 from rlhf_cli.models.policy import load_trained, parent_lora, resolve_lora
 from rlhf_cli.models.sampling import end_ids
 from rlhf_cli.objectives.base import Objective
-from rlhf_cli.recipe import schema
+from rlhf_cli.recipe import metrics, rates, schema
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.generate import Request, TransformersEngine
@@ -60,7 +60,7 @@ class Job:
     """A run before its weights are loaded: its data, and the recipe with every `auto` replaced by the value in force."""
 
     loaded: Loaded
-    recipe: schema.Recipe
+    recipe: schema.TrainingRecipe
     objective: Objective
     lora: schema.Lora | None
     memory: Memory
@@ -88,7 +88,7 @@ def prepare_job(
     check: bool,
     resume: bool,
     starts: Collection[str] = POLICY_STAGES,
-    shape: Callable[[Dataset, schema.Recipe], tuple[Dataset, Objective]] | None = None,
+    shape: Callable[[Dataset, schema.TrainingRecipe], tuple[Dataset, Objective]] | None = None,
 ) -> Job:
     """Read and tokenise the data, settle every value, and show the plan.
 
@@ -100,9 +100,10 @@ def prepare_job(
     """
     signals = StopSignals()
     signals.install()
-    _quiet()
+    quiet()
     started = time.monotonic()
     recipe, where = loaded.recipe, loaded.where
+    assert isinstance(recipe, schema.TrainingRecipe)
     console = Console(os.environ.get("RANK", "0") == "0")
     start = resolve_start(recipe.model.path, recipe.model.revision, loaded.named("model.path"), starts)
     tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.model.trust_remote_code)
@@ -208,7 +209,7 @@ def load_job(job: Job) -> tuple[Backbone, str]:
         Path(recipe.output) / "base",
         job.objective.role,
     )
-    backbone.pad_id = choose_pad_id(job.tokenizer, stop_ids(job, backbone))
+    backbone.pad_id = choose_pad_id(job.tokenizer, stop_ids(backbone, job.tokenizer, job.template))
     job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")
     return backbone, base
 
@@ -331,14 +332,14 @@ def finish_job(
     job.console.say(f"{fit.status} in {time.monotonic() - job.started:.0f} s: {folder.report}")
 
 
-def stop_ids(job: Job, backbone: Backbone) -> list[int]:
+def stop_ids(backbone: Backbone, tokenizer: Any, template: Template) -> list[int]:
     """The ids that end a response of this model under its template."""
-    return end_ids(backbone.model, *end_of_turn(job.tokenizer, job.template)[-1:], job.tokenizer.eos_token_id)
+    return end_ids(backbone.model, *end_of_turn(tokenizer, template)[-1:], tokenizer.eos_token_id)
 
 
 def _settle(
-    recipe: schema.Recipe, objective: Objective, start: Start, dataset: Dataset, ranks: Ranks, loaded: Loaded
-) -> tuple[schema.Lora | None, Memory, schema.Recipe]:
+    recipe: schema.TrainingRecipe, objective: Objective, start: Start, dataset: Dataset, ranks: Ranks, loaded: Loaded
+) -> tuple[schema.Lora | None, Memory, schema.TrainingRecipe]:
     lora = resolve_lora(
         recipe.lora, parent_lora(start.adapter, start.manifest and start.manifest.get("lora")), loaded.where("lora")
     )
@@ -353,14 +354,14 @@ def _settle(
     recipe = dataclasses.replace(recipe, lora=lora, objective=objective)
     asked = recipe.train.tokens_per_device
     longest = dataset.longest + (recipe.draws.responses_per_prompt * recipe.draws.max_new_tokens if recipe.draws else 0)
-    values = schema.learns_values(objective)
+    values = metrics.learns_values(objective)
     budget = ranks.min(auto_budget(memory, longest, ranks.device, values=values)) if asked == "auto" else asked
-    train = dataclasses.replace(recipe.train, tokens_per_device=budget, learning_rate=schema.learning_rate_of(recipe))
+    train = dataclasses.replace(recipe.train, tokens_per_device=budget, learning_rate=rates.learning_rate_of(recipe))
     model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
     return lora, memory, dataclasses.replace(recipe, train=train, model=model)
 
 
-def _example_words(recipe: schema.Recipe) -> str:
+def _example_words(recipe: schema.TrainingRecipe) -> str:
     objective = recipe.objective
     if recipe.draws:
         return "is learned: that is a prompt, and its responses are drawn from the policy"
@@ -393,14 +394,14 @@ def _warnings(job: Job) -> Iterator[str]:
         yield "with lora.dropout, results depend on tokens_per_device: the masks follow the cut"
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Libraries speak through our lines and errors, not through their own bars and warnings."""
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
-def _check_template(recipe: schema.Recipe, start: Start, template: Template, loaded: Loaded) -> None:
+def _check_template(recipe: schema.TrainingRecipe, start: Start, template: Template, loaded: Loaded) -> None:
     if start.template_hash not in (None, template.hash) and recipe.model.chat_template is None:
         raise UsageError(
             f"{loaded.where('model.path')}: {recipe.model.path} was trained with another chat template than {template.source}. "
@@ -443,7 +444,7 @@ def _samples(job: Job, backbone: Backbone) -> Generator[dict[str, Any] | None, N
         return
     engine = TransformersEngine(backbone, job.objective.role)
     prompts = [tree.prompt for tree in trees]
-    ends = stop_ids(job, backbone)
+    ends = stop_ids(backbone, job.tokenizer, job.template)
     lines = []
     with contextlib.closing(engine.generate(Request(prompts, range(len(prompts)), 1, SHOWN_TOKENS, 0.0, ends, 0))) as drawing:
         for drawn in drawing:

@@ -11,8 +11,9 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.load import Loaded, load_recipe
+from rlhf_cli.recipe.metrics import metrics_of, training_metrics_of
 from rlhf_cli.recipe.rewards import default_name, name_of
-from rlhf_cli.recipe.schema import OnlineRollout, Reward, metrics_of, training_metrics_of
+from rlhf_cli.recipe.schema import OnlineRollout, Reward
 
 PLAIN = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl, holdout: 0.1}\n"
 GOOD = PLAIN + "reward: [{model: runs/rm}]\n"

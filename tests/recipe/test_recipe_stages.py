@@ -19,18 +19,15 @@ from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.keys import kind_of, objectives_of
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.schema import (
+from rlhf_cli.recipe.metrics import METRICS, metrics_of
+from rlhf_cli.recipe.rates import (
     LEARNING_RATE,
-    METRICS,
     SANE_LEARNING_RATE,
-    STAGES,
-    PolicyReference,
-    Reference,
     default_learning_rate,
     learning_rate_of,
-    metrics_of,
     sane_learning_rate,
 )
+from rlhf_cli.recipe.schema import TRAINING_STAGES, PolicyReference, Reference
 
 GOOD = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl, holdout: 0.1}\n"
 EVERY_KIND = [(stage, kind) for stage, objectives in OBJECTIVES.items() for kind in map(kind_of, objectives)]
@@ -51,11 +48,11 @@ def refused(folder: Path, stage: str, *overrides: str, text: str | None = None) 
 
 
 def test_every_registered_kind_is_in_its_stages_schema_in_that_order() -> None:
-    assert {stage: objectives_of(stage) for stage in STAGES} == OBJECTIVES
+    assert {stage: objectives_of(stage) for stage in TRAINING_STAGES} == OBJECTIVES
     assert len(EVERY_KIND) == 1 + 3 + 12 + 1 + 2 + 5
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", TRAINING_STAGES)
 def test_the_default_kind(tmp_path: Path, stage: str) -> None:
     recipe: Any = load(tmp_path, stage).recipe
     kinds = {"sft": "sft", "train-rm": "bradley_terry", "dpo": "dpo", "ipo": "ipo", "kto": "kto", "ppo": "ppo"}

@@ -11,7 +11,7 @@ import pytest
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.keys import keys_of, kind_of, objectives_of, walk
 from rlhf_cli.recipe.load import load_recipe
-from rlhf_cli.recipe.schema import STAGES
+from rlhf_cli.recipe.schema import STAGES, TRAINING_STAGES
 from rlhf_cli.recipe.suggest import closest, distance
 
 
@@ -45,7 +45,7 @@ def typos(word: str, rng: random.Random) -> list[str]:
 
 def place_of(prefix: str) -> str:
     """The prefix with a position or a name where a key of a list or of free names needs one."""
-    for key in ("data.eval", "reward", "gold"):
+    for key in ("data.eval", "reward", "gold", "prompts", "preferences", "text"):
         prefix = prefix.replace(key, f"{key}.0")
     return prefix.replace("train.stop_if", "train.stop_if.loss")
 
@@ -78,7 +78,7 @@ def keys_with_kinds(stage: str, section: type) -> Iterator[tuple[str, list[str]]
     for dotted, _ in walk(section):
         if not dotted.startswith("objective."):
             yield dotted, []
-    for objective in objectives_of(stage):
+    for objective in objectives_of(stage) if stage in TRAINING_STAGES else ():
         for name in keys_of(objective):
             yield f"objective.{name}", [f"objective.kind={kind_of(objective)}"] if name != "kind" else []
 

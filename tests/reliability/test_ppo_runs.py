@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.recipe import schema
+from rlhf_cli.recipe import metrics, schema
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.rollout import generate, rewards
 from rlhf_cli.rollout.source import PolicySource
@@ -176,7 +176,7 @@ def test_its_lines_have_the_metrics_it_names(name: str, finished: Finished) -> N
     """Those of drawn responses stand where some were drawn; held-out lines have nothing else."""
     run, own = finished(name)
     common = {"step", "split", "time"}
-    trained, drawn = set(schema.training_metrics_of(own)), set(schema.metrics_of(own))
+    trained, drawn = set(metrics.training_metrics_of(own)), set(metrics.metrics_of(own))
     times = {"time/rollout", "time/score", "time/update"}
     refresh = KINDS[name][1].get("rollout", {}).get("refresh", 1)
     for line in all_lines(run, "train"):
