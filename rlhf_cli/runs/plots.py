@@ -123,7 +123,7 @@ TERMS = {"gold/": "Gold reward", "reward/": "Term of the reward"}
 
 def draw_plots(folder: Path, train: Lines, held_out: Lines) -> list[tuple[str, str]]:
     """Write the PNGs for which there are numbers; their (title, file name) in the order of reading."""
-    _prepare(folder)
+    prepare(folder)
     lines = {"train": train, "eval": held_out}
     drawn = []
     for name, title, unit, series in (*PLOTS, *_terms((*train, *held_out))):
@@ -150,13 +150,14 @@ def draw_card(folder: Path, card: dict[str, Any]) -> list[tuple[str, str]]:
     """Write reliability.png and margins.png from a reward model's card; nothing where it has no pairs."""
     if not card["pairs"]:
         return []
-    _prepare(folder)
-    write_atomic(folder / "reliability.png", _reliability_png(card["reliability"]))
-    write_atomic(folder / "margins.png", _margins_png(card["margins"]))
+    prepare(folder)
+    write_atomic(folder / "reliability.png", reliability_png(card["reliability"]))
+    write_atomic(folder / "margins.png", margins_png(card["margins"]))
     return [("Reliability", "reliability.png"), ("Margins of held-out pairs", "margins.png")]
 
 
-def _prepare(folder: Path) -> None:
+def prepare(folder: Path) -> None:
+    """Make the folder of the pictures."""
     # A read-only home makes matplotlib warn about its cache; the pictures are the same.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
@@ -183,21 +184,34 @@ def moving_average(values: list[float], reach: int) -> list[float]:
     return [sum(values[place - side : place + side + 1]) / (2 * side + 1) for place, side in enumerate(sides)]
 
 
-def _axes(title: str, across: str, up: str) -> tuple[Figure, Axes]:
+def canvas(title: str, across: str, up: str) -> tuple[Figure, Axes]:
+    """A picture with one pair of axes in the style of all."""
+    figure, (axes,) = canvases(title, across, [up])
+    return figure, axes
+
+
+def canvases(title: str, across: str, ups: list[str], height: float = 4.0) -> tuple[Figure, list[Axes]]:
+    """One pair of axes for each of `ups` below one another, over the same x; `height` in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.0), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, loc="left")
-    axes.set_xlabel(across)
+    figure = Figure(figsize=(7.2, height), dpi=120, layout="constrained")
+    panels: list[Axes] = figure.subplots(len(ups), 1, sharex=True, squeeze=False)[:, 0].tolist()
+    panels[0].set_title(title, loc="left")
+    panels[-1].set_xlabel(across)
+    for axes, up in zip(panels, ups, strict=True):
+        _style(axes, up)
+    return figure, panels
+
+
+def _style(axes: Axes, up: str) -> None:
     axes.set_ylabel(up)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The picture as a file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
@@ -206,18 +220,19 @@ def _png(figure: Figure) -> bytes:
 def _curves_png(title: str, unit: str, curves: list[Curve]) -> bytes:
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _axes(title, "steps", unit)
+    figure, axes = canvas(title, "steps", unit)
     for curve in curves:
         _draw(axes, curve)
     axes.ticklabel_format(axis="y", scilimits=(-3, 5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(curves) > 1 or _is_smoothed(curves[0]):
         axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
-def _reliability_png(bins: list[dict[str, Any]]) -> bytes:
-    figure, axes = _axes("Reliability", "confidence σ(|margin|)", "share of pairs in their order")
+def reliability_png(bins: list[dict[str, Any]]) -> bytes:
+    """How often the preferred response is the better one, by confidence; `bins` as in a card, at least one."""
+    figure, axes = canvas("Reliability", "confidence σ(|margin|)", "share of pairs in their order")
     most = max(each["count"] for each in bins)
     middles, heights = [(each["low"] + each["high"]) / 2 for each in bins], [0.4 * each["count"] / most for each in bins]
     axes.bar(middles, heights, width=0.045, color="#dde5ee", label=f"pairs (the highest bar: {most:,})")
@@ -226,16 +241,17 @@ def _reliability_png(bins: list[dict[str, Any]]) -> bytes:
     axes.plot(confidence, accuracy, color=HELD_OUT, marker="o", linewidth=1.6, label="this model")
     axes.set_ylim(0, 1.05)
     axes.legend(frameon=False, loc="upper left")
-    return _png(figure)
+    return png(figure)
 
 
-def _margins_png(margins: dict[str, Any]) -> bytes:
-    figure, axes = _axes("Margins of held-out pairs", "score of the better response less score of the worse", "pairs")
+def margins_png(margins: dict[str, Any]) -> bytes:
+    """The histogram of a card's margins."""
+    figure, axes = canvas("Margins of held-out pairs", "score of the better response less score of the worse", "pairs")
     edges = margins["edges"]
     colours = [TRAIN if low >= 0 else HELD_OUT for low in edges[:-1]]
     axes.bar(edges[:-1], margins["counts"], width=edges[1] - edges[0], align="edge", color=colours, edgecolor="white")
     axes.axvline(0, color="#444444", linewidth=1.0)
-    return _png(figure)
+    return png(figure)
 
 
 def _is_smoothed(curve: Curve) -> bool:
