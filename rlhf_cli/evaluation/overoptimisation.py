@@ -1,0 +1,246 @@
+"""Over-optimisation of a reward: what is really wanted (gold), and what stands for it (proxy), against the KL from the start.
+
+Of a run by its checkpoints, and of choosing the best of n responses of the starting policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_cli.evaluation.generation import mean_interval
+from rlhf_cli.evaluation.intervals import Interval
+
+BEST_OF_N = "best of n"
+"""The series of choosing among responses of the starting policy."""
+TINY_KL = 1e-6
+"""Nats; a point that is no farther from the start does not enter a fit."""
+ROUNDING = 1e-24
+"""A sum of squares below this share of another is rounding."""
+
+
+def best_of(scores: np.ndarray, gold: np.ndarray, n: int) -> np.ndarray:
+    """(P,) mean gold of the response with the best score, over all subsets of n of a prompt's N responses.
+
+    scores, gold: (P, N). The unbiased estimate of best of n (Nakano et al. 2021): the response with the i-th
+    lowest score is the best of C(i−1, n−1) of the C(N, n) subsets. Equal scores share their subsets equally, as if the best
+    were drawn among them.
+
+    Raises:
+        ValueError: n is not from 1 to N.
+    """
+    rows, size = scores.shape
+    if not 1 <= n <= size:
+        raise ValueError(f"best of {n} needs from 1 to {size} responses to choose from")
+    order = np.argsort(scores, axis=1, kind="stable")
+    ranked = np.take_along_axis(scores, order, axis=1)
+    first = np.ones((rows, size), bool)
+    first[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+    tie = first.cumsum() - 1
+    shared = np.bincount(tie, np.take_along_axis(gold, order, axis=1).ravel()) / np.bincount(tie)
+    chosen: np.ndarray = shared[tie].reshape(rows, size) @ _shares(size, n)
+    return chosen
+
+
+def _shares(size: int, n: int) -> np.ndarray:
+    """(N,) C(i−1, n−1) / C(N, n) for i = 1 … N, by the quotients of neighbours: none of the factors is above 1."""
+    rank = np.arange(size, n, -1)  # N … n + 1; lower ones are the best of no subset
+    shares = np.zeros(size)
+    shares[n - 1 :] = np.cumprod([n / size, *((rank - n) / (rank - 1))])[::-1]
+    return shares
+
+
+def best_of_kl(n: int) -> float:
+    """log n − (n − 1) / n, nats: KL of best of n from the policy it chooses from.
+
+    An upper bound (Beirami et al. 2024), met in the limit where no response is likely and no two have the same score; far
+    above the truth for prompts that leave little to say.
+    """
+    return math.log(n) - (n - 1) / n
+
+
+@dataclass(frozen=True)
+class Point:
+    """How far a policy went from the start, and what it is worth by the proxy and by gold."""
+
+    series: str
+    model: str
+    step: int | None  # of a run; 0: its start
+    n: int | None  # of best of n; 1: its start
+    kl: Interval  # from the start, nats
+    proxy: Interval
+    gold: Interval | None
+    prompt_gold: np.ndarray | None = field(default=None, repr=False, compare=False)  # (P,) mean gold of each prompt
+
+    @property
+    def place(self) -> int:
+        """In the order of its series."""
+        return (self.step if self.n is None else self.n) or 0
+
+
+def run_point(
+    series: str,
+    model: str,
+    step: int,
+    log_ratios: np.ndarray | None,
+    scores: np.ndarray,
+    gold: np.ndarray | None,
+    counts: np.ndarray,
+) -> Point:
+    """A checkpoint of a run by its responses' log π − log π_start, scores and gold, (P, K) each.
+
+    log_ratios None: the starting policy itself, whose KL is 0; every series begins with it, at step 0. counts: (B, P).
+    """
+    kl = Interval(0.0, 0.0, 0.0) if log_ratios is None else mean_interval(log_ratios, counts)
+    prompt_gold = None if gold is None else gold.mean(1)
+    return _point(series, model, step, None, kl, scores.mean(1), prompt_gold, counts)
+
+
+def best_of_points(
+    series: str, model: str, scores: np.ndarray, gold: np.ndarray | None, ns: Iterable[int], counts: np.ndarray
+) -> list[Point]:
+    """Best of each n of `ns`, ascending, after the model itself (n = 1); scores, gold: (P, N); counts: (B, P).
+
+    Raises:
+        ValueError: an n is not from 1 to N.
+    """
+    points = []
+    for n in sorted({1, *ns}):
+        kl = best_of_kl(n)
+        chosen = None if gold is None else best_of(scores, gold, n)
+        points.append(_point(series, model, None, n, Interval(kl, kl, kl), best_of(scores, scores, n), chosen, counts))
+    return points
+
+
+def _point(
+    series: str,
+    model: str,
+    step: int | None,
+    n: int | None,
+    kl: Interval,
+    prompt_proxy: np.ndarray,
+    prompt_gold: np.ndarray | None,
+    counts: np.ndarray,
+) -> Point:
+    proxy = mean_interval(prompt_proxy[:, None], counts)
+    gold = None if prompt_gold is None else mean_interval(prompt_gold[:, None], counts)
+    return Point(series, model, step, n, kl, proxy, gold, prompt_gold)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A form of Gao, Schulman & Hilton (2023) by least squares."""
+
+    alpha: float
+    beta: float
+    r2: float  # 1 − Σ residual² / Σ (gain − mean gain)²; of gains that are all the same, 1 if met, else 0
+
+
+class Fits(NamedTuple):
+    """Both forms, for gains R(d) over the start at d = √KL; None: fewer than three points, or all at one KL."""
+
+    bon: Fit | None  # d (α − β d), found for best of n
+    rl: Fit | None  # d (α − β log d), found for reinforcement learning
+
+
+def fit(kl: Sequence[float], values: Sequence[float]) -> Fits:
+    """Both forms of Gao, Schulman & Hilton (2023) to a series of points, the first being its start.
+
+    Linear in α and β, each point having the same weight. A KL that is estimated below 0 counts as 0, and points at 0 say
+    nothing, as both forms are 0 there.
+    """
+    squared = np.maximum(np.array(kl[1:], np.float64), 0)
+    gains = (np.array(values[1:], np.float64) - values[0])[squared > TINY_KL]
+    d = np.sqrt(squared[squared > TINY_KL])
+    return Fits(_least_squares(d, d * d, gains), _least_squares(d, d * np.log(d), gains))
+
+
+def _least_squares(rise: np.ndarray, fall: np.ndarray, gains: np.ndarray) -> Fit | None:
+    """gains ≈ α rise − β fall."""
+    if len(gains) < 3:
+        return None
+    columns = np.stack([rise, -fall], axis=1)
+    coefficients, _, rank, _ = np.linalg.lstsq(columns, gains, rcond=None)
+    if rank < 2:
+        return None
+    residual = float(((gains - columns @ coefficients) ** 2).sum())
+    spread, rounding = float(((gains - gains.mean()) ** 2).sum()), ROUNDING * float((gains**2).sum())
+    r2 = 1 - residual / spread if spread > rounding else float(residual <= rounding)
+    return Fit(float(coefficients[0]), float(coefficients[1]), r2)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Where gold was highest in a series, and how far it fell from there to the end."""
+
+    model: str
+    step: int | None
+    n: int | None
+    gold: float
+    kl: float
+    last: str  # the model of the last point
+    fall: Interval  # gold of the peak less gold of the last point, by the same prompts
+
+
+def peak(points: Sequence[Point], counts: np.ndarray) -> Peak | None:
+    """The point of a series with the highest mean gold, the first of equals; None without gold. counts: (B, P).
+
+    The peak is chosen by the same numbers that the fall is measured with. Of a curve that is truly flat, the highest of
+    several noisy points is above the last one by chance, so the fall is biased upwards and its interval, which takes the
+    peak as given, is above 0 too often.
+    """
+    ordered = sorted(points, key=lambda point: point.place)
+    tables = [point.prompt_gold for point in ordered if point.prompt_gold is not None]
+    if len(tables) < len(ordered):
+        return None
+    best = int(np.argmax([table.mean() for table in tables]))
+    top = ordered[best]
+    fall = mean_interval((tables[best] - tables[-1])[:, None], counts)
+    return Peak(top.model, top.step, top.n, float(tables[best].mean()), top.kl.mean, ordered[-1].model, fall)
+
+
+def to_lines(points: Iterable[Point]) -> list[dict[str, Any]]:
+    """As "overoptimisation" of eval.json; without gold, `gold` and its interval are null."""
+    return [
+        {
+            "series": point.series,
+            "model": point.model,
+            "step": point.step,
+            "n": point.n,
+            "kl": point.kl.mean,
+            "proxy": point.proxy.mean,
+            "gold": point.gold.mean if point.gold else None,
+            "intervals": {
+                "kl": [point.kl.low, point.kl.high],
+                "proxy": [point.proxy.low, point.proxy.high],
+                "gold": [point.gold.low, point.gold.high] if point.gold else None,
+            },
+        }
+        for point in points
+    ]
+
+
+def to_fits(points: Iterable[Point], counts: np.ndarray) -> dict[str, dict[str, Any]]:
+    """As "fits" of eval.json, by series; what could not be fitted is null, and so are `gold` and `peak` without gold."""
+    members: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.place):
+        members.setdefault(point.series, []).append(point)
+    found: dict[str, dict[str, Any]] = {}
+    for series, own in members.items():
+        kl = [point.kl.mean for point in own]
+        gold = [point.gold.mean for point in own if point.gold]
+        top = peak(own, counts)
+        found[series] = {
+            "proxy": _fits_line(fit(kl, [point.proxy.mean for point in own])),
+            "gold": _fits_line(fit(kl, gold)) if top else None,
+            "peak": {**asdict(top), "fall": top.fall._asdict()} if top else None,
+        }
+    return found
+
+
+def _fits_line(fits: Fits) -> dict[str, Any]:
+    return {name: asdict(one) if one else None for name, one in fits._asdict().items()}
