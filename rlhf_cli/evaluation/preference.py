@@ -268,20 +268,28 @@ def _subsets(pairs: Margins, trees: Sequence[Tree]) -> dict[str, Rate]:
     return found
 
 
+def faults(model: Rate, baseline: LengthBaseline | None) -> list[str]:
+    """In what respects an accuracy is hardly better than a guess, or than a look at the length."""
+    found = []
+    if model.low <= 0.5:
+        found.append("cannot be told from guessing" if model.high >= 0.5 else "is worse than guessing")
+    if baseline is None:
+        return found
+    length = f"always preferring the {baseline.prefers} response, which has {_with_interval(baseline)}"
+    if model.accuracy <= baseline.accuracy:
+        found.append(f"is no better than {length}")
+    elif model.low <= baseline.high:
+        found.append(f"is hardly better than {length}: the intervals overlap")
+    return found
+
+
 def beats_length(model: Rate, baseline: LengthBaseline) -> str | None:
     """A warning where the model is hardly better than a look at the length, or than a guess; else None."""
-    length = f"always preferring the {baseline.prefers} response, which has {_with_interval(baseline)}"
-    faults = []
-    if model.low <= 0.5:
-        faults.append("cannot be told from guessing")
-    if model.accuracy <= baseline.accuracy:
-        faults.append(f"is no better than {length}")
-    elif model.low <= baseline.high:
-        faults.append(f"is hardly better than {length}: the intervals overlap")
-    if not faults:
+    found = faults(model, baseline)
+    if not found:
         return None
     return (
-        f"The reward model's held-out accuracy, {_with_interval(model)}, {' and '.join(faults)}. "
+        f"The reward model's held-out accuracy, {_with_interval(model)}, {' and '.join(found)}. "
         "Train on more pairs, or hold out more of them to be sure."
     )
 

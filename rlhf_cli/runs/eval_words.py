@@ -252,35 +252,28 @@ def _text(result: Result) -> Iterator[Finding]:
 
 
 def _preferences(result: Result) -> Iterator[Finding]:
+    """Judges one by one, the implicit rewards of policies in a sentence."""
+    policies = []
     for name, own in result["preferences"].items():
         if own["accuracy"] is None:
             yield Finding("warning", "Preferences:", f"there is no pair to measure {name} by.")
             continue
-        said = f"{name} ({own['kind']}) agrees with the data in {in_percent(measure(own, 'accuracy'))} of {own['pairs']:,} pairs"
-        faults = preference_faults(own)
-        if faults:
-            yield Finding("warning", "Hardly a judge:", f"{said}; that {' and '.join(faults)}.")
+        share = in_percent(measure(own, "accuracy"))
+        said = f"{name} ({own['kind']}) agrees with the data in {share} of {own['pairs']:,} pairs"
+        if own["faults"]:
+            yield Finding("warning", "Hardly a judge:", f"{said}; that {' and '.join(own['faults'])}.")
+        elif own["kind"] == "policy":
+            policies.append(f"{name} {share}")
         else:
             length = own["length_baseline"]
-            beside = (
-                f"; always the {length['prefers']} response reaches {in_percent(measure(length, 'accuracy'))}" if length else ""
+            reached = length and in_percent(measure(length, "accuracy"))
+            yield Finding(
+                "note",
+                "Preferences:",
+                f"{said}" + (f"; always the {length['prefers']} response reaches {reached}." if length else "."),
             )
-            yield Finding("note", "Preferences:", f"{said}{beside}.")
-
-
-def preference_faults(own: dict[str, Any]) -> list[str]:
-    """Where an accuracy is hardly better than a guess, or than a look at the length."""
-    length = own["length_baseline"]
-    faults = []
-    if own["low"] <= CHANCE:
-        faults.append("cannot be told from guessing" if own["high"] >= CHANCE else "is worse than guessing")
-    if length:
-        reached = f"always preferring the {length['prefers']} response, {in_percent(measure(length, 'accuracy'))}"
-        if own["accuracy"] <= length["accuracy"]:
-            faults.append(f"is no better than {reached}")
-        elif own["low"] <= length["high"]:
-            faults.append(f"is hardly better than {reached}: the intervals overlap")
-    return faults
+    if policies:
+        yield Finding("note", "Implicit rewards", f"agree with the data in these shares of the pairs: {'; '.join(policies)}.")
 
 
 PARTS: tuple[Callable[[Result], Iterator[Finding]], ...] = (

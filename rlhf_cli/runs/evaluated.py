@@ -18,7 +18,6 @@ from rlhf_cli.runs.eval_words import (
     measure,
     metric,
     number,
-    preference_faults,
     series_of,
     spelled,
     standard_of,
@@ -237,9 +236,9 @@ def _preferences(result: Result) -> list[Block]:
     )
     rows = tuple(_preference_row(name, each) for name, each in own.items())
     warnings = [
-        Finding("warning", f"{name}:", f"its accuracy, {in_percent(measure(each, 'accuracy'))}, {' and '.join(faults)}.")
+        Finding("warning", f"{name}:", f"its accuracy, {in_percent(measure(each, 'accuracy'))}, {' and '.join(each['faults'])}.")
         for name, each in own.items()
-        if each["accuracy"] is not None and (faults := preference_faults(each))
+        if each["faults"]
     ]
     blocks: list[Block] = [*warnings, Table("Agreement with preference data", columns, rows)]
     subsets = tuple(

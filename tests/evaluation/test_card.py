@@ -15,6 +15,7 @@ from rlhf_cli.evaluation.preference import (
     Rate,
     beats_length,
     calibration_error,
+    faults,
     histogram,
     length_baseline,
     margins,
@@ -122,6 +123,12 @@ def test_the_length_baseline_takes_its_direction_from_training():
 
 
 LENGTH = LengthBaseline("longer", 0.6, 0.55, 0.65)
+
+
+def test_faults_without_a_length_baseline():
+    assert faults(Rate(0.53, 0.49, 0.57, 400, 400), None) == ["cannot be told from guessing"]
+    assert faults(Rate(0.4, 0.35, 0.45, 400, 400), None) == ["is worse than guessing"]
+    assert faults(Rate(0.6, 0.55, 0.65, 400, 400), None) == []
 
 
 def test_no_warning_for_a_model_that_beats_length():

@@ -258,7 +258,7 @@ class TestQuestion:
             assert body.keys() == {"model", "messages", "temperature"}
             assert (body["model"], body["temperature"], len(body["messages"])) == ("judge-7b", 0, 1)
         assert all("Authorization" not in headers for headers in model.headers)
-        assert all(headers["User-Agent"].startswith("rlhf-cli/") for headers in model.headers)
+        assert all(headers["User-Agent"] == "rlhf-cli" for headers in model.headers)
 
     def test_a_query_stays_at_the_end(self, serve: Serve, path: Path) -> None:
         model = serve(lambda *_: error(400, "no"))
@@ -520,14 +520,17 @@ class TestFailures:
         assert "SSH-2.0-x\\x1b" in message
 
     def test_slow_server(self, serve: Serve, path: Path) -> None:
+        late: list[str] = []
+
         def hang(model: Model, message: str) -> Reply:
             model.open.wait(10)
+            late.append(message)
             return longer(model, message)
 
         model = serve(hang)
         message = refused(MachineError, settings(model, timeout=0.2, parallel=1), PAIR, path)
         assert "no answer in 0.2 s (asked 3 times)" in message
-        assert len(model.asked) == 3
+        assert (len(model.asked), late) == (3, [])
 
     def test_an_answer_that_comes_byte_by_byte(self, path: Path) -> None:
         """Each byte is in time for the socket's own timeout, all of them never."""
@@ -733,6 +736,12 @@ class TestKey:
         monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
         judged(settings(serve(always("EMPTY EM PTY\nA"))), PAIR, path)
         assert kept(path)[0]["answer"] == "*** EM PTY\nA"
+
+    def test_a_cut_answer_has_no_half_of_it(self, serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The message has an answer's last 200 characters, which begin inside the key."""
+        monkeypatch.setenv("OPENAI_API_KEY", "hunter2")
+        message = refused(MachineError, settings(serve(always("hunter2" + "x" * 195))), PAIR, path)
+        assert "its answer: ***" + "x" * 195 + " (asked" in message
 
     def test_an_empty_one_is_none(self, serve: Serve, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OPENAI_API_KEY", "")

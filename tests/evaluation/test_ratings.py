@@ -122,6 +122,12 @@ def test_a_star_has_the_ratings_of_its_pairs() -> None:
         assert found[NAMES[other]].elo == pytest.approx(expected)
 
 
+def test_a_chain_of_models_is_enough() -> None:
+    names, outcome = list("abcdefghi"), np.array([[1.0]] * 7 + [[0.0]] * 3)
+    found = ratings(names, {(at, at + 1): outcome for at in range(8)}, 0, resamples(10, 0))
+    assert found["i"].elo == pytest.approx(1000 - 8 * 400 * math.log10(7.5 / 3.5))
+
+
 def test_models_that_never_met_are_named() -> None:
     outcome, counts = np.ones((4, 1)), resamples(4, 0)
     with pytest.raises(ValueError, match="none connects a, c with b, d"):

@@ -65,6 +65,14 @@ def test_equal_responses_of_a_prompt_are_one_observation() -> None:
     assert once.length_controlled == pytest.approx(often.length_controlled, abs=1e-4)
 
 
+def test_a_draw_divides_by_the_comparisons_that_are_in_it() -> None:
+    """All ties: whatever prompts are drawn, and however many comparisons they have, the rate is about 0.5."""
+    outcome = np.where(np.arange(8) < np.array([[8]] * 20 + [[1]] * 20), 0.5, np.nan)
+    found = win_rate(outcome, np.zeros((40, 8)), resamples(40, 0))
+    assert (found.mean, found.n) == (0.5, 180)
+    assert 0.46 < found.low < 0.5 < found.high < 0.54
+
+
 def test_swapping_the_models_mirrors_the_rate() -> None:
     random = np.random.default_rng(2)
     outcome, longer, counts = (
@@ -145,6 +153,14 @@ def test_the_fit_of_separable_data_converges(shape: str) -> None:
     intercept, slope = logistic(feature, outcome, np.ones(40))
     surprise = outcome - chance(intercept + slope * feature)
     np.testing.assert_allclose([surprise.sum(), surprise @ feature], RIDGE * np.array([intercept, slope]), atol=1e-8)
+
+
+def test_the_fit_converges_where_whole_newton_steps_do_not() -> None:
+    feature, outcome = np.array([0.5, -0.6, 0.7, 0.7, 0.2, -0.7]), np.array([0.0, 0, 0, 0, 1, 1])
+    weights = np.array([4.0, 3260, 126, 18, 2, 182])
+    intercept, slope = logistic(feature, outcome, weights)
+    surprise = weights * (outcome - chance(intercept + slope * feature))
+    np.testing.assert_allclose([surprise.sum(), surprise @ feature], RIDGE * np.array([intercept, slope]), atol=1e-6)
 
 
 def judged_by_length(random: np.random.Generator, prompts: int, better: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

@@ -129,6 +129,7 @@ def preference(accuracy: float, by_length: float) -> Line:
         "subsets": {"helpful": subset, "harm_less|x": {**subset, "accuracy": accuracy - 0.02}},
         "length_baseline": {"prefers": "longer", "accuracy": by_length, "low": by_length - 0.04, "high": by_length + 0.04},
         "beta": None,
+        "faults": [],
     }
 
 

@@ -124,24 +124,16 @@ def test_a_model_alone_is_held_against_a_half() -> None:
     assert "add gold." in said(result, "No second yardstick.")
 
 
-@pytest.mark.parametrize(
-    ("changed", "fault"),
-    [
-        ({"accuracy": 0.53, "low": 0.49, "high": 0.57}, "that cannot be told from guessing and is no better than always"),
-        ({"accuracy": 0.4, "low": 0.35, "high": 0.45, "length_baseline": None}, "pairs; that is worse than guessing."),
-        (
-            {"accuracy": 0.6, "low": 0.55, "high": 0.65},
-            "is hardly better than always preferring the longer response, 55.0 % (51.0",
-        ),
-    ],
-)
-def test_preferences_that_say_little(tmp_path: Path, changed: Result, fault: str) -> None:
+def test_preferences(tmp_path: Path) -> None:
     result = empty()
-    result["preferences"] = {"rm": preference(0.8, 0.55) | changed}
-    assert fault in said(result, "Hardly a judge:")
+    fault = ["cannot be told from guessing", "is no better than the toss of a coin"]
+    result["preferences"] = {"rm": preference(0.8, 0.55) | {"faults": fault}}
+    assert said(result, "Hardly a judge:").endswith("that cannot be told from guessing and is no better than the toss of a coin.")
     assert "**rm:** its accuracy" in report(tmp_path, result, [])
-    result["preferences"] = {"rm": preference(0.8, 0.55)}
+    policy = preference(0.75, 0.55) | {"kind": "policy"}
+    result["preferences"] = {"rm": preference(0.8, 0.55), "dpo": policy, "ipo": policy}
     assert said(result, "Preferences:").endswith("540 pairs; always the longer response reaches 55.0 % (51.0 to 59.0 %).")
+    assert said(result, "Implicit rewards").endswith("dpo 75.0 % (71.0 to 79.0 %); ipo 75.0 % (71.0 to 79.0 %).")
 
 
 def test_terminal_table() -> None:

@@ -1,0 +1,194 @@
+"""One question to a model behind an OpenAI-compatible interface, over HTTP, and what may go wrong with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPResponse
+from typing import TYPE_CHECKING
+from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPErrorProcessor, OpenerDirector, Request, build_opener
+
+from rlhf_cli.console import clean
+from rlhf_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rlhf_cli.recipe.schema import Endpoint
+
+KEY = "OPENAI_API_KEY"
+MOST_BYTES = 2**24
+"""Of one answer; a server that sends more is not answering the question."""
+MOST_WAIT = 60.0
+"""Seconds that a server's Retry-After is obeyed at most."""
+SHOWN = 200
+"""Characters of a server's words in a message."""
+BUSY = (408, 409, 425, 429)
+"""Statuses below 500 after which the same question may be answered."""
+
+
+class Failure(Exception):
+    """A question got no answer; its text says what came instead."""
+
+    def __init__(self, what: str, again: bool = True, wait: float = 0.0) -> None:
+        super().__init__(what)
+        self.again = again  # the same question may be answered later
+        self.wait = wait  # seconds that the server asks for
+
+
+class _AsItIs(HTTPErrorProcessor):
+    """Every status is an answer: a redirect that is not followed cannot carry the key to another host."""
+
+    def http_response(self, request: Request, response: HTTPResponse) -> HTTPResponse:
+        return response
+
+    https_response = http_response
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a model answers."""
+
+    url: str
+    model: str
+    timeout: float  # seconds
+    key: str | None = field(repr=False)
+    opener: OpenerDirector = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """For messages; a query may hold a secret."""
+        return f"{clean(self.url.partition('?')[0])}, model {self.model!r}"
+
+    def shown(self, text: str) -> str:
+        """The server's words as one short line that cannot steer a terminal, without the key."""
+        line = clean(" ".join(self.without_key(text).split()))
+        return line if len(line) <= SHOWN else f"{line[:SHOWN]} …"
+
+    def without_key(self, text: str) -> str:
+        """The text without the key, and without words that have its start or its end: servers mask only its middle."""
+        if self.key is None:
+            return text
+        text = text.replace(self.key, "***")
+        pieces = (self.key[:4], self.key[-4:]) if len(self.key) >= 12 else (self.key,)
+        words = re.split(r"([\s\"'<>]+)", text)
+        return "".join("***" if any(piece in word for piece in pieces) else word for word in words)
+
+
+def connect(settings: Endpoint) -> Server:
+    """The server of the settings; nothing is sent.
+
+    UsageError: the endpoint is no URL, or OPENAI_API_KEY cannot stand in a header.
+    """
+    try:
+        parts = urlsplit(settings.endpoint)
+        whole = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0
+        (parts.hostname or "").encode("idna")
+        settings.endpoint.encode("ascii")
+    except ValueError:
+        whole = False
+    if not whole or re.search(r"[\x00-\x20\x7f]", settings.endpoint):
+        raise UsageError(
+            "winrate.judge.endpoint: expected a URL such as http://localhost:8000/v1, without a user or a password, "
+            f"found {settings.endpoint.rpartition('@')[2]!r}\n  a key belongs into the environment variable {KEY}"
+        )
+    url = parts._replace(path=parts.path.rstrip("/") + "/chat/completions", fragment="").geturl()
+    key = os.environ.get(KEY, "").strip() or None
+    # The standard library would quote the whole key in its complaint.
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise UsageError(f"{KEY} holds a space or a character that no HTTP header can carry: set it again, or unset it")
+    return Server(url, settings.model, settings.timeout, key, build_opener(_AsItIs))
+
+
+def ask(server: Server, message: str) -> str:
+    """The model's answer to one message, at temperature 0. Failure says what came instead.
+
+    There is no bound on the answer's tokens: a reasoning model would spend it before it says a word, and some servers
+    refuse the key. `timeout` bounds it.
+    """
+    body = {"model": server.model, "messages": [{"role": "user", "content": message}], "temperature": 0}
+    # Without it a common shield in front of servers takes Python's own name for a robot's and refuses it.
+    headers = {"Content-Type": "application/json", "User-Agent": "rlhf-cli"}
+    request = Request(server.url, json.dumps(body).encode(), headers, method="POST")
+    if server.key is not None:
+        request.add_unredirected_header("Authorization", f"Bearer {server.key}")
+    deadline = time.monotonic() + server.timeout
+    try:
+        with server.opener.open(request, timeout=server.timeout) as response:
+            status, answer_headers = response.status, response.headers
+            content = _read(response, deadline)
+    except (OSError, HTTPException) as error:
+        cause = error.reason if isinstance(error, URLError) else error
+        if isinstance(cause, TimeoutError):
+            raise Failure(f"no answer in {server.timeout:g} s") from None
+        words = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+        raise Failure(server.shown(words) or type(cause).__name__) from None
+    text = content.decode("utf-8", "replace")
+    if 200 <= status < 300:
+        return _content(server, text)
+    words = f"HTTP {status}: {server.shown(_complaint(text))}".rstrip(": ")
+    if status == 401:
+        words += f"; {KEY} is not set" if server.key is None else f"; {KEY} is not the key that it expects"
+    if 300 <= status < 400:
+        words += f"; it points to {server.shown(answer_headers.get('Location', 'nowhere'))}: give the address that answers"
+    raise Failure(words, status in BUSY or status >= 500, _retry_after(answer_headers.get("Retry-After", "")))
+
+
+def _read(response: HTTPResponse, deadline: float) -> bytes:
+    """All of the body. The socket's own timeout starts anew with every byte, so the clock is looked at here too."""
+    parts: list[bytes] = []
+    size = 0
+    while part := response.read1(2**16):
+        size += len(part)
+        if size > MOST_BYTES:
+            raise Failure(f"an answer of more than {MOST_BYTES // 2**20} MiB", again=False)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _content(server: Server, body: str) -> str:
+    match _parsed(body):
+        case {"choices": [{"finish_reason": "length"}, *_]}:
+            raise Failure("the answer was cut off by the server's limit on tokens")
+        case {"choices": [{"message": {"content": str(text)}}, *_]}:
+            return text
+        case None:
+            raise Failure(f"not JSON: {server.shown(body) or 'nothing at all'}")
+        case _:
+            raise Failure(f"no choices[0].message.content in {server.shown(_complaint(body))}")
+
+
+def _complaint(body: str) -> str:
+    """What a server says of an error, in the forms that are in use; else all it sent."""
+    match _parsed(body):
+        case {"error": {"message": str(words)}} | {"error": str(words)} | {"message": str(words)} | {"detail": str(words)}:
+            return words
+        case _:
+            return body
+
+
+def _parsed(body: str) -> object:
+    """None where it is no JSON."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _retry_after(header: str) -> float:
+    """Seconds of a Retry-After header, a number or a date (RFC 9110, 10.2.3), at most MOST_WAIT; 0 where it makes no sense."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return min(max(seconds, 0.0), MOST_WAIT) if math.isfinite(seconds) else 0.0

@@ -1,0 +1,200 @@
+"""eval.json from what was measured: every figure with its interval, all from the same bootstrap draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from rlhf_cli.evaluation.generation import figures, log_ratios
+from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
+from rlhf_cli.evaluation.overoptimisation import BEST_OF_N, Point, best_of_points, run_point, to_fits, to_lines
+from rlhf_cli.evaluation.preference import Agreement, faults
+from rlhf_cli.evaluation.ratings import ratings
+from rlhf_cli.evaluation.samples import Samples, same_texts
+from rlhf_cli.evaluation.winrate import outcomes, win_rate
+from rlhf_cli.recipe import schema
+from rlhf_cli.recipe.rewards import term_names
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """How well one model or term agrees with preference data."""
+
+    kind: str  # reward model | policy | term
+    agreement: Agreement
+    beta: float | None = None  # of a policy's implicit rewards
+
+    def entry(self) -> dict[str, Any]:
+        """As in eval.json; accuracy and interval are null without a pair."""
+        own, rate, length = self.agreement, self.agreement.rate, self.agreement.length_baseline
+        return {
+            "kind": self.kind,
+            "accuracy": rate and rate.accuracy,
+            "low": rate and rate.low,
+            "high": rate and rate.high,
+            "ties": own.ties,
+            "pairs": rate.pairs if rate else 0,
+            "prompts": rate.prompts if rate else 0,
+            "ece": own.ece,
+            "confidence": own.confidence,
+            "reliability": [asdict(each) for each in own.reliability],
+            "margins": own.margins and asdict(own.margins),
+            "subsets": {name: asdict(each) for name, each in own.subsets.items()},
+            "length_baseline": length and asdict(length),
+            "beta": self.beta,
+            "faults": faults(rate, length) if rate and self.kind != "policy" else [],
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that needed weights, of every model."""
+
+    samples: dict[str, Samples]  # model → its responses; the reference may have more than the others
+    agreed: dict[str, Agreed]
+    text: dict[str, np.ndarray]  # model → (R, 2): −Σ log π and tokens of every row
+    series: dict[str, tuple[str, int]]  # checkpoint → (its run's name, step)
+
+
+def scores_of(samples: Samples, judge: str, recipe: schema.EvalRecipe) -> np.ndarray | None:
+    """(P, K) by which a judge that gives numbers compares: `reward` the score, `gold` the sum of its terms, or one term.
+
+    A name that both have is the reward's. None where the recipe has no such judge.
+    """
+    rewards, golds = map(term_names, recipe.judges)
+    if judge == "reward":
+        return samples.table(lambda sample: sample.score or 0.0) if rewards else None
+    names = [f"gold/{name}" for name in golds] if judge == "gold" else [f"{'reward' if judge in rewards else 'gold'}/{judge}"]
+    if not names:
+        return None
+    return samples.table(lambda sample: sum(sample.terms[name] for name in names))
+
+
+def judged_by_scores(samples: Mapping[str, Samples], judge: str, recipe: schema.EvalRecipe) -> dict[Pair, np.ndarray]:
+    """(one, other) → (P, K) outcomes of every pair of models."""
+    tables = {name: scores_of(own, judge, recipe) for name, own in samples.items()}
+    found = {}
+    for one, other in combinations(samples, 2):
+        mine, theirs = tables[one], tables[other]
+        assert mine is not None
+        assert theirs is not None
+        found[one, other] = outcomes(mine, theirs, same_texts(samples[one], samples[other]))
+    return found
+
+
+def summarise(
+    recipe: schema.EvalRecipe, measured: Measured, judged: Mapping[Pair, np.ndarray], notes: Sequence[str]
+) -> dict[str, Any]:
+    """eval.json. `judged`: (one, other) → (P, K) outcomes of the one's responses against the other's."""
+    equal = {name: own.first(recipe.rollout.responses_per_prompt) for name, own in measured.samples.items()}
+    prompts = next((own.shape[0] for own in equal.values()), 0)
+    counts = resamples(prompts, recipe.seed) if prompts else np.zeros((DRAWS, 0), np.int64)
+    points = _points(recipe, measured, equal, counts)
+    return {
+        "about": _about(recipe, prompts, notes),
+        "models": _models(recipe, measured, equal, counts),
+        "winrate": _win_rates(recipe, equal, judged, counts),
+        "ratings": _ratings(recipe, equal, judged, counts),
+        "preferences": {name: agreed.entry() for name, agreed in measured.agreed.items()},
+        "overoptimisation": to_lines(points),
+        "fits": to_fits(points, counts),
+    }
+
+
+def _about(recipe: schema.EvalRecipe, prompts: int, notes: Sequence[str]) -> dict[str, Any]:
+    judge = recipe.winrate.judge if recipe.winrate else None
+    return {
+        "reference": recipe.reference,
+        "baseline": recipe.winrate and recipe.winrate.baseline,
+        "judge": judge if judge is None or isinstance(judge, str) else {"endpoint": judge.endpoint, "model": judge.model},
+        "prompts": prompts,
+        "responses": recipe.rollout.responses_per_prompt,
+        "temperature": recipe.rollout.temperature,
+        "max_new_tokens": recipe.rollout.max_new_tokens,
+        "seed": recipe.seed,
+        "resamples": DRAWS,
+        "notes": list(notes),
+    }
+
+
+def _models(
+    recipe: schema.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys([*equal, *measured.text]):
+        own = figures(equal[name], counts) if name in equal else {}
+        if name in measured.text:
+            nll, tokens = measured.text[name].T
+            own["perplexity"] = ratio_interval(nll, tokens, resamples(len(nll), recipe.seed), math.exp)
+        found[name] = {metric: interval._asdict() for metric, interval in own.items()}
+    return found
+
+
+def _win_rates(
+    recipe: schema.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[Pair, np.ndarray], counts: np.ndarray
+) -> dict[str, Any]:
+    if recipe.winrate is None:
+        return {}
+    baseline, found = recipe.winrate.baseline, {}
+    for name in (name for name in samples if name != baseline):
+        outcome = judged[name, baseline] if (name, baseline) in judged else 1 - judged[baseline, name]
+        longer = samples[name].table(_tokens) - samples[baseline].table(_tokens)
+        rate = asdict(win_rate(outcome, longer, counts))
+        found[name] = rate | {"length_controlled": rate["length_controlled"]._asdict()}
+    return found
+
+
+def _ratings(
+    recipe: schema.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[Pair, np.ndarray], counts: np.ndarray
+) -> dict[str, Any]:
+    if recipe.winrate is None or len(samples) < 2:
+        return {}
+    names = list(samples)
+    place = {name: number for number, name in enumerate(names)}
+    found = ratings(
+        names,
+        {(place[one], place[other]): outcome for (one, other), outcome in judged.items()},
+        place[recipe.winrate.baseline],
+        counts,
+    )
+    return {name: rating._asdict() for name, rating in found.items()}
+
+
+def _points(recipe: schema.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray) -> list[Point]:
+    """Every run's checkpoints after the start that they share, and best of n of the reference."""
+    reference = recipe.reference
+    if reference is None or reference not in equal or not recipe.reward:
+        return []
+    points: list[Point] = []
+    for series in dict.fromkeys(name for name, _ in measured.series.values()):
+        start = equal[reference]
+        points.append(run_point(series, reference, 0, None, _scores(start, recipe), scores_of(start, "gold", recipe), counts))
+        for model, (name, step) in measured.series.items():
+            ratios = log_ratios(equal[model]) if name == series and model in equal else None
+            if ratios is not None:
+                own = equal[model]
+                points.append(
+                    run_point(series, model, step, ratios, _scores(own, recipe), scores_of(own, "gold", recipe), counts)
+                )
+    if recipe.best_of_n:
+        own = measured.samples[reference]
+        gold = scores_of(own, "gold", recipe)
+        points += best_of_points(BEST_OF_N, reference, _scores(own, recipe), gold, recipe.best_of_n, counts)
+    return points
+
+
+def _scores(samples: Samples, recipe: schema.EvalRecipe) -> np.ndarray:
+    found = scores_of(samples, "reward", recipe)
+    assert found is not None
+    return found
+
+
+def _tokens(sample: Any) -> float:
+    return float(sample.tokens)
