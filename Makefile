@@ -8,14 +8,22 @@ NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11))'
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 DEV := .venv/.installed-dev
-QUICK_RUNS := sft rm dpo ipo kto ppo rloo online-dpo
-REAL_RUNS := sft rm dpo ipo kto ppo
+REAL_RUNS := sft rm dpo ipo kto ppo online-dpo eval
+QUICK_RUNS := $(filter-out eval,$(REAL_RUNS)) pushed samples dpo-again eval
+# Recipes that make quickstart leaves out: make runs/quickstart/rloo/manifest.json
+MORE_RUNS := rloo
 # The command of a run that is not called after it.
 COMMAND_rm := train-rm
 COMMAND_rloo := ppo
+COMMAND_pushed := ppo
 COMMAND_online-dpo := dpo
+COMMAND_dpo-again := dpo
+COMMAND_samples := eval
 QUICK := $(QUICK_RUNS:%=runs/quickstart/%/manifest.json)
-GOLD := runs/quickstart/gold.txt
+MORE := $(MORE_RUNS:%=runs/quickstart/%/manifest.json)
+# A run of eval prints its table; where there is nothing left to do it is printed again.
+EVALUATED := $(wildcard runs/quickstart/eval/manifest.json runs/smollm2/eval/manifest.json)
+TABLE = $(if $(filter $<,$(EVALUATED)),@$(BIN)/rlhf eval recipes/$(<:runs/%/manifest.json=%).yaml --resume $(SET))
 BASE := models/quickstart-base/tokenizer_config.json
 DATA := $(patsubst %,data/quickstart/%.jsonl,sft pairs ranked unpaired prompts eval_prompts)
 SMOLLM2 := models/smollm2-135m-instruct
@@ -23,39 +31,44 @@ SMOLLM2_RUNS := $(REAL_RUNS:%=runs/smollm2/%/manifest.json)
 # With few rows: small batches, and enough of them held out to tell something.
 FEW = --set data.train.0.limit=$(LIMIT) --set data.holdout=0.3 --set train.batch_size=8 --set train.eval_every=0.5
 ROWS = $(if $(HH),--set 'data.train.0.path=$(HH)' --set data.train.0.name=null) $(if $(LIMIT),$(FEW))
+# The same rows for eval, which keeps those that the stages have held out.
+EVAL_FEW = --set prompts.0.limit=$(LIMIT) --set prompts.0.holdout=0.3 --set preferences.0.limit=$(LIMIT) --set preferences.0.holdout=0.3
+EVAL_HH = $(foreach s,prompts preferences,--set '$(s).0.path=$(HH)' --set $(s).0.name=null)
+EVAL_ROWS = $(if $(HH),$(EVAL_HH)) $(if $(LIMIT),$(EVAL_FEW))
 # A finished run that is older than its recipe, data or model is moved aside, and so is an unfinished one that began before
 # its data or model was made anew. Any other unfinished run goes on.
 SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/null)
 NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
-.PRECIOUS: $(QUICK) $(SMOLLM2_RUNS) $(BASE)
+.PRECIOUS: $(QUICK) $(MORE) $(SMOLLM2_RUNS) $(BASE)
 .PHONY: help quickstart test check smollm2 bench always
 
 help:
-	@echo "make quickstart   make a tiny model and its data; every stage from sft to ppo: some minutes on a CPU"
+	@echo "make quickstart   make a tiny model and its data; every stage from sft to eval: some minutes on a CPU"
 	@echo "make test         every test"
 	@echo "make check        linters, types and the fast tests"
 	@echo "make smollm2      the same stages of SmolLM2-135M-Instruct on HH-RLHF; HH=rows.jsonl.gz to use a file, LIMIT=n for fewer rows"
 	@echo "make bench        compare with another trainer on the same rows; HH=rows.jsonl.gz"
 
 # runs/x/y is what the recipe x/y.yaml makes. The stages after sft start from its run.
-$(QUICK) $(SMOLLM2_RUNS): runs/%/manifest.json: recipes/%.yaml | $(DEV)
+$(QUICK) $(MORE) $(SMOLLM2_RUNS): runs/%/manifest.json: recipes/%.yaml | $(DEV)
 	@$(BIN)/rlhf $(or $(COMMAND_$(notdir $*)),$(notdir $*)) $< $(NEW_OR_ON) $(SET)
 
-$(filter-out %/sft/manifest.json,$(QUICK)): runs/quickstart/sft/manifest.json
+$(filter-out %/sft/manifest.json,$(QUICK) $(MORE)): runs/quickstart/sft/manifest.json
 $(filter-out %/sft/manifest.json,$(SMOLLM2_RUNS)): runs/smollm2/sft/manifest.json
-$(filter %/ppo/manifest.json %/rloo/manifest.json %/online-dpo/manifest.json,$(QUICK)): runs/quickstart/rm/manifest.json
-runs/smollm2/ppo/manifest.json: runs/smollm2/rm/manifest.json
+JUDGED := ppo online-dpo
+$(foreach run,$(JUDGED) $(MORE_RUNS) pushed samples,runs/quickstart/$(run)/manifest.json): runs/quickstart/rm/manifest.json
+$(JUDGED:%=runs/smollm2/%/manifest.json): runs/smollm2/rm/manifest.json
+runs/quickstart/samples/manifest.json: runs/quickstart/dpo/manifest.json
+runs/quickstart/dpo-again/manifest.json: runs/quickstart/samples/manifest.json
+runs/quickstart/eval/manifest.json: $(filter-out %/eval/manifest.json,$(QUICK))
+runs/smollm2/eval/manifest.json: $(filter-out %/eval/manifest.json,$(SMOLLM2_RUNS))
 
-quickstart: $(GOLD)
-	@printf 'report: %s\n' $(QUICK:manifest.json=report.md)
-	@cat $(GOLD)
+quickstart: runs/quickstart/eval/manifest.json
+	$(TABLE)
+	@printf 'report: %s\n' $(patsubst %manifest.json,%report.md,$(filter-out %/eval/manifest.json,$(QUICK))) $(<:manifest.json=report.html)
 
-$(QUICK): $(BASE)
-
-$(GOLD): scripts/quickstart_gold.py $(QUICK)
-	@$(BIN)/python $< $(patsubst %/manifest.json,%,$(filter-out scripts/% %/rm/manifest.json,$^)) > $@.part
-	@mv $@.part $@
+$(QUICK) $(MORE): $(BASE)
 
 # The last file that the script writes stands for all of them.
 $(BASE): scripts/make_quickstart.py scripts/quickstart_model.py recipes/quickstart/gold.py | $(DEV)
@@ -74,11 +87,13 @@ check: $(DEV)
 	@$(BIN)/mypy --no-error-summary
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
 
-smollm2: $(SMOLLM2_RUNS)
-	@printf 'report: %s\n' $(SMOLLM2_RUNS:manifest.json=report.md)
+smollm2: runs/smollm2/eval/manifest.json
+	$(TABLE)
+	@printf 'report: %s\n' $(patsubst %manifest.json,%report.md,$(filter-out %/eval/manifest.json,$(SMOLLM2_RUNS))) $(<:manifest.json=report.html)
 
 $(SMOLLM2_RUNS): .venv/.smollm2-rows | $(SMOLLM2)/config.json
-$(SMOLLM2_RUNS): SET = $(ROWS)
+$(filter-out %/eval/manifest.json,$(SMOLLM2_RUNS)): SET = $(ROWS)
+runs/smollm2/eval/manifest.json smollm2: SET = $(EVAL_ROWS)
 runs/smollm2/sft/manifest.json: SET = --set model.path=$(SMOLLM2) $(ROWS)
 
 # Changes when HH or LIMIT is another than the last time.

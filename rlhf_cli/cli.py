@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
 import signal
 import sys
@@ -40,8 +41,9 @@ COMMANDS = {
     "ipo": Stage("rlhf_cli.stages.direct", "Identity preference optimisation: pairs, with a target for the margin."),
     "kto": Stage("rlhf_cli.stages.direct", "Kahneman-Tversky optimisation: single responses marked good or bad."),
     "ppo": Stage("rlhf_cli.stages.ppo", "Proximal policy optimisation, and other methods on responses of the policy's own."),
+    "eval": Stage("rlhf_cli.stages.evaluate", "What models say, what it is worth, and how they compare; trains nothing."),
 }
-"""Each stage that takes a recipe."""
+"""Each command that takes a recipe."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, suggest_commands=False)
 
@@ -61,24 +63,52 @@ def _root(
     pass
 
 
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted path; repeatable.")
+]
+Output = Annotated[str | None, typer.Option("--output", metavar="DIR", help="Override the recipe's output.")]
+Check = Annotated[bool, typer.Option("--check", help="Validate and tokenise, print the plan, load no weights.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from what an earlier start has saved, if anything.")]
+Force = Annotated[bool, typer.Option("--force", help="Move an existing output folder to DIR.old-N first.")]
+DumpPairs = Annotated[
+    str | None, typer.Option("--dump-pairs", metavar="FILE.jsonl", help="Write the ranked responses as preference data.")
+]
+
+
 def _stage_command(name: str, stage: Stage) -> None:
     def command(
-        recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.")],
-        overrides: Annotated[
-            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted path; repeatable.")
-        ] = None,
-        output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="Override the recipe's output.")] = None,
-        check: Annotated[bool, typer.Option("--check", help="Validate and tokenise, print the plan, train nothing.")] = False,
-        resume: Annotated[bool, typer.Option("--resume", help="Continue from the last good checkpoint, if any.")] = False,
-        force: Annotated[bool, typer.Option("--force", help="Move an existing output folder to DIR.old-N first.")] = False,
+        recipe: Recipe,
+        overrides: Overrides = None,
+        output: Output = None,
+        check: Check = False,
+        resume: Resume = False,
+        force: Force = False,
         debug: Debug = False,
     ) -> Job:
-        if resume and force:
-            raise UsageError("--resume continues a run and --force starts a new one. give one of the two")
-        return partial(_run_stage, name, stage, recipe, overrides or [], output, check, resume, force)
+        return _stage_job(name, recipe, overrides or [], output, check, resume, force)
+
+    def evaluation(
+        recipe: Recipe,
+        overrides: Overrides = None,
+        output: Output = None,
+        dump_pairs: DumpPairs = None,
+        check: Check = False,
+        resume: Resume = False,
+        force: Force = False,
+        debug: Debug = False,
+    ) -> Job:
+        more = [] if dump_pairs is None else [f"dump_pairs={json.dumps(dump_pairs)}"]  # JSON's texts are YAML's
+        return _stage_job(name, recipe, [*(overrides or []), *more], output, check, resume, force)
 
     epilog = "\b\n" + key_table(name)
-    app.command(name, help=stage.help, epilog=epilog)(command)
+    app.command(name, help=stage.help, epilog=epilog)(evaluation if name == "eval" else command)
+
+
+def _stage_job(name: str, recipe: Path, overrides: list[str], output: str | None, check: bool, resume: bool, force: bool) -> Job:
+    if resume and force:
+        raise UsageError("--resume continues a run and --force starts a new one. give one of the two")
+    return partial(_run_stage, name, COMMANDS[name], recipe, overrides, output, check, resume, force)
 
 
 def _run_stage(

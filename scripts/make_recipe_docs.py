@@ -30,7 +30,7 @@ from rlhf_cli.recipe.keys import (
     walk,
 )
 from rlhf_cli.recipe.rates import LEARNING_RATE, SANE_LEARNING_RATE, Trained, default_learning_rate
-from rlhf_cli.recipe.schema import STAGES, TRAINING_STAGES, TrainingRecipe
+from rlhf_cli.recipe.schema import STAGES, TRAINING_STAGES, Recipe, TrainingRecipe
 
 DEST = Path(__file__).parents[1] / "docs" / "recipes.md"
 HEAD = """\
@@ -45,6 +45,11 @@ RESUMING = """\
 
 Everything else must be as it was when the run began; a difference is told in a table, and nothing is changed.
 
+{training}
+
+Of an evaluation:
+
+{evaluation}
 """
 SETTING = """\
 ## On the command line
@@ -58,7 +63,7 @@ STAGE = """\
 
 {about}
 """
-EVAL = "It trains nothing: these are all its keys."
+EVAL = "It trains nothing: its keys are {common}, as above, and those of this section."
 KINDS = """\
 `objective.kind` chooses the loss, and with it the keys that have an effect. The default is `{kind}`.
 """
@@ -80,7 +85,8 @@ def reference() -> str:
     parts = [HEAD, SETTING, *_section(every, "Every stage that trains", "")]
     for stage, section in STAGES.items():
         parts += _stage(stage, section)
-    return "\n".join([*parts, RATES + "\n".join(_rates()) + "\n", RESUMING + "\n".join(_may_change()), ""])
+    resuming = RESUMING.format(training=_may_change(*TRAINING_STAGES), evaluation=_may_change("eval"))
+    return "\n".join([*parts, RATES + "\n".join(_rates()) + "\n", resuming])
 
 
 def _section(section: type, title: str, prefix: str) -> Iterator[str]:
@@ -97,11 +103,12 @@ def _section(section: type, title: str, prefix: str) -> Iterator[str]:
 
 def _stage(stage: str, section: type) -> Iterator[str]:
     """The keys that a stage adds, and a table for each kind of its objective."""
-    every: type = TrainingRecipe
+    every: type = TrainingRecipe if stage in TRAINING_STAGES else Recipe
     common = known_keys(every)
     added = {dotted: key for dotted, key in walk(section) if dotted not in common and not dotted.startswith("objective.")}
     lists = {dotted: f"{dotted}.{step}" for dotted, key in added.items() if (step := _step(key.kind)) and sections_in(key.kind)}
-    about = "The keys of every stage that trains, and those of this section." if stage in TRAINING_STAGES else EVAL
+    trains = "The keys of every stage that trains, and those of this section."
+    about = trains if stage in TRAINING_STAGES else EVAL.format(common=" and ".join(f"`{name}`" for name in common))
     yield STAGE.format(stage=stage, about=about)
     rows = [_row(key, _placed(dotted, lists)) for dotted, key in added.items() if _says_something(key)]
     if rows:
@@ -182,9 +189,11 @@ def _rate(stage: str, kind: str, trained: Trained) -> str:
     return f"{default_learning_rate(stage, kind, trained):g} | {low:g} … {high:g}"
 
 
-def _may_change() -> Iterator[str]:
-    for name in MAY_CHANGE:
-        yield f"- `{name}`" + (" (may only grow)" if name in ONLY_GROW else "")
+def _may_change(*stages: str) -> str:
+    """The keys that one of the stages has."""
+    recipes: list[type] = [STAGES[stage] for stage in stages]
+    names = [name for name in MAY_CHANGE if any(name in known_keys(recipe) for recipe in recipes)]
+    return "\n".join(f"- `{name}`" + (" (may only grow)" if name in ONLY_GROW else "") for name in names)
 
 
 def main() -> int:

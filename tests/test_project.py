@@ -24,12 +24,19 @@ from rlhf_cli.data.formats import COLUMNS, OPTIONAL, detect
 from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.schema import STAGES
+from rlhf_cli.recipe.schema import STAGES, TRAINING_STAGES, EvalRecipe, Recipe, TrainingRecipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
-STAGE_OF = {"rm": "train-rm", "rloo": "ppo", "online-dpo": "dpo"}
+STAGE_OF = {
+    "rm": "train-rm",
+    "rloo": "ppo",
+    "pushed": "ppo",
+    "online-dpo": "dpo",
+    "dpo-again": "dpo",
+    "samples": "eval",
+}
 """The stage of recipes that are not named after theirs."""
 
 
@@ -71,7 +78,7 @@ class TestReadme:
     def test_every_command_is_of_a_kind_that_is_tested(self) -> None:
         starts = {words[0] for words in readme_commands() if "rlhf_cli" not in words}
         assert starts == {"make", "rlhf", "."}
-        assert len(rlhf_commands()) == 13
+        assert len(rlhf_commands()) == 15
         assert {words[0] for words in rlhf_commands()} >= {"sft", "train-rm", "dpo", "ppo", "export"}
 
     def test_make_targets_exist(self) -> None:
@@ -128,7 +135,7 @@ class TestReadme:
         for words in readme_commands():
             if words[0] not in ("rlhf", "torchrun"):
                 continue
-            brief = ["--set", "train.steps=3"] if STAGES.keys() & set(words) and "--set" not in words else []
+            brief = ["--set", "train.steps=3"] if TRAINING_STAGES.keys() & set(words) and "--set" not in words else []
             done = subprocess.run([*words, *brief], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
         losses = {name: [line["loss"] for line in train_lines(tmp_path / "runs" / name)] for name in ("short", "two")}
@@ -170,8 +177,8 @@ class TestDocs:
         ]
         assert len(rows) == len(set(rows))
         assert len([key for key, _ in rows if key == "objective.kind"]) == sum(map(len, OBJECTIVES.values()))
-        of_several = ("objective.", "reference.", "rollout", "reward", "gold")
-        common = [key for key, _ in rows if not key.startswith(of_several)]
+        of_several = ("objective.", "reference", "rollout", "reward", "gold")
+        common = [key for key, part in rows if not key.startswith(of_several) and part != "`rlhf eval`"]
         assert len(common) == len(set(common))
         assert {"model.path", "data.train.0.limit", "lora.r", "train.keep_best.mode", "train.stop_if.NAME.above", "seed"} <= set(
             common
@@ -211,7 +218,7 @@ MAY_IMPORT = {
     "runs": {"errors", "recipe", "data", "models", "__version__"},
     "training": {"errors", "console", "recipe", "data", "objectives", "models", "runs"},
     "rollout": {"errors", "console", "recipe", "data", "objectives", "models", "runs"},
-    "evaluation": {"errors", "console", "recipe", "data", "objectives", "models", "runs"},
+    "evaluation": {"errors", "console", "recipe", "data", "objectives", "models", "runs", "__version__"},
     "stages": {"errors", "console", "recipe", "data", "objectives", "models", "runs", "training", "rollout", "evaluation"},
     "cli": {"errors", "recipe", "runs", "data", "__version__"},
     "__main__": {"cli"},
@@ -292,23 +299,30 @@ case "$*" in
     mkdir -p data/quickstart models/quickstart-base
     for name in sft pairs ranked unpaired prompts eval_prompts; do touch data/quickstart/$name.jsonl; done
     touch models/quickstart-base/tokenizer_config.json ;;
-  scripts/quickstart_gold.py*) echo "gold of $*" ;;
   scripts/fetch_smollm2.py*) mkdir -p models/smollm2-135m-instruct; touch models/smollm2-135m-instruct/config.json ;;
   *" recipes/"*)
     folder=runs/$(basename $(dirname $2))/$(basename $2 .yaml)
     mkdir -p $folder; touch $folder/recipe.yaml
+    if [ "$1 $3" = "eval --resume" ] && [ -e $folder/manifest.json ]; then echo "the table"; fi
     if [ -e stop ]; then rm stop; exit 1; fi
     touch $folder/manifest.json ;;
 esac
 """
 INSTALL = "python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[{}]"
-CHAIN = {name: STAGE_OF.get(name, name) for name in ("sft", "rm", "dpo", "ipo", "kto", "ppo", "rloo", "online-dpo")}
-"""Recipe → its command, in the order of the Makefile; the first one's run is where the others start."""
-REAL_CHAIN = [name for name in CHAIN if name not in ("rloo", "online-dpo")]
-"""The recipes of smollm2."""
-JUDGED = ("ppo", "rloo", "online-dpo")
-"""Those whose responses the reward model judges."""
-GOLD = "python scripts/quickstart_gold.py " + " ".join(f"runs/quickstart/{name}" for name in CHAIN if name != "rm")
+REAL_CHAIN = ("sft", "rm", "dpo", "ipo", "kto", "ppo", "online-dpo", "eval")
+"""The recipes of smollm2, in the order of the Makefile; the first one's run is where the others start."""
+CHAIN = {name: STAGE_OF.get(name, name) for name in (*REAL_CHAIN[:-1], "pushed", "samples", "dpo-again", "eval")}
+"""Those of the quickstart that `make quickstart` runs → their commands."""
+FOLLOW = {
+    "sft": [name for name in CHAIN if name != "sft"],
+    "rm": ["ppo", "online-dpo", "pushed", "samples", "dpo-again", "eval"],
+    "dpo": ["samples", "dpo-again", "eval"],
+    "samples": ["dpo-again", "eval"],
+    "eval": [],
+}
+"""Recipe → those that depend on its run; of one that is not here, eval alone."""
+SHOW = "rlhf eval recipes/quickstart/eval.yaml --resume"
+"""The table of an evaluation that is there already."""
 
 
 def calls(folder: str, names: Iterable[str], how: str, *more: str) -> list[str]:
@@ -325,6 +339,11 @@ FEW_ROWS = [
     "train.eval_every=0.5",
 ]
 """What `make smollm2 HH=… LIMIT=9` overrides."""
+EVAL_FEW_ROWS = [
+    *(f"{section}.0.{value}" for section in ("prompts", "preferences") for value in ("path=my rows.jsonl.gz", "name=null")),
+    *(f"{section}.0.{value}" for section in ("prompts", "preferences") for value in ("limit=9", "holdout=0.3")),
+]
+"""The same of its evaluation."""
 
 
 class TestMakefile:
@@ -337,8 +356,7 @@ class TestMakefile:
     def folder(self, tmp_path: Path) -> Path:
         for name in ("Makefile", "pyproject.toml", "constraints.txt", *(str(path.relative_to(ROOT)) for path in RECIPES)):
             self.put(tmp_path / name, (ROOT / name).read_text())
-        scripts = ("scripts/make_quickstart.py", "scripts/quickstart_model.py", "scripts/quickstart_gold.py")
-        for name in (*scripts, "recipes/quickstart/gold.py"):
+        for name in ("scripts/make_quickstart.py", "scripts/quickstart_model.py", "recipes/quickstart/gold.py"):
             self.put(tmp_path / name, "")
         for name in ("pip", "python", "rlhf", "ruff", "mypy"):
             self.put(tmp_path / ".venv/bin" / name, TOOL)
@@ -379,41 +397,47 @@ class TestMakefile:
             INSTALL.format("dev"),
             "python scripts/make_quickstart.py",
             *calls("quickstart", CHAIN, "--resume"),
-            GOLD,
         ]
-        assert self.make(folder, "quickstart") == []
+        assert self.make(folder, "quickstart") == [SHOW]
         self.change(folder / "recipes/quickstart/sft.yaml")
-        assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--force"), GOLD]
+        assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--force"), SHOW]
         self.change(folder / "models/quickstart-base/tokenizer_config.json")
-        assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--force"), GOLD]
+        assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--force"), SHOW]
 
     @pytest.mark.parametrize("name", [name for name in CHAIN if name != "sft"])
     def test_a_recipe_changes_its_own_run_alone(self, name: str, folder: Path) -> None:
         self.make(folder, "quickstart")
         self.change(folder / f"recipes/quickstart/{name}.yaml")
-        own = [name, *(JUDGED if name == "rm" else ())]
-        assert self.make(folder, "quickstart") == [*calls("quickstart", own, "--force"), GOLD]
+        own = [name, *FOLLOW.get(name, ["eval"])]
+        assert self.make(folder, "quickstart") == [*calls("quickstart", own, "--force"), SHOW]
 
-    def test_quickstart_ends_with_reports_and_gold_rewards(self, folder: Path) -> None:
-        for _ in range(2):
-            said = self.run(folder, "quickstart").stdout.splitlines()
-            reports = [f"report: runs/quickstart/{name}/report.md" for name in CHAIN]
-            assert said[-len(CHAIN) - 1 :] == [*reports, f"gold of {GOLD.removeprefix('python ')}"]
+    def test_quickstart_ends_with_the_table_and_reports(self, folder: Path) -> None:
+        reports = [f"report: runs/quickstart/{name}/report.md" for name in CHAIN if name != "eval"]
+        reports.append("report: runs/quickstart/eval/report.html")
+        said = self.run(folder, "quickstart").stdout.splitlines()
+        assert said[-len(CHAIN) :] == reports
+        assert "the table" not in said  # a new evaluation has printed it itself
+        assert self.run(folder, "quickstart").stdout.splitlines() == ["the table", *reports]
+
+    def test_a_recipe_outside_the_quickstart_has_a_target(self, folder: Path) -> None:
+        self.make(folder, "quickstart")
+        assert self.make(folder, "runs/quickstart/rloo/manifest.json") == ["rlhf ppo recipes/quickstart/rloo.yaml --resume"]
 
     def test_a_stopped_run_goes_on(self, folder: Path) -> None:
         assert self.stop_after(folder, "quickstart")[-1:] == calls("quickstart", ["sft"], "--resume")
-        assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--resume"), GOLD]
+        assert self.make(folder, "quickstart") == calls("quickstart", CHAIN, "--resume")
         self.change(folder / "recipes/quickstart/dpo.yaml")
         assert self.stop_after(folder, "quickstart") == calls("quickstart", ["dpo"], "--force")
         (folder / "runs/quickstart/dpo/manifest.json").unlink()  # a new run has none
-        assert self.make(folder, "quickstart") == [*calls("quickstart", ["dpo"], "--resume"), GOLD]
+        again = [*calls("quickstart", ["dpo"], "--resume"), *calls("quickstart", FOLLOW["dpo"], "--force"), SHOW]
+        assert self.make(folder, "quickstart") == again
 
     def test_a_stopped_run_whose_parent_is_new_is_begun_anew(self, folder: Path) -> None:
         """rlhf would refuse to resume it: it started from other weights."""
         self.make(folder, "quickstart")
         (folder / "runs/quickstart/kto/manifest.json").unlink()
         self.change(folder / "recipes/quickstart/sft.yaml")
-        assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--force"), GOLD]
+        assert self.make(folder, "quickstart") == [*calls("quickstart", CHAIN, "--force"), SHOW]
 
     @pytest.mark.parametrize("name", ["sft", "pairs", "ranked", "unpaired", "prompts", "eval_prompts"])
     def test_lost_data_is_made_again(self, name: str, folder: Path) -> None:
@@ -424,7 +448,7 @@ class TestMakefile:
     def test_new_requirements_are_installed(self, folder: Path) -> None:
         self.make(folder, "quickstart")
         self.change(folder / "constraints.txt")
-        assert self.make(folder, "quickstart") == [INSTALL.format("dev")]
+        assert self.make(folder, "quickstart") == [INSTALL.format("dev"), SHOW]
 
     def test_check_and_test(self, folder: Path) -> None:
         fast = [
@@ -441,18 +465,31 @@ class TestMakefile:
         later = [name for name in REAL_CHAIN if name != "sft"]
         wanted = [fetch, *calls("smollm2", ["sft"], "--resume", start), *calls("smollm2", later, "--resume")]
         assert self.make(folder, "smollm2")[-len(wanted) :] == wanted
-        assert self.make(folder, "smollm2") == []
-        rows = " ".join(f"--set {override}" for override in FEW_ROWS)
-        wanted = [*calls("smollm2", ["sft"], "--force", start, rows), *calls("smollm2", later, "--force", rows)]
-        assert self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9") == wanted
-        assert self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9") == []
+        show = SHOW.replace("quickstart", "smollm2")
+        assert self.make(folder, "smollm2") == [show]
+        rows, few = (" ".join(f"--set {override}" for override in some) for some in (FEW_ROWS, EVAL_FEW_ROWS))
+        trained = [name for name in later if name != "eval"]
+        wanted = [*calls("smollm2", ["sft"], "--force", start, rows), *calls("smollm2", trained, "--force", rows)]
+        wanted += calls("smollm2", ["eval"], "--force", few)
+        assert self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9") == [*wanted, f"{show} {few}"]
+        assert self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9") == [f"{show} {few}"]
         self.change(folder / "recipes/smollm2/ipo.yaml")
         again = self.make(folder, "smollm2", "HH=my rows.jsonl.gz", "LIMIT=9")
-        assert again == calls("smollm2", ["ipo"], "--force", rows)
+        wanted = [*calls("smollm2", ["ipo"], "--force", rows), *calls("smollm2", ["eval"], "--force", few)]
+        assert again == [*wanted, f"{show} {few}"]
 
-    @pytest.mark.parametrize("name", REAL_CHAIN)
+    def test_smollm2_overrides_fit_its_evaluation(self) -> None:
+        recipe = load_recipe("eval", ROOT / "recipes/smollm2/eval.yaml", EVAL_FEW_ROWS).recipe
+        assert isinstance(recipe, EvalRecipe)
+        for sources in (recipe.prompts, recipe.preferences):
+            assert sources is not None
+            (source,) = sources
+            assert (source.path, source.name, source.limit, source.holdout) == ("my rows.jsonl.gz", None, 9, 0.3)
+
+    @pytest.mark.parametrize("name", REAL_CHAIN[:-1])
     def test_smollm2_overrides_fit_its_recipes(self, name: str) -> None:
         recipe = load_recipe(CHAIN[name], ROOT / f"recipes/smollm2/{name}.yaml", FEW_ROWS).recipe
+        assert isinstance(recipe, TrainingRecipe)
         (source,) = recipe.data.train
         assert (source.path, source.name, source.limit, source.format) == ("my rows.jsonl.gz", None, 9, "hh")
         assert (recipe.data.holdout, recipe.train.batch_size, recipe.train.eval_every) == (0.3, 8, 0.5)
@@ -469,12 +506,43 @@ class TestChain:
     @pytest.mark.parametrize("folder", ["quickstart", "smollm2"])
     def test_all_hold_out_the_same_prompts(self, folder: str) -> None:
         """A function of prompt, seed and share: else a policy would have learned what later stages hold out."""
-        paths = [path for path in RECIPES if path.parent.name == folder]
-        recipes = {path.stem: load_recipe(STAGE_OF.get(path.stem, path.stem), path).recipe for path in paths}
-        shares = {(recipe.data.holdout, recipe.seed) for recipe in recipes.values()}
-        assert shares == {(0.1 if folder == "quickstart" else 0.05, 0)}
-        starts = {name: recipe.model.path for name, recipe in recipes.items() if name != "sft"}
+        recipes = recipes_of(folder)
+        trained = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, TrainingRecipe)}
+        share = 0.1 if folder == "quickstart" else 0.05
+        assert {(recipe.data.holdout, recipe.seed) for recipe in trained.values()} == {(share, 0)}
+        starts = {name: recipe.model.path for name, recipe in trained.items() if name not in ("sft", "dpo-again")}
         assert starts == dict.fromkeys(starts, recipes["sft"].output)
-        assert recipes.keys() == set(CHAIN if folder == "quickstart" else REAL_CHAIN)
+        assert recipes.keys() == ({*CHAIN, "rloo"} if folder == "quickstart" else set(REAL_CHAIN))
         judges = {term.model for recipe in recipes.values() for terms in recipe.judges for term in terms if term.model}
         assert judges == {recipes["rm"].output}
+
+    @pytest.mark.parametrize("folder", ["quickstart", "smollm2"])
+    def test_the_evaluation_keeps_what_was_held_out(self, folder: str) -> None:
+        recipes = recipes_of(folder)
+        evaluation = recipes["eval"]
+        assert isinstance(evaluation, EvalRecipe)
+        split: dict[str, set[tuple[float, int | None]]] = {}
+        for recipe in recipes.values():
+            for source in recipe.data.train if isinstance(recipe, TrainingRecipe) else ():
+                split.setdefault(source.path, set()).add((recipe.data.holdout, source.limit))
+        sources = [source for rows in (evaluation.prompts, evaluation.preferences, evaluation.text) for source in rows or ()]
+        known = [source for source in sources if source.path in split]
+        assert known
+        assert [source.path for source in known if (source.holdout, source.limit) not in split[source.path]] == []
+        assert evaluation.seed == 0
+        outputs = {recipe.output for name, recipe in recipes.items() if name not in ("rm", "samples", "eval", "rloo")}
+        assert {path.removesuffix("/checkpoints/*") for path in evaluation.models.values()} == outputs
+
+    def test_iterative_dpo_learns_from_what_was_sampled(self) -> None:
+        recipes = recipes_of("quickstart")
+        samples, again = recipes["samples"], recipes["dpo-again"]
+        assert isinstance(samples, EvalRecipe)
+        assert isinstance(again, TrainingRecipe)
+        assert [source.path for source in again.data.train] == [samples.dump_pairs]
+        assert list(samples.models.values()) == [again.model.path] == [recipes["dpo"].output]
+
+
+def recipes_of(folder: str) -> dict[str, Recipe]:
+    """Name → recipe of every file in a folder of recipes."""
+    paths = [path for path in RECIPES if path.parent.name == folder]
+    return {path.stem: load_recipe(STAGE_OF.get(path.stem, path.stem), path).recipe for path in paths}

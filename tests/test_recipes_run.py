@@ -1,4 +1,4 @@
-"""Every shipped recipe trains two steps on a tiny model through the command line."""
+"""Every shipped recipe trains two steps on a tiny model, or evaluates it, through the command line."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pytest
 
 from tests.tiny import WORDS, make_model, read_lines, rlhf
 
+STAGE = {"rm": "train-rm", "rloo": "ppo", "pushed": "ppo", "online-dpo": "dpo", "dpo-again": "dpo", "samples": "eval"}
+"""The command of recipes that are not named after theirs."""
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
-STAGE = {"rm": "train-rm", "rloo": "ppo", "online-dpo": "dpo"}
-"""The stage of recipes that are not named after theirs."""
+EVALUATIONS = [path for path in RECIPES if STAGE.get(path.stem, path.stem) == "eval"]
+TRAINED = [path for path in RECIPES if path not in EVALUATIONS]
 
 
 def write_pairs(path: Path, count: int) -> Path:
@@ -26,25 +28,50 @@ def settings_of(changes: dict[str, object]) -> list[str]:
     return [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def train_judge(folder: Path, model: Path, rows: Path) -> Path:
+    """A reward model, by two steps of the quickstart's recipe."""
+    changes = {"model.path": model, "data.train": rows, "train.steps": 2, "train.batch_size": 4, "data.max_length": 256}
+    assert rlhf("train-rm", "recipes/quickstart/rm.yaml", "--output", folder / "rm", *settings_of(changes)) == 0
+    return folder / "rm"
+
+
+@pytest.mark.parametrize("recipe", TRAINED, ids=str)
 def test_two_steps(recipe: Path, tmp_path: Path) -> None:
     """Stages that draw responses do so with a reward model of the same tiny model."""
     model, rows, output = make_model(tmp_path / "model"), write_pairs(tmp_path / "rows.jsonl", 40), tmp_path / "run"
     changes = {"model.path": model, "data.train": rows, "data.max_length": 256, "train.steps": 2, "train.batch_size": 4}
     stage = STAGE.get(recipe.stem, recipe.stem)
     if "rollout:" in recipe.read_text():
-        judge = {"model.path": model, "data.train": rows, "train.steps": 2, "train.batch_size": 4, "data.max_length": 256}
-        assert rlhf("train-rm", "recipes/quickstart/rm.yaml", "--output", tmp_path / "rm", *settings_of(judge)) == 0
-        changes |= {"reward.0.model": tmp_path / "rm", "rollout.max_new_tokens": 6}
+        changes |= {"reward.0.model": train_judge(tmp_path, model, rows), "rollout.max_new_tokens": 6}
     settings = settings_of(changes)
     assert rlhf(stage, recipe, "--output", output, *settings) == 0
-    assert [(line["step"], line["split"]) for line in read_lines(output / "metrics.jsonl")] == [
-        (0, "eval"),
-        (1, "train"),
-        (1, "eval"),
-        (2, "train"),
-        (2, "eval"),
-    ]
+    measured = [(0, "eval"), (1, "train"), (1, "eval"), (2, "train"), (2, "eval")]
+    if "eval_every: null" in recipe.read_text():
+        measured.remove((1, "eval"))
+    assert [(line["step"], line["split"]) for line in read_lines(output / "metrics.jsonl")] == measured
     assert json.loads((output / "manifest.json").read_text())["steps"] == 2
     assert rlhf(stage, output / "recipe.yaml", "--output", tmp_path / "again") == 0
     assert read_lines(tmp_path / "again" / "metrics.jsonl") == read_lines(output / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("recipe", EVALUATIONS, ids=str)
+def test_an_evaluation(recipe: Path, tmp_path: Path) -> None:
+    model, rows, output = make_model(tmp_path / "model"), write_pairs(tmp_path / "rows.jsonl", 40), tmp_path / "run"
+    text = recipe.read_text()
+    names = ["dpo"] if recipe.stem == "samples" else ["sft", "dpo"]
+    sections = [name for name in ("prompts", "preferences", "text") if f"\n{name}:" in text]
+    changes: dict[str, object] = {name: rows for name in sections} | {
+        "models": f"{{{', '.join(f'{name}: {model}' for name in names)}}}",
+        "reward.0.model": train_judge(tmp_path, model, rows),
+        "rollout.max_new_tokens": 6,
+        "max_length": 256,
+    }
+    changes |= {f"{name}.0.holdout": 0.3 for name in sections if "holdout" in text}
+    if "dump_pairs" in text:
+        changes["dump_pairs"] = tmp_path / "pairs.jsonl"
+    assert rlhf("eval", recipe, "--output", output, *settings_of(changes)) == 0
+    result = json.loads((output / "eval.json").read_text())
+    assert list(result["models"]) == names
+    assert result["about"]["prompts"] >= 2
+    assert rlhf("eval", output / "recipe.yaml", "--output", tmp_path / "again") == 0
+    assert json.loads((tmp_path / "again/eval.json").read_text()) == result

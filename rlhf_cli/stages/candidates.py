@@ -1,0 +1,138 @@
+"""The models of an evaluation: what each name stands for and how it reads text, before any weights are loaded."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.data.templates import Template, choose_template
+from rlhf_cli.errors import UsageError
+from rlhf_cli.models.load import load_tokenizer
+from rlhf_cli.recipe import schema
+from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.runs.manifest import BaseModel, weights_hash
+from rlhf_cli.runs.parents import POLICY_STAGES, Start, base_model, resolve_start
+from rlhf_cli.stages.reward_models import is_reward_model, recorded_template, serialised
+
+STEP = re.compile(r"step-(\d+)(-\d+)?")
+"""Name of a checkpoint; the second number is of updates, in the middle of a step."""
+
+BETA = 0.1
+"""Of the implicit rewards of a policy whose training had none."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How a model reads and writes text: its tokens and its chat template. Equal voices make equal tokens."""
+
+    name: str  # the same for equal ones
+    tokenizer: Any = field(compare=False)
+    template: Template = field(compare=False)
+
+
+class Voices:
+    """All voices of an evaluation, equal ones once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Voice] = {}
+
+    def of(self, tokenizer: Any, template: Template) -> Voice:
+        """The voice with this tokenizer and template."""
+        key = (serialised(tokenizer), template.hash)
+        return self._known.setdefault(key, Voice(str(len(self._known)), tokenizer, template))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate."""
+
+    name: str
+    path: str
+    start: Start
+    base: BaseModel | None  # None: on the hub, and not fetched by --check
+    voice: Voice
+    scores: bool  # a reward model: it gives scores and writes nothing
+    series: str | None  # the name that the checkpoints of its run share; None: it stands alone
+    step: int | None  # of a checkpoint
+    beta: float  # scale of its implicit rewards
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What identifies it."""
+        return {
+            "path": self.path,
+            "base": self.base and self.base.weights_hash,
+            "adapter": weights_hash(self.start.adapter) if self.start.adapter else None,
+            "template": self.voice.template.hash,
+        }
+
+
+def find_candidates(loaded: Loaded, voices: Voices, check: bool) -> list[Candidate]:
+    """Every model that `models` names, those of a pattern in the order of their names.
+
+    Raises:
+        UsageError: a pattern that nothing matches, a path that is no model, an unfinished or changed run.
+        MachineError: a hub id that cannot be reached.
+    """
+    recipe = recipe_of(loaded)
+    found = []
+    for entry, path in recipe.models.items():
+        place = loaded.named(f"models.{entry}")
+        for name, one in _expand(entry, path, place):
+            series = entry if schema.is_pattern(path) else None
+            found.append(_candidate(recipe, name, one, series, place, voices, check))
+    return found
+
+
+def recipe_of(loaded: Loaded) -> schema.EvalRecipe:
+    assert isinstance(loaded.recipe, schema.EvalRecipe)
+    return loaded.recipe
+
+
+def _expand(name: str, path: str, place: str) -> Iterator[tuple[str, str]]:
+    """(name, path) of every model that one entry stands for."""
+    if not schema.is_pattern(path):
+        yield name, path
+        return
+    folders = [match for match in sorted(glob.glob(path)) if Path(match).is_dir()]  # noqa: PTH207  (of any path)
+    if not folders:
+        raise UsageError(f"{place}: no folder matches {path}. a run keeps its last train.keep_checkpoints ones")
+    for folder in folders:
+        yield f"{name}/{Path(folder).name}", folder
+
+
+def _candidate(
+    recipe: schema.EvalRecipe, name: str, path: str, series: str | None, place: str, voices: Voices, check: bool
+) -> Candidate:
+    trust = recipe.trust_remote_code
+    start = resolve_start(path, None, place, stages=(*POLICY_STAGES, "train-rm"))
+    tokenizer = load_tokenizer(start.tokenizer, start.revision, trust)
+    if recipe.chat_template is None:
+        template = recorded_template(start, tokenizer, path, place)
+    else:
+        template = choose_template(tokenizer, recipe.chat_template)
+    step = STEP.fullmatch(Path(path).name)
+    return Candidate(
+        name=name,
+        path=path,
+        start=start,
+        base=base_model(start) if not check or Path(start.base).exists() else None,
+        voice=voices.of(tokenizer, template),
+        scores=is_reward_model(start, place, trust),
+        series=series,
+        step=int(step[1]) if step else None,
+        beta=recipe.beta if recipe.beta is not None else _own_beta(start, path),
+    )
+
+
+def _own_beta(start: Start, path: str) -> float:
+    """β of the objective that a run was trained with, its checkpoints alike."""
+    run = Path(path).parent.parent / "manifest.json"
+    manifest = start.manifest or (json.loads(run.read_text()) if STEP.fullmatch(Path(path).name) and run.exists() else {})
+    beta = manifest.get("objective", {}).get("beta")
+    return BETA if beta is None else float(beta)
