@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from typer.exceptions import TyperException
 from rlhf_cli import __version__
 from rlhf_cli.data.hub import is_offline
 from rlhf_cli.errors import RunError, Stopped, UsageError
+from rlhf_cli.recipe.dump import one_line
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.recipe.suggest import closest
@@ -98,7 +98,7 @@ def _stage_command(name: str, stage: Stage) -> None:
         force: Force = False,
         debug: Debug = False,
     ) -> Job:
-        more = [] if dump_pairs is None else [f"dump_pairs={json.dumps(dump_pairs)}"]  # JSON's texts are YAML's
+        more = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
         return _stage_job(name, recipe, [*(overrides or []), *more], output, check, resume, force)
 
     epilog = "\b\n" + key_table(name)

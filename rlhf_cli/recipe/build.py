@@ -289,6 +289,22 @@ def _mismatch(kind: Any, node: Node, key: Key) -> str:
     return f"expected {describe(kind)}, found {_found(node)}. {_advice(node, forms, near, key)}"
 
 
+def _written(node: Node, forms: list[Any], key: Key) -> str | None:
+    """The text or number in the list, in the section or under the name that it was written without, if it fits there."""
+    value, text, sections = node.value, node.text[:40], sections_in(key.kind)
+    if str in forms or len(sections) > 1 or isinstance(value, bool):
+        return None
+    if not sections and isinstance(value, (str, int, float)):
+        return f"[{text}]" if list in forms else f"{{NAME: {text}}}" if dict in forms and key.path else None
+    if not sections or not isinstance(value, str):
+        return None
+    keys = keys_of(sections[0])
+    name = "function" if "function" in keys and ".py:" in text else next(iter(keys))
+    if list in forms:
+        return f"[{{{name}: {text}}}]"
+    return f"{{{name}: {text}}}" if keys[name].default is dataclasses.MISSING else None
+
+
 def _advice(node: Node, forms: list[Any], near: str | None, key: Key) -> str:
     value = node.value
     if near is not None:
@@ -304,11 +320,13 @@ def _advice(node: Node, forms: list[Any], near: str | None, key: Key) -> str:
         return f"write {value:.0f}"
     if (str in forms or source_list(key.kind)) and isinstance(value, (bool, int, float)):
         return f"put it in quotes: '{node.text[:40]}'"
-    if list in forms and isinstance(value, str) and str not in forms:
-        sections = sections_in(key.kind)
-        return f"write [{{{next(iter(keys_of(sections[0])))}: {node.text[:40]}}}]" if sections else f"write [{node.text[:40]}]"
     if list in forms and isinstance(value, dict) and sections_in(key.kind):
         return "it is a list: begin each of its terms with `- `"
+    if dict in forms and key.path and isinstance(value, list):
+        return "give each a name: {NAME: PATH, …}"
+    written = _written(node, forms, key)
+    if written is not None:
+        return f"write {written}"
     if value is None and key.default is not dataclasses.MISSING:
         return f"remove the key for its default, {as_yaml(key.default)}"
     if isinstance(key.default, (bool, int, float, str, tuple)):

@@ -307,23 +307,31 @@ def _models(recipe: EvalRecipe) -> Iterator[Finding]:
     if not recipe.models:
         yield "models", "there is none. add `name: path` for each"
     for name in recipe.models:
-        if not name.strip() or "/" in name:
-            yield f"models.{name}", "a name is a word without a slash. give it another one"
+        if not re.fullmatch(r"[^\s/]+", name):
+            yield f"models.{name}", f"'{name}' is no name: one word without a slash. give it another one"
     if recipe.reference is not None:
         yield from _known("reference", recipe.reference, recipe)
 
 
 def _known(key: str, name: str, recipe: EvalRecipe) -> Iterator[Finding]:
     """Does the name stand for one model?"""
-    if name not in recipe.models:
+    entry = name.partition("/")[0]  # a checkpoint's name is its entry's and its own
+    if is_pattern(recipe.models.get(entry, "")):
+        yield key, f"{entry} is several models, {recipe.models[entry]}. give the one a name of its own in models"
+    elif name not in recipe.models:
         near = closest(name, tuple(recipe.models))
         yield key, f"no model is named {name}. " + (f"did you mean {near}?" if near else f"there are {', '.join(recipe.models)}")
-    elif is_pattern(recipe.models[name]):
-        yield key, f"{name} is several models, {recipe.models[name]}. name one of them among models too"
 
 
-def _needs_prompts(recipe: EvalRecipe) -> Iterator[Finding]:
-    """What has no effect where nothing is drawn."""
+def _drawn_or_compared(recipe: EvalRecipe) -> Iterator[Finding]:
+    """What has no effect where nothing is drawn, compared or scored."""
+    if recipe.reward is None:
+        given = {
+            "reward_combine": recipe.reward_combine != "sum",
+            "rollout.missing_eos_penalty": recipe.rollout.missing_eos_penalty != 0,
+        }
+        for name in (name for name, there in given.items() if there):
+            yield name, "has no effect without reward. add one, or remove it"
     if recipe.prompts is None:
         default = Sampling()
         given = {
@@ -335,8 +343,8 @@ def _needs_prompts(recipe: EvalRecipe) -> Iterator[Finding]:
         for name in (name for name, there in given.items() if there):
             yield name, "has no effect without prompts. name some, or remove it"
         if recipe.preferences is None:
-            for name, terms in {"reward": recipe.reward, "gold": recipe.gold}.items():
-                if terms is not None:
+            for name, value in {"reference": recipe.reference, "reward": recipe.reward, "gold": recipe.gold}.items():
+                if value is not None:
                     yield name, "has no effect without prompts or preferences. name some, or remove it"
     elif recipe.rollout.max_new_tokens >= recipe.max_length:
         what = f"leaves no room for a prompt in max_length ({recipe.max_length}). lower it, or raise max_length"
@@ -344,10 +352,14 @@ def _needs_prompts(recipe: EvalRecipe) -> Iterator[Finding]:
 
 
 def _winrate(recipe: EvalRecipe) -> Iterator[Finding]:
-    if recipe.winrate is None:
+    winrate = recipe.winrate
+    if winrate is None:
         return
-    yield from _known("winrate.baseline", recipe.winrate.baseline, recipe)
-    yield from _judge("winrate.judge", recipe.winrate, recipe)
+    yield from _known("winrate.baseline", winrate.baseline, recipe)
+    yield from _judge("winrate.judge", winrate, recipe)
+    ranks_one = recipe.dump_pairs is not None and isinstance(winrate.judge, str)
+    if recipe.models and not _several(recipe) and not ranks_one:
+        yield "winrate", "there is no other model to compare with the baseline. add one to models"
 
 
 def _judge(key: str, winrate: Winrate, recipe: EvalRecipe) -> Iterator[Finding]:
@@ -357,23 +369,25 @@ def _judge(key: str, winrate: Winrate, recipe: EvalRecipe) -> Iterator[Finding]:
             yield f"{key}.endpoint", f"expected a URL, found {judge.endpoint}. write http:// or https:// before it"
         return
     rewards, golds = map(term_names, recipe.judges)
-    names = [*(["reward"] if rewards else []), *(["gold"] if golds else []), *rewards, *golds]
+    whole = {"reward": rewards, "gold": golds}
+    if judge in whole:
+        if not whole[judge]:
+            yield key, f"there is no {judge} in this recipe. add {judge}: [{{model: …}}] or [{{function: file.py:name}}]"
+        return
+    names = list(dict.fromkeys((*(name for name, terms in whole.items() if terms), *rewards, *golds)))
     if judge in names:
         return
-    near = closest(judge, names)
-    if judge in ("reward", "gold"):
-        yield key, f"there is no {judge} in this recipe. add {judge}: [{{model: …}}] or [{{function: file.py:name}}]"
-    elif near:
-        yield key, f"no term is named {judge}. did you mean {near}?"
-    else:
-        yield key, f"no term is named {judge}. name one of {', '.join(names) or 'a reward, which there is none of'}"
+    near = closest(judge, names or tuple(whole))
+    there = ", ".join(names) or "no reward and no gold to name"
+    advice = f"did you mean {near}?" if near else f"there is {there}; a server is {{endpoint: http://…, model: …}}"
+    yield key, f"no term is named {judge}. {advice}"
 
 
 def _best_of(recipe: EvalRecipe) -> Iterator[Finding]:
     if not recipe.best_of_n:
         return
-    if any(n < 1 for n in recipe.best_of_n):
-        yield "best_of_n", "expected numbers of responses, 1 or more"
+    if len(set(recipe.best_of_n)) < len(recipe.best_of_n):
+        yield "best_of_n", "a number is there twice. keep one of each"
     if recipe.reference is None:
         yield "best_of_n", "chooses among the reference's responses. name a reference"
     if recipe.reward is None:
@@ -404,10 +418,16 @@ def _implicit(recipe: EvalRecipe) -> Iterator[Finding]:
 EVALUATION = (
     Check(("models", "reference"), _models),
     Check(("prompts", "preferences", "text"), _rows),
-    Check(("prompts", "preferences", "rollout", "winrate", "best_of_n", "dump_pairs", "reward", "gold"), _needs_prompts),
-    Check(("models", "winrate", "reward", "gold"), _winrate),
+    Check(
+        (
+            *("prompts", "preferences", "reference", "rollout", "max_length"),
+            *("reward", "reward_combine", "gold", "winrate", "best_of_n", "dump_pairs"),
+        ),
+        _drawn_or_compared,
+    ),
+    Check(("models", "winrate", "reward", "gold", "dump_pairs"), _winrate),
     Check(("best_of_n", "reference", "reward"), _best_of),
-    Check(("dump_pairs", "winrate", "reward", "rollout", "models"), _dump),
+    Check(("dump_pairs", "prompts", "winrate", "reward", "rollout", "models"), _dump),
     Check(("beta", "preferences", "reference"), _implicit),
     JUDGED,
 )

@@ -107,7 +107,7 @@ def refuse_changes(old_text: str, new: Recipe, old_path: str = "recipe.yaml") ->
     refused = [row for row in differences(old_text, new) if not _may_change(*row)]
     if not refused:
         return
-    rows = [("key", "old", "new"), *((key, _show(old), _show(now)) for key, old, now in refused)]
+    rows = [("key", "old", "new"), *((key, one_line(old), one_line(now)) for key, old, now in refused)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     table = [f"  {key:<{widths[0]}}  {old:<{widths[1]}}  {now}" for key, old, now in rows]
     differ = f"{len(refused)} value{'s differ' if len(refused) > 1 else ' differs'} from {old_path}"
@@ -115,14 +115,15 @@ def refuse_changes(old_text: str, new: Recipe, old_path: str = "recipe.yaml") ->
     raise UsageError("\n".join([head, *table]))
 
 
+def one_line(value: object) -> str:
+    """The value as YAML that reads back as it, as `--set` and tables have it."""
+    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
+
+
 def _may_change(key: str, old: object, new: object) -> bool:
     if key in ONLY_GROW and isinstance(old, (int, float)) and isinstance(new, (int, float)):
         return new >= old
     return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
-
-
-def _show(value: object) -> str:
-    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
 
 
 def _is_flat(items: list[Any]) -> bool:

@@ -133,6 +133,14 @@ def known_keys(section: type) -> tuple[str, ...]:
     return tuple(sorted(dict.fromkeys(dotted for dotted, _ in walk(section)), key=lambda dotted: dotted.count(".")))
 
 
+def required_keys(section: type) -> Iterator[str]:
+    """Dotted keys that every recipe has, in the schema's order."""
+    for key in keys_of(section).values():
+        if key.default is dataclasses.MISSING:
+            inner = sections_in(key.kind) if dataclasses.is_dataclass(key.kind) else ()
+            yield from (f"{key.name}.{name}" for name in required_keys(inner[0])) if inner else (key.name,)
+
+
 @cache
 def keys_elsewhere(section: type) -> frozenset[str]:
     """Dotted keys that other recipes have and this one has not."""

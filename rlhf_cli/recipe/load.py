@@ -11,6 +11,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.build import SHOWN, Builder, lines_of, spell_out
 from rlhf_cli.recipe.checks import findings
 from rlhf_cli.recipe.dump import flatten
+from rlhf_cli.recipe.keys import required_keys
 from rlhf_cli.recipe.schema import STAGES, Recipe
 from rlhf_cli.recipe.suggest import closest
 from rlhf_cli.recipe.yaml_reader import BAD, MAX_BYTES, Node, Problem, Unreadable, decode, plain, read
@@ -48,7 +49,7 @@ def load_recipe(stage: str, path: Path, overrides: Sequence[str] = (), output: s
     """Reads and checks a recipe. Raises UsageError with one line for each problem."""
     problems: list[Problem] = []
     try:
-        root = _read_file(path, problems)
+        root = _read_file(path, problems, tuple(required_keys(STAGES[stage])))
     except Unreadable as error:
         raise UsageError(_render(path, [*problems, error.problem])) from None
     section = STAGES[stage]
@@ -73,7 +74,8 @@ def load_recipe(stage: str, path: Path, overrides: Sequence[str] = (), output: s
     return Loaded(recipe, stage, path, lines)
 
 
-def _read_file(path: Path, problems: list[Problem]) -> Node:
+def _read_file(path: Path, problems: list[Problem], needed: Sequence[str]) -> Node:
+    """The tree of a file, which `needed` keys make a recipe."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -88,13 +90,15 @@ def _read_file(path: Path, problems: list[Problem]) -> Node:
             f"{path}: cannot be read: {error.strerror if isinstance(error, OSError) else error}. check the path"
         ) from None
     if len(data) > MAX_BYTES:
-        raise UsageError(f"{path}: larger than 1 MB, which no recipe is. is it a data file? name that under data.train")
+        raise UsageError(f"{path}: larger than 1 MB, which no recipe is. is it a data file? a recipe names those")
     root = read(decode(data), problems)
     if root.value is None:
-        raise Unreadable(Problem(1, "", "the file is empty. a recipe needs model.path, data.train and output"))
+        *most, last = needed
+        raise Unreadable(Problem(1, "", f"the file is empty. a recipe needs {', '.join(most)} and {last}"))
     if not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else "text"
-        what = f"expected keys such as model: and data:, found {kind}. write `model:` at the start of a line"
+        first, second, *_ = dict.fromkeys(key.partition(".")[0] for key in needed)
+        what = f"expected keys such as {first}: and {second}:, found {kind}. write `{first}:` at the start of a line"
         raise Unreadable(Problem(root.line, "", what))
     return root
 
@@ -116,7 +120,7 @@ def _override(root: Node, text: str, problems: list[Problem]) -> Node:
     key = key.strip()
     parts = key.split(".")
     if not equals or not all(parts):
-        problems.append(Problem(0, text[:40], "expected KEY=VALUE. write e.g. --set train.steps=4"))
+        problems.append(Problem(0, text[:40], "expected KEY=VALUE. write e.g. --set seed=4"))
         return root
     try:
         node = read(value, problems, line=0, key=key)

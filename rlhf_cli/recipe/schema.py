@@ -161,13 +161,15 @@ class Sampling:
     """How responses are drawn from a policy."""
 
     max_new_tokens: int = key(128, "tokens of a response at most; longer ones are cut off", low=1)
-    temperature: float = key(1.0, "of sampling; the log-probabilities of the ppo kinds are taken at it too", low=1e-2, high=100.0)
-    responses_per_prompt: int = key(1, "rloo and grpo need 2 or more", low=1)
+    temperature: float = key(1.0, "of sampling; the KL is that of the policies at 1 alone", low=1e-2, high=100.0)
+    responses_per_prompt: int = key(1, "more of them make the intervals narrower", low=1)
     missing_eos_penalty: float = key(0.0, "taken off the score of a response that did not end", low=0.0)
 
 
 @dataclass(frozen=True)
 class Rollout(Sampling):
+    temperature: float = key(1.0, "of sampling; the log-probabilities of the ppo kinds are taken at it too", low=1e-2, high=100.0)
+    responses_per_prompt: int = key(1, "rloo and grpo need 2 or more", low=1)
     engine: Literal["transformers", "vllm"] = key("transformers", "what samples (vllm: an extra)")
 
 
@@ -219,7 +221,9 @@ class Ptx:
 class Endpoint:
     """A judge behind an OpenAI-compatible interface. The key comes from the environment variable OPENAI_API_KEY, if set."""
 
-    endpoint: str = key(help="URL that /chat/completions follows, e.g. http://localhost:8000/v1")
+    endpoint: str = key(
+        help="URL that /chat/completions follows, e.g. http://localhost:8000/v1; its key is OPENAI_API_KEY of the environment"
+    )
     model: str = key(help="its name on the server")
     prompt: str | None = key(
         None, "a file with {prompt}, {a} and {b}, which asks for A, B or TIE; null: a built-in one", path=True
@@ -383,10 +387,10 @@ class EvalRecipe(Recipe):
     stage: ClassVar[str] = "eval"
 
     models: dict[str, str] = key(
-        help="name: path each. runs, checkpoints of runs (runs/ppo/checkpoints/* for all of them), adapters, plain models",
+        help="a path to each name: runs, checkpoints (runs/ppo/checkpoints/*: all of that run), adapters, plain models",
         path=True,
     )
-    reference: str | None = key(None, "the name of one of them: KL and implicit rewards are measured against it")
+    reference: str | None = key(None, "the name of one of the models: KL and implicit rewards are measured against it")
     prompts: list[EvalSource] | None = key(None, "a path, or a list of sources: responses are drawn and judged")
     preferences: list[EvalSource] | None = key(
         None, "the same: how often reward models, and policies' implicit rewards, agree with the data"
@@ -397,7 +401,7 @@ class EvalRecipe(Recipe):
     reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
     gold: list[Reward] | None = key(None, "like reward: what people really want, where that can be computed")
     winrate: Winrate | None = key(None, "compare the models' responses one to one")
-    best_of_n: list[int] = key([], "over-optimisation of the reference by choosing the response with the best score of n, each n")
+    best_of_n: list[int] = key([], "numbers n: over-optimisation of the reference by the best-scored response of n", low=1)
     beta: float | None = key(None, "of implicit rewards; null: that of each model's own training, else 0.1", low=1e-9)
     dump_pairs: str | None = key(
         None, "a .jsonl file to write: the responses, ranked by the judge, as preference data", path=True

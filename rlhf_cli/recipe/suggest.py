@@ -75,6 +75,10 @@ FROM_OTHER_TOOLS = {
     "reward_model_path": "reward",
     "reward_weights": "reward.weight",
     "ptx_coef": "ptx.coef",
+    "max_tokens": "rollout.max_new_tokens",
+    "num_return_sequences": "rollout.responses_per_prompt",
+    "url": "winrate.judge.endpoint",
+    "base_url": "winrate.judge.endpoint",
 }
 """Names that people bring along from other trainers → ours."""
 

@@ -165,8 +165,9 @@ class Sampler:
         """(terms, K) of every tree's responses, gold after the reward."""
         if not answers.trees:
             return []
-        scores = np.stack([term.score(answers) for term in (*self.terms, *self.gold)])
-        return np.split(scores, np.cumsum([len(tree.responses) for tree in answers.trees])[:-1], 1)
+        ends = np.cumsum([len(tree.responses) for tree in answers.trees])
+        scores = np.array([term.score(answers) for term in (*self.terms, *self.gold)], np.float64).reshape(-1, ends[-1])
+        return np.split(scores, ends[:-1], 1)
 
     def _tokens(self, trees: list[Tree], values: bool) -> Work[list[np.ndarray]]:
         """(5, n) of every tree's response tokens: `old`, `reference`, `plain`, `plain_reference`, and the value or NaN."""

@@ -184,7 +184,7 @@ WHOLE_FILES = {
     "text": (b"hello\n", "r.yaml:1: expected keys such as model: and data:, found text. write `model:` at the start of a line"),
     "latin-1": (b"seed: 1\noutput: caf\xe9\n", "r.yaml:2: byte 0xe9 is not UTF-8. save the file as UTF-8"),
     "nul": (b"seed: 1\noutput: a\0\n", "r.yaml:2: the character U+0000 is not allowed. remove it"),
-    "large": (b"#" * 1_000_001, "r.yaml: larger than 1 MB, which no recipe is. is it a data file? name that under data.train"),
+    "large": (b"#" * 1_000_001, "r.yaml: larger than 1 MB, which no recipe is. is it a data file? a recipe names those"),
     "deep": (b"seed: " + b"[" * 5000, f"r.yaml:1: seed{'.0' * 20}: too deep or too large for a recipe. put data in data files"),
     "many": (b"seed: [" + b"1," * 9000 + b"]", "r.yaml:1: seed.4998: too deep or too large for a recipe. put data in data files"),
 }
@@ -315,9 +315,9 @@ def test_a_rival_from_the_command_line_is_put_out_of_force(tmp_path: Path) -> No
 BAD_OVERRIDES = {
     "train.learning_rat=1": "--set train.learning_rat: unknown key. did you mean train.learning_rate?",
     "batch_size=4": "--set batch_size: unknown key. did you mean train.batch_size?",
-    "seed": "--set seed: expected KEY=VALUE. write e.g. --set train.steps=4",
-    "=4": "--set =4: expected KEY=VALUE. write e.g. --set train.steps=4",
-    "train..steps=4": "--set train..steps=4: expected KEY=VALUE. write e.g. --set train.steps=4",
+    "seed": "--set seed: expected KEY=VALUE. write e.g. --set seed=4",
+    "=4": "--set =4: expected KEY=VALUE. write e.g. --set seed=4",
+    "train..steps=4": "--set train..steps=4: expected KEY=VALUE. write e.g. --set seed=4",
     "seed=x": "--set seed: expected a whole number, found the text 'x'. the default is 0",
     "seed=": "--set seed: expected a whole number, found nothing. remove the key for its default, 0",
     "seed.x=1": "--set seed: expected a whole number, found keys with values. the default is 0",
