@@ -132,9 +132,13 @@ def _models(
         own = figures(equal[name], counts) if name in equal else {}
         if name in measured.text:
             nll, tokens = measured.text[name].T
-            own["perplexity"] = ratio_interval(nll, tokens, resamples(len(nll), recipe.seed), math.exp)
+            own["perplexity"] = ratio_interval(nll, tokens, resamples(len(nll), recipe.seed), _exp)
         found[name] = {metric: interval._asdict() for metric, interval in own.items()}
     return found
+
+
+def _exp(nll: float) -> float:
+    return math.exp(min(nll, 700.0))  # as while training: a perplexity above it is no float
 
 
 def _win_rates(

@@ -50,10 +50,14 @@ def refuse_other_inputs(run: RunFolder, recipe: schema.Recipe, inputs: dict[str,
 
 
 def is_as_before(run: RunFolder, recipe: schema.Recipe, inputs: dict[str, Any]) -> bool:
-    """Is the recipe, but for its output, and are all inputs those that the run was last started with?"""
+    """Are the recipe and all inputs those that the run was last started with, but for what has no effect on its results?"""
     if not run.recipe.exists():
         return False
-    changed = [key for key, _, _ in differences(run.recipe.read_text(encoding="utf-8"), recipe) if key != "output"]
+    changed = [
+        key
+        for key, _, _ in differences(run.recipe.read_text(encoding="utf-8"), recipe)
+        if key not in ("output", "tokens_per_device")
+    ]
     return not changed and _recorded(run) == inputs
 
 

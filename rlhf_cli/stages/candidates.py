@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,16 +77,18 @@ def find_candidates(loaded: Loaded, voices: Voices, check: bool) -> list[Candida
     """Every model that `models` names, those of a pattern in the order of their names.
 
     Raises:
-        UsageError: a pattern that nothing matches, a path that is no model, an unfinished or changed run.
+        UsageError: a pattern that nothing matches or several folders of one name do, a path that is no model, an unfinished or
+            changed run.
         MachineError: a hub id that cannot be reached.
     """
     recipe = recipe_of(loaded)
+    bases: Bases = {}
     found = []
     for entry, path in recipe.models.items():
         place = loaded.named(f"models.{entry}")
         for name, one in _expand(entry, path, place):
             series = entry if schema.is_pattern(path) else None
-            found.append(_candidate(recipe, name, one, series, place, voices, check))
+            found.append(_candidate(recipe, name, one, series, place, voices, bases, check))
     return found
 
 
@@ -102,12 +105,25 @@ def _expand(name: str, path: str, place: str) -> Iterator[tuple[str, str]]:
     folders = [match for match in sorted(glob.glob(path)) if Path(match).is_dir()]  # noqa: PTH207  (of any path)
     if not folders:
         raise UsageError(f"{place}: no folder matches {path}. a run keeps its last train.keep_checkpoints ones")
+    if twice := [last for last, count in Counter(Path(folder).name for folder in folders).items() if count > 1]:
+        raise UsageError(f"{place}: several folders that match {path} are called {twice[0]}. name each of them by itself")
     for folder in folders:
         yield f"{name}/{Path(folder).name}", folder
 
 
+Bases = dict[tuple[str, str | None, str | None], BaseModel]
+"""Path, revision and a parent's record of the weights → the base: many checkpoints sit on one, which is read through once."""
+
+
 def _candidate(
-    recipe: schema.EvalRecipe, name: str, path: str, series: str | None, place: str, voices: Voices, check: bool
+    recipe: schema.EvalRecipe,
+    name: str,
+    path: str,
+    series: str | None,
+    place: str,
+    voices: Voices,
+    bases: Bases,
+    check: bool,
 ) -> Candidate:
     trust = recipe.trust_remote_code
     start = resolve_start(path, None, place, stages=(*POLICY_STAGES, "train-rm"))
@@ -121,13 +137,21 @@ def _candidate(
         name=name,
         path=path,
         start=start,
-        base=base_model(start) if not check or Path(start.base).exists() else None,
+        base=_base(start, bases) if not check or Path(start.base).exists() else None,
         voice=voices.of(tokenizer, template),
         scores=is_reward_model(start, place, trust),
         series=series,
         step=int(step[1]) if step else None,
         beta=recipe.beta if recipe.beta is not None else _own_beta(start, path),
     )
+
+
+def _base(start: Start, bases: Bases) -> BaseModel:
+    recorded = start.manifest["base_model"]["weights_hash"] if start.adapter and start.manifest else None
+    key = start.base, start.revision, recorded
+    if key not in bases:
+        bases[key] = base_model(start)
+    return bases[key]
 
 
 def _own_beta(start: Start, path: str) -> float:

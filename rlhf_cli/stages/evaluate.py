@@ -124,7 +124,6 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
             measured = _measure(job, folder)
         if job.ranks.main:
             _conclude(job, folder, measured)
-    job.ranks.close()
 
 
 def prepare_evaluation(loaded: Loaded, check: bool) -> Job:
@@ -164,7 +163,7 @@ def prepare_evaluation(loaded: Loaded, check: bool) -> Job:
         rows["prompts"] = _in_common(rows["prompts"], notes)
         if len(next(iter(rows["prompts"].values())).trees) < 2:
             raise UsageError(f"{loaded.named('prompts')}: fewer than 2 prompts are left, which is too few for any interval")
-    recipe = _settled(recipe, candidates[0], datasets, ranks)
+    recipe = _settled(recipe, candidates, datasets, ranks)
     notes += _notes(recipe, candidates)
     return Job(loaded, recipe, candidates, voices, judges, rows, datasets, ranks, console, signals, started, notes)
 
@@ -231,15 +230,22 @@ def _in_common(rows: dict[str, Rows], notes: list[str]) -> dict[str, Rows]:
     }
 
 
-def _settled(recipe: schema.EvalRecipe, first: Candidate, datasets: Mapping[str, Dataset], ranks: Ranks) -> schema.EvalRecipe:
+def _settled(
+    recipe: schema.EvalRecipe, candidates: Sequence[Candidate], datasets: Mapping[str, Dataset], ranks: Ranks
+) -> schema.EvalRecipe:
+    """The recipe with the dtype and the budget in force: that of the model which takes the most memory."""
     dtype = resolve_dtype(recipe.dtype, ranks.device)
     budget = recipe.tokens_per_device
     if budget == "auto":
-        config = load_config(first.start.base, first.start.revision, recipe.trust_remote_code)
-        memory = estimate(config, rank=1, dtype=dtype, checkpointing=False, trust_remote_code=recipe.trust_remote_code)
+        trust = recipe.trust_remote_code
         drawn = max(recipe.rollout.responses_per_prompt, *recipe.best_of_n, 1) * recipe.rollout.max_new_tokens
         longest = max(dataset.longest + drawn * (section == "prompts") for section, dataset in datasets.items())
-        budget = ranks.min(auto_budget(memory, longest, ranks.device))
+        fitting = []
+        for base, revision in dict.fromkeys((each.start.base, each.start.revision) for each in candidates):
+            config = load_config(base, revision, trust)
+            memory = estimate(config, rank=1, dtype=dtype, checkpointing=False, trust_remote_code=trust)
+            fitting.append(auto_budget(memory, longest, ranks.device))
+        budget = ranks.min(min(fitting))
     return dataclasses.replace(recipe, tokens_per_device=budget, dtype=cast(Any, str(dtype).removeprefix("torch.")))
 
 
@@ -298,12 +304,13 @@ def _opened(job: Job, resume: bool, force: bool) -> Iterator[RunFolder | None]:
             job.console.say(terminal_table(json.loads((folder.path / RESULT).read_bytes())))
             job.console.say(f"{output} is finished: {folder.path / PAGE}")
             yield None
-            return
-        if ranks.main:
-            reopen(folder)
-            record_inputs(folder, job.recipe, job.loaded.stage, job.inputs)
-            write_json(folder.data, {section: data_report(dataset) for section, dataset in job.datasets.items()})
-        yield folder
+        else:
+            if ranks.main:
+                reopen(folder)
+                record_inputs(folder, job.recipe, job.loaded.stage, job.inputs)
+                write_json(folder.data, {section: data_report(dataset) for section, dataset in job.datasets.items()})
+            yield folder
+    ranks.close()
 
 
 @contextlib.contextmanager
