@@ -309,6 +309,8 @@ def _models(recipe: EvalRecipe) -> Iterator[Finding]:
     for name in recipe.models:
         if not re.fullmatch(r"[^\s/]+", name):
             yield f"models.{name}", f"'{name}' is no name: one word without a slash. give it another one"
+        if name in ("reward", "gold") and is_pattern(recipe.models[name]):
+            yield f"models.{name}", "its checkpoints would be called like terms of the reward or of gold. give it another name"
     if recipe.reference is not None:
         yield from _known("reference", recipe.reference, recipe)
 

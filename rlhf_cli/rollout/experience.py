@@ -247,7 +247,7 @@ def guarded(ranks: Ranks, work: Work[T]) -> Work[T]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = "set train.tokens_per_device lower, or draw fewer or shorter responses, then --resume"
+        advice = "set tokens_per_device lower, or draw fewer or shorter responses, then --resume"
         fault = MachineError(f"out of memory while responses were drawn and judged; {advice}")
     for found in ranks.gather(fault and (type(fault), str(fault))):
         if found is not None:

@@ -250,7 +250,7 @@ class Reader:
             if self.positions is not None and span(tree) > self.positions:
                 raise UsageError(
                     f"{self.place}: {record.where}: prompt and response have {span(tree)} tokens, the reward model takes "
-                    f"{self.positions}\nlower data.max_length, or name another reward model"
+                    f"{self.positions}\nlower max_length, or name another reward model"
                 )
         return trees
 

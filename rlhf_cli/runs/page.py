@@ -239,7 +239,8 @@ def _scale(column: Column, cells: Sequence[Cell]) -> tuple[float, float]:
     marks = [] if column.mark is None else [column.mark]
     values = [value for cell in cells if isinstance(cell, Measure) for value in cell] + marks
     low, high = min(values, default=0.0), max(values, default=1.0)
-    return (low, high) if high > low else (low - 1, high + 1)
+    around = 0.0 if high > low else max(1.0, abs(low))
+    return low - around, high + around
 
 
 def _cell(cell: Cell, column: Column, scale: tuple[float, float]) -> str:

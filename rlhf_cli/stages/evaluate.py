@@ -305,6 +305,7 @@ def _opened(job: Job, resume: bool, force: bool) -> Iterator[RunFolder | None]:
             job.console.say(f"{output} is finished: {folder.path / PAGE}")
             yield None
         else:
+            job.signals.say("before the first model; continue with --resume")
             if ranks.main:
                 reopen(folder)
                 record_inputs(folder, job.recipe, job.loaded.stage, job.inputs)
@@ -338,23 +339,12 @@ def _measure(job: Job, folder: RunFolder) -> Measured:
     theirs = _reference_logps(job, frozen)
     for each in job.candidates:
         samples = kept.get(each.name)
-        draws, agrees, reads = (
-            "prompts" in job.rows and not each.scores and samples is None,
-            _agrees(job, each),
-            _reads(job, each),
-        )
-        if draws or agrees or reads:
+        draws = "prompts" in job.rows and not each.scores and samples is None
+        if draws or _agrees(job, each) or _reads(job, each):
             job.signals.say(f"while {each.name} was evaluated; the responses of those before it are kept, continue with --resume")
-            start, since, role = each.start, time.monotonic(), "reward" if each.scores else "policy"
-            with frozen.visit(role, start.base, start.revision, start.adapter, head=each.scores) as backbone:
-                if draws:
-                    samples = _drawn(job, each, backbone, frozen, log)
-                if agrees:
-                    measured.agreed[each.name] = _agreed(job, each, backbone, theirs)
-                if reads:
-                    trees = job.rows["text"][each.voice.name].trees
-                    measured.text[each.name] = text_figures(backbone, role, trees, job.budget, job.ranks)
-            del backbone  # the next visit frees its model, which a name here would keep
+            since = time.monotonic()
+            drawn = _visit(job, each, frozen, measured, theirs, draws, log)
+            samples = drawn if draws else samples
             job.console.say(f"{each.name}: {time.monotonic() - since:.0f} s")
         if samples is not None:
             full = together(job.ranks, partial(_judged, job, each, samples))
@@ -363,6 +353,27 @@ def _measure(job: Job, folder: RunFolder) -> Measured:
         measured.agreed.update(together(job.ranks, partial(dict, _agreed_functions(job))))
         measured.agreed.update(_agreed_models(job, frozen))
     return measured
+
+
+def _visit(
+    job: Job,
+    each: Candidate,
+    frozen: Frozen,
+    measured: Measured,
+    theirs: Sequence[np.ndarray],
+    draws: bool,
+    log: MetricsLog | None,
+) -> list[Sample]:
+    """All that needs the weights of one model: its responses if it `draws`, and the rest into `measured`."""
+    start, role = each.start, "reward" if each.scores else "policy"
+    with frozen.visit(role, start.base, start.revision, start.adapter, head=each.scores) as backbone:
+        samples = _drawn(job, each, backbone, frozen, log) if draws else []
+        if _agrees(job, each):
+            measured.agreed[each.name] = _agreed(job, each, backbone, theirs)
+        if _reads(job, each):
+            trees = job.rows["text"][each.voice.name].trees
+            measured.text[each.name] = text_figures(backbone, role, trees, job.budget, job.ranks)
+    return samples
 
 
 def _kept(job: Job, folder: RunFolder) -> tuple[dict[str, list[Sample]], MetricsLog | None]:
