@@ -11,6 +11,9 @@ from rlhf_cli.evaluation.samples import Sample, Samples
 
 Row = dict[str, Any]
 
+DECIMALS = 5
+"""Of the scores: what differs by less is the rounding of one text in two batches, and no difference."""
+
 
 def ranked_rows(samples: Mapping[str, Samples], scores: Mapping[str, np.ndarray]) -> list[Row]:
     """`{"prompt", "responses", "scores", "models"}`, best first, of all models together; scores: model → (P, K).
@@ -22,7 +25,7 @@ def ranked_rows(samples: Mapping[str, Samples], scores: Mapping[str, np.ndarray]
     for number in range(next(iter(samples.values())).shape[0]):
         own: dict[str, tuple[float, Sample]] = {}
         for model, table in samples.items():
-            for sample, score in zip(table.own[number], scores[model][number].tolist(), strict=True):
+            for sample, score in zip(table.own[number], np.round(scores[model][number], DECIMALS).tolist(), strict=True):
                 if _usable(sample):
                     own.setdefault(sample.response, (score, sample))
         ordered = sorted(own.values(), key=lambda each: -each[0])

@@ -108,11 +108,6 @@ class Judged:
     asked: int  # comparisons of different texts
     contradicting: int  # of them: the response in the same place was better in both orders
 
-    @property
-    def position_bias(self) -> float:
-        """Share of the asked comparisons in which the place decided; 0 where nothing was asked."""
-        return self.contradicting / self.asked if self.asked else 0.0
-
 
 def _quiet(done: int, total: int) -> None:
     """Tell nobody."""

@@ -220,8 +220,9 @@ def reward_card(
     Raises:
         NumberError: a score is not finite.
     """
-    _check_finite(scores, wheres)
-    _check_finite(training_scores, [f"training tree {number}" for number in range(len(training_scores))])
+    remedy = "the reward model is broken: train it again with a lower train.learning_rate"
+    check_finite(scores, wheres, remedy)
+    check_finite(training_scores, [f"training tree {number}" for number in range(len(training_scores))], remedy)
     agreed = agreement(scores, held_out, training)
     found, baseline = agreed.rate, agreed.length_baseline
     spread = np.concatenate(training_scores).astype(np.float64)
@@ -245,14 +246,12 @@ def reward_card(
     )
 
 
-def _check_finite(scores: Sequence[np.ndarray], wheres: Sequence[str]) -> None:
+def check_finite(scores: Sequence[np.ndarray], wheres: Sequence[str], remedy: str) -> None:
+    """NumberError with the place of the first response, (K,) of every tree, whose score is NaN or infinite."""
     for own, where in zip(scores, wheres, strict=True):
         if not np.isfinite(own).all():
             number = int(np.flatnonzero(~np.isfinite(own))[0])
-            raise NumberError(
-                f"{where}: the score of response {number + 1} is {own[number]}\n"
-                "the reward model is broken: train it again with a lower train.learning_rate"
-            )
+            raise NumberError(f"{where}: the score of response {number + 1} is {own[number]}\n{remedy}")
 
 
 def _subsets(pairs: Margins, trees: Sequence[Tree]) -> dict[str, Rate]:

@@ -177,20 +177,19 @@ def _points(recipe: schema.EvalRecipe, measured: Measured, equal: Mapping[str, S
     if reference is None or reference not in equal or not recipe.reward:
         return []
     points: list[Point] = []
+    start = measured.samples[reference]
+    at_start = _scores(start, recipe), scores_of(start, "gold", recipe)
     for series in dict.fromkeys(name for name, _ in measured.series.values()):
-        start = equal[reference]
-        points.append(run_point(series, reference, 0, None, _scores(start, recipe), scores_of(start, "gold", recipe), counts))
+        own = []
         for model, (name, step) in measured.series.items():
             ratios = log_ratios(equal[model]) if name == series and model in equal else None
             if ratios is not None:
-                own = equal[model]
-                points.append(
-                    run_point(series, model, step, ratios, _scores(own, recipe), scores_of(own, "gold", recipe), counts)
-                )
+                figures_of = _scores(equal[model], recipe), scores_of(equal[model], "gold", recipe)
+                own.append(run_point(series, model, step, ratios, *figures_of, counts))
+        if own:  # the tokens of a series may be others than the reference's
+            points += [run_point(series, reference, 0, None, *at_start, counts), *own]
     if recipe.best_of_n:
-        own = measured.samples[reference]
-        gold = scores_of(own, "gold", recipe)
-        points += best_of_points(BEST_OF_N, reference, _scores(own, recipe), gold, recipe.best_of_n, counts)
+        points += best_of_points(BEST_OF_N, reference, *at_start, recipe.best_of_n, counts)
     return points
 
 

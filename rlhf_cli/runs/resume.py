@@ -43,10 +43,20 @@ def refuse_other_inputs(run: RunFolder, recipe: schema.Recipe, inputs: dict[str,
     keys = old.keys() & inputs.keys() if may_grow else {**old, **inputs}
     changed = [key for key in {**old, **inputs} if key in keys and old.get(key) != inputs.get(key)]
     if changed:
-        rows = [f"  {key}: {str(old.get(key))[:16]} → {str(inputs.get(key))[:16]}" for key in changed]
+        rows = [f"  {key}: {_differing(old.get(key), inputs.get(key))}" for key in changed]
         raise UsageError(
             "\n".join(["--resume: what the run was started with has changed. start another run with --output", *rows])
         )
+
+
+def _differing(old: Any, new: Any) -> str:
+    """Of two hashes their beginnings, of two records in JSON the fields that differ."""
+    try:
+        before, after = json.loads(old), json.loads(new)
+        fields = [field for field in {**before, **after} if before.get(field) != after.get(field)]
+    except (TypeError, ValueError, AttributeError):
+        return f"{str(old)[:16]} → {str(new)[:16]}"
+    return ", ".join(f"{field} {str(before.get(field))[:40]} → {str(after.get(field))[:40]}" for field in fields)
 
 
 def is_as_before(run: RunFolder, recipe: schema.Recipe, inputs: dict[str, Any]) -> bool:

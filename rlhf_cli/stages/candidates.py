@@ -18,6 +18,7 @@ from rlhf_cli.recipe import schema
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.manifest import BaseModel, weights_hash
 from rlhf_cli.runs.parents import POLICY_STAGES, Start, base_model, resolve_start
+from rlhf_cli.runs.resume import INPUTS
 from rlhf_cli.stages.reward_models import is_reward_model, recorded_template, serialised
 
 STEP = re.compile(r"step-(\d+)(-\d+)?")
@@ -48,6 +49,10 @@ class Voices:
         return self._known.setdefault(key, Voice(str(len(self._known)), tokenizer, template))
 
 
+Origin = tuple[str | None, str | None]
+"""Hashes of the base's weights and of the parent's manifest, as a run records what it starts from."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A model to evaluate."""
@@ -61,12 +66,12 @@ class Candidate:
     series: str | None  # the name that the checkpoints of its run share; None: it stands alone
     step: int | None  # of a checkpoint
     beta: float  # scale of its implicit rewards
+    origin: Origin | None  # of a checkpoint's run; None: not known
 
     @property
     def record(self) -> dict[str, Any]:
         """What identifies it."""
         return {
-            "path": self.path,
             "base": self.base and self.base.weights_hash,
             "adapter": weights_hash(self.start.adapter) if self.start.adapter else None,
             "template": self.voice.template.hash,
@@ -143,6 +148,7 @@ def _candidate(
         series=series,
         step=int(step[1]) if step else None,
         beta=recipe.beta if recipe.beta is not None else _own_beta(start, path),
+        origin=_origin(Path(path).parent.parent / INPUTS) if step else None,
     )
 
 
@@ -152,6 +158,13 @@ def _base(start: Start, bases: Bases) -> BaseModel:
     if key not in bases:
         bases[key] = base_model(start)
     return bases[key]
+
+
+def _origin(inputs: Path) -> Origin | None:
+    if not inputs.exists():
+        return None
+    recorded = json.loads(inputs.read_text())
+    return recorded.get("base"), recorded.get("parent")
 
 
 def _own_beta(start: Start, path: str) -> float:

@@ -199,7 +199,7 @@ def test_too_few_prompts(content: str, home: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "prompts.jsonl").write_text(content)
     path = write_eval(tmp_path / "ev.yaml", home, **changed(prompts=str(tmp_path / "prompts.jsonl")))
     message = refused(path, capsys)
-    assert "prompts" in message and ("fewer than 2 prompts" in message if content else "prompts.jsonl" in message)
+    assert "prompts" in message and ("fewer than 2 rows" in message if content else "prompts.jsonl" in message)
 
 
 def test_an_unfinished_run(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

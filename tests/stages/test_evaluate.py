@@ -24,7 +24,7 @@ from rlhf_cli.models.homes import Frozen
 from rlhf_cli.recipe import schema
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.rollout.experience import Rollout
-from rlhf_cli.stages import evaluate, measure
+from rlhf_cli.stages import measure, visits
 from tests.data.tiny_tokenizer import ZEPHYR, tiny_tokenizer
 from tests.models.tiny_backbone import plain_logps
 from tests.stages.tiny_runs import (
@@ -296,7 +296,7 @@ def test_without_best_of_more_the_first_point_is_the_reference(run: Callable[...
 
 
 def test_the_curve_of_a_run(home: Path, whole: Path) -> None:
-    """The start, then its checkpoints, with the figures that they have among the models."""
+    """The start by all its responses, those for best of n too, then its checkpoints as they are among the models."""
     found = result(whole)
     points = [point for point in found["overoptimisation"] if point["series"] == "pushed"]
     assert [(point["model"], point["step"]) for point in points] == [
@@ -304,7 +304,12 @@ def test_the_curve_of_a_run(home: Path, whole: Path) -> None:
         *((f"pushed/step-0000000{step}", step) for step in (1, 2, 3, 4)),
     ]
     assert points[0]["kl"] == 0
-    for point in points:
+    drawn = samples_of(whole)["sft"]
+    assert points[0]["proxy"] == pytest.approx(np.mean([line["score"] for line in drawn]))
+    assert points[0]["gold"] == pytest.approx(np.mean([line["terms"]["gold/letters"] for line in drawn]))
+    single = next(point for point in found["overoptimisation"] if point["n"] == 1)
+    assert [single[key] for key in ("proxy", "gold", "kl")] == [points[0][key] for key in ("proxy", "gold", "kl")]
+    for point in points[1:]:
         own = found["models"][point["model"]]
         assert point["proxy"] == pytest.approx(own["objective/scores"]["mean"])
         assert point["gold"] == pytest.approx(own["gold/letters"]["mean"])
@@ -417,13 +422,13 @@ def test_policies_on_one_base_cost_one_model(
 ) -> None:
     """Six adapters visit it one by one, and are gone; its own bits are as they were."""
     hosts: list[Frozen] = []
-    original = evaluate._load_frozen
+    original = visits._load_frozen
 
     def noting(job: Any) -> Frozen:
         hosts.append(original(job))
         return hosts[-1]
 
-    monkeypatch.setattr(evaluate, "_load_frozen", noting)
+    monkeypatch.setattr(visits, "_load_frozen", noting)
     models = {"sft": "HOME/sft", "dpo": "HOME/dpo", "pushed": "HOME/ppo/checkpoints/*", "bare": "HOME/base", "rm": "HOME/rm"}
     run(models=models, preferences=PROMPTS, **COMPARED)
     assert loads == [("base", 1)]
@@ -518,7 +523,8 @@ def test_models_with_other_tokens_or_another_template(foreign: Path, whole: Path
     folder = run(models=models, **COMPARED, preferences=PROMPTS, text="HOME/rows.jsonl")
     found = result(folder)
     assert found["about"]["notes"] == [
-        "template, tokens: other tokens or another chat template than sft, so no KL can be measured."
+        "template, tokens: other tokens or another chat template than sft: no KL can be measured, and their lengths and "
+        "perplexities are not comparable."
     ]
     for name in ("template", "tokens"):
         assert "objective/kl" not in found["models"][name] and "objective/scores" in found["models"][name]
@@ -530,7 +536,7 @@ def test_models_with_other_tokens_or_another_template(foreign: Path, whole: Path
     }
     assert found["preferences"]["reward/rm"] == result(whole)["preferences"]["reward/rm"]
     for name in ("report.md", "report.html"):
-        assert "so no KL can be measured" in (folder / name).read_text()
+        assert "no KL can be measured" in (folder / name).read_text()
 
 
 def test_prompts_too_long_for_one_model_are_left_out_for_all(
@@ -553,7 +559,7 @@ def test_prompts_too_long_for_one_model_are_left_out_for_all(
     folder = run(models={"sft": "HOME/sft", "wordy": str(tmp_path / "wordy")}, **sections)
     found = result(folder)
     assert found["about"]["prompts"] == len(fits) == found["winrate"]["wordy"]["n"]
-    left = f"{24 - len(fits)} prompts are too long in the tokens of some model, and left out for all."
+    left = f"{24 - len(fits)} prompts do not fit the tokens of some model, and are left out for all."
     assert left in found["about"]["notes"]
     for own in samples_of(folder).values():
         assert [line["where"] for line in own] == [f"{home / 'pairs.jsonl'}:{number + 1}" for number in fits]

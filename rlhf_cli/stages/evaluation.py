@@ -1,0 +1,295 @@
+"""What an evaluation is made of before any weights are loaded: its models, its rows, who judges."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from rlhf_cli.console import Console
+from rlhf_cli.data.dataset import Dataset, data_report, prepare
+from rlhf_cli.errors import UsageError
+from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
+from rlhf_cli.models.load import load_config, resolve_dtype
+from rlhf_cli.models.memory import auto_budget, estimate
+from rlhf_cli.recipe import schema
+from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.recipe.rewards import name_of
+from rlhf_cli.rollout.rewards import FunctionTerm
+from rlhf_cli.runs.files import sha256_file
+from rlhf_cli.stages.candidates import Candidate, Origin, Voice, Voices, find_candidates, recipe_of
+from rlhf_cli.stages.drawing import Judges, find_judges
+from rlhf_cli.stages.measure import (
+    Rows,
+)
+from rlhf_cli.stages.reward_models import FoundRewardModel
+from rlhf_cli.stages.training import quiet
+from rlhf_cli.training.ranks import Ranks
+from rlhf_cli.training.signals import StopSignals
+
+SECTIONS: dict[str, tuple[str, Literal["none", "all", "first"]]] = {
+    "prompts": ("ppo", "none"),
+    "preferences": ("train-rm", "all"),
+    "text": ("sft", "first"),
+}
+"""Section of the recipe → the stage that takes such rows, and which of their responses are read."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An evaluation before any weights are loaded."""
+
+    loaded: Loaded
+    recipe: schema.EvalRecipe  # every `auto` replaced by the value in force
+    candidates: list[Candidate]
+    voices: Voices
+    judges: dict[str, Judges]  # by the name of the voice that they read
+    rows: dict[str, dict[str, Rows]]  # section → name of the voice → its rows; of prompts those that all voices have
+    datasets: dict[str, Dataset]  # section → as the first voice reads it
+    ranks: Ranks
+    console: Console
+    signals: StopSignals
+    started: float
+    notes: list[str]  # for the report
+
+    @property
+    def budget(self) -> int:
+        return int(self.recipe.tokens_per_device)
+
+    @property
+    def reference(self) -> Candidate | None:
+        return next((each for each in self.candidates if each.name == self.recipe.reference), None)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What a resumed evaluation must have in common with the one before, where it names the same things."""
+        found = {f"model {each.name}": json.dumps(each.record) for each in self.candidates}
+        judges = next(iter(self.judges.values()))
+        terms = [("reward", judge) for judge in judges.reward] + [("gold", judge) for judge in judges.gold]
+        for what, judge in terms:
+            own = {key: value for key, value in judge.identity.items() if key != "reads"}  # each voice its own way
+            found[f"{what} {name_of(judge.reward)}"] = json.dumps(own)
+        return found | self.fingerprints
+
+    @property
+    def code(self) -> dict[str, str]:
+        """What may be mended before an evaluation goes on, but makes a finished one another: functions, the judge's prompt."""
+        judges = next(iter(self.judges.values()))
+        found = {
+            f"function {judge.found.reference}": str(judge.record["hash"])
+            for judge in judges.reward + judges.gold
+            if isinstance(judge.found, FunctionTerm)
+        }
+        endpoint = self.recipe.winrate and self.recipe.winrate.judge
+        if isinstance(endpoint, schema.Endpoint) and endpoint.prompt is not None:
+            found["winrate.judge.prompt"] = sha256_file(Path(endpoint.prompt))
+        return found
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {path: print for dataset in self.datasets.values() for path, print in dataset.fingerprints.items()}
+
+
+def prepare_evaluation(loaded: Loaded, check: bool) -> Job:
+    """Find every model, read and tokenise the rows, settle every value.
+
+    Raises:
+        UsageError: the recipe, the data or what it names is wrong.
+    """
+    signals = StopSignals()
+    signals.install()
+    quiet()
+    started, recipe = time.monotonic(), recipe_of(loaded)
+    signals.say("before the first model; nothing was drawn")
+    console, ranks = Console(os.environ.get("RANK", "0") == "0"), Ranks(expected=not check)
+    voices = Voices()
+    candidates = find_candidates(loaded, voices, check)
+    _check_roles(loaded, candidates)
+    if recipe.winrate is not None and not isinstance(recipe.winrate.judge, str):
+        prepare_endpoint(recipe.winrate.judge)
+    _check_dump(loaded)
+    writers = list(dict.fromkeys(each.voice for each in candidates if not each.scores)) or [candidates[0].voice]
+    judges = {
+        voice.name: find_judges(loaded, voice.tokenizer, voice.template, recipe.trust_remote_code, check) for voice in writers
+    }
+    readers = list(
+        dict.fromkeys(
+            [*writers, *(each.voice for each in candidates), *(voice_of(found, voices) for found in _reward_models(judges))]
+        )
+    )
+    notes: list[str] = []
+    rows: dict[str, dict[str, Rows]] = {}
+    datasets: dict[str, Dataset] = {}
+    for section in SECTIONS:
+        if vars(recipe)[section] is not None:
+            read = {voice.name: _read(loaded, section, voice) for voice in (readers if section == "preferences" else writers)}
+            datasets[section] = next(iter(read.values()))
+            rows[section] = {name: _rows(dataset) for name, dataset in read.items()}
+    if "prompts" in rows:
+        rows["prompts"] = _in_common(rows["prompts"], notes)
+    for section, own in rows.items():
+        if section != "preferences" and min(len(each.trees) for each in own.values()) < 2:
+            raise UsageError(f"{loaded.named(section)}: fewer than 2 rows are left, which is too few for any interval")
+    recipe = _settled(recipe, candidates, datasets, ranks)
+    notes += _notes(recipe, candidates)
+    return Job(loaded, recipe, candidates, voices, judges, rows, datasets, ranks, console, signals, started, notes)
+
+
+def _check_roles(loaded: Loaded, candidates: Sequence[Candidate]) -> None:
+    recipe = recipe_of(loaded)
+    scoring = {each.name for each in candidates if each.scores}
+    roles = {"reference": recipe.reference, "winrate.baseline": recipe.winrate and recipe.winrate.baseline}
+    for key, name in roles.items():
+        if name in scoring:
+            raise UsageError(f"{loaded.named(key)}: {name} is a reward model, and writes nothing; name a policy")
+    if recipe.prompts is not None and len(scoring) == len(candidates):
+        raise UsageError(f"{loaded.named('prompts')}: all models are reward models, which answer no prompts. remove prompts")
+    for name in scoring:
+        if recipe.preferences is None:
+            raise UsageError(f"{loaded.named('models')}: {name} is a reward model: name preferences to measure it on")
+
+
+def _check_dump(loaded: Loaded) -> None:
+    """The file to write is no folder, and nothing that is read."""
+    recipe = recipe_of(loaded)
+    if recipe.dump_pairs is None:
+        return
+    path, place = Path(recipe.dump_pairs), loaded.named("dump_pairs")
+    if path.is_dir():
+        raise UsageError(f"{place}: {path} is a folder. name a file")
+    if path.resolve() in {Path(read).resolve() for read in recipe.paths}:
+        raise UsageError(f"{place}: {path} is read by this recipe, and would be overwritten. name another file")
+
+
+def _reward_models(judges: Mapping[str, Judges]) -> Iterator[FoundRewardModel]:
+    for own in judges.values():
+        yield from (judge.found for judge in own.reward + own.gold if isinstance(judge.found, FoundRewardModel))
+
+
+def voice_of(found: FoundRewardModel, voices: Voices) -> Voice:
+    return voices.of(found.tokenizer, found.template)
+
+
+def _read(loaded: Loaded, section: str, voice: Voice) -> Dataset:
+    """The rows of a section in a voice's tokens."""
+    recipe = recipe_of(loaded)
+    sources: list[schema.EvalSource] = vars(recipe)[section]
+    stage, responses = SECTIONS[section]
+    data = schema.SftData(
+        train=[schema.Source(**{k: v for k, v in vars(source).items() if k != "holdout"}) for source in sources],
+        holdout=sources[0].holdout,
+        max_length=recipe.max_length,
+        overlong=recipe.overlong,
+        control_tokens=recipe.control_tokens,
+        max_lost=recipe.max_lost,
+        train_on="all" if section == "text" else "last",
+    )
+
+    def where(key: str) -> str:
+        return loaded.named(key.replace("data.train", section, 1).removeprefix("data."))
+
+    reserve = recipe.rollout.max_new_tokens if section == "prompts" else 0
+    try:
+        return prepare(data, stage, voice.tokenizer, voice.template, recipe.seed, where, responses, reserve=reserve)
+    except UsageError as error:
+        # The reader names the keys of stages that train, where these stand in `data`.
+        raise UsageError(re.sub(r"\bdata\.(?=(max_lost|max_length|overlong|control_tokens)\b)", "", str(error))) from error
+
+
+def _rows(dataset: Dataset) -> Rows:
+    if dataset.held_out is None:
+        return Rows(list(dataset.train.trees), dataset.reading.train, [])
+    return Rows(list(dataset.held_out.trees), dataset.reading.held_out, list(dataset.train.trees))
+
+
+def _in_common(rows: dict[str, Rows], notes: list[str]) -> dict[str, Rows]:
+    """The prompts that every voice has: others do not fit into the tokens of some model."""
+    known = [{tree.row for tree in own.trees} for own in rows.values()]
+    shared = known[0].intersection(*known)
+    lost = len(known[0].union(*known)) - len(shared)
+    if lost:
+        notes.append(f"{lost} prompts do not fit the tokens of some model, and are left out for all.")
+    return {
+        name: dataclasses.replace(own, trees=[tree for tree in own.trees if tree.row in shared]) for name, own in rows.items()
+    }
+
+
+def _settled(
+    recipe: schema.EvalRecipe, candidates: Sequence[Candidate], datasets: Mapping[str, Dataset], ranks: Ranks
+) -> schema.EvalRecipe:
+    """The recipe with the dtype and the budget in force: that of the model which takes the most memory."""
+    dtype = resolve_dtype(recipe.dtype, ranks.device)
+    budget = recipe.tokens_per_device
+    if budget == "auto":
+        trust = recipe.trust_remote_code
+        drawn = max(recipe.rollout.responses_per_prompt, *recipe.best_of_n, 1) * recipe.rollout.max_new_tokens
+        longest = max(dataset.longest + drawn * (section == "prompts") for section, dataset in datasets.items())
+        fitting = []
+        for base, revision in dict.fromkeys((each.start.base, each.start.revision) for each in candidates):
+            config = load_config(base, revision, trust)
+            memory = estimate(config, rank=1, dtype=dtype, checkpointing=False, trust_remote_code=trust)
+            fitting.append(auto_budget(memory, longest, ranks.device))
+        budget = ranks.min(min(fitting))
+    return dataclasses.replace(recipe, tokens_per_device=budget, dtype=cast(Any, str(dtype).removeprefix("torch.")))
+
+
+def _notes(recipe: schema.EvalRecipe, candidates: Sequence[Candidate]) -> Iterator[str]:
+    """What a reader of the report must know and cannot see in it."""
+    if recipe.prompts is not None and recipe.rollout.temperature != 1:
+        yield (
+            f"Responses were drawn at temperature {recipe.rollout.temperature:g}, and log-probabilities are those at 1: the "
+            "KL is that of what was drawn, not of the policies."
+        )
+    reference = next((each for each in candidates if each.name == recipe.reference), None)
+    if reference is not None:
+        others = [each.name for each in candidates if not each.scores and each.voice != reference.voice]
+        if others:
+            yield (
+                f"{', '.join(others)}: other tokens or another chat template than {reference.name}: no KL can be measured, and "
+                "their lengths and perplexities are not comparable."
+            )
+        strangers = {each.series for each in candidates if each.series and each.origin not in (None, _origin(reference))}
+        if strangers:
+            yield (
+                f"{', '.join(sorted(strangers))}: that run did not start from {reference.name}, so the point at KL 0 is where "
+                "distances are measured from, not where the run began."
+            )
+
+
+def _origin(each: Candidate) -> Origin:
+    """What a run would have recorded that starts from this model."""
+    base, parent = each.base, each.start.parent
+    return base.weights_hash if base else None, parent.manifest_hash if parent else None
+
+
+def plan_evaluation(job: Job) -> list[tuple[str, list[tuple[str, object]]]]:
+    recipe = job.recipe
+    models: list[tuple[str, object]] = [
+        (each.name, each.path + (" (a reward model)" if each.scores else "")) for each in job.candidates
+    ]
+    rows: list[tuple[str, object]] = []
+    for section, own in job.rows.items():
+        count = len(next(iter(own.values())).trees)
+        report = data_report(job.datasets[section])["train"]
+        lost = "; ".join(f"{number} {reason}" for reason, number in Counter(report["dropped"]).items())
+        rows.append((section, f"{count:,} rows" + (f" (dropped: {lost})" if lost else "")))
+    settings: list[tuple[str, object]] = [
+        ("dtype", recipe.dtype),
+        ("forward passes", f"of at most {job.budget:,} tokens (tokens_per_device)"),
+        ("devices", f"{job.ranks.size} × {job.ranks.device.type}"),
+    ]
+    if recipe.prompts is not None:
+        drawn = f"{recipe.rollout.responses_per_prompt} to each prompt, of up to {recipe.rollout.max_new_tokens} tokens"
+        most = max(recipe.best_of_n, default=0)
+        more = f"; {most} of {recipe.reference}, for best of n" if most > recipe.rollout.responses_per_prompt else ""
+        settings.insert(0, ("responses", drawn + more))
+    judges = next(iter(job.judges.values()))
+    words: list[tuple[str, object]] = [("", text) for text in judges.words()]
+    return [("models", models), ("rows", rows), ("evaluation", [*settings, *words])]

@@ -1,0 +1,226 @@
+"""Every model of an evaluation visited once: what it says, and how it reads what is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.evaluation.preference import agreement, check_finite, score_responses
+from rlhf_cli.evaluation.result import Agreed, Measured
+from rlhf_cli.evaluation.samples import Sample, grouped, read_samples
+from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.homes import Frozen
+from rlhf_cli.models.load import resolve_dtype
+from rlhf_cli.recipe import schema
+from rlhf_cli.recipe.rewards import name_of
+from rlhf_cli.rollout.experience import together
+from rlhf_cli.rollout.rewards import FunctionTerm
+from rlhf_cli.runs.files import to_json, write_atomic
+from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
+from rlhf_cli.stages.candidates import Candidate
+from rlhf_cli.stages.evaluation import Job, voice_of
+from rlhf_cli.stages.measure import (
+    Rows,
+    draw,
+    function_scores,
+    judged,
+    place_judges,
+    response_logps,
+    text_figures,
+)
+from rlhf_cli.stages.reward_models import FoundRewardModel
+
+
+def measure_models(job: Job, folder: RunFolder) -> Measured:
+    """Visit every model once: its responses, its view of the preferences, its perplexity."""
+    kept, log = _kept(job, folder)
+    frozen = _load_frozen(job)
+    series = {each.name: (each.series, each.step) for each in job.candidates if each.series and each.step is not None}
+    measured = Measured({}, {}, {}, series)
+    theirs = _reference_logps(job, frozen)
+    for each in job.candidates:
+        samples = kept.get(each.name)
+        draws = "prompts" in job.rows and not each.scores and samples is None
+        if draws or _agrees(job, each) or _reads(job, each):
+            job.signals.say(f"while {each.name} was evaluated; the responses of those before it are kept, continue with --resume")
+            since = time.monotonic()
+            drawn = _visit(job, each, frozen, measured, theirs, draws, log)
+            samples = drawn if draws else samples
+            job.console.say(f"{each.name}: {time.monotonic() - since:.0f} s")
+        if samples is not None:
+            full = together(job.ranks, partial(_judged, job, each, samples))
+            measured.samples[each.name] = grouped(full)
+    if "preferences" in job.rows:
+        measured.agreed.update(together(job.ranks, partial(dict, _agreed_functions(job))))
+        measured.agreed.update(_agreed_models(job, frozen))
+    return measured
+
+
+def _visit(
+    job: Job,
+    each: Candidate,
+    frozen: Frozen,
+    measured: Measured,
+    theirs: Sequence[np.ndarray],
+    draws: bool,
+    log: MetricsLog | None,
+) -> list[Sample]:
+    """All that needs the weights of one model: its responses if it `draws`, and the rest into `measured`."""
+    start, role = each.start, "reward" if each.scores else "policy"
+    with frozen.visit(role, start.base, start.revision, start.adapter, head=each.scores) as backbone:
+        samples = _drawn(job, each, backbone, frozen, log) if draws else []
+        if _agrees(job, each):
+            measured.agreed[each.name] = _agreed(job, each, backbone, theirs)
+        if _reads(job, each):
+            rows = job.rows["text"][each.voice.name]
+            found = text_figures(backbone, role, rows.trees, job.budget, job.ranks)
+            check_finite(list(found), _wheres(rows), f"{each.name} is broken: evaluate an earlier checkpoint of it")
+            measured.text[each.name] = found
+    return samples
+
+
+def _kept(job: Job, folder: RunFolder) -> tuple[dict[str, list[Sample]], MetricsLog | None]:
+    """The responses that an earlier start drew, of models that are complete; and the file that holds them and takes more."""
+    kept: dict[str, list[Sample]] = {}
+    log = None
+    if job.ranks.main and "prompts" in job.rows:
+        try:
+            found = read_samples(read_metrics(folder.samples))
+        except TypeError as error:
+            what = f"{folder.samples}: a line is no response of an evaluation ({error})"
+            raise UsageError(f"{what}\n  start anew with --force") from error
+        for each in job.candidates:
+            if each.scores:
+                continue
+            rows, count = job.rows["prompts"][each.voice.name].trees, _responses(job, each)
+            own = [sample for sample in found if sample.model == each.name and sample.number < count]
+            places = set(product((tree.row for tree in rows), range(count)))
+            if len(own) == len(places) and {(sample.row, sample.number) for sample in own} == places:
+                kept[each.name] = own
+        write_samples(folder.samples, [sample for own in kept.values() for sample in own])
+        log = MetricsLog(folder.samples)
+        if kept:
+            job.console.say(f"the responses of {', '.join(kept)} are there already")
+    return job.ranks.gather(kept)[0], log
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    write_atomic(path, b"".join(to_json(sample.line()) + b"\n" for sample in samples))
+
+
+def _responses(job: Job, each: Candidate) -> int:
+    """How many responses to each prompt are drawn from a model."""
+    most = max(job.recipe.best_of_n, default=1) if each is job.reference else 1
+    return max(job.recipe.rollout.responses_per_prompt, most)
+
+
+def _load_frozen(job: Job) -> Frozen:
+    """The frozen models beside the one that is visited: the reference and the reward models."""
+    recipe, reference = job.recipe, job.reference
+    settings = schema.Model(path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code)
+    frozen = Frozen(settings, resolve_dtype(recipe.dtype, job.ranks.device), job.ranks.device)
+    if reference is not None:
+        frozen.add("reference", reference.start.base, reference.start.revision, reference.start.adapter)
+    place_judges(next(iter(job.judges.values())), frozen)
+    return frozen
+
+
+def _agrees(job: Job, each: Candidate) -> bool:
+    """Has it a view of the preferences? A policy has one against a reference with the same tokens that is another one."""
+    reference = job.reference
+    compared = reference is not None and each is not reference and each.voice == reference.voice
+    return "preferences" in job.rows and (each.scores or compared)
+
+
+def _reads(job: Job, each: Candidate) -> bool:
+    return "text" in job.rows and not each.scores
+
+
+def _reference_logps(job: Job, frozen: Frozen) -> list[np.ndarray]:
+    """Σ log π_ref of the preferences' responses; empty where nothing is compared with them."""
+    reference = job.reference
+    if reference is None or not any(_agrees(job, each) and not each.scores for each in job.candidates):
+        return []
+    trees = job.rows["preferences"][reference.voice.name].trees
+    return response_logps(frozen.places["reference"], "reference", trees, job.budget, job.ranks)
+
+
+def _drawn(job: Job, each: Candidate, backbone: Backbone, frozen: Frozen, log: MetricsLog | None) -> list[Sample]:
+    """The model's responses, also written to the log."""
+    samples = draw(
+        each,
+        backbone,
+        frozen,
+        job.judges[each.voice.name],
+        job.rows["prompts"][each.voice.name],
+        job.recipe,
+        samples=_responses(job, each),
+        compared=job.reference is not None and each.voice == job.reference.voice,
+        budget=job.budget,
+        ranks=job.ranks,
+    )
+    if log is not None:
+        job.signals.defer()  # a model's lines are there all or not at all, but for a kill
+        for sample in samples:
+            log.append(sample.line())
+        job.signals.obey_at_once(f"after {each.name}; what was drawn is kept, continue with --resume")
+    return samples
+
+
+def _judged(job: Job, each: Candidate, samples: list[Sample]) -> list[Sample]:
+    """With what Python functions make of them; rank 0 alone asks those, and the others' samples stay as they are."""
+    if not job.ranks.main:
+        return samples
+    rows = job.rows["prompts"][each.voice.name]
+    return judged(samples, job.judges[each.voice.name], rows.records, job.recipe)
+
+
+def _agreed(job: Job, each: Candidate, backbone: Backbone, theirs: Sequence[np.ndarray]) -> Agreed:
+    """How a reward model's scores, or a policy's implicit rewards β (log π − log π_ref), agree with the preferences."""
+    rows = job.rows["preferences"][each.voice.name]
+    if each.scores:
+        scores = score_responses(backbone, "reward", rows.trees, job.budget, job.ranks)
+        check_finite(scores, _wheres(rows), f"{each.name} is broken: evaluate an earlier checkpoint of it")
+        return Agreed("reward model", agreement(scores, rows.trees, rows.training))
+    own = response_logps(backbone, "policy", rows.trees, job.budget, job.ranks)
+    scores = [each.beta * (mine - other) for mine, other in zip(own, theirs, strict=True)]
+    check_finite(scores, _wheres(rows), f"{each.name} or {job.recipe.reference} is broken: evaluate an earlier checkpoint of it")
+    return Agreed("policy", agreement(scores, rows.trees, rows.training), each.beta)
+
+
+def _wheres(rows: Rows) -> list[str]:
+    return [rows.records[tree.row].where for tree in rows.trees]
+
+
+def _agreed_models(job: Job, frozen: Frozen) -> dict[str, Agreed]:
+    """How the reward models among the terms agree with the preferences, by raw scores."""
+    found = {}
+    for role, name, term in _terms(job):
+        if isinstance(term, FoundRewardModel):
+            rows = job.rows["preferences"][voice_of(term, job.voices).name]
+            scores = score_responses(frozen.places[role], role, rows.trees, job.budget, job.ranks)
+            check_finite(scores, _wheres(rows), f"{name} is broken: name an earlier checkpoint of it")
+            found[name] = Agreed("reward model", agreement(scores, rows.trees, rows.training))
+    return found
+
+
+def _agreed_functions(job: Job) -> Iterator[tuple[str, Agreed]]:
+    """How the Python functions among the terms agree with the preferences."""
+    rows = next(iter(job.rows["preferences"].values()))
+    for _, name, term in _terms(job):
+        if isinstance(term, FunctionTerm) and job.ranks.main:
+            yield name, Agreed("term", agreement(function_scores(term, rows), rows.trees, rows.training))
+
+
+def _terms(job: Job) -> Iterator[tuple[str, str, FoundRewardModel | FunctionTerm]]:
+    """(role, name in eval.json, what it is) of every term of the reward and of gold."""
+    judges = next(iter(job.judges.values()))
+    for what, own in (("reward", judges.reward), ("gold", judges.gold)):
+        for number, judge in enumerate(own):
+            yield f"{what}{number}", f"{what}/{name_of(judge.reward)}", judge.found
