@@ -157,15 +157,16 @@ def _check_roles(loaded: Loaded, candidates: Sequence[Candidate]) -> None:
 
 
 def _check_dump(loaded: Loaded) -> None:
-    """The file to write is no folder, and nothing that is read."""
+    """The file to write is no folder, and nothing that is read, by --resume either."""
     recipe = recipe_of(loaded)
     if recipe.dump_pairs is None:
         return
     path, place = Path(recipe.dump_pairs), loaded.named("dump_pairs")
     if path.is_dir():
         raise UsageError(f"{place}: {path} is a folder. name a file")
-    if path.resolve() in {Path(read).resolve() for read in recipe.paths}:
-        raise UsageError(f"{place}: {path} is read by this recipe, and would be overwritten. name another file")
+    own = [f"{recipe.output}/{name}" for name in ("samples.jsonl", "verdicts.jsonl")]
+    if path.resolve() in {Path(read).resolve() for read in (*recipe.paths, *own)}:
+        raise UsageError(f"{place}: {path} is read by this evaluation, and would be overwritten. name another file")
 
 
 def _reward_models(judges: Mapping[str, Judges]) -> Iterator[FoundRewardModel]:
@@ -199,8 +200,12 @@ def _read(loaded: Loaded, section: str, voice: Voice) -> Dataset:
     try:
         return prepare(data, stage, voice.tokenizer, voice.template, recipe.seed, where, responses, reserve=reserve)
     except UsageError as error:
-        # The reader names the keys of stages that train, where these stand in `data`.
-        raise UsageError(re.sub(r"\bdata\.(?=(max_lost|max_length|overlong|control_tokens)\b)", "", str(error))) from error
+        raise UsageError(_own_keys(str(error))) from error
+
+
+def _own_keys(text: str) -> str:
+    """The reader names the keys of stages that train, where these stand in `data`."""
+    return re.sub(r"\bdata\.(?=(max_lost|max_length|overlong|control_tokens)\b)", "", text)
 
 
 def _rows(dataset: Dataset) -> Rows:
@@ -278,7 +283,7 @@ def plan_evaluation(job: Job) -> list[tuple[str, list[tuple[str, object]]]]:
     for section, own in job.rows.items():
         count = len(next(iter(own.values())).trees)
         report = data_report(job.datasets[section])["train"]
-        lost = "; ".join(f"{number} {reason}" for reason, number in Counter(report["dropped"]).items())
+        lost = "; ".join(f"{number} {_own_keys(reason)}" for reason, number in Counter(report["dropped"]).items())
         rows.append((section, f"{count:,} rows" + (f" (dropped: {lost})" if lost else "")))
     settings: list[tuple[str, object]] = [
         ("dtype", recipe.dtype),
