@@ -48,7 +48,9 @@ def _pictures(result: dict[str, Any]) -> Iterator[tuple[str, Picture]]:
     if result["ratings"]:
         alt = f"Horizontal 95 % intervals of {len(result['ratings'])} models' Elo ratings; the table has the numbers."
         yield "ratings", Picture("Ratings", "ratings.png", alt, _ratings_png(result["ratings"]))
-    for number, (name, own) in enumerate(result["preferences"].items(), 1):
+    # Of policies the table has the figures: an evaluation of many checkpoints would end in pages of these.
+    judges = {name: own for name, own in result["preferences"].items() if own["kind"] != "policy"}
+    for number, (name, own) in enumerate(judges.items(), 1):
         if own["reliability"]:
             alt = f"How often {name} is right, by its confidence σ(|margin|); the diagonal is perfect calibration."
             file = _file("reliability", number, name)

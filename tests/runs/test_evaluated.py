@@ -175,7 +175,7 @@ def test_report_has_every_part(tmp_path: Path) -> None:
     pictures = {path.name for path in (tmp_path / "plots").iterdir()}
     assert pictures == {
         *("winrates.png", "ratings.png", "overoptimisation-1-pushed.png"),
-        *(f"{kind}-{name}.png" for kind in ("reliability", "margins") for name in ("1-rm", "2-dpo")),
+        *(f"{kind}-{name}.png" for kind in ("reliability", "margins") for name in ("1-rm",)),
     }
     assert all(f"](plots/{name})" in text for name in pictures)
     assert not [path for path in tmp_path.rglob("*.tmp")]
