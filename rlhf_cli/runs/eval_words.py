@@ -97,8 +97,11 @@ def _compared(result: Result) -> Iterator[Finding]:
         ("worse", "Worse than", "the 95 % interval is below 50 %"),
         ("open", "Not told apart from", "the 95 % interval includes 50 %; more prompts narrow it"),
     )
+    ties = [name for name, rate in result["winrate"].items() if rate["ties"] == 1]
+    if ties:
+        yield Finding("warning", "No difference at all:", f"by {judge}, every comparison of {', '.join(ties)} is a tie.")
     for kind, head, meaning in heads:
-        own = {name: rate for name, rate in result["winrate"].items() if leaning(measure(rate)) == kind}
+        own = {name: rate for name, rate in result["winrate"].items() if leaning(measure(rate)) == kind and name not in ties}
         names = sorted(own, key=lambda name: abs(own[name]["mean"] - CHANCE), reverse=kind != "open")
         if names:
             first = own[names[0]]
@@ -114,19 +117,25 @@ def _others(names: list[str]) -> str:
 
 
 def _length(result: Result) -> Iterator[Finding]:
-    """Where the rate at equal length is another one: outside its interval, or on another side of a half."""
+    """Where the rate at equal length is another one: outside its interval, or on another side of a half.
+
+    The largest change first. Of a model that cannot be told apart from the baseline there is no gain or loss to explain.
+    """
     baseline = result["about"]["baseline"]
-    told = []
+    told: list[tuple[float, str]] = []
     for name, own in result["winrate"].items():
         if not own["length_controlled"]:
             continue
         raw, equal = measure(own), measure(own["length_controlled"])
+        if leaning(raw) == "open":
+            continue
         if equal.low <= raw.mean <= equal.high and leaning(raw) == leaning(equal) and not _crosses(raw, equal):
             continue
-        told.append(f"{name} wins {in_percent(raw)}, at equal length {in_percent(equal)}: {_effect(name, baseline, raw, equal)}")
+        said = f"{name} wins {in_percent(raw)}, at equal length {in_percent(equal)}: {_effect(name, baseline, raw, equal)}"
+        told.append((abs(raw.mean - equal.mean), said))
     if told:
-        more = f"; {len(told) - NAMED} more in the table" if len(told) > NAMED else ""
-        yield Finding("warning", "Length plays a part.", f"{'; '.join(told[:NAMED])}{more}.")
+        words = [said for _, said in sorted(told, key=lambda each: -each[0])]
+        yield Finding("warning", "Length plays a part.", f"{'; '.join(words[:NAMED])}{_others(words)}.")
 
 
 def _crosses(raw: Measure, equal: Measure) -> bool:
@@ -142,8 +151,6 @@ def _effect(name: str, baseline: str, raw: Measure, equal: Measure) -> str:
         return "its gain is its length, and beside that it is worse"
     if leaning(raw) == "worse" and after != "worse":
         return "its length is what it loses by"
-    if leaning(raw) == "open" and after != "open":
-        return f"beside its length it is {after}"
     return "its gain is partly length" if equal.mean < raw.mean else "its length costs it comparisons"
 
 

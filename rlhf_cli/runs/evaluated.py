@@ -104,8 +104,10 @@ def _peaks(result: Result) -> list[str]:
     for series in series_of(result):
         if top := (result["fits"].get(series) or {}).get("peak"):
             where = f"{number(top['gold'])} at {step_of(top)}, KL {number(top['kl'])} nats"
-            fall = f"; {spelled(measure(top['fall']))} lower at the end" if top["fall"]["mean"] else ", the last point"
-            lines.append(f"{_name(series)}: gold peaks at {where}{fall}")
+            if top["fall"]["mean"]:
+                lines.append(f"{_name(series)}: gold peaks at {where}; {spelled(measure(top['fall']))} lower at the end")
+            else:
+                lines.append(f"{_name(series)}: gold is highest at the last point, {where}")
     return lines
 
 

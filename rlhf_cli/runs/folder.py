@@ -118,14 +118,18 @@ def _move_aside(output: Path) -> Path:
         raise UsageError(f"--force would move {output}, which is or contains the working directory\n  choose another output")
     lock = _lock(output)
     try:
-        candidates = (old.with_name(f"{old.name}.old-{n}") for n in itertools.count(1))
-        new = next(path for path in candidates if not os.path.lexists(path))
-        old.rename(new)
+        new = move_aside(old)
     except BaseException:
         _unlock(output, lock)
         raise
     _unlock(new, lock)
     return new
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a file or folder to the first free <path>.old-<n>."""
+    candidates = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
+    return path.rename(next(new for new in candidates if not os.path.lexists(new)))
 
 
 def _lock(folder: Path) -> int:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from rlhf_cli.data.dataset import data_report
-from rlhf_cli.errors import MachineError, RunError
+from rlhf_cli.errors import MachineError, RunError, UsageError
 from rlhf_cli.evaluation.dump import pair_rows, ranked_rows
 from rlhf_cli.evaluation.judge import Verdicts, judge_all
 from rlhf_cli.evaluation.question import Question, prompt_text
@@ -23,7 +24,7 @@ from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.evaluated import terminal_table, write_report
 from rlhf_cli.runs.files import disk_error, to_json, write_atomic, write_json
-from rlhf_cli.runs.folder import RunFolder, open_run
+from rlhf_cli.runs.folder import RunFolder, move_aside, open_run
 from rlhf_cli.runs.manifest import git_commit, versions, write_manifest
 from rlhf_cli.runs.resume import is_as_before, record_inputs, refuse_other_inputs, reopen
 from rlhf_cli.stages.evaluation import Job, plan_evaluation, prepare_evaluation
@@ -40,7 +41,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     Raises:
         RunError: with its exit code; what was drawn and judged so far is kept, and --resume goes on.
     """
-    job = prepare_evaluation(loaded, check)
+    job = prepare_evaluation(loaded, check=check, resume=resume, force=force)
     job.console.plan(plan_evaluation(job))
     if check:
         job.console.say(FINE)
@@ -62,6 +63,7 @@ def _opened(job: Job, resume: bool, force: bool) -> Iterator[RunFolder | None]:
         ranks.barrier()
         done = False
         if resume:
+            _refuse_other_stages(job, folder)
             refuse_other_inputs(folder, job.recipe, job.inputs, may_grow=True)
             done = _is_finished(job, folder)
         ranks.barrier()
@@ -72,6 +74,8 @@ def _opened(job: Job, resume: bool, force: bool) -> Iterator[RunFolder | None]:
         else:
             job.signals.say("before the first model; continue with --resume")
             if ranks.main:
+                if force and job.recipe.dump_pairs is not None and Path(job.recipe.dump_pairs).exists():
+                    move_aside(Path(job.recipe.dump_pairs))
                 reopen(folder)
                 record_inputs(folder, job.recipe, job.loaded.stage, job.inputs | job.code)
                 write_json(folder.data, {section: data_report(dataset) for section, dataset in job.datasets.items()})
@@ -79,10 +83,16 @@ def _opened(job: Job, resume: bool, force: bool) -> Iterator[RunFolder | None]:
     ranks.close()
 
 
+def _refuse_other_stages(job: Job, folder: RunFolder) -> None:
+    if folder.recipe.exists() and "models" not in (yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) or {}):
+        raise UsageError(f"--resume: {folder.path} is a run of another command, not of eval. choose another output")
+
+
 def _is_finished(job: Job, folder: RunFolder) -> bool:
     """Is everything written, of the same inputs by the same code?"""
     dump = job.recipe.dump_pairs
-    written = [folder.manifest, folder.path / RESULT, *([Path(dump)] if dump is not None else [])]
+    reports = [folder.path / RESULT, folder.report, folder.path / PAGE]
+    written = [folder.manifest, *reports, *([Path(dump)] if dump is not None else [])]
     return all(path.exists() for path in written) and is_as_before(folder, job.recipe, job.inputs | job.code)
 
 
@@ -166,9 +176,10 @@ def _dump(job: Job, path: Path, samples: Mapping[str, Samples], judged: Mapping[
     except OSError as error:
         raise disk_error(path, error) from error
     write_atomic(path, b"".join(to_json(row) + b"\n" for row in rows))
-    job.console.say(
-        f"{path}: {len(rows):,} prompts with ranked responses" if isinstance(judge, str) else f"{path}: {len(rows):,} pairs"
-    )
+    if isinstance(judge, str):
+        job.console.say(f"{path}: the responses of {', '.join(samples)} to {len(rows):,} prompts, ranked by {judge}")
+    else:
+        job.console.say(f"{path}: {len(rows):,} pairs of responses of {', '.join(samples)}")
 
 
 def _manifest(job: Job) -> dict[str, Any]:

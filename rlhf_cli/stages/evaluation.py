@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import yaml
+
 from rlhf_cli.console import Console
 from rlhf_cli.data.dataset import Dataset, data_report, prepare
 from rlhf_cli.errors import UsageError
@@ -24,6 +26,7 @@ from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import name_of
 from rlhf_cli.rollout.rewards import FunctionTerm
 from rlhf_cli.runs.files import sha256_file
+from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.stages.candidates import Candidate, Origin, Voice, Voices, find_candidates, recipe_of
 from rlhf_cli.stages.drawing import Judges, find_judges
 from rlhf_cli.stages.measure import (
@@ -97,7 +100,7 @@ class Job:
         return {path: print for dataset in self.datasets.values() for path, print in dataset.fingerprints.items()}
 
 
-def prepare_evaluation(loaded: Loaded, check: bool) -> Job:
+def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> Job:
     """Find every model, read and tokenise the rows, settle every value.
 
     Raises:
@@ -114,7 +117,7 @@ def prepare_evaluation(loaded: Loaded, check: bool) -> Job:
     _check_roles(loaded, candidates)
     if recipe.winrate is not None and not isinstance(recipe.winrate.judge, str):
         prepare_endpoint(recipe.winrate.judge)
-    _check_dump(loaded)
+    _check_dump(loaded, resume, force)
     writers = list(dict.fromkeys(each.voice for each in candidates if not each.scores)) or [candidates[0].voice]
     judges = {
         voice.name: find_judges(loaded, voice.tokenizer, voice.template, recipe.trust_remote_code, check) for voice in writers
@@ -139,6 +142,10 @@ def prepare_evaluation(loaded: Loaded, check: bool) -> Job:
             raise UsageError(f"{loaded.named(section)}: fewer than 2 rows are left, which is too few for any interval")
     recipe = _settled(recipe, candidates, datasets, ranks)
     notes += _notes(recipe, candidates)
+    seen = list(_trained_on(recipe, candidates))
+    for note in seen:
+        console.warn(note)
+    notes += seen
     return Job(loaded, recipe, candidates, voices, judges, rows, datasets, ranks, console, signals, started, notes)
 
 
@@ -156,17 +163,26 @@ def _check_roles(loaded: Loaded, candidates: Sequence[Candidate]) -> None:
             raise UsageError(f"{loaded.named('models')}: {name} is a reward model: name preferences to measure it on")
 
 
-def _check_dump(loaded: Loaded) -> None:
-    """The file to write is no folder, and nothing that is read, by --resume either."""
+def _check_dump(loaded: Loaded, resume: bool, force: bool) -> None:
+    """The file to write is no folder, nothing that is read, by --resume either, and nobody else's."""
     recipe = recipe_of(loaded)
     if recipe.dump_pairs is None:
         return
     path, place = Path(recipe.dump_pairs), loaded.named("dump_pairs")
     if path.is_dir():
         raise UsageError(f"{place}: {path} is a folder. name a file")
-    own = [f"{recipe.output}/{name}" for name in ("samples.jsonl", "verdicts.jsonl")]
-    if path.resolve() in {Path(read).resolve() for read in (*recipe.paths, *own)}:
+    kept = [f"{recipe.output}/{name}" for name in ("samples.jsonl", "verdicts.jsonl")]
+    if path.resolve() in {Path(read).resolve() for read in (*recipe.paths, *kept)}:
         raise UsageError(f"{place}: {path} is read by this evaluation, and would be overwritten. name another file")
+    own = resume and recipe.dump_pairs == _recorded_dump(Path(recipe.output))
+    if path.exists() and not (force or own):
+        raise UsageError(f"{place}: {path} exists already. name another file, or --force to move it to {path}.old-<n>")
+
+
+def _recorded_dump(output: Path) -> str | None:
+    """The file that an earlier start of this evaluation was to write."""
+    recipe = RunFolder(output).recipe
+    return (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("dump_pairs") if recipe.exists() else None
 
 
 def _reward_models(judges: Mapping[str, Judges]) -> Iterator[FoundRewardModel]:
@@ -268,6 +284,30 @@ def _notes(recipe: schema.EvalRecipe, candidates: Sequence[Candidate]) -> Iterat
             )
 
 
+def _trained_on(recipe: schema.EvalRecipe, candidates: Sequence[Candidate]) -> Iterator[str]:
+    """Which models were trained on rows that they are measured on, as far as their runs record it."""
+    for section in SECTIONS:
+        for source in vars(recipe)[section] or ():
+            names = [each.name for each in candidates if _saw(each, source, recipe.seed)]
+            if names:
+                yield (
+                    f"{', '.join(names)} may have been trained on rows of {source.path}, {section} here: another holdout or seed "
+                    "than that of the training keeps other rows."
+                )
+
+
+def _saw(each: Candidate, source: schema.EvalSource, seed: int) -> bool:
+    """Did its run train on this source, and hold out other rows than these?"""
+    place = Path(each.path)
+    folder = next((path for path in (place, place.parent, place.parent.parent) if (path / "recipe.yaml").exists()), None)
+    if folder is None:
+        return False
+    trained = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    sources = trained.get("data", {}).get("train", [])
+    same = any(isinstance(other, dict) and other.get("path") == source.path for other in sources)
+    return same and (trained["data"].get("holdout"), trained.get("seed")) != (source.holdout, seed)
+
+
 def _origin(each: Candidate) -> Origin:
     """What a run would have recorded that starts from this model."""
     base, parent = each.base, each.start.parent
@@ -291,10 +331,15 @@ def plan_evaluation(job: Job) -> list[tuple[str, list[tuple[str, object]]]]:
         ("devices", f"{job.ranks.size} × {job.ranks.device.type}"),
     ]
     if recipe.prompts is not None:
-        drawn = f"{recipe.rollout.responses_per_prompt} to each prompt, of up to {recipe.rollout.max_new_tokens} tokens"
+        drawn = f"{recipe.rollout.responses_per_prompt} to each prompt, of up to {recipe.rollout.max_new_tokens} tokens, at "
+        drawn += f"temperature {recipe.rollout.temperature:g}"
         most = max(recipe.best_of_n, default=0)
         more = f"; {most} of {recipe.reference}, for best of n" if most > recipe.rollout.responses_per_prompt else ""
         settings.insert(0, ("responses", drawn + more))
+    if recipe.winrate is not None:
+        judge = recipe.winrate.judge
+        asked = judge if isinstance(judge, str) else f"{judge.model} at {judge.endpoint}"
+        settings.append(("judge", f"{asked}, against {recipe.winrate.baseline}"))
     judges = next(iter(job.judges.values()))
-    words: list[tuple[str, object]] = [("", text) for text in judges.words()]
+    words: list[tuple[str, object]] = [("terms", text) for text in judges.words()]
     return [("models", models), ("rows", rows), ("evaluation", [*settings, *words])]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlhf_cli.models.homes import Frozen
 from rlhf_cli.models.scoring import token_figures
 from rlhf_cli.recipe import schema
 from rlhf_cli.recipe.rewards import name_of
-from rlhf_cli.rollout.experience import Rollout, Sampler, at_once, guarded
+from rlhf_cli.rollout.experience import Rollout, Sampler, Work, at_once, guarded
 from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.rollout.rewards import Answers, FunctionTerm, ModelTerm, as_given, combine
 from rlhf_cli.rollout.source import HELD_OUT
@@ -27,6 +28,9 @@ from rlhf_cli.stages.drawing import Judge, Judges
 from rlhf_cli.stages.reward_models import FoundRewardModel
 from rlhf_cli.stages.training import stop_ids
 from rlhf_cli.training.ranks import Ranks
+
+TOLD = 30.0
+"""Seconds between two words on a model that takes its time."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ def draw(
     compared: bool,
     budget: int,
     ranks: Ranks,
+    say: Callable[[str], None],
 ) -> list[Sample]:
-    """The policy's responses to every prompt, judged by the reward models; the same on every rank.
+    """The policy's responses to every prompt, judged by the reward models; the same on every rank. `say` hears that it goes on.
 
     The randomness is that of held-out prompts while training: at equal prompts, seed and temperature a checkpoint says the same
     here as it said there. Of two models the k-th responses to a prompt come from the same random numbers.
@@ -73,8 +78,23 @@ def draw(
         ranks=ranks,
         compared=compared,
     )
-    rollout = at_once(sampler.rollout(list(rows.trees), derive_seed(recipe.seed, HELD_OUT), samples=samples))
+    work = sampler.rollout(list(rows.trees), derive_seed(recipe.seed, HELD_OUT), samples=samples)
+    rollout = at_once(_told(work, lambda seconds: say(f"{candidate.name}: drawing and scoring, {seconds:.0f} s so far")))
     return list(_samples(candidate.name, rollout, sampler, rows.records, compared))
+
+
+def _told(work: Work[Rollout], say: Callable[[float], None]) -> Work[Rollout]:
+    """The work, which says every TOLD seconds how long it has taken."""
+    started = told = time.monotonic()
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+        if time.monotonic() - told > TOLD:
+            told = time.monotonic()
+            say(told - started)
+        yield
 
 
 def place_judges(judges: Judges, frozen: Frozen) -> None:

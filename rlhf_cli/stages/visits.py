@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.evaluation.preference import agreement, check_finite, score_responses
 from rlhf_cli.evaluation.result import Agreed, Measured
 from rlhf_cli.evaluation.samples import Sample, grouped, read_samples
@@ -164,6 +164,7 @@ def _drawn(job: Job, each: Candidate, backbone: Backbone, frozen: Frozen, log: M
         compared=job.reference is not None and each.voice == job.reference.voice,
         budget=job.budget,
         ranks=job.ranks,
+        say=job.console.say,
     )
     if log is not None:
         job.signals.defer()  # a model's lines are there all or not at all, but for a kill
@@ -178,7 +179,12 @@ def _judged(job: Job, each: Candidate, samples: list[Sample]) -> list[Sample]:
     if not job.ranks.main:
         return samples
     rows = job.rows["prompts"][each.voice.name]
-    return judged(samples, job.judges[each.voice.name], rows.records, job.recipe)
+    try:
+        return judged(samples, job.judges[each.voice.name], rows.records, job.recipe)
+    except RunError as error:
+        if isinstance(error, Stopped):
+            raise
+        raise type(error)(f"{error}\n  the responses are kept: mend it, then continue with --resume") from error
 
 
 def _agreed(job: Job, each: Candidate, backbone: Backbone, theirs: Sequence[np.ndarray]) -> Agreed:

@@ -21,15 +21,18 @@ from rlhf_cli.recipe import schema
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.runs.eval_words import findings
+from rlhf_cli.stages import measure
 from tests.data.tiny_tokenizer import ZEPHYR, tiny_tokenizer
 from tests.stages.tiny_runs import (
     FUNCTIONS,
     LETTERS,
     MODEL,
     PROMPTS,
+    TRAINED,
     lines,
     make_base,
     make_home,
+    notes,
     result,
     without_pictures,
     write_eval,
@@ -224,7 +227,7 @@ def test_a_series_that_began_elsewhere_is_named(name: str, reference: str, stran
     path = write_eval(tmp_path / "ev.yaml", series, models=models, reference=reference, preferences=PROMPTS)
     assert rlhf("eval", path) == 0
     expected = f"own: that run did not start from {reference}, so the point at KL 0 is where distances are measured from, not "
-    assert result(tmp_path / "ev")["about"]["notes"] == ([expected + "where the run began."] if stranger else [])
+    assert notes(tmp_path / "ev") == ([expected + "where the run began."] if stranger else [])
 
 
 def test_finished_and_nothing_changed(finished: Path, drawn: list[int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +236,7 @@ def test_finished_and_nothing_changed(finished: Path, drawn: list[int], capsys: 
     assert {path: path.read_bytes() for path in finished.parent.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["ev/eval.json", "ranked.jsonl", "ev/manifest.json"])
+@pytest.mark.parametrize("name", ["ev/eval.json", "ev/report.md", "ev/report.html", "ranked.jsonl", "ev/manifest.json"])
 def test_what_was_removed_is_written_again(
     name: str, finished: Path, drawn: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -408,3 +411,50 @@ def test_an_interrupt_between_two_tokens(
     assert rlhf("eval", path, "--resume") == 0
     assert result(folder) == result(whole / "ev")
     assert (folder / "samples.jsonl").read_bytes() == (whole / "ev" / "samples.jsonl").read_bytes()
+
+
+def test_a_file_of_somebody_else_is_not_overwritten(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dump = tmp_path / "mine.jsonl"
+    dump.write_text("mine")
+    path = write_eval(tmp_path / "ev.yaml", home, **SAMPLED, models=BOTH)
+    for more in ((), ("--resume",)):
+        assert rlhf("eval", path, "--dump-pairs", dump, *more) == 2
+        assert "exists already. name another file, or --force to move it to" in capsys.readouterr().err
+        assert dump.read_text() == "mine"
+    assert rlhf("eval", path, "--dump-pairs", dump, "--force") == 0
+    assert (tmp_path / "mine.jsonl.old-1").read_text() == "mine"
+    assert "responses" in lines(dump)[0]
+    assert "the responses of sft, bare to " in capsys.readouterr().out
+    assert rlhf("eval", path, "--dump-pairs", dump) == 2
+    assert rlhf("eval", path, "--dump-pairs", dump, "--resume", "--set", "seed=0") == 0
+
+
+def test_a_run_of_another_command_is_not_resumed(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_eval(tmp_path / "ev.yaml", home, **SAMPLED, models=BOTH)
+    assert rlhf("eval", path, "--output", home / "dpo", "--resume") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: --resume: {home / 'dpo'} is a run of another command, not of eval. choose another output"
+    ]
+
+
+@pytest.mark.parametrize(("share", "seed", "warned"), [(0.4, 0, False), (0.2, 0, True), (0.4, 1, True)])
+def test_rows_that_training_has_seen(
+    share: float, seed: int, warned: bool, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """dpo has held out 0.4 of the pairs by the seed 0, sft has learned from other rows."""
+    rows = {"path": "HOME/pairs.jsonl", "holdout": share}
+    models = {"sft": "HOME/sft", "dpo": "HOME/dpo"}
+    path = write_eval(tmp_path / "ev.yaml", home, models=models, reference="sft", preferences=rows, seed=seed)
+    assert rlhf("eval", path) == 0
+    expected = f"dpo {TRAINED} {home / 'pairs.jsonl'}, preferences here: "
+    said = [note for note in result(tmp_path / "ev")["about"]["notes"] if TRAINED in note]
+    assert [note.startswith(expected) for note in said] == [True] * warned
+    assert (f"warning: {expected}" in capsys.readouterr().err) == warned
+
+
+def test_a_model_that_takes_its_time(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "TOLD", 0.0)
+    assert rlhf("eval", write_eval(tmp_path / "ev.yaml", home, **SAMPLED, models=BOTH)) == 0
+    assert "bare: drawing and scoring, 0 s so far\n" in capsys.readouterr().out

@@ -222,7 +222,7 @@ def test_check_loads_nothing_and_writes_nothing(
     assert [file.name for file in tmp_path.iterdir()] == ["ev.yaml"]
     out = capsys.readouterr().out
     assert re.search(rf"\n  dpo +{home}/dpo\n", out) and re.search(r"\n  prompts +13 rows\n", out)
-    assert re.search(r"\n  responses +2 to each prompt, of up to 6 tokens\n", out)
+    assert re.search(r"\n  responses +2 to each prompt, of up to 6 tokens, at temperature 1\n", out)
 
 
 @pytest.mark.parametrize(

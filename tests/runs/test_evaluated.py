@@ -67,8 +67,8 @@ def test_judges_in_words() -> None:
         (share(0.7, 0.05), share(0.4, 0.05), "its gain is its length, and beside that it is worse"),
         (share(0.3, 0.05), share(0.5, 0.05), "its length is what it loses by"),
         (share(0.6, 0.05), share(0.75, 0.05), "its length costs it comparisons"),
-        (share(0.52, 0.05), share(0.65, 0.05), "beside its length it is better"),
-        (share(0.51, 0.05), share(0.49, 0.05), "its gain is partly length"),  # on the other side of a half
+        (share(0.52, 0.05), share(0.65, 0.05), None),  # there is no gain to explain
+        (share(0.55, 0.04), share(0.49, 0.07), "that it is better than sft for its content cannot be told"),
     ],
 )
 def test_length(raw: dict[str, float], equal: dict[str, float], effect: str | None) -> None:
@@ -77,6 +77,22 @@ def test_length(raw: dict[str, float], equal: dict[str, float], effect: str | No
         assert "Length plays a part." not in heads(result)
     else:
         assert said(result, "Length plays a part.").endswith(f": {effect}.")
+
+
+def test_the_largest_effect_of_length_comes_first() -> None:
+    result = evaluation()
+    for name, equal in {"dpo": 0.66, "ipo": 0.5}.items():
+        result["winrate"] |= {name: {**rate(0.75, equal)}}
+    words = said(result, "Length plays a part.")
+    assert -1 < words.find("ipo wins 75.0 %") < words.find("dpo wins 75.0 %")
+
+
+def test_ties_alone_are_no_lack_of_prompts() -> None:
+    result = two_models(**share(0.5, 0.01))
+    (own,) = result["winrate"].values()
+    own["ties"] = 1
+    assert said(result, "No difference at all:").endswith("every comparison of dpo is a tie.")
+    assert "Not told apart from sft" not in heads(result)
 
 
 def test_where_the_reward_is_fooled() -> None:
@@ -148,7 +164,7 @@ def test_terminal_table() -> None:
     assert row.index("0.721 (") == lines[0].index("win rate")
     assert "rm           0.740 (0.700 to 0.780)  0.550 (0.510 to 0.590), longer  540" in lines
     assert lines[-2] == "pushed: gold peaks at 0.701 at step 20, KL 4.80 nats; 0.271 (0.220 to 0.322) lower at the end"
-    assert lines[-1] == "best of n: gold peaks at 0.678 at n = 16, KL 1.835 nats, the last point"
+    assert lines[-1] == "best of n: gold is highest at the last point, 0.678 at n = 16, KL 1.835 nats"
 
 
 def test_terminal_table_has_only_what_exists() -> None:

@@ -37,6 +37,7 @@ from tests.stages.tiny_runs import (
     lines,
     make_base,
     make_home,
+    notes,
     result,
     without_pictures,
     write_eval,
@@ -522,7 +523,7 @@ def test_models_with_other_tokens_or_another_template(foreign: Path, whole: Path
     models = {"sft": "HOME/sft", "template": f"{foreign}/template", "tokens": f"{foreign}/tokens", "ppo": "HOME/ppo"}
     folder = run(models=models, **COMPARED, preferences=PROMPTS, text="HOME/rows.jsonl")
     found = result(folder)
-    assert found["about"]["notes"] == [
+    assert notes(folder) == [
         "template, tokens: other tokens or another chat template than sft: no KL can be measured, and their lengths and "
         "perplexities are not comparable."
     ]
@@ -569,7 +570,7 @@ def test_a_temperature_is_said(run: Callable[..., Path]) -> None:
     """It changes what is drawn, and not at what temperature log-probabilities are."""
     sections = COMPARED | {"rollout": {"max_new_tokens": 6, "temperature": 0.5}}
     folder = run(models={"sft": "HOME/sft", "ppo": "HOME/ppo"}, **sections)
-    (note,) = result(folder)["about"]["notes"]
+    (note,) = notes(folder)
     assert note.startswith("Responses were drawn at temperature 0.5, and log-probabilities are those at 1:")
     assert result(folder)["models"]["sft"]["objective/kl"]["mean"] == 0
 

@@ -45,6 +45,15 @@ DRAWN: dict[str, Any] = {
 }
 
 
+TRAINED = "may have been trained on rows of"
+"""In the note on models that are measured on rows which their training has not held out."""
+
+
+def notes(folder: Path) -> list[str]:
+    """Those of an evaluation, but for the one on rows that training has seen."""
+    return [note for note in result(folder)["about"]["notes"] if TRAINED not in note]
+
+
 @contextmanager
 def without_pictures() -> Iterator[None]:
     """They take longer than the runs."""
