@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -62,9 +63,12 @@ def rate(pairs: Margins) -> Rate | None:
     if not len(pairs.values):
         return None
     _, weights = np.unique(pairs.tree, return_counts=True)
-    observations = weights.sum() ** 2 / (weights**2).sum()
     share = float(hits(pairs.values).mean())
-    return Rate(share, *wilson(share, float(observations)), len(pairs.values), len(weights))
+    return Rate(share, *wilson(share, _observations(weights)), len(pairs.values), len(weights))
+
+
+def _observations(weights: np.ndarray) -> float:
+    return float(weights.sum() ** 2 / (weights**2).sum())
 
 
 def hits(values: np.ndarray) -> np.ndarray:
@@ -124,6 +128,36 @@ def histogram(values: np.ndarray) -> Histogram:
 
 
 @dataclass(frozen=True)
+class Lead:
+    """By how much one accuracy is above another one on the same pairs, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def lead(first: Margins, second: Margins) -> Lead:
+    """The accuracy of the first margins above that of the second ones of the same pairs, at least one.
+
+    Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on paired data": the
+    distances of both Wilson intervals, squared and added, less twice their product by the correlation of the two. Deviation:
+    observations are prompts and not pairs, as in `rate`, and their correlation is not corrected for continuity.
+    """
+    _, place, weights = np.unique(first.tree, return_inverse=True, return_counts=True)
+    ours, theirs = (np.bincount(place, hits(each.values)) / weights for each in (first, second))
+    means = [float(np.average(each, weights=weights)) for each in (ours, theirs)]
+    (up, between), (_, down) = np.cov(ours, theirs, aweights=weights, ddof=0).tolist()
+    alike = between / math.sqrt(up * down) if up and down else 0.0
+    (low, high), (base_low, base_high) = (wilson(mean, _observations(weights)) for mean in means)
+
+    def distance(own: float, other: float) -> float:
+        return math.sqrt(max(own**2 + other**2 - 2 * alike * own * other, 0.0))
+
+    gap = means[0] - means[1]
+    return Lead(gap, gap - distance(means[0] - low, base_high - means[1]), gap + distance(high - means[0], means[1] - base_low))
+
+
+@dataclass(frozen=True)
 class LengthBaseline:
     """What always preferring the longer (or the shorter) response would reach on the same pairs."""
 
@@ -131,6 +165,7 @@ class LengthBaseline:
     accuracy: float
     low: float
     high: float
+    lead: Lead  # of the model over this
 
 
 def length_margins(trees: Sequence[Tree]) -> Margins:
@@ -138,15 +173,20 @@ def length_margins(trees: Sequence[Tree]) -> Margins:
     return margins(trees, ([len(response) for response in tree.responses] for tree in trees))
 
 
-def length_baseline(held_out: Sequence[Tree], training: Sequence[Tree]) -> LengthBaseline | None:
-    """Longer or shorter is decided on the training pairs and measured on the held-out ones; None where those have no pair."""
+def length_baseline(pairs: Margins, held_out: Sequence[Tree], training: Sequence[Tree]) -> LengthBaseline | None:
+    """Longer or shorter is decided on the training pairs and measured on the held-out ones; None where those have no pair.
+
+    `pairs`: a model's margins of the held-out pairs.
+    """
     learned = rate(length_margins(training))
     sign = -1 if learned and learned.accuracy < 0.5 else 1
     lengths = length_margins(held_out)
-    found = rate(lengths._replace(values=sign * lengths.values))
+    lengths = lengths._replace(values=sign * lengths.values)
+    found = rate(lengths)
     if found is None:
         return None
-    return LengthBaseline("longer" if sign > 0 else "shorter", found.accuracy, found.low, found.high)
+    prefers: Literal["longer", "shorter"] = "longer" if sign > 0 else "shorter"
+    return LengthBaseline(prefers, found.accuracy, found.low, found.high, lead(pairs, lengths))
 
 
 @dataclass(frozen=True)
@@ -173,7 +213,7 @@ def agreement(scores: Sequence[np.ndarray], trees: Sequence[Tree], training: Seq
     return Agreement(
         rate=found,
         ties=int((pairs.values == 0).sum()),
-        length_baseline=length_baseline(trees, training),
+        length_baseline=length_baseline(pairs, trees, training),
         ece=calibration_error(bins) if bins else None,
         confidence=float(confidences(pairs.values).mean()) if found else None,
         reliability=bins,
@@ -275,10 +315,12 @@ def faults(model: Rate, baseline: LengthBaseline | None) -> list[str]:
     if baseline is None:
         return found
     length = f"always preferring the {baseline.prefers} response, which has {_with_interval(baseline)}"
-    if model.accuracy <= baseline.accuracy:
+    more = baseline.lead
+    if more.mean <= 0:
         found.append(f"is no better than {length}")
-    elif model.low <= baseline.high:
-        found.append(f"is hardly better than {length}: the intervals overlap")
+    elif more.low <= 0:
+        ahead = f"{percent(more.mean)} ({percent(more.low)} to {percent(more.high)})"
+        found.append(f"is hardly better than {length}: on the same pairs it is ahead by {ahead}")
     return found
 
 

@@ -29,9 +29,11 @@ def _accuracy(card: dict[str, Any]) -> list[str]:
     of = f"{card['pairs']:,} held-out pairs of {card['prompts']:,} prompts" if several else f"{card['pairs']:,} held-out pairs"
     method = "; a prompt's pairs are one observation" if several else ""
     length = card["length_baseline"]
+    ahead = length["lead"]
     rows = [
         ("this model", *_rate(card["accuracy"], card["accuracy_low"], card["accuracy_high"])),
         (f"always the {length['prefers']} response", *_rate(length["accuracy"], length["low"], length["high"])),
+        ("the difference, pair by pair", *_rate(ahead["mean"], ahead["low"], ahead["high"])),
         ("the same score for all", percent(card["constant"]), ""),
     ]
     parts = [

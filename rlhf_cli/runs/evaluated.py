@@ -232,9 +232,13 @@ def _preferences(result: Result) -> list[Block]:
     own = result["preferences"]
     if not own:
         return []
-    heads = ("Judge", "Kind", "Accuracy", "By length alone", "Pairs", "Prompts", "Ties", "ECE", "Mean confidence")
-    columns = tuple(
-        Column(head, CHANCE, (0.0, 1.0)) if head in ("Accuracy", "By length alone") else Column(head) for head in heads
+    columns = (
+        Column("Judge"),
+        Column("Kind"),
+        Column("Accuracy", CHANCE, (0.0, 1.0)),
+        Column("By length alone", CHANCE, (0.0, 1.0)),
+        Column("Ahead of length", 0.0),
+        *(Column(head) for head in ("Pairs", "Prompts", "Ties", "ECE", "Mean confidence")),
     )
     rows = tuple(_preference_row(name, each) for name, each in own.items())
     warnings = [
@@ -262,6 +266,7 @@ def _preference_row(name: str, own: dict[str, Any]) -> tuple[Cell, ...]:
         kind if beta is None else f"{kind}, β = {number(beta)}",
         measure(own, "accuracy") if own["accuracy"] is not None else "no pairs",
         measure(length, "accuracy") if length else "",
+        measure(length["lead"]) if length else "",
         f"{own['pairs']:,}",
         f"{own['prompts']:,}",
         f"{own['ties']:,}",
@@ -433,6 +438,7 @@ TERMS_OF: tuple[tuple[str, tuple[str, str]], ...] = (
         ("ECE", "expected calibration error: mean distance of the accuracy from the confidence σ(|margin|), by bins"),
     ),
     ("preferences", ("By length alone", "accuracy of always preferring the longer, or always the shorter, response")),
+    ("preferences", ("Ahead of length", "the difference of the two, on the same pairs")),
     ("overoptimisation", ("Proxy", "the score that is optimised; gold is what it stands for")),
     (
         "overoptimisation",

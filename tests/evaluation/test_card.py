@@ -1,7 +1,7 @@
 """A reward model's card: figures by hand, and scores that do not depend on the cut into passes or ranks."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,12 +11,14 @@ from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError
 from rlhf_cli.evaluation.preference import (
+    Lead,
     LengthBaseline,
     Rate,
     beats_length,
     calibration_error,
     faults,
     histogram,
+    lead,
     length_baseline,
     margins,
     rate,
@@ -117,12 +119,68 @@ def test_the_histogram_has_an_edge_at_zero():
 def test_the_length_baseline_takes_its_direction_from_training():
     held_out = [tree(3, 5), tree(3, 6), tree(9, 2), tree(4, 4)]  # the shorter wins two, the longer one
     longer_wins, shorter_wins = [tree(5, 1), tree(5, 1), tree(1, 5)], [tree(1, 5), tree(1, 5), tree(5, 1)]
-    assert length_baseline(held_out, longer_wins) == LengthBaseline("longer", 1.5 / 4, *wilson(1.5 / 4, 4))
-    assert length_baseline(held_out, shorter_wins) == LengthBaseline("shorter", 2.5 / 4, *wilson(2.5 / 4, 4))
-    assert length_baseline([], shorter_wins) is None
+    pairs = pairs_with([1.0, 1.0, 1.0, -1.0])
+    for training, prefers, share in ((longer_wins, "longer", 1.5 / 4), (shorter_wins, "shorter", 2.5 / 4)):
+        found = length_baseline(pairs, held_out, training)
+        assert (found.prefers, found.accuracy) == (prefers, share)
+        assert (found.low, found.high) == wilson(share, 4)
+        assert found.lead.mean == 0.75 - share
+    assert length_baseline(pairs_with([]), [], shorter_wins) is None
 
 
-LENGTH = LengthBaseline("longer", 0.6, 0.55, 0.65)
+def outcomes(table):
+    """Margins of two judges, from how often (right, right), (right, wrong), (wrong, right), (wrong, wrong) happened."""
+    ours, theirs = (np.repeat(signs, table) for signs in ((1.0, 1.0, -1.0, -1.0), (1.0, -1.0, 1.0, -1.0)))
+    return pairs_with(ours), pairs_with(theirs)
+
+
+def test_a_lead_by_hand():
+    """8 of 10 against 5 of 10 that are right on the same pairs: φ = (5·2 − 3·0) / √(8·2·5·5)."""
+    found = lead(*outcomes((5, 3, 0, 2)))
+    phi = 10 / math.sqrt(8 * 2 * 5 * 5)
+    (low, high), (base_low, base_high) = wilson(0.8, 10), wilson(0.5, 10)
+    below = (0.8 - low) ** 2 + (base_high - 0.5) ** 2 - 2 * phi * (0.8 - low) * (base_high - 0.5)
+    above = (high - 0.8) ** 2 + (0.5 - base_low) ** 2 - 2 * phi * (high - 0.8) * (0.5 - base_low)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.3, 0.3 - math.sqrt(below), 0.3 + math.sqrt(above)))
+
+
+def test_a_lead_without_spread_has_an_interval():
+    """All right against all wrong, on 4 pairs: nothing is correlated, and 4 pairs are not a proof."""
+    found = lead(*outcomes((0, 4, 0, 0)))
+    reach = 1 - wilson(1.0, 4)[0]
+    assert (found.mean, found.low, found.high) == pytest.approx((1.0, 1 - math.sqrt(2) * reach, 1.0))
+
+
+def test_a_lead_counts_prompts():
+    """Four alike pairs of each of ten prompts are as good as ten pairs."""
+    trees = [tree(1, 1, 1, 1, ranks=(1, 1, 2, 2)) for _ in range(10)]
+    ours = margins(trees, [(1.0, 1.0, 0.0, 0.0)] * 8 + [(0.0, 0.0, 1.0, 1.0)] * 2)
+    theirs = margins(trees, [(1.0, 1.0, 0.0, 0.0)] * 5 + [(0.0, 0.0, 1.0, 1.0)] * 5)
+    assert len(ours.values) == 40
+    found, alone = lead(ours, theirs), lead(*outcomes((5, 3, 0, 2)))
+    assert asdict(found) == pytest.approx(asdict(alone))
+
+
+@pytest.mark.parametrize("chances", [(0.5, 0.2, 0.1, 0.2), (0.3, 0.3, 0.3, 0.1), (0.75, 0.15, 0.02, 0.08)])
+@pytest.mark.parametrize("pairs", [30, 200])
+def test_a_lead_lies_in_its_interval_95_times_in_100(chances, pairs):
+    draw = np.random.default_rng(5)
+    truth = chances[1] - chances[2]
+    found = [lead(*outcomes(draw.multinomial(pairs, chances))) for _ in range(800)]
+    covered = np.mean([own.low <= truth <= own.high for own in found])
+    assert abs(covered - 0.95) < 0.03
+
+
+def test_intervals_that_overlap_may_belong_to_a_clear_lead():
+    """170 of 200 against 150: of the 22 pairs on which they differ the model is right on 21."""
+    ours, theirs = outcomes((149, 21, 1, 29))
+    own, base, gap = rate(ours), rate(theirs), lead(ours, theirs)
+    assert own.low < base.high
+    assert gap.low > 0.05
+    assert faults(own, LengthBaseline("longer", base.accuracy, base.low, base.high, gap)) == []
+
+
+LENGTH = LengthBaseline("longer", 0.6, 0.55, 0.65, Lead(0.15, 0.1, 0.2))
 
 
 def test_faults_without_a_length_baseline():
@@ -138,17 +196,19 @@ def test_no_warning_for_a_model_that_beats_length():
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (Rate(0.68, 0.64, 0.72, 400, 400), "is hardly better than always preferring the longer response"),
+        (Rate(0.63, 0.58, 0.68, 400, 400), "is hardly better than always preferring the longer response"),
         (Rate(0.58, 0.53, 0.63, 400, 400), "is no better than always preferring the longer response"),
         (Rate(0.52, 0.47, 0.57, 400, 400), "cannot be told from guessing and is no better than always preferring the longer"),
         (Rate(0.62, 0.49, 0.73, 60, 60), "cannot be told from guessing and is hardly better than always preferring the longer"),
     ],
 )
 def test_a_warning_in_words(model, words):
-    said = beats_length(model, LENGTH)
+    gap = model.accuracy - LENGTH.accuracy
+    said = beats_length(model, replace(LENGTH, lead=Lead(gap, gap - 0.05, gap + 0.05)))
     assert f"{100 * model.accuracy:.1f} % ({100 * model.low:.1f} % to {100 * model.high:.1f} %), {words}" in said
     assert "which has 60.0 % (55.0 % to 65.0 %)" in said
-    assert ("the intervals overlap" in said) == (model.accuracy > LENGTH.accuracy)
+    ahead = f"on the same pairs it is ahead by {100 * gap:.1f} % ({100 * gap - 5:.1f} % to {100 * gap + 5:.1f} %)"
+    assert (ahead in said) == (gap > 0)
 
 
 def test_the_card():

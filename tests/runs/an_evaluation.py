@@ -113,6 +113,8 @@ def preference(accuracy: float, by_length: float) -> Line:
     ]
     edges = [k / 5 - 2 for k in range(21)]
     counts = [round(80 * math.exp(-((edge - 0.5) ** 2))) for edge in edges[:-1]]
+    ahead = accuracy - by_length
+    lead = {"mean": ahead, "low": ahead - 0.05, "high": ahead + 0.05}
     subset = {"accuracy": accuracy + 0.04, "low": accuracy - 0.05, "high": accuracy + 0.13, "pairs": 120, "prompts": 118}
     return {
         "kind": "reward model",
@@ -127,7 +129,13 @@ def preference(accuracy: float, by_length: float) -> Line:
         "reliability": bins,
         "margins": {"mean": 0.52, "edges": edges, "counts": counts},
         "subsets": {"helpful": subset, "harm_less|x": {**subset, "accuracy": accuracy - 0.02}},
-        "length_baseline": {"prefers": "longer", "accuracy": by_length, "low": by_length - 0.04, "high": by_length + 0.04},
+        "length_baseline": {
+            "prefers": "longer",
+            "accuracy": by_length,
+            "low": by_length - 0.04,
+            "high": by_length + 0.04,
+            "lead": lead,
+        },
         "beta": None,
         "faults": [],
     }

@@ -171,7 +171,13 @@ CARD = {
     "pairs": 400,
     "prompts": 400,
     "constant": 0.5,
-    "length_baseline": {"prefers": "shorter", "accuracy": 0.55, "low": 0.501, "high": 0.598},
+    "length_baseline": {
+        "prefers": "shorter",
+        "accuracy": 0.55,
+        "low": 0.501,
+        "high": 0.598,
+        "lead": {"mean": 0.164, "low": -0.012, "high": 0.22},
+    },
     "ece": 0.034,
     "confidence": 0.75,
     "reliability": [
@@ -206,6 +212,7 @@ def test_a_reward_model_has_a_card(run):
     assert (
         "| this model | 71.4 % | 66.8 % to 75.6 % |\n"
         "| always the shorter response | 55.0 % | 50.1 % to 59.8 % |\n"
+        "| the difference, pair by pair | 16.4 % | -1.2 % to 22.0 % |\n"
         "| the same score for all | 50.0 % |  |"
     ) in text
     assert "expected error 3.4 %. A mean confidence σ(|margin|) of 75.0 % against an accuracy of 71.4 %: they agree" in text
