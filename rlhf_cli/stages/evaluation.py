@@ -29,9 +29,7 @@ from rlhf_cli.runs.files import sha256_file
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.stages.candidates import Candidate, Origin, Voice, Voices, find_candidates, recipe_of
 from rlhf_cli.stages.drawing import Judges, find_judges
-from rlhf_cli.stages.measure import (
-    Rows,
-)
+from rlhf_cli.stages.measure import Rows
 from rlhf_cli.stages.reward_models import FoundRewardModel
 from rlhf_cli.stages.training import quiet
 from rlhf_cli.training.ranks import Ranks
@@ -216,7 +214,7 @@ def _read(loaded: Loaded, section: str, voice: Voice) -> Dataset:
     try:
         return prepare(data, stage, voice.tokenizer, voice.template, recipe.seed, where, responses, reserve=reserve)
     except UsageError as error:
-        raise UsageError(_own_keys(str(error))) from error
+        raise UsageError(re.sub(rf"\b{stage}(?= needs | can use )", section, _own_keys(str(error)))) from error
 
 
 def _own_keys(text: str) -> str:

@@ -25,15 +25,7 @@ from rlhf_cli.runs.files import to_json, write_atomic
 from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
 from rlhf_cli.stages.candidates import Candidate
 from rlhf_cli.stages.evaluation import Job, voice_of
-from rlhf_cli.stages.measure import (
-    Rows,
-    draw,
-    function_scores,
-    judged,
-    place_judges,
-    response_logps,
-    text_figures,
-)
+from rlhf_cli.stages.measure import Rows, draw, function_scores, judged, place_judges, response_logps, text_figures
 from rlhf_cli.stages.reward_models import FoundRewardModel
 
 

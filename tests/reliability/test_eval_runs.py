@@ -178,6 +178,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"prompts": None, "preferences": None, "rollout": None, "winrate": None, "reward": None, "gold": None},
         "nothing to evaluate on",
     ),
+    "rows without preferences": (
+        {"preferences": "HOME/rows.jsonl"},
+        r"preferences\.0\.path: .* can use; preferences needs prompt \+ chosen \+ rejected \|",
+    ),
     "function": (
         {"gold": [{"function": "HOME/functions.py:leters"}], "winrate": None},
         r"has no function leters\. did you mean letters\?",
