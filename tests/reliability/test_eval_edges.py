@@ -32,6 +32,7 @@ from tests.stages.tiny_runs import (
     lines,
     make_base,
     make_home,
+    note_draws,
     notes,
     result,
     without_pictures,
@@ -108,16 +109,7 @@ def finished(home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For every call of the engine, the responses that were asked for."""
-    found: list[int] = []
-    original = TransformersEngine.generate
-
-    def noting(self: TransformersEngine, request: Any) -> Any:
-        found.append(len(request.prompts) * request.samples)
-        return original(self, request)
-
-    monkeypatch.setattr(TransformersEngine, "generate", noting)
-    return found
+    return note_draws(monkeypatch)
 
 
 def is_finished(path: Path, capsys: pytest.CaptureFixture[str]) -> bool:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_cli.models import homes
 from rlhf_cli.rollout.generate import TransformersEngine
-from tests.stages.tiny_runs import LETTERS, MODEL, PROMPTS, lines, make_home, result, without_pictures, write_eval
+from tests.stages.tiny_runs import LETTERS, MODEL, PROMPTS, lines, make_home, note_draws, result, without_pictures, write_eval
 from tests.tiny import own_signals, rlhf, spawn, write_recipe
 
 MODELS = {"sft": "HOME/sft", "dpo": "HOME/dpo", "bare": "HOME/base"}
@@ -100,16 +100,7 @@ def broken(whole: Path, tmp_path: Path) -> Callable[[], tuple[Path, Path]]:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For every call of the engine, the responses that were asked for."""
-    found: list[int] = []
-    original = TransformersEngine.generate
-
-    def noting(self: TransformersEngine, request: Any) -> Any:
-        found.append(len(request.prompts) * request.samples)
-        return original(self, request)
-
-    monkeypatch.setattr(TransformersEngine, "generate", noting)
-    return found
+    return note_draws(monkeypatch)
 
 
 def models_in(folder: Path) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.runs import eval_plots, report
 from tests.tiny import make_model, rlhf, write_pairs, write_recipe, write_rows
 
@@ -113,3 +114,16 @@ def result(folder: Path) -> dict[str, Any]:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def note_draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For every call of the engine from now on, the responses that were asked for."""
+    found: list[int] = []
+    original = TransformersEngine.generate
+
+    def noting(self: TransformersEngine, request: Any) -> Any:
+        found.append(len(request.prompts) * request.samples)
+        return original(self, request)
+
+    monkeypatch.setattr(TransformersEngine, "generate", noting)
+    return found
