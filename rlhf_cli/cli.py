@@ -22,8 +22,8 @@ from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.recipe.dump import one_line
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.load import load_recipe
-from rlhf_cli.recipe.suggest import closest
 from rlhf_cli.runs.folder import refuse_occupied
+from rlhf_cli.suggest import closest
 
 Job = Callable[[], None]
 """What a parsed command line asks for. It runs outside typer, which would swallow Ctrl-C and broken pipes."""

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.dataset import prepare
 from rlhf_cli.data.flat import Trees, select
@@ -37,14 +38,13 @@ from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.models.policy import load_trained
 from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.objectives.base import Objective
-from rlhf_cli.recipe import schema
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.optim import build_optimizer
-from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.reference import reference_logps
 from rlhf_cli.training.step import optimise
 
 RATE = 1e-4
-LORA = schema.Lora()
+LORA = sections.Lora()
 CPU = torch.device("cpu")
 MAX_LENGTH = 512
 
@@ -84,8 +84,8 @@ def read_trees(stage: str, model: str, data: str, count: int) -> Trees:
     Of a conversation the last response alone is supervised. KTO sees a pair as two rows, and its mismatched responses are
     those of the rows themselves.
     """
-    source = schema.Source(path=data, format="hh")
-    settings = schema.Data(train=[source], max_length=MAX_LENGTH, shuffle=False, max_lost=1.0)
+    source = sections.Source(path=data, format="hh")
+    settings = sections.Data(train=[source], max_length=MAX_LENGTH, shuffle=False, max_lost=1.0)
     tokenizer = load_tokenizer(model, None, False)
     template = choose_template(tokenizer, None)
     trees = prepare(settings, stage, tokenizer, template, 0, str, objective_of(stage).responses).train.trees
@@ -96,7 +96,7 @@ def read_trees(stage: str, model: str, data: str, count: int) -> Trees:
 def load_start(options: argparse.Namespace, adapter: Path | None) -> Backbone:
     """The backbone with the role that the stage trains."""
     role = objective_of(options.stage).role
-    model = schema.Model(path=options.model)
+    model = sections.Model(path=options.model)
     return load_trained(model, LORA, options.model, None, adapter, CPU, 0, Path(options.out), role)[0]
 
 
@@ -170,7 +170,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
                 )
                 reference[state] = clock.read()
         rows = known
-    optimizer = build_optimizer(backbone.trained_roles, schema.Train(learning_rate=RATE))
+    optimizer = build_optimizer(backbone.trained_roles, sections.Train(learning_rate=RATE))
     rates, clock = {objective.role: RATE}, Clock()
     for step in range(1, options.steps + 1):
         batch = rows[(step - 1) * options.batch_size : step * options.batch_size]

@@ -27,22 +27,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_cli import sections
 from rlhf_cli.data.batches import DatasetSource
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.models.homes import Head, Homes
 from rlhf_cli.models.load import load_config, load_tokenizer
 from rlhf_cli.models.memory import auto_budget, estimate
+from rlhf_cli.models.placement import Head, Homes
 from rlhf_cli.models.policy import load_trained
 from rlhf_cli.objectives.ppo import Ppo
-from rlhf_cli.recipe import schema
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.rollout.rewards import ModelTerm, Reader
 from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.training.optim import build_optimizer
-from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.step import optimise
 
 EPISODES, NEW_TOKENS, EPOCHS, RATE = 16, 32, 2, 1e-5
@@ -66,9 +66,9 @@ def read_prompts(tokenizer: Any, path: str, count: int) -> list[list[int]]:
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """Iterations of `rlhf ppo`, timed by phase."""
     torch.manual_seed(0)
-    lora = schema.Lora() if options.ours == "lora" else None
+    lora = sections.Lora() if options.ours == "lora" else None
     settings, tokenizer, ranks = (
-        schema.Model(path=options.model),
+        sections.Model(path=options.model),
         load_tokenizer(options.model, None, False),
         Ranks(expected=False),
     )
@@ -78,7 +78,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     width = backbone.model.config.hidden_size
     homes.add("reward", base, None, None)
     backbone.at("reward").add_head("reward", None, trained=False)
-    homes.add_value(base, None, None, schema.Lora(), Head(torch.zeros(1, width), 0.0))
+    homes.add_value(base, None, None, sections.Lora(), Head(torch.zeros(1, width), 0.0))
     records = [Record(str(n), (), str(n)) for n in range(options.iterations * EPISODES)]
     prompts = read_prompts(tokenizer, options.data, len(records))
     trees = [Tree(np.array(ids, np.int32), np.zeros(len(ids), bool), (), n) for n, ids in enumerate(prompts)]
@@ -92,7 +92,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         engine=TransformersEngine(backbone, "policy"),
         tokenizer=tokenizer,
         ends=(),
-        settings=schema.Rollout(max_new_tokens=NEW_TOKENS),
+        settings=sections.Rollout(max_new_tokens=NEW_TOKENS),
         records=records,
         terms=[term],
         gold=[],
@@ -101,8 +101,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         ranks=ranks,
     )
     objective = Ppo(epochs=EPOCHS)
-    drawn = PolicySource(sampler, source, objective, schema.Kl(), None, 0.0, 0)
-    optimizer = build_optimizer(backbone.trained_roles, schema.Train(learning_rate=RATE))
+    drawn = PolicySource(sampler, source, objective, sections.Kl(), None, 0.0, 0)
+    optimizer = build_optimizer(backbone.trained_roles, sections.Train(learning_rate=RATE))
     seconds = {"rollout and scores": 0.0, "update": 0.0}
     for step in range(1, options.iterations + 1):
         started = time.process_time()

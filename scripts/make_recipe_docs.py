@@ -30,11 +30,11 @@ from rlhf_cli.recipe.keys import (
     walk,
 )
 from rlhf_cli.recipe.rates import LEARNING_RATE, SANE_LEARNING_RATE, Trained, default_learning_rate
-from rlhf_cli.recipe.schema import STAGES, TRAINING_STAGES, Recipe, TrainingRecipe
+from rlhf_cli.recipe.recipes import STAGES, TRAINING_STAGES, Recipe, TrainingRecipe
 
 DEST = Path(__file__).parents[1] / "docs" / "recipes.md"
 HEAD = """\
-<!-- Made by scripts/make_recipe_docs.py from rlhf_cli/recipe/schema.py and rlhf_cli/objectives/; change it there. -->
+<!-- Made by scripts/make_recipe_docs.py from rlhf_cli/sections.py, recipe/recipes.py and objectives/; change it there. -->
 # Recipe keys
 
 `*` marks a key without a default. `rlhf COMMAND --help` shows the same keys. A recipe is YAML 1.2: `1e-5` is a number, `yes` is a

@@ -24,7 +24,7 @@ from rlhf_cli.data.formats import COLUMNS, OPTIONAL, detect
 from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.schema import STAGES, TRAINING_STAGES, EvalRecipe, Recipe, TrainingRecipe
+from rlhf_cli.recipe.recipes import STAGES, TRAINING_STAGES, EvalRecipe, Recipe, TrainingRecipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

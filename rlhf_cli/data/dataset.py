@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_cli import sections
 from rlhf_cli.data.batches import DatasetSource, kept_sizes
 from rlhf_cli.data.cache import default_folder
 from rlhf_cli.data.encode import Encoded, Taken, checked, encode, same_tokens
@@ -20,7 +21,6 @@ from rlhf_cli.data.records import Record
 from rlhf_cli.data.sources import BEYOND_LIMIT, Reading, SourceReport, check_lost, read_data
 from rlhf_cli.data.templates import Template
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.recipe import schema
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Dataset:
         assert train is not None
         return dataclasses.replace(self, train=train, held_out=held_out)
 
-    def source(self, train: schema.Train, data: schema.Data, seed: int) -> DatasetSource:
+    def source(self, train: sections.Train, data: sections.Data, seed: int) -> DatasetSource:
         sizes = kept_sizes(self.train.trees.rows, self.reading.sizes)
         return DatasetSource(self.train.trees, sizes, self.reading.shares, train.batch_size, seed, data.shuffle)
 
 
 def prepare(
-    data: schema.Data,
+    data: sections.Data,
     stage: str,
     tokenizer: Any,
     template: Template,

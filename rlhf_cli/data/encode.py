@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf_cli import sections
 from rlhf_cli.data import cache as store
 from rlhf_cli.data import overlong, sandbox, templates, turns
 from rlhf_cli.data.dialogue import BadRow
@@ -23,7 +24,6 @@ from rlhf_cli.data.templates import Format, Template, tokenise, with_prefix
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.data.turns import Letters, Rendered, check_text, read_letters, render_row, supervised
 from rlhf_cli.errors import UsageError
-from rlhf_cli.recipe import schema
 
 CHUNK = 1000
 """Rows that are rendered and tokenised at a time."""
@@ -63,7 +63,7 @@ class Encoded:
 class _Rules:
     """What is made of a record."""
 
-    data: schema.Data
+    data: sections.Data
     responses: Taken
     reserve: int  # tokens of max_length that are kept free
 
@@ -92,7 +92,7 @@ def encode(
     records: Sequence[Record],
     tokenizer: Any,
     template: Template,
-    data: schema.Data,
+    data: sections.Data,
     *,
     responses: Taken,
     cache: Path | None,

@@ -12,6 +12,7 @@ from itertools import chain
 
 import numpy as np
 
+from rlhf_cli import sections
 from rlhf_cli.data.dialogue import BadRow, as_turns
 from rlhf_cli.data.files import RawRow, find_files, is_hub_id, read_file
 from rlhf_cli.data.formats import (
@@ -32,7 +33,6 @@ from rlhf_cli.data.formats import (
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.records import Record
 from rlhf_cli.errors import UsageError
-from rlhf_cli.recipe import schema
 
 Where = Callable[[str], str]
 
@@ -89,7 +89,7 @@ class _Tally:
         self.examples = (self.examples + other.examples)[:EXAMPLES]
 
 
-def read_data(data: schema.Data, stage: str, seed: int, where: Where = str, margin_column: str | None = None) -> Reading:
+def read_data(data: sections.Data, stage: str, seed: int, where: Where = str, margin_column: str | None = None) -> Reading:
     """Read every source of a run; the limit of a source comes first, then the hold-out.
 
     `margin_column` is the column, as the files name it, of the margins of pairs, if they are wanted: then every row has one.
@@ -107,7 +107,7 @@ def read_data(data: schema.Data, stage: str, seed: int, where: Where = str, marg
     return Reading(list(chain(*train)), list(chain(*held_out)), reports, eval_reports, sizes, shares)
 
 
-def _shares(sources: Sequence[schema.Source], where: Where) -> tuple[float, ...]:
+def _shares(sources: Sequence[sections.Source], where: Where) -> tuple[float, ...]:
     if not sources:
         raise UsageError(f"{where('data.train')}: the list is empty; name at least one source")
     for i, source in enumerate(sources):
@@ -119,14 +119,14 @@ def _shares(sources: Sequence[schema.Source], where: Where) -> tuple[float, ...]
 
 
 def _read_all(
-    sources: Sequence[schema.Source], key: str, stage: str, seed: int, shuffle: bool, where: Where, margin: str | None
+    sources: Sequence[sections.Source], key: str, stage: str, seed: int, shuffle: bool, where: Where, margin: str | None
 ) -> tuple[list[list[Record]], list[SourceReport]]:
     read = [_read_source(source, f"{key}.{i}", stage, seed, shuffle, where, margin) for i, source in enumerate(sources)]
     return [records for records, _ in read], [report for _, report in read]
 
 
 def _read_source(
-    source: schema.Source, key: str, stage: str, seed: int, shuffle: bool, where: Where, margin: str | None
+    source: sections.Source, key: str, stage: str, seed: int, shuffle: bool, where: Where, margin: str | None
 ) -> tuple[list[Record], SourceReport]:
     parts = _parts(source, key, where, margin)
     name, rows = parts[0]
@@ -163,7 +163,7 @@ def _check_margin(column: str, objects: Sequence[Row], format: str, place: str) 
         raise UsageError(f"{place}: the data has no column '{column}'; found {shown_columns(objects)}")
 
 
-def _parts(source: schema.Source, key: str, where: Where, margin: str | None) -> list[tuple[str, Iterator[RawRow]]]:
+def _parts(source: sections.Source, key: str, where: Where, margin: str | None) -> list[tuple[str, Iterator[RawRow]]]:
     """(name, raw rows) of each file of a source, or of its one hub split."""
     place = where(f"{key}.path")
     if is_hub_id(source.path):
@@ -208,7 +208,7 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return kept | {ours: row[name] for ours, name in columns.items() if name in row}
 
 
-def _format_of(source: schema.Source, objects: Sequence[Row], stage: str, name: str, key: str, where: Where) -> str:
+def _format_of(source: sections.Source, objects: Sequence[Row], stage: str, name: str, key: str, where: Where) -> str:
     if source.format == "auto":
         return detect(objects, stage, f"{where(f'{key}.path')}: {name}")
     if source.format not in STAGE_TAKES[stage]:
@@ -271,7 +271,7 @@ def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{count} × {reason}" for reason, count in counter.most_common(5))
 
 
-def _limited(records: list[Record], source: schema.Source, seed: int, shuffle: bool) -> list[Record]:
+def _limited(records: list[Record], source: sections.Source, seed: int, shuffle: bool) -> list[Record]:
     if source.limit is None or source.limit >= len(records):
         return records
     if not shuffle:

@@ -19,7 +19,7 @@ from rlhf_cli.console import clean
 from rlhf_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_cli.recipe.schema import Endpoint
+    from rlhf_cli.sections import Endpoint
 
 KEY = "OPENAI_API_KEY"
 MOST_BYTES = 2**24

@@ -22,7 +22,7 @@ from rlhf_cli.evaluation.question import PROMPT, Question, filled, read_template
 from rlhf_cli.runs.folder import MetricsLog, read_metrics
 
 if TYPE_CHECKING:
-    from rlhf_cli.recipe.schema import Endpoint
+    from rlhf_cli.sections import Endpoint
 
 BACKOFF = 1.0
 """Seconds before a question is asked for the second time; twice as long before each further time."""

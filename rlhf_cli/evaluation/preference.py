@@ -12,8 +12,8 @@ import numpy as np
 from rlhf_cli.errors import NumberError
 from rlhf_cli.models.scoring import Ranks, score_trees
 from rlhf_cli.objectives.preference import ordered_pairs
-from rlhf_cli.runs.markdown import percent
-from rlhf_cli.runs.verdict import wilson
+from rlhf_cli.reports.markdown import percent
+from rlhf_cli.reports.verdict import wilson
 
 if TYPE_CHECKING:
     from rlhf_cli.data.trees import Tree

@@ -17,7 +17,7 @@ from rlhf_cli.evaluation.preference import Agreement, faults
 from rlhf_cli.evaluation.ratings import ratings
 from rlhf_cli.evaluation.samples import Samples, same_texts
 from rlhf_cli.evaluation.winrate import outcomes, win_rate
-from rlhf_cli.recipe import schema
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.rewards import term_names
 
 Pair = tuple[str, str]
@@ -63,7 +63,7 @@ class Measured:
     series: dict[str, tuple[str, int]]  # checkpoint → (its run's name, step)
 
 
-def scores_of(samples: Samples, judge: str, recipe: schema.EvalRecipe) -> np.ndarray | None:
+def scores_of(samples: Samples, judge: str, recipe: recipes.EvalRecipe) -> np.ndarray | None:
     """(P, K) by which a judge that gives numbers compares: `reward` the score, `gold` the sum of its terms, or one term.
 
     A name that both have is the reward's. None where the recipe has no such judge.
@@ -77,7 +77,7 @@ def scores_of(samples: Samples, judge: str, recipe: schema.EvalRecipe) -> np.nda
     return samples.table(lambda sample: sum(sample.terms[name] for name in names))
 
 
-def judged_by_scores(samples: Mapping[str, Samples], judge: str, recipe: schema.EvalRecipe) -> dict[Pair, np.ndarray]:
+def judged_by_scores(samples: Mapping[str, Samples], judge: str, recipe: recipes.EvalRecipe) -> dict[Pair, np.ndarray]:
     """(one, other) → (P, K) outcomes of every pair of models."""
     tables = {name: scores_of(own, judge, recipe) for name, own in samples.items()}
     found = {}
@@ -90,7 +90,7 @@ def judged_by_scores(samples: Mapping[str, Samples], judge: str, recipe: schema.
 
 
 def summarise(
-    recipe: schema.EvalRecipe, measured: Measured, judged: Mapping[Pair, np.ndarray], notes: Sequence[str]
+    recipe: recipes.EvalRecipe, measured: Measured, judged: Mapping[Pair, np.ndarray], notes: Sequence[str]
 ) -> dict[str, Any]:
     """eval.json. `judged`: (one, other) → (P, K) outcomes of the one's responses against the other's."""
     equal = {name: own.first(recipe.rollout.responses_per_prompt) for name, own in measured.samples.items()}
@@ -108,7 +108,7 @@ def summarise(
     }
 
 
-def _about(recipe: schema.EvalRecipe, prompts: int, notes: Sequence[str]) -> dict[str, Any]:
+def _about(recipe: recipes.EvalRecipe, prompts: int, notes: Sequence[str]) -> dict[str, Any]:
     judge = recipe.winrate.judge if recipe.winrate else None
     return {
         "reference": recipe.reference,
@@ -125,7 +125,7 @@ def _about(recipe: schema.EvalRecipe, prompts: int, notes: Sequence[str]) -> dic
 
 
 def _models(
-    recipe: schema.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray
+    recipe: recipes.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray
 ) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys([*equal, *measured.text]):
@@ -142,7 +142,7 @@ def _exp(nll: float) -> float:
 
 
 def _win_rates(
-    recipe: schema.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[Pair, np.ndarray], counts: np.ndarray
+    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[Pair, np.ndarray], counts: np.ndarray
 ) -> dict[str, Any]:
     if recipe.winrate is None:
         return {}
@@ -156,7 +156,7 @@ def _win_rates(
 
 
 def _ratings(
-    recipe: schema.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[Pair, np.ndarray], counts: np.ndarray
+    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[Pair, np.ndarray], counts: np.ndarray
 ) -> dict[str, Any]:
     if recipe.winrate is None or len(samples) < 2:
         return {}
@@ -171,7 +171,7 @@ def _ratings(
     return {name: rating._asdict() for name, rating in found.items()}
 
 
-def _points(recipe: schema.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray) -> list[Point]:
+def _points(recipe: recipes.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray) -> list[Point]:
     """Every run's checkpoints after the start that they share, and best of n of the reference."""
     reference = recipe.reference
     if reference is None or reference not in equal or not recipe.reward:
@@ -193,7 +193,7 @@ def _points(recipe: schema.EvalRecipe, measured: Measured, equal: Mapping[str, S
     return points
 
 
-def _scores(samples: Samples, recipe: schema.EvalRecipe) -> np.ndarray:
+def _scores(samples: Samples, recipe: recipes.EvalRecipe) -> np.ndarray:
     found = scores_of(samples, "reward", recipe)
     assert found is not None
     return found

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
+from rlhf_cli import sections
 from rlhf_cli.data.trees import Batch, Layout, Row, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import TREES, block_mask, dense_mask
 from rlhf_cli.models.heads import SCORE, reward_config, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
 from rlhf_cli.models.logps import token_logps
-from rlhf_cli.recipe import schema
 
 PLAIN = "plain"
 BASE = "base"
@@ -402,7 +402,7 @@ def _probe_trees(vocabulary: int) -> list[Tree]:
     ]
 
 
-def lora_config(settings: schema.Lora, base: str, revision: str | None) -> LoraConfig:
+def lora_config(settings: sections.Lora, base: str, revision: str | None) -> LoraConfig:
     """The recipe's section as PEFT's config; A is initialised by PEFT, B is 0."""
     modules = settings.target_modules
     return LoraConfig(

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from rlhf_cli import sections
 from rlhf_cli.errors import MachineError, NumberError, UsageError
 from rlhf_cli.models.heads import SCORE
-from rlhf_cli.recipe import schema
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,7 +52,7 @@ def load_config(path: str, revision: str | None, trust_remote_code: bool) -> Any
 
 
 def load_model(
-    settings: schema.Model, path: str, revision: str | None, dtype: torch.dtype, device: torch.device, headless: bool = False
+    settings: sections.Model, path: str, revision: str | None, dtype: torch.dtype, device: torch.device, headless: bool = False
 ) -> Any:
     """The causal language model of a folder or hub id, its weights in `dtype`; `headless`: its output head may be missing.
 

@@ -10,20 +10,20 @@ from typing import Any, Literal
 
 import torch
 
+from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.heads import save_full_reward
 from rlhf_cli.models.load import is_classifier, load_model, local_folder, read_adapter, read_head, resolve_dtype
-from rlhf_cli.recipe import schema
 
 
-def resolve_lora(setting: schema.Lora | str | None, parent: schema.Lora | None, place: str) -> schema.Lora | None:
+def resolve_lora(setting: sections.Lora | str | None, parent: sections.Lora | None, place: str) -> sections.Lora | None:
     """The adapter's settings in force: the parent's go on where the recipe says auto.
 
     Raises:
         UsageError: the recipe asks for another shape than the parent's, and not for a merge.
     """
-    if setting is None or isinstance(setting, schema.Lora):
+    if setting is None or isinstance(setting, sections.Lora):
         if setting is None or parent is None or setting.merge_parent:
             return setting
         if _shape(setting) != _shape(parent):
@@ -32,28 +32,30 @@ def resolve_lora(setting: schema.Lora | str | None, parent: schema.Lora | None, 
                 "the recipe asks for others. use lora: auto, or lora.merge_parent: true to start anew on the merged parent"
             )
         return setting
-    return parent or schema.Lora()
+    return parent or sections.Lora()
 
 
-def parent_lora(adapter: Path | None, recorded: dict[str, Any] | None) -> schema.Lora | None:
+def parent_lora(adapter: Path | None, recorded: dict[str, Any] | None) -> sections.Lora | None:
     """The settings of the parent's adapter: as its manifest records them, else as its adapter_config.json lists them."""
     if adapter is None:
         return None
     if recorded is not None:
-        return dataclasses.replace(schema.Lora(**recorded), merge_parent=False)
+        return dataclasses.replace(sections.Lora(**recorded), merge_parent=False)
     config, _, _ = read_adapter(adapter)
     modules = config.target_modules
-    return schema.Lora(config.r, config.lora_alpha, config.lora_dropout, modules if isinstance(modules, str) else sorted(modules))
+    return sections.Lora(
+        config.r, config.lora_alpha, config.lora_dropout, modules if isinstance(modules, str) else sorted(modules)
+    )
 
 
-def _shape(lora: schema.Lora) -> tuple[Any, ...]:
+def _shape(lora: sections.Lora) -> tuple[Any, ...]:
     modules = lora.target_modules
     return lora.r, lora.alpha, modules if isinstance(modules, str) else tuple(sorted(modules))
 
 
 def load_trained(
-    settings: schema.Model,
-    lora: schema.Lora | None,
+    settings: sections.Model,
+    lora: sections.Lora | None,
     base: str,
     revision: str | None,
     adapter: Path | None,
@@ -106,7 +108,7 @@ def load_trained(
 
 
 def _save_merged(
-    settings: schema.Model,
+    settings: sections.Model,
     base: str,
     revision: str | None,
     config: Any,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from rlhf_cli.fields import key
 from rlhf_cli.objectives.advantages import explained_variance, first_tokens, response_returns, spread, token_rewards, whiten
 from rlhf_cli.objectives.policy_gradient import ActorCritic, Experience, Lesson
+from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

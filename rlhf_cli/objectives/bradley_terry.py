@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf_cli.fields import key
 from rlhf_cli.objectives.preference import Pairs
 from rlhf_cli.objectives.reward import RewardObjective
+from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
     import torch

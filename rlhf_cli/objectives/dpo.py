@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf_cli.fields import key
 from rlhf_cli.objectives.preference import LogRatioPair, Pair
+from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
     import torch

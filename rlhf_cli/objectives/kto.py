@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.fields import key
 from rlhf_cli.objectives.preference import read_responses
 from rlhf_cli.objectives.unpaired import UnpairedObjective, only
+from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from rlhf_cli.fields import key
 from rlhf_cli.objectives.base import Objective, Term
 from rlhf_cli.objectives.kl import k2, k3
+from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

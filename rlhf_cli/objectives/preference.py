@@ -8,8 +8,8 @@ from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from rlhf_cli.fields import key
 from rlhf_cli.objectives.base import Objective, Term
+from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
     import torch

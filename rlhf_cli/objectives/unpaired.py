@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_cli.fields import key
 from rlhf_cli.objectives.base import Objective, Term
 from rlhf_cli.objectives.preference import BETA, read_responses
+from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
     import torch

@@ -23,9 +23,10 @@ from rlhf_cli.recipe.keys import (
     shape,
     source_list,
 )
-from rlhf_cli.recipe.schema import TRAINING_STAGES
-from rlhf_cli.recipe.suggest import closest, closest_key
+from rlhf_cli.recipe.recipes import TRAINING_STAGES
+from rlhf_cli.recipe.suggest import closest_key
 from rlhf_cli.recipe.yaml_reader import BAD, Node, Problem
+from rlhf_cli.suggest import closest
 
 SHOWN = 100
 """Problems are listed, and suggestions sought, up to here: a file with more of them is no recipe."""

@@ -7,26 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from rlhf_cli.recipe.metrics import learns_values, metrics_of, training_metrics_of
+from rlhf_cli.recipe.recipes import DirectRecipe, EvalRecipe, KtoRecipe, PpoRecipe, Recipe, TrainingRecipe, is_pattern
 from rlhf_cli.recipe.rewards import name_of, term_names
-from rlhf_cli.recipe.schema import (
-    DirectRecipe,
-    EvalRecipe,
-    EvalSource,
-    Kl,
-    KtoRecipe,
-    PpoRecipe,
-    Recipe,
-    Reference,
-    Reward,
-    Rows,
-    Sampling,
-    Source,
-    TrainingRecipe,
-    Value,
-    Winrate,
-    is_pattern,
-)
-from rlhf_cli.recipe.suggest import closest
+from rlhf_cli.sections import EvalSource, Kl, Reference, Reward, Rows, Sampling, Source, Value, Winrate
+from rlhf_cli.suggest import closest
 
 Finding = tuple[str, str]
 """(dotted key, what is wrong and what to do)"""

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.keys import keys_of, walk
-from rlhf_cli.recipe.schema import Recipe
+from rlhf_cli.recipe.recipes import Recipe
 from rlhf_cli.recipe.yaml_reader import SCALARS, Unreadable, plain, read
 
 MAY_CHANGE = (

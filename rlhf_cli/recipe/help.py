@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from rlhf_cli.recipe.keys import Key, arms, as_yaml, keys_of, kind_of, objectives_of, sections_in
 from rlhf_cli.recipe.rates import LEARNING_RATE, default_learning_rate
-from rlhf_cli.recipe.schema import STAGES, Train
+from rlhf_cli.recipe.recipes import STAGES
+from rlhf_cli.sections import Train
 
 WIDTH = 77  # typer indents by two more
 COLUMN = 30

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from rlhf_cli.recipe.schema import SHORT_FORM, STAGES, TRAINING_STAGES
+from rlhf_cli.recipe.recipes import STAGES, TRAINING_STAGES
+from rlhf_cli.sections import SHORT_FORM
 
 
 class Key(NamedTuple):

@@ -12,9 +12,9 @@ from rlhf_cli.recipe.build import SHOWN, Builder, lines_of, spell_out
 from rlhf_cli.recipe.checks import findings
 from rlhf_cli.recipe.dump import flatten
 from rlhf_cli.recipe.keys import required_keys
-from rlhf_cli.recipe.schema import STAGES, Recipe
-from rlhf_cli.recipe.suggest import closest
+from rlhf_cli.recipe.recipes import STAGES, Recipe
 from rlhf_cli.recipe.yaml_reader import BAD, MAX_BYTES, Node, Problem, Unreadable, decode, plain, read
+from rlhf_cli.suggest import closest
 
 RIVALS = {
     "train.steps": "train.epochs",

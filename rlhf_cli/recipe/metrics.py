@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
+from rlhf_cli.recipe.recipes import PpoRecipe, TrainingRecipe
 from rlhf_cli.recipe.rewards import name_of
-from rlhf_cli.recipe.schema import PpoRecipe, TrainingRecipe
 
 _PAIRS = (
     "loss",

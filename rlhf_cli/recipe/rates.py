@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rlhf_cli.recipe.schema import TrainingRecipe
+from rlhf_cli.recipe.recipes import TrainingRecipe
 
 
 def learning_rate_of(recipe: TrainingRecipe) -> float:

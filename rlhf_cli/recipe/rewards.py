@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlhf_cli.recipe.schema import Reward
+    from rlhf_cli.sections import Reward
 
 
 def default_name(reward: Reward) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from rlhf_cli import sections
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Batch, Tree
 from rlhf_cli.errors import MachineError, RunError, Stopped
@@ -18,7 +19,6 @@ from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.memory import is_out_of_memory, return_freed
 from rlhf_cli.models.scoring import Ranks, token_figures
 from rlhf_cli.objectives.policy_gradient import Experience
-from rlhf_cli.recipe import schema
 from rlhf_cli.rollout.generate import Drawn, Engine, Request
 from rlhf_cli.rollout.rewards import Answers, Term, combine
 
@@ -81,7 +81,7 @@ class Sampler:
     engine: Engine
     tokenizer: Any
     ends: tuple[int, ...]
-    settings: schema.Sampling
+    settings: sections.Sampling
     records: Sequence[Record]  # that trees name by their row
     terms: Sequence[Term]
     gold: Sequence[Term]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from rlhf_cli import sections
 from rlhf_cli.data.dataset import question
 from rlhf_cli.data.encode import encode
 from rlhf_cli.data.overlong import span
@@ -25,8 +26,7 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError, RunError, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.scoring import score_trees
-from rlhf_cli.recipe import schema
-from rlhf_cli.recipe.suggest import closest
+from rlhf_cli.suggest import closest
 
 Prompt = str | list[dict[str, str]]
 Function = Callable[[list[Prompt], list[str]], Any]
@@ -34,7 +34,7 @@ Function = Callable[[list[Prompt], list[str]], Any]
 SHOWN = 60
 """Characters of a prompt or a response in a message."""
 
-AS_DRAWN = schema.Data(train=[], max_length=sys.maxsize, control_tokens="keep")
+AS_DRAWN = sections.Data(train=[], max_length=sys.maxsize, control_tokens="keep")
 """How drawn text is encoded: whatever the policy wrote, and however long it is, has to get its score."""
 
 
@@ -125,7 +125,7 @@ def as_given(prompt: str | tuple[Message, ...]) -> Prompt:
     return [message._asdict() for message in prompt]
 
 
-def function_term(reward: schema.Reward, name: str, place: str) -> FunctionTerm:
+def function_term(reward: sections.Reward, name: str, place: str) -> FunctionTerm:
     """The term of `reward.function`, its file imported.
 
     Raises:

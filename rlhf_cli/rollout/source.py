@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhf_cli import sections
 from rlhf_cli.data.batches import DatasetSource, Draw, derive_seed
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.objectives.kl import next_coef
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
-from rlhf_cli.recipe import schema
 from rlhf_cli.rollout.experience import Rollout, Sampler, at_once, guarded
 
 KL_COEF = "kl_coef"
@@ -57,7 +57,7 @@ class PolicySource:
     sampler: Sampler
     prompts: DatasetSource
     objective: PolicyGradient
-    kl: schema.Kl
+    kl: sections.Kl
     ptx: DatasetSource | None
     ptx_coef: float
     seed: int

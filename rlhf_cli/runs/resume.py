@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.recipe import schema
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.dump import differences, dump_recipe, refuse_changes
 from rlhf_cli.runs.files import write_atomic, write_json
 from rlhf_cli.runs.folder import RunFolder
@@ -18,7 +18,7 @@ INPUTS = "inputs.json"
 """Hashes of the base model, the parent, the template and the data of a run."""
 
 
-def record_inputs(run: RunFolder, recipe: schema.Recipe, stage: str, inputs: dict[str, Any]) -> None:
+def record_inputs(run: RunFolder, recipe: recipes.Recipe, stage: str, inputs: dict[str, Any]) -> None:
     write_atomic(run.recipe, dump_recipe(recipe, stage))
     write_json(run.path / INPUTS, inputs)
 
@@ -29,7 +29,7 @@ def forget_inputs(run: RunFolder) -> None:
         path.unlink(missing_ok=True)
 
 
-def refuse_other_inputs(run: RunFolder, recipe: schema.Recipe, inputs: dict[str, Any], *, may_grow: bool = False) -> None:
+def refuse_other_inputs(run: RunFolder, recipe: recipes.Recipe, inputs: dict[str, Any], *, may_grow: bool = False) -> None:
     """Raises UsageError when the recipe, the data or the parent changed since the run was started.
 
     may_grow: inputs may come and go, and only what the run had before must be the same.
@@ -59,7 +59,7 @@ def _differing(old: Any, new: Any) -> str:
     return ", ".join(f"{field} {str(before.get(field))[:40]} → {str(after.get(field))[:40]}" for field in fields)
 
 
-def is_as_before(run: RunFolder, recipe: schema.Recipe, inputs: dict[str, Any]) -> bool:
+def is_as_before(run: RunFolder, recipe: recipes.Recipe, inputs: dict[str, Any]) -> bool:
     """Are the recipe and all inputs those that the run was last started with, but for what has no effect on its results?"""
     if not run.recipe.exists():
         return False

@@ -11,17 +11,17 @@ from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.unpaired import unpaired_dataset
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.homes import Homes
+from rlhf_cli.models.placement import Homes
 from rlhf_cli.objectives.base import Objective
-from rlhf_cli.recipe import schema
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.source import PreferenceSource, Shape
 from rlhf_cli.runs.parents import Start, base_model
-from rlhf_cli.stages.drawing import Drawing, Judges, find_judges, judged, open_drawing, recorded
+from rlhf_cli.signals import BEFORE
+from rlhf_cli.stages.online import Drawing, Judges, find_judges, judged, open_drawing, recorded
 from rlhf_cli.stages.reference import Reference, find_reference, place_reference
 from rlhf_cli.stages.training import FINE, Job, Way, finish_job, load_job, open_job, prepare_job, train_job
 from rlhf_cli.training.reference import reference_logps, weights_key
-from rlhf_cli.training.signals import BEFORE
 
 
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
@@ -30,7 +30,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     Raises:
         RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
-    assert isinstance(loaded.recipe, schema.DirectRecipe)
+    assert isinstance(loaded.recipe, recipes.DirectRecipe)
     draws = loaded.recipe.draws is not None
     judge = loaded.stage == "kto" and not draws
     job = prepare_job(loaded, check=check, resume=resume, shape=partial(_judged, loaded) if judge else None)
@@ -64,7 +64,7 @@ def _announce(job: Job, reference: Reference | None, judges: Judges) -> Iterator
     if reference is not None:
         yield reference.words
     yield from judges.words()
-    if isinstance(job.recipe, schema.DirectRecipe) and (rollout := job.recipe.rollout):
+    if isinstance(job.recipe, recipes.DirectRecipe) and (rollout := job.recipe.rollout):
         often = "every step" if rollout.refresh == 1 else f"every {rollout.refresh} steps"
         yield f"responses are drawn from the policy {often}, {rollout.responses_per_prompt} to a prompt, and ranked by the reward"
     if words := job.objective.announcement:
@@ -74,7 +74,7 @@ def _announce(job: Job, reference: Reference | None, judges: Judges) -> Iterator
 def _online(job: Job, drawing: Drawing) -> Way:
     """Batches of the policy's own responses, in the form that the objective takes."""
     recipe = job.recipe
-    assert isinstance(recipe, schema.DirectRecipe)
+    assert isinstance(recipe, recipes.DirectRecipe)
     assert recipe.rollout is not None
     shape: Shape | None = None
     if recipe.stage == "kto":
@@ -91,7 +91,7 @@ def _online(job: Job, drawing: Drawing) -> Way:
     return Way(source, drawing.measure, shape(first, recipe.seed) if shape else first)
 
 
-def _judged(loaded: Loaded, dataset: Dataset, recipe: schema.TrainingRecipe) -> tuple[Dataset, Objective]:
+def _judged(loaded: Loaded, dataset: Dataset, recipe: recipes.TrainingRecipe) -> tuple[Dataset, Objective]:
     """Single responses with their labels and mismatches, and the objective with the weights that follow from their numbers."""
     objective = recipe.objective
     changed = unpaired_dataset(
@@ -103,7 +103,7 @@ def _judged(loaded: Loaded, dataset: Dataset, recipe: schema.TrainingRecipe) -> 
 
 def _with_reference(job: Job, reference: Reference, backbone: Backbone, homes: Homes, base: str) -> Job:
     """The job with the reference's log-probabilities in its trees or, with `cache: false`, with the role "reference"."""
-    assert isinstance(job.recipe, schema.DirectRecipe)
+    assert isinstance(job.recipe, recipes.DirectRecipe)
     assert reference.base is not None
     cached = job.recipe.reference.cache
     if not (cached and reference.is_start):

@@ -17,19 +17,19 @@ from rlhf_cli.data.dataset import data_report
 from rlhf_cli.errors import MachineError, RunError, UsageError
 from rlhf_cli.evaluation.dump import pair_rows, ranked_rows
 from rlhf_cli.evaluation.judge import Verdicts, judge_all
+from rlhf_cli.evaluation.prepare import Job, plan_evaluation, prepare_evaluation
 from rlhf_cli.evaluation.question import Question, prompt_text
 from rlhf_cli.evaluation.result import Measured, Pair, judged_by_scores, scores_of, summarise
 from rlhf_cli.evaluation.samples import Samples
+from rlhf_cli.evaluation.visits import measure_models, write_samples
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.runs.evaluated import terminal_table, write_report
+from rlhf_cli.reports.evaluated import terminal_table, write_report
 from rlhf_cli.runs.files import disk_error, to_json, write_atomic, write_json
 from rlhf_cli.runs.folder import RunFolder, move_aside, open_run
 from rlhf_cli.runs.manifest import git_commit, versions, write_manifest
 from rlhf_cli.runs.resume import is_as_before, record_inputs, refuse_other_inputs, reopen
-from rlhf_cli.stages.evaluation import Job, plan_evaluation, prepare_evaluation
 from rlhf_cli.stages.training import FINE
-from rlhf_cli.stages.visits import measure_models, write_samples
 from rlhf_cli.training.loop import peak_memory
 
 RESULT, VERDICTS, PAGE = "eval.json", "verdicts.jsonl", "report.html"

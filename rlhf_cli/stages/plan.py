@@ -8,13 +8,13 @@ from rlhf_cli.data.batches import DatasetSource
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.encode import Encoded
 from rlhf_cli.models.memory import Memory
-from rlhf_cli.recipe import rates, schema
+from rlhf_cli.recipe import rates, recipes
 
 Section = tuple[str, list[tuple[str, object]]]
 
 
 def plan(
-    recipe: schema.TrainingRecipe,
+    recipe: recipes.TrainingRecipe,
     dataset: Dataset,
     source: DatasetSource,
     steps: int,
@@ -64,7 +64,7 @@ def plan(
     return sections
 
 
-def _tokens_a_step(recipe: schema.TrainingRecipe, source: DatasetSource, per_step: int) -> tuple[float, str]:
+def _tokens_a_step(recipe: recipes.TrainingRecipe, source: DatasetSource, per_step: int) -> tuple[float, str]:
     """Tokens of a step's batch, on average or (of drawn responses) at most, and the same in words."""
     mean = float(source.trees.lengths.mean())
     if rollout := recipe.draws:
@@ -76,7 +76,7 @@ def _tokens_a_step(recipe: schema.TrainingRecipe, source: DatasetSource, per_ste
     return per_step * mean, f"{per_step * mean:,.0f} on average{supervised}"
 
 
-def _unit(recipe: schema.TrainingRecipe, source: DatasetSource) -> str:
+def _unit(recipe: recipes.TrainingRecipe, source: DatasetSource) -> str:
     """What batch_size counts: KTO's pairs count twice."""
     if rollout := recipe.draws:
         each = f"{rollout.responses_per_prompt} responses" if rollout.responses_per_prompt > 1 else "one response"
@@ -108,7 +108,7 @@ SMALL, SMALL_BEARS = 20_000_000, 100
 """Models of fewer parameters, trained in full, bear so many times the rates of large ones."""
 
 
-def learning_rate_warning(recipe: schema.TrainingRecipe, memory: Memory) -> str | None:
+def learning_rate_warning(recipe: recipes.TrainingRecipe, memory: Memory) -> str | None:
     """Words for a rate outside what has worked."""
     (low, high), rate = rates.sane_learning_rate(recipe), rates.learning_rate_of(recipe)
     if recipe.lora is None and memory.trained < SMALL:

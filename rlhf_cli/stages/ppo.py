@@ -7,16 +7,17 @@ from collections.abc import Iterator
 
 import torch
 
+from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
-from rlhf_cli.models.homes import Head, Homes
 from rlhf_cli.models.load import local_folder, read_head
+from rlhf_cli.models.placement import Head, Homes
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
-from rlhf_cli.recipe import rates, schema
+from rlhf_cli.recipe import rates, recipes
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.rollout.reward_models import FoundRewardModel
 from rlhf_cli.rollout.source import PolicySource
-from rlhf_cli.stages.drawing import Drawing, Judges, find_judges, open_drawing, recorded
+from rlhf_cli.stages.online import Drawing, Judges, find_judges, open_drawing, recorded
 from rlhf_cli.stages.reference import find_reference, place_reference
-from rlhf_cli.stages.reward_models import FoundRewardModel
 from rlhf_cli.stages.training import FINE, Job, Way, finish_job, load_job, open_job, prepare_job, train_job
 
 
@@ -76,8 +77,8 @@ def _announce(job: Job) -> Iterator[str]:
         yield objective.announcement
 
 
-def _parts(job: Job) -> tuple[schema.PpoRecipe, PolicyGradient]:
-    assert isinstance(job.recipe, schema.PpoRecipe)
+def _parts(job: Job) -> tuple[recipes.PpoRecipe, PolicyGradient]:
+    assert isinstance(job.recipe, recipes.PpoRecipe)
     assert isinstance(job.objective, PolicyGradient)
     return job.recipe, job.objective
 
@@ -109,7 +110,7 @@ def _add_value(job: Job, judges: Judges, homes: Homes, base: str) -> dict[str, f
     recipe, objective = _parts(job)
     if not objective.values:
         return {}
-    lora = job.lora or schema.Lora()
+    lora = job.lora or sections.Lora()
     models = [judge for judge in judges.reward if isinstance(judge.found, FoundRewardModel) and judge.found.reads == "tokens"]
     if recipe.value.init == "reward" and models:
         found, weight = models[0].found, models[0].reward.weight
@@ -132,7 +133,7 @@ def _add_value(job: Job, judges: Judges, homes: Homes, base: str) -> dict[str, f
 def _value_rate(job: Job) -> float:
     """The recipe's; else the policy's, and beside a policy that trains all weights what an adapter wants by default."""
     recipe, objective = _parts(job)
-    assert isinstance(job.loaded.recipe, schema.PpoRecipe)
+    assert isinstance(job.loaded.recipe, recipes.PpoRecipe)
     asked = job.loaded.recipe.train.learning_rate
     if recipe.value.learning_rate is not None:
         return recipe.value.learning_rate

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.homes import Homes
 from rlhf_cli.models.load import load_tokenizer
-from rlhf_cli.recipe import schema
+from rlhf_cli.models.placement import Homes
+from rlhf_cli.recipe import recipes
 from rlhf_cli.runs.manifest import BaseModel, Parent, weights_hash
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
 from rlhf_cli.stages.training import Job
@@ -50,7 +50,7 @@ def find_reference(job: Job, check: bool, *, needed: bool = True) -> Reference |
     Raises:
         UsageError: it cannot be told what it names, its base has changed, or its tokenizer is another one.
     """
-    assert isinstance(job.recipe, schema.DirectRecipe | schema.PpoRecipe)
+    assert isinstance(job.recipe, recipes.DirectRecipe | recipes.PpoRecipe)
     path, place = job.recipe.reference.model, job.loaded.named("reference.model")
     if not needed:
         return None

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import transformers
 
+from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.batches import DatasetSource, total_steps
 from rlhf_cli.data.dataset import Dataset, data_report, prepare, question
@@ -29,22 +30,22 @@ from rlhf_cli.models.memory import Memory, auto_budget, estimate, is_out_of_memo
 from rlhf_cli.models.policy import load_trained, parent_lora, resolve_lora
 from rlhf_cli.models.sampling import end_ids
 from rlhf_cli.objectives.base import Objective
-from rlhf_cli.recipe import metrics, rates, schema
+from rlhf_cli.ranks import Ranks
+from rlhf_cli.recipe import metrics, rates, recipes
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.reports.report import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 from rlhf_cli.runs.files import disk_errors, write_json
 from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import BaseModel, Outcome, Parent, build_manifest, write_manifest
 from rlhf_cli.runs.parents import POLICY_STAGES, Start, base_model, resolve_start
-from rlhf_cli.runs.report import write_report
 from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, recorded_budget, refuse_other_inputs, reopen
+from rlhf_cli.signals import StopSignals
 from rlhf_cli.stages.plan import learning_rate_warning, plan
 from rlhf_cli.training.checkpoint import checkpoint_path
 from rlhf_cli.training.invariants import check_start
 from rlhf_cli.training.loop import Fit, Measure, Source, peak_memory
-from rlhf_cli.training.ranks import Ranks
-from rlhf_cli.training.signals import StopSignals
 from rlhf_cli.training.step import evaluate
 from rlhf_cli.training.trackers import check_trackers, start_trackers
 
@@ -60,9 +61,9 @@ class Job:
     """A run before its weights are loaded: its data, and the recipe with every `auto` replaced by the value in force."""
 
     loaded: Loaded
-    recipe: schema.TrainingRecipe
+    recipe: recipes.TrainingRecipe
     objective: Objective
-    lora: schema.Lora | None
+    lora: sections.Lora | None
     memory: Memory
     start: Start
     base: BaseModel | None  # None: on the hub, and not fetched by --check
@@ -88,7 +89,7 @@ def prepare_job(
     check: bool,
     resume: bool,
     starts: Collection[str] = POLICY_STAGES,
-    shape: Callable[[Dataset, schema.TrainingRecipe], tuple[Dataset, Objective]] | None = None,
+    shape: Callable[[Dataset, recipes.TrainingRecipe], tuple[Dataset, Objective]] | None = None,
 ) -> Job:
     """Read and tokenise the data, settle every value, and show the plan.
 
@@ -103,7 +104,7 @@ def prepare_job(
     quiet()
     started = time.monotonic()
     recipe, where = loaded.recipe, loaded.where
-    assert isinstance(recipe, schema.TrainingRecipe)
+    assert isinstance(recipe, recipes.TrainingRecipe)
     console = Console(os.environ.get("RANK", "0") == "0")
     start = resolve_start(recipe.model.path, recipe.model.revision, loaded.named("model.path"), starts)
     tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.model.trust_remote_code)
@@ -338,8 +339,8 @@ def stop_ids(backbone: Backbone, tokenizer: Any, template: Template) -> list[int
 
 
 def _settle(
-    recipe: schema.TrainingRecipe, objective: Objective, start: Start, dataset: Dataset, ranks: Ranks, loaded: Loaded
-) -> tuple[schema.Lora | None, Memory, schema.TrainingRecipe]:
+    recipe: recipes.TrainingRecipe, objective: Objective, start: Start, dataset: Dataset, ranks: Ranks, loaded: Loaded
+) -> tuple[sections.Lora | None, Memory, recipes.TrainingRecipe]:
     lora = resolve_lora(
         recipe.lora, parent_lora(start.adapter, start.manifest and start.manifest.get("lora")), loaded.where("lora")
     )
@@ -361,7 +362,7 @@ def _settle(
     return lora, memory, dataclasses.replace(recipe, train=train, model=model)
 
 
-def _example_words(recipe: schema.TrainingRecipe) -> str:
+def _example_words(recipe: recipes.TrainingRecipe) -> str:
     objective = recipe.objective
     if recipe.draws:
         return "is learned: that is a prompt, and its responses are drawn from the policy"
@@ -401,7 +402,7 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _check_template(recipe: schema.TrainingRecipe, start: Start, template: Template, loaded: Loaded) -> None:
+def _check_template(recipe: recipes.TrainingRecipe, start: Start, template: Template, loaded: Loaded) -> None:
     if start.template_hash not in (None, template.hash) and recipe.model.chat_template is None:
         raise UsageError(
             f"{loaded.where('model.path')}: {recipe.model.path} was trained with another chat template than {template.source}. "

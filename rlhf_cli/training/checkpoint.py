@@ -17,7 +17,7 @@ from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.runs.files import disk_errors, hash_tree, sync_folder, write_json
 from rlhf_cli.runs.folder import require_space
 from rlhf_cli.training.optim import optimizer_state, restore_optimizer
-from rlhf_cli.training.underway import Underway, load_underway, save_underway
+from rlhf_cli.training.partial_step import Underway, load_underway, save_underway
 
 HASHES, STATE, OPTIMIZER, NUMBERS, MODEL = "hashes.json", "state.json", "optimizer.safetensors", "optimizer.json", "model"
 ROLES = "roles.safetensors"

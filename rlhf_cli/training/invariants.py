@@ -11,7 +11,7 @@ from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.errors import NumberError
 from rlhf_cli.models.backbone import BASE, Backbone
 from rlhf_cli.objectives.base import Objective
-from rlhf_cli.training.ranks import Ranks
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.step import evaluate
 
 TOLERANCE = 1e-4

@@ -12,15 +12,17 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from rlhf_cli import sections
 from rlhf_cli.console import Console, Progress, peak_memory_gib
 from rlhf_cli.data.batches import Draw, derive_seed, due_steps
 from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.objectives.base import Objective
-from rlhf_cli.recipe import schema
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.runs.files import write_json
 from rlhf_cli.runs.folder import MetricsLog, RunFolder
+from rlhf_cli.signals import StopSignals
 from rlhf_cli.training.checkpoint import (
     State,
     checkpoint_path,
@@ -33,11 +35,9 @@ from rlhf_cli.training.checkpoint import (
     set_aside,
 )
 from rlhf_cli.training.optim import build_optimizer, learning_rate
-from rlhf_cli.training.ranks import Ranks
-from rlhf_cli.training.signals import StopSignals
+from rlhf_cli.training.partial_step import Underway
 from rlhf_cli.training.step import NonFinite, optimise
 from rlhf_cli.training.trackers import Trackers
-from rlhf_cli.training.underway import Underway
 from rlhf_cli.training.watch import KEPT, note_best, reason_to_stop
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Fit:
     measure: Measure | None  # None: nothing is held out
     sample: Samples
     save_model: Callable[[Path], None]  # writes what is trained, and its tokenizer, into a folder
-    train: schema.Train
+    train: sections.Train
     steps: int
     seed: int
     budget: int

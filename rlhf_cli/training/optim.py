@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from rlhf_cli import sections
 from rlhf_cli.errors import MachineError
-from rlhf_cli.recipe import schema
 
 
-def build_optimizer(roles: Mapping[str, Mapping[str, torch.nn.Parameter]], train: schema.Train) -> torch.optim.Optimizer:
+def build_optimizer(roles: Mapping[str, Mapping[str, torch.nn.Parameter]], train: sections.Train) -> torch.optim.Optimizer:
     """The recipe's optimiser over float32 parameters, a group for each trained role; every step sets their learning rates."""
     values = [{"params": list(own.values()), "role": role} for role, own in roles.items()]
     rate = train.learning_rate or 0.0
@@ -33,7 +33,7 @@ def warmup_steps(warmup: float, steps: int) -> int:
     return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
 
 
-def learning_rate(train: schema.Train, step: int, steps: int, peak: float | None = None) -> float:
+def learning_rate(train: sections.Train, step: int, steps: int, peak: float | None = None) -> float:
     """The rate of step `step`, counted from 1: a linear rise to the peak, then the schedule towards 0.
 
     `peak`: by default the recipe's. With w warm-up steps, step k ≤ w has k/w of the peak. Cosine and linear fall so that a

@@ -27,8 +27,8 @@ from rlhf_cli.data.flat import Trees
 from rlhf_cli.data.trees import Tree, supervised_tokens, tree_length
 from rlhf_cli.errors import NumberError
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.runs.manifest import weights_hash
-from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.step import smaller_budget
 
 WHAT = "reference log-probabilities"

@@ -15,7 +15,7 @@ from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.memory import LONG_PASS, is_out_of_memory, return_freed
 from rlhf_cli.objectives.base import Objective
-from rlhf_cli.training.ranks import Ranks
+from rlhf_cli.ranks import Ranks
 
 FLOAT16_LOSS_SCALE = 1024.0
 """Keeps small gradients above float16's smallest number on their way back; taken out again before the update."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_cli.recipe import schema
+from rlhf_cli import sections
 
 KEPT = "keep_best"
 """The key of the best held-out value that `kept_by` names; a `falls` rule has one for training and one for held-out lines."""
 
 
-def note_best(best: Mapping[str, float], split: str, metrics: Mapping[str, float], train: schema.Train) -> dict[str, float]:
+def note_best(best: Mapping[str, float], split: str, metrics: Mapping[str, float], train: sections.Train) -> dict[str, float]:
     """The best values so far, with those of a line of `split` (train or eval)."""
     new = dict(best)
     for name, rule in train.stop_if.items():
@@ -23,14 +23,14 @@ def note_best(best: Mapping[str, float], split: str, metrics: Mapping[str, float
     return new
 
 
-def kept_by(train: schema.Train) -> schema.KeepBest | None:
+def kept_by(train: sections.Train) -> sections.KeepBest | None:
     """What decides which checkpoint is the best: `keep_best`, else the first metric that may not fall."""
     falling = [name for name, rule in train.stop_if.items() if rule.falls is not None]
-    return train.keep_best or (schema.KeepBest(falling[0], "max") if falling else None)
+    return train.keep_best or (sections.KeepBest(falling[0], "max") if falling else None)
 
 
 def reason_to_stop(
-    rules: Mapping[str, schema.StopRule], split: str, metrics: Mapping[str, float], best: Mapping[str, float]
+    rules: Mapping[str, sections.StopRule], split: str, metrics: Mapping[str, float], best: Mapping[str, float]
 ) -> str | None:
     """The first rule that the metrics of a line break, in words. `best` already counts them."""
     for name, rule in rules.items():

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_cli import sections
 from rlhf_cli.data import cache
 from rlhf_cli.data import encode as module
 from rlhf_cli.data.encode import Encoded, encode
 from rlhf_cli.data.records import Facts, Record
 from rlhf_cli.data.templates import Template
-from rlhf_cli.recipe import schema
 from tests.data.tiny_tokenizer import CHATML, ZEPHYR, tiny_tokenizer
 
 ROWS = [Record("Hi", ("No", "Yes"), "a:1"), Record("Hello <s>", ("It",), "a:2"), Record("What is it?", ("It is four.",), "a:3")]
-DATA = schema.SftData(train=[])
+DATA = sections.SftData(train=[])
 
 
 def run(folder: Path | None, rows: list[Record] = ROWS, tokenizer: Any = None, text: str = CHATML, **data: Any) -> Encoded:

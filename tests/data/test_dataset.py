@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from rlhf_cli import sections
 from rlhf_cli.data import encode as encode_module
 from rlhf_cli.data.dataset import Dataset, data_report, prepare
 from rlhf_cli.data.templates import Template
 from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.data.unpaired import unpaired_dataset
 from rlhf_cli.errors import UsageError
-from rlhf_cli.recipe import schema
 from tests.data.tiny_tokenizer import CHATML, tiny_tokenizer
 
 PAIRS = [{"prompt": f"Hi {i}", "chosen": f"Yes {i}", "rejected": f"No {i}", "by": i} for i in range(6)]
@@ -35,7 +35,7 @@ def run(stage: str, *sources: list[dict[str, Any]], check: Any = None, margin: s
     names = [f"{number}.jsonl" for number in range(len(sources))]
     for name, rows in zip(names, sources, strict=True):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = schema.Data([schema.Source(name) for name in names], **data)
+    settings = sections.Data([sections.Source(name) for name in names], **data)
     template = Template("file", "x", CHATML)
     return prepare(settings, stage, tiny_tokenizer(), template, 0, str, "all", check, margin)
 
@@ -98,7 +98,7 @@ def test_single_responses_of_pairs_and_judged_rows() -> None:
         labels = [tree.facts.label for tree in encoded.trees]
         assert report[split]["labels"] == {"desirable": labels.count(True), "undesirable": labels.count(False)}
         assert report[split]["kept"] == encoded.kept
-    sizes = dataset.source(schema.Train(batch_size=4), schema.Data([]), 0).sizes
+    sizes = dataset.source(sections.Train(batch_size=4), sections.Data([]), 0).sizes
     pairs, judged, ranked = dataset.reading.sizes
     assert sizes == (2 * pairs, judged, 2 * ranked)
     alone = unpaired_dataset(whole, "data.train", seed=3, max_length=64, mismatches=False)
@@ -121,7 +121,7 @@ def test_training_data_of_one_class_are_refused(label: bool, message: str) -> No
 
 def test_held_out_data_may_be_of_one_class() -> None:
     Path("eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in JUDGED if row["label"]))
-    whole = run("kto", JUDGED, eval=[schema.Source("eval.jsonl")])
+    whole = run("kto", JUDGED, eval=[sections.Source("eval.jsonl")])
     dataset = unpaired_dataset(whole, "data.train", seed=0, max_length=64, mismatches=True)
     assert dataset.held_out is not None
     assert {tree.facts.label for tree in dataset.held_out.trees} == {True}
@@ -134,7 +134,7 @@ def test_prompts_of_any_rows() -> None:
     names = [f"{number}.jsonl" for number in range(len(by_kind))]
     for name, part in zip(names, by_kind, strict=True):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in part))
-    settings = schema.Data([schema.Source(name) for name in names], max_length=40, max_lost=1.0)
+    settings = sections.Data([sections.Source(name) for name in names], max_length=40, max_lost=1.0)
     template = Template("file", "x", CHATML)
 
     def prompts(reserve: int) -> Dataset:
@@ -151,5 +151,5 @@ def test_prompts_of_any_rows() -> None:
     assert prompts(4).train.kept == 14
     with pytest.raises(UsageError, match=r"^none of 14 rows can be used: longer than data\.max_length"):
         prompts(39)
-    (first,) = dataset.source(schema.Train(batch_size=1), settings, 0).batch(1)
+    (first,) = dataset.source(sections.Train(batch_size=1), settings, 0).batch(1)
     assert first.responses == ()

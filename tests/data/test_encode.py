@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_cli import sections
 from rlhf_cli.data.encode import Encoded, checked, encode, same_tokens, show_example
 from rlhf_cli.data.records import Facts, Message, Record
 from rlhf_cli.data.templates import Template, encode_prompt
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
-from rlhf_cli.recipe import schema
 from tests.data.tiny_tokenizer import CHATML, ENDLESS_TURNS, FORGETS, LLAMA3, PHI3, THINK, ZEPHYR, tiny_tokenizer
 
 NONE = Template("none", "none", None)
@@ -30,7 +30,7 @@ def file(text: str | None) -> Template:
 
 
 def run(records: list[Record], tokenizer: Any, text: str | None, responses: Any = "first", **data: Any) -> Encoded:
-    return encode(records, tokenizer, file(text), schema.SftData(train=[], **data), responses=responses, cache=None)
+    return encode(records, tokenizer, file(text), sections.SftData(train=[], **data), responses=responses, cache=None)
 
 
 def spoken(tree: Tree, tokenizer: Any) -> list[str]:
@@ -285,7 +285,7 @@ def test_percentiles_by_nearest_rank() -> None:
 
 
 def prompts_of(records: list[Record], tokenizer: Any, reserve: int, text: str | None = CHATML, **data: Any) -> Encoded:
-    settings = schema.Data(train=[], **data)
+    settings = sections.Data(train=[], **data)
     return encode(records, tokenizer, file(text), settings, responses="none", reserve=reserve, cache=None)
 
 

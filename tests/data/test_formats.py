@@ -20,7 +20,7 @@ from rlhf_cli.data.formats import (
 )
 from rlhf_cli.data.records import Facts, Message, Record
 from rlhf_cli.errors import UsageError
-from rlhf_cli.recipe.schema import Source
+from rlhf_cli.sections import Source
 
 U, A, S = "user", "assistant", "system"
 

@@ -21,7 +21,7 @@ from rlhf_cli.data.formats import STAGE_TAKES
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.sources import check_lost, epoch_order, prompt_share, read_data
 from rlhf_cli.errors import MachineError, UsageError
-from rlhf_cli.recipe.schema import Data, Source
+from rlhf_cli.sections import Data, Source
 
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(20)]
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -473,7 +473,7 @@ def test_a_cached_hub_split_is_read_offline(tmp_path, monkeypatch):
 def test_local_files_import_no_hub_library():
     write("x.jsonl", ROWS)
     code = (
-        "import sys; from rlhf_cli.data.sources import read_data; from rlhf_cli.recipe.schema import Data, Source; "
+        "import sys; from rlhf_cli.data.sources import read_data; from rlhf_cli.sections import Data, Source; "
         "read_data(Data([Source('x.jsonl')]), 'sft', 0); "
         "print({'datasets', 'torch', 'transformers', 'pyarrow'} & set(sys.modules))"
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_cli import sections
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError
@@ -28,9 +29,8 @@ from rlhf_cli.evaluation.preference import (
 )
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
-from rlhf_cli.recipe import schema
-from rlhf_cli.runs.verdict import wilson
-from rlhf_cli.training.ranks import Ranks
+from rlhf_cli.ranks import Ranks
+from rlhf_cli.reports.verdict import wilson
 from rlhf_cli.training.step import evaluate
 from tests.models.tiny_backbone import draw_trees, make
 
@@ -306,7 +306,7 @@ def test_scores_come_back_in_the_order_of_trees_and_responses(layout):
 def test_the_accuracy_is_the_one_that_training_logs():
     backbone = Backbone(make(), torch.float32)
     torch.manual_seed(0)
-    backbone.add_lora("reward", lora_config(schema.Lora(r=4, alpha=8), "", None), None, trained=True)
+    backbone.add_lora("reward", lora_config(sections.Lora(r=4, alpha=8), "", None), None, trained=True)
     backbone.add_head("reward", torch.randn(1, 16))
     trees = draw_trees(20, seed=1, branches=2) + draw_trees(15, seed=2, branches=4)
     trees = [each._replace(facts=Facts(ranks=(1, 2, 2, 3))) if len(each.responses) == 4 else each for each in trees]

@@ -22,7 +22,7 @@ from rlhf_cli.errors import MachineError, RunError, Stopped, UsageError
 from rlhf_cli.evaluation import endpoint, judge
 from rlhf_cli.evaluation.judge import Judged, Verdicts, judge_all
 from rlhf_cli.evaluation.question import PROMPT, Question, filled, prompt_text, read_verdict
-from rlhf_cli.recipe.schema import Endpoint
+from rlhf_cli.sections import Endpoint
 
 SECRET = "sk-proj-0123456789abcdefWXYZ"
 Reply = tuple[int, dict[str, str], bytes]

@@ -16,17 +16,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
+from rlhf_cli import sections
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.policy import load_trained
-from rlhf_cli.recipe import schema
 from rlhf_cli.runs.parents import resolve_start
 from rlhf_cli.stages import direct, train_rm
 from tests.models.tiny_backbone import draw_trees, packed_logps, plain_logps, sequences
 from tests.tiny import make_model, read_lines, rlhf, write_pairs, write_recipe, write_rows
 
 TREES = draw_trees(4, branches=2)
-LORA, OTHER = schema.Lora(r=4, alpha=8), schema.Lora(r=2, alpha=8, merge_parent=True)
-OWN = {"lora": LORA, "full": None, "merged": schema.Lora(r=2, alpha=8)}
+LORA, OTHER = sections.Lora(r=4, alpha=8), sections.Lora(r=2, alpha=8, merge_parent=True)
+OWN = {"lora": LORA, "full": None, "merged": sections.Lora(r=2, alpha=8)}
 SECTIONS: dict[str, Any] = {"lora": {"r": 4, "alpha": 8}, "full": None, "merged": {"r": 2, "alpha": 8, "merge_parent": True}}
 
 
@@ -59,10 +59,10 @@ def _plain(home: Path, run: Path) -> Any:
     return PeftModel.from_pretrained(base, run / "model")
 
 
-def _policy(run: Path, lora: schema.Lora | None, merged: Path) -> Backbone:
+def _policy(run: Path, lora: sections.Lora | None, merged: Path) -> Backbone:
     start = resolve_start(str(run), None, "model.path")
     device = torch.device("cpu")
-    settings = schema.Model(path=str(run), dtype="float32")
+    settings = sections.Model(path=str(run), dtype="float32")
     return load_trained(settings, lora, start.base, start.revision, start.adapter, device, 0, merged)[0]
 
 
@@ -71,7 +71,7 @@ def _policy(run: Path, lora: schema.Lora | None, merged: Path) -> Backbone:
     [("lora", LORA), ("full", LORA), ("lora", None), ("full", None), ("lora", OTHER)],
     ids=["lora-lora", "full-lora", "lora-full", "full-full", "lora-merged-lora"],
 )
-def test_a_child_starts_as_its_parent(parent: str, lora: schema.Lora | None, home: Path, tmp_path: Path) -> None:
+def test_a_child_starts_as_its_parent(parent: str, lora: sections.Lora | None, home: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         base = plain_logps(AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32), TREES)
         wanted = plain_logps(_plain(home, home / parent).eval(), TREES)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_cli import sections
 from rlhf_cli.objectives.sft import Sft
-from rlhf_cli.recipe import schema
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.optim import build_optimizer
-from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.step import optimise
 from tests.models.tiny_backbone import draw_trees, make_backbone
 from tests.tiny import make_model
@@ -47,7 +47,7 @@ def plain_settings(folder: Path, steps: int, rows: int, rate: float) -> dict[str
 def _ours(folder: Path) -> tuple[list[float], list[float]]:
     backbone = make_backbone(AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32))
     backbone.save("policy", folder / "adapter")
-    optimizer = build_optimizer(backbone.trained_roles, schema.Train())
+    optimizer = build_optimizer(backbone.trained_roles, sections.Train())
     results = []
     for step in range(1, STEPS + 1):
         options = {

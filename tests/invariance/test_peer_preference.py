@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_cli import sections
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.objectives.base import Objective
-from rlhf_cli.recipe import schema
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.optim import build_optimizer
-from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.step import optimise
 from tests.invariance.test_peer import plain_settings
 from tests.models.tiny_backbone import draw_trees, plain_logps, sequences
@@ -46,7 +46,7 @@ def make_start(folder: Path, role: str) -> Backbone:
     torch.manual_seed(1)
     if role == "reward":
         backbone.add_head("reward", torch.randn(1, 32) / 32**0.5)
-    backbone.add_lora(role, lora_config(schema.Lora(r=4, alpha=8), "", None), None, trained=True)
+    backbone.add_lora(role, lora_config(sections.Lora(r=4, alpha=8), "", None), None, trained=True)
     with torch.no_grad():
         for name, parameter in backbone.trained_parameters().items():
             if "lora_B" in name:
@@ -64,7 +64,7 @@ def with_reference(backbone: Backbone, trees: list[Tree]) -> list[Tree]:
 
 
 def our_steps(backbone: Backbone, objective: Objective, trees: list[Tree]) -> list[dict[str, float]]:
-    optimizer = build_optimizer(backbone.trained_roles, schema.Train())
+    optimizer = build_optimizer(backbone.trained_roles, sections.Train())
     options: dict[str, Any] = {
         "seed": 0,
         "rates": {"policy": RATE},

@@ -15,19 +15,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlhf_cli import sections
 from rlhf_cli.data.batches import DatasetSource
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Recorded, Tree
 from rlhf_cli.models.backbone import BASE, Backbone, lora_config
 from rlhf_cli.objectives.ppo import Ppo
-from rlhf_cli.recipe import schema
+from rlhf_cli.reports import report
 from rlhf_cli.rollout import source
 from rlhf_cli.rollout.experience import Rollout, Sampler
 from rlhf_cli.rollout.generate import Drawn, Request
 from rlhf_cli.rollout.rewards import Answers
 from rlhf_cli.rollout.source import PolicySource
-from rlhf_cli.runs import report
 from tests.models.tiny_backbone import draw_trees, make, make_backbone
 from tests.tiny import make_model, read_lines, rlhf, spawn, write_pairs, write_recipe, write_rows
 
@@ -179,7 +179,7 @@ def _actor_critic() -> Backbone:
     """A policy that has moved from its base, and a value that is 0 everywhere."""
     backbone = make_backbone(make())
     backbone.alias["reference"] = BASE
-    backbone.add_lora("value", lora_config(schema.Lora(r=2), "", None), None, trained=True)
+    backbone.add_lora("value", lora_config(sections.Lora(r=2), "", None), None, trained=True)
     backbone.add_head("value", torch.zeros(1, 16), 0.0)
     return backbone
 
@@ -193,14 +193,14 @@ def test_a_score_stands_on_the_last_token_of_its_response(budget: int) -> None:
     prompts = [tree._replace(responses=()) for tree in draw_trees(4)]
     answers = draw_trees(4, seed=5, branches=2)
     drawn = [[Drawn(ids, ended) for ids, ended in zip(tree.responses, (True, False), strict=True)] for tree in answers]
-    settings = schema.Rollout(max_new_tokens=9, responses_per_prompt=2, missing_eos_penalty=3.0, temperature=0.8)
+    settings = sections.Rollout(max_new_tokens=9, responses_per_prompt=2, missing_eos_penalty=3.0, temperature=0.8)
     records = [Record("", (), f"rows.jsonl:{n}") for n in range(4)]
     sampler = Sampler(
         _actor_critic(), FixedEngine(drawn), Letters(), (3,), settings, records, [Lengths()], [], "sum", budget, Alone()
     )
     data = DatasetSource(flatten(prompts, records), (4,), (1.0,), 4, 0, False)
     objective = Ppo(lam=1.0, gamma=1.0, whiten=False)
-    *waits, draw = PolicySource(sampler, data, objective, schema.Kl(coef=0.4), None, 0.0, 0).draw(1, {})
+    *waits, draw = PolicySource(sampler, data, objective, sections.Kl(coef=0.4), None, 0.0, 0).draw(1, {})
     assert len(waits) > 2 and set(waits) == {None} and draw is not None
     ragged, penalties = set(), []
     for tree, own in zip(draw.batches[0], drawn, strict=True):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+from rlhf_cli import sections
 from rlhf_cli.models.backbone import BASE, Backbone, lora_config
 from rlhf_cli.models.merging import merged
-from rlhf_cli.recipe import schema
 from tests.models.tiny_backbone import make, make_backbone
 
 IDS = torch.arange(2, 14)[None]
@@ -30,7 +30,7 @@ def memory(backbone: Backbone) -> dict[str, tuple[int, bytes]]:
 def two_roles(name: str = "llama", **changes: Any) -> Backbone:
     """A policy, and a reference of another rank and scaling (rslora)."""
     backbone = make_backbone(make(name))
-    config = lora_config(schema.Lora(r=2, alpha=3), "", None)
+    config = lora_config(sections.Lora(r=2, alpha=3), "", None)
     config.use_rslora = True
     for key, value in changes.items():
         setattr(config, key, value)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import transformers as hf
 
+from rlhf_cli import sections
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.models.backbone import Backbone, lora_config
-from rlhf_cli.recipe import schema
 
 VOCABULARY = 48
 SHAPE: dict[str, Any] = {
@@ -70,7 +70,7 @@ def make_backbone(
     if role == "reward":
         backbone.add_head(role, None)
     if lora:
-        config = lora_config(schema.Lora(r=4, alpha=8, dropout=dropout), "", None)
+        config = lora_config(sections.Lora(r=4, alpha=8, dropout=dropout), "", None)
         torch.manual_seed(seed)
         backbone.add_lora(role, config, None, trained=True)
         with torch.no_grad():

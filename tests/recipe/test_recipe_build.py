@@ -7,10 +7,10 @@ from typing import Literal
 
 import pytest
 
-from rlhf_cli.fields import key
 from rlhf_cli.recipe.build import Builder
 from rlhf_cli.recipe.keys import keys_of
 from rlhf_cli.recipe.yaml_reader import read
+from rlhf_cli.sections import key
 
 
 @dataclass(frozen=True)

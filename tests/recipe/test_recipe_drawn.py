@@ -13,7 +13,7 @@ from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.recipe.metrics import metrics_of, training_metrics_of
 from rlhf_cli.recipe.rewards import default_name, name_of
-from rlhf_cli.recipe.schema import OnlineRollout, Reward
+from rlhf_cli.sections import OnlineRollout, Reward
 
 PLAIN = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl, holdout: 0.1}\n"
 GOOD = PLAIN + "reward: [{model: runs/rm}]\n"

@@ -11,7 +11,8 @@ import pytest
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.dump import differences, dump_recipe, flatten, refuse_changes
 from rlhf_cli.recipe.load import load_recipe
-from rlhf_cli.recipe.schema import KeepBest, Lora, Model, SftData, SftRecipe, Source, StopRule, Train
+from rlhf_cli.recipe.recipes import SftRecipe
+from rlhf_cli.sections import KeepBest, Lora, Model, SftData, Source, StopRule, Train
 
 PLAIN = SftRecipe(model=Model("m"), data=SftData([Source("x.jsonl")]), output="o")
 FULL = SftRecipe(

@@ -19,7 +19,8 @@ from rlhf_cli.recipe.dump import dump_recipe, one_line, refuse_changes
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.keys import keys_of, walk
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.schema import Endpoint, EvalRecipe, EvalSource, Reward, Rollout, Sampling, Winrate
+from rlhf_cli.recipe.recipes import EvalRecipe
+from rlhf_cli.sections import Endpoint, EvalSource, Reward, Rollout, Sampling, Winrate
 
 ROOT = Path(__file__).parents[2]
 MODELS = "output: runs/e\nmodels: {sft: runs/sft, dpo: runs/dpo}\n"

@@ -12,7 +12,7 @@ import pytest
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.dump import dump_recipe
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.schema import KeepBest, Lora, Source, StopRule
+from rlhf_cli.sections import KeepBest, Lora, Source, StopRule
 
 GOOD = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl}\n"
 KEYS = "keys here: model, lora, data, train, objective, seed, output, trackers"

@@ -27,7 +27,8 @@ from rlhf_cli.recipe.rates import (
     learning_rate_of,
     sane_learning_rate,
 )
-from rlhf_cli.recipe.schema import TRAINING_STAGES, PolicyReference, Reference
+from rlhf_cli.recipe.recipes import TRAINING_STAGES
+from rlhf_cli.sections import PolicyReference, Reference
 
 GOOD = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl, holdout: 0.1}\n"
 EVERY_KIND = [(stage, kind) for stage, objectives in OBJECTIVES.items() for kind in map(kind_of, objectives)]

@@ -11,8 +11,8 @@ import pytest
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.keys import keys_of, kind_of, objectives_of, walk
 from rlhf_cli.recipe.load import load_recipe
-from rlhf_cli.recipe.schema import STAGES, TRAINING_STAGES
-from rlhf_cli.recipe.suggest import closest, distance
+from rlhf_cli.recipe.recipes import STAGES, TRAINING_STAGES
+from rlhf_cli.suggest import closest, distance
 
 
 @pytest.mark.parametrize(

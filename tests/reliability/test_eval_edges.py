@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_cli.data.sources import read_data
-from rlhf_cli.models import homes
-from rlhf_cli.recipe import schema
+from rlhf_cli.evaluation import measure
+from rlhf_cli.models import placement
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
+from rlhf_cli.reports.eval_words import findings
 from rlhf_cli.rollout.generate import TransformersEngine
-from rlhf_cli.runs.eval_words import findings
-from rlhf_cli.stages import measure
 from tests.data.tiny_tokenizer import ZEPHYR, tiny_tokenizer
 from tests.stages.tiny_runs import (
     FUNCTIONS,
@@ -145,7 +145,7 @@ def test_weights_that_overflow(name: str, home: Path, tmp_path: Path, capsys: py
     for run in ("rm", "dpo"):
         overflowing(home / run, tmp_path / f"{run}-beyond")
     recipe = load_recipe("dpo", home / "dpo.yaml").recipe
-    assert isinstance(recipe, schema.DpoRecipe)
+    assert isinstance(recipe, recipes.DpoRecipe)
     where = read_data(recipe.data, "dpo", 0, str).held_out[0].where
     sections, message = OVERFLOWS[name]
     path = write_eval(tmp_path / "ev.yaml", home, **json.loads(json.dumps(sections).replace("TMP", str(tmp_path))))
@@ -163,13 +163,13 @@ def test_text_of_one_row(
 ) -> None:
     """Refused before weights are loaded; two are enough."""
     loaded: list[str] = []
-    original = homes.load_model
+    original = placement.load_model
 
     def loading(settings: Any, base: str, *others: Any) -> Any:
         loaded.append(base)
         return original(settings, base, *others)
 
-    monkeypatch.setattr(homes, "load_model", loading)
+    monkeypatch.setattr(placement, "load_model", loading)
     rows = (home / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "text.jsonl").write_text("".join(rows[:count]))
     path = write_eval(tmp_path / "ev.yaml", home, models=BOTH, text=str(tmp_path / "text.jsonl"))

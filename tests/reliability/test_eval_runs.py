@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rlhf_cli.models import homes
+from rlhf_cli.models import placement
 from rlhf_cli.rollout.generate import TransformersEngine
 from tests.stages.tiny_runs import LETTERS, MODEL, PROMPTS, lines, make_home, note_draws, result, without_pictures, write_eval
 from tests.tiny import own_signals, rlhf, spawn, write_recipe
@@ -211,7 +211,7 @@ def test_check_loads_nothing_and_writes_nothing(
     def loading(*others: Any) -> Any:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(homes, "load_model", loading)
+    monkeypatch.setattr(placement, "load_model", loading)
     path = write_eval(tmp_path / "ev.yaml", home, **SECTIONS)
     assert rlhf("eval", path, "--check") == 0
     assert [file.name for file in tmp_path.iterdir()] == ["ev.yaml"]

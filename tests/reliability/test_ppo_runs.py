@@ -19,12 +19,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlhf_cli import sections
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.recipe import metrics, schema
+from rlhf_cli.recipe import metrics, recipes
 from rlhf_cli.recipe.load import load_recipe
+from rlhf_cli.reports import report
 from rlhf_cli.rollout import generate, rewards
 from rlhf_cli.rollout.source import PolicySource
-from rlhf_cli.runs import report
 from rlhf_cli.runs.manifest import weights_hash
 from rlhf_cli.stages import ppo, training
 from tests.models.tiny_backbone import draw_trees, packed_logps, plain_logps
@@ -128,15 +129,15 @@ VALUED = [
     name for name, (stage, own) in KINDS.items() if stage == "ppo" and own["objective"].get("kind", "ppo") in ("ppo", "bandit")
 ]
 
-Finished = Callable[[str], tuple[Path, schema.Recipe]]
+Finished = Callable[[str], tuple[Path, recipes.Recipe]]
 
 
 @pytest.fixture(scope="module")
 def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The run of a kind, made once, and its recipe."""
-    done: dict[str, tuple[Path, schema.Recipe]] = {}
+    done: dict[str, tuple[Path, recipes.Recipe]] = {}
 
-    def run(name: str) -> tuple[Path, schema.Recipe]:
+    def run(name: str) -> tuple[Path, recipes.Recipe]:
         if name not in done:
             command, sections = KINDS[name]
             output = tmp_path_factory.mktemp("kind") / "run"
@@ -190,7 +191,7 @@ def test_its_lines_have_the_metrics_it_names(name: str, finished: Finished) -> N
     }
 
 
-def schema_names(terms: list[schema.Reward]) -> list[str]:
+def schema_names(terms: list[sections.Reward]) -> list[str]:
     return [term.name or ("rm" if term.model else str(term.function).rpartition(":")[2]) for term in terms]
 
 

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from rlhf_cli.rollout import experience
+from rlhf_cli.signals import StopSignals
 from rlhf_cli.stages import training
 from rlhf_cli.training import loop
-from rlhf_cli.training.signals import StopSignals
 from tests.tiny import make_model, own_signals, read_lines, rlhf, spawn, write_pairs, write_recipe, write_rows
 
 LORA = {"r": 4, "dropout": 0.2}

@@ -12,17 +12,17 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from rlhf_cli import sections
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.templates import choose_template, encode_prompt
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import is_classifier, load_model, load_tokenizer, read_adapter, read_head
-from rlhf_cli.recipe import schema
-from rlhf_cli.recipe.schema import Reward
+from rlhf_cli.rollout.reward_models import FoundRewardModel, find_reward_model
 from rlhf_cli.rollout.rewards import Answers
 from rlhf_cli.runs.manifest import weights_hash
-from rlhf_cli.stages.reward_models import FoundRewardModel, find_reward_model
+from rlhf_cli.sections import Reward
 from tests.data.tiny_tokenizer import CHATML, LLAMA3, tiny_tokenizer
 from tests.tiny import make_model, rlhf, write_pairs, write_recipe
 
@@ -44,8 +44,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "plain": ("train-rm", {"r": 4}, {"model": {"chat_template": "none"}}),
         "sft": ("sft", {"r": 4}, {}),
     }
-    for name, (command, lora, sections) in kinds.items():
-        settings = {"lora": lora, "train": {"steps": 2, "save_every": 1, "learning_rate": 0.01}, **sections}
+    for name, (command, lora, more) in kinds.items():
+        settings = {"lora": lora, "train": {"steps": 2, "save_every": 1, "learning_rate": 0.01}, **more}
         words = write_recipe(folder / f"{name}.yaml", folder / "base", folder / "pairs.jsonl", folder / name, **settings)
         assert rlhf(command, words) == 0
     return folder
@@ -92,7 +92,7 @@ def hosted(found: FoundRewardModel) -> Backbone:
     """The model's weights under the role "judge"."""
     base, adapter = found.start.base, found.start.adapter
     headless = is_classifier(base, None, False)
-    model = load_model(schema.Model(path=base), base, None, torch.float32, torch.device("cpu"), headless)
+    model = load_model(sections.Model(path=base), base, None, torch.float32, torch.device("cpu"), headless)
     backbone = Backbone(model, torch.float32, "auto", headless)
     if adapter is not None:
         config, state, head = read_adapter(adapter)

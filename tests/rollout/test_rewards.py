@@ -18,8 +18,8 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.recipe.rewards import default_name, term_names
-from rlhf_cli.recipe.schema import Reward
 from rlhf_cli.rollout.rewards import Answers, ModelTerm, Reader, as_given, combine, function_term
+from rlhf_cli.sections import Reward
 from tests.data.tiny_tokenizer import CHATML, LLAMA3, tiny_tokenizer
 from tests.models.tiny_backbone import draw_trees, make, make_backbone, sequences
 

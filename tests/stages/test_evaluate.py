@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_cli.data.sources import read_data
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.models import homes
-from rlhf_cli.models.homes import Frozen
-from rlhf_cli.recipe import schema
+from rlhf_cli.models import placement
+from rlhf_cli.models.placement import Frozen
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.rollout.experience import Rollout
 from rlhf_cli.stages import measure, visits
@@ -151,7 +151,7 @@ def test_a_policys_implicit_rewards_agree_as_while_it_was_trained(name: str, hom
 def test_a_function_agrees_with_preferences(home: Path, whole: Path) -> None:
     """Of the held-out pairs those whose chosen response has more letters; equal ones count half."""
     recipe = load_recipe("dpo", home / "dpo.yaml").recipe
-    assert isinstance(recipe, schema.DpoRecipe)
+    assert isinstance(recipe, recipes.DpoRecipe)
     held_out = read_data(recipe.data, "dpo", 0, str).held_out
     gains = [len(record.responses[0]) - len(record.responses[1]) for record in held_out]
     own = result(whole)["preferences"]["gold/letters"]
@@ -404,7 +404,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """(the folder whose model was loaded, how many are in memory then)."""
     found: list[tuple[str, int]] = []
     alive: list[weakref.ref[Any]] = []
-    original = homes.load_model
+    original = placement.load_model
 
     def noting(settings: Any, path: str, *others: Any) -> Any:
         model = original(settings, path, *others)
@@ -414,7 +414,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         )
         return model
 
-    monkeypatch.setattr(homes, "load_model", noting)
+    monkeypatch.setattr(placement, "load_model", noting)
     return found
 
 

@@ -20,8 +20,8 @@ from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.dpo import Dpo
 from rlhf_cli.objectives.kto import Kto
 from rlhf_cli.objectives.sft import Sft
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.invariants import check_start
-from rlhf_cli.training.ranks import Ranks
 from tests.models.tiny_backbone import draw_trees, make, make_backbone
 
 ALONE = Ranks(expected=False)

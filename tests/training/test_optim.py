@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf_cli.recipe import schema
+from rlhf_cli import sections
 from rlhf_cli.training.optim import build_optimizer, learning_rate, optimizer_state, restore_optimizer, warmup_steps
 
 
@@ -26,7 +26,7 @@ from rlhf_cli.training.optim import build_optimizer, learning_rate, optimizer_st
     ],
 )
 def test_learning_rate(schedule: str, warmup: float, wanted: list[float]) -> None:
-    train = schema.Train(learning_rate=8.0, schedule=schedule, warmup=warmup)  # type: ignore[arg-type]
+    train = sections.Train(learning_rate=8.0, schedule=schedule, warmup=warmup)  # type: ignore[arg-type]
     assert [learning_rate(train, step, 4) for step in (1, 2, 3, 4)] == pytest.approx(wanted)
 
 
@@ -50,7 +50,7 @@ def _step(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Param
 def test_first_adamw_update() -> None:
     """The first update moves every weight by the rate, against its gradient, after it has decayed by rate · decay."""
     parameters = _parameters()
-    optimizer = build_optimizer({"policy": parameters}, schema.Train(learning_rate=0.1, weight_decay=0.2))
+    optimizer = build_optimizer({"policy": parameters}, sections.Train(learning_rate=0.1, weight_decay=0.2))
     _step(optimizer, parameters)
     assert parameters["a"].tolist() == pytest.approx([1.0 * 0.98 - 0.1, -2.0 * 0.98 + 0.1])
     assert parameters["b"].tolist()[0] == pytest.approx([3.0 * 0.98 - 0.1])
@@ -58,14 +58,14 @@ def test_first_adamw_update() -> None:
 
 def test_sgd_update() -> None:
     parameters = _parameters()
-    optimizer = build_optimizer({"policy": parameters}, schema.Train(learning_rate=0.1, optimizer="sgd", weight_decay=0.5))
+    optimizer = build_optimizer({"policy": parameters}, sections.Train(learning_rate=0.1, optimizer="sgd", weight_decay=0.5))
     _step(optimizer, parameters)
     assert parameters["a"].tolist() == pytest.approx([1.0 - 0.1 * (1.5 + 0.5), -2.0 - 0.1 * (-1.5 - 1.0)])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_state_goes_through_plain_tensors(kind: str) -> None:
-    train = schema.Train(learning_rate=0.1, optimizer=kind, betas=(0.8, 0.9))  # type: ignore[arg-type]
+    train = sections.Train(learning_rate=0.1, optimizer=kind, betas=(0.8, 0.9))  # type: ignore[arg-type]
     straight, begun = _parameters(), _parameters()
     first = build_optimizer({"policy": straight}, train)
     before = build_optimizer({"policy": begun}, train)

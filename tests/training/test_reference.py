@@ -23,8 +23,8 @@ from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import MachineError, NumberError, Stopped
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.training import reference
-from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.reference import reference_logps, weights_key
 from tests.models.tiny_backbone import draw_trees, make, make_backbone, plain_logps
 
@@ -385,7 +385,7 @@ RANKED = """
 import sys, io, numpy as np
 from pathlib import Path
 from rlhf_cli.console import Console
-from rlhf_cli.training.ranks import Ranks
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.reference import reference_logps
 from tests.training.test_reference import DATA, flat, make, make_backbone, draw_trees
 folder = Path(sys.argv[1])

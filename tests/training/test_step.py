@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rlhf_cli import sections
 from rlhf_cli.data.trees import Batch, Tree, supervised_tokens, tree_length
 from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.objectives.sft import Sft
-from rlhf_cli.recipe import schema
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.optim import build_optimizer
-from rlhf_cli.training.ranks import Ranks
 from rlhf_cli.training.step import NonFinite, StepResult, derive_seed, evaluate, is_out_of_memory, optimise
 from tests.models.tiny_backbone import draw_trees, largest_difference, make, make_backbone, plain_logps, sequences, weights
 
@@ -29,7 +29,7 @@ RATE, CLIP = 0.01, 0.5
 def train(
     backbone: Backbone, batches: list[list[Tree]] = BATCHES, *, budget: int = 40, rate: float = RATE, settings: Any = None
 ) -> list[StepResult]:
-    optimizer = build_optimizer(backbone.trained_roles, settings or schema.Train(weight_decay=0.1, betas=(0.8, 0.95)))
+    optimizer = build_optimizer(backbone.trained_roles, settings or sections.Train(weight_decay=0.1, betas=(0.8, 0.95)))
     results = []
     for step, trees in enumerate(batches, 1):
         options = {"step": step, "seed": 0, "rates": {"policy": rate}, "max_grad_norm": CLIP, "budget": budget, "ranks": ALONE}
@@ -79,7 +79,7 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(lora: bool, tmp_path
     backbone = make_backbone(make(), lora=lora)
     start = weights(backbone)
     # With SGD at rate 1 and no effective clipping, the step is the gradient.
-    optimizer = build_optimizer(backbone.trained_roles, schema.Train(optimizer="sgd"))
+    optimizer = build_optimizer(backbone.trained_roles, sections.Train(optimizer="sgd"))
     options = {"step": 1, "seed": 0, "rates": {"policy": 1.0}, "max_grad_norm": 1e9, "budget": 40, "ranks": ALONE}
     result = optimise(backbone, Sft(), optimizer, BATCHES[0], **options)
     moved = {n: start[n] - w for n, w in weights(backbone).items()}
@@ -113,10 +113,10 @@ def test_six_steps_are_those_of_a_plain_loop(lora: bool, tmp_path: Any) -> None:
 @pytest.mark.parametrize("lora", [True, False])
 def test_passes_and_kernels_change_nothing(lora: bool) -> None:
     backbone = make_backbone(make(), lora=lora)
-    wanted, reference = train(backbone, budget=1, settings=schema.Train(optimizer="sgd")), weights(backbone)
+    wanted, reference = train(backbone, budget=1, settings=sections.Train(optimizer="sgd")), weights(backbone)
     for attention, budget, checkpointing in (("auto", 40, False), ("auto", 4096, False), ("sdpa", 40, False), ("auto", 40, True)):
         other = make_backbone(make(), lora=lora, attention=attention, gradient_checkpointing=checkpointing)
-        results = train(other, budget=budget, settings=schema.Train(optimizer="sgd"))
+        results = train(other, budget=budget, settings=sections.Train(optimizer="sgd"))
         assert largest_difference(weights(other), reference) < 1e-6
         for a, b in zip(results, wanted, strict=True):
             assert a.metrics == pytest.approx(b.metrics, rel=1e-5)
@@ -133,7 +133,7 @@ def test_adamw_agrees_across_budgets(budget: int) -> None:
 def test_gradients_are_clipped_to_the_norm() -> None:
     backbone = make_backbone(make())
     start = weights(backbone)
-    result = train(backbone, BATCHES[:1], rate=1.0, settings=schema.Train(optimizer="sgd"))[0]
+    result = train(backbone, BATCHES[:1], rate=1.0, settings=sections.Train(optimizer="sgd"))[0]
     moved = math.sqrt(sum(float((start[n] - w).double().pow(2).sum()) for n, w in weights(backbone).items()))
     assert result.metrics["grad_norm"] > CLIP
     assert moved == pytest.approx(CLIP, rel=1e-4)
@@ -248,7 +248,7 @@ def test_what_counts_as_out_of_memory() -> None:
 def test_a_step_that_is_not_finite_is_refused(broken: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tree 2 of the batch breaks the loss of its own pass; the weights and AdamW's moments stay."""
     backbone = make_backbone(make())
-    optimizer = build_optimizer(backbone.trained_roles, schema.Train())
+    optimizer = build_optimizer(backbone.trained_roles, sections.Train())
     before, logps = weights(backbone), backbone.logps
 
     def breaks(role: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

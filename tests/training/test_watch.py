@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_cli.recipe.schema import KeepBest, StopRule, Train
+from rlhf_cli.sections import KeepBest, StopRule, Train
 from rlhf_cli.training.watch import kept_by, note_best, reason_to_stop
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rlhf_cli.runs.markdown import figure, percent
+from rlhf_cli.reports.markdown import figure, percent
 
 Lines = list[dict[str, Any]]
 RISE = 1.01

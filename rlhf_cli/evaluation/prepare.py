@@ -15,25 +15,26 @@ from typing import Any, Literal, cast
 
 import yaml
 
+from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.dataset import Dataset, data_report, prepare
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
+from rlhf_cli.evaluation.measure import Rows
+from rlhf_cli.evaluation.models import Candidate, Origin, Voice, Voices, find_candidates, recipe_of
 from rlhf_cli.models.load import load_config, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
-from rlhf_cli.recipe import schema
+from rlhf_cli.ranks import Ranks
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import name_of
+from rlhf_cli.rollout.reward_models import FoundRewardModel
 from rlhf_cli.rollout.rewards import FunctionTerm
 from rlhf_cli.runs.files import sha256_file
 from rlhf_cli.runs.folder import RunFolder
-from rlhf_cli.stages.candidates import Candidate, Origin, Voice, Voices, find_candidates, recipe_of
-from rlhf_cli.stages.drawing import Judges, find_judges
-from rlhf_cli.stages.measure import Rows
-from rlhf_cli.stages.reward_models import FoundRewardModel
+from rlhf_cli.signals import StopSignals
+from rlhf_cli.stages.online import Judges, find_judges
 from rlhf_cli.stages.training import quiet
-from rlhf_cli.training.ranks import Ranks
-from rlhf_cli.training.signals import StopSignals
 
 SECTIONS: dict[str, tuple[str, Literal["none", "all", "first"]]] = {
     "prompts": ("ppo", "none"),
@@ -48,7 +49,7 @@ class Job:
     """An evaluation before any weights are loaded."""
 
     loaded: Loaded
-    recipe: schema.EvalRecipe  # every `auto` replaced by the value in force
+    recipe: recipes.EvalRecipe  # every `auto` replaced by the value in force
     candidates: list[Candidate]
     voices: Voices
     judges: dict[str, Judges]  # by the name of the voice that they read
@@ -89,7 +90,7 @@ class Job:
             if isinstance(judge.found, FunctionTerm)
         }
         endpoint = self.recipe.winrate and self.recipe.winrate.judge
-        if isinstance(endpoint, schema.Endpoint) and endpoint.prompt is not None:
+        if isinstance(endpoint, sections.Endpoint) and endpoint.prompt is not None:
             found["winrate.judge.prompt"] = sha256_file(Path(endpoint.prompt))
         return found
 
@@ -195,10 +196,10 @@ def voice_of(found: FoundRewardModel, voices: Voices) -> Voice:
 def _read(loaded: Loaded, section: str, voice: Voice) -> Dataset:
     """The rows of a section in a voice's tokens."""
     recipe = recipe_of(loaded)
-    sources: list[schema.EvalSource] = vars(recipe)[section]
+    sources: list[sections.EvalSource] = vars(recipe)[section]
     stage, responses = SECTIONS[section]
-    data = schema.SftData(
-        train=[schema.Source(**{k: v for k, v in vars(source).items() if k != "holdout"}) for source in sources],
+    data = sections.SftData(
+        train=[sections.Source(**{k: v for k, v in vars(source).items() if k != "holdout"}) for source in sources],
         holdout=sources[0].holdout,
         max_length=recipe.max_length,
         overlong=recipe.overlong,
@@ -241,8 +242,8 @@ def _in_common(rows: dict[str, Rows], notes: list[str]) -> dict[str, Rows]:
 
 
 def _settled(
-    recipe: schema.EvalRecipe, candidates: Sequence[Candidate], datasets: Mapping[str, Dataset], ranks: Ranks
-) -> schema.EvalRecipe:
+    recipe: recipes.EvalRecipe, candidates: Sequence[Candidate], datasets: Mapping[str, Dataset], ranks: Ranks
+) -> recipes.EvalRecipe:
     """The recipe with the dtype and the budget in force: that of the model which takes the most memory."""
     dtype = resolve_dtype(recipe.dtype, ranks.device)
     budget = recipe.tokens_per_device
@@ -259,7 +260,7 @@ def _settled(
     return dataclasses.replace(recipe, tokens_per_device=budget, dtype=cast(Any, str(dtype).removeprefix("torch.")))
 
 
-def _notes(recipe: schema.EvalRecipe, candidates: Sequence[Candidate]) -> Iterator[str]:
+def _notes(recipe: recipes.EvalRecipe, candidates: Sequence[Candidate]) -> Iterator[str]:
     """What a reader of the report must know and cannot see in it."""
     if recipe.prompts is not None and recipe.rollout.temperature != 1:
         yield (
@@ -282,7 +283,7 @@ def _notes(recipe: schema.EvalRecipe, candidates: Sequence[Candidate]) -> Iterat
             )
 
 
-def _trained_on(recipe: schema.EvalRecipe, candidates: Sequence[Candidate]) -> Iterator[str]:
+def _trained_on(recipe: recipes.EvalRecipe, candidates: Sequence[Candidate]) -> Iterator[str]:
     """Which models were trained on rows that they are measured on, as far as their runs record it."""
     for section in SECTIONS:
         for source in vars(recipe)[section] or ():
@@ -294,7 +295,7 @@ def _trained_on(recipe: schema.EvalRecipe, candidates: Sequence[Candidate]) -> I
                 )
 
 
-def _saw(each: Candidate, source: schema.EvalSource, seed: int) -> bool:
+def _saw(each: Candidate, source: sections.EvalSource, seed: int) -> bool:
     """Did its run train on this source, and hold out other rows than these?"""
     place = Path(each.path)
     folder = next((path for path in (place, place.parent, place.parent.parent) if (path / "recipe.yaml").exists()), None)

@@ -15,15 +15,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, RwkvConfig, RwkvForCausalLM
 
+from rlhf_cli import sections
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError
 from rlhf_cli.models import homes, policy
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.scoring import score_trees
-from rlhf_cli.recipe import schema
+from rlhf_cli.reports import report
 from rlhf_cli.rollout.rewards import Answers, ModelTerm
-from rlhf_cli.runs import report
 from rlhf_cli.stages import ppo
 from tests.models.tiny_backbone import draw_trees, packed_logps, plain_logps
 from tests.tiny import make_model, rlhf, write_pairs, write_recipe
@@ -297,7 +297,7 @@ def test_a_role_owns_its_adapter_alone() -> None:
     model = RwkvForCausalLM(RwkvConfig(intermediate_size=32, context_length=64, rescale_every=0, **settings)).eval()
     backbone = Backbone(model, torch.float32)
     for role in ("policy", "value"):
-        backbone.add_lora(role, lora_config(schema.Lora(r=2), "", None), None, trained=True)
+        backbone.add_lora(role, lora_config(sections.Lora(r=2), "", None), None, trained=True)
     policy, value = (set(backbone.trained_roles[role]) for role in ("policy", "value"))
     assert policy.isdisjoint(value) and len(policy) == len(value)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == policy | value

@@ -13,8 +13,8 @@ import pytest
 from rlhf_cli.data.batches import Draw
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
+from rlhf_cli.training.partial_step import Underway, load_underway, save_underway
 from rlhf_cli.training.step import Sums
-from rlhf_cli.training.underway import Underway, load_underway, save_underway
 
 THIRD, TINY = 1 / 3, 5e-324
 """Numbers that lose something in fewer than 17 digits."""

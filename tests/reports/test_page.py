@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.runs.evaluated import write_report
-from rlhf_cli.runs.page import Column, Finding, Measure, Picture, Section, Table, page
-from tests.runs.an_evaluation import HOSTILE, MODELS, evaluation, samples
+from rlhf_cli.reports.evaluated import write_report
+from rlhf_cli.reports.page import Column, Finding, Measure, Picture, Section, Table, page
+from tests.reports.an_evaluation import HOSTILE, MODELS, evaluation, samples
 
 VOID = {"meta", "img", "br", "link", "input"}
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
+from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import BASE, Backbone, lora_config
 from rlhf_cli.models.load import is_classifier, load_model, local_folder, read_adapter, read_head
 from rlhf_cli.models.memory import return_freed
-from rlhf_cli.recipe import schema
 
 
 class Frozen:
     """Frozen models, each loaded once, whatever roles share it."""
 
-    def __init__(self, settings: schema.Model, compute: torch.dtype, device: torch.device) -> None:
+    def __init__(self, settings: sections.Model, compute: torch.dtype, device: torch.device) -> None:
         self.places: dict[str, Backbone] = {}
         """Role → the backbone that holds its weights."""
         self._settings = settings
@@ -86,7 +86,7 @@ class Frozen:
 class Homes(Frozen):
     """Gives roles a place: on the policy's base where that is frozen and theirs too, else on one frozen model a base."""
 
-    def __init__(self, policy: Backbone, settings: schema.Model, base: str, revision: str | None, device: torch.device) -> None:
+    def __init__(self, policy: Backbone, settings: sections.Model, base: str, revision: str | None, device: torch.device) -> None:
         """`base` and `revision` are what the policy's adapter sits on; a policy that trains all weights shares none of them."""
         super().__init__(settings, policy.compute_dtype, device)
         self.policy = policy
@@ -97,7 +97,7 @@ class Homes(Frozen):
         super().add(role, base, revision, adapter, head=head)
         self._settle(role)
 
-    def add_value(self, base: str, revision: str | None, adapter: Path | None, lora: schema.Lora, head: Head) -> None:
+    def add_value(self, base: str, revision: str | None, adapter: Path | None, lora: sections.Lora, head: Head) -> None:
         """Place the role "value": a trained copy of the adapter, or a fresh one, which changes nothing yet; and a head.
 
         Raises:

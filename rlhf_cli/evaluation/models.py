@@ -14,12 +14,12 @@ from typing import Any
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.load import load_tokenizer
-from rlhf_cli.recipe import schema
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.rollout.reward_models import is_reward_model, recorded_template, serialised
 from rlhf_cli.runs.manifest import BaseModel, weights_hash
 from rlhf_cli.runs.parents import POLICY_STAGES, Start, base_model, resolve_start
 from rlhf_cli.runs.resume import INPUTS
-from rlhf_cli.stages.reward_models import is_reward_model, recorded_template, serialised
 
 STEP = re.compile(r"step-(\d+)(-\d+)?")
 """Name of a checkpoint; the second number is of updates, in the middle of a step."""
@@ -92,19 +92,19 @@ def find_candidates(loaded: Loaded, voices: Voices, check: bool) -> list[Candida
     for entry, path in recipe.models.items():
         place = loaded.named(f"models.{entry}")
         for name, one in _expand(entry, path, place):
-            series = entry if schema.is_pattern(path) else None
+            series = entry if recipes.is_pattern(path) else None
             found.append(_candidate(recipe, name, one, series, place, voices, bases, check))
     return found
 
 
-def recipe_of(loaded: Loaded) -> schema.EvalRecipe:
-    assert isinstance(loaded.recipe, schema.EvalRecipe)
+def recipe_of(loaded: Loaded) -> recipes.EvalRecipe:
+    assert isinstance(loaded.recipe, recipes.EvalRecipe)
     return loaded.recipe
 
 
 def _expand(name: str, path: str, place: str) -> Iterator[tuple[str, str]]:
     """(name, path) of every model that one entry stands for."""
-    if not schema.is_pattern(path):
+    if not recipes.is_pattern(path):
         yield name, path
         return
     folders = [match for match in sorted(glob.glob(path)) if Path(match).is_dir()]  # noqa: PTH207  (of any path)
@@ -121,7 +121,7 @@ Bases = dict[tuple[str, str | None, str | None], BaseModel]
 
 
 def _candidate(
-    recipe: schema.EvalRecipe,
+    recipe: recipes.EvalRecipe,
     name: str,
     path: str,
     series: str | None,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf_cli.runs.markdown import NOISE, figure, percent
-from rlhf_cli.runs.verdict import Lines, moved, window
+from rlhf_cli.reports.markdown import NOISE, figure, percent
+from rlhf_cli.reports.verdict import Lines, moved, window
 
 GOLD_FELL = 0.02
 """A gold reward that falls by more than this share of itself fell, and not by noise."""

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhf_cli import sections
 from rlhf_cli.errors import RunError, Stopped, UsageError
+from rlhf_cli.evaluation.measure import Rows, draw, function_scores, judged, place_judges, response_logps, text_figures
+from rlhf_cli.evaluation.models import Candidate
 from rlhf_cli.evaluation.preference import agreement, check_finite, score_responses
+from rlhf_cli.evaluation.prepare import Job, voice_of
 from rlhf_cli.evaluation.result import Agreed, Measured
 from rlhf_cli.evaluation.samples import Sample, grouped, read_samples
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.homes import Frozen
 from rlhf_cli.models.load import resolve_dtype
-from rlhf_cli.recipe import schema
+from rlhf_cli.models.placement import Frozen
 from rlhf_cli.recipe.rewards import name_of
 from rlhf_cli.rollout.experience import together
+from rlhf_cli.rollout.reward_models import FoundRewardModel
 from rlhf_cli.rollout.rewards import FunctionTerm
 from rlhf_cli.runs.files import to_json, write_atomic
 from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
-from rlhf_cli.stages.candidates import Candidate
-from rlhf_cli.stages.evaluation import Job, voice_of
-from rlhf_cli.stages.measure import Rows, draw, function_scores, judged, place_judges, response_logps, text_figures
-from rlhf_cli.stages.reward_models import FoundRewardModel
 
 
 def measure_models(job: Job, folder: RunFolder) -> Measured:
@@ -115,7 +115,7 @@ def _responses(job: Job, each: Candidate) -> int:
 def _load_frozen(job: Job) -> Frozen:
     """The frozen models beside the one that is visited: the reference and the reward models."""
     recipe, reference = job.recipe, job.reference
-    settings = schema.Model(path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code)
+    settings = sections.Model(path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code)
     frozen = Frozen(settings, resolve_dtype(recipe.dtype, job.ranks.device), job.ranks.device)
     if reference is not None:
         frozen.add("reference", reference.start.base, reference.start.revision, reference.start.adapter)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_cli import sections
 from rlhf_cli.data.templates import Template, choose_template, read_format, tokenise
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import is_classifier, load_config, load_tokenizer, local_folder, read_head
-from rlhf_cli.recipe import schema
 from rlhf_cli.rollout.rewards import ModelTerm, Reader
 from rlhf_cli.runs.manifest import BaseModel, weights_hash
 from rlhf_cli.runs.parents import POLICY_STAGES, Start, base_model, resolve_start
@@ -59,7 +59,7 @@ class FoundRewardModel:
 
 
 def find_reward_model(
-    reward: schema.Reward,
+    reward: sections.Reward,
     name: str,
     place: str,
     *,
@@ -128,7 +128,7 @@ def _check_head(start: Start, place: str) -> None:
         raise UsageError(f"{place}: {error}") from error
 
 
-def _figures(start: Start, reward: schema.Reward, place: str) -> tuple[float, float]:
+def _figures(start: Start, reward: sections.Reward, place: str) -> tuple[float, float]:
     """(mean, standard deviation) that its scores are normalised with; (0, 1) where they are not.
 
     Raises:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.runs.drawn import drawn_verdict, is_drawn
+from rlhf_cli.reports.drawn import drawn_verdict, is_drawn
+from rlhf_cli.reports.report import write_report
 from rlhf_cli.runs.folder import RunFolder
-from rlhf_cli.runs.report import write_report
 
 Line = dict[str, Any]
 NO_GOLD = "Nothing measured whether the responses are better by another yardstick than the reward itself: add `gold:`."

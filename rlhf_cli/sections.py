@@ -1,40 +1,36 @@
-"""Every recipe key with its type, default and meaning: the one place for each.
+"""The sections of recipes: every key with its type, default, meaning and bounds, in one place each.
 
-The loader, `--help`, the docs and the resolved recipe read these dataclasses. `key(default, help, …)` attaches what a
-type cannot say. A key without a default is required.
+The loader, `--help`, the docs and the resolved recipe read these dataclasses; data and models are configured by them.
+`key(default, help, …)` attaches what a type cannot say. A key without a default is required.
 """
 
 # ruff: noqa: RUF009  (key() only makes a dataclass field)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
 
-from rlhf_cli.fields import key
-from rlhf_cli.objectives.bandit import Bandit
-from rlhf_cli.objectives.base import Objective
-from rlhf_cli.objectives.bco import Bco, UnpairedBco
-from rlhf_cli.objectives.bradley_terry import BradleyTerry
-from rlhf_cli.objectives.cal_dpo import CalDpo
-from rlhf_cli.objectives.dpo import Dpo
-from rlhf_cli.objectives.grpo import Grpo
-from rlhf_cli.objectives.hinge import Hinge
-from rlhf_cli.objectives.ipo import Ipo
-from rlhf_cli.objectives.kto import Kto
-from rlhf_cli.objectives.odpo import Odpo
-from rlhf_cli.objectives.orpo import Orpo
-from rlhf_cli.objectives.pairs import AllPairs
-from rlhf_cli.objectives.plackett_luce import PlackettLuce, PlackettLuceReward
-from rlhf_cli.objectives.ppo import Ppo
-from rlhf_cli.objectives.rebel import Rebel
-from rlhf_cli.objectives.reinforce import Reinforce
-from rlhf_cli.objectives.rloo import Rloo
-from rlhf_cli.objectives.robust import Robust
-from rlhf_cli.objectives.sft import Sft
-from rlhf_cli.objectives.simpo import Simpo
-from rlhf_cli.objectives.slic import Slic
-from rlhf_cli.objectives.squared import Squared
+
+def key(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    path: bool = False,
+    last: bool = False,
+) -> Any:
+    """A dataclass field with a one-line help, inclusive bounds, and whether ${ENV} is expanded in it.
+
+    `last`: it is shown and written after the keys that subclasses add.
+    """
+    metadata = {"help": help, "low": low, "high": high, "path": path, "last": last}
+    if default is MISSING:
+        return field(metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -240,206 +236,6 @@ class Winrate:
     baseline: str = key(help="the name of one of the models")
     judge: str | Endpoint = key("reward", "reward: the score; gold; the name of a term; or {endpoint, model, prompt}")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The keys of every command."""
-
-    stage: ClassVar[str]
-
-    seed: int = key(0, "of everything that is random", low=0, high=2**32 - 1, last=True)
-    output: str = key(help="the run folder", path=True, last=True)
-
-    @property
-    def judges(self) -> tuple[list[Reward], list[Reward]]:
-        """The terms of the reward and the gold ones, for the responses that are drawn."""
-        return [], []
-
-    @property
-    def paths(self) -> list[str]:
-        """What it reads: local paths or hub ids of models and data."""
-        return [term.model for terms in self.judges for term in terms if term.model is not None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRecipe(Recipe):
-    """The keys of every stage that trains."""
-
-    model: Model
-    lora: Lora | Literal["auto"] | None = key(
-        "auto", "auto: the parent's adapter goes on, else r 16 on all linear layers; null: train all weights"
-    )
-    data: Data
-    train: Train = field(default_factory=Train)
-    objective: Objective
-    trackers: list[str] = key([], "tensorboard, wandb, mlflow, trackio, …; offline files are always written", last=True)
-
-    @property
-    def draws(self) -> Rollout | None:
-        """How responses are drawn from the policy; None where it learns from those of its data."""
-        return None
-
-    @property
-    def paths(self) -> list[str]:
-        return [self.model.path, *super().paths, *(source.path for source in (*self.data.train, *(self.data.eval or ())))]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftRecipe(TrainingRecipe):
-    """`rlhf sft`."""
-
-    stage: ClassVar[str] = "sft"
-
-    data: SftData
-    objective: Sft = field(default_factory=Sft)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainRmRecipe(TrainingRecipe):
-    """`rlhf train-rm`."""
-
-    stage: ClassVar[str] = "train-rm"
-
-    objective: BradleyTerry | PlackettLuceReward | AllPairs = field(default_factory=BradleyTerry)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DirectRecipe(TrainingRecipe):
-    """The keys of every stage that compares the policy with a reference."""
-
-    reference: Reference = field(default_factory=Reference)
-    rollout: OnlineRollout | None = key(None, "draw the responses from the policy while it trains, and rank them by `reward`")
-    reward: list[Reward] | None = key(None, "with rollout: what ranks the responses; {model: …} or {function: …} each")
-    reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
-    gold: list[Reward] | None = key(None, "with rollout: like reward; only measured, never trained on")
-
-    @property
-    def draws(self) -> Rollout | None:
-        return self.rollout
-
-    @property
-    def judges(self) -> tuple[list[Reward], list[Reward]]:
-        return self.reward or [], self.gold or []
-
-
-@dataclass(frozen=True, kw_only=True)
-class DpoRecipe(DirectRecipe):
-    """`rlhf dpo`."""
-
-    stage: ClassVar[str] = "dpo"
-
-    objective: Dpo | Robust | Hinge | Squared | Slic | Simpo | Orpo | Odpo | CalDpo | Rebel | Bco | PlackettLuce = field(
-        default_factory=Dpo
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class IpoRecipe(DirectRecipe):
-    """`rlhf ipo`."""
-
-    stage: ClassVar[str] = "ipo"
-
-    objective: Ipo = field(default_factory=Ipo)
-
-
-@dataclass(frozen=True, kw_only=True)
-class KtoRecipe(DirectRecipe):
-    """`rlhf kto`."""
-
-    stage: ClassVar[str] = "kto"
-
-    objective: Kto | UnpairedBco = field(default_factory=Kto)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PpoRecipe(TrainingRecipe):
-    """`rlhf ppo`."""
-
-    stage: ClassVar[str] = "ppo"
-
-    objective: Ppo | Reinforce | Rloo | Grpo | Bandit = field(default_factory=Ppo)
-    reference: PolicyReference = field(default_factory=PolicyReference)
-    rollout: Rollout = field(default_factory=Rollout)
-    reward: list[Reward] = key(help="a list of terms: {model: …} or {function: file.py:name}")
-    reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
-    kl: Kl = field(default_factory=Kl)
-    value: Value = field(default_factory=Value)
-    ptx: Ptx | None = key(None, "supervised rows to learn beside the reward")
-    gold: list[Reward] | None = key(None, "like reward; only measured, never trained on")
-
-    @property
-    def draws(self) -> Rollout:
-        return self.rollout
-
-    @property
-    def judges(self) -> tuple[list[Reward], list[Reward]]:
-        return self.reward, self.gold or []
-
-    @property
-    def paths(self) -> list[str]:
-        return [*super().paths, *(source.path for source in (self.ptx.data if self.ptx else ()))]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalRecipe(Recipe):
-    """`rlhf eval`."""
-
-    stage: ClassVar[str] = "eval"
-
-    models: dict[str, str] = key(
-        help="a path to each name: runs, checkpoints (runs/ppo/checkpoints/*: all of that run), adapters, plain models",
-        path=True,
-    )
-    reference: str | None = key(None, "the name of one of the models: KL and implicit rewards are measured against it")
-    prompts: list[EvalSource] | None = key(None, "a path, or a list of sources: responses are drawn and judged")
-    preferences: list[EvalSource] | None = key(
-        None, "the same: how often reward models, and policies' implicit rewards, agree with the data"
-    )
-    text: list[EvalSource] | None = key(None, "the same: perplexity of its responses")
-    rollout: Sampling = field(default_factory=Sampling)
-    reward: list[Reward] | None = key(None, "a list of terms: {model: …} or {function: file.py:name}")
-    reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
-    gold: list[Reward] | None = key(None, "like reward: what people really want, where that can be computed")
-    winrate: Winrate | None = key(None, "compare the models' responses one to one")
-    best_of_n: list[int] = key([], "numbers n: over-optimisation of the reference by the best-scored response of n", low=1)
-    beta: float | None = key(None, "of implicit rewards; null: that of each model's own training, else 0.1", low=1e-9)
-    dump_pairs: str | None = key(
-        None, "a .jsonl file to write: the responses, ranked by the judge, as preference data", path=True
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of weights and of compute; auto: bfloat16 on a GPU")
-    attention: Literal["auto", "sdpa", "flex", "flash", "eager"] = key("auto", "attention kernel, as in training")
-    chat_template: str | None = key(None, "null: each model's own; a Jinja file; none", path=True)
-    trust_remote_code: bool = key(False, "run code from model folders; only with --set, never from the file")
-    max_length: int = key(1024, "tokens of prompt + response", low=2)
-    overlong: Literal["drop", "error", "truncate-prompt"] = key("drop", "what happens to longer rows")
-    control_tokens: Literal["reject", "keep"] = key("reject", "text that contains the tokenizer's control tokens")
-    max_lost: float = key(0.05, "exit 2 if more than this share of rows is dropped or truncated", low=0.0, high=1.0)
-    tokens_per_device: int | Literal["auto"] = key("auto", "packing budget of one forward pass; never changes the result", low=1)
-
-    @property
-    def judges(self) -> tuple[list[Reward], list[Reward]]:
-        return self.reward or [], self.gold or []
-
-    @property
-    def paths(self) -> list[str]:
-        sources = [source for rows in (self.prompts, self.preferences, self.text) for source in rows or ()]
-        models = [path for path in self.models.values() if not is_pattern(path)]
-        return [*models, *super().paths, *(source.path for source in sources)]
-
-
-def is_pattern(path: str) -> bool:
-    """Does it stand for several paths?"""
-    return any(char in path for char in "*?[")
-
-
-STAGES: dict[str, type[Recipe]] = {
-    recipe.stage: recipe for recipe in (SftRecipe, TrainRmRecipe, DpoRecipe, IpoRecipe, KtoRecipe, PpoRecipe, EvalRecipe)
-}
-"""Stage name → its recipe. What a stage's recipe does not name has no effect there and is rejected."""
-
-TRAINING_STAGES: dict[str, type[TrainingRecipe]] = {
-    name: recipe for name, recipe in STAGES.items() if issubclass(recipe, TrainingRecipe)
-}
 
 SHORT_FORM: dict[type, str] = {Source: "path", EvalSource: "path"}
 """Where a list of these is expected, one may stand alone, and a plain text stands for one with this key alone."""

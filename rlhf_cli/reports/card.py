@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf_cli.runs.markdown import cell, percent, table
+from rlhf_cli.reports.markdown import cell, percent, table
 
 SUBSET_LENGTH = 80
 """Characters of a subset's name that are shown."""

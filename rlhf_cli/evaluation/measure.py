@@ -13,21 +13,21 @@ import numpy as np
 from rlhf_cli.data.batches import derive_seed
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Batch, Tree
+from rlhf_cli.evaluation.models import Candidate
 from rlhf_cli.evaluation.samples import Sample
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.homes import Frozen
+from rlhf_cli.models.placement import Frozen
 from rlhf_cli.models.scoring import token_figures
-from rlhf_cli.recipe import schema
+from rlhf_cli.ranks import Ranks
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.rewards import name_of
 from rlhf_cli.rollout.experience import Rollout, Sampler, Work, at_once, guarded
 from rlhf_cli.rollout.generate import TransformersEngine
+from rlhf_cli.rollout.reward_models import FoundRewardModel
 from rlhf_cli.rollout.rewards import Answers, FunctionTerm, ModelTerm, as_given, combine
 from rlhf_cli.rollout.source import HELD_OUT
-from rlhf_cli.stages.candidates import Candidate
-from rlhf_cli.stages.drawing import Judge, Judges
-from rlhf_cli.stages.reward_models import FoundRewardModel
+from rlhf_cli.stages.online import Judge, Judges
 from rlhf_cli.stages.training import stop_ids
-from rlhf_cli.training.ranks import Ranks
 
 TOLD = 30.0
 """Seconds between two words on a model that takes its time."""
@@ -48,7 +48,7 @@ def draw(
     frozen: Frozen,
     judges: Judges,
     rows: Rows,
-    recipe: schema.EvalRecipe,
+    recipe: recipes.EvalRecipe,
     *,
     samples: int,
     compared: bool,
@@ -148,7 +148,7 @@ def _samples(model: str, rollout: Rollout, sampler: Sampler, records: Sequence[R
             at += 1
 
 
-def judged(samples: Sequence[Sample], judges: Judges, records: Sequence[Record], recipe: schema.EvalRecipe) -> list[Sample]:
+def judged(samples: Sequence[Sample], judges: Judges, records: Sequence[Record], recipe: recipes.EvalRecipe) -> list[Sample]:
     """The samples with the terms of all Python functions and the score.
 
     Functions see a model's responses all at once, prompt by prompt. Terms of reward models are those that the samples have.

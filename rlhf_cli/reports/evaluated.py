@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.runs.eval_plots import draw_evaluation
-from rlhf_cli.runs.eval_words import (
+from rlhf_cli.reports.eval_plots import draw_evaluation
+from rlhf_cli.reports.eval_words import (
     CHANCE,
     METRICS,
     OTHER,
@@ -24,9 +24,8 @@ from rlhf_cli.runs.eval_words import (
     step_of,
     title,
 )
-from rlhf_cli.runs.files import write_atomic
-from rlhf_cli.runs.markdown import cell, table
-from rlhf_cli.runs.page import (
+from rlhf_cli.reports.markdown import cell, table
+from rlhf_cli.reports.page import (
     Block,
     Cell,
     Column,
@@ -46,6 +45,7 @@ from rlhf_cli.runs.page import (
     rounded,
     visible,
 )
+from rlhf_cli.runs.files import write_atomic
 
 Line = dict[str, Any]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.runs.eval_words import findings
-from rlhf_cli.runs.evaluated import terminal_table, write_report
-from tests.runs.an_evaluation import HOSTILE, MODELS, empty, evaluation, figures, preference, rate, samples, share
+from rlhf_cli.reports.eval_words import findings
+from rlhf_cli.reports.evaluated import terminal_table, write_report
+from tests.reports.an_evaluation import HOSTILE, MODELS, empty, evaluation, figures, preference, rate, samples, share
 
 Result = dict[str, Any]
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_cli.runs.card import model_card
-from rlhf_cli.runs.drawn import drawn_verdict, is_drawn
+from rlhf_cli.reports.card import model_card
+from rlhf_cli.reports.drawn import drawn_verdict, is_drawn
+from rlhf_cli.reports.markdown import NOISE, cell, duration, figure, percent, table
+from rlhf_cli.reports.plots import draw_card, draw_plots
+from rlhf_cli.reports.verdict import Lines, ends, held_out_verdict, length_verdict, moved, preference_verdict, train_verdict
 from rlhf_cli.runs.files import write_atomic
 from rlhf_cli.runs.folder import RunFolder, read_metrics
-from rlhf_cli.runs.markdown import NOISE, cell, duration, figure, percent, table
-from rlhf_cli.runs.plots import draw_card, draw_plots
-from rlhf_cli.runs.verdict import Lines, ends, held_out_verdict, length_verdict, moved, preference_verdict, train_verdict
 
 STAGE_NAMES = {
     "sft": "supervised fine-tuning",

@@ -6,10 +6,10 @@ import struct
 
 import pytest
 
+from rlhf_cli.reports.plots import moving_average
+from rlhf_cli.reports.report import duration, write_report
+from rlhf_cli.reports.verdict import ends, held_out_verdict, length_verdict, preference_verdict, train_verdict
 from rlhf_cli.runs.folder import RunFolder
-from rlhf_cli.runs.plots import moving_average
-from rlhf_cli.runs.report import duration, write_report
-from rlhf_cli.runs.verdict import ends, held_out_verdict, length_verdict, preference_verdict, train_verdict
 
 LENGTHS = {"p50": 10, "p90": 20, "p99": 30, "max": 1234}
 SOURCE = {

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli import sections
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.templates import Template
@@ -17,17 +18,17 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.data.unpaired import unpaired, with_mismatches
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.homes import Homes
-from rlhf_cli.recipe import schema
+from rlhf_cli.models.placement import Homes
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import name_of
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.generate import Engine, TransformersEngine
+from rlhf_cli.rollout.reward_models import FoundRewardModel, find_reward_model
 from rlhf_cli.rollout.rewards import FunctionTerm, Term, function_term
 from rlhf_cli.rollout.source import HeldOut, probe
 from rlhf_cli.runs.manifest import Parent
 from rlhf_cli.stages.reference import Reference
-from rlhf_cli.stages.reward_models import FoundRewardModel, find_reward_model
 from rlhf_cli.stages.training import Job, stop_ids
 from rlhf_cli.training.checkpoint import State
 from rlhf_cli.training.loop import Measure
@@ -37,7 +38,7 @@ from rlhf_cli.training.loop import Measure
 class Judge:
     """A term of the reward, or of gold, before any weights are loaded."""
 
-    reward: schema.Reward
+    reward: sections.Reward
     found: FoundRewardModel | FunctionTerm
 
     @property
@@ -90,7 +91,7 @@ def find_judges(loaded: Loaded, tokenizer: Any, template: Template, trust_remote
         UsageError: a model or a function is not there, or is no reward.
     """
 
-    def find(key: str, term: schema.Reward) -> FoundRewardModel | FunctionTerm:
+    def find(key: str, term: sections.Reward) -> FoundRewardModel | FunctionTerm:
         if term.function is not None:
             return function_term(term, name_of(term), loaded.named(f"{key}.function"))
         return find_reward_model(
@@ -181,13 +182,13 @@ def _engine(job: Job, backbone: Backbone, base: str) -> Engine:
     return VllmEngine(base, revision, job.recipe.model.dtype, partial(backbone.save, "policy"))
 
 
-def _combine(recipe: schema.TrainingRecipe) -> str:
-    assert isinstance(recipe, schema.PpoRecipe | schema.DirectRecipe)
+def _combine(recipe: recipes.TrainingRecipe) -> str:
+    assert isinstance(recipe, recipes.PpoRecipe | recipes.DirectRecipe)
     return recipe.reward_combine
 
 
-def _kl_coef(recipe: schema.TrainingRecipe) -> float | None:
-    return recipe.kl.coef if isinstance(recipe, schema.PpoRecipe) else None
+def _kl_coef(recipe: recipes.TrainingRecipe) -> float | None:
+    return recipe.kl.coef if isinstance(recipe, recipes.PpoRecipe) else None
 
 
 def judged(trees: list[Tree], seed: int, records: Sequence[Record], max_length: int, mismatches: bool) -> list[Tree]:
