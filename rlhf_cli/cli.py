@@ -25,7 +25,7 @@ from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.runs.folder import refuse_occupied
 from rlhf_cli.suggest import closest
 
-Job = Callable[[], None]
+Action = Callable[[], None]
 """What a parsed command line asks for. It runs outside typer, which would swallow Ctrl-C and broken pipes."""
 
 
@@ -85,8 +85,8 @@ def _stage_command(name: str, stage: Stage) -> None:
         resume: Resume = False,
         force: Force = False,
         debug: Debug = False,
-    ) -> Job:
-        return _stage_job(name, recipe, overrides or [], output, check, resume, force)
+    ) -> Action:
+        return _stage_action(name, recipe, overrides or [], output, check, resume, force)
 
     def evaluation(
         recipe: Recipe,
@@ -97,15 +97,17 @@ def _stage_command(name: str, stage: Stage) -> None:
         resume: Resume = False,
         force: Force = False,
         debug: Debug = False,
-    ) -> Job:
+    ) -> Action:
         more = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
-        return _stage_job(name, recipe, [*(overrides or []), *more], output, check, resume, force)
+        return _stage_action(name, recipe, [*(overrides or []), *more], output, check, resume, force)
 
     epilog = "\b\n" + key_table(name)
     app.command(name, help=stage.help, epilog=epilog)(evaluation if name == "eval" else command)
 
 
-def _stage_job(name: str, recipe: Path, overrides: list[str], output: str | None, check: bool, resume: bool, force: bool) -> Job:
+def _stage_action(
+    name: str, recipe: Path, overrides: list[str], output: str | None, check: bool, resume: bool, force: bool
+) -> Action:
     if resume and force:
         raise UsageError("--resume continues a run and --force starts a new one. give one of the two")
     return partial(_run_stage, name, COMMANDS[name], recipe, overrides, output, check, resume, force)
@@ -134,7 +136,7 @@ def _export(
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="The folder to write; must not exist.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into a full model.")] = False,
     debug: Debug = False,
-) -> Job:
+) -> Action:
     """Write a run as a plain transformers or PEFT folder."""
     return partial(_run_export, run, dest, merge)
 

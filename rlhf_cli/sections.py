@@ -163,14 +163,14 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Rollout(Sampling):
+class PolicySampling(Sampling):
     temperature: float = key(1.0, "of sampling; the log-probabilities of the ppo kinds are taken at it too", low=1e-2, high=100.0)
     responses_per_prompt: int = key(1, "rloo and grpo need 2 or more", low=1)
     engine: Literal["transformers", "vllm"] = key("transformers", "what samples (vllm: an extra)")
 
 
 @dataclass(frozen=True)
-class OnlineRollout(Rollout):
+class OnlineSampling(PolicySampling):
     responses_per_prompt: int = key(2, "they are ranked by the reward; 2: one pair", low=2)
     refresh: int = key(1, "steps between two draws from the policy; 1: online, more: iterative", low=1)
 

@@ -34,7 +34,7 @@ from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.models.load import load_config, load_tokenizer
 from rlhf_cli.models.memory import auto_budget, estimate
-from rlhf_cli.models.placement import Head, Homes
+from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.models.policy import load_trained
 from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.ranks import Ranks
@@ -73,7 +73,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         Ranks(expected=False),
     )
     backbone, base = load_trained(settings, lora, options.model, None, None, CPU, 0, Path(options.out))
-    homes = Homes(backbone, settings, base, None, CPU)
+    homes = Placement(backbone, settings, base, None, CPU)
     homes.add("reference", base, None, None)
     width = backbone.model.config.hidden_size
     homes.add("reward", base, None, None)
@@ -92,7 +92,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         engine=TransformersEngine(backbone, "policy"),
         tokenizer=tokenizer,
         ends=(),
-        settings=sections.Rollout(max_new_tokens=NEW_TOKENS),
+        settings=sections.PolicySampling(max_new_tokens=NEW_TOKENS),
         records=records,
         terms=[term],
         gold=[],

@@ -16,12 +16,12 @@ from rlhf_cli.data.trees import Tree
 
 
 @dataclass(frozen=True, eq=False)
-class Draw:
+class StepBatches:
     """What one step, or several that follow each other, learn from."""
 
     first: int  # the step that the first of the batches is for
     batches: tuple[list[Tree], ...]
-    wheres: tuple[list[str], ...]  # file and line of every tree
+    locations: tuple[list[str], ...]  # file and line of every tree
     memory: dict[str, float] = field(default_factory=dict)  # the objective's own numbers, as the draw left them
     given: dict[str, float] = field(default_factory=dict)  # constants of the objective's terms
     metrics: dict[str, float] = field(default_factory=dict)  # of what was drawn; logged with the first step
@@ -56,14 +56,14 @@ class DatasetSource:
         order: np.ndarray = self._order(epoch)  # type: ignore[operator]
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[Draw, None, None]:
+    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[StepBatches, None, None]:
         """The batch of `step`, as every source gives it: the last value is the draw."""
-        yield Draw(step, (self.batch(step),), (self.wheres(step),), dict(memory))
+        yield StepBatches(step, (self.batch(step),), (self.locations(step),), dict(memory))
 
     def batch(self, step: int) -> list[Tree]:
         return [self.trees[int(i)] for i in self.indices(step)]
 
-    def wheres(self, step: int) -> list[str]:
+    def locations(self, step: int) -> list[str]:
         """File and line of every tree of a step, in the order of `batch`."""
         return [self.trees.where(int(i)) for i in self.indices(step)]
 

@@ -150,8 +150,8 @@ def _restore(stored: store.Stored, records: Sequence[Record], notices: tuple[str
     """Adds what the cache does not know: where rows stand and what is said of them, which may change while their text stays."""
     facts = dict(stored.facts)
     examples = tuple(f"{records[row].where}: {text}" for row, text in facts.pop("examples"))
-    wheres = tuple(records[row].where for row in stored.arrays["rows"])
-    trees = Trees(**stored.arrays, wheres=wheres, facts=tuple(records[row].facts for row in stored.arrays["rows"]))
+    locations = tuple(records[row].where for row in stored.arrays["rows"])
+    trees = Trees(**stored.arrays, locations=locations, facts=tuple(records[row].facts for row in stored.arrays["rows"]))
     return Encoded(
         trees=trees,
         read=len(records),

@@ -26,7 +26,7 @@ class Trees(Sequence[Tree]):
     segments: np.ndarray  # (S + 1,) int64
     first: np.ndarray  # (N + 1,) int64
     rows: np.ndarray  # (N,) int64: indices of the records
-    wheres: tuple[str, ...]  # (N,)
+    locations: tuple[str, ...]  # (N,)
     facts: tuple[Facts, ...]  # (N,)
     reference: np.ndarray | None = None  # (T,) float32: the reference's log-probability of each token of a response, else NaN
 
@@ -57,7 +57,7 @@ class Trees(Sequence[Tree]):
 
     def where(self, index: int) -> str:
         """File and line of tree `index`."""
-        return self.wheres[index]
+        return self.locations[index]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -99,7 +99,7 @@ def regroup(
         segments=segments,
         first=np.concatenate([[0], np.cumsum(counts)]),
         rows=trees.rows[origin],
-        wheres=tuple(trees.wheres[i] for i in origin),
+        locations=tuple(trees.locations[i] for i in origin),
         facts=tuple(facts),
         reference=None if trees.reference is None else trees.reference[taken],
     )
@@ -123,6 +123,6 @@ def flatten(trees: Sequence[Tree], records: Sequence[Record]) -> Trees:
         segments=np.cumsum([0, *map(len, parts)], dtype=np.int64),
         first=np.cumsum([0, *(1 + len(tree.responses) for tree in trees)], dtype=np.int64),
         rows=np.array([tree.row for tree in trees], np.int64),
-        wheres=tuple(records[tree.row].where for tree in trees),
+        locations=tuple(records[tree.row].where for tree in trees),
         facts=tuple(tree.facts for tree in trees),
     )

@@ -62,7 +62,7 @@ class Segment(NamedTuple):
 SHARED_FROM = 16
 """Beginnings of prompts that are at least so long are computed once a row: a system prompt, or the same prompt again."""
 
-Row = list[Piece]
+PackedRow = list[Piece]
 Layout = Literal["long", "packed", "alone"]
 """long: rows as long as the budget (kernels that skip what is masked); packed: rows about as long as the longest tree
 (kernels that compute the masked part too); alone: each response in a row of its own, its prompt repeated (models that take
@@ -112,7 +112,7 @@ def supervised_tokens(tree: Tree) -> int:
     return int(tree.supervised.sum()) + sum(map(len, tree.responses)) - unpredicted
 
 
-def plan_passes(trees: Sequence[Tree], ranks: int, budget: int, layout: Layout) -> list[list[list[Row]]]:
+def plan_passes(trees: Sequence[Tree], ranks: int, budget: int, layout: Layout) -> list[list[list[PackedRow]]]:
     """Deal the global batch to ranks and cut each share into forward passes of at most `budget` tokens: [rank][pass][row].
 
     Padding counts towards the budget; a tree longer than the budget has a pass of its own. The same on every rank.
@@ -146,7 +146,7 @@ def _shared(trees: Sequence[Tree]) -> int:
 class _Unit(NamedTuple):
     """Rows that must share a pass, and the width of the widest."""
 
-    rows: list[Row]
+    rows: list[PackedRow]
     width: int
 
 
@@ -157,7 +157,7 @@ def _alone(tree: Tree, index: int) -> _Unit:
 
 def _fill_rows(share: Sequence[int], trees: Sequence[Tree], lengths: Sequence[int], shared: int, capacity: int) -> list[_Unit]:
     """First fit, longest first (`share` comes in that order); the `shared` beginning of all counts once a row."""
-    rows: list[Row] = []
+    rows: list[PackedRow] = []
     used: list[int] = []
     for index in share:
         piece = Piece(index, tuple(range(len(trees[index].responses))))
@@ -172,8 +172,8 @@ def _fill_rows(share: Sequence[int], trees: Sequence[Tree], lengths: Sequence[in
     return [_Unit([row], width) for row, width in zip(rows, used, strict=True)]
 
 
-def _cut(units: list[_Unit], budget: int) -> list[list[Row]]:
-    passes: list[list[Row]] = []
+def _cut(units: list[_Unit], budget: int) -> list[list[PackedRow]]:
+    passes: list[list[PackedRow]] = []
     width = 0
     for unit in sorted(units, key=lambda u: -u.width):
         if passes and (len(passes[-1]) + len(unit.rows)) * width <= budget:
@@ -184,7 +184,7 @@ def _cut(units: list[_Unit], budget: int) -> list[list[Row]]:
     return passes
 
 
-def build_batch(trees: Sequence[Tree], rows: Sequence[Row]) -> Batch:
+def build_batch(trees: Sequence[Tree], rows: Sequence[PackedRow]) -> Batch:
     """Lay the pieces of one pass into tensors; `rows` index into `trees`."""
     shares = [_shared([trees[p.tree] for p in row]) for row in rows]
     length = max(

@@ -13,6 +13,8 @@ import numpy as np
 DRAWS = 2000
 TAIL = 0.005
 """Quantiles of draws further out are not read off, they would rest on a handful of draws: 10 of 2000 are beyond this one."""
+NORMAL_95 = 1.959963984540054
+"""97.5 % of a standard normal lies below."""
 PRIOR_SEED = 20240406
 """Other than a recipe's, so that the prior does not follow the draws."""
 
@@ -133,3 +135,15 @@ def student(freedom: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """95 % interval of a share of `count` observations; Wilson 1927.
+
+    >>> [round(bound, 4) for bound in wilson(0.8, 10)]
+    [0.4902, 0.9433]
+    """
+    spread = NORMAL_95**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    reach = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return centre - reach, centre + reach

@@ -13,10 +13,11 @@ import numpy as np
 from rlhf_cli.data.batches import derive_seed
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Batch, Tree
-from rlhf_cli.evaluation.models import Candidate
+from rlhf_cli.evaluation.models import EvaluatedModel
 from rlhf_cli.evaluation.samples import Sample
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.placement import Frozen
+from rlhf_cli.models.placement import FrozenModels
+from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.models.scoring import token_figures
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
@@ -26,8 +27,7 @@ from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.rollout.reward_models import FoundRewardModel
 from rlhf_cli.rollout.rewards import Answers, FunctionTerm, ModelTerm, as_given, combine
 from rlhf_cli.rollout.source import HELD_OUT
-from rlhf_cli.stages.online import Judge, Judges
-from rlhf_cli.stages.training import stop_ids
+from rlhf_cli.rollout.terms import Judge, Judges
 
 TOLD = 30.0
 """Seconds between two words on a model that takes its time."""
@@ -43,9 +43,9 @@ class Rows:
 
 
 def draw(
-    candidate: Candidate,
+    candidate: EvaluatedModel,
     backbone: Backbone,
-    frozen: Frozen,
+    frozen: FrozenModels,
     judges: Judges,
     rows: Rows,
     recipe: recipes.EvalRecipe,
@@ -67,8 +67,8 @@ def draw(
     sampler = Sampler(
         backbone=backbone,
         engine=TransformersEngine(backbone, "policy"),
-        tokenizer=candidate.voice.tokenizer,
-        ends=tuple(stop_ids(backbone, candidate.voice.tokenizer, candidate.voice.template)),
+        tokenizer=candidate.tokenisation.tokenizer,
+        ends=tuple(stop_ids(backbone, candidate.tokenisation.tokenizer, candidate.tokenisation.template)),
         settings=recipe.rollout,
         records=rows.records,
         terms=list(_models("reward", judges.reward, frozen, budget)),
@@ -97,7 +97,7 @@ def _told(work: Work[Rollout], say: Callable[[float], None]) -> Work[Rollout]:
         yield
 
 
-def place_judges(judges: Judges, frozen: Frozen) -> None:
+def place_judges(judges: Judges, frozen: FrozenModels) -> None:
     """Load every reward model, each base once.
 
     Raises:
@@ -115,7 +115,7 @@ def _numbered(judges: Judges) -> Iterator[tuple[str, Judge]]:
         yield from ((f"{what}{number}", judge) for number, judge in enumerate(terms))
 
 
-def _models(what: str, judges: Sequence[Judge], frozen: Frozen, budget: int) -> Iterator[ModelTerm]:
+def _models(what: str, judges: Sequence[Judge], frozen: FrozenModels, budget: int) -> Iterator[ModelTerm]:
     for number, judge in enumerate(judges):
         if isinstance(judge.found, FoundRewardModel):
             role = f"{what}{number}"

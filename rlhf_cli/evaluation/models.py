@@ -29,7 +29,7 @@ BETA = 0.1
 
 
 @dataclass(frozen=True)
-class Voice:
+class Tokenisation:
     """How a model reads and writes text: its tokens and its chat template. Equal voices make equal tokens."""
 
     name: str  # the same for equal ones
@@ -37,16 +37,16 @@ class Voice:
     template: Template = field(compare=False)
 
 
-class Voices:
+class Tokenisations:
     """All voices of an evaluation, equal ones once."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, Voice] = {}
+        self._known: dict[Any, Tokenisation] = {}
 
-    def of(self, tokenizer: Any, template: Template) -> Voice:
+    def of(self, tokenizer: Any, template: Template) -> Tokenisation:
         """The voice with this tokenizer and template."""
         key = (serialised(tokenizer), template.hash)
-        return self._known.setdefault(key, Voice(str(len(self._known)), tokenizer, template))
+        return self._known.setdefault(key, Tokenisation(str(len(self._known)), tokenizer, template))
 
 
 Origin = tuple[str | None, str | None]
@@ -54,14 +54,14 @@ Origin = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class EvaluatedModel:
     """A model to evaluate."""
 
     name: str
     path: str
     start: Start
     base: BaseModel | None  # None: on the hub, and not fetched by --check
-    voice: Voice
+    tokenisation: Tokenisation
     scores: bool  # a reward model: it gives scores and writes nothing
     series: str | None  # the name that the checkpoints of its run share; None: it stands alone
     step: int | None  # of a checkpoint
@@ -74,11 +74,11 @@ class Candidate:
         return {
             "base": self.base and self.base.weights_hash,
             "adapter": weights_hash(self.start.adapter) if self.start.adapter else None,
-            "template": self.voice.template.hash,
+            "template": self.tokenisation.template.hash,
         }
 
 
-def find_candidates(loaded: Loaded, voices: Voices, check: bool) -> list[Candidate]:
+def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> list[EvaluatedModel]:
     """Every model that `models` names, those of a pattern in the order of their names.
 
     Raises:
@@ -93,7 +93,7 @@ def find_candidates(loaded: Loaded, voices: Voices, check: bool) -> list[Candida
         place = loaded.named(f"models.{entry}")
         for name, one in _expand(entry, path, place):
             series = entry if recipes.is_pattern(path) else None
-            found.append(_candidate(recipe, name, one, series, place, voices, bases, check))
+            found.append(_candidate(recipe, name, one, series, place, tokenisations, bases, check))
     return found
 
 
@@ -126,10 +126,10 @@ def _candidate(
     path: str,
     series: str | None,
     place: str,
-    voices: Voices,
+    tokenisations: Tokenisations,
     bases: Bases,
     check: bool,
-) -> Candidate:
+) -> EvaluatedModel:
     trust = recipe.trust_remote_code
     start = resolve_start(path, None, place, stages=(*POLICY_STAGES, "train-rm"))
     tokenizer = load_tokenizer(start.tokenizer, start.revision, trust)
@@ -138,12 +138,12 @@ def _candidate(
     else:
         template = choose_template(tokenizer, recipe.chat_template)
     step = STEP.fullmatch(Path(path).name)
-    return Candidate(
+    return EvaluatedModel(
         name=name,
         path=path,
         start=start,
         base=_base(start, bases) if not check or Path(start.base).exists() else None,
-        voice=voices.of(tokenizer, template),
+        tokenisation=tokenisations.of(tokenizer, template),
         scores=is_reward_model(start, place, trust),
         series=series,
         step=int(step[1]) if step else None,

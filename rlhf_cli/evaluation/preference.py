@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from rlhf_cli.errors import NumberError
+from rlhf_cli.evaluation.intervals import wilson
+from rlhf_cli.figures import percent
 from rlhf_cli.models.scoring import Ranks, score_trees
 from rlhf_cli.objectives.preference import ordered_pairs
-from rlhf_cli.reports.markdown import percent
-from rlhf_cli.reports.verdict import wilson
 
 if TYPE_CHECKING:
     from rlhf_cli.data.trees import Tree
@@ -247,7 +247,7 @@ class Card:
 def reward_card(
     scores: Sequence[np.ndarray],
     held_out: Sequence[Tree],
-    wheres: Sequence[str],
+    locations: Sequence[str],
     training: Sequence[Tree],
     training_scores: Sequence[np.ndarray],
 ) -> Card:
@@ -261,7 +261,7 @@ def reward_card(
         NumberError: a score is not finite.
     """
     remedy = "the reward model is broken: train it again with a lower train.learning_rate"
-    check_finite(scores, wheres, remedy)
+    check_finite(scores, locations, remedy)
     check_finite(training_scores, [f"training tree {number}" for number in range(len(training_scores))], remedy)
     agreed = agreement(scores, held_out, training)
     found, baseline = agreed.rate, agreed.length_baseline
@@ -286,9 +286,9 @@ def reward_card(
     )
 
 
-def check_finite(scores: Sequence[np.ndarray], wheres: Sequence[str], remedy: str) -> None:
+def check_finite(scores: Sequence[np.ndarray], locations: Sequence[str], remedy: str) -> None:
     """NumberError with the place of the first response, (K,) of every tree, whose score is NaN or infinite."""
-    for own, where in zip(scores, wheres, strict=True):
+    for own, where in zip(scores, locations, strict=True):
         if not np.isfinite(own).all():
             number = int(np.flatnonzero(~np.isfinite(own))[0])
             raise NumberError(f"{where}: the score of response {number + 1} is {own[number]}\n{remedy}")
@@ -307,7 +307,7 @@ def _subsets(pairs: Margins, trees: Sequence[Tree]) -> dict[str, Rate]:
     return found
 
 
-def faults(model: Rate, baseline: LengthBaseline | None) -> list[str]:
+def weaknesses(model: Rate, baseline: LengthBaseline | None) -> list[str]:
     """In what respects an accuracy is hardly better than a guess, or than a look at the length."""
     found = []
     if model.low <= 0.5:
@@ -326,7 +326,7 @@ def faults(model: Rate, baseline: LengthBaseline | None) -> list[str]:
 
 def beats_length(model: Rate, baseline: LengthBaseline) -> str | None:
     """A warning where the model is hardly better than a look at the length, or than a guess; else None."""
-    found = faults(model, baseline)
+    found = weaknesses(model, baseline)
     if not found:
         return None
     return (

@@ -21,8 +21,8 @@ from rlhf_cli.data.dataset import Dataset, data_report, prepare
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
 from rlhf_cli.evaluation.measure import Rows
-from rlhf_cli.evaluation.models import Candidate, Origin, Voice, Voices, find_candidates, recipe_of
-from rlhf_cli.models.load import load_config, resolve_dtype
+from rlhf_cli.evaluation.models import EvaluatedModel, Origin, Tokenisation, Tokenisations, find_models, recipe_of
+from rlhf_cli.models.load import load_config, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
@@ -30,11 +30,10 @@ from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import name_of
 from rlhf_cli.rollout.reward_models import FoundRewardModel
 from rlhf_cli.rollout.rewards import FunctionTerm
+from rlhf_cli.rollout.terms import Judges, find_judges
 from rlhf_cli.runs.files import sha256_file
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.signals import StopSignals
-from rlhf_cli.stages.online import Judges, find_judges
-from rlhf_cli.stages.training import quiet
 
 SECTIONS: dict[str, tuple[str, Literal["none", "all", "first"]]] = {
     "prompts": ("ppo", "none"),
@@ -45,13 +44,13 @@ SECTIONS: dict[str, tuple[str, Literal["none", "all", "first"]]] = {
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """An evaluation before any weights are loaded."""
 
     loaded: Loaded
     recipe: recipes.EvalRecipe  # every `auto` replaced by the value in force
-    candidates: list[Candidate]
-    voices: Voices
+    models: list[EvaluatedModel]
+    tokenisations: Tokenisations
     judges: dict[str, Judges]  # by the name of the voice that they read
     rows: dict[str, dict[str, Rows]]  # section → name of the voice → its rows; of prompts those that all voices have
     datasets: dict[str, Dataset]  # section → as the first voice reads it
@@ -66,13 +65,13 @@ class Job:
         return int(self.recipe.tokens_per_device)
 
     @property
-    def reference(self) -> Candidate | None:
-        return next((each for each in self.candidates if each.name == self.recipe.reference), None)
+    def reference(self) -> EvaluatedModel | None:
+        return next((each for each in self.models if each.name == self.recipe.reference), None)
 
     @property
     def inputs(self) -> dict[str, str]:
         """What a resumed evaluation must have in common with the one before, where it names the same things."""
-        found = {f"model {each.name}": json.dumps(each.record) for each in self.candidates}
+        found = {f"model {each.name}": json.dumps(each.record) for each in self.models}
         judges = next(iter(self.judges.values()))
         terms = [("reward", judge) for judge in judges.reward] + [("gold", judge) for judge in judges.gold]
         for what, judge in terms:
@@ -99,7 +98,7 @@ class Job:
         return {path: print for dataset in self.datasets.values() for path, print in dataset.fingerprints.items()}
 
 
-def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> Job:
+def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> EvaluationJob:
     """Find every model, read and tokenise the rows, settle every value.
 
     Raises:
@@ -107,23 +106,28 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     """
     signals = StopSignals()
     signals.install()
-    quiet()
+    quiet_libraries()
     started, recipe = time.monotonic(), recipe_of(loaded)
     signals.say("before the first model; nothing was drawn")
     console, ranks = Console(os.environ.get("RANK", "0") == "0"), Ranks(expected=not check)
-    voices = Voices()
-    candidates = find_candidates(loaded, voices, check)
-    _check_roles(loaded, candidates)
+    tokenisations = Tokenisations()
+    models = find_models(loaded, tokenisations, check)
+    _check_roles(loaded, models)
     if recipe.winrate is not None and not isinstance(recipe.winrate.judge, str):
         prepare_endpoint(recipe.winrate.judge)
     _check_dump(loaded, resume, force)
-    writers = list(dict.fromkeys(each.voice for each in candidates if not each.scores)) or [candidates[0].voice]
+    writers = list(dict.fromkeys(each.tokenisation for each in models if not each.scores)) or [models[0].tokenisation]
     judges = {
-        voice.name: find_judges(loaded, voice.tokenizer, voice.template, recipe.trust_remote_code, check) for voice in writers
+        tokenisation.name: find_judges(loaded, tokenisation.tokenizer, tokenisation.template, recipe.trust_remote_code, check)
+        for tokenisation in writers
     }
     readers = list(
         dict.fromkeys(
-            [*writers, *(each.voice for each in candidates), *(voice_of(found, voices) for found in _reward_models(judges))]
+            [
+                *writers,
+                *(each.tokenisation for each in models),
+                *(tokenisation_of(found, tokenisations) for found in _reward_models(judges)),
+            ]
         )
     )
     notes: list[str] = []
@@ -131,7 +135,10 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     datasets: dict[str, Dataset] = {}
     for section in SECTIONS:
         if vars(recipe)[section] is not None:
-            read = {voice.name: _read(loaded, section, voice) for voice in (readers if section == "preferences" else writers)}
+            read = {
+                tokenisation.name: _read(loaded, section, tokenisation)
+                for tokenisation in (readers if section == "preferences" else writers)
+            }
             datasets[section] = next(iter(read.values()))
             rows[section] = {name: _rows(dataset) for name, dataset in read.items()}
     if "prompts" in rows:
@@ -139,23 +146,23 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     for section, own in rows.items():
         if section != "preferences" and min(len(each.trees) for each in own.values()) < 2:
             raise UsageError(f"{loaded.named(section)}: fewer than 2 rows are left, which is too few for any interval")
-    recipe = _settled(recipe, candidates, datasets, ranks)
-    notes += _notes(recipe, candidates)
-    seen = list(_trained_on(recipe, candidates))
+    recipe = _resolved(recipe, models, datasets, ranks)
+    notes += _notes(recipe, models)
+    seen = list(_trained_on(recipe, models))
     for note in seen:
         console.warn(note)
     notes += seen
-    return Job(loaded, recipe, candidates, voices, judges, rows, datasets, ranks, console, signals, started, notes)
+    return EvaluationJob(loaded, recipe, models, tokenisations, judges, rows, datasets, ranks, console, signals, started, notes)
 
 
-def _check_roles(loaded: Loaded, candidates: Sequence[Candidate]) -> None:
+def _check_roles(loaded: Loaded, models: Sequence[EvaluatedModel]) -> None:
     recipe = recipe_of(loaded)
-    scoring = {each.name for each in candidates if each.scores}
+    scoring = {each.name for each in models if each.scores}
     roles = {"reference": recipe.reference, "winrate.baseline": recipe.winrate and recipe.winrate.baseline}
     for key, name in roles.items():
         if name in scoring:
             raise UsageError(f"{loaded.named(key)}: {name} is a reward model, and writes nothing; name a policy")
-    if recipe.prompts is not None and len(scoring) == len(candidates):
+    if recipe.prompts is not None and len(scoring) == len(models):
         raise UsageError(f"{loaded.named('prompts')}: all models are reward models, which answer no prompts. remove prompts")
     for name in scoring:
         if recipe.preferences is None:
@@ -189,11 +196,11 @@ def _reward_models(judges: Mapping[str, Judges]) -> Iterator[FoundRewardModel]:
         yield from (judge.found for judge in own.reward + own.gold if isinstance(judge.found, FoundRewardModel))
 
 
-def voice_of(found: FoundRewardModel, voices: Voices) -> Voice:
-    return voices.of(found.tokenizer, found.template)
+def tokenisation_of(found: FoundRewardModel, tokenisations: Tokenisations) -> Tokenisation:
+    return tokenisations.of(found.tokenizer, found.template)
 
 
-def _read(loaded: Loaded, section: str, voice: Voice) -> Dataset:
+def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
     """The rows of a section in a voice's tokens."""
     recipe = recipe_of(loaded)
     sources: list[sections.EvalSource] = vars(recipe)[section]
@@ -213,7 +220,7 @@ def _read(loaded: Loaded, section: str, voice: Voice) -> Dataset:
 
     reserve = recipe.rollout.max_new_tokens if section == "prompts" else 0
     try:
-        return prepare(data, stage, voice.tokenizer, voice.template, recipe.seed, where, responses, reserve=reserve)
+        return prepare(data, stage, tokenisation.tokenizer, tokenisation.template, recipe.seed, where, responses, reserve=reserve)
     except UsageError as error:
         raise UsageError(re.sub(rf"\b{stage}(?= needs | can use )", section, _own_keys(str(error)))) from error
 
@@ -241,8 +248,8 @@ def _in_common(rows: dict[str, Rows], notes: list[str]) -> dict[str, Rows]:
     }
 
 
-def _settled(
-    recipe: recipes.EvalRecipe, candidates: Sequence[Candidate], datasets: Mapping[str, Dataset], ranks: Ranks
+def _resolved(
+    recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel], datasets: Mapping[str, Dataset], ranks: Ranks
 ) -> recipes.EvalRecipe:
     """The recipe with the dtype and the budget in force: that of the model which takes the most memory."""
     dtype = resolve_dtype(recipe.dtype, ranks.device)
@@ -252,7 +259,7 @@ def _settled(
         drawn = max(recipe.rollout.responses_per_prompt, *recipe.best_of_n, 1) * recipe.rollout.max_new_tokens
         longest = max(dataset.longest + drawn * (section == "prompts") for section, dataset in datasets.items())
         fitting = []
-        for base, revision in dict.fromkeys((each.start.base, each.start.revision) for each in candidates):
+        for base, revision in dict.fromkeys((each.start.base, each.start.revision) for each in models):
             config = load_config(base, revision, trust)
             memory = estimate(config, rank=1, dtype=dtype, checkpointing=False, trust_remote_code=trust)
             fitting.append(auto_budget(memory, longest, ranks.device))
@@ -260,22 +267,22 @@ def _settled(
     return dataclasses.replace(recipe, tokens_per_device=budget, dtype=cast(Any, str(dtype).removeprefix("torch.")))
 
 
-def _notes(recipe: recipes.EvalRecipe, candidates: Sequence[Candidate]) -> Iterator[str]:
+def _notes(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel]) -> Iterator[str]:
     """What a reader of the report must know and cannot see in it."""
     if recipe.prompts is not None and recipe.rollout.temperature != 1:
         yield (
             f"Responses were drawn at temperature {recipe.rollout.temperature:g}, and log-probabilities are those at 1: the "
             "KL is that of what was drawn, not of the policies."
         )
-    reference = next((each for each in candidates if each.name == recipe.reference), None)
+    reference = next((each for each in models if each.name == recipe.reference), None)
     if reference is not None:
-        others = [each.name for each in candidates if not each.scores and each.voice != reference.voice]
+        others = [each.name for each in models if not each.scores and each.tokenisation != reference.tokenisation]
         if others:
             yield (
                 f"{', '.join(others)}: other tokens or another chat template than {reference.name}: no KL can be measured, and "
                 "their lengths and perplexities are not comparable."
             )
-        strangers = {each.series for each in candidates if each.series and each.origin not in (None, _origin(reference))}
+        strangers = {each.series for each in models if each.series and each.origin not in (None, _origin(reference))}
         if strangers:
             yield (
                 f"{', '.join(sorted(strangers))}: that run did not start from {reference.name}, so the point at KL 0 is where "
@@ -283,11 +290,11 @@ def _notes(recipe: recipes.EvalRecipe, candidates: Sequence[Candidate]) -> Itera
             )
 
 
-def _trained_on(recipe: recipes.EvalRecipe, candidates: Sequence[Candidate]) -> Iterator[str]:
+def _trained_on(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel]) -> Iterator[str]:
     """Which models were trained on rows that they are measured on, as far as their runs record it."""
     for section in SECTIONS:
         for source in vars(recipe)[section] or ():
-            names = [each.name for each in candidates if _saw(each, source, recipe.seed)]
+            names = [each.name for each in models if _saw(each, source, recipe.seed)]
             if names:
                 yield (
                     f"{', '.join(names)} may have been trained on rows of {source.path}, {section} here: another holdout or seed "
@@ -295,7 +302,7 @@ def _trained_on(recipe: recipes.EvalRecipe, candidates: Sequence[Candidate]) -> 
                 )
 
 
-def _saw(each: Candidate, source: sections.EvalSource, seed: int) -> bool:
+def _saw(each: EvaluatedModel, source: sections.EvalSource, seed: int) -> bool:
     """Did its run train on this source, and hold out other rows than these?"""
     place = Path(each.path)
     folder = next((path for path in (place, place.parent, place.parent.parent) if (path / "recipe.yaml").exists()), None)
@@ -307,16 +314,16 @@ def _saw(each: Candidate, source: sections.EvalSource, seed: int) -> bool:
     return same and (trained["data"].get("holdout"), trained.get("seed")) != (source.holdout, seed)
 
 
-def _origin(each: Candidate) -> Origin:
+def _origin(each: EvaluatedModel) -> Origin:
     """What a run would have recorded that starts from this model."""
     base, parent = each.base, each.start.parent
     return base.weights_hash if base else None, parent.manifest_hash if parent else None
 
 
-def plan_evaluation(job: Job) -> list[tuple[str, list[tuple[str, object]]]]:
+def plan_evaluation(job: EvaluationJob) -> list[tuple[str, list[tuple[str, object]]]]:
     recipe = job.recipe
     models: list[tuple[str, object]] = [
-        (each.name, each.path + (" (a reward model)" if each.scores else "")) for each in job.candidates
+        (each.name, each.path + (" (a reward model)" if each.scores else "")) for each in job.models
     ]
     rows: list[tuple[str, object]] = []
     for section, own in job.rows.items():

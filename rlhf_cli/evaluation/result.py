@@ -13,14 +13,14 @@ import numpy as np
 from rlhf_cli.evaluation.generation import figures, log_ratios
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
 from rlhf_cli.evaluation.overoptimisation import BEST_OF_N, Point, best_of_points, run_point, to_fits, to_lines
-from rlhf_cli.evaluation.preference import Agreement, faults
+from rlhf_cli.evaluation.preference import Agreement, weaknesses
 from rlhf_cli.evaluation.ratings import ratings
 from rlhf_cli.evaluation.samples import Samples, same_texts
 from rlhf_cli.evaluation.winrate import outcomes, win_rate
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.rewards import term_names
 
-Pair = tuple[str, str]
+ModelPair = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Agreed:
             "subsets": {name: asdict(each) for name, each in own.subsets.items()},
             "length_baseline": length and asdict(length),
             "beta": self.beta,
-            "faults": faults(rate, length) if rate and self.kind != "policy" else [],
+            "faults": weaknesses(rate, length) if rate and self.kind != "policy" else [],
         }
 
 
@@ -77,7 +77,7 @@ def scores_of(samples: Samples, judge: str, recipe: recipes.EvalRecipe) -> np.nd
     return samples.table(lambda sample: sum(sample.terms[name] for name in names))
 
 
-def judged_by_scores(samples: Mapping[str, Samples], judge: str, recipe: recipes.EvalRecipe) -> dict[Pair, np.ndarray]:
+def judged_by_scores(samples: Mapping[str, Samples], judge: str, recipe: recipes.EvalRecipe) -> dict[ModelPair, np.ndarray]:
     """(one, other) → (P, K) outcomes of every pair of models."""
     tables = {name: scores_of(own, judge, recipe) for name, own in samples.items()}
     found = {}
@@ -90,7 +90,7 @@ def judged_by_scores(samples: Mapping[str, Samples], judge: str, recipe: recipes
 
 
 def summarise(
-    recipe: recipes.EvalRecipe, measured: Measured, judged: Mapping[Pair, np.ndarray], notes: Sequence[str]
+    recipe: recipes.EvalRecipe, measured: Measured, judged: Mapping[ModelPair, np.ndarray], notes: Sequence[str]
 ) -> dict[str, Any]:
     """eval.json. `judged`: (one, other) → (P, K) outcomes of the one's responses against the other's."""
     equal = {name: own.first(recipe.rollout.responses_per_prompt) for name, own in measured.samples.items()}
@@ -142,7 +142,7 @@ def _exp(nll: float) -> float:
 
 
 def _win_rates(
-    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[Pair, np.ndarray], counts: np.ndarray
+    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[ModelPair, np.ndarray], counts: np.ndarray
 ) -> dict[str, Any]:
     if recipe.winrate is None:
         return {}
@@ -156,7 +156,7 @@ def _win_rates(
 
 
 def _ratings(
-    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[Pair, np.ndarray], counts: np.ndarray
+    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[ModelPair, np.ndarray], counts: np.ndarray
 ) -> dict[str, Any]:
     if recipe.winrate is None or len(samples) < 2:
         return {}

@@ -13,14 +13,14 @@ import numpy as np
 from rlhf_cli import sections
 from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.evaluation.measure import Rows, draw, function_scores, judged, place_judges, response_logps, text_figures
-from rlhf_cli.evaluation.models import Candidate
+from rlhf_cli.evaluation.models import EvaluatedModel
 from rlhf_cli.evaluation.preference import agreement, check_finite, score_responses
-from rlhf_cli.evaluation.prepare import Job, voice_of
+from rlhf_cli.evaluation.prepare import EvaluationJob, tokenisation_of
 from rlhf_cli.evaluation.result import Agreed, Measured
 from rlhf_cli.evaluation.samples import Sample, grouped, read_samples
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import resolve_dtype
-from rlhf_cli.models.placement import Frozen
+from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe.rewards import name_of
 from rlhf_cli.rollout.experience import together
 from rlhf_cli.rollout.reward_models import FoundRewardModel
@@ -29,14 +29,14 @@ from rlhf_cli.runs.files import to_json, write_atomic
 from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
 
 
-def measure_models(job: Job, folder: RunFolder) -> Measured:
+def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
     """Visit every model once: its responses, its view of the preferences, its perplexity."""
     kept, log = _kept(job, folder)
     frozen = _load_frozen(job)
-    series = {each.name: (each.series, each.step) for each in job.candidates if each.series and each.step is not None}
+    series = {each.name: (each.series, each.step) for each in job.models if each.series and each.step is not None}
     measured = Measured({}, {}, {}, series)
     theirs = _reference_logps(job, frozen)
-    for each in job.candidates:
+    for each in job.models:
         samples = kept.get(each.name)
         draws = "prompts" in job.rows and not each.scores and samples is None
         if draws or _agrees(job, each) or _reads(job, each):
@@ -55,9 +55,9 @@ def measure_models(job: Job, folder: RunFolder) -> Measured:
 
 
 def _visit(
-    job: Job,
-    each: Candidate,
-    frozen: Frozen,
+    job: EvaluationJob,
+    each: EvaluatedModel,
+    frozen: FrozenModels,
     measured: Measured,
     theirs: Sequence[np.ndarray],
     draws: bool,
@@ -70,14 +70,14 @@ def _visit(
         if _agrees(job, each):
             measured.agreed[each.name] = _agreed(job, each, backbone, theirs)
         if _reads(job, each):
-            rows = job.rows["text"][each.voice.name]
+            rows = job.rows["text"][each.tokenisation.name]
             found = text_figures(backbone, role, rows.trees, job.budget, job.ranks)
             check_finite(list(found), _wheres(rows), f"{each.name} is broken: evaluate an earlier checkpoint of it")
             measured.text[each.name] = found
     return samples
 
 
-def _kept(job: Job, folder: RunFolder) -> tuple[dict[str, list[Sample]], MetricsLog | None]:
+def _kept(job: EvaluationJob, folder: RunFolder) -> tuple[dict[str, list[Sample]], MetricsLog | None]:
     """The responses that an earlier start drew, of models that are complete; and the file that holds them and takes more."""
     kept: dict[str, list[Sample]] = {}
     log = None
@@ -87,10 +87,10 @@ def _kept(job: Job, folder: RunFolder) -> tuple[dict[str, list[Sample]], Metrics
         except TypeError as error:
             what = f"{folder.samples}: a line is no response of an evaluation ({error})"
             raise UsageError(f"{what}\n  start anew with --force") from error
-        for each in job.candidates:
+        for each in job.models:
             if each.scores:
                 continue
-            rows, count = job.rows["prompts"][each.voice.name].trees, _responses(job, each)
+            rows, count = job.rows["prompts"][each.tokenisation.name].trees, _responses(job, each)
             own = [sample for sample in found if sample.model == each.name and sample.number < count]
             places = set(product((tree.row for tree in rows), range(count)))
             if len(own) == len(places) and {(sample.row, sample.number) for sample in own} == places:
@@ -106,54 +106,56 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     write_atomic(path, b"".join(to_json(sample.line()) + b"\n" for sample in samples))
 
 
-def _responses(job: Job, each: Candidate) -> int:
+def _responses(job: EvaluationJob, each: EvaluatedModel) -> int:
     """How many responses to each prompt are drawn from a model."""
     most = max(job.recipe.best_of_n, default=1) if each is job.reference else 1
     return max(job.recipe.rollout.responses_per_prompt, most)
 
 
-def _load_frozen(job: Job) -> Frozen:
+def _load_frozen(job: EvaluationJob) -> FrozenModels:
     """The frozen models beside the one that is visited: the reference and the reward models."""
     recipe, reference = job.recipe, job.reference
     settings = sections.Model(path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code)
-    frozen = Frozen(settings, resolve_dtype(recipe.dtype, job.ranks.device), job.ranks.device)
+    frozen = FrozenModels(settings, resolve_dtype(recipe.dtype, job.ranks.device), job.ranks.device)
     if reference is not None:
         frozen.add("reference", reference.start.base, reference.start.revision, reference.start.adapter)
     place_judges(next(iter(job.judges.values())), frozen)
     return frozen
 
 
-def _agrees(job: Job, each: Candidate) -> bool:
+def _agrees(job: EvaluationJob, each: EvaluatedModel) -> bool:
     """Has it a view of the preferences? A policy has one against a reference with the same tokens that is another one."""
     reference = job.reference
-    compared = reference is not None and each is not reference and each.voice == reference.voice
+    compared = reference is not None and each is not reference and each.tokenisation == reference.tokenisation
     return "preferences" in job.rows and (each.scores or compared)
 
 
-def _reads(job: Job, each: Candidate) -> bool:
+def _reads(job: EvaluationJob, each: EvaluatedModel) -> bool:
     return "text" in job.rows and not each.scores
 
 
-def _reference_logps(job: Job, frozen: Frozen) -> list[np.ndarray]:
+def _reference_logps(job: EvaluationJob, frozen: FrozenModels) -> list[np.ndarray]:
     """Σ log π_ref of the preferences' responses; empty where nothing is compared with them."""
     reference = job.reference
-    if reference is None or not any(_agrees(job, each) and not each.scores for each in job.candidates):
+    if reference is None or not any(_agrees(job, each) and not each.scores for each in job.models):
         return []
-    trees = job.rows["preferences"][reference.voice.name].trees
+    trees = job.rows["preferences"][reference.tokenisation.name].trees
     return response_logps(frozen.places["reference"], "reference", trees, job.budget, job.ranks)
 
 
-def _drawn(job: Job, each: Candidate, backbone: Backbone, frozen: Frozen, log: MetricsLog | None) -> list[Sample]:
+def _drawn(
+    job: EvaluationJob, each: EvaluatedModel, backbone: Backbone, frozen: FrozenModels, log: MetricsLog | None
+) -> list[Sample]:
     """The model's responses, also written to the log."""
     samples = draw(
         each,
         backbone,
         frozen,
-        job.judges[each.voice.name],
-        job.rows["prompts"][each.voice.name],
+        job.judges[each.tokenisation.name],
+        job.rows["prompts"][each.tokenisation.name],
         job.recipe,
         samples=_responses(job, each),
-        compared=job.reference is not None and each.voice == job.reference.voice,
+        compared=job.reference is not None and each.tokenisation == job.reference.tokenisation,
         budget=job.budget,
         ranks=job.ranks,
         say=job.console.say,
@@ -166,22 +168,22 @@ def _drawn(job: Job, each: Candidate, backbone: Backbone, frozen: Frozen, log: M
     return samples
 
 
-def _judged(job: Job, each: Candidate, samples: list[Sample]) -> list[Sample]:
+def _judged(job: EvaluationJob, each: EvaluatedModel, samples: list[Sample]) -> list[Sample]:
     """With what Python functions make of them; rank 0 alone asks those, and the others' samples stay as they are."""
     if not job.ranks.main:
         return samples
-    rows = job.rows["prompts"][each.voice.name]
+    rows = job.rows["prompts"][each.tokenisation.name]
     try:
-        return judged(samples, job.judges[each.voice.name], rows.records, job.recipe)
+        return judged(samples, job.judges[each.tokenisation.name], rows.records, job.recipe)
     except RunError as error:
         if isinstance(error, Stopped):
             raise
         raise type(error)(f"{error}\n  the responses are kept: mend it, then continue with --resume") from error
 
 
-def _agreed(job: Job, each: Candidate, backbone: Backbone, theirs: Sequence[np.ndarray]) -> Agreed:
+def _agreed(job: EvaluationJob, each: EvaluatedModel, backbone: Backbone, theirs: Sequence[np.ndarray]) -> Agreed:
     """How a reward model's scores, or a policy's implicit rewards β (log π − log π_ref), agree with the preferences."""
-    rows = job.rows["preferences"][each.voice.name]
+    rows = job.rows["preferences"][each.tokenisation.name]
     if each.scores:
         scores = score_responses(backbone, "reward", rows.trees, job.budget, job.ranks)
         check_finite(scores, _wheres(rows), f"{each.name} is broken: evaluate an earlier checkpoint of it")
@@ -196,19 +198,19 @@ def _wheres(rows: Rows) -> list[str]:
     return [rows.records[tree.row].where for tree in rows.trees]
 
 
-def _agreed_models(job: Job, frozen: Frozen) -> dict[str, Agreed]:
+def _agreed_models(job: EvaluationJob, frozen: FrozenModels) -> dict[str, Agreed]:
     """How the reward models among the terms agree with the preferences, by raw scores."""
     found = {}
     for role, name, term in _terms(job):
         if isinstance(term, FoundRewardModel):
-            rows = job.rows["preferences"][voice_of(term, job.voices).name]
+            rows = job.rows["preferences"][tokenisation_of(term, job.tokenisations).name]
             scores = score_responses(frozen.places[role], role, rows.trees, job.budget, job.ranks)
             check_finite(scores, _wheres(rows), f"{name} is broken: name an earlier checkpoint of it")
             found[name] = Agreed("reward model", agreement(scores, rows.trees, rows.training))
     return found
 
 
-def _agreed_functions(job: Job) -> Iterator[tuple[str, Agreed]]:
+def _agreed_functions(job: EvaluationJob) -> Iterator[tuple[str, Agreed]]:
     """How the Python functions among the terms agree with the preferences."""
     rows = next(iter(job.rows["preferences"].values()))
     for _, name, term in _terms(job):
@@ -216,7 +218,7 @@ def _agreed_functions(job: Job) -> Iterator[tuple[str, Agreed]]:
             yield name, Agreed("term", agreement(function_scores(term, rows), rows.trees, rows.training))
 
 
-def _terms(job: Job) -> Iterator[tuple[str, str, FoundRewardModel | FunctionTerm]]:
+def _terms(job: EvaluationJob) -> Iterator[tuple[str, str, FoundRewardModel | FunctionTerm]]:
     """(role, name in eval.json, what it is) of every term of the reward and of gold."""
     judges = next(iter(job.judges.values()))
     for what, own in (("reward", judges.reward), ("gold", judges.gold)):

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from rlhf_cli import sections
-from rlhf_cli.data.trees import Batch, Layout, Row, Tree, build_batch, plan_passes
+from rlhf_cli.data.trees import Batch, Layout, PackedRow, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import TREES, block_mask, dense_mask
 from rlhf_cli.models.heads import SCORE, reward_config, save_full_reward
@@ -294,7 +294,7 @@ class Backbone:
         for rows in plan_passes(trees, ranks, budget, self.kernel.layout)[rank]:
             yield self.batch(trees, rows)
 
-    def batch(self, trees: list[Tree], rows: list[Row]) -> Batch:
+    def batch(self, trees: list[Tree], rows: list[PackedRow]) -> Batch:
         return build_batch(trees, rows).to(self.device)
 
     def _head(self, hidden: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

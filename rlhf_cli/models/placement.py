@@ -17,7 +17,7 @@ from rlhf_cli.models.load import is_classifier, load_model, local_folder, read_a
 from rlhf_cli.models.memory import return_freed
 
 
-class Frozen:
+class FrozenModels:
     """Frozen models, each loaded once, whatever roles share it."""
 
     def __init__(self, settings: sections.Model, compute: torch.dtype, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class Frozen:
         self._compute = compute
         self._device = device
         self._models: dict[tuple[str, str | None], Backbone] = {}
-        self._guest: tuple[str, str | None] | None = None
+        self._temporary: tuple[str, str | None] | None = None
 
     def add(self, role: str, base: str, revision: str | None, adapter: Path | None, *, head: bool = False) -> None:
         """Place frozen weights under `role`: an adapter on the base, or the base itself; with its scalar head if it has one.
@@ -66,13 +66,13 @@ class Frozen:
         A base that only visitors use is kept until one comes that sits on another: no more than one such is in memory.
         """
         key = _key(base, revision)
-        if self._guest not in (None, key):
-            del self._models[self._guest]
-            self._guest = None
+        if self._temporary not in (None, key):
+            del self._models[self._temporary]
+            self._temporary = None
             gc.collect()  # a backbone and its model refer to each other
             return_freed()
         if key not in self._models:
-            self._guest = key
+            self._temporary = key
         self.add(role, base, revision, adapter, head=head)
         host = self.places.pop(role)
         host.elsewhere = {other: place for other, place in self.places.items() if place is not host}
@@ -83,7 +83,7 @@ class Frozen:
             host.elsewhere = {}
 
 
-class Homes(Frozen):
+class Placement(FrozenModels):
     """Gives roles a place: on the policy's base where that is frozen and theirs too, else on one frozen model a base."""
 
     def __init__(self, policy: Backbone, settings: sections.Model, base: str, revision: str | None, device: torch.device) -> None:
@@ -95,7 +95,7 @@ class Homes(Frozen):
 
     def add(self, role: str, base: str, revision: str | None, adapter: Path | None, *, head: bool = False) -> None:
         super().add(role, base, revision, adapter, head=head)
-        self._settle(role)
+        self._attach(role)
 
     def add_value(self, base: str, revision: str | None, adapter: Path | None, lora: sections.Lora, head: Head) -> None:
         """Place the role "value": a trained copy of the adapter, or a fresh one, which changes nothing yet; and a head.
@@ -118,9 +118,9 @@ class Homes(Frozen):
         if self._settings.gradient_checkpointing and host is not self.policy:
             host.enable_gradient_checkpointing()
         self.places["value"] = host
-        self._settle("value")
+        self._attach("value")
 
-    def _settle(self, role: str) -> None:
+    def _attach(self, role: str) -> None:
         if self.places[role] is not self.policy:
             self.policy.elsewhere[role] = self.places[role]
 

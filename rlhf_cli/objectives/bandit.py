@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_cli.objectives.advantages import explained_variance, first_tokens, response_returns, spread, token_rewards, whiten
-from rlhf_cli.objectives.policy_gradient import ActorCritic, Experience, Lesson
+from rlhf_cli.objectives.policy_gradient import ActorCritic, Advantages, Experience
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Bandit(ActorCritic):
     kind: Literal["bandit"] = "bandit"
     whiten: bool = key(True, "advantages get mean 0 and standard deviation 1 over the rollout's responses")
 
-    def learn(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Lesson:
+    def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         import numpy as np
 
         values, lengths = experience.values, experience.lengths
@@ -31,4 +31,4 @@ class Bandit(ActorCritic):
         targets = np.full(len(values), np.nan)
         targets[first] = returns
         metrics = {"value/explained_variance": explained_variance(values, targets)}
-        return Lesson(spread(whiten(advantages) if self.whiten else advantages, lengths), targets, dict(memory), metrics)
+        return Advantages(spread(whiten(advantages) if self.whiten else advantages, lengths), targets, dict(memory), metrics)

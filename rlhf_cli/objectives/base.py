@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Term:
+class LossTerm:
     """One role's share of the loss in one forward pass, not yet divided."""
 
     losses: dict[str, torch.Tensor]  # unit → (), a sum over the pass; divided by that count of Objective.counts, and added up
@@ -44,7 +44,7 @@ class Objective:
     saturates: ClassVar[bool] = False
     """Does its gradient fade for pairs that are far apart? Then it logs rewards/saturated."""
 
-    def settled(self, desirable: int, undesirable: int) -> Self:
+    def with_class_counts(self, desirable: int, undesirable: int) -> Self:
         """The objective with what it takes from the numbers of desirable and undesirable responses in the training data."""
         return self
 
@@ -63,7 +63,7 @@ class Objective:
         """
         return [], [trees]
 
-    def fault(self, means: Mapping[str, float]) -> str | None:
+    def start_error(self, means: Mapping[str, float]) -> str | None:
         """What the means of a run's first update say is wrong, before its weights change."""
         return None
 
@@ -71,7 +71,7 @@ class Objective:
         """Name → (sum over one pass, unit), without gradient. Their global means come before the first `terms`, as `given`."""
         return {}
 
-    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         """The loss terms of one pass, one role at a time: each is sent backward before the next is asked for.
 
         `given`: the means of `statistics` and what `remember` keeps.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf_cli.objectives.preference import Pairs
+from rlhf_cli.objectives.preference import PairIndices
 from rlhf_cli.objectives.reward import RewardObjective
 from rlhf_cli.sections import key
 
@@ -35,7 +35,7 @@ class BradleyTerry(RewardObjective):
     def margin_from(self) -> str | None:
         return self.margin_column
 
-    def losses(self, scores: torch.Tensor, pairs: Pairs, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, scores: torch.Tensor, pairs: PairIndices, batch: Batch) -> dict[str, torch.Tensor]:
         import torch
         from torch.nn.functional import logsigmoid
 

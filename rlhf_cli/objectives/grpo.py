@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_cli.objectives.advantages import prompt_means, response_returns, spread, token_rewards
-from rlhf_cli.objectives.policy_gradient import Experience, Lesson, PolicyGradient
+from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,10 +23,10 @@ class Grpo(PolicyGradient):
 
     least_samples: ClassVar[int] = 2
 
-    def learn(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Lesson:
+    def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         import numpy as np
 
         returns = response_returns(token_rewards(experience, kl_coef), experience.lengths)
         centred = returns - prompt_means(returns, experience.prompt)
         std = np.sqrt(prompt_means(centred**2, experience.prompt))
-        return Lesson(spread(centred / (std + STD_EPSILON), experience.lengths), None, dict(memory), {})
+        return Advantages(spread(centred / (std + STD_EPSILON), experience.lengths), None, dict(memory), {})

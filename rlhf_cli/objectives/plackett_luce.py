@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf_cli.objectives.preference import LogRatioPair, Pair, Pairs, Responses
+from rlhf_cli.objectives.preference import LogRatioPair, Pair, PairIndices, Responses
 from rlhf_cli.objectives.reward import RewardObjective
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class PlackettLuceReward(RewardObjective):
 
     kind: Literal["plackett_luce"] = "plackett_luce"
 
-    def losses(self, scores: torch.Tensor, pairs: Pairs, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, scores: torch.Tensor, pairs: PairIndices, batch: Batch) -> dict[str, torch.Tensor]:
         return {"trees": ranking_losses(scores, batch.counts).sum()}
 
     def check_tree(self, tree: Tree) -> str | None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from rlhf_cli.objectives.base import Objective, Term
+from rlhf_cli.objectives.base import LossTerm, Objective
 from rlhf_cli.objectives.kl import k2, k3
 from rlhf_cli.sections import key
 
@@ -42,7 +42,7 @@ class Experience:
     values: np.ndarray | None  # (N,) V before each token; None for kinds without a value
 
 
-class Lesson(NamedTuple):
+class Advantages(NamedTuple):
     """What an objective makes of an experience."""
 
     advantages: np.ndarray  # (N,)
@@ -72,7 +72,7 @@ class PolicyGradient(Objective):
     least_samples: ClassVar[int] = 1
     """Responses per prompt that it needs."""
 
-    def learn(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Lesson:
+    def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         """Advantages and value targets. `kl_coef`: κ of the log-ratio in the reward, 0 where the KL is a loss term."""
         raise NotImplementedError
 
@@ -112,16 +112,16 @@ class PolicyGradient(Objective):
         """The rollout's trees and the ptx rows apart: a pass has either."""
         return [], [part for part in _split(trees) if part]
 
-    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         """`given`: "temperature"; "k2_coef" or "k3_coef", κ of a KL loss term; "ptx_coef" where there are ptx rows."""
         if batch.recorded is None:
             logps, _ = backbone.logps("policy", batch)
             loss = -logps.double().sum()
-            yield Term({"ptx_tokens": given["ptx_coef"] * loss}, {"loss/ptx": (loss.detach(), "ptx_tokens")})
+            yield LossTerm({"ptx_tokens": given["ptx_coef"] * loss}, {"loss/ptx": (loss.detach(), "ptx_tokens")})
         else:
             yield self._policy_term(backbone, batch, given)
 
-    def _policy_term(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Term:
+    def _policy_term(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> LossTerm:
         """The clipped loss and the KL loss. policy/approxkl is the mean of ½(log π − log π_old)², k2 of KL(π_old‖π)."""
         import torch
 
@@ -142,9 +142,9 @@ class PolicyGradient(Objective):
             "policy/approxkl": (difference**2 / 2).sum(),
             "policy/ratio": ratio.sum(),
         }
-        return Term({"tokens": loss}, {name: (value.detach(), "tokens") for name, value in sums.items()})
+        return LossTerm({"tokens": loss}, {name: (value.detach(), "tokens") for name, value in sums.items()})
 
-    def fault(self, means: Mapping[str, float]) -> str | None:
+    def start_error(self, means: Mapping[str, float]) -> str | None:
         ratio, size = means["policy/ratio"], math.sqrt(2 * means["policy/approxkl"])
         if abs(ratio - 1) <= RATIO_TOLERANCE and size <= LOGRATIO_TOLERANCE:
             return None
@@ -166,12 +166,12 @@ class ActorCritic(PolicyGradient):
 
     values: ClassVar[bool] = True
 
-    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         yield from super().terms(backbone, batch, given)
         if batch.recorded is not None:
             yield self._value_term(backbone, batch)
 
-    def _value_term(self, backbone: Backbone, batch: Batch) -> Term:
+    def _value_term(self, backbone: Backbone, batch: Batch) -> LossTerm:
         import torch
 
         recorded = _recorded(batch)
@@ -180,7 +180,7 @@ class ActorCritic(PolicyGradient):
         values = backbone.values("value", batch)[learned].double()
         clipped = old + (values - old).clamp(-self.value_clip, self.value_clip)
         loss = torch.maximum((values - target) ** 2, (clipped - target) ** 2).sum() / 2
-        return Term({"valued": self.value_coef * loss}, {"loss/value": (loss.detach(), "valued")})
+        return LossTerm({"valued": self.value_coef * loss}, {"loss/value": (loss.detach(), "valued")})
 
 
 def _split(trees: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:

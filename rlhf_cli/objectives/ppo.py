@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_cli.objectives.advantages import explained_variance, gae, token_rewards, whiten
-from rlhf_cli.objectives.policy_gradient import ActorCritic, Experience, Lesson
+from rlhf_cli.objectives.policy_gradient import ActorCritic, Advantages, Experience
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ class Ppo(ActorCritic):
     lam: float = key(0.95, "λ of generalised advantage estimation", low=0.0, high=1.0)
     whiten: bool = key(True, "advantages get mean 0 and standard deviation 1 over the rollout's tokens")
 
-    def learn(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Lesson:
+    def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         values = experience.values
         assert values is not None
         advantages, targets = gae(token_rewards(experience, kl_coef), values, experience.lengths, self.gamma, self.lam)
         metrics = {"value/explained_variance": explained_variance(values, targets)}
-        return Lesson(whiten(advantages) if self.whiten else advantages, targets, dict(memory), metrics)
+        return Advantages(whiten(advantages) if self.whiten else advantages, targets, dict(memory), metrics)

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from rlhf_cli.objectives.base import Objective, Term
+from rlhf_cli.objectives.base import LossTerm, Objective
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def ordered_pairs(count: int, facts: Facts) -> list[tuple[int, int]]:
     return [(a, b) for a, b in combinations(range(count), 2) if ranks[a] < ranks[b]]
 
 
-class Pairs(NamedTuple):
+class PairIndices(NamedTuple):
     """The P pairs of one pass as indices into its M responses."""
 
     chosen: torch.Tensor  # (P,) int64
@@ -88,7 +88,7 @@ class Pairs(NamedTuple):
     tree: torch.Tensor  # (P,) int64: which tree of the pass
 
 
-def pairs_of(counts: Sequence[int], facts: Sequence[Facts], device: torch.device) -> Pairs:
+def pairs_of(counts: Sequence[int], facts: Sequence[Facts], device: torch.device) -> PairIndices:
     """All ordered pairs of a pass, tree by tree."""
     import torch
 
@@ -98,7 +98,7 @@ def pairs_of(counts: Sequence[int], facts: Sequence[Facts], device: torch.device
         found += [(start + a, start + b, tree) for a, b in ordered_pairs(count, fact)]
         start += count
     table = torch.tensor(found, dtype=torch.int64, device=device).reshape(-1, 3)
-    return Pairs(table[:, 0], table[:, 1], table[:, 2])
+    return PairIndices(table[:, 0], table[:, 1], table[:, 2])
 
 
 def accuracy(margin: torch.Tensor) -> torch.Tensor:
@@ -168,10 +168,10 @@ class PairObjective(Objective):
     def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
         return count_preferences(trees)
 
-    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         responses = read_responses(backbone, batch, self.reference)
         pair = _pair(responses, pairs_of(responses.counts, responses.facts, responses.logps.device))
-        yield Term(self.losses(responses, pair, given) | sft_losses(self.sft_weight, responses), self._sums(pair))
+        yield LossTerm(self.losses(responses, pair, given) | sft_losses(self.sft_weight, responses), self._sums(pair))
 
     def _sums(self, pair: Pair) -> dict[str, tuple[torch.Tensor, str]]:
         chosen, rejected = self.rewards(pair)
@@ -209,7 +209,7 @@ class LogRatioPair(PairObjective):
         return self.beta * (pair.chosen_ratio - pair.rejected_ratio)
 
 
-def _pair(responses: Responses, pairs: Pairs) -> Pair:
+def _pair(responses: Responses, pairs: PairIndices) -> Pair:
     import torch
 
     ratio = responses.logratio if responses.reference is not None else torch.full_like(responses.logps, torch.nan)

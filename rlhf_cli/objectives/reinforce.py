@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_cli.objectives.advantages import response_returns, spread, token_rewards, whiten
-from rlhf_cli.objectives.policy_gradient import Experience, Lesson, PolicyGradient
+from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Reinforce(PolicyGradient):
     baseline: Literal["mean", "ema"] = key("mean", "of the returns: the rollout's mean, or a running mean over rollouts")
     whiten: bool = key(False, "advantages get mean 0 and standard deviation 1 over the rollout's responses")
 
-    def learn(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Lesson:
+    def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         """The running mean is kept as "baseline"."""
         returns = response_returns(token_rewards(experience, kl_coef), experience.lengths)
         baseline = mean = float(returns.mean())
@@ -37,7 +37,7 @@ class Reinforce(PolicyGradient):
             baseline = memory.get("baseline", mean)
             kept["baseline"] = DECAY * baseline + (1 - DECAY) * mean
         advantages = returns - baseline
-        return Lesson(spread(whiten(advantages) if self.whiten else advantages, experience.lengths), None, kept, {})
+        return Advantages(spread(whiten(advantages) if self.whiten else advantages, experience.lengths), None, kept, {})
 
     @property
     def announcement(self) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf_cli.objectives.base import Objective, Term
-from rlhf_cli.objectives.preference import Pairs, accuracy, check_order, count_preferences, pairs_of
+from rlhf_cli.objectives.base import LossTerm, Objective
+from rlhf_cli.objectives.preference import PairIndices, accuracy, check_order, count_preferences, pairs_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,14 +25,14 @@ class RewardObjective(Objective):
 
     role: ClassVar[Literal["policy", "reward"]] = "reward"
 
-    def losses(self, scores: torch.Tensor, pairs: Pairs, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, scores: torch.Tensor, pairs: PairIndices, batch: Batch) -> dict[str, torch.Tensor]:
         """Unit → sum over the pass. `scores`: (M,) float64, tree by tree, best first."""
         raise NotImplementedError
 
     def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
         return count_preferences(trees)
 
-    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         scores = backbone.scores(self.role, batch).double()
         pairs = pairs_of(batch.counts, batch.facts, scores.device)
         seen = scores.detach()
@@ -43,7 +43,7 @@ class RewardObjective(Objective):
             "score_mean": (seen.sum(), "responses"),
             "score_square": (seen.square().sum(), "responses"),
         }
-        yield Term(self.losses(scores, pairs, batch), sums)
+        yield LossTerm(self.losses(scores, pairs, batch), sums)
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Puts the population standard deviation over the responses in the place of the mean square."""

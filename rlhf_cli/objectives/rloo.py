@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_cli.objectives.advantages import means_of_others, response_returns, spread, token_rewards
-from rlhf_cli.objectives.policy_gradient import Experience, Lesson, PolicyGradient
+from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +20,7 @@ class Rloo(PolicyGradient):
 
     least_samples: ClassVar[int] = 2
 
-    def learn(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Lesson:
+    def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         returns = response_returns(token_rewards(experience, kl_coef), experience.lengths)
         advantages = returns - means_of_others(returns, experience.prompt)
-        return Lesson(spread(advantages, experience.lengths), None, dict(memory), {})
+        return Advantages(spread(advantages, experience.lengths), None, dict(memory), {})

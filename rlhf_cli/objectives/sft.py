@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf_cli.objectives.base import Objective, Term
+from rlhf_cli.objectives.base import LossTerm, Objective
 
 if TYPE_CHECKING:
     from rlhf_cli.data.trees import Batch, Tree
@@ -27,9 +27,9 @@ class Sft(Objective):
 
         return {"tokens": sum(map(supervised_tokens, trees))}
 
-    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         logps, hits = backbone.logps("policy", batch)
-        yield Term({"tokens": -logps.sum()}, {"token_accuracy": (hits.sum(), "tokens")})
+        yield LossTerm({"tokens": -logps.sum()}, {"token_accuracy": (hits.sum(), "tokens")})
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         return means | {"perplexity": math.exp(min(means["loss"], 700.0))}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_cli.objectives.base import Objective, Term
+from rlhf_cli.objectives.base import LossTerm, Objective
 from rlhf_cli.objectives.preference import BETA, read_responses
 from rlhf_cli.sections import key
 
@@ -40,7 +40,7 @@ class UnpairedObjective(Objective):
     def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[list[Tree]]]:
         return [], [[only(tree, 0) for tree in trees]]
 
-    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[Term]:
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         import torch
 
         responses = read_responses(backbone, batch, self.reference)
@@ -52,7 +52,7 @@ class UnpairedObjective(Objective):
             if mine.any():
                 sums[f"rewards/{unit}"] = (self.beta * logratio.detach()[mine].sum(), unit)
                 sums[f"logps/{unit}"] = (responses.logps.detach()[mine].sum(), unit)
-        yield Term({"trees": self.loss(logratio, desirable, given).sum()}, sums)
+        yield LossTerm({"trees": self.loss(logratio, desirable, given).sum()}, sums)
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Adds rewards/margins, the difference of the classes' mean rewards, where there are both."""

@@ -36,12 +36,12 @@ from rlhf_cli.sections import (
     Kl,
     Lora,
     Model,
-    OnlineRollout,
+    OnlineSampling,
     PolicyReference,
+    PolicySampling,
     Ptx,
     Reference,
     Reward,
-    Rollout,
     Sampling,
     SftData,
     Train,
@@ -85,7 +85,7 @@ class TrainingRecipe(Recipe):
     trackers: list[str] = key([], "tensorboard, wandb, mlflow, trackio, …; offline files are always written", last=True)
 
     @property
-    def draws(self) -> Rollout | None:
+    def draws(self) -> PolicySampling | None:
         """How responses are drawn from the policy; None where it learns from those of its data."""
         return None
 
@@ -118,13 +118,13 @@ class DirectRecipe(TrainingRecipe):
     """The keys of every stage that compares the policy with a reference."""
 
     reference: Reference = field(default_factory=Reference)
-    rollout: OnlineRollout | None = key(None, "draw the responses from the policy while it trains, and rank them by `reward`")
+    rollout: OnlineSampling | None = key(None, "draw the responses from the policy while it trains, and rank them by `reward`")
     reward: list[Reward] | None = key(None, "with rollout: what ranks the responses; {model: …} or {function: …} each")
     reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
     gold: list[Reward] | None = key(None, "with rollout: like reward; only measured, never trained on")
 
     @property
-    def draws(self) -> Rollout | None:
+    def draws(self) -> PolicySampling | None:
         return self.rollout
 
     @property
@@ -169,7 +169,7 @@ class PpoRecipe(TrainingRecipe):
 
     objective: Ppo | Reinforce | Rloo | Grpo | Bandit = field(default_factory=Ppo)
     reference: PolicyReference = field(default_factory=PolicyReference)
-    rollout: Rollout = field(default_factory=Rollout)
+    rollout: PolicySampling = field(default_factory=PolicySampling)
     reward: list[Reward] = key(help="a list of terms: {model: …} or {function: file.py:name}")
     reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
     kl: Kl = field(default_factory=Kl)
@@ -178,7 +178,7 @@ class PpoRecipe(TrainingRecipe):
     gold: list[Reward] | None = key(None, "like reward; only measured, never trained on")
 
     @property
-    def draws(self) -> Rollout:
+    def draws(self) -> PolicySampling:
         return self.rollout
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf_cli.reports.markdown import cell, percent, table
+from rlhf_cli.figures import percent
+from rlhf_cli.reports.markdown import cell, table
 
 SUBSET_LENGTH = 80
 """Characters of a subset's name that are shown."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf_cli.reports.markdown import NOISE, figure, percent
+from rlhf_cli.figures import NOISE, figure, percent
 from rlhf_cli.reports.verdict import Lines, moved, window
 
 GOLD_FELL = 0.02

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlhf_cli.reports.markdown import percent
+from rlhf_cli.figures import percent
 from rlhf_cli.reports.page import Finding, Kind, Measure, decimals, parts, rounded
 
 Result = dict[str, Any]

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_cli.figures import NOISE, duration, figure, percent
 from rlhf_cli.reports.card import model_card
 from rlhf_cli.reports.drawn import drawn_verdict, is_drawn
-from rlhf_cli.reports.markdown import NOISE, cell, duration, figure, percent, table
+from rlhf_cli.reports.markdown import cell, table
 from rlhf_cli.reports.plots import draw_card, draw_plots
 from rlhf_cli.reports.verdict import Lines, ends, held_out_verdict, length_verdict, moved, preference_verdict, train_verdict
 from rlhf_cli.runs.files import write_atomic

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from rlhf_cli.reports.markdown import figure, percent
+from rlhf_cli.evaluation.intervals import wilson
+from rlhf_cli.figures import figure, percent
 
 Lines = list[dict[str, Any]]
 RISE = 1.01
@@ -14,8 +14,6 @@ DISPLACED = 0.01
 """A log-probability of the chosen responses that falls by more than this share of itself is displacement."""
 DRIFT = 0.25
 """A mean length that changes by more than this share is drift."""
-NORMAL_95 = 1.959963984540054
-"""97.5 % of a standard normal lies below."""
 
 
 def window(count: int) -> int:
@@ -176,15 +174,3 @@ def length_verdict(samples: Lines) -> str | None:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """95 % interval of a share of `count` observations; Wilson 1927.
-
-    >>> [round(bound, 4) for bound in wilson(0.8, 10)]
-    [0.4902, 0.9433]
-    """
-    spread = NORMAL_95**2 / count
-    centre = (share + spread / 2) / (1 + spread)
-    reach = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
-    return centre - reach, centre + reach

@@ -19,7 +19,7 @@ from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.memory import is_out_of_memory, return_freed
 from rlhf_cli.models.scoring import Ranks, token_figures
 from rlhf_cli.objectives.policy_gradient import Experience
-from rlhf_cli.rollout.generate import Drawn, Engine, Request
+from rlhf_cli.rollout.generate import Engine, Request, Response
 from rlhf_cli.rollout.rewards import Answers, Term, combine
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ class Sampler:
 
     def respond(
         self, prompts: Sequence[Tree], numbers: Sequence[int], seed: int, samples: int, max_new_tokens: int
-    ) -> Work[list[list[Drawn]]]:
+    ) -> Work[list[list[Response]]]:
         """The responses to each prompt, without judging them. `numbers`: of each prompt, what its randomness follows from."""
         if not prompts:
             return []
@@ -153,7 +153,7 @@ class Sampler:
         """What a response says, without the token that ended it."""
         return str(self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
 
-    def _answers(self, trees: list[Tree], drawn: list[list[Drawn]]) -> Answers:
+    def _answers(self, trees: list[Tree], drawn: list[list[Response]]) -> Answers:
         return Answers(
             trees=trees,
             records=[self.records[tree.row] for tree in trees],

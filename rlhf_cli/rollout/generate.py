@@ -44,7 +44,7 @@ CACHE_NAMES = ("past_key_values", "cache_params")
 """What models call the cache that they take and return; the second one's have no attention."""
 
 
-class Drawn(NamedTuple):
+class Response(NamedTuple):
     """One response."""
 
     ids: np.ndarray  # (T,) int32, its end-of-turn included where it ended
@@ -67,7 +67,7 @@ class Request:
 class Engine(Protocol):
     """Whatever draws responses."""
 
-    def generate(self, request: Request) -> Generator[list[list[Drawn]] | None, None, None]:
+    def generate(self, request: Request) -> Generator[list[list[Response]] | None, None, None]:
         """None between tokens, so that a caller can stop; last of all the responses, [prompt][sample]."""
         ...
 
@@ -82,7 +82,7 @@ class TransformersEngine:
         self.fixed, self.per_token = _cache_bytes(backbone)
 
     @torch.no_grad()
-    def generate(self, request: Request) -> Generator[list[list[Drawn]] | None, None, None]:
+    def generate(self, request: Request) -> Generator[list[list[Response]] | None, None, None]:
         """None after every token, then the responses; a caller that stops early must close the iterator.
 
         Raises:
@@ -92,7 +92,7 @@ class TransformersEngine:
         if not all(map(len, request.prompts)):
             raise UsageError("an empty prompt: there is no token to continue; give every prompt at least one")
         self.backbone.train(False)
-        drawn = [[Drawn(np.empty(0, np.int32), False)] * request.samples for _ in request.prompts]
+        drawn = [[Response(np.empty(0, np.int32), False)] * request.samples for _ in request.prompts]
         with merged(self.backbone, self.role), self.backbone.plain_attention():
             for wave in self._waves(request):
                 yield from self._draw(request, wave, drawn)
@@ -108,7 +108,7 @@ class TransformersEngine:
             row = self.fixed + self.per_token * (lengths[together[0]] + request.max_new_tokens) + logits
             yield from np.array_split(rows, math.ceil(len(rows) / max(1, room // row)))
 
-    def _draw(self, request: Request, wave: np.ndarray, drawn: list[list[Drawn]]) -> Iterator[None]:
+    def _draw(self, request: Request, wave: np.ndarray, drawn: list[list[Response]]) -> Iterator[None]:
         """Fill in the responses of a wave."""
         copies = Counter(wave[:, 0].tolist())
         prompts = [request.prompts[number] for number in copies]
@@ -126,7 +126,7 @@ class TransformersEngine:
             for row, end in zip(rows, ended, strict=True):
                 if end or last:
                     prompt, sample = wave[row]
-                    drawn[prompt][sample] = Drawn(ids[row, : t + 1], bool(end))
+                    drawn[prompt][sample] = Response(ids[row, : t + 1], bool(end))
             yield None
             if last or ended.all():
                 return

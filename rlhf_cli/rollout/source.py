@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf_cli import sections
-from rlhf_cli.data.batches import DatasetSource, Draw, derive_seed
+from rlhf_cli.data.batches import DatasetSource, StepBatches, derive_seed
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.objectives.kl import next_coef
@@ -66,14 +66,14 @@ class PolicySource:
     def steps_per_epoch(self) -> int:
         return self.prompts.steps_per_epoch
 
-    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[Draw | None, None, None]:
+    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[StepBatches | None, None, None]:
         """Yields None between tokens and passes, and then the rollout of `step` with what it teaches."""
         prompts = self.prompts.batch(step)
         seed = derive_seed(self.seed, DRAWN, step)
         rollout = yield from self.sampler.rollout(prompts, seed, values=self.objective.values)
         coef = memory.get(KL_COEF, self.kl.coef)
         experience = rollout.experience
-        lesson = self.objective.learn(experience, coef if self.kl.estimator == "k1" else 0.0, memory)
+        lesson = self.objective.estimate_advantages(experience, coef if self.kl.estimator == "k1" else 0.0, memory)
         figures = rollout.figures(coef)
         metrics = {
             **figures,
@@ -87,13 +87,13 @@ class PolicySource:
         given = {"temperature": self.sampler.settings.temperature}
         if self.kl.estimator != "k1":
             given[f"{self.kl.estimator}_coef"] = coef
-        trees, wheres = _recorded(rollout, lesson.advantages, lesson.targets), self.prompts.wheres(step)
+        trees, locations = _recorded(rollout, lesson.advantages, lesson.targets), self.prompts.locations(step)
         if self.ptx is not None:
             given["ptx_coef"] = self.ptx_coef
             offset = len(self.sampler.records)
             trees += [tree._replace(row=offset + tree.row) for tree in self.ptx.batch(step)]
-            wheres += self.ptx.wheres(step)
-        yield Draw(step, (trees,), (wheres,), after, given, metrics)
+            locations += self.ptx.locations(step)
+        yield StepBatches(step, (trees,), (locations,), after, given, metrics)
 
 
 def _recorded(rollout: Rollout, advantages: np.ndarray, targets: np.ndarray | None) -> list[Tree]:
@@ -125,7 +125,7 @@ class PreferenceSource:
     def steps_per_epoch(self) -> int:
         return self.prompts.steps_per_epoch
 
-    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[Draw | None, None, None]:
+    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[StepBatches | None, None, None]:
         """Yields None between tokens and passes, and then the ranked responses for `step` and the steps until the next draw.
 
         Prompts whose responses are all tied are left out.
@@ -139,9 +139,9 @@ class PreferenceSource:
         for k, batch in zip(steps, batches, strict=True):
             own = [tree for tree in (next(trees) for _ in batch) if len(set(tree.facts.ranks or ())) > 1]
             shaped.append(self.shape(own, derive_seed(self.seed, DRAWN, step, k)) if self.shape and own else own)
-        wheres = tuple([self.sampler.records[tree.row].where for tree in own] for own in shaped)
+        locations = tuple([self.sampler.records[tree.row].where for tree in own] for own in shaped)
         times = {f"time/{name}": seconds for name, seconds in rollout.seconds.items()}
-        yield Draw(step, tuple(shaped), wheres, dict(memory), {}, rollout.figures() | times)
+        yield StepBatches(step, tuple(shaped), locations, dict(memory), {}, rollout.figures() | times)
 
 
 def ranked(rollout: Rollout) -> list[Tree]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_cli.errors import MachineError, UsageError
-from rlhf_cli.rollout.generate import Drawn, Request
+from rlhf_cli.rollout.generate import Request, Response
 
 GPU_SHARE = 0.4
 """Of the GPU's memory, that vLLM takes for itself; the rest is for training."""
@@ -44,7 +44,7 @@ class VllmEngine:
         self.running: Any = None
         self.draws = 0
 
-    def generate(self, request: Request) -> Generator[list[list[Drawn]] | None, None, None]:
+    def generate(self, request: Request) -> Generator[list[list[Response]] | None, None, None]:
         """None, then the responses: a draw that has begun is not interrupted. Reproducible as far as vLLM's seeds are.
 
         Raises:
@@ -105,5 +105,5 @@ class VllmEngine:
         )
 
 
-def _drawn(ids: Any, request: Request) -> Drawn:
-    return Drawn(np.array(ids, np.int32), len(ids) > 0 and ids[-1] in request.ends)
+def _drawn(ids: Any, request: Request) -> Response:
+    return Response(np.array(ids, np.int32), len(ids) > 0 and ids[-1] in request.ends)

@@ -11,16 +11,17 @@ from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.unpaired import unpaired_dataset
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.placement import Homes
+from rlhf_cli.models.placement import Placement
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.source import PreferenceSource, Shape
+from rlhf_cli.rollout.terms import Judges, find_judges
 from rlhf_cli.runs.parents import Start, base_model
 from rlhf_cli.signals import BEFORE
-from rlhf_cli.stages.online import Drawing, Judges, find_judges, judged, open_drawing, recorded
-from rlhf_cli.stages.reference import Reference, find_reference, place_reference
-from rlhf_cli.stages.training import FINE, Job, Way, finish_job, load_job, open_job, prepare_job, train_job
+from rlhf_cli.stages.online import Drawing, judged, open_drawing, recorded
+from rlhf_cli.stages.reference import ReferenceModel, find_reference, place_reference
+from rlhf_cli.stages.training import FINE, OnPolicy, TrainingJob, finish_job, load_job, open_job, prepare_job, train_job
 from rlhf_cli.training.reference import reference_logps, weights_key
 
 
@@ -47,19 +48,21 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         if folder is None:
             return
         backbone, base = load_job(job)
-        homes = Homes(backbone, job.recipe.model, base, job.start.revision, job.ranks.device)
-        way = None
+        placement = Placement(backbone, job.recipe.model, base, job.start.revision, job.ranks.device)
+        on_policy = None
         if draws and reference is not None:
-            place_reference(job, reference, homes, base)
-            way = _online(job, open_drawing(job, judges, backbone, homes, base))
+            place_reference(job, reference, placement, base)
+            on_policy = _online(job, open_drawing(job, judges, backbone, placement, base))
         elif reference is not None:
-            job = _with_reference(job, reference, backbone, homes, base)
-        fit = train_job(job, folder, backbone, reference_is_start=reference is not None and reference.is_start, way=way)
+            job = _with_reference(job, reference, backbone, placement, base)
+        trainer = train_job(
+            job, folder, backbone, reference_is_start=reference is not None and reference.is_start, on_policy=on_policy
+        )
         parents = (*(reference.parents(job) if reference else ()), *judges.parents())
-        finish_job(job, folder, fit, base, {"reference": reference and reference.record, **judges.record}, parents)
+        finish_job(job, folder, trainer, base, {"reference": reference and reference.record, **judges.record}, parents)
 
 
-def _announce(job: Job, reference: Reference | None, judges: Judges) -> Iterator[str]:
+def _announce(job: TrainingJob, reference: ReferenceModel | None, judges: Judges) -> Iterator[str]:
     """What the recipe's keys do not show."""
     if reference is not None:
         yield reference.words
@@ -71,7 +74,7 @@ def _announce(job: Job, reference: Reference | None, judges: Judges) -> Iterator
         yield words
 
 
-def _online(job: Job, drawing: Drawing) -> Way:
+def _online(job: TrainingJob, drawing: Drawing) -> OnPolicy:
     """Batches of the policy's own responses, in the form that the objective takes."""
     recipe = job.recipe
     assert isinstance(recipe, recipes.DirectRecipe)
@@ -88,7 +91,7 @@ def _online(job: Job, drawing: Drawing) -> Way:
     source = PreferenceSource(drawing.sampler, job.source, refresh, job.steps, ties, shape, recipe.seed)
     order = tuple(float(k) for k in range(recipe.rollout.responses_per_prompt))
     first = [tree._replace(facts=Facts(ranks=order, scores=order[::-1])) for tree in drawing.probe]
-    return Way(source, drawing.measure, shape(first, recipe.seed) if shape else first)
+    return OnPolicy(source, drawing.measure, shape(first, recipe.seed) if shape else first)
 
 
 def _judged(loaded: Loaded, dataset: Dataset, recipe: recipes.TrainingRecipe) -> tuple[Dataset, Objective]:
@@ -98,16 +101,18 @@ def _judged(loaded: Loaded, dataset: Dataset, recipe: recipes.TrainingRecipe) ->
         dataset, loaded.where("data.train"), recipe.seed, recipe.data.max_length, mismatches=objective.mismatches
     )
     labels = [facts.label for facts in changed.train.trees.facts]
-    return changed, objective.settled(labels.count(True), labels.count(False))
+    return changed, objective.with_class_counts(labels.count(True), labels.count(False))
 
 
-def _with_reference(job: Job, reference: Reference, backbone: Backbone, homes: Homes, base: str) -> Job:
+def _with_reference(
+    job: TrainingJob, reference: ReferenceModel, backbone: Backbone, placement: Placement, base: str
+) -> TrainingJob:
     """The job with the reference's log-probabilities in its trees or, with `cache: false`, with the role "reference"."""
     assert isinstance(job.recipe, recipes.DirectRecipe)
     assert reference.base is not None
     cached = job.recipe.reference.cache
     if not (cached and reference.is_start):
-        place_reference(job, reference, homes, base)
+        place_reference(job, reference, placement, base)
     if not cached:
         return job
     parts = [part for part in (job.dataset.train, job.dataset.held_out) if part is not None]

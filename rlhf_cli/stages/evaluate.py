@@ -17,9 +17,9 @@ from rlhf_cli.data.dataset import data_report
 from rlhf_cli.errors import MachineError, RunError, UsageError
 from rlhf_cli.evaluation.dump import pair_rows, ranked_rows
 from rlhf_cli.evaluation.judge import Verdicts, judge_all
-from rlhf_cli.evaluation.prepare import Job, plan_evaluation, prepare_evaluation
+from rlhf_cli.evaluation.prepare import EvaluationJob, plan_evaluation, prepare_evaluation
 from rlhf_cli.evaluation.question import Question, prompt_text
-from rlhf_cli.evaluation.result import Measured, Pair, judged_by_scores, scores_of, summarise
+from rlhf_cli.evaluation.result import Measured, ModelPair, judged_by_scores, scores_of, summarise
 from rlhf_cli.evaluation.samples import Samples
 from rlhf_cli.evaluation.visits import measure_models, write_samples
 from rlhf_cli.models.memory import is_out_of_memory
@@ -56,7 +56,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _opened(job: Job, resume: bool, force: bool) -> Iterator[RunFolder | None]:
+def _opened(job: EvaluationJob, resume: bool, force: bool) -> Iterator[RunFolder | None]:
     """The locked folder with the recipe and the inputs recorded in it; None if the evaluation is finished."""
     output, ranks = Path(job.recipe.output), job.ranks
     with open_run(output, resume=resume, force=force) if ranks.main else RunFolder(output) as folder:
@@ -83,12 +83,12 @@ def _opened(job: Job, resume: bool, force: bool) -> Iterator[RunFolder | None]:
     ranks.close()
 
 
-def _refuse_other_stages(job: Job, folder: RunFolder) -> None:
+def _refuse_other_stages(job: EvaluationJob, folder: RunFolder) -> None:
     if folder.recipe.exists() and "models" not in (yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) or {}):
         raise UsageError(f"--resume: {folder.path} is a run of another command, not of eval. choose another output")
 
 
-def _is_finished(job: Job, folder: RunFolder) -> bool:
+def _is_finished(job: EvaluationJob, folder: RunFolder) -> bool:
     """Is everything written, of the same inputs by the same code?"""
     dump = job.recipe.dump_pairs
     reports = [folder.path / RESULT, folder.report, folder.path / PAGE]
@@ -97,7 +97,7 @@ def _is_finished(job: Job, folder: RunFolder) -> bool:
 
 
 @contextlib.contextmanager
-def _parting(job: Job) -> Iterator[None]:
+def _parting(job: EvaluationJob) -> Iterator[None]:
     """What ends all ranks alike ends them in order."""
     try:
         yield
@@ -112,7 +112,7 @@ def _parting(job: Job) -> Iterator[None]:
         raise MachineError(f"out of memory while a model was evaluated; {advice}").on_one_rank() from error
 
 
-def _conclude(job: Job, folder: RunFolder, measured: Measured) -> None:
+def _conclude(job: EvaluationJob, folder: RunFolder, measured: Measured) -> None:
     """Compare, and write everything down; the manifest last of all."""
     recipe, notes = job.recipe, list(job.notes)
     write_samples(folder.samples, [sample for own in measured.samples.values() for row in own.own for sample in row])
@@ -130,7 +130,9 @@ def _conclude(job: Job, folder: RunFolder, measured: Measured) -> None:
     job.console.say(f"finished in {time.monotonic() - job.started:.0f} s: {folder.path / PAGE}")
 
 
-def _compare(job: Job, folder: RunFolder, samples: Mapping[str, Samples], notes: list[str]) -> dict[Pair, np.ndarray]:
+def _compare(
+    job: EvaluationJob, folder: RunFolder, samples: Mapping[str, Samples], notes: list[str]
+) -> dict[ModelPair, np.ndarray]:
     """Outcomes of all pairs of models, or by an endpoint of each against the baseline, which is dear enough."""
     winrate = job.recipe.winrate
     if winrate is None:
@@ -160,7 +162,7 @@ def _compare(job: Job, folder: RunFolder, samples: Mapping[str, Samples], notes:
     return {(name, winrate.baseline): table for name, table in zip(names, tables, strict=True)}
 
 
-def _dump(job: Job, path: Path, samples: Mapping[str, Samples], judged: Mapping[Pair, np.ndarray]) -> None:
+def _dump(job: EvaluationJob, path: Path, samples: Mapping[str, Samples], judged: Mapping[ModelPair, np.ndarray]) -> None:
     """The responses as preference data."""
     judge = job.recipe.winrate.judge if job.recipe.winrate else "reward"
     if isinstance(judge, str):
@@ -182,16 +184,16 @@ def _dump(job: Job, path: Path, samples: Mapping[str, Samples], judged: Mapping[
         job.console.say(f"{path}: {len(rows):,} pairs of responses of {', '.join(samples)}")
 
 
-def _manifest(job: Job) -> dict[str, Any]:
+def _manifest(job: EvaluationJob) -> dict[str, Any]:
     judges = next(iter(job.judges.values()))
-    parents = {each.start.parent for each in job.candidates if each.start.parent} | set(judges.parents())
+    parents = {each.start.parent for each in job.models if each.start.parent} | set(judges.parents())
     return {
         "stage": job.loaded.stage,
         "status": "finished",
         "versions": versions(),
         "git_commit": git_commit(),
         "seed": job.recipe.seed,
-        "models": {each.name: {"path": each.path, **each.record} for each in job.candidates},
+        "models": {each.name: {"path": each.path, **each.record} for each in job.models},
         "parents": [dataclasses.asdict(parent) for parent in sorted(parents, key=lambda parent: parent.path)],
         "data": job.fingerprints,
         **judges.record,

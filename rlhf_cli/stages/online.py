@@ -2,113 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from rlhf_cli import sections
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
-from rlhf_cli.data.templates import Template
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.data.unpaired import unpaired, with_mismatches
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.placement import Homes
+from rlhf_cli.models.placement import Placement
+from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.recipe import recipes
-from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.recipe.rewards import name_of
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.generate import Engine, TransformersEngine
-from rlhf_cli.rollout.reward_models import FoundRewardModel, find_reward_model
-from rlhf_cli.rollout.rewards import FunctionTerm, Term, function_term
+from rlhf_cli.rollout.rewards import FunctionTerm, Term
 from rlhf_cli.rollout.source import HeldOut, probe
-from rlhf_cli.runs.manifest import Parent
-from rlhf_cli.stages.reference import Reference
-from rlhf_cli.stages.training import Job, stop_ids
+from rlhf_cli.rollout.terms import Judge, Judges
+from rlhf_cli.stages.reference import ReferenceModel
+from rlhf_cli.stages.training import TrainingJob
 from rlhf_cli.training.checkpoint import State
 from rlhf_cli.training.loop import Measure
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A term of the reward, or of gold, before any weights are loaded."""
-
-    reward: sections.Reward
-    found: FoundRewardModel | FunctionTerm
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common. Not the text of a function: one that failed is mended, and the run goes on."""
-        own = {"name": name_of(self.reward), "weight": self.reward.weight}
-        if isinstance(self.found, FoundRewardModel):
-            return own | self.found.record
-        return own | {"function": self.found.reference}
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What the manifest says of it."""
-        if isinstance(self.found, FoundRewardModel):
-            return self.identity
-        file = self.found.reference.rpartition(":")[0]
-        return self.identity | {"hash": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
-
-
-@dataclass(frozen=True)
-class Judges:
-    """Everybody who judges the responses of a run."""
-
-    reward: list[Judge]
-    gold: list[Judge]
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return {"reward": [judge.record for judge in self.reward], "gold": [judge.record for judge in self.gold]}
-
-    def parents(self) -> list[Parent]:
-        """The runs that reward models come from."""
-        found = [judge.found.start.parent for judge in self.reward + self.gold if isinstance(judge.found, FoundRewardModel)]
-        return [parent for parent in found if parent is not None]
-
-    def words(self) -> Iterator[str]:
-        """What the recipe does not show."""
-        for what, judges in (("reward", self.reward), ("gold", self.gold)):
-            for judge in judges:
-                if isinstance(judge.found, FoundRewardModel):
-                    scale = f"less {judge.found.mean:.4g}, over {judge.found.std:.4g}"
-                    scores = "as they are" if judge.found.std == 1 and not judge.found.mean else scale
-                    yield f"{what} {judge.found.name}: scores {scores}; it reads the policy's {judge.found.reads}"
-
-
-def find_judges(loaded: Loaded, tokenizer: Any, template: Template, trust_remote_code: bool, check: bool) -> Judges:
-    """What `reward` and `gold` name; `tokenizer` and `template` are the policy's.
-
-    Raises:
-        UsageError: a model or a function is not there, or is no reward.
-    """
-
-    def find(key: str, term: sections.Reward) -> FoundRewardModel | FunctionTerm:
-        if term.function is not None:
-            return function_term(term, name_of(term), loaded.named(f"{key}.function"))
-        return find_reward_model(
-            term,
-            name_of(term),
-            loaded.named(f"{key}.model"),
-            tokenizer=tokenizer,
-            template=template,
-            trust_remote_code=trust_remote_code,
-            check=check,
-        )
-
-    reward, gold = (
-        [Judge(term, find(f"{key}.{number}", term)) for number, term in enumerate(terms)]
-        for key, terms in zip(("reward", "gold"), loaded.recipe.judges, strict=True)
-    )
-    return Judges(reward, gold)
 
 
 @dataclass(frozen=True)
@@ -120,7 +37,7 @@ class Drawing:
     probe: list[Tree]
 
 
-def open_drawing(job: Job, judges: Judges, backbone: Backbone, homes: Homes, base: str) -> Drawing:
+def open_drawing(job: TrainingJob, judges: Judges, backbone: Backbone, placement: Placement, base: str) -> Drawing:
     """Load the reward models; `base` is what the policy's adapter sits on.
 
     Raises:
@@ -129,8 +46,8 @@ def open_drawing(job: Job, judges: Judges, backbone: Backbone, homes: Homes, bas
     """
     settings = job.recipe.draws
     assert settings is not None
-    terms = [_place(job, judge, f"reward{number or ''}", backbone, homes) for number, judge in enumerate(judges.reward)]
-    gold = [_place(job, judge, f"gold{number or ''}", backbone, homes) for number, judge in enumerate(judges.gold)]
+    terms = [_place(job, judge, f"reward{number or ''}", backbone, placement) for number, judge in enumerate(judges.reward)]
+    gold = [_place(job, judge, f"gold{number or ''}", backbone, placement) for number, judge in enumerate(judges.gold)]
 
     engine = _engine(job, backbone, base)
 
@@ -161,15 +78,15 @@ def open_drawing(job: Job, judges: Judges, backbone: Backbone, homes: Homes, bas
     return Drawing(own, measure, probe(own, job.source.batch(1), job.recipe.seed))
 
 
-def _place(job: Job, judge: Judge, role: str, backbone: Backbone, homes: Homes) -> Term:
+def _place(job: TrainingJob, judge: Judge, role: str, backbone: Backbone, placement: Placement) -> Term:
     if isinstance(judge.found, FunctionTerm):
         return judge.found
     start = judge.found.start
-    homes.add(role, start.base, start.revision, start.adapter, head=True)
+    placement.add(role, start.base, start.revision, start.adapter, head=True)
     return judge.found.term(judge.reward.weight, backbone, role, job.budget)
 
 
-def _engine(job: Job, backbone: Backbone, base: str) -> Engine:
+def _engine(job: TrainingJob, backbone: Backbone, base: str) -> Engine:
     assert job.recipe.draws is not None
     if job.recipe.draws.engine == "transformers":
         return TransformersEngine(backbone, "policy")
@@ -206,7 +123,7 @@ def judged(trees: list[Tree], seed: int, records: Sequence[Record], max_length: 
         raise NumberError(f"what the policy draws has collapsed: {error}") from error
 
 
-def recorded(reference: Reference, judges: Judges) -> dict[str, str]:
+def recorded(reference: ReferenceModel, judges: Judges) -> dict[str, str]:
     """What a resumed run must have in common beside its data."""
     named: dict[str, Any] = {"reference": reference.record}
     for what, judges_of in (("reward", judges.reward), ("gold", judges.gold)):

@@ -10,15 +10,16 @@ import torch
 from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.models.load import local_folder, read_head
-from rlhf_cli.models.placement import Head, Homes
+from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.recipe import rates, recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.reward_models import FoundRewardModel
 from rlhf_cli.rollout.source import PolicySource
-from rlhf_cli.stages.online import Drawing, Judges, find_judges, open_drawing, recorded
+from rlhf_cli.rollout.terms import Judges, find_judges
+from rlhf_cli.stages.online import Drawing, open_drawing, recorded
 from rlhf_cli.stages.reference import find_reference, place_reference
-from rlhf_cli.stages.training import FINE, Job, Way, finish_job, load_job, open_job, prepare_job, train_job
+from rlhf_cli.stages.training import FINE, OnPolicy, TrainingJob, finish_job, load_job, open_job, prepare_job, train_job
 
 
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
@@ -44,22 +45,22 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         if folder is None:
             return
         backbone, base = load_job(job)
-        homes = Homes(backbone, job.recipe.model, base, job.start.revision, job.ranks.device)
-        place_reference(job, reference, homes, base)
-        drawing = open_drawing(job, judges, backbone, homes, base)
-        way = Way(
+        placement = Placement(backbone, job.recipe.model, base, job.start.revision, job.ranks.device)
+        place_reference(job, reference, placement, base)
+        drawing = open_drawing(job, judges, backbone, placement, base)
+        on_policy = OnPolicy(
             source=_source(job, drawing, ptx),
             measure=drawing.measure,
             first=drawing.probe,
-            learning_rates=_add_value(job, judges, homes, base),
+            learning_rates=_add_value(job, judges, placement, base),
         )
-        fit = train_job(job, folder, backbone, reference_is_start=reference.is_start, way=way)
+        trainer = train_job(job, folder, backbone, reference_is_start=reference.is_start, on_policy=on_policy)
         parents = (*reference.parents(job), *judges.parents())
         extra = {"reference": reference.record, **judges.record}
-        finish_job(job, folder, fit, base, extra, parents, ptx.fingerprints if ptx else {})
+        finish_job(job, folder, trainer, base, extra, parents, ptx.fingerprints if ptx else {})
 
 
-def _announce(job: Job) -> Iterator[str]:
+def _announce(job: TrainingJob) -> Iterator[str]:
     """What a step does, and what the recipe's keys do not show."""
     recipe, objective = _parts(job)
     prompts, samples = min(recipe.train.batch_size, len(job.source.trees)), recipe.rollout.responses_per_prompt
@@ -77,13 +78,13 @@ def _announce(job: Job) -> Iterator[str]:
         yield objective.announcement
 
 
-def _parts(job: Job) -> tuple[recipes.PpoRecipe, PolicyGradient]:
+def _parts(job: TrainingJob) -> tuple[recipes.PpoRecipe, PolicyGradient]:
     assert isinstance(job.recipe, recipes.PpoRecipe)
     assert isinstance(job.objective, PolicyGradient)
     return job.recipe, job.objective
 
 
-def _ptx_rows(job: Job) -> Dataset | None:
+def _ptx_rows(job: TrainingJob) -> Dataset | None:
     recipe, _ = _parts(job)
     if recipe.ptx is None:
         return None
@@ -95,14 +96,14 @@ def _ptx_rows(job: Job) -> Dataset | None:
     return prepare(data, "sft", job.tokenizer, job.template, recipe.seed, where, "first")
 
 
-def _source(job: Job, drawing: Drawing, ptx: Dataset | None) -> PolicySource:
+def _source(job: TrainingJob, drawing: Drawing, ptx: Dataset | None) -> PolicySource:
     recipe, objective = _parts(job)
     rows = ptx.source(recipe.train, recipe.data, recipe.seed) if ptx else None
     coef = recipe.ptx.coef if recipe.ptx else 0.0
     return PolicySource(drawing.sampler, job.source, objective, recipe.kl, rows, coef, recipe.seed)
 
 
-def _add_value(job: Job, judges: Judges, homes: Homes, base: str) -> dict[str, float]:
+def _add_value(job: TrainingJob, judges: Judges, placement: Placement, base: str) -> dict[str, float]:
     """Give the role "value" its weights, where the objective has one; returns the learning rate of the role.
 
     From a reward model r it starts as that term of the score, weight · (r − mean)/std; from the policy, as 0.
@@ -118,19 +119,19 @@ def _add_value(job: Job, judges: Judges, homes: Homes, base: str) -> dict[str, f
         start = found.start
         scale = weight / found.std
         head = read_head(start.adapter or local_folder(start.base, start.revision)) * scale
-        homes.add_value(start.base, start.revision, start.adapter, lora, Head(head, -found.mean * scale))
+        placement.add_value(start.base, start.revision, start.adapter, lora, Head(head, -found.mean * scale))
         job.console.say(f"value: starts as the reward model {found.name}")
     else:
         merged = base != job.start.base
         adapter, revision = (None, None) if merged else (job.start.adapter, job.start.revision)
-        width = homes.policy.model.config.get_text_config().hidden_size
-        homes.add_value(base, revision, adapter, lora, Head(torch.zeros(1, width), 0.0))
+        width = placement.policy.model.config.get_text_config().hidden_size
+        placement.add_value(base, revision, adapter, lora, Head(torch.zeros(1, width), 0.0))
         why = "" if recipe.value.init == "policy" else ": no reward model reads its tokens"
         job.console.say(f"value: starts as 0, on the policy's weights{why}")
     return {"value": _value_rate(job)}
 
 
-def _value_rate(job: Job) -> float:
+def _value_rate(job: TrainingJob) -> float:
     """The recipe's; else the policy's, and beside a policy that trains all weights what an adapter wants by default."""
     recipe, objective = _parts(job)
     assert isinstance(job.loaded.recipe, recipes.PpoRecipe)

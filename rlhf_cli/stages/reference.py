@@ -8,15 +8,15 @@ from pathlib import Path
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.load import load_tokenizer
-from rlhf_cli.models.placement import Homes
+from rlhf_cli.models.placement import Placement
 from rlhf_cli.recipe import recipes
 from rlhf_cli.runs.manifest import BaseModel, Parent, weights_hash
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
-from rlhf_cli.stages.training import Job
+from rlhf_cli.stages.training import TrainingJob
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceModel:
     """The frozen model that the policy is compared with."""
 
     start: Start
@@ -38,13 +38,13 @@ class Reference:
         path = self.record["model"]
         return f"reference: the weights this run starts from, {path}" if self.is_start else f"reference: {path}"
 
-    def parents(self, job: Job) -> tuple[Parent, ...]:
+    def parents(self, job: TrainingJob) -> tuple[Parent, ...]:
         """The run it comes from, unless the policy starts from it too."""
         used = self.start.parent
         return (used,) if used is not None and used != job.start.parent else ()
 
 
-def find_reference(job: Job, check: bool, *, needed: bool = True) -> Reference | None:
+def find_reference(job: TrainingJob, check: bool, *, needed: bool = True) -> ReferenceModel | None:
     """What `reference.model` names, with the policy's own vocabulary; None where it is not needed.
 
     Raises:
@@ -69,7 +69,7 @@ def find_reference(job: Job, check: bool, *, needed: bool = True) -> Reference |
             raise UsageError(f"{place}: {path} has another tokenizer than {job.recipe.model.path}; a reference must share it")
     is_start = _same(found.base, job.start.base) and _same(found.adapter, job.start.adapter)
     base = base_model(found) if not check or Path(found.base).exists() else None
-    return Reference(found, base, is_start and found.revision == job.start.revision)
+    return ReferenceModel(found, base, is_start and found.revision == job.start.revision)
 
 
 def _same(one: str | Path | None, other: str | Path | None) -> bool:
@@ -77,10 +77,10 @@ def _same(one: str | Path | None, other: str | Path | None) -> bool:
     return (one and Path(one).resolve()) == (other and Path(other).resolve())
 
 
-def place_reference(job: Job, reference: Reference, homes: Homes, base: str) -> None:
+def place_reference(job: TrainingJob, reference: ReferenceModel, placement: Placement, base: str) -> None:
     """Give the role "reference" its weights; `base` is what the policy's adapter sits on."""
     start = reference.start
     if reference.is_start and base != job.start.base:
-        homes.add("reference", base, None, None)  # a merged parent: the policy's adapter is new, and its base is the start
+        placement.add("reference", base, None, None)  # a merged parent: the policy's adapter is new, and its base is the start
     else:
-        homes.add("reference", start.base, start.revision, start.adapter)
+        placement.add("reference", start.base, start.revision, start.adapter)

@@ -20,5 +20,5 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         if folder is None:
             return
         backbone, base = load_job(job)
-        fit = train_job(job, folder, backbone)
-        finish_job(job, folder, fit, base)
+        trainer = train_job(job, folder, backbone)
+        finish_job(job, folder, trainer, base)

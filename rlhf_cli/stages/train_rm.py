@@ -16,7 +16,7 @@ from rlhf_cli.models.load import load_config
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.parents import POLICY_STAGES
-from rlhf_cli.stages.training import FINE, Job, finish_job, load_job, open_job, prepare_job, train_job
+from rlhf_cli.stages.training import FINE, TrainingJob, finish_job, load_job, open_job, prepare_job, train_job
 
 SCORED = 256
 """Training prompts, drawn with the seed, whose responses give the mean and the standard deviation of the scores."""
@@ -42,16 +42,16 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         if folder is None:
             return
         backbone, base = load_job(job)
-        fit = train_job(job, folder, backbone, sampled=False)
+        trainer = train_job(job, folder, backbone, sampled=False)
         job.signals.obey_at_once("after the last step; continue with --resume")
-        card = _score(job, backbone, fit.state.budget)
+        card = _score(job, backbone, trainer.state.budget)
         job.signals.defer()
         if card.warning:
             job.console.warn(card.warning)
-        finish_job(job, folder, fit, base, _manifest(job, folder, backbone, base, card))
+        finish_job(job, folder, trainer, base, _manifest(job, folder, backbone, base, card))
 
 
-def _score(job: Job, backbone: Backbone, budget: int) -> Card:
+def _score(job: TrainingJob, backbone: Backbone, budget: int) -> Card:
     """The card of the trained model, from all held-out rows and some that it was trained on."""
     training = job.dataset.train.trees
     held_out = job.dataset.held_out.trees if job.dataset.held_out else training[:0]
@@ -60,13 +60,13 @@ def _score(job: Job, backbone: Backbone, budget: int) -> Card:
     return reward_card(
         score_responses(backbone, "reward", held_out, budget, job.ranks),
         held_out,
-        job.dataset.held_out.trees.wheres if job.dataset.held_out else (),
+        job.dataset.held_out.trees.locations if job.dataset.held_out else (),
         training,
         score_responses(backbone, "reward", some, budget, job.ranks),
     )
 
 
-def _manifest(job: Job, folder: RunFolder, backbone: Backbone, base: str, card: Card) -> dict[str, Any]:
+def _manifest(job: TrainingJob, folder: RunFolder, backbone: Backbone, base: str, card: Card) -> dict[str, Any]:
     """What the manifest says of a reward model, with the lines of Python that load it where transformers has a class for it."""
     figures = dataclasses.asdict(card)
     if classifier_class(backbone.model.config) is None:

@@ -6,29 +6,26 @@ import contextlib
 import dataclasses
 import os
 import time
-import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import transformers
-
 from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.batches import DatasetSource, total_steps
 from rlhf_cli.data.dataset import Dataset, data_report, prepare, question
 from rlhf_cli.data.encode import show_example
-from rlhf_cli.data.templates import Template, choose_template, end_of_turn
+from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import MachineError, NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import choose_pad_id
-from rlhf_cli.models.load import load_config, load_tokenizer, resolve_dtype
+from rlhf_cli.models.load import load_config, load_tokenizer, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import Memory, auto_budget, estimate, is_out_of_memory
 from rlhf_cli.models.policy import load_trained, parent_lora, resolve_lora
-from rlhf_cli.models.sampling import end_ids
+from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import metrics, rates, recipes
@@ -45,7 +42,7 @@ from rlhf_cli.signals import StopSignals
 from rlhf_cli.stages.plan import learning_rate_warning, plan
 from rlhf_cli.training.checkpoint import checkpoint_path
 from rlhf_cli.training.invariants import check_start
-from rlhf_cli.training.loop import Fit, Measure, Source, peak_memory
+from rlhf_cli.training.loop import BatchSource, Measure, Trainer, peak_memory
 from rlhf_cli.training.step import evaluate
 from rlhf_cli.training.trackers import check_trackers, start_trackers
 
@@ -57,7 +54,7 @@ SHOWN_PROMPTS, SHOWN_TOKENS = 8, 64
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """A run before its weights are loaded: its data, and the recipe with every `auto` replaced by the value in force."""
 
     loaded: Loaded
@@ -90,7 +87,7 @@ def prepare_job(
     resume: bool,
     starts: Collection[str] = POLICY_STAGES,
     shape: Callable[[Dataset, recipes.TrainingRecipe], tuple[Dataset, Objective]] | None = None,
-) -> Job:
+) -> TrainingJob:
     """Read and tokenise the data, settle every value, and show the plan.
 
     Where responses are drawn from the policy, the trees are prompts alone. `starts`: the stages whose runs this one may start
@@ -101,7 +98,7 @@ def prepare_job(
     """
     signals = StopSignals()
     signals.install()
-    quiet()
+    quiet_libraries()
     started = time.monotonic()
     recipe, where = loaded.recipe, loaded.where
     assert isinstance(recipe, recipes.TrainingRecipe)
@@ -126,15 +123,15 @@ def prepare_job(
     if shape is not None:
         dataset, objective = shape(dataset, recipe)
     elif draws:
-        objective = objective.settled(1, 1)  # of every prompt one desirable response and one undesirable
+        objective = objective.with_class_counts(1, 1)  # of every prompt one desirable response and one undesirable
     source = dataset.source(recipe.train, recipe.data, recipe.seed)
     steps = total_steps(recipe.train.epochs, recipe.train.steps, source.steps_per_epoch)
     ranks = Ranks(expected=not check)
     if resume and recipe.train.tokens_per_device == "auto" and (budget := recorded_budget(RunFolder(Path(recipe.output)))):
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, tokens_per_device=budget))
-    lora, memory, recipe = _settle(recipe, objective, start, dataset, ranks, loaded)
+    lora, memory, recipe = _resolve(recipe, objective, start, dataset, ranks, loaded)
     base = base_model(start) if not check or Path(start.base).exists() else None
-    job = Job(
+    job = TrainingJob(
         loaded,
         recipe,
         objective,
@@ -160,7 +157,7 @@ def prepare_job(
 
 
 @contextlib.contextmanager
-def open_job(job: Job, *, resume: bool, force: bool) -> Iterator[RunFolder | None]:
+def open_job(job: TrainingJob, *, resume: bool, force: bool) -> Iterator[RunFolder | None]:
     """The locked run folder with the recipe and the inputs recorded in it; None if the run is finished."""
     check_trackers(job.recipe.trackers)
     output, ranks = Path(job.recipe.output), job.ranks
@@ -196,7 +193,7 @@ def open_job(job: Job, *, resume: bool, force: bool) -> Iterator[RunFolder | Non
     ranks.close()
 
 
-def load_job(job: Job) -> tuple[Backbone, str]:
+def load_job(job: TrainingJob) -> tuple[Backbone, str]:
     """The backbone with the role that the objective trains, and the base its adapter sits on."""
     recipe, start = job.recipe, job.start
     backbone, base = load_trained(
@@ -216,37 +213,37 @@ def load_job(job: Job) -> tuple[Backbone, str]:
 
 
 @dataclass(frozen=True)
-class Way:
+class OnPolicy:
     """How a run learns, where it does not from the responses of its data."""
 
-    source: Source
+    source: BatchSource
     measure: Measure | None
     first: list[Tree]  # what the start is checked with
     learning_rates: dict[str, float] = field(default_factory=dict)  # of roles beside the policy
 
 
 def train_job(
-    job: Job,
+    job: TrainingJob,
     folder: RunFolder,
     backbone: Backbone,
     *,
     sampled: bool = True,
     reference_is_start: bool = False,
-    way: Way | None = None,
-) -> Fit:
+    on_policy: OnPolicy | None = None,
+) -> Trainer:
     """Check what must hold before the first step, then train to the end or to a signal.
 
     Raises:
         Stopped: a signal arrived; a checkpoint was written.
         NumberError: an invariant is broken, or a step was refused.
     """
-    way = way or Way(job.source, _measure(job, backbone), job.source.batch(1))
-    fit = Fit(
+    on_policy = on_policy or OnPolicy(job.source, _measure(job, backbone), job.source.batch(1))
+    trainer = Trainer(
         run=folder,
         backbone=backbone,
         objective=job.objective,
-        source=way.source,
-        measure=way.measure,
+        source=on_policy.source,
+        measure=on_policy.measure,
         save_model=partial(_save_model, job, backbone),
         sample=partial(_samples, job, backbone) if sampled else _no_samples,
         train=job.recipe.train,
@@ -257,20 +254,20 @@ def train_job(
         console=job.console,
         signals=job.signals,
         trackers=start_trackers(job.recipe, folder.path, job.ranks.main),
-        learning_rates=way.learning_rates,
+        learning_rates=on_policy.learning_rates,
     )
     try:
         # Before a checkpoint is taken up: every process checks the start it was given, also one that goes on later.
         check_start(
             backbone,
             job.objective,
-            way.first,
+            on_policy.first,
             budget=job.budget,
             ranks=job.ranks,
             reference_is_start=reference_is_start,
         )
-        fit.resume()
-        fit.go()
+        trainer.resume()
+        trainer.go()
     except (Stopped, NumberError) as error:
         if not error.one_rank:  # of all ranks alike: they part in order
             job.ranks.close()
@@ -282,14 +279,14 @@ def train_job(
         advice = f"set train.tokens_per_device below {job.budget}, then --resume"
         raise MachineError(f"out of memory outside of a step; {advice}").on_one_rank() from error
     finally:
-        fit.trackers.close()
-    return fit
+        trainer.trackers.close()
+    return trainer
 
 
 def finish_job(
-    job: Job,
+    job: TrainingJob,
     folder: RunFolder,
-    fit: Fit,
+    trainer: Trainer,
     base: str,
     extra: dict[str, Any] | None = None,
     parents: tuple[Parent, ...] = (),
@@ -301,7 +298,7 @@ def finish_job(
     """
     if job.ranks.main:
         with disk_errors(folder.model):
-            fit.save_model(folder.model)
+            trainer.save_model(folder.model)
         described = job.base if base == job.start.base else base_model(Start(base, None, None, base, None, None))
         assert described is not None
         outcome = Outcome(
@@ -310,35 +307,30 @@ def finish_job(
             base_model=described,
             data=job.dataset.fingerprints | dict(fingerprints or {}),
             chat_template_hash=job.template.hash,
-            steps=fit.state.step,
-            tokens=fit.state.tokens,
-            seconds=fit.state.seconds,
-            peak_memory=max(fit.state.peak_memory, peak_memory()),
+            steps=trainer.state.step,
+            tokens=trainer.state.tokens,
+            seconds=trainer.state.seconds,
+            peak_memory=max(trainer.state.peak_memory, peak_memory()),
             parents=(*((job.start.parent,) if job.start.parent else ()), *parents),
-            status=fit.status,
+            status=trainer.status,
             extra={
                 "objective": flatten_section(job.objective),
                 "learning_rate": job.recipe.train.learning_rate,
                 "batch_size": job.recipe.train.batch_size,
                 "lora": job.lora and dataclasses.asdict(job.lora),
-                "best_step": fit.state.best_step,
+                "best_step": trainer.state.best_step,
                 **(extra or {}),
             },
         )
         manifest = build_manifest(folder, outcome)
         write_report(folder, manifest)
         write_manifest(folder, manifest)
-    if fit.state.best_step not in (None, fit.state.step):
-        job.console.say(f"the best checkpoint: {checkpoint_path(folder.checkpoints, fit.state.best_step or 0)}")
-    job.console.say(f"{fit.status} in {time.monotonic() - job.started:.0f} s: {folder.report}")
+    if trainer.state.best_step not in (None, trainer.state.step):
+        job.console.say(f"the best checkpoint: {checkpoint_path(folder.checkpoints, trainer.state.best_step or 0)}")
+    job.console.say(f"{trainer.status} in {time.monotonic() - job.started:.0f} s: {folder.report}")
 
 
-def stop_ids(backbone: Backbone, tokenizer: Any, template: Template) -> list[int]:
-    """The ids that end a response of this model under its template."""
-    return end_ids(backbone.model, *end_of_turn(tokenizer, template)[-1:], tokenizer.eos_token_id)
-
-
-def _settle(
+def _resolve(
     recipe: recipes.TrainingRecipe, objective: Objective, start: Start, dataset: Dataset, ranks: Ranks, loaded: Loaded
 ) -> tuple[sections.Lora | None, Memory, recipes.TrainingRecipe]:
     lora = resolve_lora(
@@ -373,7 +365,7 @@ def _example_words(recipe: recipes.TrainingRecipe) -> str:
     return "is a response, the best one first"
 
 
-def _facts(job: Job) -> dict[str, str]:
+def _facts(job: TrainingJob) -> dict[str, str]:
     recipe, start = job.recipe, job.start
     return {
         "start": recipe.model.path + (f" (continues the adapter in {start.adapter})" if start.adapter else ""),
@@ -385,7 +377,7 @@ def _facts(job: Job) -> dict[str, str]:
     }
 
 
-def _warnings(job: Job) -> Iterator[str]:
+def _warnings(job: TrainingJob) -> Iterator[str]:
     yield from job.dataset.train.notices
     if message := learning_rate_warning(job.recipe, job.memory):
         yield message
@@ -393,13 +385,6 @@ def _warnings(job: Job) -> Iterator[str]:
         yield f"the column 'probability' has no effect with kind {job.objective.kind}: every chosen response counts as better"
     if job.lora and job.lora.dropout:
         yield "with lora.dropout, results depend on tokens_per_device: the masks follow the cut"
-
-
-def quiet() -> None:
-    """Libraries speak through our lines and errors, not through their own bars and warnings."""
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _check_template(recipe: recipes.TrainingRecipe, start: Start, template: Template, loaded: Loaded) -> None:
@@ -410,14 +395,14 @@ def _check_template(recipe: recipes.TrainingRecipe, start: Start, template: Temp
         )
 
 
-def _save_model(job: Job, backbone: Backbone, folder: Path) -> None:
+def _save_model(job: TrainingJob, backbone: Backbone, folder: Path) -> None:
     """What was trained, with its tokenizer and the template it was trained with."""
     backbone.save(job.objective.role, folder)
     job.tokenizer.chat_template = job.template.text
     job.tokenizer.save_pretrained(str(folder))
 
 
-def _measure(job: Job, backbone: Backbone) -> Measure | None:
+def _measure(job: TrainingJob, backbone: Backbone) -> Measure | None:
     """The objective's metrics on the held-out rows."""
     if job.dataset.held_out is None:
         return None
@@ -429,7 +414,7 @@ def _no_samples() -> Generator[dict[str, Any] | None, None, None]:
     yield None
 
 
-def _samples(job: Job, backbone: Backbone) -> Generator[dict[str, Any] | None, None, None]:
+def _samples(job: TrainingJob, backbone: Backbone) -> Generator[dict[str, Any] | None, None, None]:
     """Greedy responses to the first held-out prompts, or to the first that are trained on."""
     encoded, records = job.dataset.train, job.dataset.reading.train
     if job.dataset.held_out is not None:

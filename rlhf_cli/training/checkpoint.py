@@ -17,7 +17,7 @@ from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.runs.files import disk_errors, hash_tree, sync_folder, write_json
 from rlhf_cli.runs.folder import require_space
 from rlhf_cli.training.optim import optimizer_state, restore_optimizer
-from rlhf_cli.training.partial_step import Underway, load_underway, save_underway
+from rlhf_cli.training.partial_step import PartialStep, load_partial_step, save_partial_step
 
 HASHES, STATE, OPTIMIZER, NUMBERS, MODEL = "hashes.json", "state.json", "optimizer.safetensors", "optimizer.json", "model"
 ROLES = "roles.safetensors"
@@ -56,7 +56,7 @@ def save_checkpoint(
     save_model: Callable[[Path], None],
     optimizer: torch.optim.Optimizer,
     state: State,
-    underway: Underway | None = None,
+    partial: PartialStep | None = None,
 ) -> Path:
     """Write step-<n> beside its place, sync it, read it back against its hashes, and rename it into place.
 
@@ -67,7 +67,7 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
-    final = checkpoint_path(folder, state.step, underway.updates if underway else 0)
+    final = checkpoint_path(folder, state.step, partial.updates if partial else 0)
     part = folder / f".{final.name}.tmp"
     parameters = backbone.trained_parameters()
     tensors, numbers = optimizer_state(optimizer, parameters)
@@ -80,8 +80,8 @@ def save_checkpoint(
             save_model(part / MODEL)
             if others := _other_roles(backbone, role):
                 save_file({name: p.detach().cpu().contiguous() for name, p in others.items()}, part / ROLES)
-            if underway is not None:
-                save_underway(part, underway)
+            if partial is not None:
+                save_partial_step(part, partial)
             save_file(tensors, part / OPTIMIZER)
             write_json(part / NUMBERS, numbers)
             write_json(part / STATE, asdict(state))
@@ -143,7 +143,7 @@ def load_state(checkpoint: Path) -> State:
     return State(**json.loads((checkpoint / STATE).read_text()))
 
 
-def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.optim.Optimizer) -> Underway | None:
+def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.optim.Optimizer) -> PartialStep | None:
     """Put all trained weights and the optimiser back as they were saved, bit for bit; returns what was under way."""
     from safetensors.torch import load_file
 
@@ -156,7 +156,7 @@ def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.op
                 parameter.copy_(saved[name])
     numbers: dict[str, Any] = json.loads((checkpoint / NUMBERS).read_text())
     restore_optimizer(optimizer, parameters, load_file(checkpoint / OPTIMIZER), numbers)
-    return load_underway(checkpoint)
+    return load_partial_step(checkpoint)
 
 
 def _other_roles(backbone: Backbone, role: str) -> dict[str, torch.nn.Parameter]:

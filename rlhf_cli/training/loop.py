@@ -14,7 +14,7 @@ import torch
 
 from rlhf_cli import sections
 from rlhf_cli.console import Console, Progress, peak_memory_gib
-from rlhf_cli.data.batches import Draw, derive_seed, due_steps
+from rlhf_cli.data.batches import StepBatches, derive_seed, due_steps
 from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
@@ -35,7 +35,7 @@ from rlhf_cli.training.checkpoint import (
     set_aside,
 )
 from rlhf_cli.training.optim import build_optimizer, learning_rate
-from rlhf_cli.training.partial_step import Underway
+from rlhf_cli.training.partial_step import PartialStep
 from rlhf_cli.training.step import NonFinite, optimise
 from rlhf_cli.training.trackers import Trackers
 from rlhf_cli.training.watch import KEPT, note_best, reason_to_stop
@@ -43,12 +43,12 @@ from rlhf_cli.training.watch import KEPT, note_best, reason_to_stop
 T = TypeVar("T")
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Where the global batch of every step comes from: data, as a function of the step alone, or the policy itself."""
 
     @property
     def steps_per_epoch(self) -> int: ...
-    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[Draw | None, None, None]:
+    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[StepBatches | None, None, None]:
         """Yields None between passes, so that a caller can stop, and then what `step` learns from."""
         ...
 
@@ -65,13 +65,13 @@ Measure = Callable[[State], Generator[dict[str, float] | None, None, None]]
 
 
 @dataclass
-class Fit:
+class Trainer:
     """One training run: what it is made of, and where it stands."""
 
     run: RunFolder
     backbone: Backbone
     objective: Objective
-    source: Source
+    source: BatchSource
     measure: Measure | None  # None: nothing is held out
     sample: Samples
     save_model: Callable[[Path], None]  # writes what is trained, and its tokenizer, into a folder
@@ -85,7 +85,7 @@ class Fit:
     trackers: Trackers
     learning_rates: dict[str, float] = field(default_factory=dict)  # role → its peak, where it is not the recipe's
     state: State = field(init=False)
-    underway: Underway | None = field(init=False, default=None)
+    partial: PartialStep | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.state = State(0, -1, 0, 0.0, 0.0, self.budget, 0, 0, {}, None, None, self.steps, self.budget)
@@ -103,8 +103,8 @@ class Fit:
         if checkpoint is None:
             return
         self.state = load_state(checkpoint)
-        self.underway = restore(checkpoint, self.backbone, self.objective.role, self.optimizer)
-        within = f" and {self.underway.updates} updates of the next" if self.underway and self.underway.updates else ""
+        self.partial = restore(checkpoint, self.backbone, self.objective.role, self.optimizer)
+        within = f" and {self.partial.updates} updates of the next" if self.partial and self.partial.updates else ""
         self.console.say(f"resuming after step {self.state.step}{within} from {checkpoint}")
         self._take_up_changes()
 
@@ -154,47 +154,47 @@ class Fit:
     def _step(self, progress: Progress) -> None:
         """All updates of the next step. A signal between two of them ends the run with what is done saved."""
         step = self.state.step + 1
-        started = time.monotonic() - (self.underway.seconds if self.underway else 0.0)
-        begun = self._begin(step)
+        started = time.monotonic() - (self.partial.seconds if self.partial else 0.0)
+        partial = self._begin(step)
         ready = time.monotonic()
-        trees = begun.draw.batches[step - begun.draw.first]
+        trees = partial.draw.batches[step - partial.draw.first]
         # Responses that are all tied teach nothing; an update without a gradient would still move weights by its momentum.
         updates = self.objective.updates(trees, derive_seed(self.seed, step, DEALT)) if trees else []
-        while begun.updates < len(updates):
-            begun = self._update(step, begun, updates[begun.updates], started)
-            if begun.updates < len(updates):
+        while partial.updates < len(updates):
+            partial = self._update(step, partial, updates[partial.updates], started)
+            if partial.updates < len(updates):
                 self._obey_signal()
         seconds = time.monotonic() - started
         tokens = sum(map(tree_length, trees))
         if not updates:
             self.console.warn(f"step {step}: the responses of every prompt are tied; nothing was learned")
-        learned = self.objective.metrics(begun.sums.means | begun.first) if updates else {"loss": 0.0}
+        learned = self.objective.metrics(partial.sums.means | partial.first) if updates else {"loss": 0.0}
         metrics = learned | {
             "tokens": self.state.tokens + tokens,
             "tokens_per_second": tokens / seconds,
             "epoch": step / self.source.steps_per_epoch,
         }
-        if begun.draw.first == step and begun.draw.metrics:
-            metrics |= begun.draw.metrics | {"time/update": time.monotonic() - ready}
+        if partial.draw.first == step and partial.draw.metrics:
+            metrics |= partial.draw.metrics | {"time/update": time.monotonic() - ready}
         self._advance(step=step, tokens=self.state.tokens + tokens, seconds=self.state.seconds + seconds)
-        self.underway = Underway(begun.draw) if begun.draw.serves(step + 1) else None
+        self.partial = PartialStep(partial.draw) if partial.draw.serves(step + 1) else None
         self._log("train", metrics)
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
         progress.update(step, self.steps, metrics, memory)
         self._watch("train", metrics)
 
-    def _begin(self, step: int) -> Underway:
+    def _begin(self, step: int) -> PartialStep:
         """What is known of the step: a batch that was drawn for it before, or one that is drawn now."""
-        if self.underway is None:
+        if self.partial is None:
             try:
                 draw = self._until_last(self.source.draw(step, self.state.memory))
             except (UsageError, NumberError, MachineError) as error:
                 raise self._kept(error, f"step {step}") from error
             assert draw is not None
-            self.underway = Underway(draw)
+            self.partial = PartialStep(draw)
             self._advance(memory=draw.memory)
             self._obey_signal()
-        return self.underway
+        return self.partial
 
     def _kept(self, error: RunError, when: str) -> RunError:
         """What responses that cannot be drawn or judged end a run with: nothing of what was trained is lost."""
@@ -205,7 +205,7 @@ class Fit:
         kind = MachineError if isinstance(error, MachineError) else NumberError
         return kind(f"{when} (what was trained before is saved): {error}")
 
-    def _update(self, step: int, begun: Underway, trees: list[Tree], started: float) -> Underway:
+    def _update(self, step: int, partial: PartialStep, trees: list[Tree], started: float) -> PartialStep:
         peak = self.train.learning_rate or 0.0
         peaks = {role: self.learning_rates.get(role, peak) for role in self.backbone.trained_roles}
         rates = {role: learning_rate(self.train, step, self.steps, own) for role, own in peaks.items()}
@@ -222,21 +222,21 @@ class Fit:
                 budget=self.state.budget,
                 ranks=self.ranks,
                 memory=self.state.memory,
-                given=begun.draw.given,
-                update=begun.updates,
+                given=partial.draw.given,
+                update=partial.updates,
             )
         except NonFinite as error:
-            raise self._keep_evidence(error, step, begun.draw) from error
+            raise self._keep_evidence(error, step, partial.draw) from error
         if result.budget != self.state.budget:
             self.console.warn(
                 f"step {step}: out of memory; replayed with tokens_per_device {result.budget}, the result is the same"
             )
         means = result.sums.means
-        first = begun.first if begun.updates else {name: means[name] for name in self.objective.of_first_update}
+        first = partial.first if partial.updates else {name: means[name] for name in self.objective.of_first_update}
         self._advance(budget=result.budget, memory=result.memory)
-        sums = begun.sums + result.sums
-        self.underway = Underway(begun.draw, begun.updates + 1, sums, first, time.monotonic() - started)
-        return self.underway
+        sums = partial.sums + result.sums
+        self.partial = PartialStep(partial.draw, partial.updates + 1, sums, first, time.monotonic() - started)
+        return self.partial
 
     def _look(self, progress: Progress, due: set[int] | frozenset[int]) -> None:
         """Held-out figures and samples of the weights after this step, if they are due and not yet in the logs."""
@@ -303,14 +303,14 @@ class Fit:
                 self.save_model,
                 self.optimizer,
                 self.state,
-                self.underway,
+                self.partial,
             )
             prune(self.run.checkpoints, self.train.keep_checkpoints, self.state.best_step)
         self.ranks.barrier()
 
     def _is_unsaved(self) -> bool:
         """As rank 0 sees it, for all: saving is a joint affair."""
-        updates = self.underway.updates if self.underway else 0
+        updates = self.partial.updates if self.partial else 0
         path = checkpoint_path(self.run.checkpoints, self.state.step, updates)
         return self.ranks.any(self.ranks.main and not path.exists())
 
@@ -320,17 +320,17 @@ class Fit:
             return
         if self._is_unsaved():
             self._save()
-        updates = self.underway.updates if self.underway else 0
+        updates = self.partial.updates if self.partial else 0
         within = f"in step {self.state.step + 1} of {self.steps}, after {updates} of its updates"
         done = within if updates else f"after step {self.state.step} of {self.steps}"
         raise Stopped(f"stopped {done}; continue with --resume", received)
 
-    def _keep_evidence(self, error: NonFinite, step: int, draw: Draw) -> NumberError:
+    def _keep_evidence(self, error: NonFinite, step: int, draw: StepBatches) -> NumberError:
         """Save the refused batch, and the state before it where no checkpoint has it yet."""
         with contextlib.suppress(NumberError):
             if self.state.step and self._is_unsaved():
                 self._save()
-        trees, rows = draw.batches[step - draw.first], draw.wheres[step - draw.first]
+        trees, rows = draw.batches[step - draw.first], draw.locations[step - draw.first]
         suspects = [where for where, tree in zip(rows, trees, strict=True) if tree.row in error.rows]
         path: Path = self.run.path / "failed" / f"step-{step:08d}.json"
         if self.ranks.main:

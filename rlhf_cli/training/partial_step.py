@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cli.data.batches import Draw
+from rlhf_cli.data.batches import StepBatches
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.runs.files import write_json
@@ -19,48 +19,48 @@ ARRAYS, NUMBERS = "underway.npz", "underway.json"
 
 
 @dataclass(frozen=True)
-class Underway:
+class PartialStep:
     """A draw that is still learned from, and how far its step has come: a step of several updates may be left between two."""
 
-    draw: Draw
+    draw: StepBatches
     updates: int = 0  # made of the step after State.step
     sums: Sums = field(default_factory=Sums)  # of those updates
     first: dict[str, float] = field(default_factory=dict)  # means of the first of them, where only it says something
     seconds: float = 0.0
 
 
-def save_underway(folder: Path, underway: Underway) -> None:
+def save_partial_step(folder: Path, partial: PartialStep) -> None:
     """Write it into a checkpoint; numbers come back bit for bit."""
-    draw, arrays = underway.draw, _Arrays()
+    draw, arrays = partial.draw, _Arrays()
     trees = [[arrays.add(tree) for tree in batch] for batch in draw.batches]
     np.savez(folder / ARRAYS, **arrays.found)  # type: ignore[arg-type]
     numbers = {
         "first": draw.first,
         "batches": trees,
-        "wheres": draw.wheres,
+        "wheres": draw.locations,
         "memory": draw.memory,
         "given": draw.given,
         "metrics": draw.metrics,
-        "updates": underway.updates,
-        "totals": [[*key, total] for key, total in underway.sums.totals.items()],
-        "counts": underway.sums.counts,
-        "first_means": underway.first,
-        "seconds": underway.seconds,
+        "updates": partial.updates,
+        "totals": [[*key, total] for key, total in partial.sums.totals.items()],
+        "counts": partial.sums.counts,
+        "first_means": partial.first,
+        "seconds": partial.seconds,
     }
     write_json(folder / NUMBERS, numbers)
 
 
-def load_underway(folder: Path) -> Underway | None:
+def load_partial_step(folder: Path) -> PartialStep | None:
     """The inverse of `save_underway`; None if nothing was under way."""
     if not (folder / NUMBERS).exists():
         return None
     numbers: dict[str, Any] = json.loads((folder / NUMBERS).read_text())
     with np.load(folder / ARRAYS) as arrays:
         batches = tuple([_tree(arrays, one) for one in batch] for batch in numbers["batches"])
-    wheres = tuple(numbers["wheres"])
-    draw = Draw(numbers["first"], batches, wheres, numbers["memory"], numbers["given"], numbers["metrics"])
+    locations = tuple(numbers["wheres"])
+    draw = StepBatches(numbers["first"], batches, locations, numbers["memory"], numbers["given"], numbers["metrics"])
     sums = Sums({(name, unit): total for name, unit, total in numbers["totals"]}, numbers["counts"])
-    return Underway(draw, numbers["updates"], sums, numbers["first_means"], numbers["seconds"])
+    return PartialStep(draw, numbers["updates"], sums, numbers["first_means"], numbers["seconds"])
 
 
 PARTS = ("responses", "reference", "recorded")

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import rlhf_cli
 from rlhf_cli.console import Console, clock
 from rlhf_cli.data import cache
 from rlhf_cli.data.flat import Trees
@@ -62,7 +61,7 @@ def weights_key(backbone: Backbone, base: str, adapter: Path | None) -> str:
     None for the bare base. The backbone gives the architecture, the dtypes and the quantisation.
     """
     config = {k: v for k, v in backbone.model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    package = Path(rlhf_cli.__file__).parent
+    package = Path(__file__).parents[1]
     return cache.key(
         (
             base,

@@ -123,9 +123,9 @@ def optimise(
         refusal = _refusal(step, means, norms, passes, {n: p.grad for n, p in parameters.items()}, ranks)
         optimizer.zero_grad(set_to_none=True)
         raise refusal
-    if step == 1 and update == 0 and not backbone.has_dropout and (fault := objective.fault(means)):
+    if step == 1 and update == 0 and not backbone.has_dropout and (start_error := objective.start_error(means)):
         optimizer.zero_grad(set_to_none=True)
-        raise NumberError(f"step 1: {fault}; nothing was trained")
+        raise NumberError(f"step 1: {start_error}; nothing was trained")
     for role, own in roles.items():
         total = torch.tensor(norms[role], device=next(iter(own.values())).device)
         torch.nn.utils.clip_grads_with_norm_(list(own.values()), max_grad_norm, total)

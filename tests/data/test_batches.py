@@ -47,7 +47,7 @@ def test_a_step_is_a_function_of_seed_and_number() -> None:
 def test_file_order_without_shuffling() -> None:
     source = _source((5,), (1.0,), 2, shuffle=False)
     assert [_prompts(source, step) for step in (1, 2, 3, 4)] == [[0, 1], [2, 3], [4], [0, 1]]
-    assert source.wheres(2) == ["rows.jsonl:3", "rows.jsonl:4"]
+    assert source.locations(2) == ["rows.jsonl:3", "rows.jsonl:4"]
 
 
 def test_shares_of_two_sources() -> None:

@@ -53,7 +53,7 @@ def test_moved_rows_are_found_and_named_by_their_new_place(tmp_path: Path, monke
     run(tmp_path)
     monkeypatch.setattr(module, "_encode", no_work)
     moved = run(tmp_path, [row._replace(where="b" + row.where[1:]) for row in ROWS])
-    assert moved.trees.wheres == ("b:1", "b:3")
+    assert moved.trees.locations == ("b:1", "b:3")
     assert moved.trees.facts == (Facts(), Facts())
     assert moved.examples == ("b:2: a control token in the text ('<s>')",)
 

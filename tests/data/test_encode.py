@@ -265,7 +265,7 @@ def test_trees_know_their_lengths_and_counts() -> None:
 def test_trees_are_pickled_and_slices_are_lists() -> None:
     trees = run([DIALOGUE] * 3, tiny_tokenizer(), CHATML).trees
     again = pickle.loads(pickle.dumps(trees))
-    assert again.ids.tolist() == trees.ids.tolist() and again.wheres == trees.wheres
+    assert again.ids.tolist() == trees.ids.tolist() and again.locations == trees.locations
     with pytest.raises(IndexError):
         trees[3]
 

@@ -11,13 +11,13 @@ from rlhf_cli import sections
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError
+from rlhf_cli.evaluation.intervals import wilson
 from rlhf_cli.evaluation.preference import (
     Lead,
     LengthBaseline,
     Rate,
     beats_length,
     calibration_error,
-    faults,
     histogram,
     lead,
     length_baseline,
@@ -26,11 +26,11 @@ from rlhf_cli.evaluation.preference import (
     reliability,
     reward_card,
     score_responses,
+    weaknesses,
 )
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.ranks import Ranks
-from rlhf_cli.reports.verdict import wilson
 from rlhf_cli.training.step import evaluate
 from tests.models.tiny_backbone import draw_trees, make
 
@@ -177,16 +177,16 @@ def test_intervals_that_overlap_may_belong_to_a_clear_lead():
     own, base, gap = rate(ours), rate(theirs), lead(ours, theirs)
     assert own.low < base.high
     assert gap.low > 0.05
-    assert faults(own, LengthBaseline("longer", base.accuracy, base.low, base.high, gap)) == []
+    assert weaknesses(own, LengthBaseline("longer", base.accuracy, base.low, base.high, gap)) == []
 
 
 LENGTH = LengthBaseline("longer", 0.6, 0.55, 0.65, Lead(0.15, 0.1, 0.2))
 
 
 def test_faults_without_a_length_baseline():
-    assert faults(Rate(0.53, 0.49, 0.57, 400, 400), None) == ["cannot be told from guessing"]
-    assert faults(Rate(0.4, 0.35, 0.45, 400, 400), None) == ["is worse than guessing"]
-    assert faults(Rate(0.6, 0.55, 0.65, 400, 400), None) == []
+    assert weaknesses(Rate(0.53, 0.49, 0.57, 400, 400), None) == ["cannot be told from guessing"]
+    assert weaknesses(Rate(0.4, 0.35, 0.45, 400, 400), None) == ["is worse than guessing"]
+    assert weaknesses(Rate(0.6, 0.55, 0.65, 400, 400), None) == []
 
 
 def test_no_warning_for_a_model_that_beats_length():

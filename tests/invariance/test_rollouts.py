@@ -25,7 +25,7 @@ from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.reports import report
 from rlhf_cli.rollout import source
 from rlhf_cli.rollout.experience import Rollout, Sampler
-from rlhf_cli.rollout.generate import Drawn, Request
+from rlhf_cli.rollout.generate import Request, Response
 from rlhf_cli.rollout.rewards import Answers
 from rlhf_cli.rollout.source import PolicySource
 from tests.models.tiny_backbone import draw_trees, make, make_backbone
@@ -143,9 +143,9 @@ def _logps(model: Any, trees: list[Tree], temperature: float) -> list[torch.Tens
 class FixedEngine:
     """Draws what it is told to, whatever is asked for."""
 
-    drawn: list[list[Drawn]]
+    drawn: list[list[Response]]
 
-    def generate(self, request: Request) -> Generator[list[list[Drawn]] | None, None, None]:
+    def generate(self, request: Request) -> Generator[list[list[Response]] | None, None, None]:
         yield None
         yield [self.drawn[number] for number in request.numbers]
 
@@ -192,8 +192,8 @@ def test_a_score_stands_on_the_last_token_of_its_response(budget: int) -> None:
     """
     prompts = [tree._replace(responses=()) for tree in draw_trees(4)]
     answers = draw_trees(4, seed=5, branches=2)
-    drawn = [[Drawn(ids, ended) for ids, ended in zip(tree.responses, (True, False), strict=True)] for tree in answers]
-    settings = sections.Rollout(max_new_tokens=9, responses_per_prompt=2, missing_eos_penalty=3.0, temperature=0.8)
+    drawn = [[Response(ids, ended) for ids, ended in zip(tree.responses, (True, False), strict=True)] for tree in answers]
+    settings = sections.PolicySampling(max_new_tokens=9, responses_per_prompt=2, missing_eos_penalty=3.0, temperature=0.8)
     records = [Record("", (), f"rows.jsonl:{n}") for n in range(4)]
     sampler = Sampler(
         _actor_critic(), FixedEngine(drawn), Letters(), (3,), settings, records, [Lengths()], [], "sum", budget, Alone()

@@ -19,7 +19,7 @@ from rlhf_cli import sections
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError
-from rlhf_cli.models import homes, policy
+from rlhf_cli.models import placement, policy
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.scoring import score_trees
 from rlhf_cli.reports import report
@@ -88,7 +88,7 @@ def start(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         found.append((backbone, way.source.sampler.terms))
         raise NumberError("as far as this test goes")
 
-    for module in (homes, policy):
+    for module in (placement, policy):
         noting(module)
     monkeypatch.setattr(ppo, "train_job", capture)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlhf_cli.data.trees import Recorded, Tree
-from rlhf_cli.objectives.policy_gradient import Experience, Lesson
+from rlhf_cli.objectives.policy_gradient import Advantages, Experience
 
 Tokens = Sequence[Sequence[float]]
 """Response → a number for every token."""
@@ -35,7 +35,7 @@ def experience(
     )
 
 
-def recorded(trees: Sequence[Tree], seen: Experience, lesson: Lesson) -> list[Tree]:
+def recorded(trees: Sequence[Tree], seen: Experience, lesson: Advantages) -> list[Tree]:
     """The rollout's trees with what was seen and learned of their tokens."""
     unknown = np.full(len(seen.old), np.nan)
     columns = Recorded(

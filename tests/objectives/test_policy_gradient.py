@@ -16,7 +16,7 @@ from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.objectives.advantages import explained_variance, gae, whiten
 from rlhf_cli.objectives.bandit import Bandit
 from rlhf_cli.objectives.grpo import Grpo
-from rlhf_cli.objectives.policy_gradient import Experience, Lesson, PolicyGradient
+from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
 from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.objectives.reinforce import Reinforce
 from rlhf_cli.objectives.rloo import Rloo
@@ -52,7 +52,7 @@ def rollout(objective: PolicyGradient, shape: list[list[int]] = SHAPE) -> tuple[
     """A rollout that was learned from, and a policy and value that moved since."""
     seen = drawn_experience(shape)
     assert seen.values is not None
-    trees = recorded(make_trees(shape), seen, objective.learn(seen, 0.1, {}))
+    trees = recorded(make_trees(shape), seen, objective.estimate_advantages(seen, 0.1, {}))
     random = np.random.default_rng(1)
 
     def moved(values: np.ndarray) -> torch.Tensor:
@@ -131,7 +131,7 @@ def one_token(advantage: float, move: float, value: tuple[float, float, float] =
     """One response of one token whose log-probability moved; value before, after, and its target."""
     old, new, target = value
     seen = experience([[-1.0]], [[-1.0]], [0.0], [[old]])
-    lesson = Lesson(np.array([advantage]), np.array([target]), {}, {})
+    lesson = Advantages(np.array([advantage]), np.array([target]), {}, {})
     policy = torch.tensor([0.0, -1.0 + move], dtype=torch.float64, requires_grad=True)
     model = Lookup(policy=policy, value=torch.tensor([0.0, new], dtype=torch.float64, requires_grad=True))
     return recorded(make_trees([[1]]), seen, lesson), model
@@ -180,7 +180,7 @@ def test_bandit_values_are_those_before_first_tokens() -> None:
     """By hand: two responses of two tokens, returns 1 and −2; the values before their second tokens change nothing."""
     for other in (0.0, 50.0):
         seen = experience([[-1.0, -1.0]] * 2, [[-1.0, -1.0]] * 2, [1.0, -2.0], [[0.5, other], [0.1, other]])
-        lesson = Bandit().learn(seen, 0.0, {})
+        lesson = Bandit().estimate_advantages(seen, 0.0, {})
         assert lesson.advantages == pytest.approx([1, 1, -1, -1], abs=1e-6)
         assert lesson.targets == pytest.approx([1.0, math.nan, -2.0, math.nan], nan_ok=True)
         model = Lookup(policy=torch.full((5,), -1.0), value=torch.tensor([0.0, 0.6, other, 0.1, -other]))
@@ -256,15 +256,15 @@ class TestFault:
     def test_none_on_the_policy_that_drew(self) -> None:
         """The ratio is 1 and its logarithm 0 up to what float32 keeps of the recorded numbers."""
         seen = drawn_experience(SHAPE)
-        trees = recorded(make_trees(SHAPE), seen, Rloo().learn(seen, 0.1, {}))
+        trees = recorded(make_trees(SHAPE), seen, Rloo().estimate_advantages(seen, 0.1, {}))
         means = run(Rloo(), Lookup(policy=torch.from_numpy(np.concatenate(([0.0], seen.old)))), trees, given=WARM).means
         assert means["policy/ratio"] == pytest.approx(1, abs=1e-6)
         assert means["policy/approxkl"] < 1e-12
-        assert Rloo().fault(means) is None
+        assert Rloo().start_error(means) is None
 
     def test_names_the_ratio(self) -> None:
         """e^0.1 at every token."""
-        said = Ppo().fault({"policy/ratio": math.exp(0.1), "policy/approxkl": 0.005})
+        said = Ppo().start_error({"policy/ratio": math.exp(0.1), "policy/approxkl": 0.005})
         assert said is not None
         assert said.startswith("the policy's ratio to the policy that drew the responses is 1.105, where 1 is right")
         assert "root mean square is 0.1," in said
@@ -272,14 +272,14 @@ class TestFault:
     def test_sees_odds_that_average_out(self) -> None:
         """Half of the tokens at w = 1.4, half at 0.6: the mean is 1. ½(ln² 1.4 + ln² 0.6)/2 is half of 0.4338²."""
         half = (math.log(1.4) ** 2 + math.log(0.6) ** 2) / 4
-        said = Ppo().fault({"policy/ratio": 1.0, "policy/approxkl": half})
+        said = Ppo().start_error({"policy/ratio": 1.0, "policy/approxkl": half})
         assert said is not None
         assert "root mean square is 0.43," in said
 
     def test_bf16_noise_is_none(self) -> None:
         """Log-probabilities off by 2e-2, over ten tokens."""
         noise = 2e-2 * np.random.default_rng(0).normal(size=10)
-        assert Ppo().fault({"policy/ratio": np.exp(noise).mean(), "policy/approxkl": (noise**2 / 2).mean()}) is None
+        assert Ppo().start_error({"policy/ratio": np.exp(noise).mean(), "policy/approxkl": (noise**2 / 2).mean()}) is None
 
     def test_is_of_the_first_update(self) -> None:
         assert Ppo.of_first_update == {"policy/ratio"}
@@ -302,7 +302,7 @@ def test_gradient_of_kl_losses_on_policy(name: str) -> None:
     logps, reference = distribution(logits)
     old = [[p] for p in logps[drawn].tolist()]
     seen = experience(old, [[p] for p in reference[drawn].tolist()], [0.0] * 4)
-    trees = recorded(make_trees([[1]] * 4), seen, Lesson(np.zeros(4), None, {}, {}))
+    trees = recorded(make_trees([[1]] * 4), seen, Advantages(np.zeros(4), None, {}, {}))
     model = Lookup(policy=torch.cat((torch.zeros(1), logps[drawn])))
     loss = run(Reinforce(), model, trees, given=WARM | {f"{name}_coef": 0.5}).loss
     (found,) = torch.autograd.grad(loss, logits)
@@ -318,7 +318,7 @@ class TestConstantScore:
     def advantages(self, objective: PolicyGradient, values: float = 0.0) -> np.ndarray:
         level = [[values] * len(response) for response in self.old]
         reference = [[-1.0] * len(response) for response in self.old]
-        return objective.learn(experience(self.old, reference, [0.7] * 4, level, [0, 0, 1, 1]), 0.0, {}).advantages
+        return objective.estimate_advantages(experience(self.old, reference, [0.7] * 4, level, [0, 0, 1, 1]), 0.0, {}).advantages
 
     @pytest.mark.parametrize("objective", [Rloo(), Grpo(), Reinforce(), Reinforce(whiten=True), Reinforce(baseline="ema")])
     def test_gives_no_advantage(self, objective: PolicyGradient) -> None:
@@ -366,29 +366,29 @@ def test_gae_by_its_definition() -> None:
 def test_the_kl_lowers_the_reward_of_likelier_tokens() -> None:
     """κ = 0.5, log-ratios 0.4 and −0.2: the return is 1 − 0.5 · 0.2; each response is against the other one."""
     seen = experience([[-0.6, -1.2], [-1.0]], [[-1.0, -1.0], [-1.0]], [1.0, 0.0], prompt=[0, 0])
-    assert Rloo().learn(seen, 0.5, {}).advantages == pytest.approx([0.9, 0.9, -0.9], abs=1e-12)
+    assert Rloo().estimate_advantages(seen, 0.5, {}).advantages == pytest.approx([0.9, 0.9, -0.9], abs=1e-12)
 
 
 def test_prompts_do_not_mix() -> None:
     """Two prompts of two and three responses of one token; the second has higher scores."""
     seen = experience([[-1.0]] * 5, [[-1.0]] * 5, [1.0, 3.0, 10.0, 20.0, 60.0], prompt=[0, 0, 1, 1, 1])
-    assert Rloo().learn(seen, 0.0, {}).advantages == pytest.approx([-2.0, 2.0, -30.0, -15.0, 45.0])
+    assert Rloo().estimate_advantages(seen, 0.0, {}).advantages == pytest.approx([-2.0, 2.0, -30.0, -15.0, 45.0])
     spread = math.sqrt((20**2 + 10**2 + 30**2) / 3) + 1e-4
     wanted = [-1 / 1.0001, 1 / 1.0001, -20 / spread, -10 / spread, 30 / spread]
-    assert Grpo().learn(seen, 0.0, {}).advantages == pytest.approx(wanted)
+    assert Grpo().estimate_advantages(seen, 0.0, {}).advantages == pytest.approx(wanted)
 
 
 class TestRunningMean:
-    def learn(self, scores: list[float], memory: dict[str, float], **fields: Any) -> Lesson:
+    def estimate_advantages(self, scores: list[float], memory: dict[str, float], **fields: Any) -> Advantages:
         ones = [[-1.0]] * len(scores)
-        return Reinforce(baseline="ema", **fields).learn(experience(ones, ones, scores), 0.0, memory)
+        return Reinforce(baseline="ema", **fields).estimate_advantages(experience(ones, ones, scores), 0.0, memory)
 
     def test_is_the_one_before_the_rollout(self) -> None:
         """The first rollout has its own mean, 2; the second, of mean 7, moves it to 0.9 · 2 + 0.1 · 7."""
-        first = self.learn([1.0, 3.0], {"other": 4.0})
+        first = self.estimate_advantages([1.0, 3.0], {"other": 4.0})
         assert first.advantages.tolist() == [-1.0, 1.0]
         assert first.memory == pytest.approx({"other": 4.0, "baseline": 2.0})
-        second = self.learn([6.0, 8.0], first.memory)
+        second = self.estimate_advantages([6.0, 8.0], first.memory)
         assert second.advantages.tolist() == [4.0, 6.0]
         assert second.memory == pytest.approx({"other": 4.0, "baseline": 2.5})
 
@@ -396,13 +396,15 @@ class TestRunningMean:
         said = "objective.baseline: ema has no effect with whiten, which takes off each rollout's own mean"
         assert Reinforce(baseline="ema", whiten=True).announcement == said
         assert Reinforce(baseline="ema").announcement == Reinforce(whiten=True).announcement == ""
-        assert self.learn([6.0, 8.0], {"baseline": 2.0}, whiten=True).advantages == pytest.approx([-1.0, 1.0])
+        assert self.estimate_advantages([6.0, 8.0], {"baseline": 2.0}, whiten=True).advantages == pytest.approx([-1.0, 1.0])
 
 
 def test_whitening_by_responses() -> None:
     """Returns 1 and 3 with lengths 1 and 3: mean and deviation are of the two responses, not of the four tokens."""
     old = [[-1.0], [-1.0] * 3]
-    assert Reinforce(whiten=True).learn(experience(old, old, [1.0, 3.0]), 0.0, {}).advantages == pytest.approx([-1, 1, 1, 1])
+    assert Reinforce(whiten=True).estimate_advantages(experience(old, old, [1.0, 3.0]), 0.0, {}).advantages == pytest.approx(
+        [-1, 1, 1, 1]
+    )
     assert whiten(np.array([2.0, 2.0])).tolist() == [0.0, 0.0]
 
 
@@ -424,7 +426,7 @@ class TestExplainedVariance:
     def test_is_what_kinds_with_a_value_tell(self) -> None:
         """One token each, returns 1 and 3, values 1 and 2: targets less values are 0 and 1."""
         seen = experience([[-1.0]] * 2, [[-1.0]] * 2, [1.0, 3.0], [[1.0], [2.0]], [0, 0])
-        found = {name: objective.learn(seen, 0.0, {}).metrics for name, objective in PPO_KINDS.items()}
+        found = {name: objective.estimate_advantages(seen, 0.0, {}).metrics for name, objective in PPO_KINDS.items()}
         told = {"value/explained_variance": pytest.approx(0.75)}
         assert found == {"ppo": told, "bandit": told, "reinforce": {}, "rloo": {}, "grpo": {}}
 

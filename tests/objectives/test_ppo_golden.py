@@ -32,7 +32,7 @@ def one_each(name: str) -> torch.Tensor:
 
 def golden_rollout() -> list[Tree]:
     objective = Ppo(**PLAIN)
-    return recorded(make_trees([[4], [3], [4]]), SEEN, objective.learn(SEEN, KL_COEF, {}))
+    return recorded(make_trees([[4], [3], [4]]), SEEN, objective.estimate_advantages(SEEN, KL_COEF, {}))
 
 
 def test_token_rewards() -> None:
@@ -40,7 +40,7 @@ def test_token_rewards() -> None:
 
 
 def test_generalised_advantages_and_returns() -> None:
-    plain = Ppo(**PLAIN, whiten=False).learn(SEEN, KL_COEF, {"kept": 1.0})
+    plain = Ppo(**PLAIN, whiten=False).estimate_advantages(SEEN, KL_COEF, {"kept": 1.0})
     assert plain.advantages == pytest.approx(flat(PPO["advantages"]), abs=1e-9)
     assert plain.targets == pytest.approx(flat(PPO["returns"]), abs=1e-9)
     assert plain.memory == {"kept": 1.0}
@@ -48,7 +48,7 @@ def test_generalised_advantages_and_returns() -> None:
 
 def test_whitening() -> None:
     assert whiten(flat(PPO["advantages"])) == pytest.approx(flat(PPO["whitened_advantages"]), abs=1e-9)
-    lesson = Ppo(**PLAIN).learn(SEEN, KL_COEF, {})
+    lesson = Ppo(**PLAIN).estimate_advantages(SEEN, KL_COEF, {})
     assert lesson.advantages == pytest.approx(flat(PPO["whitened_advantages"]), abs=1e-9)
     assert lesson.targets == pytest.approx(flat(PPO["returns"]), abs=1e-9)
 
@@ -111,11 +111,11 @@ def test_advantages_of_a_response(name: str) -> None:
     seen = drawn(ONE_PROMPT["R"])
     assert response_returns(token_rewards(seen, 0.5), seen.lengths) == pytest.approx(ONE_PROMPT["R"], abs=1e-12)
     wanted = [advantage for advantage, length in zip(ONE_PROMPT[name], LENGTHS, strict=True) for _ in range(length)]
-    assert KINDS[name].learn(seen, 0.5, {}).advantages == pytest.approx(wanted, abs=1e-9)
+    assert KINDS[name].estimate_advantages(seen, 0.5, {}).advantages == pytest.approx(wanted, abs=1e-9)
 
 
 def test_grpo_of_equal_returns() -> None:
-    equal = Grpo().learn(drawn([0.3] * 4), 0.5, {}).advantages
+    equal = Grpo().estimate_advantages(drawn([0.3] * 4), 0.5, {}).advantages
     assert equal == pytest.approx([ONE_PROMPT["grpo of equal R"][0]] * sum(LENGTHS), abs=1e-9)
 
 

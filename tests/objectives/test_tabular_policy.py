@@ -95,7 +95,7 @@ def distances(objective: PolicyGradient, *, samples: int, temperature: float = 1
     memory: dict[str, float] = {}
     for step in range(STEPS):
         trees, seen = rollout(model, 64 // samples, samples, temperature, random)
-        lesson = objective.learn(seen, KL_COEF, memory)
+        lesson = objective.estimate_advantages(seen, KL_COEF, memory)
         memory = lesson.memory
         for update in objective.updates(recorded(trees, seen, lesson), step):
             optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / STEPS)

@@ -125,12 +125,12 @@ def test_bco_looks_at_the_prompts_own_responses_alone() -> None:
     ("desirable", "undesirable", "wanted"), [(300, 100, (1.0, 3.0)), (50, 80, (1.6, 1.0)), (7, 7, (1.0, 1.0))]
 )
 def test_lambda_auto_balances_the_classes(desirable: int, undesirable: int, wanted: tuple[float, float]) -> None:
-    settled = Kto(beta=0.2, lambda_="auto").settled(desirable, undesirable)
-    assert settled == Kto(beta=0.2, lambda_d=wanted[0], lambda_u=wanted[1])
-    assert desirable * settled.lambda_d == pytest.approx(undesirable * settled.lambda_u)
-    assert Kto(lambda_d=2.0).settled(desirable, undesirable) == Kto(lambda_d=2.0)
+    with_class_counts = Kto(beta=0.2, lambda_="auto").with_class_counts(desirable, undesirable)
+    assert with_class_counts == Kto(beta=0.2, lambda_d=wanted[0], lambda_u=wanted[1])
+    assert desirable * with_class_counts.lambda_d == pytest.approx(undesirable * with_class_counts.lambda_u)
+    assert Kto(lambda_d=2.0).with_class_counts(desirable, undesirable) == Kto(lambda_d=2.0)
 
 
 def test_lambda_auto_needs_both_classes() -> None:
     with pytest.raises(UsageError, match="no undesirable response is there"):
-        Kto(lambda_="auto").settled(5, 0)
+        Kto(lambda_="auto").with_class_counts(5, 0)

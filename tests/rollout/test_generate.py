@@ -11,7 +11,7 @@ import torch
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.rollout import generate
-from rlhf_cli.rollout.generate import Drawn, Request, TransformersEngine, choose, cut_prompts, draw_uniforms
+from rlhf_cli.rollout.generate import Request, Response, TransformersEngine, choose, cut_prompts, draw_uniforms
 from tests.models.tiny_backbone import VOCABULARY, make, make_backbone
 
 MASKED = ["llama", "gpt2", "gemma3", "mistral", "qwen3"]
@@ -28,7 +28,7 @@ def request(prompts: list[np.ndarray], **changes: Any) -> Request:
     return Request(prompts, **(settings | {"numbers": range(len(prompts))} | changes))
 
 
-def draw(backbone: Backbone, asked: Request, role: str = "policy") -> list[list[Drawn]]:
+def draw(backbone: Backbone, asked: Request, role: str = "policy") -> list[list[Response]]:
     *waits, drawn = TransformersEngine(backbone, role).generate(asked)
     assert waits and set(waits) == {None}
     assert drawn is not None
@@ -51,7 +51,7 @@ def plain_draw(model: Any, prompt: np.ndarray, uniforms: np.ndarray, asked: Requ
     return ids[len(prompt) :], False
 
 
-def plain(drawn: list[list[Drawn]]) -> list[list[tuple[list[int], bool]]]:
+def plain(drawn: list[list[Response]]) -> list[list[tuple[list[int], bool]]]:
     return [[(one.ids.tolist(), one.ended) for one in row] for row in drawn]
 
 

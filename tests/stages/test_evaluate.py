@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_cli.data.sources import read_data
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.models import placement
-from rlhf_cli.models.placement import Frozen
+from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.rollout.experience import Rollout
@@ -422,10 +422,10 @@ def test_policies_on_one_base_cost_one_model(
     home: Path, run: Callable[..., Path], loads: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six adapters visit it one by one, and are gone; its own bits are as they were."""
-    hosts: list[Frozen] = []
+    hosts: list[FrozenModels] = []
     original = visits._load_frozen
 
-    def noting(job: Any) -> Frozen:
+    def noting(job: Any) -> FrozenModels:
         hosts.append(original(job))
         return hosts[-1]
 

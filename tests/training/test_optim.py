@@ -66,15 +66,15 @@ def test_sgd_update() -> None:
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_state_goes_through_plain_tensors(kind: str) -> None:
     train = sections.Train(learning_rate=0.1, optimizer=kind, betas=(0.8, 0.9))  # type: ignore[arg-type]
-    straight, begun = _parameters(), _parameters()
+    straight, partial = _parameters(), _parameters()
     first = build_optimizer({"policy": straight}, train)
-    before = build_optimizer({"policy": begun}, train)
+    before = build_optimizer({"policy": partial}, train)
     for scale in (1.0, 3.0):
         _step(first, straight, scale)
-        _step(before, begun, scale)
-    tensors, numbers = optimizer_state(before, begun)
+        _step(before, partial, scale)
+    tensors, numbers = optimizer_state(before, partial)
     assert sorted(tensors) == ([f"{n}|{e}" for n in "ab" for e in ("exp_avg", "exp_avg_sq", "step")] if kind == "adamw" else [])
-    resumed = {name: torch.nn.Parameter(p.detach().clone()) for name, p in begun.items()}
+    resumed = {name: torch.nn.Parameter(p.detach().clone()) for name, p in partial.items()}
     after = build_optimizer({"policy": resumed}, train)
     restore_optimizer(after, resumed, tensors, numbers)
     for scale in (0.2, 5.0):

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_cli.data.batches import Draw
+from rlhf_cli.data.batches import StepBatches
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.training.partial_step import Underway, load_underway, save_underway
+from rlhf_cli.training.partial_step import PartialStep, load_partial_step, save_partial_step
 from rlhf_cli.training.step import Sums
 
 THIRD, TINY = 1 / 3, 5e-324
@@ -50,8 +50,8 @@ JUDGED = [
 ]
 
 CASES = {
-    "ppo between two updates": Underway(
-        Draw(
+    "ppo between two updates": PartialStep(
+        StepBatches(
             5,
             (ROLLOUT,),
             (["a.jsonl:3", "a.jsonl:1", "ptx é.jsonl:9"],),
@@ -66,8 +66,8 @@ CASES = {
         {"policy/ratio": 1 - 2**-53},
         0.1,
     ),
-    "preferences of two steps": Underway(Draw(2, (RANKED, RANKED[:1]), (["x:1", "x:2"], ["x:1"]), {}, {}, {"a": 0.1})),
-    "judged responses": Underway(Draw(9, (JUDGED, JUDGED[::-1], []), (["y:1", "y:2"], ["y:2", "y:1"], []), {}, {}, {})),
+    "preferences of two steps": PartialStep(StepBatches(2, (RANKED, RANKED[:1]), (["x:1", "x:2"], ["x:1"]), {}, {}, {"a": 0.1})),
+    "judged responses": PartialStep(StepBatches(9, (JUDGED, JUDGED[::-1], []), (["y:1", "y:2"], ["y:2", "y:1"], []), {}, {}, {})),
 }
 
 
@@ -81,15 +81,15 @@ def same(a: Any, b: Any) -> bool:
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, (Underway, Draw, Sums)):
+    if isinstance(a, (PartialStep, StepBatches, Sums)):
         return same(vars(a), vars(b))
     return repr(a) == repr(b)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
-    save_underway(tmp_path, CASES[name])
-    found = load_underway(tmp_path)
+    save_partial_step(tmp_path, CASES[name])
+    found = load_partial_step(tmp_path)
     assert found is not None
     assert same(found, CASES[name])
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["underway.json", "underway.npz"]
@@ -99,19 +99,19 @@ def test_the_comparison_sees_a_single_bit() -> None:
     case = CASES["preferences of two steps"]
     other = np.nextafter(RANKED[0].responses[0].astype(np.float64), 0)
     assert same(RANKED[0], RANKED[0]._replace()) and not same(RANKED[0], RANKED[0]._replace(responses=(other,)))
-    assert not same(-0.0, 0.0) and not same((1,), [1]) and not same(case, Underway(case.draw, 1))
+    assert not same(-0.0, 0.0) and not same((1,), [1]) and not same(case, PartialStep(case.draw, 1))
 
 
 def test_a_checkpoint_between_steps_holds_nothing(tmp_path: Path) -> None:
-    assert load_underway(tmp_path) is None
+    assert load_partial_step(tmp_path) is None
 
 
 def test_no_pickle_is_written_or_read(tmp_path: Path) -> None:
-    save_underway(tmp_path, CASES["judged responses"])
+    save_partial_step(tmp_path, CASES["judged responses"])
     with np.load(tmp_path / "underway.npz", allow_pickle=False) as arrays:
         assert {array.dtype.kind for array in arrays.values()} == {"i", "b", "f"}
     np.savez(tmp_path / "underway.npz", **{"0": np.array([{"a": 1}], dtype=object)})  # type: ignore[arg-type]
     numbers = json.loads((tmp_path / "underway.json").read_text())
     (tmp_path / "underway.json").write_text(json.dumps(numbers | {"batches": [numbers["batches"][0][:1]]}))
     with pytest.raises(ValueError, match="Object arrays cannot be loaded when allow_pickle=False"):
-        load_underway(tmp_path)
+        load_partial_step(tmp_path)
