@@ -223,7 +223,7 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-"""The parts of the package, the lowest floor first. A part imports from lower floors and from itself, whatever the import is for."""
+"""The parts of the package, the lowest floor first. A part imports from lower floors and from itself, be it for types alone."""
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 
 
