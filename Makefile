@@ -41,12 +41,13 @@ SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/
 NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
 .PRECIOUS: $(QUICK) $(MORE) $(SMOLLM2_RUNS) $(BASE)
-.PHONY: help quickstart test check smollm2 bench always
+.PHONY: help quickstart test lint check smollm2 bench always
 
 help:
 	@echo "make quickstart   make a tiny model and its data; every stage from sft to eval: some minutes on a CPU"
 	@echo "make test         every test"
 	@echo "make check        linters, types and the fast tests"
+	@echo "make lint         linters and types"
 	@echo "make smollm2      the same stages of SmolLM2-135M-Instruct on HH-RLHF; HH=rows.jsonl.gz to use a file, LIMIT=n for fewer rows"
 	@echo "make bench        compare with another trainer on the same rows; HH=rows.jsonl.gz"
 
@@ -78,14 +79,19 @@ ifneq ($(wildcard $(DATA)),$(DATA))
 $(BASE): always
 endif
 
-test: $(DEV)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+# A process a core, each with whole files of tests; eight hold 5 GiB.
+TESTS := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 
-check: $(DEV)
+test: $(DEV)
+	@$(TESTS)
+
+lint: $(DEV)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy --no-error-summary
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+check: lint
+	@$(TESTS) -m "not slow"
 
 smollm2: runs/smollm2/eval/manifest.json
 	$(TABLE)

@@ -462,13 +462,11 @@ class TestMakefile:
         assert self.make(folder, "quickstart") == [INSTALL.format("dev"), SHOW]
 
     def test_check_and_test(self, folder: Path) -> None:
-        fast = [
-            "ruff check --quiet .",
-            "ruff format --quiet --check .",
-            "mypy --no-error-summary",
-            "python -m pytest -m not slow",
-        ]
-        assert self.make(folder, "check", "test") == [INSTALL.format("dev"), *fast, "python -m pytest"]
+        lint = ["ruff check --quiet .", "ruff format --quiet --check .", "mypy --no-error-summary"]
+        tests = "python -m pytest -n logical --maxprocesses 8"
+        assert self.make(folder, "check") == [INSTALL.format("dev"), *lint, f"{tests} -m not slow"]
+        assert self.make(folder, "lint", "test") == [*lint, tests]
+        assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "make lint test"
 
     def test_smollm2_with_rows_from_the_hub_or_a_file(self, folder: Path) -> None:
         fetch = "python scripts/fetch_smollm2.py --dest models/smollm2-135m-instruct"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Recorded, Tree
 from rlhf_cli.models.backbone import BASE, Backbone, lora_config
 from rlhf_cli.objectives.ppo import Ppo
-from rlhf_cli.reports import report
 from rlhf_cli.rollout import source
 from rlhf_cli.rollout.experience import Rollout, Sampler
 from rlhf_cli.rollout.generate import Request, Response
@@ -47,15 +46,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parts = folder / "base", folder / "pairs.jsonl", folder / name
         assert rlhf(stage, write_recipe(folder / f"{name}.yaml", *parts, lora={"r": 4}, train=train)) == 0
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def plain_report() -> Iterator[None]:
-    """Without pictures, which take longer than the runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        for pictures in ("draw_plots", "draw_card"):
-            patch.setattr(report, pictures, lambda *lines: [])
-        yield
 
 
 def recipe(home: Path, output: Path, start: str = "sft", **sections: Any) -> Path:

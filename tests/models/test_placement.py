@@ -22,7 +22,6 @@ from rlhf_cli.errors import NumberError
 from rlhf_cli.models import placement, policy
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.scoring import score_trees
-from rlhf_cli.reports import report
 from rlhf_cli.rollout.rewards import Answers, ModelTerm
 from rlhf_cli.stages import ppo
 from tests.models.tiny_backbone import draw_trees, packed_logps, plain_logps
@@ -47,13 +46,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rm-other": ("train-rm", "other", {"r": 4}),
         "rm-full": ("train-rm", "base", None),
     }
-    with pytest.MonkeyPatch.context() as patch:
-        for pictures in ("draw_plots", "draw_card"):  # they take longer than the runs
-            patch.setattr(report, pictures, lambda *lines: [])
-        for name, (command, start, lora) in runs.items():
-            train = {"steps": 2, "save_every": None, "learning_rate": 0.02 if lora else 0.002}
-            parts = folder / start, folder / "pairs.jsonl", folder / name
-            assert rlhf(command, write_recipe(folder / f"{name}.yaml", *parts, lora=lora, train=train)) == 0
+    for name, (command, start, lora) in runs.items():
+        train = {"steps": 2, "save_every": None, "learning_rate": 0.02 if lora else 0.002}
+        parts = folder / start, folder / "pairs.jsonl", folder / name
+        assert rlhf(command, write_recipe(folder / f"{name}.yaml", *parts, lora=lora, train=train)) == 0
     return folder
 
 
@@ -84,8 +80,8 @@ def start(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 
         monkeypatch.setattr(module, "load_model", load)
 
-    def capture(job: Any, folder: Any, backbone: Backbone, *, way: Any, **others: Any) -> None:
-        found.append((backbone, way.source.sampler.terms))
+    def capture(job: Any, folder: Any, backbone: Backbone, *, on_policy: Any, **others: Any) -> None:
+        found.append((backbone, on_policy.source.sampler.terms))
         raise NumberError("as far as this test goes")
 
     for module in (placement, policy):

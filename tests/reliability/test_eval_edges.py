@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from tests.stages.tiny_runs import (
     note_draws,
     notes,
     result,
-    without_pictures,
     write_eval,
 )
 from tests.tiny import own_signals, rlhf, write_recipe
@@ -60,14 +58,13 @@ SERIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With `foreign`: the base with another chat template."""
-    with without_pictures():
-        folder = make_home(tmp_path_factory.mktemp("edges"), "sft", "rm", "dpo")
-        make_base(folder / "foreign", seed=2)
-        tiny_tokenizer(eos="<|im_end|>", template=ZEPHYR).save_pretrained(folder / "foreign")
-        (folder / "foreign" / "chat_template.jinja").write_text(ZEPHYR)
-        yield folder
+    folder = make_home(tmp_path_factory.mktemp("edges"), "sft", "rm", "dpo")
+    make_base(folder / "foreign", seed=2)
+    tiny_tokenizer(eos="<|im_end|>", template=ZEPHYR).save_pretrained(folder / "foreign")
+    (folder / "foreign" / "chat_template.jinja").write_text(ZEPHYR)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_cli.models import placement
 from rlhf_cli.rollout.generate import TransformersEngine
-from tests.stages.tiny_runs import LETTERS, MODEL, PROMPTS, lines, make_home, note_draws, result, without_pictures, write_eval
+from tests.stages.tiny_runs import LETTERS, MODEL, PROMPTS, lines, make_home, note_draws, result, write_eval
 from tests.tiny import own_signals, rlhf, spawn, write_recipe
 
 MODELS = {"sft": "HOME/sft", "dpo": "HOME/dpo", "bare": "HOME/base"}
@@ -70,9 +70,8 @@ def waits(prompts, responses):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with without_pictures():
-        yield make_home(tmp_path_factory.mktemp("faults"), "sft", "rm", "dpo")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("faults"), "sft", "rm", "dpo")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from rlhf_cli import sections
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.recipe import metrics, recipes
 from rlhf_cli.recipe.load import load_recipe
-from rlhf_cli.reports import report
 from rlhf_cli.rollout import generate, rewards
 from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.runs.manifest import weights_hash
@@ -63,20 +62,17 @@ def spoils(prompts, responses):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A base whose responses often end, 13 prompts, a reward model `rm`, functions, and reports without their pictures."""
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose responses often end, 13 prompts, a reward model `rm` and functions."""
     folder = tmp_path_factory.mktemp("runs")
     make_model(folder / "base", initializer_range=0.2)
     (folder / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(60))}))
     write_pairs(folder / "pairs.jsonl", 13)
     (folder / "rewards.py").write_text(REWARDS)
-    with pytest.MonkeyPatch.context() as patch:
-        for pictures in ("draw_plots", "draw_card"):  # they take longer than the runs
-            patch.setattr(report, pictures, lambda *lines: [])
-        train = {"steps": 3, "learning_rate": 0.02, "save_every": None}
-        parts = folder / "base", folder / "pairs.jsonl", folder / "rm"
-        assert rlhf("train-rm", write_recipe(folder / "rm.yaml", *parts, lora={"r": 4}, train=train)) == 0
-        yield folder
+    train = {"steps": 3, "learning_rate": 0.02, "save_every": None}
+    parts = folder / "base", folder / "pairs.jsonl", folder / "rm"
+    assert rlhf("train-rm", write_recipe(folder / "rm.yaml", *parts, lora={"r": 4}, train=train)) == 0
+    return folder
 
 
 def recipe(home: Path, output: Path, functions: Path | None = None, **sections: Any) -> Path:

@@ -39,7 +39,6 @@ from tests.stages.tiny_runs import (
     make_home,
     notes,
     result,
-    without_pictures,
     write_eval,
 )
 from tests.tiny import rlhf, spawn, write_recipe
@@ -55,9 +54,8 @@ TWICE = {"max_new_tokens": 6, "responses_per_prompt": 2}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with without_pictures():
-        yield make_home(tmp_path_factory.mktemp("evaluated"), *RUNS)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("evaluated"), *RUNS)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import pytest
 import yaml
 
 from rlhf_cli.rollout.generate import TransformersEngine
-from rlhf_cli.runs import eval_plots, report
 from tests.tiny import make_model, rlhf, write_pairs, write_recipe, write_rows
 
 FUNCTIONS = """from math import sin
@@ -53,16 +50,6 @@ TRAINED = "may have been trained on rows of"
 def notes(folder: Path) -> list[str]:
     """Those of an evaluation, but for the one on rows that training has seen."""
     return [note for note in result(folder)["about"]["notes"] if TRAINED not in note]
-
-
-@contextmanager
-def without_pictures() -> Iterator[None]:
-    """They take longer than the runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        for pictures in ("draw_plots", "draw_card"):
-            patch.setattr(report, pictures, lambda *lines: [])
-        patch.setattr(eval_plots, "_pictures", lambda result: iter(()))
-        yield
 
 
 def make_base(folder: Path, seed: int = 0) -> Path:

@@ -1,0 +1,44 @@
+"""What takes longer than a tiny run and is no part of what is tested with it: pictures, and long samples."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Drawing:
+    name: str
+    home: str
+    caller: str
+    nothing: Callable[[], Any]  # what is returned where nothing is drawn
+
+
+DRAWINGS = (
+    Drawing("draw_plots", "rlhf_cli.reports.plots", "rlhf_cli.reports.report", list),
+    Drawing("draw_card", "rlhf_cli.reports.plots", "rlhf_cli.reports.report", list),
+    Drawing("draw_evaluation", "rlhf_cli.reports.eval_plots", "rlhf_cli.reports.evaluated", lambda: defaultdict(list)),
+)
+"""The functions that draw: the module that has each, and the one that calls it."""
+
+SAMPLES = {"SHOWN_PROMPTS": 3, "SHOWN_TOKENS": 6}
+"""How many samples a run writes while it trains, and how long they get."""
+
+
+def be_brief(patch: pytest.MonkeyPatch) -> None:
+    """From now on runs leave out the pictures of their reports, and say little in their samples."""
+    for drawing in DRAWINGS:
+        patch.setattr(f"{drawing.caller}.{drawing.name}", lambda *_, nothing=drawing.nothing: nothing())
+    for name, few in SAMPLES.items():
+        patch.setattr(f"rlhf_cli.stages.training.{name}", few)
+
+
+def draw_again(patch: pytest.MonkeyPatch) -> None:
+    """From now on reports have their pictures."""
+    for drawing in DRAWINGS:
+        patch.setattr(f"{drawing.caller}.{drawing.name}", getattr(import_module(drawing.home), drawing.name))
