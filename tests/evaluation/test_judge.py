@@ -628,8 +628,8 @@ class TestWaiting:
             ("7", 7, 7),
             ("0.5", 0.5, 0.5),
             ("3600", 60, 60),
-            (formatdate(time.time() + 86400, usegmt=True), 60, 60),
-            (formatdate(time.time() - 60, usegmt=True), 0.25, 0.25),
+            ("tomorrow", 60, 60),
+            ("a minute ago", 0.25, 0.25),
             ("-5", 0.25, 0.25),
             ("nan", 0.25, 0.25),
             ("inf", 0.25, 0.25),
@@ -651,6 +651,8 @@ class TestWaiting:
     ) -> None:
         """What the server asks for, at most a minute, and never less than the back-off."""
         monkeypatch.setattr(judge, "BACKOFF", 0.25)
+        if header in (dates := {"tomorrow": 86400, "a minute ago": -60}):
+            header = formatdate(time.time() + dates[header], usegmt=True)
         model = serve(lambda *_: error(status, "", Retry_After=header))
         refused(MachineError, settings(model, retries=1, parallel=1), PAIR, path)
         assert len(waits) == 1

@@ -13,7 +13,7 @@ from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.recipe.metrics import metrics_of, training_metrics_of
 from rlhf_cli.recipe.rewards import default_name, name_of
-from rlhf_cli.sections import OnlineRollout, Reward
+from rlhf_cli.sections import OnlineSampling, Reward
 
 PLAIN = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl, holdout: 0.1}\n"
 GOOD = PLAIN + "reward: [{model: runs/rm}]\n"
@@ -143,7 +143,7 @@ def test_a_term_is_changed_from_the_command_line(tmp_path: Path) -> None:
 
 def test_sections_that_may_be_empty(tmp_path: Path) -> None:
     online: Any = load(tmp_path, "dpo", text=GOOD + "rollout: {}\n").recipe
-    assert online.rollout == OnlineRollout() == online.draws
+    assert online.rollout == OnlineSampling() == online.draws
     assert (online.rollout.responses_per_prompt, online.rollout.refresh) == (2, 1)
     offline: Any = load(tmp_path, "dpo", text=PLAIN + "rollout:\n").recipe
     assert offline.draws is None

@@ -20,7 +20,7 @@ from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.keys import keys_of, walk
 from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.recipe.recipes import EvalRecipe
-from rlhf_cli.sections import Endpoint, EvalSource, Reward, Rollout, Sampling, Winrate
+from rlhf_cli.sections import Endpoint, EvalSource, PolicySampling, Reward, Sampling, Winrate
 
 ROOT = Path(__file__).parents[2]
 MODELS = "output: runs/e\nmodels: {sft: runs/sft, dpo: runs/dpo}\n"
@@ -624,7 +624,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_speaks_of_a_policys_training_in_training_alone() -> None:
-    assert keys_of(Sampling).keys() | {"engine"} == keys_of(Rollout).keys()
+    assert keys_of(Sampling).keys() | {"engine"} == keys_of(PolicySampling).keys()
     words = ("ppo kinds", "rloo")
     assert [word in " ".join(key_table("eval").split()) for word in words] == [False, False]
     assert [word in " ".join(key_table("ppo").split()) for word in words] == [True, True]

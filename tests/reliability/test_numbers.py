@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_cli.objectives.base import Term
+from rlhf_cli.objectives.base import LossTerm
 from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.training import loop, step
 from tests.tiny import make_model, read_lines, rlhf, write_recipe, write_rows
@@ -39,10 +39,10 @@ def nan_loss(patch: pytest.MonkeyPatch, tree: int) -> None:
         now[0] = settings["step"]
         return update(*arguments, **settings)
 
-    def broken(self: Sft, backbone: Any, batch: Any, given: Any) -> Iterator[Term]:
+    def broken(self: Sft, backbone: Any, batch: Any, given: Any) -> Iterator[LossTerm]:
         spoil = float("nan") if now[0] == REFUSED and tree in batch.trees else 1.0
         for term in terms(self, backbone, batch, given):
-            yield Term({unit: loss * spoil for unit, loss in term.losses.items()}, term.sums)
+            yield LossTerm({unit: loss * spoil for unit, loss in term.losses.items()}, term.sums)
 
     patch.setattr(loop, "optimise", noting)
     patch.setattr(Sft, "terms", broken)

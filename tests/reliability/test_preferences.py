@@ -19,7 +19,7 @@ from rlhf_cli.data import cache
 from rlhf_cli.evaluation import preference
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.objectives import OBJECTIVES
-from rlhf_cli.objectives.base import Term
+from rlhf_cli.objectives.base import LossTerm
 from rlhf_cli.objectives.kto import Kto
 from rlhf_cli.training import loop, reference, step
 from tests.tiny import children, gone, make_model, read_lines, rlhf, spawn, write_pairs, write_recipe, write_rows
@@ -70,10 +70,10 @@ def nan_loss(patch: pytest.MonkeyPatch, stage: str) -> None:
     kind, now = OBJECTIVES[stage][0], note_steps(patch)
     terms = kind.terms
 
-    def broken(self: Any, backbone: Backbone, batch: Any, given: Any) -> Iterator[Term]:
+    def broken(self: Any, backbone: Backbone, batch: Any, given: Any) -> Iterator[LossTerm]:
         spoil = float("nan") if now[0] == REFUSED and 0 in batch.trees else 1.0
         for term in terms(self, backbone, batch, given):
-            yield Term({unit: loss * spoil for unit, loss in term.losses.items()}, term.sums)
+            yield LossTerm({unit: loss * spoil for unit, loss in term.losses.items()}, term.sums)
 
     patch.setattr(kind, "terms", broken)
 
@@ -150,13 +150,13 @@ def test_a_number_that_is_not_finite(
             return saved(folder, backbone, *arguments)
 
         patch.setattr(loop, "save_checkpoint", noting)
-        keep_evidence = loop.Fit._keep_evidence
+        keep_evidence = loop.Trainer._keep_evidence
 
-        def compare(self: loop.Fit, *arguments: Any) -> Any:
+        def compare(self: loop.Trainer, *arguments: Any) -> Any:
             written.append({name: p.detach().clone() for name, p in self.backbone.trained_parameters().items()})
             return keep_evidence(self, *arguments)
 
-        patch.setattr(loop.Fit, "_keep_evidence", compare)
+        patch.setattr(loop.Trainer, "_keep_evidence", compare)
         assert rlhf(stage, path) == 3
     after_two, refused = written
     assert all(torch.equal(after_two[name], refused[name]) for name in after_two)

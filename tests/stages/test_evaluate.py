@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_cli.data.sources import read_data
 from rlhf_cli.data.trees import Tree
+from rlhf_cli.evaluation import measure, visits
 from rlhf_cli.models import placement
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.rollout.experience import Rollout
-from rlhf_cli.stages import measure, visits
 from tests.data.tiny_tokenizer import ZEPHYR, tiny_tokenizer
 from tests.models.tiny_backbone import plain_logps
 from tests.stages.tiny_runs import (

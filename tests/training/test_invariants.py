@@ -128,12 +128,12 @@ FAULTS = {
 
 @pytest.mark.parametrize("role", ["policy", "reward"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_wrong_masks_and_positions(start_error: str, role: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if role == "reward" and ("mask" in start_error or "targets" in start_error):
+def test_wrong_masks_and_positions(fault: str, role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if role == "reward" and ("mask" in fault or "targets" in fault):
         pytest.skip("a score has neither a loss mask nor targets")
     backbone = make_backbone(make(), attention="sdpa", role=role)
     build = backbone_module.build_batch
-    monkeypatch.setattr(backbone_module, "build_batch", lambda trees, rows: FAULTS[start_error](build(trees, rows)))
+    monkeypatch.setattr(backbone_module, "build_batch", lambda trees, rows: FAULTS[fault](build(trees, rows)))
     # All trees in one row, or the last fault would have nobody to see.
     backbone.kernel = dataclasses.replace(backbone.kernel, layout="long")
     objective = BradleyTerry() if role == "reward" else Dpo()
