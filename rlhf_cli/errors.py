@@ -40,4 +40,5 @@ class Stopped(RunError):
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
+        self.number = signal_number
         self.exit_code = 128 + signal_number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -11,17 +12,25 @@ from rlhf_cli.errors import Stopped
 
 BEFORE = "before the first step; nothing was trained"
 
+Pause = Callable[[], None]
+"""What long work calls between two tokens or passes, where everything may be left: it may raise `Stopped`."""
+
+
+def no_pause() -> None:
+    """A `Pause` at which nothing stops."""
+
 
 class StopSignals:
     """Holds the signal that asked the run to stop.
 
-    Until `defer()` a signal ends the run where it stands, by `Stopped`. After it, the loop looks at `received` between two
-    passes, until `obey_at_once()`. A second SIGINT ends the process at once.
+    Until `defer()` a signal ends the run where it stands, by `Stopped`; after it at the next `pause()` of a run of one rank, and
+    in any case where the loop looks at `received`, until `obey_at_once()`. A second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._deferred = False
+        self._alone = False
         self._remark = BEFORE
 
     def install(self) -> None:
@@ -32,8 +41,14 @@ class StopSignals:
         """What follows "stopped by SIGTERM" in the message from now on."""
         self._remark = remark
 
-    def defer(self) -> None:
-        self._deferred = True
+    def defer(self, *, alone: bool = False) -> None:
+        """Let no signal interrupt from now on. `alone`: no other rank waits for this one, so that `pause` may stop it."""
+        self._deferred, self._alone = True, alone
+
+    def pause(self) -> None:
+        """A `Pause`. Raises Stopped if a deferred signal is here and this rank is alone."""
+        if self._deferred and self._alone and self.received is not None:
+            self._stop(self.received)
 
     def obey_at_once(self, remark: str) -> None:
         """End the run where it stands at a signal from now on; `remark` follows "stopped by SIGTERM" in the message.

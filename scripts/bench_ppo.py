@@ -106,8 +106,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     seconds = {"rollout and scores": 0.0, "update": 0.0}
     for step in range(1, options.iterations + 1):
         started = time.process_time()
-        *_, draw = drawn.draw(step, {})
-        assert draw is not None
+        draw = drawn.collect(step, {})
         between = time.process_time()
         for number, batch in enumerate(objective.updates(draw.batches[0], step)):
             optimise(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -56,9 +56,9 @@ class DatasetSource:
         order: np.ndarray = self._order(epoch)  # type: ignore[operator]
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[StepBatches, None, None]:
-        """The batch of `step`, as every source gives it: the last value is the draw."""
-        yield StepBatches(step, (self.batch(step),), (self.locations(step),), dict(memory))
+    def collect(self, step: int, memory: Mapping[str, float]) -> StepBatches:
+        """The batch of `step`, as every source gives it."""
+        return StepBatches(step, (self.batch(step),), (self.locations(step),), dict(memory))
 
     def batch(self, step: int) -> list[Tree]:
         return [self.trees[int(i)] for i in self.indices(step)]

@@ -22,12 +22,13 @@ from rlhf_cli.models.scoring import token_figures
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.rewards import name_of
-from rlhf_cli.rollout.experience import Rollout, Sampler, Work, at_once, guarded
+from rlhf_cli.rollout.experience import Rollout, Sampler, together
 from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.rollout.reward_models import FoundRewardModel
 from rlhf_cli.rollout.rewards import Answers, FunctionTerm, ModelTerm, as_given, combine
 from rlhf_cli.rollout.source import HELD_OUT
 from rlhf_cli.rollout.terms import Judge, Judges
+from rlhf_cli.signals import Pause
 
 TOLD = 30.0
 """Seconds between two words on a model that takes its time."""
@@ -77,24 +78,23 @@ def draw(
         budget=budget,
         ranks=ranks,
         compared=compared,
+        pause=_teller(lambda seconds: say(f"{candidate.name}: drawing and scoring, {seconds:.0f} s so far")),
     )
-    work = sampler.rollout(list(rows.trees), derive_seed(recipe.seed, HELD_OUT), samples=samples)
-    rollout = at_once(_told(work, lambda seconds: say(f"{candidate.name}: drawing and scoring, {seconds:.0f} s so far")))
+    rollout = sampler.rollout(list(rows.trees), derive_seed(recipe.seed, HELD_OUT), samples=samples)
     return list(_samples(candidate.name, rollout, sampler, rows.records, compared))
 
 
-def _told(work: Work[Rollout], say: Callable[[float], None]) -> Work[Rollout]:
-    """The work, which says every TOLD seconds how long it has taken."""
+def _teller(say: Callable[[float], None]) -> Pause:
+    """Says every TOLD seconds how long the work between whose passes it is called has taken."""
     started = told = time.monotonic()
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+
+    def tell() -> None:
+        nonlocal told
         if time.monotonic() - told > TOLD:
             told = time.monotonic()
             say(told - started)
-        yield
+
+    return tell
 
 
 def place_judges(judges: Judges, frozen: FrozenModels) -> None:
@@ -208,7 +208,7 @@ def _logps(host: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks:
         return (own.logps(role, batch)[0],)
 
     share = range(ranks.rank, len(trees), ranks.size)
-    mine = at_once(guarded(ranks, token_figures(host, [trees[i] for i in share], budget, read)))
+    mine = together(ranks, lambda: token_figures(host, [trees[i] for i in share], budget, read))
     found: Mapping[int, list[np.ndarray]] = {
         i: part for own in ranks.gather(dict(zip(share, mine, strict=True))) for i, part in own.items()
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+
+from rlhf_cli.signals import Pause, no_pause
 
 if TYPE_CHECKING:
     from rlhf_cli.data.trees import Batch, Tree
@@ -42,8 +44,12 @@ def score_trees(
 
 
 def token_figures(
-    host: Backbone, trees: Sequence[Tree], budget: int, read: Callable[[Backbone, Batch], tuple[torch.Tensor, ...]]
-) -> Generator[None, None, list[list[np.ndarray]]]:
+    host: Backbone,
+    trees: Sequence[Tree],
+    budget: int,
+    read: Callable[[Backbone, Batch], tuple[torch.Tensor, ...]],
+    pause: Pause = no_pause,
+) -> list[list[np.ndarray]]:
     """(rows of `read`, n) float64 for the n supervised tokens of every response, [tree][response]; pauses after each pass."""
     host.train(False)
     found: dict[int, list[np.ndarray]] = {}
@@ -55,5 +61,5 @@ def token_figures(
         for tree, count in zip(batch.trees, batch.counts, strict=True):
             found[tree] = [rows[:, owner == response] for response in range(first, first + count)]
             first += count
-        yield
+        pause()
     return [found[tree] for tree in range(len(trees))]

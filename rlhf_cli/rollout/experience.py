@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,10 +20,9 @@ from rlhf_cli.models.scoring import Ranks, token_figures
 from rlhf_cli.objectives.policy_gradient import Experience
 from rlhf_cli.rollout.generate import Engine, Request, Response
 from rlhf_cli.rollout.rewards import Answers, Term, combine
+from rlhf_cli.signals import Pause, no_pause
 
 T = TypeVar("T")
-Work = Generator[None, None, T]
-"""Yields between two passes or tokens, so that a caller can stop, and returns its result."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,9 @@ class Sampler:
     budget: int
     ranks: Ranks
     compared: bool = True  # is there a role "reference"? Without it the log-probabilities of a reference are NaN
+    pause: Pause = no_pause  # between two tokens or passes
 
-    def rollout(self, prompts: Sequence[Tree], seed: int, *, samples: int | None = None, values: bool = False) -> Work[Rollout]:
+    def rollout(self, prompts: Sequence[Tree], seed: int, *, samples: int | None = None, values: bool = False) -> Rollout:
         """Responses to all prompts, the same on every rank. `samples`: of each prompt, by default the recipe's number.
 
         Raises:
@@ -99,18 +98,18 @@ class Sampler:
         started = time.monotonic()
         share = range(self.ranks.rank, len(prompts), self.ranks.size)
         count = self.settings.responses_per_prompt if samples is None else samples
-        work = self.respond([prompts[i] for i in share], share, seed, count, self.settings.max_new_tokens)
-        own = yield from guarded(self.ranks, work)
+        mine = [prompts[i] for i in share]
+        own = together(self.ranks, lambda: self.respond(mine, share, seed, count, self.settings.max_new_tokens))
         return_freed()  # the copies of the weights that sampling used
         drawn_at = time.monotonic()
         trees = [
-            prompts[i]._replace(responses=tuple(response.ids for response in responses))
-            for i, responses in zip(share, own, strict=True)
+            tree._replace(responses=tuple(response.ids for response in responses))
+            for tree, responses in zip(mine, own, strict=True)
         ]
         answers = self._answers(trees, own)
         worth = together(self.ranks, lambda: self._worth(answers))
-        yield
-        tokens = yield from guarded(self.ranks, self._tokens(trees, values))
+        self.pause()
+        tokens = together(self.ranks, lambda: self._tokens(trees, values))
         found = _merge(self.ranks.gather(dict(zip(share, zip(trees, own, worth, tokens, strict=True), strict=True))))
         whole = np.concatenate([scores for _, _, scores, _ in found], 1)
         old, reference, plain, plain_reference, value = np.concatenate([numbers for *_, numbers in found], 1)
@@ -134,7 +133,7 @@ class Sampler:
 
     def respond(
         self, prompts: Sequence[Tree], numbers: Sequence[int], seed: int, samples: int, max_new_tokens: int
-    ) -> Work[list[list[Response]]]:
+    ) -> list[list[Response]]:
         """The responses to each prompt, without judging them. `numbers`: of each prompt, what its randomness follows from."""
         if not prompts:
             return []
@@ -147,7 +146,7 @@ class Sampler:
             ends=self.ends,
             seed=seed,
         )
-        return (yield from last(self.engine.generate(request)))
+        return self.engine.generate(request, self.pause)
 
     def text(self, ids: np.ndarray, ended: bool) -> str:
         """What a response says, without the token that ended it."""
@@ -169,34 +168,28 @@ class Sampler:
         scores = np.array([term.score(answers) for term in (*self.terms, *self.gold)], np.float64).reshape(-1, ends[-1])
         return np.split(scores, ends[:-1], 1)
 
-    def _tokens(self, trees: list[Tree], values: bool) -> Work[list[np.ndarray]]:
+    def _tokens(self, trees: list[Tree], values: bool) -> list[np.ndarray]:
         """(5, n) of every tree's response tokens: `old`, `reference`, `plain`, `plain_reference`, and the value or NaN."""
         warm = self.settings.temperature
 
         def logps(role: str) -> Callable[[Backbone, Batch], tuple[torch.Tensor, ...]]:
             return lambda host, batch: host.tempered_logps(role, batch, (warm, 1.0))[0]
 
-        policy = yield from _per_tree(self.backbone, trees, self.budget, logps("policy"))
+        def per_tree(host: Backbone, read: Callable[[Backbone, Batch], tuple[torch.Tensor, ...]]) -> list[np.ndarray]:
+            found = token_figures(host, trees, self.budget, read, self.pause)
+            return [np.concatenate(responses, 1) for responses in found]
+
+        policy = per_tree(self.backbone, logps("policy"))
         reference = [np.full_like(part, np.nan) for part in policy]
         if self.compared:
-            host = self.backbone.at("reference")
-            reference = yield from _per_tree(host, trees, self.budget, logps("reference"))
+            reference = per_tree(self.backbone.at("reference"), logps("reference"))
         value = [np.full((1, part.shape[1]), np.nan) for part in policy]
         if values:
-            host = self.backbone.at("value")
-            value = yield from _per_tree(host, trees, self.budget, lambda own, batch: (own.values("value", batch),))
+            value = per_tree(self.backbone.at("value"), lambda own, batch: (own.values("value", batch),))
         return [
             np.concatenate([mine[:1], theirs[:1], mine[1:], theirs[1:], worth])
             for mine, theirs, worth in zip(policy, reference, value, strict=True)
         ]
-
-
-def _per_tree(
-    host: Backbone, trees: list[Tree], budget: int, read: Callable[[Backbone, Batch], tuple[torch.Tensor, ...]]
-) -> Work[list[np.ndarray]]:
-    """(rows of `read`, n) float64 of every tree's response tokens, response by response."""
-    found = yield from token_figures(host, trees, budget, read)
-    return [np.concatenate(responses, 1) for responses in found]
 
 
 def _merge(shares: list[dict[int, T]]) -> list[T]:
@@ -204,42 +197,12 @@ def _merge(shares: list[dict[int, T]]) -> list[T]:
     return [whole[index] for index in range(len(whole))]
 
 
-def last(values: Generator[T | None, None, None]) -> Work[T]:
-    """The last value of a generator whose others are pauses; stopped early, it is closed too."""
-    found: T | None = None
-    with contextlib.closing(values):
-        for value in values:
-            found = value
-            yield
-    assert found is not None
-    return found
-
-
 def together(ranks: Ranks, work: Callable[[], T]) -> T:
     """`work` on this rank; what it raises on any rank ends the run on all, in order."""
-
-    def without_pause() -> Work[T]:
-        return work()
-        yield
-
-    return at_once(guarded(ranks, without_pause()))
-
-
-def at_once(work: Work[T]) -> T:
-    """The result of work whose pauses nobody uses."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
-
-
-def guarded(ranks: Ranks, work: Work[T]) -> Work[T]:
-    """`together` for work with pauses."""
     fault: RunError | None = None
     result: T | None = None
     try:
-        result = yield from work
+        result = work()
     except Stopped:
         raise
     except RunError as error:

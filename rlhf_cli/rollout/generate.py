@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +21,7 @@ from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.backbone import LAYER_TYPES, PLAIN, Backbone
 from rlhf_cli.models.kv_cache import RowCache
 from rlhf_cli.models.merging import merged
+from rlhf_cli.signals import Pause, no_pause
 
 PROMPT_TOKENS = 4096
 """Tokens of a forward pass over prompts, padding included; a longer prompt has one of its own."""
@@ -67,8 +68,8 @@ class Request:
 class Engine(Protocol):
     """Whatever draws responses."""
 
-    def generate(self, request: Request) -> Generator[list[list[Response]] | None, None, None]:
-        """None between tokens, so that a caller can stop; last of all the responses, [prompt][sample]."""
+    def generate(self, request: Request, pause: Pause = no_pause) -> list[list[Response]]:
+        """The responses, [prompt][sample]; pauses where it can be left, such as between two tokens."""
         ...
 
 
@@ -82,8 +83,8 @@ class TransformersEngine:
         self.fixed, self.per_token = _cache_bytes(backbone)
 
     @torch.no_grad()
-    def generate(self, request: Request) -> Generator[list[list[Response]] | None, None, None]:
-        """None after every token, then the responses; a caller that stops early must close the iterator.
+    def generate(self, request: Request, pause: Pause = no_pause) -> list[list[Response]]:
+        """The responses, [prompt][sample]; pauses after every token, and leaves the backbone as it was also then.
 
         Raises:
             UsageError: a prompt is empty.
@@ -95,8 +96,8 @@ class TransformersEngine:
         drawn = [[Response(np.empty(0, np.int32), False)] * request.samples for _ in request.prompts]
         with merged(self.backbone, self.role), self.backbone.plain_attention():
             for wave in self._waves(request):
-                yield from self._draw(request, wave, drawn)
-        yield drawn
+                self._draw(request, wave, drawn, pause)
+        return drawn
 
     def _waves(self, request: Request) -> Iterator[np.ndarray]:
         """All rows of (prompt, sample), longest prompts first, cut into the fewest waves of about equal size that fit."""
@@ -108,7 +109,7 @@ class TransformersEngine:
             row = self.fixed + self.per_token * (lengths[together[0]] + request.max_new_tokens) + logits
             yield from np.array_split(rows, math.ceil(len(rows) / max(1, room // row)))
 
-    def _draw(self, request: Request, wave: np.ndarray, drawn: list[list[Response]]) -> Iterator[None]:
+    def _draw(self, request: Request, wave: np.ndarray, drawn: list[list[Response]], pause: Pause) -> None:
         """Fill in the responses of a wave."""
         copies = Counter(wave[:, 0].tolist())
         prompts = [request.prompts[number] for number in copies]
@@ -127,7 +128,7 @@ class TransformersEngine:
                 if end or last:
                     prompt, sample = wave[row]
                     drawn[prompt][sample] = Response(ids[row, : t + 1], bool(end))
-            yield None
+            pause()
             if last or ended.all():
                 return
             if ended.any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.objectives.kl import next_coef
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
-from rlhf_cli.rollout.experience import Rollout, Sampler, at_once, guarded
+from rlhf_cli.rollout.experience import Rollout, Sampler, together
 
 KL_COEF = "kl_coef"
 """The name of an adapted κ among the objective's own numbers."""
@@ -34,17 +34,17 @@ class HeldOut:
     seed: int
     kl_coef: float | None  # κ of the recipe; None: no KL is taken off the reward
 
-    def measure(self, memory: Mapping[str, float]) -> Generator[dict[str, float] | None, None, None]:
+    def measure(self, memory: Mapping[str, float]) -> dict[str, float]:
         """Figures of one response to every prompt. The same random numbers each time: two measurements differ by the policy."""
-        rollout = yield from self.sampler.rollout(self.prompts, derive_seed(self.seed, HELD_OUT), samples=1)
-        yield rollout.figures(None if self.kl_coef is None else memory.get(KL_COEF, self.kl_coef))
+        rollout = self.sampler.rollout(self.prompts, derive_seed(self.seed, HELD_OUT), samples=1)
+        return rollout.figures(None if self.kl_coef is None else memory.get(KL_COEF, self.kl_coef))
 
 
 def probe(sampler: Sampler, prompts: Sequence[Tree], seed: int) -> list[Tree]:
     """A few prompts with short responses, to check what must hold before the first step."""
     few = list(prompts[:PROBE_PROMPTS])
-    work = sampler.respond(few, range(len(few)), derive_seed(seed, PROBED), sampler.settings.responses_per_prompt, PROBE_TOKENS)
-    drawn = at_once(guarded(sampler.ranks, work))
+    numbers, count = range(len(few)), sampler.settings.responses_per_prompt
+    drawn = together(sampler.ranks, lambda: sampler.respond(few, numbers, derive_seed(seed, PROBED), count, PROBE_TOKENS))
     return [
         tree._replace(responses=tuple(response.ids for response in responses)) for tree, responses in zip(few, drawn, strict=True)
     ]
@@ -66,11 +66,11 @@ class PolicySource:
     def steps_per_epoch(self) -> int:
         return self.prompts.steps_per_epoch
 
-    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[StepBatches | None, None, None]:
-        """Yields None between tokens and passes, and then the rollout of `step` with what it teaches."""
+    def collect(self, step: int, memory: Mapping[str, float]) -> StepBatches:
+        """The rollout of `step` with what it teaches."""
         prompts = self.prompts.batch(step)
         seed = derive_seed(self.seed, DRAWN, step)
-        rollout = yield from self.sampler.rollout(prompts, seed, values=self.objective.values)
+        rollout = self.sampler.rollout(prompts, seed, values=self.objective.values)
         coef = memory.get(KL_COEF, self.kl.coef)
         experience = rollout.experience
         lesson = self.objective.estimate_advantages(experience, coef if self.kl.estimator == "k1" else 0.0, memory)
@@ -93,7 +93,7 @@ class PolicySource:
             offset = len(self.sampler.records)
             trees += [tree._replace(row=offset + tree.row) for tree in self.ptx.batch(step)]
             locations += self.ptx.locations(step)
-        yield StepBatches(step, (trees,), (locations,), after, given, metrics)
+        return StepBatches(step, (trees,), (locations,), after, given, metrics)
 
 
 def _recorded(rollout: Rollout, advantages: np.ndarray, targets: np.ndarray | None) -> list[Tree]:
@@ -125,15 +125,15 @@ class PreferenceSource:
     def steps_per_epoch(self) -> int:
         return self.prompts.steps_per_epoch
 
-    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[StepBatches | None, None, None]:
-        """Yields None between tokens and passes, and then the ranked responses for `step` and the steps until the next draw.
+    def collect(self, step: int, memory: Mapping[str, float]) -> StepBatches:
+        """The ranked responses for `step` and the steps until responses are drawn again.
 
         Prompts whose responses are all tied are left out.
         """
         steps = range(step, min(step + self.refresh, self.steps + 1))
         batches = [self.prompts.batch(k) for k in steps]
         prompts = [tree for batch in batches for tree in batch]
-        rollout = yield from self.sampler.rollout(prompts, derive_seed(self.seed, DRAWN, step))
+        rollout = self.sampler.rollout(prompts, derive_seed(self.seed, DRAWN, step))
         trees = iter(ranked(rollout) if self.ties else map(untied, ranked(rollout)))
         shaped = []
         for k, batch in zip(steps, batches, strict=True):
@@ -141,7 +141,7 @@ class PreferenceSource:
             shaped.append(self.shape(own, derive_seed(self.seed, DRAWN, step, k)) if self.shape and own else own)
         locations = tuple([self.sampler.records[tree.row].where for tree in own] for own in shaped)
         times = {f"time/{name}": seconds for name, seconds in rollout.seconds.items()}
-        yield StepBatches(step, tuple(shaped), locations, dict(memory), {}, rollout.figures() | times)
+        return StepBatches(step, tuple(shaped), locations, dict(memory), {}, rollout.figures() | times)
 
 
 def ranked(rollout: Rollout) -> list[Tree]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.rollout.generate import Request, Response
+from rlhf_cli.signals import Pause, no_pause
 
 GPU_SHARE = 0.4
 """Of the GPU's memory, that vLLM takes for itself; the rest is for training."""
@@ -44,15 +45,15 @@ class VllmEngine:
         self.running: Any = None
         self.draws = 0
 
-    def generate(self, request: Request) -> Generator[list[list[Response]] | None, None, None]:
-        """None, then the responses: a draw that has begun is not interrupted. Reproducible as far as vLLM's seeds are.
+    def generate(self, request: Request, pause: Pause = no_pause) -> list[list[Response]]:
+        """The responses; pauses before, for a draw that has begun is not left. Reproducible as far as vLLM's seeds are.
 
         Raises:
             UsageError: a prompt is empty.
         """
         if not all(map(len, request.prompts)):
             raise UsageError("an empty prompt: there is no token to continue; give every prompt at least one")
-        yield None
+        pause()
         self.draws += 1
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder))
@@ -65,7 +66,7 @@ class VllmEngine:
             )
         # Greedy samples are all the same, and vLLM draws one only.
         times = 1 if request.temperature else request.samples
-        yield [[_drawn(found.token_ids, request) for found in output.outputs] * times for output in outputs]
+        return [[_drawn(found.token_ids, request) for found in output.outputs] * times for output in outputs]
 
     def _load(self, folder: Path) -> Any:
         """Have the saved weights in force; an adapter's name for this draw, else None."""

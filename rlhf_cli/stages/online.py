@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,6 +64,7 @@ def open_drawing(job: TrainingJob, judges: Judges, backbone: Backbone, placement
             combine=_combine(job.recipe),
             budget=job.budget,
             ranks=job.ranks,
+            pause=job.signals.pause,
         )
 
     reading, held_out = job.dataset.reading, job.dataset.held_out
@@ -72,7 +73,7 @@ def open_drawing(job: TrainingJob, judges: Judges, backbone: Backbone, placement
     if held_out is not None:
         unseen = HeldOut(sampler(reading.held_out), list(held_out.trees), job.recipe.seed, _kl_coef(job.recipe))
 
-        def measure(state: State) -> Generator[dict[str, float] | None, None, None]:
+        def measure(state: State) -> dict[str, float]:
             return unseen.measure(state.memory)
 
     return Drawing(own, measure, probe(own, job.source.batch(1), job.recipe.seed))

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -245,7 +245,7 @@ def train_job(
         source=on_policy.source,
         measure=on_policy.measure,
         save_model=partial(_save_model, job, backbone),
-        sample=partial(_samples, job, backbone) if sampled else _no_samples,
+        sample=partial(_samples, job, backbone) if sampled else lambda: [],
         train=job.recipe.train,
         steps=job.steps,
         seed=job.recipe.seed,
@@ -407,14 +407,18 @@ def _measure(job: TrainingJob, backbone: Backbone) -> Measure | None:
     if job.dataset.held_out is None:
         return None
     trees = list(job.dataset.held_out.trees)
-    return lambda state: evaluate(backbone, job.objective, trees, budget=state.budget, ranks=job.ranks, memory=state.memory)
+    return lambda state: evaluate(
+        backbone,
+        job.objective,
+        trees,
+        budget=state.budget,
+        ranks=job.ranks,
+        memory=state.memory,
+        pause=job.signals.pause,
+    )
 
 
-def _no_samples() -> Generator[dict[str, Any] | None, None, None]:
-    yield None
-
-
-def _samples(job: TrainingJob, backbone: Backbone) -> Generator[dict[str, Any] | None, None, None]:
+def _samples(job: TrainingJob, backbone: Backbone) -> list[dict[str, Any]]:
     """Greedy responses to the first held-out prompts, or to the first that are trained on."""
     encoded, records = job.dataset.train, job.dataset.reading.train
     if job.dataset.held_out is not None:
@@ -427,27 +431,15 @@ def _samples(job: TrainingJob, backbone: Backbone) -> Generator[dict[str, Any] |
             first.setdefault(tree.prompt.tobytes(), tree)
     trees = list(first.values())
     if not trees:
-        return
+        return []
     engine = TransformersEngine(backbone, job.objective.role)
     prompts = [tree.prompt for tree in trees]
     ends = stop_ids(backbone, job.tokenizer, job.template)
+    drawn = engine.generate(Request(prompts, range(len(prompts)), 1, SHOWN_TOKENS, 0.0, ends, 0), job.signals.pause)
     lines = []
-    with contextlib.closing(engine.generate(Request(prompts, range(len(prompts)), 1, SHOWN_TOKENS, 0.0, ends, 0))) as drawing:
-        for drawn in drawing:
-            if drawn is None:
-                yield None
-                continue
-            for tree, ((ids, ended),) in zip(trees, drawn, strict=True):
-                record = records[tree.row]
-                shown = ids[: len(ids) - ended]
-                response = job.tokenizer.decode(shown.tolist(), skip_special_tokens=True)
-                lines.append(
-                    {
-                        "prompt": question(record),
-                        "response": response,
-                        "ended": ended,
-                        "tokens": len(shown),
-                        "where": record.where,
-                    }
-                )
-    yield {"lines": lines}
+    for tree, ((ids, ended),) in zip(trees, drawn, strict=True):
+        record, shown = records[tree.row], ids[: len(ids) - ended]
+        response = job.tokenizer.decode(shown.tolist(), skip_special_tokens=True)
+        line = {"prompt": question(record), "response": response, "ended": ended, "tokens": len(shown), "where": record.where}
+        lines.append(line)
+    return lines

@@ -153,9 +153,7 @@ def _check_reference(backbone: Backbone, trees: list[Tree], budget: int, noise: 
 
 def _check_metrics(backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, noise: float, ranks: Ranks) -> None:
     """Implicit rewards, margins and the KL estimate of the first batch are 0; the bound is coarse, for beta scales rounding."""
-    metrics: dict[str, float] = {}
-    for value in evaluate(backbone, objective, trees, budget=budget, ranks=ranks):
-        metrics = value or metrics
+    metrics = evaluate(backbone, objective, trees, budget=budget, ranks=ranks)
     for name in ZERO_AT_START:
         if abs(metrics.get(name, 0.0)) > 1e3 * noise:
             raise NumberError(f"before step 1: {name} is {metrics[name]:.3g}, where 0 is right: is the reference another model?")

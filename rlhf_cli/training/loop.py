@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
@@ -40,28 +40,25 @@ from rlhf_cli.training.step import NonFinite, optimise
 from rlhf_cli.training.trackers import Trackers
 from rlhf_cli.training.watch import KEPT, note_best, reason_to_stop
 
-T = TypeVar("T")
-
 
 class BatchSource(Protocol):
     """Where the global batch of every step comes from: data, as a function of the step alone, or the policy itself."""
 
     @property
     def steps_per_epoch(self) -> int: ...
-    def draw(self, step: int, memory: Mapping[str, float]) -> Generator[StepBatches | None, None, None]:
-        """Yields None between passes, so that a caller can stop, and then what `step` learns from."""
+    def collect(self, step: int, memory: Mapping[str, float]) -> StepBatches:
+        """What `step` learns from."""
         ...
 
 
 DEALT = 1
 """Tells the seed that deals a step's batch to its updates from the others."""
 
-Samples = Callable[[], Generator[dict[str, Any] | None, None, None]]
-"""Yields None between two prompts and, last, {"lines": [...]} for samples.jsonl without their step."""
+Samples = Callable[[], list[dict[str, Any]]]
+"""Gives the lines for samples.jsonl without their step."""
 
-
-Measure = Callable[[State], Generator[dict[str, float] | None, None, None]]
-"""Yields None between passes and, last, the held-out metrics; the state holds the budget and the objective's own numbers."""
+Measure = Callable[[State], dict[str, float]]
+"""Gives the held-out metrics; the state holds the budget and the objective's own numbers."""
 
 
 @dataclass
@@ -131,19 +128,27 @@ class Trainer:
             Stopped: a signal arrived; a checkpoint was written.
             NumberError: a step was refused; the batch is in failed/.
         """
-        self.signals.defer()
+        self.signals.defer(alone=self.ranks.size == 1)
         self._open_logs()
         evals, saves = due_steps(self.train.eval_every, self.steps), due_steps(self.train.save_every, self.steps)
         with self.console.progress(self.steps, self.train.log_every) as progress:
-            self._look(progress, {0} | evals)
-            if self.state.best_step == self.state.step and self._is_unsaved():
-                self._save()
-            while self.state.step < self.steps and self.state.stopped_by is None:
-                self._step(progress)
-                self._look(progress, evals)
-                if self.state.step in saves | {self.state.best_step} or self.state.stopped_by is not None:
+            try:
+                self._look(progress, {0} | evals)
+                if self.state.best_step == self.state.step and self._is_unsaved():
                     self._save()
-                self._obey_signal()
+                while self.state.step < self.steps and self.state.stopped_by is None:
+                    self._step(progress)
+                    self._look(progress, evals)
+                    if self.state.step in saves | {self.state.best_step} or self.state.stopped_by is not None:
+                        self._save()
+                    self._obey_signal()
+            except Stopped as stopped:
+                if self._is_unsaved():
+                    self._save()
+                updates = self.partial.updates if self.partial else 0
+                within = f"in step {self.state.step + 1} of {self.steps}, after {updates} of its updates"
+                done = within if updates else f"after step {self.state.step} of {self.steps}"
+                raise Stopped(f"stopped {done}; continue with --resume", stopped.number) from stopped
 
     def _open_logs(self) -> None:
         if self.ranks.main:
@@ -187,10 +192,9 @@ class Trainer:
         """What is known of the step: a batch that was drawn for it before, or one that is drawn now."""
         if self.partial is None:
             try:
-                draw = self._until_last(self.source.draw(step, self.state.memory))
+                draw = self.source.collect(step, self.state.memory)
             except (UsageError, NumberError, MachineError) as error:
                 raise self._kept(error, f"step {step}") from error
-            assert draw is not None
             self.partial = PartialStep(draw)
             self._advance(memory=draw.memory)
             self._obey_signal()
@@ -244,29 +248,19 @@ class Trainer:
             return
         started = time.monotonic()
         try:
-            metrics = self._until_last(self.measure(self.state)) if self.measure is not None else None
+            metrics = self.measure(self.state) if self.measure is not None else {}
         except (UsageError, NumberError, MachineError) as error:
             raise self._kept(error, f"held-out responses after step {self.state.step}") from error
-        lines = self._until_last(self.sample()) if self.ranks.main else None
+        lines = self.sample() if self.ranks.main else []
         self.ranks.barrier()
         if metrics:
             self._log("eval", metrics)
             progress.evaluated(self.state.step, metrics)
         if self.ranks.main:
-            for line in (lines or {}).get("lines", ()):
+            for line in lines:
                 self.samples.append({"step": self.state.step} | line)
         self._advance(evaluated=self.state.step, seconds=self.state.seconds + time.monotonic() - started)
-        self._watch("eval", metrics or {})
-
-    def _until_last(self, values: Generator[T | None, None, None]) -> T | None:
-        """The last value; a signal between two ends the run with what was under way still to do."""
-        last = None
-        for value in values:
-            last = value
-            if self.signals.received is not None and self.ranks.size == 1:
-                values.close()  # what it holds in another form, as weights while they sample, is put back
-                self._obey_signal()
-        return last
+        self._watch("eval", metrics)
 
     def _log(self, split: str, metrics: dict[str, float]) -> None:
         if self.ranks.main:
@@ -315,15 +309,10 @@ class Trainer:
         return self.ranks.any(self.ranks.main and not path.exists())
 
     def _obey_signal(self) -> None:
+        """Raises Stopped on all ranks if a signal is here on one."""
         received = max(s or 0 for s in self.ranks.gather(self.signals.received))
-        if not received:
-            return
-        if self._is_unsaved():
-            self._save()
-        updates = self.partial.updates if self.partial else 0
-        within = f"in step {self.state.step + 1} of {self.steps}, after {updates} of its updates"
-        done = within if updates else f"after step {self.state.step} of {self.steps}"
-        raise Stopped(f"stopped {done}; continue with --resume", received)
+        if received:
+            raise Stopped("", received)
 
     def _keep_evidence(self, error: NonFinite, step: int, draw: StepBatches) -> NumberError:
         """Save the refused batch, and the state before it where no checkpoint has it yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.memory import LONG_PASS, is_out_of_memory, return_freed
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
+from rlhf_cli.signals import Pause, no_pause
 
 FLOAT16_LOSS_SCALE = 1024.0
 """Keeps small gradients above float16's smallest number on their way back; taken out again before the update."""
@@ -157,18 +158,16 @@ def evaluate(
     ranks: Ranks,
     memory: Mapping[str, float] | None = None,
     batch_size: int = EVALUATED,
-) -> Generator[dict[str, float] | None, None, None]:
-    """The objective's metrics on held-out trees: yields None between passes, so that a caller can stop, then the metrics.
-
-    All of them are one global batch to the objective's statistics.
-    """
+    pause: Pause = no_pause,
+) -> dict[str, float]:
+    """The objective's metrics on held-out trees, which are one global batch to its statistics; pauses after each pass."""
     counts = objective.counts(trees)
     seen, parts = objective.phases(trees)
     measured: list[_Pass] = []
     passes: list[_Pass] = []
     for found in _measure(backbone, objective, seen, budget, ranks):
         measured.append(found)
-        yield None
+        pause()
     statistics = _summed(measured, counts, ranks).means
     backbone.train(False)
     with torch.no_grad():
@@ -177,8 +176,8 @@ def evaluate(
                 some = learned[start : start + batch_size]
                 for batch in backbone.batches(some, budget, ranks.rank, ranks.size):
                     passes.append(_run_pass(backbone, objective, batch, some, counts, dict(memory or {}) | statistics, 0.0))
-                    yield None
-    yield objective.metrics(statistics | _summed(passes, counts, ranks).means)
+                    pause()
+    return objective.metrics(statistics | _summed(passes, counts, ranks).means)
 
 
 @dataclass(frozen=True)

@@ -310,7 +310,7 @@ def test_the_accuracy_is_the_one_that_training_logs():
     backbone.add_head("reward", torch.randn(1, 16))
     trees = draw_trees(20, seed=1, branches=2) + draw_trees(15, seed=2, branches=4)
     trees = [each._replace(facts=Facts(ranks=(1, 2, 2, 3))) if len(each.responses) == 4 else each for each in trees]
-    *_, logged = evaluate(backbone, BradleyTerry(), trees, budget=60, ranks=Ranks(expected=False))
+    logged = evaluate(backbone, BradleyTerry(), trees, budget=60, ranks=Ranks(expected=False))
     scores = score_responses(backbone, "reward", trees, 60, Ranks(expected=False))
     card = reward_card(scores, trees, ["row"] * 35, trees, scores)
     assert 0.2 < card.accuracy < 0.8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from rlhf_cli.rollout.experience import Rollout, Sampler
 from rlhf_cli.rollout.generate import Request, Response
 from rlhf_cli.rollout.rewards import Answers
 from rlhf_cli.rollout.source import PolicySource
+from rlhf_cli.signals import Pause
 from tests.models.tiny_backbone import draw_trees, make, make_backbone
 from tests.tiny import make_model, read_lines, rlhf, spawn, write_pairs, write_recipe, write_rows
 
@@ -135,9 +135,8 @@ class FixedEngine:
 
     drawn: list[list[Response]]
 
-    def generate(self, request: Request) -> Generator[list[list[Response]] | None, None, None]:
-        yield None
-        yield [self.drawn[number] for number in request.numbers]
+    def generate(self, request: Request, pause: Pause) -> list[list[Response]]:
+        return [self.drawn[number] for number in request.numbers]
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,7 @@ def test_a_score_stands_on_the_last_token_of_its_response(budget: int) -> None:
     )
     data = DatasetSource(flatten(prompts, records), (4,), (1.0,), 4, 0, False)
     objective = Ppo(lam=1.0, gamma=1.0, whiten=False)
-    *waits, draw = PolicySource(sampler, data, objective, sections.Kl(coef=0.4), None, 0.0, 0).draw(1, {})
-    assert len(waits) > 2 and set(waits) == {None} and draw is not None
+    draw = PolicySource(sampler, data, objective, sections.Kl(coef=0.4), None, 0.0, 0).collect(1, {})
     ragged, penalties = set(), []
     for tree, own in zip(draw.batches[0], drawn, strict=True):
         for (ids, ended), known in zip(own, tree.recorded or (), strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_cli.errors import NumberError, UsageError
+from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.rollout import generate
 from rlhf_cli.rollout.generate import Request, Response, TransformersEngine, choose, cut_prompts, draw_uniforms
@@ -29,10 +29,7 @@ def request(prompts: list[np.ndarray], **changes: Any) -> Request:
 
 
 def draw(backbone: Backbone, asked: Request, role: str = "policy") -> list[list[Response]]:
-    *waits, drawn = TransformersEngine(backbone, role).generate(asked)
-    assert waits and set(waits) == {None}
-    assert drawn is not None
-    return drawn
+    return TransformersEngine(backbone, role).generate(asked)
 
 
 def plain_draw(model: Any, prompt: np.ndarray, uniforms: np.ndarray, asked: Request) -> tuple[list[int], bool]:
@@ -138,8 +135,7 @@ def test_each_prompt_is_read_once_and_ended_rows_are_not_forwarded(monkeypatch: 
     backbone.model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    *_, drawn = engine.generate(request(prompts, samples=4))
-    assert drawn is not None
+    drawn = engine.generate(request(prompts, samples=4))
     assert sum(rows for rows, width in shapes if width > 1) + (1 in map(len, prompts)) == 5
     alive = [sum(len(one.ids) > t for row in drawn for one in row) for t in range(1, 9)]
     assert [rows for rows, width in shapes[-len([n for n in alive if n]) :]] == [n for n in alive if n]
@@ -201,13 +197,20 @@ def test_the_adapter_is_sampled_with_and_everything_is_left_as_it_was() -> None:
     assert not any("forward" in vars(module) for module in backbone.model.modules())
 
 
-def test_a_caller_can_stop_between_tokens() -> None:
+def test_a_pause_between_tokens_may_raise_and_everything_is_left_as_it_was() -> None:
     backbone = make_backbone(make())
-    drawing = TransformersEngine(backbone, "policy").generate(request(draw_prompts(4)))
-    assert next(drawing) is None
+    merged: list[bool] = []
+
+    def pause() -> None:
+        merged.append(any("forward" in vars(module) for module in backbone.model.modules()))
+        if len(merged) == 3:
+            raise Stopped("", 15)
+
+    with pytest.raises(Stopped):
+        TransformersEngine(backbone, "policy").generate(request(draw_prompts(4)), pause)
+    assert merged == [True] * 3
     assert torch.is_grad_enabled()
-    assert any("forward" in vars(module) for module in backbone.model.modules())
-    drawing.close()
+    assert backbone.model.config._attn_implementation == backbone.kernel.name
     assert not any("forward" in vars(module) for module in backbone.model.modules())
 
 

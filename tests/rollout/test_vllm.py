@@ -66,9 +66,8 @@ def draw(engine: VllmEngine, **changes: Any) -> Any:
         "temperature": 0.7,
         "seed": 1,
     }
-    wait, drawn = engine.generate(Request(PROMPTS, ends=(2, 3), **(settings | changes)))
-    assert wait is None
-    return [[(one.ids.tolist(), one.ended) for one in row] for row in drawn or []]
+    drawn = engine.generate(Request(PROMPTS, ends=(2, 3), **(settings | changes)))
+    return [[(one.ids.tolist(), one.ended) for one in row] for row in drawn]
 
 
 def test_an_adapter_is_saved_and_named_anew_for_every_draw(calls: list[tuple[str, dict[str, Any]]]) -> None:
@@ -119,7 +118,7 @@ def test_what_cannot_be_drawn_is_refused(
     save: Callable[[Path], None], calls: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match="an empty prompt"):
-        next(VllmEngine("base", None, "float32", save).generate(Request([np.empty(0, np.int32)], [0], 1, 4, 1.0, [2], 0)))
+        VllmEngine("base", None, "float32", save).generate(Request([np.empty(0, np.int32)], [0], 1, 4, 1.0, [2], 0))
     assert calls == []
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(MachineError, match=r"vllm cannot be imported .*; pip install 'rlhf-cli\[vllm\]'"):

@@ -1,0 +1,34 @@
+"""When a signal ends a run."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from rlhf_cli.errors import Stopped
+from rlhf_cli.signals import StopSignals
+from tests.tiny import own_signals
+
+
+def test_a_deferred_signal_is_obeyed_at_the_next_pause_of_a_rank_that_is_alone() -> None:
+    signals = StopSignals()
+    with own_signals():
+        signals.install()
+        signals.defer(alone=True)
+        signals.pause()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped) as stopped:
+            signals.pause()
+    assert (stopped.value.number, stopped.value.exit_code) == (signal.SIGTERM, 143)
+
+
+def test_one_of_several_ranks_never_stops_at_a_pause() -> None:
+    """The others would wait for it in their next collective; the loop asks all of them between two updates."""
+    signals = StopSignals()
+    with own_signals():
+        signals.install()
+        signals.defer(alone=False)
+        signal.raise_signal(signal.SIGTERM)
+        signals.pause()
+    assert signals.received == signal.SIGTERM
