@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_cli.evaluation.intervals import Interval, jackknife, ratio_interval
+from rlhf_cli.evaluation.intervals import jackknife, ratio_interval
 from rlhf_cli.evaluation.samples import Samples
+from rlhf_cli.figures import Interval
 
 
 def figures(samples: Samples, counts: np.ndarray) -> dict[str, Interval]:

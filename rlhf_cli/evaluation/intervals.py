@@ -6,9 +6,10 @@ import functools
 import math
 from collections.abc import Callable
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
+
+from rlhf_cli.figures import Interval
 
 DRAWS = 2000
 TAIL = 0.005
@@ -17,14 +18,6 @@ NORMAL_95 = 1.959963984540054
 """97.5 % of a standard normal lies below."""
 PRIOR_SEED = 20240406
 """Other than a recipe's, so that the prior does not follow the draws."""
-
-
-class Interval(NamedTuple):
-    """A figure with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def resamples(prompts: int, seed: int, draws: int = DRAWS) -> np.ndarray:

@@ -6,14 +6,14 @@ Of a run by its checkpoints, and of choosing the best of n responses of the star
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf_cli.evaluation.generation import mean_interval
-from rlhf_cli.evaluation.intervals import Interval
+from rlhf_cli.figures import Interval
 
 BEST_OF_N = "best of n"
 """The series of choosing among responses of the starting policy."""
@@ -81,6 +81,24 @@ class Point:
         """In the order of its series."""
         return (self.step if self.n is None else self.n) or 0
 
+    def to_json(self) -> dict[str, Any]:
+        """As in "overoptimisation" of eval.json; without gold, `gold` and its interval are null."""
+        own = {"kl": self.kl, "proxy": self.proxy, "gold": self.gold}
+        return {
+            "series": self.series,
+            "model": self.model,
+            "step": self.step,
+            "n": self.n,
+            **{name: value and value.mean for name, value in own.items()},
+            "intervals": {name: value and [value.low, value.high] for name, value in own.items()},
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Point:
+        gold = None if entry["gold"] is None else Interval(entry["gold"], *entry["intervals"]["gold"])
+        kl, proxy = (Interval(entry[name], *entry["intervals"][name]) for name in ("kl", "proxy"))
+        return cls(entry["series"], entry["model"], entry["step"], entry["n"], kl, proxy, gold)
+
 
 def run_point(
     series: str,
@@ -146,6 +164,13 @@ class Fits(NamedTuple):
     bon: Fit | None  # d (α − β d), found for best of n
     rl: Fit | None  # d (α − β log d), found for reinforcement learning
 
+    def to_json(self) -> dict[str, Any]:
+        return {name: each and asdict(each) for name, each in self._asdict().items()}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Fits:
+        return cls(*(each and Fit(**each) for each in (entry["bon"], entry["rl"])))
+
 
 def fit(kl: Sequence[float], values: Sequence[float]) -> Fits:
     """Both forms of Gao, Schulman & Hilton (2023) to a series of points, the first being its start.
@@ -185,6 +210,18 @@ class Peak:
     last: str  # the model of the last point
     fall: Interval  # gold of the peak less gold of the last point, by the same prompts
 
+    @property
+    def place(self) -> int:
+        """In the order of its series."""
+        return (self.step if self.n is None else self.n) or 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "fall": self.fall.to_json()}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Peak:
+        return cls(**{**entry, "fall": Interval.from_json(entry["fall"])})
+
 
 def peak(points: Sequence[Point], counts: np.ndarray) -> Peak | None:
     """The point of a series with the highest mean gold, the first of equals; None without gold. counts: (B, P).
@@ -203,44 +240,37 @@ def peak(points: Sequence[Point], counts: np.ndarray) -> Peak | None:
     return Peak(top.model, top.step, top.n, float(tables[best].mean()), top.kl.mean, ordered[-1].model, fall)
 
 
-def to_lines(points: Iterable[Point]) -> list[dict[str, Any]]:
-    """As "overoptimisation" of eval.json; without gold, `gold` and its interval are null."""
-    return [
-        {
-            "series": point.series,
-            "model": point.model,
-            "step": point.step,
-            "n": point.n,
-            "kl": point.kl.mean,
-            "proxy": point.proxy.mean,
-            "gold": point.gold.mean if point.gold else None,
-            "intervals": {
-                "kl": [point.kl.low, point.kl.high],
-                "proxy": [point.proxy.low, point.proxy.high],
-                "gold": [point.gold.low, point.gold.high] if point.gold else None,
-            },
-        }
-        for point in points
-    ]
+@dataclass(frozen=True)
+class SeriesFits:
+    """What was fitted to a series; without gold, `gold` and `peak` are None."""
+
+    proxy: Fits
+    gold: Fits | None
+    peak: Peak | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: each and each.to_json() for name, each in (("proxy", self.proxy), ("gold", self.gold), ("peak", self.peak))}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> SeriesFits:
+        gold, top = entry["gold"], entry["peak"]
+        return cls(Fits.from_json(entry["proxy"]), gold and Fits.from_json(gold), top and Peak.from_json(top))
 
 
-def to_fits(points: Iterable[Point], counts: np.ndarray) -> dict[str, dict[str, Any]]:
-    """As "fits" of eval.json, by series; what could not be fitted is null, and so are `gold` and `peak` without gold."""
-    members: dict[str, list[Point]] = {}
-    for point in sorted(points, key=lambda point: point.place):
-        members.setdefault(point.series, []).append(point)
-    found: dict[str, dict[str, Any]] = {}
-    for series, own in members.items():
+def series_of(points: Iterable[Point]) -> dict[str, list[Point]]:
+    """The points by series, each in its order."""
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        found.setdefault(point.series, []).append(point)
+    return {series: sorted(own, key=lambda point: point.place) for series, own in found.items()}
+
+
+def fit_series(points: Iterable[Point], counts: np.ndarray) -> dict[str, SeriesFits]:
+    """Series → what was fitted to it; counts: (B, P)."""
+    found = {}
+    for series, own in series_of(points).items():
         kl = [point.kl.mean for point in own]
         gold = [point.gold.mean for point in own if point.gold]
         top = peak(own, counts)
-        found[series] = {
-            "proxy": _fits_line(fit(kl, [point.proxy.mean for point in own])),
-            "gold": _fits_line(fit(kl, gold)) if top else None,
-            "peak": {**asdict(top), "fall": top.fall._asdict()} if top else None,
-        }
+        found[series] = SeriesFits(fit(kl, [point.proxy.mean for point in own]), fit(kl, gold) if top else None, top)
     return found
-
-
-def _fits_line(fits: Fits) -> dict[str, Any]:
-    return {name: asdict(one) if one else None for name, one in fits._asdict().items()}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from rlhf_cli.errors import NumberError
+from rlhf_cli.evaluation.agreement import Agreement, Bin, Card, Histogram, LengthBaseline, Rate, beats_length
 from rlhf_cli.evaluation.intervals import wilson
-from rlhf_cli.figures import percent
+from rlhf_cli.figures import Interval
 from rlhf_cli.models.scoring import Ranks, score_trees
 from rlhf_cli.objectives.preference import ordered_pairs
 
@@ -43,17 +43,6 @@ def margins(trees: Sequence[Tree], figures: Iterable[Sequence[float] | np.ndarra
     return Margins(np.array(values, np.float64), np.array(index, np.int64))
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A share of pairs with its 95 % interval."""
-
-    accuracy: float
-    low: float
-    high: float
-    pairs: int
-    prompts: int  # that have a pair
-
-
 def rate(pairs: Margins) -> Rate | None:
     """Share of pairs with a positive margin, ties counted half; None without a pair.
 
@@ -64,7 +53,7 @@ def rate(pairs: Margins) -> Rate | None:
         return None
     _, weights = np.unique(pairs.tree, return_counts=True)
     share = float(hits(pairs.values).mean())
-    return Rate(share, *wilson(share, _observations(weights)), len(pairs.values), len(weights))
+    return Rate(Interval(share, *wilson(share, _observations(weights))), len(pairs.values), len(weights))
 
 
 def _observations(weights: np.ndarray) -> float:
@@ -75,17 +64,6 @@ def hits(values: np.ndarray) -> np.ndarray:
     """1 for a positive margin, 1/2 for a tie, else 0."""
     won: np.ndarray = (values > 0) + (values == 0) / 2
     return won
-
-
-@dataclass(frozen=True)
-class Bin:
-    """The pairs whose confidence σ(|margin|) is in [low, high), the last bin including 1."""
-
-    low: float
-    high: float
-    count: int
-    confidence: float  # mean of σ(|margin|)
-    accuracy: float
 
 
 def confidences(values: np.ndarray) -> np.ndarray:
@@ -112,31 +90,13 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     return sum(each.count * abs(each.accuracy - each.confidence) for each in bins) / sum(each.count for each in bins)
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """Margins of pairs in bins of equal width, 0 being an edge."""
-
-    mean: float
-    edges: tuple[float, ...]  # one more than counts
-    counts: tuple[int, ...]
-
-
 def histogram(values: np.ndarray) -> Histogram:
     reach = float(np.abs(values).max()) or 1.0
     counts, edges = np.histogram(values, MARGIN_BINS, (-reach, reach))
     return Histogram(float(values.mean()), tuple(edges.tolist()), tuple(counts.tolist()))
 
 
-@dataclass(frozen=True)
-class Lead:
-    """By how much one accuracy is above another one on the same pairs, with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def lead(first: Margins, second: Margins) -> Lead:
+def lead(first: Margins, second: Margins) -> Interval:
     """The accuracy of the first margins above that of the second ones of the same pairs, at least one.
 
     Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on paired data": the
@@ -154,18 +114,8 @@ def lead(first: Margins, second: Margins) -> Lead:
         return math.sqrt(max(own**2 + other**2 - 2 * alike * own * other, 0.0))
 
     gap = means[0] - means[1]
-    return Lead(gap, gap - distance(means[0] - low, base_high - means[1]), gap + distance(high - means[0], means[1] - base_low))
-
-
-@dataclass(frozen=True)
-class LengthBaseline:
-    """What always preferring the longer (or the shorter) response would reach on the same pairs."""
-
-    prefers: Literal["longer", "shorter"]  # whichever wins more of the training pairs
-    accuracy: float
-    low: float
-    high: float
-    lead: Lead  # of the model over this
+    below, above = distance(means[0] - low, base_high - means[1]), distance(high - means[0], means[1] - base_low)
+    return Interval(gap, gap - below, gap + above)
 
 
 def length_margins(trees: Sequence[Tree]) -> Margins:
@@ -179,28 +129,14 @@ def length_baseline(pairs: Margins, held_out: Sequence[Tree], training: Sequence
     `pairs`: a model's margins of the held-out pairs.
     """
     learned = rate(length_margins(training))
-    sign = -1 if learned and learned.accuracy < 0.5 else 1
+    sign = -1 if learned and learned.accuracy.mean < 0.5 else 1
     lengths = length_margins(held_out)
     lengths = lengths._replace(values=sign * lengths.values)
     found = rate(lengths)
     if found is None:
         return None
     prefers: Literal["longer", "shorter"] = "longer" if sign > 0 else "shorter"
-    return LengthBaseline(prefers, found.accuracy, found.low, found.high, lead(pairs, lengths))
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How well scores agree with preferences; None, 0 or empty where there is no pair."""
-
-    rate: Rate | None
-    ties: int  # pairs with equal scores, which count half
-    length_baseline: LengthBaseline | None
-    ece: float | None  # expected calibration error
-    confidence: float | None  # mean of σ(|margin|); above the accuracy: over-confident
-    reliability: list[Bin]
-    margins: Histogram | None
-    subsets: dict[str, Rate]  # empty where the data name none
+    return LengthBaseline(prefers, found.accuracy, lead(pairs, lengths))
 
 
 def agreement(scores: Sequence[np.ndarray], trees: Sequence[Tree], training: Sequence[Tree]) -> Agreement:
@@ -222,28 +158,6 @@ def agreement(scores: Sequence[np.ndarray], trees: Sequence[Tree], training: Seq
     )
 
 
-@dataclass(frozen=True)
-class Card:
-    """A reward model's card, as `reward_model` in the manifest; figures of pairs are None where nothing was held out."""
-
-    accuracy: float | None  # ties count half
-    accuracy_low: float | None  # 95 % interval, as `rate` says
-    accuracy_high: float | None
-    pairs: int
-    prompts: int
-    constant: float  # accuracy of a score that is the same for all: every pair a tie
-    length_baseline: LengthBaseline | None
-    ece: float | None  # expected calibration error
-    confidence: float | None  # mean of σ(|margin|); above the accuracy: over-confident
-    reliability: list[Bin]
-    margins: Histogram | None
-    subsets: dict[str, Rate]  # empty where the data name none
-    score_mean: float  # over training responses: what a policy's training subtracts, and divides by
-    score_std: float
-    score_responses: int
-    warning: str | None  # of `beats_length`
-
-
 def reward_card(
     scores: Sequence[np.ndarray],
     held_out: Sequence[Tree],
@@ -253,7 +167,7 @@ def reward_card(
 ) -> Card:
     """The card of a reward model.
 
-    `scores`: (K,) of every held-out tree, in the order of its responses. `wheres`: file and line of each held-out tree.
+    `scores`: (K,) of every held-out tree, in the order of its responses. `locations`: file and line of each held-out tree.
     `training`: the trees it was trained on, for the length baseline. `training_scores`: (K,) of some of them, at least one,
     for mean and standard deviation.
 
@@ -264,25 +178,13 @@ def reward_card(
     check_finite(scores, locations, remedy)
     check_finite(training_scores, [f"training tree {number}" for number in range(len(training_scores))], remedy)
     agreed = agreement(scores, held_out, training)
-    found, baseline = agreed.rate, agreed.length_baseline
     spread = np.concatenate(training_scores).astype(np.float64)
     return Card(
-        accuracy=found.accuracy if found else None,
-        accuracy_low=found.low if found else None,
-        accuracy_high=found.high if found else None,
-        pairs=found.pairs if found else 0,
-        prompts=found.prompts if found else 0,
-        constant=0.5,
-        length_baseline=baseline,
-        ece=agreed.ece,
-        confidence=agreed.confidence,
-        reliability=agreed.reliability,
-        margins=agreed.margins,
-        subsets=agreed.subsets,
+        agreement=agreed,
         score_mean=float(spread.mean()),
         score_std=float(spread.std()),
         score_responses=len(spread),
-        warning=beats_length(found, baseline) if found and baseline else None,
+        warning=beats_length(agreed.rate, agreed.length_baseline) if agreed.rate and agreed.length_baseline else None,
     )
 
 
@@ -305,38 +207,6 @@ def _subsets(pairs: Margins, trees: Sequence[Tree]) -> dict[str, Rate]:
         assert own is not None
         found[name] = own
     return found
-
-
-def weaknesses(model: Rate, baseline: LengthBaseline | None) -> list[str]:
-    """In what respects an accuracy is hardly better than a guess, or than a look at the length."""
-    found = []
-    if model.low <= 0.5:
-        found.append("cannot be told from guessing" if model.high >= 0.5 else "is worse than guessing")
-    if baseline is None:
-        return found
-    length = f"always preferring the {baseline.prefers} response, which has {_with_interval(baseline)}"
-    more = baseline.lead
-    if more.mean <= 0:
-        found.append(f"is no better than {length}")
-    elif more.low <= 0:
-        ahead = f"{percent(more.mean)} ({percent(more.low)} to {percent(more.high)})"
-        found.append(f"is hardly better than {length}: on the same pairs it is ahead by {ahead}")
-    return found
-
-
-def beats_length(model: Rate, baseline: LengthBaseline) -> str | None:
-    """A warning where the model is hardly better than a look at the length, or than a guess; else None."""
-    found = weaknesses(model, baseline)
-    if not found:
-        return None
-    return (
-        f"The reward model's held-out accuracy, {_with_interval(model)}, {' and '.join(found)}. "
-        "Train on more pairs, or hold out more of them to be sure."
-    )
-
-
-def _with_interval(figure: Rate | LengthBaseline) -> str:
-    return f"{percent(figure.accuracy)} ({percent(figure.low)} to {percent(figure.high)})"
 
 
 def score_responses(

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from rlhf_cli.evaluation.intervals import interval, jeffreys
 from rlhf_cli.evaluation.winrate import STEPS, TOLERANCE, shortened
+from rlhf_cli.figures import Interval
 
 ELO = 400 / math.log(10)
 """Elo points of one unit of strength: 400 points are odds of 10 to 1."""
 MIDDLE = 1000.0
 
 
-class Rating(NamedTuple):
-    """An Elo rating with its 95 % interval."""
-
-    elo: float
-    low: float
-    high: float
-
-
 def ratings(
     names: Sequence[str], outcomes: Mapping[tuple[int, int], np.ndarray], anchor: int | None, counts: np.ndarray
-) -> dict[str, Rating]:
-    """Bradley–Terry strengths on the Elo scale, fitted to all comparisons at once, not updated one by one.
+) -> dict[str, Interval]:
+    """Bradley–Terry strengths on the Elo scale with 95 % intervals, fitted to all comparisons at once, not one by one.
 
     `outcomes`: (i, j) → (P, K) in {0, ½, 1} of model i against j, NaN where nothing was judged; pairs that never met are
     absent. `anchor`: the model whose rating is 1000, without interval; None: the mean of all is. `counts`: (B, P) of
@@ -49,12 +41,12 @@ def ratings(
     pairs = sorted(tables, key=lambda pair: (names[pair[0]], names[pair[1]]))
     _check_connected(names, pairs)
     if not pairs:
-        return {name: Rating(MIDDLE, MIDDLE, MIDDLE) for name in names}
+        return {name: Interval(MIDDLE, MIDDLE, MIDDLE) for name in names}
     met = np.stack([tables[pair] for pair in pairs], 1)
     point = _elo(met.sum(0) + 0.5, pairs, len(names), anchor)
     draws = _elo(np.tensordot(counts, met, 1) + jeffreys(len(counts), len(pairs)), pairs, len(names), anchor)
     prompts = int(met.any((1, 2)).sum())
-    return {name: Rating(*interval(float(point[at]), draws[:, at], prompts)) for at, name in enumerate(names)}
+    return {name: interval(float(point[at]), draws[:, at], prompts) for at, name in enumerate(names)}
 
 
 def _elo(scores: np.ndarray, pairs: Sequence[tuple[int, int]], models: int, anchor: int | None) -> np.ndarray:

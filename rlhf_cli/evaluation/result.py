@@ -1,56 +1,27 @@
-"""eval.json from what was measured: every figure with its interval, all from the same bootstrap draws."""
+"""What eval.json says, from what was measured: every figure with its interval, all from the same bootstrap draws."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
+from rlhf_cli.evaluation.eval_json import About, Agreed, EndpointJudge, EvaluationResult
 from rlhf_cli.evaluation.generation import figures, log_ratios
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
-from rlhf_cli.evaluation.overoptimisation import BEST_OF_N, Point, best_of_points, run_point, to_fits, to_lines
-from rlhf_cli.evaluation.preference import Agreement, weaknesses
+from rlhf_cli.evaluation.overoptimisation import BEST_OF_N, Point, best_of_points, fit_series, run_point
 from rlhf_cli.evaluation.ratings import ratings
 from rlhf_cli.evaluation.samples import Samples, same_texts
-from rlhf_cli.evaluation.winrate import outcomes, win_rate
+from rlhf_cli.evaluation.winrate import WinRate, outcomes, win_rate
+from rlhf_cli.figures import Interval
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.rewards import term_names
 
 ModelPair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """How well one model or term agrees with preference data."""
-
-    kind: str  # reward model | policy | term
-    agreement: Agreement
-    beta: float | None = None  # of a policy's implicit rewards
-
-    def entry(self) -> dict[str, Any]:
-        """As in eval.json; accuracy and interval are null without a pair."""
-        own, rate, length = self.agreement, self.agreement.rate, self.agreement.length_baseline
-        return {
-            "kind": self.kind,
-            "accuracy": rate and rate.accuracy,
-            "low": rate and rate.low,
-            "high": rate and rate.high,
-            "ties": own.ties,
-            "pairs": rate.pairs if rate else 0,
-            "prompts": rate.prompts if rate else 0,
-            "ece": own.ece,
-            "confidence": own.confidence,
-            "reliability": [asdict(each) for each in own.reliability],
-            "margins": own.margins and asdict(own.margins),
-            "subsets": {name: asdict(each) for name, each in own.subsets.items()},
-            "length_baseline": length and asdict(length),
-            "beta": self.beta,
-            "faults": weaknesses(rate, length) if rate and self.kind != "policy" else [],
-        }
 
 
 @dataclass(frozen=True)
@@ -91,49 +62,48 @@ def judged_by_scores(samples: Mapping[str, Samples], judge: str, recipe: recipes
 
 def summarise(
     recipe: recipes.EvalRecipe, measured: Measured, judged: Mapping[ModelPair, np.ndarray], notes: Sequence[str]
-) -> dict[str, Any]:
-    """eval.json. `judged`: (one, other) → (P, K) outcomes of the one's responses against the other's."""
+) -> EvaluationResult:
+    """What eval.json says. `judged`: (one, other) → (P, K) outcomes of the one's responses against the other's."""
     equal = {name: own.first(recipe.rollout.responses_per_prompt) for name, own in measured.samples.items()}
     prompts = next((own.shape[0] for own in equal.values()), 0)
     counts = resamples(prompts, recipe.seed) if prompts else np.zeros((DRAWS, 0), np.int64)
     points = _points(recipe, measured, equal, counts)
-    return {
-        "about": _about(recipe, prompts, notes),
-        "models": _models(recipe, measured, equal, counts),
-        "winrate": _win_rates(recipe, equal, judged, counts),
-        "ratings": _ratings(recipe, equal, judged, counts),
-        "preferences": {name: agreed.entry() for name, agreed in measured.agreed.items()},
-        "overoptimisation": to_lines(points),
-        "fits": to_fits(points, counts),
-    }
+    return EvaluationResult(
+        about=_about(recipe, prompts, notes),
+        models=_models(recipe, measured, equal, counts),
+        winrate=_win_rates(recipe, equal, judged, counts),
+        ratings=_ratings(recipe, equal, judged, counts),
+        preferences=measured.agreed,
+        overoptimisation=points,
+        fits=fit_series(points, counts),
+    )
 
 
-def _about(recipe: recipes.EvalRecipe, prompts: int, notes: Sequence[str]) -> dict[str, Any]:
+def _about(recipe: recipes.EvalRecipe, prompts: int, notes: Sequence[str]) -> About:
     judge = recipe.winrate.judge if recipe.winrate else None
-    return {
-        "reference": recipe.reference,
-        "baseline": recipe.winrate and recipe.winrate.baseline,
-        "judge": judge if judge is None or isinstance(judge, str) else {"endpoint": judge.endpoint, "model": judge.model},
-        "prompts": prompts,
-        "responses": recipe.rollout.responses_per_prompt,
-        "temperature": recipe.rollout.temperature,
-        "max_new_tokens": recipe.rollout.max_new_tokens,
-        "seed": recipe.seed,
-        "resamples": DRAWS,
-        "notes": list(notes),
-    }
+    return About(
+        reference=recipe.reference,
+        baseline=recipe.winrate.baseline if recipe.winrate else None,
+        judge=judge if judge is None or isinstance(judge, str) else EndpointJudge(judge.endpoint, judge.model),
+        prompts=prompts,
+        responses=recipe.rollout.responses_per_prompt,
+        temperature=recipe.rollout.temperature,
+        max_new_tokens=recipe.rollout.max_new_tokens,
+        seed=recipe.seed,
+        resamples=DRAWS,
+        notes=list(notes),
+    )
 
 
 def _models(
     recipe: recipes.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray
-) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+) -> dict[str, dict[str, Interval]]:
+    found: dict[str, dict[str, Interval]] = {}
     for name in dict.fromkeys([*equal, *measured.text]):
-        own = figures(equal[name], counts) if name in equal else {}
+        found[name] = figures(equal[name], counts) if name in equal else {}
         if name in measured.text:
             nll, tokens = measured.text[name].T
-            own["perplexity"] = ratio_interval(nll, tokens, resamples(len(nll), recipe.seed), _exp)
-        found[name] = {metric: interval._asdict() for metric, interval in own.items()}
+            found[name]["perplexity"] = ratio_interval(nll, tokens, resamples(len(nll), recipe.seed), _exp)
     return found
 
 
@@ -143,32 +113,26 @@ def _exp(nll: float) -> float:
 
 def _win_rates(
     recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[ModelPair, np.ndarray], counts: np.ndarray
-) -> dict[str, Any]:
+) -> dict[str, WinRate]:
     if recipe.winrate is None:
         return {}
     baseline, found = recipe.winrate.baseline, {}
     for name in (name for name in samples if name != baseline):
         outcome = judged[name, baseline] if (name, baseline) in judged else 1 - judged[baseline, name]
         longer = samples[name].table(_tokens) - samples[baseline].table(_tokens)
-        rate = asdict(win_rate(outcome, longer, counts))
-        found[name] = rate | {"length_controlled": rate["length_controlled"]._asdict()}
+        found[name] = win_rate(outcome, longer, counts)
     return found
 
 
 def _ratings(
     recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[ModelPair, np.ndarray], counts: np.ndarray
-) -> dict[str, Any]:
+) -> dict[str, Interval]:
     if recipe.winrate is None or len(samples) < 2:
         return {}
     names = list(samples)
     place = {name: number for number, name in enumerate(names)}
-    found = ratings(
-        names,
-        {(place[one], place[other]): outcome for (one, other), outcome in judged.items()},
-        place[recipe.winrate.baseline],
-        counts,
-    )
-    return {name: rating._asdict() for name, rating in found.items()}
+    outcomes_of = {(place[one], place[other]): outcome for (one, other), outcome in judged.items()}
+    return ratings(names, outcomes_of, place[recipe.winrate.baseline], counts)
 
 
 def _points(recipe: recipes.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray) -> list[Point]:

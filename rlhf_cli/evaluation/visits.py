@@ -12,11 +12,12 @@ import numpy as np
 
 from rlhf_cli import sections
 from rlhf_cli.errors import RunError, Stopped, UsageError
+from rlhf_cli.evaluation.eval_json import Agreed
 from rlhf_cli.evaluation.measure import Rows, draw, function_scores, judged, place_judges, response_logps, text_figures
 from rlhf_cli.evaluation.models import EvaluatedModel
 from rlhf_cli.evaluation.preference import agreement, check_finite, score_responses
 from rlhf_cli.evaluation.prepare import EvaluationJob, tokenisation_of
-from rlhf_cli.evaluation.result import Agreed, Measured
+from rlhf_cli.evaluation.result import Measured
 from rlhf_cli.evaluation.samples import Sample, grouped, read_samples
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import resolve_dtype

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from rlhf_cli.evaluation.intervals import Interval, interval, jeffreys
+from rlhf_cli.evaluation.intervals import interval, jeffreys
+from rlhf_cli.figures import Interval
 
 SAME_SCORE = 1e-5
 """Scores this close are a tie: a model's scores of the same text, in other batches, differ by less."""
@@ -34,12 +37,19 @@ def outcomes(own: np.ndarray, other: np.ndarray, same: np.ndarray) -> np.ndarray
 class WinRate:
     """The share of comparisons that a model wins, ties counted half, with its 95 % interval."""
 
-    mean: float
-    low: float
-    high: float
+    rate: Interval
     ties: float  # share of the comparisons
     n: int  # comparisons
     length_controlled: Interval
+
+    def to_json(self) -> dict[str, Any]:
+        controlled = self.length_controlled.to_json()
+        return {**self.rate.to_json(), "ties": self.ties, "n": self.n, "length_controlled": controlled}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> WinRate:
+        controlled = Interval.from_json(entry["length_controlled"])
+        return cls(Interval.from_json(entry), entry["ties"], entry["n"], controlled)
 
 
 def win_rate(outcome: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> WinRate:
@@ -63,7 +73,7 @@ def win_rate(outcome: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> Win
     draws = wins / (counts @ judged.sum(1) + prior.sum(1))
     raw = _share(float(won.mean()), draws, prompts)
     controlled = _length_controlled(won, _length(longer[judged]), counts, prompt, prior, prompts)
-    return WinRate(*raw, float((won == 0.5).mean()), len(won), controlled)
+    return WinRate(raw, float((won == 0.5).mean()), len(won), controlled)
 
 
 def _share(point: float, draws: np.ndarray, prompts: int) -> Interval:

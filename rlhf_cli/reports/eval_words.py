@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlhf_cli.figures import percent
-from rlhf_cli.reports.page import Finding, Kind, Measure, decimals, parts, rounded
+from rlhf_cli.figures import Interval, number, percent_with_interval, with_interval
+from rlhf_cli.reports.page import Finding, Kind
 
 Result = dict[str, Any]
 
@@ -18,34 +18,8 @@ MORE = 0.05
 MOSTLY = 0.5
 
 
-def measure(own: dict[str, Any], key: str = "mean") -> Measure:
-    return Measure(own[key], own["low"], own["high"])
-
-
-def spelled(own: Measure) -> str:
-    """A figure with its interval.
-
-    >>> spelled(Measure(12.34, 11.8, 12.9))
-    '12.3 (11.8 to 12.9)'
-    """
-    mean, reach = parts(own)
-    return f"{mean} ({reach})" if reach else mean
-
-
-def in_percent(own: Measure) -> str:
-    """A share with its interval.
-
-    >>> in_percent(Measure(0.721, 0.68, 0.759))
-    '72.1 % (68.0 to 75.9 %)'
-    """
-    if own.low == own.high:
-        return percent(own.mean)
-    return f"{percent(own.mean)} ({100 * own.low:.1f} to {percent(own.high)})"
-
-
-def number(value: float) -> str:
-    """Three or four digits."""
-    return rounded(value, decimals([value]))
+def measure(own: dict[str, Any], key: str = "mean") -> Interval:
+    return Interval.from_json(own, key)
 
 
 def judge_of(about: Result) -> str:
@@ -80,7 +54,7 @@ def step_of(point: dict[str, Any]) -> str:
     return f"step {point['step']}" if point["n"] is None else f"n = {point['n']}"
 
 
-def leaning(own: Measure) -> Kind:
+def leaning(own: Interval) -> Kind:
     """Is a win rate above a half, below, or can it not be told?"""
     return "better" if own.low > CHANCE else "worse" if own.high < CHANCE else "open"
 
@@ -105,9 +79,11 @@ def _compared(result: Result) -> Iterator[Finding]:
         names = sorted(own, key=lambda name: abs(own[name]["mean"] - CHANCE), reverse=kind != "open")
         if names:
             first = own[names[0]]
-            said = f"{names[0]}'s responses are preferred by {judge} to {baseline}'s in {in_percent(measure(first))} of "
+            said = (
+                f"{names[0]}'s responses are preferred by {judge} to {baseline}'s in {percent_with_interval(measure(first))} of "
+            )
             said += f"{first['n']:,} comparisons" + "".join(
-                f"; {name}'s in {in_percent(measure(own[name]))}" for name in names[1:NAMED]
+                f"; {name}'s in {percent_with_interval(measure(own[name]))}" for name in names[1:NAMED]
             )
             yield Finding(kind, f"{head} {baseline}", f"({meaning}): {said}{_others(names)}.")
 
@@ -131,18 +107,19 @@ def _length(result: Result) -> Iterator[Finding]:
             continue
         if equal.low <= raw.mean <= equal.high and leaning(raw) == leaning(equal) and not _crosses(raw, equal):
             continue
-        said = f"{name} wins {in_percent(raw)}, at equal length {in_percent(equal)}: {_effect(name, baseline, raw, equal)}"
+        rates = f"{name} wins {percent_with_interval(raw)}, at equal length {percent_with_interval(equal)}"
+        said = f"{rates}: {_effect(name, baseline, raw, equal)}"
         told.append((abs(raw.mean - equal.mean), said))
     if told:
         words = [said for _, said in sorted(told, key=lambda each: -each[0])]
         yield Finding("warning", "Length plays a part.", f"{'; '.join(words[:NAMED])}{_others(words)}.")
 
 
-def _crosses(raw: Measure, equal: Measure) -> bool:
+def _crosses(raw: Interval, equal: Interval) -> bool:
     return (raw.mean - CHANCE) * (equal.mean - CHANCE) < 0
 
 
-def _effect(name: str, baseline: str, raw: Measure, equal: Measure) -> str:
+def _effect(name: str, baseline: str, raw: Interval, equal: Interval) -> str:
     """What the length does to a win rate."""
     after = leaning(equal)
     if leaning(raw) == "better" and after == "open":
@@ -163,12 +140,12 @@ def _golds(result: Result) -> Iterator[Finding]:
         own = {model: measure(figures[name]) for model, figures in result["models"].items() if name in figures}
         order = sorted(own, key=lambda model: own[model].mean)
         best, worst = order[-1], order[0]
-        said = f"highest for {best}, {spelled(own[best])}"
+        said = f"highest for {best}, {with_interval(own[best])}"
         if len(own) > 1:
-            said += f"; lowest for {worst}, {spelled(own[worst])}"
+            said += f"; lowest for {worst}, {with_interval(own[worst])}"
         standard = standard_of(result)
         if standard in own and standard not in (best, worst):
-            said += f"; {standard} has {spelled(own[standard])}"
+            said += f"; {standard} has {with_interval(own[standard])}"
         yield Finding(
             "note", f"Mean {title(name)[0].lower()}{title(name)[1:]}:" if len(own) > 1 else f"{title(name)}:", f"{said}."
         )
@@ -192,15 +169,15 @@ def _optimised(result: Result) -> Iterator[Finding]:
             continue
         fall = measure(top["fall"])
         if fall.low <= 0:
-            said = f"{where}, the last point is lower by {spelled(fall)}, an interval that includes 0."
+            said = f"{where}, the last point is lower by {with_interval(fall)}, an interval that includes 0."
             yield Finding("open", f"{series}: whether gold fell cannot be told.", f"{said[0].upper()}{said[1:]}")
             continue
         peak = next(point for point in points if place(point) == place(top))
         rose = last["proxy"] > peak["proxy"]
         proxy = f"the proxy {'rises' if rose else 'goes'} from {number(peak['proxy'])} to {number(last['proxy'])}"
         said = (
-            f"{where} and falls by {spelled(fall)} to {step_of(last)}, while {proxy}. The peak was chosen by the numbers that "
-            "the fall is measured with, so the fall is, if anything, overstated."
+            f"{where} and falls by {with_interval(fall)} to {step_of(last)}, while {proxy}. The peak was chosen by the numbers "
+            "that the fall is measured with, so the fall is, if anything, overstated."
         )
         head = f"{series} fools the reward after {step_of(top)}:" if rose else f"{series}: gold fell after {step_of(top)}:"
         yield Finding("warning", head, said)
@@ -216,8 +193,8 @@ def _variety(result: Result) -> Iterator[Finding]:
         if (base and share.low > base.high and share.mean > base.mean + MORE) or (not base and share.mean > MOSTLY)
     ]
     if found:
-        named = [f"{name} {in_percent(own[name])}" for name in found[:NAMED]]
-        beside = f", against {in_percent(base)} of {standard}'s" if base else ""
+        named = [f"{name} {percent_with_interval(own[name])}" for name in found[:NAMED]]
+        beside = f", against {percent_with_interval(base)} of {standard}'s" if base else ""
         said = f"responses that another one of the same model repeats word for word: {', '.join(named)}{_others(found)}{beside}."
         yield Finding("warning", "Less variety:", said)
 
@@ -231,8 +208,8 @@ def _endings(result: Result) -> Iterator[Finding]:
         if share.mean < MOSTLY or (base and share.high < base.low and share.mean < base.mean - MORE)
     ]
     if found:
-        named = [f"{name} {in_percent(own[name])}" for name in found[:NAMED]]
-        beside = f", against {in_percent(base)} of {standard}'s" if base and standard not in found else ""
+        named = [f"{name} {percent_with_interval(own[name])}" for name in found[:NAMED]]
+        beside = f", against {percent_with_interval(base)} of {standard}'s" if base and standard not in found else ""
         limit = result["about"]["max_new_tokens"]
         said = (
             f"responses that end within {limit} tokens: {', '.join(named)}{_others(found)}{beside}. The others are judged as "
@@ -241,7 +218,7 @@ def _endings(result: Result) -> Iterator[Finding]:
         yield Finding("warning", "Responses are cut off:", said)
 
 
-def _shares(result: Result, name: str) -> tuple[dict[str, Measure], str | None]:
+def _shares(result: Result, name: str) -> tuple[dict[str, Interval], str | None]:
     own = {model: measure(figures[name]) for model, figures in result["models"].items() if name in figures}
     return own, standard_of(result)
 
@@ -252,8 +229,8 @@ def _text(result: Result) -> Iterator[Finding]:
     base = own.get(standard) if standard else None
     dearer = [name for name, figure in own.items() if base and figure.low > base.high]
     if base and dearer:
-        named = [f"{name} {spelled(own[name])}" for name in dearer[:NAMED]]
-        against = f"against {spelled(base)} of {standard}; the intervals do not overlap"
+        named = [f"{name} {with_interval(own[name])}" for name in dearer[:NAMED]]
+        against = f"against {with_interval(base)} of {standard}; the intervals do not overlap"
         said = f"perplexity {', '.join(named)}{_others(dearer)}, {against}."
         yield Finding("note", "The texts became less likely:", said)
 
@@ -265,7 +242,7 @@ def _preferences(result: Result) -> Iterator[Finding]:
         if own["accuracy"] is None:
             yield Finding("warning", "Preferences:", f"there is no pair to measure {name} by.")
             continue
-        share = in_percent(measure(own, "accuracy"))
+        share = percent_with_interval(measure(own, "accuracy"))
         said = f"{name} ({own['kind']}) agrees with the data in {share} of {own['pairs']:,} pairs"
         if own["faults"]:
             yield Finding("warning", "Hardly a judge:", f"{said}; that {' and '.join(own['faults'])}.")
@@ -273,7 +250,7 @@ def _preferences(result: Result) -> Iterator[Finding]:
             policies.append(f"{name} {share}")
         else:
             length = own["length_baseline"]
-            reached = length and in_percent(measure(length, "accuracy"))
+            reached = length and percent_with_interval(measure(length, "accuracy"))
             yield Finding(
                 "note",
                 "Preferences:",

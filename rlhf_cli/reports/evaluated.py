@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.figures import Interval, count, give_or_take, mean_and_bounds, number, percent_with_interval, with_interval
 from rlhf_cli.reports.eval_plots import draw_evaluation
 from rlhf_cli.reports.eval_words import (
     CHANCE,
@@ -13,13 +14,10 @@ from rlhf_cli.reports.eval_words import (
     OTHER,
     Result,
     findings,
-    in_percent,
     judge_of,
     measure,
     metric,
-    number,
     series_of,
-    spelled,
     standard_of,
     step_of,
     title,
@@ -34,15 +32,11 @@ from rlhf_cli.reports.page import (
     Examples,
     Finding,
     Items,
-    Measure,
     Picture,
     Section,
     Side,
     Table,
-    decimals,
     page,
-    parts,
-    rounded,
     visible,
 )
 from rlhf_cli.runs.files import write_atomic
@@ -78,12 +72,12 @@ def _model_rows(result: Result) -> list[list[str]]:
         add(head, {model: own[name] for model, own in models.items() if name in own}, say)
 
     for name in (name for name in names if name.startswith("gold/")):
-        add_metric(name, title(name).lower(), _give_or_take)
-    add_metric("objective/scores", "score", _give_or_take)
-    add("win rate", rates, lambda own: spelled(measure(own)))
+        add_metric(name, title(name).lower(), lambda own: give_or_take(measure(own)))
+    add_metric("objective/scores", "score", lambda own: give_or_take(measure(own)))
+    add("win rate", rates, lambda own: with_interval(measure(own)))
     add_metric("objective/kl", "KL", lambda own: number(own["mean"]))
     add_metric("response/length", "length", lambda own: number(own["mean"]))
-    add("Elo", ratings, lambda own: _give_or_take(own, "elo"))
+    add("Elo", ratings, lambda own: give_or_take(measure(own, "elo")))
     add_metric("perplexity", "perplexity", lambda own: number(own["mean"]))
     every = dict.fromkeys([*models, *rates, *ratings])
     return [["model", *(head for head, _ in columns)], *([_name(model), *(say(model) for _, say in columns)] for model in every)]
@@ -93,7 +87,7 @@ def _preference_rows(result: Result) -> list[list[str]]:
     rows = [["preferences", "accuracy", "by length alone", "pairs"]]
     for name, own in result["preferences"].items():
         length = own["length_baseline"]
-        beside = f"{spelled(measure(length, 'accuracy'))}, {length['prefers']}" if length else ""
+        beside = f"{with_interval(measure(length, 'accuracy'))}, {length['prefers']}" if length else ""
         rows.append([_name(name), _accuracy_text(own), beside, f"{own['pairs']:,}"])
     return rows
 
@@ -105,16 +99,10 @@ def _peaks(result: Result) -> list[str]:
         if top := (result["fits"].get(series) or {}).get("peak"):
             where = f"{number(top['gold'])} at {step_of(top)}, KL {number(top['kl'])} nats"
             if top["fall"]["mean"]:
-                lines.append(f"{_name(series)}: gold peaks at {where}; {spelled(measure(top['fall']))} lower at the end")
+                lines.append(f"{_name(series)}: gold peaks at {where}; {with_interval(measure(top['fall']))} lower at the end")
             else:
                 lines.append(f"{_name(series)}: gold is highest at the last point, {where}")
     return lines
-
-
-def _give_or_take(own: dict[str, Any], key: str = "mean") -> str:
-    """A figure ± half its interval."""
-    places, half = decimals([own[key], own["low"], own["high"]]), (own["high"] - own["low"]) / 2
-    return rounded(own[key], places) + (f" ±{rounded(half, places)}" if half else "")
 
 
 def _name(name: str) -> str:
@@ -139,22 +127,18 @@ def _lead(result: Result) -> str:
     about, models = result["about"], result["models"]
     said = []
     if models:
-        said.append(_count(len(models), "model") + (f", {_drawn(about)}." if about["prompts"] else "."))
+        said.append(count(len(models), "model") + (f", {_drawn(about)}." if about["prompts"] else "."))
     if about["judge"] is not None:
         said.append(f"Judged by {judge_of(about)}" + (f" against {about['baseline']}." if about["baseline"] else "."))
     if about["reference"]:
         said.append(f"KL from {about['reference']}.")
     if result["preferences"]:
-        said.append(f"{_count(len(result['preferences']), 'judge')} compared with preference data.")
+        said.append(f"{count(len(result['preferences']), 'judge')} compared with preference data.")
     return " ".join(said) or "Nothing was measured."
 
 
 def _drawn(about: Result) -> str:
-    return f"{_count(about['responses'], 'response')} to each of {_count(about['prompts'], 'prompt')}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    return f"{count(about['responses'], 'response')} to each of {count(about['prompts'], 'prompt')}"
 
 
 def _sections(result: Result, samples: Sequence[Line], pictures: dict[str, list[Picture]]) -> list[Section]:
@@ -242,7 +226,11 @@ def _preferences(result: Result) -> list[Block]:
     )
     rows = tuple(_preference_row(name, each) for name, each in own.items())
     warnings = [
-        Finding("warning", f"{name}:", f"its accuracy, {in_percent(measure(each, 'accuracy'))}, {' and '.join(each['faults'])}.")
+        Finding(
+            "warning",
+            f"{name}:",
+            f"its accuracy, {percent_with_interval(measure(each, 'accuracy'))}, {' and '.join(each['faults'])}.",
+        )
         for name, each in own.items()
         if each["faults"]
     ]
@@ -276,7 +264,7 @@ def _preference_row(name: str, own: dict[str, Any]) -> tuple[Cell, ...]:
 
 
 def _accuracy_text(own: dict[str, Any]) -> str:
-    return spelled(measure(own, "accuracy")) if own["accuracy"] is not None else "no pairs"
+    return with_interval(measure(own, "accuracy")) if own["accuracy"] is not None else "no pairs"
 
 
 def _optimisation(result: Result) -> list[Block]:
@@ -288,7 +276,7 @@ def _optimisation(result: Result) -> list[Block]:
                 point["model"],
                 step_of(point),
                 *(
-                    "" if point[name] is None else Measure(point[name], *(point["intervals"][name] or [point[name]] * 2))
+                    "" if point[name] is None else Interval(point[name], *(point["intervals"][name] or [point[name]] * 2))
                     for name in ("kl", "proxy", "gold")
                 ),
             )
@@ -386,7 +374,7 @@ def _side(line: Line) -> Side:
     if len([name for name in line["terms"] if name.startswith("reward/")]) == 1:
         figures.pop("objective/scores", None)
     facts = [f"{title(name)} {number(value)}" for name, value in figures.items()]
-    facts.append(_count(line["tokens"], "token") + ("" if line["ended"] else ", did not end"))
+    facts.append(count(line["tokens"], "token") + ("" if line["ended"] else ", did not end"))
     return Side(line["model"], line["response"], ", ".join(facts))
 
 
@@ -398,7 +386,7 @@ def _methods(result: Result) -> list[Block]:
     if drawn:
         said.append(
             f"{_drawn(about)}, drawn at temperature "
-            f"{about['temperature']:g}, at most {_count(about['max_new_tokens'], 'token')} each, seed {about['seed']}."
+            f"{about['temperature']:g}, at most {count(about['max_new_tokens'], 'token')} each, seed {about['seed']}."
         )
     if models:
         said += [
@@ -491,5 +479,5 @@ def _written_examples(own: Sequence[Example]) -> str:
 def _written_cell(own: Cell) -> str:
     if isinstance(own, str):
         return cell(own, NAME_LENGTH)
-    mean, reach = parts(own)
+    mean, reach = mean_and_bounds(own)
     return f"{mean} ({reach})" if reach else mean

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-import math
 import re
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 from typing import Literal, NamedTuple
+
+from rlhf_cli.figures import Interval, mean_and_bounds
 
 Kind = Literal["better", "worse", "open", "warning", "note"]
 SIGNS: dict[Kind, str] = {"better": "▲", "worse": "▼", "open": "≈", "warning": "!", "note": "i"}
@@ -23,15 +24,7 @@ STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 """What would not be shown, is forbidden in HTML, or turns the direction of what stands around it."""
 
 
-class Measure(NamedTuple):
-    """A figure with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-Cell = str | Measure
+Cell = str | Interval
 
 
 class Column(NamedTuple):
@@ -106,44 +99,6 @@ AROUND: dict[type, tuple[str, str]] = {
     Picture: ('<div class="pictures">\n', "\n</div>"),
 }
 """What surrounds neighbouring blocks of one kind."""
-
-
-def decimals(values: Sequence[float]) -> int | None:
-    """Digits behind the point: three digits of the largest value, shares to a thousandth, and how far the values differ.
-
-    None: they are too large or too small for that.
-
-    >>> decimals([0.721, 1.0]), decimals([12.3, 11.8]), decimals([1043.0]), decimals([5.001, 5.004]), decimals([1e-7])
-    (3, 1, 0, 3, None)
-    """
-    largest, spread = max(map(abs, values)), max(values) - min(values)
-    if not 1e-4 <= largest < 1e6:
-        return None
-    told = min(6, -math.floor(math.log10(spread))) if spread else 0
-    usual = 3 if 0.01 <= largest < 2 else 2 - math.floor(math.log10(largest))
-    return max(0, usual, told)
-
-
-def rounded(value: float, places: int | None) -> str:
-    """A number as it is shown; `places` by `decimals`.
-
-    >>> rounded(0.6, 3), rounded(-0.0001, 2), rounded(1.5e9, None)
-    ('0.600', '0.00', '1.5e+09')
-    """
-    if places is None:
-        return f"{value:.3g}" if abs(value) >= 1e-9 else "0"
-    return f"{round(value, places) + 0.0:.{places}f}"
-
-
-def parts(measure: Measure) -> tuple[str, str]:
-    """A figure and its interval; no interval where it is the figure itself.
-
-    >>> parts(Measure(0.721, 0.68, 0.759))
-    ('0.721', '0.680 to 0.759')
-    """
-    places = decimals(measure)
-    mean, low, high = (rounded(value, places) for value in measure)
-    return mean, "" if measure.low == measure.high else f"{low} to {high}"
 
 
 def visible(text: str) -> str:
@@ -237,7 +192,7 @@ def _scale(column: Column, cells: Sequence[Cell]) -> tuple[float, float]:
     if column.scale:
         return column.scale
     marks = [] if column.mark is None else [column.mark]
-    values = [value for cell in cells if isinstance(cell, Measure) for value in cell] + marks
+    values = [value for cell in cells if isinstance(cell, Interval) for value in cell] + marks
     low, high = min(values, default=0.0), max(values, default=1.0)
     around = 0.0 if high > low else max(1.0, abs(low))
     return low - around, high + around
@@ -247,12 +202,12 @@ def _cell(cell: Cell, column: Column, scale: tuple[float, float]) -> str:
     if isinstance(cell, str):
         kind = ' class="number"' if re.fullmatch(r"[-+]?[\d.,e+-]+( %)?|", cell) else ' dir="auto"'
         return f"<td{kind}>{_text(cell)}</td>"
-    mean, reach = parts(cell)
+    mean, reach = mean_and_bounds(cell)
     between = f' <span class="reach">({reach})</span>' if reach else ""
     return f'<td class="measure"><span class="mean">{mean}</span>{between}{_bar(cell, column.mark, scale)}</td>'
 
 
-def _bar(cell: Measure, mark: float | None, scale: tuple[float, float]) -> str:
+def _bar(cell: Interval, mark: float | None, scale: tuple[float, float]) -> str:
     """The interval as a line with a dot, beside the line of what it is compared with. The numbers say the same."""
     middle = BAR_HEIGHT / 2
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from rlhf_cli.data.dataset import data_report
 from rlhf_cli.errors import MachineError, RunError, UsageError
 from rlhf_cli.evaluation.dump import pair_rows, ranked_rows
+from rlhf_cli.evaluation.eval_json import read_result
 from rlhf_cli.evaluation.judge import Verdicts, judge_all
 from rlhf_cli.evaluation.prepare import EvaluationJob, plan_evaluation, prepare_evaluation
 from rlhf_cli.evaluation.question import Question, prompt_text
@@ -68,7 +68,7 @@ def _opened(job: EvaluationJob, resume: bool, force: bool) -> Iterator[RunFolder
             done = _is_finished(job, folder)
         ranks.barrier()
         if done:
-            job.console.say(terminal_table(json.loads((folder.path / RESULT).read_bytes())))
+            job.console.say(terminal_table(read_result(folder.path / RESULT).to_json()))
             job.console.say(f"{output} is finished: {folder.path / PAGE}")
             yield None
         else:
@@ -118,7 +118,7 @@ def _conclude(job: EvaluationJob, folder: RunFolder, measured: Measured) -> None
     write_samples(folder.samples, [sample for own in measured.samples.values() for row in own.own for sample in row])
     equal = {name: own.first(recipe.rollout.responses_per_prompt) for name, own in measured.samples.items()}
     judged = _compare(job, folder, equal, notes)
-    result = summarise(recipe, measured, judged, notes)
+    result = summarise(recipe, measured, judged, notes).to_json()
     job.signals.obey_at_once("while the report was written; continue with --resume")
     if recipe.dump_pairs is not None:
         _dump(job, Path(recipe.dump_pairs), equal, judged)

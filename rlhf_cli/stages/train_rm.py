@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
 import numpy as np
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.evaluation.preference import Card, reward_card, score_responses
+from rlhf_cli.evaluation.agreement import Card
+from rlhf_cli.evaluation.preference import reward_card, score_responses
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import classifier_class
 from rlhf_cli.models.load import load_config
@@ -68,7 +68,7 @@ def _score(job: TrainingJob, backbone: Backbone, budget: int) -> Card:
 
 def _manifest(job: TrainingJob, folder: RunFolder, backbone: Backbone, base: str, card: Card) -> dict[str, Any]:
     """What the manifest says of a reward model, with the lines of Python that load it where transformers has a class for it."""
-    figures = dataclasses.asdict(card)
+    figures = card.to_json()
     if classifier_class(backbone.model.config) is None:
         job.console.warn("transformers has no sequence classifier for this architecture: only rlhf can load the reward model")
         return {"reward_model": figures}

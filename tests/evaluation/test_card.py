@@ -1,7 +1,8 @@
 """A reward model's card: figures by hand, and scores that do not depend on the cut into passes or ranks."""
 
+import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,9 @@ from rlhf_cli import sections
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError
+from rlhf_cli.evaluation.agreement import Card, LengthBaseline, Rate, beats_length, weaknesses
 from rlhf_cli.evaluation.intervals import wilson
 from rlhf_cli.evaluation.preference import (
-    Lead,
-    LengthBaseline,
-    Rate,
-    beats_length,
     calibration_error,
     histogram,
     lead,
@@ -26,8 +24,8 @@ from rlhf_cli.evaluation.preference import (
     reliability,
     reward_card,
     score_responses,
-    weaknesses,
 )
+from rlhf_cli.figures import Interval
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.ranks import Ranks
@@ -63,8 +61,8 @@ def test_wilson_bounds_are_where_the_share_is_just_1_96_deviations_away():
 
 def test_a_tie_counts_half():
     found = rate(pairs_with(SIX))
-    assert found.accuracy == 3.5 / 6
-    assert (found.low, found.high) == wilson(3.5 / 6, 6)
+    assert found.accuracy.mean == 3.5 / 6
+    assert found.accuracy[1:] == wilson(3.5 / 6, 6)
     assert (found.pairs, found.prompts) == (6, 6)
 
 
@@ -95,12 +93,12 @@ def test_a_ranking_with_a_tie_gives_the_pairs_that_are_not_tied():
 
 def test_a_prompt_is_one_observation():
     three = rate(margins([tree(1, 1, 1)] * 4, [(3.0, 2.0, 1.0)] * 3 + [(1.0, 2.0, 3.0)]))
-    assert (three.accuracy, three.pairs, three.prompts) == (0.75, 12, 4)
-    assert (three.low, three.high) == wilson(0.75, 4)
+    assert (three.accuracy.mean, three.pairs, three.prompts) == (0.75, 12, 4)
+    assert three.accuracy[1:] == wilson(0.75, 4)
     # Two pairs of one prompt and one of another: (2 + 1)² / (2² + 1²) observations.
     uneven = rate(margins([tree(1, 1, 1, ranks=(1, 2, 2)), tree(1, 1)], [(1.0, 1.0, -2.0), (0.0, 4.0)]))
-    assert (uneven.accuracy, uneven.pairs, uneven.prompts) == (0.5, 3, 2)
-    assert (uneven.low, uneven.high) == pytest.approx(wilson(0.5, 9 / 5))
+    assert (uneven.accuracy.mean, uneven.pairs, uneven.prompts) == (0.5, 3, 2)
+    assert uneven.accuracy[1:] == pytest.approx(wilson(0.5, 9 / 5))
 
 
 def test_all_tied_is_no_pair():
@@ -122,8 +120,8 @@ def test_the_length_baseline_takes_its_direction_from_training():
     pairs = pairs_with([1.0, 1.0, 1.0, -1.0])
     for training, prefers, share in ((longer_wins, "longer", 1.5 / 4), (shorter_wins, "shorter", 2.5 / 4)):
         found = length_baseline(pairs, held_out, training)
-        assert (found.prefers, found.accuracy) == (prefers, share)
-        assert (found.low, found.high) == wilson(share, 4)
+        assert (found.prefers, found.accuracy.mean) == (prefers, share)
+        assert found.accuracy[1:] == wilson(share, 4)
         assert found.lead.mean == 0.75 - share
     assert length_baseline(pairs_with([]), [], shorter_wins) is None
 
@@ -158,7 +156,7 @@ def test_a_lead_counts_prompts():
     theirs = margins(trees, [(1.0, 1.0, 0.0, 0.0)] * 5 + [(0.0, 0.0, 1.0, 1.0)] * 5)
     assert len(ours.values) == 40
     found, alone = lead(ours, theirs), lead(*outcomes((5, 3, 0, 2)))
-    assert asdict(found) == pytest.approx(asdict(alone))
+    assert found == pytest.approx(alone)
 
 
 @pytest.mark.parametrize("chances", [(0.5, 0.2, 0.1, 0.2), (0.3, 0.3, 0.3, 0.1), (0.75, 0.15, 0.02, 0.08)])
@@ -175,37 +173,44 @@ def test_intervals_that_overlap_may_belong_to_a_clear_lead():
     """170 of 200 against 150: of the 22 pairs on which they differ the model is right on 21."""
     ours, theirs = outcomes((149, 21, 1, 29))
     own, base, gap = rate(ours), rate(theirs), lead(ours, theirs)
-    assert own.low < base.high
+    assert own.accuracy.low < base.accuracy.high
     assert gap.low > 0.05
-    assert weaknesses(own, LengthBaseline("longer", base.accuracy, base.low, base.high, gap)) == []
+    assert weaknesses(own, LengthBaseline("longer", base.accuracy, gap)) == []
 
 
-LENGTH = LengthBaseline("longer", 0.6, 0.55, 0.65, Lead(0.15, 0.1, 0.2))
+LENGTH = LengthBaseline("longer", Interval(0.6, 0.55, 0.65), Interval(0.15, 0.1, 0.2))
 
 
 def test_faults_without_a_length_baseline():
-    assert weaknesses(Rate(0.53, 0.49, 0.57, 400, 400), None) == ["cannot be told from guessing"]
-    assert weaknesses(Rate(0.4, 0.35, 0.45, 400, 400), None) == ["is worse than guessing"]
-    assert weaknesses(Rate(0.6, 0.55, 0.65, 400, 400), None) == []
+    assert weaknesses(Rate(Interval(0.53, 0.49, 0.57), 400, 400), None) == ["cannot be told from guessing"]
+    assert weaknesses(Rate(Interval(0.4, 0.35, 0.45), 400, 400), None) == ["is worse than guessing"]
+    assert weaknesses(Rate(Interval(0.6, 0.55, 0.65), 400, 400), None) == []
 
 
 def test_no_warning_for_a_model_that_beats_length():
-    assert beats_length(Rate(0.75, 0.70, 0.80, 400, 400), LENGTH) is None
+    assert beats_length(Rate(Interval(0.75, 0.70, 0.80), 400, 400), LENGTH) is None
 
 
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (Rate(0.63, 0.58, 0.68, 400, 400), "is hardly better than always preferring the longer response"),
-        (Rate(0.58, 0.53, 0.63, 400, 400), "is no better than always preferring the longer response"),
-        (Rate(0.52, 0.47, 0.57, 400, 400), "cannot be told from guessing and is no better than always preferring the longer"),
-        (Rate(0.62, 0.49, 0.73, 60, 60), "cannot be told from guessing and is hardly better than always preferring the longer"),
+        (Rate(Interval(0.63, 0.58, 0.68), 400, 400), "is hardly better than always preferring the longer response"),
+        (Rate(Interval(0.58, 0.53, 0.63), 400, 400), "is no better than always preferring the longer response"),
+        (
+            Rate(Interval(0.52, 0.47, 0.57), 400, 400),
+            "cannot be told from guessing and is no better than always preferring the longer",
+        ),
+        (
+            Rate(Interval(0.62, 0.49, 0.73), 60, 60),
+            "cannot be told from guessing and is hardly better than always preferring the longer",
+        ),
     ],
 )
 def test_a_warning_in_words(model, words):
-    gap = model.accuracy - LENGTH.accuracy
-    said = beats_length(model, replace(LENGTH, lead=Lead(gap, gap - 0.05, gap + 0.05)))
-    assert f"{100 * model.accuracy:.1f} % ({100 * model.low:.1f} % to {100 * model.high:.1f} %), {words}" in said
+    gap = model.accuracy.mean - LENGTH.accuracy.mean
+    said = beats_length(model, replace(LENGTH, lead=Interval(gap, gap - 0.05, gap + 0.05)))
+    mean, low, high = (100 * value for value in model.accuracy)
+    assert f"{mean:.1f} % ({low:.1f} % to {high:.1f} %), {words}" in said
     assert "which has 60.0 % (55.0 % to 65.0 %)" in said
     ahead = f"on the same pairs it is ahead by {100 * gap:.1f} % ({100 * gap - 5:.1f} % to {100 * gap + 5:.1f} %)"
     assert (ahead in said) == (gap > 0)
@@ -215,28 +220,36 @@ def test_the_card():
     held_out = [tree(3, 5, subset="help"), tree(3, 6, subset="harm"), tree(9, 2, subset="help"), tree(4, 4)]
     scores = [np.array(own) for own in ((2.0, 1.0), (0.0, 1.0), (1.0, 1.0), (3.0, 0.0))]
     card = reward_card(scores, held_out, ["a:1", "a:2", "a:3", "a:4"], [tree(1, 5)], [np.array([1.0, 3.0]), np.array([5.0, 7.0])])
-    assert (card.accuracy, card.accuracy_low, card.accuracy_high) == (2.5 / 4, *wilson(2.5 / 4, 4))
-    assert (card.pairs, card.prompts, card.constant) == (4, 4, 0.5)
-    assert card.length_baseline.prefers == "shorter"
-    assert card.subsets == {
-        "help": Rate(0.75, *wilson(0.75, 2), 2, 2),
-        "harm": Rate(0.0, *wilson(0.0, 1), 1, 1),
-        "(none)": Rate(1.0, *wilson(1.0, 1), 1, 1),
+    own = card.agreement
+    assert own.rate == Rate(Interval(2.5 / 4, *wilson(2.5 / 4, 4)), 4, 4)
+    assert card.constant == 0.5
+    assert own.length_baseline.prefers == "shorter"
+    assert own.subsets == {
+        "help": Rate(Interval(0.75, *wilson(0.75, 2)), 2, 2),
+        "harm": Rate(Interval(0.0, *wilson(0.0, 1)), 1, 1),
+        "(none)": Rate(Interval(1.0, *wilson(1.0, 1)), 1, 1),
     }
     assert (card.score_mean, card.score_std, card.score_responses) == (4.0, math.sqrt(5.0), 4)
     sigma = [1 / (1 + math.exp(-gap)) for gap in (1.0, 1.0, 0.0, 3.0)]
-    assert card.confidence == pytest.approx(sum(sigma) / 4)
+    assert own.confidence == pytest.approx(sum(sigma) / 4)
     # σ(1) = 0.731 twice, once right; the tie at 0.5; σ(3) = 0.953, right.
-    assert card.ece == pytest.approx((2 * (sigma[0] - 0.5) + 0 + (1 - sigma[3])) / 4)
-    assert card.margins.mean == pytest.approx(0.75)
+    assert own.ece == pytest.approx((2 * (sigma[0] - 0.5) + 0 + (1 - sigma[3])) / 4)
+    assert own.margins.mean == pytest.approx(0.75)
     assert card.warning.startswith("The reward model's held-out accuracy, 62.5 % (")
-    assert list(asdict(card)["reliability"][0]) == ["low", "high", "count", "confidence", "accuracy"]
+    written = card.to_json()
+    assert Card.from_json(json.loads(json.dumps(written))) == replace(card, agreement=replace(own, ties=0))
+    assert [written[key] for key in ("accuracy", "accuracy_low", "pairs")] == [2.5 / 4, wilson(2.5 / 4, 4)[0], 4]
+    assert list(written["reliability"][0]) == ["low", "high", "count", "confidence", "accuracy"]
 
 
 def test_the_card_without_held_out_rows_has_the_scores_alone():
     card = reward_card([], [], [], [tree(1, 5)], [np.array([1.0, 3.0])])
-    assert (card.accuracy, card.length_baseline, card.ece, card.margins, card.warning) == (None,) * 5
-    assert (card.pairs, card.reliability, card.subsets, card.score_mean, card.score_std) == (0, [], {}, 2.0, 1.0)
+    written = card.to_json()
+    nothing = ("accuracy", "accuracy_low", "accuracy_high", "length_baseline", "ece", "margins", "warning")
+    assert [written[key] for key in nothing] == [None] * 7
+    assert [written[key] for key in ("pairs", "prompts", "reliability", "subsets")] == [0, 0, [], {}]
+    assert (card.score_mean, card.score_std) == (2.0, 1.0)
+    assert Card.from_json(written) == card
 
 
 def test_a_score_that_is_not_finite_names_its_row():
@@ -313,8 +326,9 @@ def test_the_accuracy_is_the_one_that_training_logs():
     logged = evaluate(backbone, BradleyTerry(), trees, budget=60, ranks=Ranks(expected=False))
     scores = score_responses(backbone, "reward", trees, 60, Ranks(expected=False))
     card = reward_card(scores, trees, ["row"] * 35, trees, scores)
-    assert 0.2 < card.accuracy < 0.8
-    assert card.pairs == 20 + 15 * 5
-    assert card.accuracy == pytest.approx(logged["accuracy"], abs=1e-6)
-    assert card.margins.mean == pytest.approx(logged["margin"], abs=1e-6)
+    own = card.agreement
+    assert 0.2 < own.rate.accuracy.mean < 0.8
+    assert own.pairs == 20 + 15 * 5
+    assert own.rate.accuracy.mean == pytest.approx(logged["accuracy"], abs=1e-6)
+    assert own.margins.mean == pytest.approx(logged["margin"], abs=1e-6)
     assert (card.score_mean, card.score_std) == pytest.approx((logged["score_mean"], logged["score_std"]), abs=1e-6)

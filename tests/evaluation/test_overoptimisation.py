@@ -12,14 +12,15 @@ from rlhf_cli.evaluation.intervals import Interval, ratio_interval, resamples
 from rlhf_cli.evaluation.overoptimisation import (
     BEST_OF_N,
     Fit,
+    Point,
+    SeriesFits,
     best_of,
     best_of_kl,
     best_of_points,
     fit,
+    fit_series,
     peak,
     run_point,
-    to_fits,
-    to_lines,
 )
 
 D = np.array([0.0, 0.3, 0.9, 1.4, 2.0, 3.1])
@@ -160,7 +161,7 @@ def test_points_are_taken_in_their_order_however_they_stand():
     points = curve("ppo", [1.0, 2.0, 5.0, 4.0, 1.5])
     counts = resamples(3, 0)
     assert peak(points[::-1], counts) == peak(points, counts)
-    assert to_fits(points[::-1], counts) == to_fits(points, counts)
+    assert fit_series(points[::-1], counts) == fit_series(points, counts)
 
 
 def test_a_curve_that_rises_has_its_peak_at_the_end_and_one_that_falls_at_the_start():
@@ -175,7 +176,7 @@ def test_without_the_gold_of_every_point_there_is_no_peak():
     points, counts = curve("ppo", [1.0, 2.0, 3.0, 4.0]), resamples(3, 0)
     points[2] = replace(points[2], gold=None, prompt_gold=None)
     assert peak(points, counts) is None
-    own = to_fits(points, counts)["ppo"]
+    own = fit_series(points, counts)["ppo"].to_json()
     assert own["gold"] is None and own["peak"] is None and own["proxy"]["rl"] is not None
 
 
@@ -224,7 +225,8 @@ def test_what_eval_json_has_of_them():
     golds = [0.0, 3.0, 4.0, 3.0]  # d (4 − d) at KL 0, 1, 4, 9
     points = curve("pushed", golds, [0.0, 1.0, 4.0, 9.0])
     points += best_of_points(BEST_OF_N, "sft", np.arange(12.0).reshape(3, 4), None, [4], counts)
-    lines, fits = to_lines(points), to_fits(points, counts)
+    lines = [point.to_json() for point in points]
+    fits = {series: own.to_json() for series, own in fit_series(points, counts).items()}
     assert lines[2] == {
         "series": "pushed",
         "model": "pushed/20",
@@ -249,3 +251,5 @@ def test_what_eval_json_has_of_them():
     }
     assert fits[BEST_OF_N] == {"proxy": {"bon": None, "rl": None}, "gold": None, "peak": None}
     assert json.loads(json.dumps([lines, fits], allow_nan=False)) == [lines, fits]
+    assert [Point.from_json(line) for line in lines] == points
+    assert {series: SeriesFits.from_json(own) for series, own in fits.items()} == fit_series(points, counts)

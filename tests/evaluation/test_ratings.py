@@ -38,10 +38,10 @@ def test_two_models_by_hand() -> None:
     apart = 400 * math.log10(7.5 / 3.5)
     counts = resamples(10, 0)
     anchored = ratings(["a", "b"], {(0, 1): outcome}, 1, counts)
-    assert anchored["a"].elo == pytest.approx(1000 + apart)
+    assert anchored["a"].mean == pytest.approx(1000 + apart)
     assert anchored["b"] == (1000, 1000, 1000)
     centred = ratings(["a", "b"], {(0, 1): outcome}, None, counts)
-    assert (centred["a"].elo, centred["b"].elo) == pytest.approx((1000 + apart / 2, 1000 - apart / 2))
+    assert (centred["a"].mean, centred["b"].mean) == pytest.approx((1000 + apart / 2, 1000 - apart / 2))
 
 
 def test_two_models_have_the_interval_of_their_win_rate() -> None:
@@ -49,7 +49,7 @@ def test_two_models_have_the_interval_of_their_win_rate() -> None:
     counts = resamples(60, 0)
     rate = win_rate(outcome, np.zeros((60, 1)), counts)
     found = ratings(["a", "b"], {(0, 1): outcome}, 1, counts)["a"]
-    expected = [1000 + ELO * math.log(bound / (1 - bound)) for bound in (rate.low, rate.high)]
+    expected = [1000 + ELO * math.log(bound / (1 - bound)) for bound in (rate.rate.low, rate.rate.high)]
     assert (found.low, found.high) == pytest.approx(expected, abs=0.5)
 
 
@@ -68,7 +68,7 @@ def test_a_cycle_is_a_draw() -> None:
     np.testing.assert_allclose(strengths(wins), 0, atol=1e-9)
     ahead = np.array([1.0] * 8 + [0.0] * 2)[:, None]
     found = ratings(["a", "b", "c"], {(0, 1): ahead, (1, 2): ahead, (0, 2): 1 - ahead}, None, resamples(10, 0))
-    assert [each.elo for each in found.values()] == pytest.approx([1000] * 3, abs=1e-6)
+    assert [each.mean for each in found.values()] == pytest.approx([1000] * 3, abs=1e-6)
 
 
 def test_strengths_without_a_maximum_are_refused() -> None:
@@ -110,8 +110,8 @@ def test_what_was_not_judged_is_no_match() -> None:
     outcome = np.array([[1.0, 1.0], [1.0, np.nan], [0.0, 0.5], [np.nan, np.nan]])  # 1 + ½ + ¼ prompts won, ¾ lost
     nothing = np.full((4, 2), np.nan)
     found = ratings(["a", "b", "c"], {(0, 1): outcome, (0, 2): nothing, (1, 2): outcome}, 1, resamples(4, 0))
-    assert found["a"].elo == pytest.approx(1000 + 400 * math.log10(2.25 / 1.25))
-    assert found["c"].elo == pytest.approx(1000 - 400 * math.log10(2.25 / 1.25))
+    assert found["a"].mean == pytest.approx(1000 + 400 * math.log10(2.25 / 1.25))
+    assert found["c"].mean == pytest.approx(1000 - 400 * math.log10(2.25 / 1.25))
 
 
 def test_a_star_has_the_ratings_of_its_pairs() -> None:
@@ -119,13 +119,13 @@ def test_a_star_has_the_ratings_of_its_pairs() -> None:
     found = ratings(NAMES, tables, 0, resamples(50, 0))
     for (_, other), outcome in tables.items():
         expected = 1000 + 400 * math.log10((50.5 - outcome.sum()) / (outcome.sum() + 0.5))
-        assert found[NAMES[other]].elo == pytest.approx(expected)
+        assert found[NAMES[other]].mean == pytest.approx(expected)
 
 
 def test_a_chain_of_models_is_enough() -> None:
     names, outcome = list("abcdefghi"), np.array([[1.0]] * 7 + [[0.0]] * 3)
     found = ratings(names, {(at, at + 1): outcome for at in range(8)}, 0, resamples(10, 0))
-    assert found["i"].elo == pytest.approx(1000 - 8 * 400 * math.log10(7.5 / 3.5))
+    assert found["i"].mean == pytest.approx(1000 - 8 * 400 * math.log10(7.5 / 3.5))
 
 
 def test_models_that_never_met_are_named() -> None:
@@ -140,7 +140,7 @@ def test_models_that_never_met_are_named() -> None:
 def test_a_model_that_always_wins_has_a_finite_rating_with_a_wide_interval() -> None:
     """64 of 64: 400·log10(64.5/0.5) = 844 above; Jeffreys' lower bound of the share, 0.962, is 562 above."""
     found = ratings(["base", "best"], {(0, 1): np.zeros((64, 4))}, 0, resamples(64, 0))["best"]
-    assert found.elo == pytest.approx(1844.2, abs=0.1)
+    assert found.mean == pytest.approx(1844.2, abs=0.1)
     assert found.low == pytest.approx(1562, abs=15)
     assert 2500 < found.high < 4000
 

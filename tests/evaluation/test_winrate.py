@@ -24,8 +24,8 @@ def test_outcomes_by_hand() -> None:
 def test_win_rate_by_hand() -> None:
     outcome = np.array([[1.0, 1.0, 0.5, 1.0], [0.0, np.nan, np.nan, np.nan], [0.5, 0.0, 1.0, 1.0]])
     found = win_rate(outcome, np.zeros((3, 4)), resamples(3, 0))
-    assert (found.mean, found.ties, found.n) == (6 / 9, 2 / 9, 9)
-    assert 0 <= found.low < found.mean < found.high <= 1
+    assert (found.rate.mean, found.ties, found.n) == (6 / 9, 2 / 9, 9)
+    assert 0 <= found.rate.low < found.rate.mean < found.rate.high <= 1
 
 
 def test_fewer_than_two_judged_prompts_are_refused() -> None:
@@ -36,8 +36,8 @@ def test_fewer_than_two_judged_prompts_are_refused() -> None:
 
 def test_a_model_against_itself_is_a_tie() -> None:
     found = win_rate(np.full((64, 4), 0.5), np.zeros((64, 4)), resamples(64, 0))
-    assert (found.mean, found.ties) == (0.5, 1.0)
-    assert found.low < 0.5 < found.high < found.low + 0.05
+    assert (found.rate.mean, found.ties) == (0.5, 1.0)
+    assert found.rate.low < 0.5 < found.rate.high < found.rate.low + 0.05
     assert found.length_controlled.low < 0.5 < found.length_controlled.high
 
 
@@ -46,7 +46,7 @@ def test_rates_of_nought_and_one_have_a_width(won: float) -> None:
     """Of 64 prompts, all won: Jeffreys' interval begins at 0.962, Wilson's at 0.943."""
     lengths = np.random.default_rng(0).normal(0, 9, (64, 2))
     found = win_rate(np.full((64, 2), won), lengths, resamples(64, 0))
-    for each in (found, found.length_controlled):
+    for each in (found.rate, found.length_controlled):
         inner, outer = (each.low, each.high) if won else (1 - each.high, 1 - each.low)
         assert 0.943 < inner < 0.967 and outer > 0.999
         assert each.mean == pytest.approx(won, abs=1e-6)
@@ -54,14 +54,16 @@ def test_rates_of_nought_and_one_have_a_width(won: float) -> None:
 
 def test_few_prompts_keep_the_interval_inside_nought_and_one() -> None:
     found = win_rate(np.array([[1.0], [0.0], [1.0]]), np.zeros((3, 1)), resamples(3, 0))
-    assert (found.low, found.high) == (0.0, 1.0)
+    assert (found.rate.low, found.rate.high) == (0.0, 1.0)
 
 
 def test_equal_responses_of_a_prompt_are_one_observation() -> None:
     outcome = (np.random.default_rng(1).random((40, 1)) < 0.6).astype(float)
     counts = resamples(40, 0)
     once, often = (win_rate(each, np.zeros(each.shape), counts) for each in (outcome, outcome.repeat(8, 1)))
-    assert (once.mean, once.low, once.high) == pytest.approx((often.mean, often.low, often.high), abs=1e-12)
+    assert (once.rate.mean, once.rate.low, once.rate.high) == pytest.approx(
+        (often.rate.mean, often.rate.low, often.rate.high), abs=1e-12
+    )
     assert once.length_controlled == pytest.approx(often.length_controlled, abs=1e-4)
 
 
@@ -69,8 +71,8 @@ def test_a_draw_divides_by_the_comparisons_that_are_in_it() -> None:
     """All ties: whatever prompts are drawn, and however many comparisons they have, the rate is about 0.5."""
     outcome = np.where(np.arange(8) < np.array([[8]] * 20 + [[1]] * 20), 0.5, np.nan)
     found = win_rate(outcome, np.zeros((40, 8)), resamples(40, 0))
-    assert (found.mean, found.n) == (0.5, 180)
-    assert 0.46 < found.low < 0.5 < found.high < 0.54
+    assert (found.rate.mean, found.n) == (0.5, 180)
+    assert 0.46 < found.rate.low < 0.5 < found.rate.high < 0.54
 
 
 def test_swapping_the_models_mirrors_the_rate() -> None:
@@ -81,21 +83,21 @@ def test_swapping_the_models_mirrors_the_rate() -> None:
         resamples(50, 0),
     )
     one, other = win_rate(outcome, longer, counts), win_rate(1 - outcome, -longer, counts)
-    assert one.mean == pytest.approx(1 - other.mean)
+    assert one.rate.mean == pytest.approx(1 - other.rate.mean)
     assert one.length_controlled.mean == pytest.approx(1 - other.length_controlled.mean, abs=1e-8)
-    assert one.low == pytest.approx(1 - other.high, abs=0.006)
+    assert one.rate.low == pytest.approx(1 - other.rate.high, abs=0.006)
 
 
 def test_without_differences_in_length_both_rates_are_the_same() -> None:
     outcome = np.random.default_rng(3).choice([0, 0.5, 1], (50, 4), p=[0.2, 0.2, 0.6])
     found = win_rate(outcome, np.zeros((50, 4)), resamples(50, 0))
-    assert found.length_controlled == pytest.approx((found.mean, found.low, found.high), abs=1e-6)
+    assert found.length_controlled == pytest.approx((found.rate.mean, found.rate.low, found.rate.high), abs=1e-6)
 
 
 def test_always_longer_by_the_same_tells_nothing_of_equal_length() -> None:
     outcome = (np.random.default_rng(4).random((50, 4)) < 0.7).astype(float)
     found = win_rate(outcome, np.full((50, 4), 12.0), resamples(50, 0))
-    assert found.length_controlled.mean == pytest.approx(found.mean, abs=1e-3)
+    assert found.length_controlled.mean == pytest.approx(found.rate.mean, abs=1e-3)
     assert found.length_controlled.high - found.length_controlled.low > 0.9
 
 
@@ -172,8 +174,8 @@ def judged_by_length(random: np.random.Generator, prompts: int, better: float = 
 def test_a_preference_for_length_alone_is_taken_out() -> None:
     """With 512 prompts the raw rate, truly 0.583, is not 0.5; between responses of equal length, it is."""
     found = win_rate(*judged_by_length(np.random.default_rng(8), 512), resamples(512, 0, 500))
-    assert 0.5 < found.low < 0.583 < found.high
-    assert found.length_controlled.low < 0.5 < found.length_controlled.high < found.mean
+    assert 0.5 < found.rate.low < 0.583 < found.rate.high
+    assert found.length_controlled.low < 0.5 < found.length_controlled.high < found.rate.mean
 
 
 @pytest.mark.parametrize("better", [0.0, 1.0])
@@ -182,7 +184,7 @@ def test_coverage_of_the_length_controlled_rate(better: float) -> None:
     found = [win_rate(*judged_by_length(random, 64, better), counts) for _ in range(100)]
     covered = np.mean([each.length_controlled.low <= chance(better) <= each.length_controlled.high for each in found])
     assert covered >= 0.92
-    assert better or np.mean([each.low <= 0.5 for each in found]) < 0.5
+    assert better or np.mean([each.rate.low <= 0.5 for each in found]) < 0.5
 
 
 def correlated(random: np.random.Generator, share: float, prompts: int, alike: float) -> np.ndarray:
@@ -196,7 +198,7 @@ def correlated(random: np.random.Generator, share: float, prompts: int, alike: f
 def raw_coverage(share: float, prompts: int, alike: float, times: int) -> float:
     random, counts, lengths = np.random.default_rng(10), resamples(prompts, 0, 400), np.zeros((prompts, 4))
     found = [win_rate(correlated(random, share, prompts, alike), lengths, counts) for _ in range(times)]
-    return float(np.mean([each.low <= share <= each.high for each in found]))
+    return float(np.mean([each.rate.low <= share <= each.rate.high for each in found]))
 
 
 @pytest.mark.parametrize(("share", "alike", "times"), [(0.5, 0.3, 500), (0.97, 0.3, 150), (0.97, 1, 150)])

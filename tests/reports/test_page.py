@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.figures import Interval
 from rlhf_cli.reports.evaluated import write_report
-from rlhf_cli.reports.page import Column, Finding, Measure, Picture, Section, Table, page
+from rlhf_cli.reports.page import Column, Finding, Picture, Section, Table, page
 from tests.reports.an_evaluation import HOSTILE, MODELS, evaluation, samples
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -114,12 +115,12 @@ def test_long_texts_are_shortened(tmp_path: Path) -> None:
 
 def test_bars() -> None:
     """A scale from 0 to 1 on 120 pixels with 4 at either side: 0.25 is at 4 + 0.25 · 112 = 32, 0.5 at 60, 0.75 at 88."""
-    own = Table("c", (Column("m"), Column("v", 0.5, (0.0, 1.0))), (("a", Measure(0.5, 0.25, 0.75)), ("b", "")))
+    own = Table("c", (Column("m"), Column("v", 0.5, (0.0, 1.0))), (("a", Interval(0.5, 0.25, 0.75)), ("b", "")))
     text = page("t", "l", [Section("s", "S", (own,))])
     assert '<line class="span" x1="32.0" y1="6.0" x2="88.0" y2="6.0"/><circle cx="60.0" cy="6.0"' in text
     assert '<line class="mark" x1="60.0"' in text
     assert text.count("<svg") == 1
-    alone = Table("c", (Column("m"), Column("v")), (("a", Measure(3.0, 3.0, 3.0)),))
+    alone = Table("c", (Column("m"), Column("v")), (("a", Interval(3.0, 3.0, 3.0)),))
     assert '<circle cx="60.0"' in page("t", "l", [Section("s", "S", (alone,))])  # nothing to be scaled by: the middle
     assert "<td" in text
 

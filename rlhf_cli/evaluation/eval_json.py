@@ -1,0 +1,145 @@
+"""What an evaluation found, as eval.json has it: written and read key by key, without anything that needs weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.errors import UsageError
+from rlhf_cli.evaluation.agreement import Agreement, weaknesses
+from rlhf_cli.evaluation.overoptimisation import Point, SeriesFits, series_of
+from rlhf_cli.evaluation.winrate import WinRate
+from rlhf_cli.figures import Interval
+
+
+@dataclass(frozen=True)
+class EndpointJudge:
+    """A model behind an interface that compares."""
+
+    endpoint: str
+    model: str
+
+
+@dataclass(frozen=True)
+class About:
+    """What was asked for, as far as a reader of the figures must know it."""
+
+    reference: str | None
+    baseline: str | None
+    judge: str | EndpointJudge | None  # gold, reward, or the name of a term
+    prompts: int
+    responses: int  # to each prompt, of each model
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    resamples: int
+    notes: list[str]
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> About:
+        judge = entry["judge"]
+        return cls(**{**entry, "judge": EndpointJudge(**judge) if isinstance(judge, dict) else judge})
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """How well one model or term agrees with preference data."""
+
+    kind: str  # reward model | policy | term
+    agreement: Agreement
+    beta: float | None = None  # of a policy's implicit rewards
+
+    @property
+    def weaknesses(self) -> list[str]:
+        """In what respects it is hardly a judge; of policies nobody expects one."""
+        own = self.agreement
+        return weaknesses(own.rate, own.length_baseline) if own.rate and self.kind != "policy" else []
+
+    def to_json(self) -> dict[str, Any]:
+        """Accuracy and interval are null without a pair."""
+        own, rate = self.agreement, self.agreement.rate
+        return {
+            "kind": self.kind,
+            "accuracy": rate and rate.accuracy.mean,
+            "low": rate and rate.accuracy.low,
+            "high": rate and rate.accuracy.high,
+            "ties": own.ties,
+            "pairs": own.pairs,
+            "prompts": own.prompts,
+            **own.to_json(),
+            "beta": self.beta,
+            "faults": self.weaknesses,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Agreed:
+        return cls(entry["kind"], Agreement.from_json(entry), entry["beta"])
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """All figures of an evaluation; what was not asked for is empty."""
+
+    about: About
+    models: dict[str, dict[str, Interval]] = field(default_factory=dict)  # model → metric → its mean
+    winrate: dict[str, WinRate] = field(default_factory=dict)  # over the baseline
+    ratings: dict[str, Interval] = field(default_factory=dict)  # Elo
+    preferences: dict[str, Agreed] = field(default_factory=dict)
+    overoptimisation: list[Point] = field(default_factory=list)
+    fits: dict[str, SeriesFits] = field(default_factory=dict)  # by series
+
+    @property
+    def standard(self) -> str | None:
+        """The model that others are held against: the baseline, else the reference; None without either."""
+        return next((name for name in (self.about.baseline, self.about.reference) if name in self.models), None)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of all that was measured of the models, in the order of a report."""
+        return list(dict.fromkeys(name for own in self.models.values() for name in own))
+
+    @property
+    def series(self) -> dict[str, list[Point]]:
+        """The points of over-optimisation by series, each in its order."""
+        return series_of(self.overoptimisation)
+
+    def of(self, metric: str) -> dict[str, Interval]:
+        """Model → its mean, of those for which the metric was measured."""
+        return {model: own[metric] for model, own in self.models.items() if metric in own}
+
+    def to_json(self) -> dict[str, Any]:
+        """eval.json."""
+        return {
+            "about": asdict(self.about),
+            "models": {model: {name: mean.to_json() for name, mean in own.items()} for model, own in self.models.items()},
+            "winrate": {model: rate.to_json() for model, rate in self.winrate.items()},
+            "ratings": {model: rating.to_json("elo") for model, rating in self.ratings.items()},
+            "preferences": {name: agreed.to_json() for name, agreed in self.preferences.items()},
+            "overoptimisation": [point.to_json() for point in self.overoptimisation],
+            "fits": {series: fits.to_json() for series, fits in self.fits.items()},
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> EvaluationResult:
+        return cls(
+            about=About.from_json(entry["about"]),
+            models={
+                model: {name: Interval.from_json(mean) for name, mean in own.items()} for model, own in entry["models"].items()
+            },
+            winrate={model: WinRate.from_json(own) for model, own in entry["winrate"].items()},
+            ratings={model: Interval.from_json(own, "elo") for model, own in entry["ratings"].items()},
+            preferences={name: Agreed.from_json(own) for name, own in entry["preferences"].items()},
+            overoptimisation=[Point.from_json(own) for own in entry["overoptimisation"]],
+            fits={series: SeriesFits.from_json(own) for series, own in entry["fits"].items()},
+        )
+
+
+def read_result(path: Path) -> EvaluationResult:
+    """The figures of a finished evaluation. UsageError: the file is damaged."""
+    try:
+        return EvaluationResult.from_json(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged ({error!r})\n  evaluate again with --force") from error
