@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from rlhf_cli.metrics import in_order
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
@@ -164,25 +166,6 @@ class Progress:
         self._console.say(line)
 
 
-SHOWN = (
-    ("loss", "loss {:.3f}"),
-    ("objective/scores", "score {:.3f}"),
-    ("objective/kl", "KL {:.3f}"),
-    ("objective/entropy", "entropy {:.3f}"),
-    ("response/length", "length {:.1f}"),
-    ("perplexity", "perplexity {:.4g}"),
-    ("token_accuracy", "accuracy {:.3f}"),
-    ("accuracy", "accuracy {:.3f}"),
-    ("margin", "margin {:.3f}"),
-    ("rewards/accuracies", "accuracy {:.3f}"),
-    ("rewards/margins", "margin {:.3f}"),
-    ("kl", "kl {:.3f}"),
-    ("learning_rate", "lr {:.1e}"),
-    ("tokens_per_second", "{:,.0f} tok/s"),
-)
-"""Metrics of a progress line in their order; a training line leaves out what its loss already says."""
-
-
 def describe(metrics: Mapping[str, float]) -> list[str]:
     """Metrics as words.
 
@@ -190,9 +173,8 @@ def describe(metrics: Mapping[str, float]) -> list[str]:
     ['loss 1.234', 'lr 2.0e-04', '1,234 tok/s']
     """
     training = "learning_rate" in metrics
-    skipped = ("perplexity", "token_accuracy") if training else ()
-    gold = [f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("gold/")]
-    return gold + [form.format(metrics[name]) for name, form in SHOWN if name in metrics and name not in skipped]
+    shown = [(row, name) for row, name in in_order(metrics) if row.progress and not (training and row.held_out_only)]
+    return [row.progress.format(metrics[name], name=name) for row, name in shown]
 
 
 def clock(seconds: float) -> str:

@@ -209,7 +209,7 @@ class TestShippedRecipes:
 
 FLOORS = (
     ("errors", "__version__"),
-    ("figures", "sections", "suggest"),
+    ("figures", "metrics", "sections", "suggest"),
     ("console", "signals", "ranks"),
     ("data",),
     ("models",),
