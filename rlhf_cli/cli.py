@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -22,28 +22,13 @@ from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.recipe.dump import one_line
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.load import load_recipe
+from rlhf_cli.recipe.stages import STAGES, Stage
 from rlhf_cli.runs.folder import refuse_occupied
 from rlhf_cli.suggest import closest
 
 Action = Callable[[], None]
 """What a parsed command line asks for. It runs outside typer, which would swallow Ctrl-C and broken pipes."""
 
-
-class Stage(NamedTuple):
-    module: str  # imported when the stage runs; has run(loaded, *, check, resume, force)
-    help: str
-
-
-COMMANDS = {
-    "sft": Stage("rlhf_cli.stages.sft", "Supervised fine-tuning on responses that people wrote."),
-    "train-rm": Stage("rlhf_cli.stages.train_rm", "A reward model from comparisons of responses."),
-    "dpo": Stage("rlhf_cli.stages.direct", "Direct preference optimisation, and other losses on pairs or rankings."),
-    "ipo": Stage("rlhf_cli.stages.direct", "Identity preference optimisation: pairs, with a target for the margin."),
-    "kto": Stage("rlhf_cli.stages.direct", "Kahneman-Tversky optimisation: single responses marked good or bad."),
-    "ppo": Stage("rlhf_cli.stages.ppo", "Proximal policy optimisation, and other methods on responses of the policy's own."),
-    "eval": Stage("rlhf_cli.stages.evaluate", "What models say, what it is worth, and how they compare; trains nothing."),
-}
-"""Each command that takes a recipe."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, suggest_commands=False)
 
@@ -110,7 +95,7 @@ def _stage_action(
 ) -> Action:
     if resume and force:
         raise UsageError("--resume continues a run and --force starts a new one. give one of the two")
-    return partial(_run_stage, name, COMMANDS[name], recipe, overrides, output, check, resume, force)
+    return partial(_run_stage, name, STAGES[name], recipe, overrides, output, check, resume, force)
 
 
 def _run_stage(
@@ -126,7 +111,7 @@ def _run_stage(
     importlib.import_module(stage.module).run(loaded, check=check, resume=resume, force=force)
 
 
-for _name, _stage in COMMANDS.items():
+for _name, _stage in STAGES.items():
     _stage_command(_name, _stage)
 
 
@@ -175,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     command = next((word for word in arguments if not word.startswith("-")), None)
-    names = [*COMMANDS, "export"]
+    names = [*STAGES, "export"]
     if command is not None and command not in names:
         near = closest(command, names)
         hint = f"did you mean {near}?" if near else f"commands: {', '.join(names)}"

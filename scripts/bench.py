@@ -36,9 +36,9 @@ from rlhf_cli.models.backbone import BASE, Backbone
 from rlhf_cli.models.load import load_config, load_tokenizer
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.models.policy import load_trained
-from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
+from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.training.optim import build_optimizer
 from rlhf_cli.training.reference import reference_logps
 from rlhf_cli.training.step import optimise
@@ -75,7 +75,7 @@ STAGES = {
 
 def objective_of(stage: str) -> Objective:
     """The stage's default kind."""
-    return OBJECTIVES[stage][0]()
+    return TRAINING_STAGES[stage].objectives[0]()
 
 
 def read_trees(stage: str, model: str, data: str, count: int) -> Trees:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from rlhf_cli.objectives.base import Objective, Trained
 from rlhf_cli.recipe.dump import MAY_CHANGE, ONLY_GROW
 from rlhf_cli.recipe.keys import (
     Key,
@@ -24,13 +25,12 @@ from rlhf_cli.recipe.keys import (
     keys_of,
     kind_of,
     known_keys,
-    objectives_of,
     sections_in,
     source_list,
     walk,
 )
-from rlhf_cli.recipe.rates import LEARNING_RATE, SANE_LEARNING_RATE, Trained, default_learning_rate
-from rlhf_cli.recipe.recipes import STAGES, TRAINING_STAGES, Recipe, TrainingRecipe
+from rlhf_cli.recipe.recipes import Recipe, TrainingRecipe
+from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES, TrainingStage
 
 DEST = Path(__file__).parents[1] / "docs" / "recipes.md"
 HEAD = """\
@@ -83,8 +83,8 @@ def reference() -> str:
     """The whole file."""
     every: type = TrainingRecipe
     parts = [HEAD, SETTING, *_section(every, "Every stage that trains", "")]
-    for stage, section in STAGES.items():
-        parts += _stage(stage, section)
+    for name, stage in STAGES.items():
+        parts += _stage(name, stage.recipe)
     resuming = RESUMING.format(training=_may_change(*TRAINING_STAGES), evaluation=_may_change("eval"))
     return "\n".join([*parts, RATES + "\n".join(_rates()) + "\n", resuming])
 
@@ -115,7 +115,7 @@ def _stage(stage: str, section: type) -> Iterator[str]:
         yield _table(rows)
     if stage not in TRAINING_STAGES:
         return
-    default, *others = objectives_of(stage)
+    default, *others = TRAINING_STAGES[stage].objectives
     if others:
         yield KINDS.format(kind=kind_of(default))
     for objective in (default, *others):
@@ -177,21 +177,23 @@ def _arm(arm: Any) -> str:
 
 
 def _rates() -> Iterator[str]:
-    for stage in TRAINING_STAGES:
-        kinds = list(map(kind_of, objectives_of(stage)))
-        others = [kind for kind in kinds if default_learning_rate(stage, kind, "full") != LEARNING_RATE[stage, "full"]]
-        for name, kind in [(f"`{stage}`", kinds[0]), *((f"`{stage}`, `{kind}`", kind) for kind in others)]:
-            yield f"| {name} | {_rate(stage, kind, 'lora')} | {_rate(stage, kind, 'full')} |"
+    for stage in TRAINING_STAGES.values():
+        default, *others = stage.objectives
+        yield f"| `{stage.recipe.stage}` | {_rate(stage, default, 'lora')} | {_rate(stage, default, 'full')} |"
+        for objective in others:
+            if objective.learning_rate:
+                name = f"`{stage.recipe.stage}`, `{kind_of(objective)}`"
+                yield f"| {name} | {_rate(stage, objective, 'lora')} | {_rate(stage, objective, 'full')} |"
 
 
-def _rate(stage: str, kind: str, trained: Trained) -> str:
-    low, high = SANE_LEARNING_RATE[stage, trained]
-    return f"{default_learning_rate(stage, kind, trained):g} | {low:g} … {high:g}"
+def _rate(stage: TrainingStage, objective: type[Objective], trained: Trained) -> str:
+    low, high = stage.sane[trained]
+    return f"{stage.default_learning_rate(objective, trained):g} | {low:g} … {high:g}"
 
 
 def _may_change(*stages: str) -> str:
     """The keys that one of the stages has."""
-    recipes: list[type] = [STAGES[stage] for stage in stages]
+    recipes: list[type] = [STAGES[stage].recipe for stage in stages]
     names = [name for name in MAY_CHANGE if any(name in known_keys(recipe) for recipe in recipes)]
     return "\n".join(f"- `{name}`" + (" (may only grow)" if name in ONLY_GROW else "") for name in names)
 

@@ -21,10 +21,10 @@ import pytest
 
 from rlhf_cli import cli
 from rlhf_cli.data.formats import COLUMNS, OPTIONAL, detect
-from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.recipes import STAGES, TRAINING_STAGES, EvalRecipe, Recipe, TrainingRecipe
+from rlhf_cli.recipe.recipes import EvalRecipe, Recipe, TrainingRecipe
+from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ class TestReadme:
     def test_commands_are_understood(self, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """Each gets through the real command line and, with a recipe, the real loader; only the work itself is faked."""
         calls: list[Any] = []
-        for name, attribute in (*((stage.module, "run") for stage in cli.COMMANDS.values()), ("rlhf_cli.runs.export", "export")):
+        for name, attribute in (*((stage.module, "run") for stage in STAGES.values()), ("rlhf_cli.runs.export", "export")):
             module = ModuleType(name)
             setattr(module, attribute, lambda *given, **flags: calls.append(given))
             monkeypatch.setitem(sys.modules, name, module)
@@ -116,7 +116,7 @@ class TestReadme:
             found.setdefault(stage, []).extend(re.findall(r"`(\w+)`", cells[2]))
         (table,) = re.findall(r"^\| `rlhf ppo`: `objective.kind` .*?\n\n", README, re.MULTILINE | re.DOTALL)
         found["ppo"] = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-        known = {stage: {kind_of(kind) for kind in kinds} for stage, kinds in OBJECTIVES.items() if stage != "sft"}
+        known = {name: set(map(kind_of, stage.objectives)) for name, stage in TRAINING_STAGES.items() if name != "sft"}
         assert {stage: set(kinds) for stage, kinds in found.items()} == known
         assert sum(map(len, found.values())) == sum(map(len, known.values()))
 
@@ -176,7 +176,9 @@ class TestDocs:
             for key in re.findall(r"^\| `([A-Za-z0-9_.]+)` \|", part, re.MULTILINE)
         ]
         assert len(rows) == len(set(rows))
-        assert len([key for key, _ in rows if key == "objective.kind"]) == sum(map(len, OBJECTIVES.values()))
+        assert len([key for key, _ in rows if key == "objective.kind"]) == sum(
+            len(stage.objectives) for stage in TRAINING_STAGES.values()
+        )
         of_several = ("objective.", "reference", "rollout", "reward", "gold")
         common = [key for key, part in rows if not key.startswith(of_several) and part != "`rlhf eval`"]
         assert len(common) == len(set(common))
@@ -189,7 +191,7 @@ class TestDocs:
 
     def test_papers_name_every_objective_and_a_recipe_that_exists(self) -> None:
         text = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
-        kinds = {kind_of(objective) for objectives in OBJECTIVES.values() for objective in objectives}
+        kinds = {kind_of(objective) for stage in TRAINING_STAGES.values() for objective in stage.objectives}
         assert {kind for kind in kinds if f"| `{kind}` |" in text} == kinds
         recipes = re.findall(r"`(recipes/[^`]+)`", text)
         assert recipes

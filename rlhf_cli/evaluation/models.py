@@ -16,9 +16,10 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.rollout.reward_models import is_reward_model, recorded_template, serialised
 from rlhf_cli.runs.manifest import BaseModel, weights_hash
-from rlhf_cli.runs.parents import POLICY_STAGES, Start, base_model, resolve_start
+from rlhf_cli.runs.parents import Start, base_model, resolve_start
 from rlhf_cli.runs.resume import INPUTS
 
 STEP = re.compile(r"step-(\d+)(-\d+)?")
@@ -131,7 +132,7 @@ def _candidate(
     check: bool,
 ) -> EvaluatedModel:
     trust = recipe.trust_remote_code
-    start = resolve_start(path, None, place, stages=(*POLICY_STAGES, "train-rm"))
+    start = resolve_start(path, None, place, stages=TRAINING_STAGES)
     tokenizer = load_tokenizer(start.tokenizer, start.revision, trust)
     if recipe.chat_template is None:
         template = recorded_template(start, tokenizer, path, place)

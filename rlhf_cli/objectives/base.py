@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from rlhf_cli.data.trees import Batch, Tree
     from rlhf_cli.models.backbone import Backbone
 
+Trained = Literal["lora", "full"]
+"""Which weights learn: an adapter's, or all."""
+
 
 @dataclass(frozen=True)
 class LossTerm:
@@ -43,6 +46,15 @@ class Objective:
     """Can it learn from responses of which some are tied?"""
     saturates: ClassVar[bool] = False
     """Does its gradient fade for pairs that are far apart? Then it logs rewards/saturated."""
+    values: ClassVar[bool] = False
+    """Does it learn a value, a role of its own?"""
+    learning_rate: ClassVar[Mapping[Trained, float]] = {}
+    """The default, where it wants another than its stage."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What it logs of every update."""
+        raise NotImplementedError
 
     def with_class_counts(self, desirable: int, undesirable: int) -> Self:
         """The objective with what it takes from the numbers of desirable and undesirable responses in the training data."""

@@ -24,6 +24,10 @@ class Ipo(LogRatioPair):
     normalize: Literal["sum", "token_mean"] = key("sum", "log-ratios are sums over a response (the paper's), or means per token")
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (*super().metric_names, "margin/target", "margin/logratio")
+
+    @property
     def target(self) -> float:
         """The h that the loss asks for: nats, with `token_mean` nats per token."""
         return 1 / (2 * self.beta)

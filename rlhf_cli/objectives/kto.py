@@ -34,6 +34,10 @@ class Kto(UnpairedObjective):
     lambda_u: float = key(1.0, "λ_U: weight of an undesirable response", low=0.0)
     lambda_: Literal["auto"] | None = key(None, "auto: λ_D and λ_U balance the classes, the smaller one is 1")
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (*super().metric_names, "kl")
+
     def with_class_counts(self, desirable: int, undesirable: int) -> Self:
         """With `lambda: auto` as weights such that n_D λ_D = n_U λ_U, for the numbers of responses in the training data.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rlhf_cli.objectives.base import Trained
 from rlhf_cli.objectives.preference import Pair, PairObjective
 from rlhf_cli.sections import key
 
@@ -24,6 +25,7 @@ class Orpo(PairObjective):
     lambda_: float = key(0.1, "λ: weight of the odds ratio beside the negative log-likelihood per token", low=0.0)
 
     reference: ClassVar[bool] = False
+    learning_rate: ClassVar[Mapping[Trained, float]] = {"lora": 8e-5, "full": 8e-6}  # the paper's: it is SFT as well
 
     def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
         from torch.nn.functional import softplus

@@ -67,10 +67,12 @@ class PolicyGradient(Objective):
     responses: ClassVar = "none"
     of_first_update: ClassVar[frozenset[str]] = frozenset({"policy/ratio"})
     reference: ClassVar[bool] = True
-    values: ClassVar[bool] = False
-    """Does it learn a value, a role of its own?"""
     least_samples: ClassVar[int] = 1
     """Responses per prompt that it needs."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("loss", "loss/policy", "policy/clipfrac", "policy/approxkl", "policy/ratio")
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         """Advantages and value targets. `kl_coef`: κ of the log-ratio in the reward, 0 where the KL is a loss term."""
@@ -165,6 +167,11 @@ class ActorCritic(PolicyGradient):
     value_coef: float = key(0.5, "weight of the value loss", low=0.0)
 
     values: ClassVar[bool] = True
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        of_value = ("loss/value", "value/explained_variance", "grad_norm/value", "learning_rate/value")
+        return (*super().metric_names, *of_value)
 
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         yield from super().terms(backbone, batch, given)

@@ -149,6 +149,13 @@ class PairObjective(Objective):
     reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = False
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        rewards = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+        saturated = ("rewards/saturated",) if self.saturates else ()
+        logratio = ("logratio/mean",) if self.reference else ()
+        return ("loss", *rewards, *saturated, "logps/chosen", "logps/rejected", *logratio)
+
     def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
         """The loss of every pair, (P,)."""
         raise NotImplementedError

@@ -25,6 +25,10 @@ class RewardObjective(Objective):
 
     role: ClassVar[Literal["policy", "reward"]] = "reward"
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("loss", "accuracy", "margin", "score_mean", "score_std")
+
     def losses(self, scores: torch.Tensor, pairs: PairIndices, batch: Batch) -> dict[str, torch.Tensor]:
         """Unit → sum over the pass. `scores`: (M,) float64, tree by tree, best first."""
         raise NotImplementedError

@@ -22,6 +22,10 @@ class Sft(Objective):
 
     responses: ClassVar[Literal["first", "all"]] = "first"
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return ("loss", "perplexity", "token_accuracy")
+
     def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
         from rlhf_cli.data.trees import supervised_tokens
 

@@ -29,6 +29,11 @@ class UnpairedObjective(Objective):
 
     reference: ClassVar[bool] = True
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        rewards = ("rewards/desirable", "rewards/undesirable", "rewards/margins")
+        return ("loss", *rewards, "logps/desirable", "logps/undesirable", "logratio/mean")
+
     def loss(self, logratio: torch.Tensor, desirable: torch.Tensor, given: Mapping[str, float]) -> torch.Tensor:
         """The loss of every response, (M,), from its ρ (M,) float64 and its mark (M,) bool."""
         raise NotImplementedError

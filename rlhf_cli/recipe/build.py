@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from rlhf_cli.recipe.keys import (
@@ -14,16 +14,14 @@ from rlhf_cli.recipe.keys import (
     arms,
     as_yaml,
     describe,
-    keys_elsewhere,
     keys_of,
     kind_of,
     known_keys,
-    objectives_of,
     sections_in,
     shape,
     source_list,
 )
-from rlhf_cli.recipe.recipes import TRAINING_STAGES
+from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
 from rlhf_cli.recipe.suggest import closest_key
 from rlhf_cli.recipe.yaml_reader import BAD, Node, Problem
 from rlhf_cli.suggest import closest
@@ -82,7 +80,8 @@ class Builder:
 
     def __init__(self, recipe: type, stage: str) -> None:
         self.known = known_keys(recipe)
-        self.elsewhere = keys_elsewhere(recipe)
+        recipes: Iterable[type] = (other.recipe for other in STAGES.values())
+        self.elsewhere = {key for other in recipes for key in known_keys(other)}.difference(self.known)
         self.stage = stage
         self.problems: list[Problem] = []
         self.bad: set[str] = set()
@@ -271,12 +270,12 @@ def _not_among(names: list[str], node: Node) -> str:
 
 
 def _near_kind(names: list[str], value: Any) -> str:
-    """Where the kind is at home, or which is meant."""
+    """The stage whose kind it is, or which is meant."""
     if not isinstance(value, str):
         return "write one of these"
-    homes = [stage for stage in TRAINING_STAGES if value in map(kind_of, objectives_of(stage))]
-    if homes:
-        return f"{value} is a kind of rlhf {homes[0]}"
+    owner = next((name for name, stage in TRAINING_STAGES.items() if value in map(kind_of, stage.objectives)), None)
+    if owner is not None:
+        return f"{value} is a kind of rlhf {owner}"
     near = closest(value, names)
     return f"did you mean {near}?" if near is not None else "write one of these"
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_cli.recipe.metrics import learns_values, metrics_of, training_metrics_of
+from rlhf_cli.recipe.metrics import metrics_of, training_metrics_of
 from rlhf_cli.recipe.recipes import DirectRecipe, EvalRecipe, KtoRecipe, PpoRecipe, Recipe, TrainingRecipe, is_pattern
 from rlhf_cli.recipe.rewards import name_of, term_names
 from rlhf_cli.sections import EvalSource, Kl, Reference, Reward, Rows, Sampling, Source, Value, Winrate
@@ -205,7 +205,7 @@ def _samples(recipe: PpoRecipe) -> Iterator[Finding]:
 
 
 def _value(recipe: PpoRecipe) -> Iterator[Finding]:
-    if learns_values(recipe.objective):
+    if recipe.objective.values:
         return
     default = Value()
     given = {"init": recipe.value.init != default.init, "learning_rate": recipe.value.learning_rate != default.learning_rate}
@@ -269,6 +269,17 @@ DIRECT = (
     Check(("objective.kind", "reference"), _reference),
     JUDGED,
     Check(("objective.kind", "rollout", "reward", "reward_combine", "gold", "reference"), _online),
+)
+
+KTO = (*DIRECT, Check(("objective",), _balance))
+
+PPO = (
+    *TRAINING,
+    JUDGED,
+    Check(("objective", "rollout", "train.batch_size"), _samples),
+    Check(("objective.kind", "value"), _value),
+    Check(("kl",), _kl),
+    Check(("ptx",), _ptx),
 )
 
 
@@ -418,27 +429,10 @@ EVALUATION = (
     JUDGED,
 )
 
-CHECKS_OF_STAGE: dict[str, tuple[Check, ...]] = {
-    "sft": TRAINING,
-    "train-rm": TRAINING,
-    "dpo": DIRECT,
-    "ipo": DIRECT,
-    "kto": (*DIRECT, Check(("objective",), _balance)),
-    "ppo": (
-        *TRAINING,
-        JUDGED,
-        Check(("objective", "rollout", "train.batch_size"), _samples),
-        Check(("objective.kind", "value"), _value),
-        Check(("kl",), _kl),
-        Check(("ptx",), _ptx),
-    ),
-    "eval": EVALUATION,
-}
 
-
-def findings(recipe: Recipe, bad: set[str]) -> Iterator[Finding]:
+def findings(checks: Sequence[Check], recipe: Recipe, bad: set[str]) -> Iterator[Finding]:
     """What the recipe's keys disagree on; checks that read a key in `bad` are left out."""
-    for check in CHECKS_OF_STAGE[recipe.stage]:
+    for check in checks:
         if not any(_touches(read, key) for read in check.reads for key in bad):
             yield from check.test(recipe)
 

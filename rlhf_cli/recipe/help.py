@@ -7,9 +7,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from rlhf_cli.recipe.keys import Key, arms, as_yaml, keys_of, kind_of, objectives_of, sections_in
-from rlhf_cli.recipe.rates import LEARNING_RATE, default_learning_rate
-from rlhf_cli.recipe.recipes import STAGES
+from rlhf_cli.recipe.keys import Key, arms, as_yaml, keys_of, kind_of, sections_in
+from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
 from rlhf_cli.sections import Train
 
 WIDTH = 77  # typer indents by two more
@@ -19,7 +18,7 @@ COLUMN = 30
 def key_table(stage: str) -> str:
     """One entry for each key of a stage's recipe: name, default or *, choices and meaning, at most WIDTH columns wide."""
     lines = ["Recipe keys, with their defaults (* required):"]
-    _section(STAGES[stage], 0, stage, set(), lines)
+    _section(STAGES[stage].recipe, 0, stage, set(), lines)
     return "\n".join(lines)
 
 
@@ -75,9 +74,8 @@ def _meaning(key: Key, stage: str) -> str:
 
 def _rates(stage: str) -> Iterator[str]:
     """The stage's default rates, and those of kinds that have others."""
-    usual = [LEARNING_RATE[stage, "lora"], LEARNING_RATE[stage, "full"]]
-    yield f"{usual[0]:g} lora, {usual[1]:g} full"
-    for kind in map(kind_of, objectives_of(stage)):
-        rates = [default_learning_rate(stage, kind, "lora"), default_learning_rate(stage, kind, "full")]
-        if rates != usual:
-            yield f"{kind} {rates[0]:g} lora, {rates[1]:g} full"
+    row = TRAINING_STAGES[stage]
+    yield f"{row.learning_rate['lora']:g} lora, {row.learning_rate['full']:g} full"
+    for objective in row.objectives:
+        if own := objective.learning_rate:
+            yield f"{kind_of(objective)} {own['lora']:g} lora, {own['full']:g} full"

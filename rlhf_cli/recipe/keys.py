@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from rlhf_cli.recipe.recipes import STAGES, TRAINING_STAGES
+from rlhf_cli.objectives.base import Objective
 from rlhf_cli.sections import SHORT_FORM
 
 
@@ -69,9 +69,8 @@ def kind_of(section: type) -> str:
     return name
 
 
-def objectives_of(stage: str) -> tuple[type, ...]:
-    """The kinds of a training stage's objective, the default first."""
-    recipe: type = TRAINING_STAGES[stage]
+def objectives_of(recipe: type) -> tuple[type[Objective], ...]:
+    """The kinds that the annotation of a recipe's `objective` names, the default first."""
     return sections_in(keys_of(recipe)["objective"].kind)
 
 
@@ -140,11 +139,3 @@ def required_keys(section: type) -> Iterator[str]:
         if key.default is dataclasses.MISSING:
             inner = sections_in(key.kind) if dataclasses.is_dataclass(key.kind) else ()
             yield from (f"{key.name}.{name}" for name in required_keys(inner[0])) if inner else (key.name,)
-
-
-@cache
-def keys_elsewhere(section: type) -> frozenset[str]:
-    """Dotted keys that other recipes have and this one has not."""
-    recipes: Iterable[type] = STAGES.values()
-    others = {dotted for recipe in recipes for dotted in known_keys(recipe)}
-    return frozenset(others.difference(known_keys(section)))

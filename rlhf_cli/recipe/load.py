@@ -12,7 +12,8 @@ from rlhf_cli.recipe.build import SHOWN, Builder, lines_of, spell_out
 from rlhf_cli.recipe.checks import findings
 from rlhf_cli.recipe.dump import flatten
 from rlhf_cli.recipe.keys import required_keys
-from rlhf_cli.recipe.recipes import STAGES, Recipe
+from rlhf_cli.recipe.recipes import Recipe
+from rlhf_cli.recipe.stages import STAGES
 from rlhf_cli.recipe.yaml_reader import BAD, MAX_BYTES, Node, Problem, Unreadable, decode, plain, read
 from rlhf_cli.suggest import closest
 
@@ -49,10 +50,10 @@ def load_recipe(stage: str, path: Path, overrides: Sequence[str] = (), output: s
     """Reads and checks a recipe. Raises UsageError with one line for each problem."""
     problems: list[Problem] = []
     try:
-        root = _read_file(path, problems, tuple(required_keys(STAGES[stage])))
+        root = _read_file(path, problems, tuple(required_keys(STAGES[stage].recipe)))
     except Unreadable as error:
         raise UsageError(_render(path, [*problems, error.problem])) from None
-    section = STAGES[stage]
+    section = STAGES[stage].recipe
     root = spell_out(root, section)
     for override in overrides:
         root = spell_out(_override(root, override, problems), section)
@@ -64,7 +65,7 @@ def load_recipe(stage: str, path: Path, overrides: Sequence[str] = (), output: s
     problems += builder.problems
     values = flatten(recipe)
     bad = builder.bad | {problem.key for problem in problems}
-    found = [_locate(lines, key, what) for key, what in findings(recipe, bad)]
+    found = [_locate(lines, key, what) for key, what in findings(STAGES[stage].checks, recipe, bad)]
     for key in ("model.trust_remote_code", "trust_remote_code"):
         if lines.get(key, 0) > 0 and values.get(key):
             what = f"only the command line may allow this. remove it and add --set {key}=true"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.bandit import Bandit
-from rlhf_cli.objectives.base import Objective
+from rlhf_cli.objectives.base import Objective, Trained
 from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.cal_dpo import CalDpo
@@ -85,9 +85,18 @@ class TrainingRecipe(Recipe):
     trackers: list[str] = key([], "tensorboard, wandb, mlflow, trackio, …; offline files are always written", last=True)
 
     @property
+    def trained(self) -> Trained:
+        return "full" if self.lora is None else "lora"
+
+    @property
     def draws(self) -> PolicySampling | None:
         """How responses are drawn from the policy; None where it learns from those of its data."""
         return None
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics of its own updates: those of its objective, and of what it learns beside it."""
+        return self.objective.metric_names
 
     @property
     def paths(self) -> list[str]:
@@ -186,6 +195,10 @@ class PpoRecipe(TrainingRecipe):
         return self.reward, self.gold or []
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (*super().metric_names, "kl_coef", *(("loss/ptx",) if self.ptx else ()))
+
+    @property
     def paths(self) -> list[str]:
         return [*super().paths, *(source.path for source in (self.ptx.data if self.ptx else ()))]
 
@@ -240,13 +253,3 @@ class EvalRecipe(Recipe):
 def is_pattern(path: str) -> bool:
     """Does it stand for several paths?"""
     return any(char in path for char in "*?[")
-
-
-STAGES: dict[str, type[Recipe]] = {
-    recipe.stage: recipe for recipe in (SftRecipe, TrainRmRecipe, DpoRecipe, IpoRecipe, KtoRecipe, PpoRecipe, EvalRecipe)
-}
-"""Stage name → its recipe. What a stage's recipe does not name has no effect there and is rejected."""
-
-TRAINING_STAGES: dict[str, type[TrainingRecipe]] = {
-    name: recipe for name, recipe in STAGES.items() if issubclass(recipe, TrainingRecipe)
-}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.figures import NOISE, duration, figure, percent
+from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.reports.card import model_card
 from rlhf_cli.reports.drawn import drawn_verdict, is_drawn
 from rlhf_cli.reports.markdown import cell, table
@@ -16,14 +17,6 @@ from rlhf_cli.reports.verdict import Lines, ends, held_out_verdict, length_verdi
 from rlhf_cli.runs.files import write_atomic
 from rlhf_cli.runs.folder import RunFolder, read_metrics
 
-STAGE_NAMES = {
-    "sft": "supervised fine-tuning",
-    "train-rm": "reward model",
-    "dpo": "direct preference optimisation",
-    "ipo": "identity preference optimisation",
-    "kto": "Kahneman–Tversky optimisation",
-    "ppo": "policy optimisation with a reward",
-}
 SHOWN = (
     ("loss", "loss"),
     ("perplexity", "perplexity"),
@@ -114,7 +107,7 @@ def write_report(run: RunFolder, manifest: dict[str, Any]) -> None:
 
 def _head(story: Story) -> str:
     manifest, data = story.manifest, story.data["train"]
-    stage = STAGE_NAMES.get(manifest["stage"], manifest["stage"])
+    stage = TRAINING_STAGES[manifest["stage"]].title
     if story.drawn and manifest["stage"] != "ppo":
         stage = f"online {stage}"
     start = f"`{manifest['base_model']['path']}`"

@@ -12,11 +12,12 @@ from rlhf_cli.data.templates import Template, choose_template, read_format, toke
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import is_classifier, load_config, load_tokenizer, local_folder, read_head
+from rlhf_cli.recipe.stages import REWARD_STAGES, TRAINING_STAGES
 from rlhf_cli.rollout.rewards import ModelTerm, Reader
 from rlhf_cli.runs.manifest import BaseModel, weights_hash
-from rlhf_cli.runs.parents import POLICY_STAGES, Start, base_model, resolve_start
+from rlhf_cli.runs.parents import Start, base_model, resolve_start
 
-RECORDED = "train-rm"
+RECORDED = " or ".join(REWARD_STAGES)
 """The stage whose manifests record the mean and the standard deviation of a reward model's scores."""
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -78,7 +79,7 @@ def find_reward_model(
         MachineError: a hub id that cannot be reached.
     """
     assert reward.model is not None
-    start = resolve_start(reward.model, reward.revision, place, stages=(*POLICY_STAGES, RECORDED))
+    start = resolve_start(reward.model, reward.revision, place, stages=TRAINING_STAGES)
     _refuse_policy(start, reward.model, place, trust_remote_code)
     mean, std = _figures(start, reward, place)
     try:
@@ -106,7 +107,7 @@ def find_reward_model(
 
 def _refuse_policy(start: Start, path: str, place: str, trust_remote_code: bool) -> None:
     remedy = f"a reward is judged by a run of {RECORDED}, or by a sequence classifier with one label"
-    if start.manifest is not None and start.manifest["stage"] != RECORDED:
+    if start.manifest is not None and start.manifest["stage"] not in REWARD_STAGES:
         raise UsageError(f"{place}: {path} is a run of {start.manifest['stage']}, a policy and not a reward model; {remedy}")
     if not is_reward_model(start, place, trust_remote_code):
         raise UsageError(f"{place}: {path} is a language model, a policy and not a reward model; {remedy}")

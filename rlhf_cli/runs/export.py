@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.heads import classifier_class, save_full_reward
 from rlhf_cli.models.load import is_classifier, load_tokenizer, read_adapter, read_head
+from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.runs.files import disk_error
 from rlhf_cli.runs.folder import RunFolder
-from rlhf_cli.runs.parents import POLICY_STAGES, Start, resolve_start
+from rlhf_cli.runs.parents import Start, resolve_start
 
 TOLERANCE = 1e-3
 """Largest difference of log-probabilities or scores in float32: merging B·A into W rounds every weight once."""
@@ -42,7 +43,7 @@ def export(run: Path, dest: Path, merge: bool) -> str:
     transformers.utils.logging.disable_progress_bar()
     if os.path.lexists(dest):
         raise UsageError(f"{dest} exists; export to a new folder")
-    start = resolve_start(str(run), None, "export", (*POLICY_STAGES, "train-rm"))
+    start = resolve_start(str(run), None, "export", TRAINING_STAGES)
     source = RunFolder(run).model
     if not source.is_dir():
         raise UsageError(f"{run} is not a run: it has no model/")

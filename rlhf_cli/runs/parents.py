@@ -13,10 +13,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.recipe.stages import POLICY_STAGES, REWARD_STAGES
 from rlhf_cli.runs.files import hash_tree
 from rlhf_cli.runs.manifest import BaseModel, Parent, manifest_hash, read_manifest, weights_hash
-
-POLICY_STAGES = ("sft", "dpo", "ipo", "kto", "ppo")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
 
     Raises:
         UsageError: a mistyped path, an unfinished or changed run, a run of a stage that is not one of `stages`, a reward model
-            where `stages` has no train-rm.
+            where `stages` makes none.
     """
     folder = Path(path)
     if (folder / "manifest.json").exists() or (folder / "recipe.yaml").exists():
@@ -60,7 +59,7 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
         inputs = folder.parent.parent / "inputs.json"
         template = json.loads(inputs.read_text()).get("template") if inputs.exists() else None
         return dataclasses.replace(resolve_start(str(folder / "model"), revision, place, stages), template=template)
-    if "train-rm" not in stages and _is_reward_model(folder):
+    if not set(REWARD_STAGES) & set(stages) and _is_reward_model(folder):
         raise UsageError(f"{place}: {path} is a reward model, not a policy; name a language model")
     if (folder / "adapter_config.json").exists():
         config = json.loads((folder / "adapter_config.json").read_text())

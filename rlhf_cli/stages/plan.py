@@ -8,7 +8,8 @@ from rlhf_cli.data.batches import DatasetSource
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.encode import Encoded
 from rlhf_cli.models.memory import Memory
-from rlhf_cli.recipe import rates, recipes
+from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe.stages import TRAINING_STAGES, learning_rate_of, sane_learning_rate
 
 Section = tuple[str, list[tuple[str, object]]]
 
@@ -110,14 +111,13 @@ SMALL, SMALL_BEARS = 20_000_000, 100
 
 def learning_rate_warning(recipe: recipes.TrainingRecipe, memory: Memory) -> str | None:
     """Words for a rate outside what has worked."""
-    (low, high), rate = rates.sane_learning_rate(recipe), rates.learning_rate_of(recipe)
+    (low, high), rate = sane_learning_rate(recipe), learning_rate_of(recipe)
     if recipe.lora is None and memory.trained < SMALL:
         high *= SMALL_BEARS
     if low <= rate <= high:
         return None
-    trained: rates.Trained = "full" if recipe.lora is None else "lora"
-    usual = rates.default_learning_rate(recipe.stage, recipe.objective.kind, trained)
-    words = {"full": "training all weights", "lora": "LoRA"}[trained]
+    usual = TRAINING_STAGES[recipe.stage].default_learning_rate(recipe.objective, recipe.trained)
+    words = {"full": "training all weights", "lora": "LoRA"}[recipe.trained]
     return (
         f"train.learning_rate {rate:g} is outside {low:g} … {high:g}, where {recipe.stage} with {words} works; {usual:g} is usual"
     )

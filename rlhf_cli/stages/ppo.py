@@ -12,8 +12,9 @@ from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.models.load import local_folder, read_head
 from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
-from rlhf_cli.recipe import rates, recipes
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.rollout.reward_models import FoundRewardModel
 from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.rollout.terms import Judges, find_judges
@@ -139,5 +140,5 @@ def _value_rate(job: TrainingJob) -> float:
     if recipe.value.learning_rate is not None:
         return recipe.value.learning_rate
     if asked is None:
-        return rates.default_learning_rate("ppo", objective.kind, "lora")
+        return TRAINING_STAGES[job.loaded.stage].default_learning_rate(objective, "lora")
     return asked

@@ -15,7 +15,6 @@ from rlhf_cli.models.heads import classifier_class
 from rlhf_cli.models.load import load_config
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.folder import RunFolder
-from rlhf_cli.runs.parents import POLICY_STAGES
 from rlhf_cli.stages.training import FINE, TrainingJob, finish_job, load_job, open_job, prepare_job, train_job
 
 SCORED = 256
@@ -28,7 +27,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     Raises:
         RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
-    job = prepare_job(loaded, check=check, resume=resume, starts=(*POLICY_STAGES, "train-rm"))
+    job = prepare_job(loaded, check=check, resume=resume)
     config = load_config(job.start.base, job.start.revision, job.recipe.model.trust_remote_code)
     if job.lora is None and classifier_class(config) is None:
         raise UsageError(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,15 +28,16 @@ from rlhf_cli.models.policy import load_trained, parent_lora, resolve_lora
 from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
-from rlhf_cli.recipe import metrics, rates, recipes
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.recipe.stages import TRAINING_STAGES, learning_rate_of
 from rlhf_cli.reports.report import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 from rlhf_cli.runs.files import disk_errors, write_json
 from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import BaseModel, Outcome, Parent, build_manifest, write_manifest
-from rlhf_cli.runs.parents import POLICY_STAGES, Start, base_model, resolve_start
+from rlhf_cli.runs.parents import Start, base_model, resolve_start
 from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, recorded_budget, refuse_other_inputs, reopen
 from rlhf_cli.signals import StopSignals
 from rlhf_cli.stages.plan import learning_rate_warning, plan
@@ -85,13 +86,12 @@ def prepare_job(
     *,
     check: bool,
     resume: bool,
-    starts: Collection[str] = POLICY_STAGES,
     shape: Callable[[Dataset, recipes.TrainingRecipe], tuple[Dataset, Objective]] | None = None,
 ) -> TrainingJob:
     """Read and tokenise the data, settle every value, and show the plan.
 
-    Where responses are drawn from the policy, the trees are prompts alone. `starts`: the stages whose runs this one may start
-    from. `shape`: gives the trees another form, and the objective what it has to know of them.
+    Where responses are drawn from the policy, the trees are prompts alone. `shape`: gives the
+    trees another form, and the objective what it has to know of them.
 
     Raises:
         UsageError: the recipe, the data or what `model.path` names is wrong.
@@ -102,8 +102,8 @@ def prepare_job(
     started = time.monotonic()
     recipe, where = loaded.recipe, loaded.where
     assert isinstance(recipe, recipes.TrainingRecipe)
-    console = Console(os.environ.get("RANK", "0") == "0")
-    start = resolve_start(recipe.model.path, recipe.model.revision, loaded.named("model.path"), starts)
+    console, stage = Console(os.environ.get("RANK", "0") == "0"), TRAINING_STAGES[loaded.stage]
+    start = resolve_start(recipe.model.path, recipe.model.revision, loaded.named("model.path"), stage.parents)
     tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.model.trust_remote_code)
     template = choose_template(tokenizer, recipe.model.chat_template)
     _check_template(recipe, start, template, loaded)
@@ -347,9 +347,8 @@ def _resolve(
     recipe = dataclasses.replace(recipe, lora=lora, objective=objective)
     asked = recipe.train.tokens_per_device
     longest = dataset.longest + (recipe.draws.responses_per_prompt * recipe.draws.max_new_tokens if recipe.draws else 0)
-    values = metrics.learns_values(objective)
-    budget = ranks.min(auto_budget(memory, longest, ranks.device, values=values)) if asked == "auto" else asked
-    train = dataclasses.replace(recipe.train, tokens_per_device=budget, learning_rate=rates.learning_rate_of(recipe))
+    budget = ranks.min(auto_budget(memory, longest, ranks.device, values=objective.values)) if asked == "auto" else asked
+    train = dataclasses.replace(recipe.train, tokens_per_device=budget, learning_rate=learning_rate_of(recipe))
     model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
     return lora, memory, dataclasses.replace(recipe, train=train, model=model)
 

@@ -14,9 +14,9 @@ from rlhf_cli import sections
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.models.backbone import Backbone, lora_config
-from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
+from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.training.optim import build_optimizer
 from rlhf_cli.training.step import optimise
 from tests.invariance.test_peer import plain_settings
@@ -36,7 +36,7 @@ LOSSES = {
 
 
 def make_objective(stage: str, kind: str, **settings: Any) -> Objective:
-    return next(made for made in OBJECTIVES[stage] if made().kind == kind)(**settings)
+    return next(made for made in TRAINING_STAGES[stage].objectives if made().kind == kind)(**settings)
 
 
 def make_start(folder: Path, role: str) -> Backbone:

@@ -8,7 +8,6 @@ import torch
 
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
@@ -26,6 +25,7 @@ from rlhf_cli.objectives.robust import Robust
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.objectives.squared import Squared
+from rlhf_cli.recipe.stages import TRAINING_STAGES
 from tests.objectives.lookup import Lookup, make_trees
 
 PAIR_KINDS: dict[str, Any] = {
@@ -54,7 +54,7 @@ UNPAIRED_KINDS: dict[str, Any] = {"kto": Kto(beta=0.3, lambda_u=1.5), "unpaired 
 ALL: dict[str, Objective] = PAIR_KINDS | REWARD_KINDS | UNPAIRED_KINDS
 
 assert {type(objective) for objective in ALL.values()} == {
-    c for s, kinds in OBJECTIVES.items() if s not in ("sft", "ppo") for c in kinds
+    kind for name, stage in TRAINING_STAGES.items() if name not in ("sft", "ppo") for kind in stage.objectives
 }
 
 SHAPE = [[2, 3], [4, 1, 2], [1, 1], [3, 2], [2, 5, 1, 3]]

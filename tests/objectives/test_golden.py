@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from rlhf_cli.data.records import Facts
-from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
@@ -29,6 +28,7 @@ from rlhf_cli.objectives.robust import Robust
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.objectives.squared import Squared
+from rlhf_cli.recipe.stages import TRAINING_STAGES
 from tests.objectives.lookup import GOLDEN, Lookup, lengths, make_trees, run, table
 
 PAIRS = GOLDEN["pairs"]["inputs"]
@@ -192,12 +192,14 @@ FIELDS = {
 
 def test_fields_and_defaults() -> None:
     """A kind has the fields it uses and no other, `kind` first; those on pairs have `sft_weight`."""
-    found = {(stage, kind().kind): vars(kind()) for stage, kinds in OBJECTIVES.items() if stage != "sft" for kind in kinds}
+    found = {
+        (stage, kind().kind): vars(kind()) for stage, row in TRAINING_STAGES.items() if stage != "sft" for kind in row.objectives
+    }
     shared = {"dpo": {"sft_weight": 0.0}, "ipo": {"sft_weight": 0.0}, "ppo": {"epochs": 4, "minibatches": 1, "clip": 0.2}}
     assert found == {(stage, kind): {"kind": kind} | shared.get(stage, {}) | own for (stage, kind), own in FIELDS.items()}
     assert list(found) == list(FIELDS)
-    for kinds in OBJECTIVES.values():
-        for kind in kinds:
+    for row in TRAINING_STAGES.values():
+        for kind in row.objectives:
             first, *others = dataclasses.fields(kind)
             assert first.name == "kind"
             assert [field.name for field in others if not field.metadata.get("help")] == []

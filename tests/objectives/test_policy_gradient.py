@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.objectives.advantages import explained_variance, gae, whiten
 from rlhf_cli.objectives.bandit import Bandit
 from rlhf_cli.objectives.grpo import Grpo
@@ -20,6 +19,7 @@ from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGr
 from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.objectives.reinforce import Reinforce
 from rlhf_cli.objectives.rloo import Rloo
+from rlhf_cli.recipe.stages import TRAINING_STAGES
 from tests.objectives.lookup import Lookup, make_trees, run
 from tests.objectives.rollouts import experience, recorded
 
@@ -30,7 +30,7 @@ SHAPE = [[2, 3], [4, 1], [1, 2], [3, 2]]
 
 
 def test_kinds_are_all_here() -> None:
-    assert [type(objective) for objective in PPO_KINDS.values()] == list(OBJECTIVES["ppo"])
+    assert [type(objective) for objective in PPO_KINDS.values()] == list(TRAINING_STAGES["ppo"].objectives)
 
 
 def drawn_experience(shape: list[list[int]], seed: int = 0) -> Experience:

@@ -10,28 +10,27 @@ from typing import Any
 import pytest
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.objectives import OBJECTIVES
+from rlhf_cli.objectives.base import Trained
 from rlhf_cli.objectives.hinge import Hinge
 from rlhf_cli.objectives.kto import Kto
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
 from rlhf_cli.recipe.help import key_table
-from rlhf_cli.recipe.keys import kind_of, objectives_of
+from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.metrics import METRICS, metrics_of
-from rlhf_cli.recipe.rates import (
-    LEARNING_RATE,
-    SANE_LEARNING_RATE,
-    default_learning_rate,
+from rlhf_cli.recipe.metrics import metrics_of
+from rlhf_cli.recipe.stages import (
+    POLICY_STAGES,
+    REWARD_STAGES,
+    TRAINING_STAGES,
     learning_rate_of,
     sane_learning_rate,
 )
-from rlhf_cli.recipe.recipes import TRAINING_STAGES
 from rlhf_cli.sections import PolicyReference, Reference
 
 GOOD = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl, holdout: 0.1}\n"
-EVERY_KIND = [(stage, kind) for stage, objectives in OBJECTIVES.items() for kind in map(kind_of, objectives)]
+EVERY_KIND = [(name, kind) for name, stage in TRAINING_STAGES.items() for kind in map(kind_of, stage.objectives)]
 DRAWN = GOOD + "reward: [{model: rm}]\nrollout: {responses_per_prompt: 2}\n"
 REFERENCE_FREE = [("dpo", "slic"), ("dpo", "simpo"), ("dpo", "orpo")]
 
@@ -48,9 +47,19 @@ def refused(folder: Path, stage: str, *overrides: str, text: str | None = None) 
     return str(caught.value).replace(f"{folder}/", "").splitlines()
 
 
-def test_every_registered_kind_is_in_its_stages_schema_in_that_order() -> None:
-    assert {stage: objectives_of(stage) for stage in TRAINING_STAGES} == OBJECTIVES
-    assert len(EVERY_KIND) == 1 + 3 + 12 + 1 + 2 + 5
+def test_the_kinds_of_each_stage() -> None:
+    numbers = {"sft": 1, "train-rm": 3, "dpo": 12, "ipo": 1, "kto": 2, "ppo": 5}
+    assert {name: len(stage.objectives) for name, stage in TRAINING_STAGES.items()} == numbers
+
+
+def test_what_a_stage_trains_and_starts_from() -> None:
+    policies = ("sft", "dpo", "ipo", "kto", "ppo")
+    assert (policies, ("train-rm",)) == (POLICY_STAGES, REWARD_STAGES)
+    assert {name: stage.parents for name, stage in TRAINING_STAGES.items()} == {
+        name: ("sft", "train-rm", "dpo", "ipo", "kto", "ppo") if name == "train-rm" else policies for name in TRAINING_STAGES
+    }
+    for stage in TRAINING_STAGES.values():
+        assert {objective.role for objective in stage.objectives} == {stage.role}
 
 
 @pytest.mark.parametrize("stage", TRAINING_STAGES)
@@ -191,12 +200,13 @@ def test_metrics(tmp_path: Path) -> None:
     ipo = set(metrics_of(load(tmp_path, "ipo").recipe)) - set(metrics_of(load(tmp_path, "dpo").recipe))
     assert ipo == {"margin/target", "margin/logratio"}
     assert "rewards/saturated" in metrics_of(load(tmp_path, "dpo").recipe)
+    usual = {stage: set(metrics_of(load(tmp_path, stage).recipe)) for stage in ("sft", "train-rm", "dpo", "ipo", "kto")}
     for stage, kind in EVERY_KIND:
         if stage == "ppo":
             continue
-        missing = set(METRICS[stage]) - set(metrics_of(load(tmp_path, stage, f"objective.kind={kind}").recipe))
+        missing = usual[stage] - set(metrics_of(load(tmp_path, stage, f"objective.kind={kind}").recipe))
         absent = {"logratio/mean"} if (stage, kind) in REFERENCE_FREE else {"kl"} if (stage, kind) == ("kto", "bco") else set()
-        if "rewards/saturated" in METRICS[stage] and kind not in ("dpo", "robust", "hinge", "odpo", "simpo"):
+        if stage == "dpo" and kind not in ("dpo", "robust", "hinge", "odpo", "simpo"):
             absent |= {"rewards/saturated"}
         assert missing == absent, (stage, kind)
 
@@ -226,11 +236,10 @@ def test_learning_rates(tmp_path: Path, stage: str, kind: str) -> None:
 
 
 def test_every_default_rate_is_sane_and_direct_ones_are_bounded_closer_than_sft(tmp_path: Path) -> None:
-    for stage, kind in EVERY_KIND:
-        for trained in ("lora", "full"):
-            low, high = SANE_LEARNING_RATE[stage, trained]  # type: ignore[index]
-            assert low < default_learning_rate(stage, kind, trained) < high  # type: ignore[arg-type]
-    assert LEARNING_RATE.keys() == SANE_LEARNING_RATE.keys()
+    trained: list[Trained] = ["lora", "full"]
+    for stage, objective, weights in ((s, o, w) for s in TRAINING_STAGES.values() for o in s.objectives for w in trained):
+        low, high = stage.sane[weights]
+        assert low < stage.default_learning_rate(objective, weights) < high
     assert sane_learning_rate(load(tmp_path, "dpo", "lora=null").recipe) == (5e-8, 5e-5)
     assert sane_learning_rate(load(tmp_path, "sft", "lora=null").recipe) == (1e-7, 3e-4)
 
@@ -239,7 +248,7 @@ def test_help_lists_each_kind_with_its_own_keys() -> None:
     lines = key_table("dpo").splitlines()
     assert max(map(len, lines)) <= 77
     kinds = [line.split()[1] for line in lines if line.startswith("  kind: ")]
-    assert kinds == [kind_of(objective) for objective in OBJECTIVES["dpo"]]
+    assert kinds == [kind_of(objective) for objective in TRAINING_STAGES["dpo"].objectives]
     start = lines.index("  kind: simpo                 with sft_weight: 0")
     assert lines[start + 1].startswith("    beta: 2 ")
     assert lines[start + 2].startswith("    gamma: 1 ")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.recipe.keys import keys_of, kind_of, objectives_of, walk
+from rlhf_cli.recipe.keys import keys_of, kind_of, walk
 from rlhf_cli.recipe.load import load_recipe
-from rlhf_cli.recipe.recipes import STAGES, TRAINING_STAGES
+from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
 from rlhf_cli.suggest import closest, distance
 
 
@@ -55,8 +55,8 @@ def test_first_suggestion_is_right_for_every_key(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("output: o\nmodel: {path: m}\ndata: {train: x}\n")
     asked, rejected, right = 0, 0, 0
-    for stage, section in STAGES.items():
-        for dotted, kind in keys_with_kinds(stage, section):
+    for stage, row in STAGES.items():
+        for dotted, kind in keys_with_kinds(stage, row.recipe):
             prefix, _, name = dotted.rpartition(".")
             place = place_of(prefix)
             for typo in typos(name, rng):
@@ -78,7 +78,7 @@ def keys_with_kinds(stage: str, section: type) -> Iterator[tuple[str, list[str]]
     for dotted, _ in walk(section):
         if not dotted.startswith("objective."):
             yield dotted, []
-    for objective in objectives_of(stage) if stage in TRAINING_STAGES else ():
+    for objective in TRAINING_STAGES[stage].objectives if stage in TRAINING_STAGES else ():
         for name in keys_of(objective):
             yield f"objective.{name}", [f"objective.kind={kind_of(objective)}"] if name != "kind" else []
 

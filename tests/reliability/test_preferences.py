@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from rlhf_cli.data import cache
 from rlhf_cli.evaluation import preference
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.objectives import OBJECTIVES
 from rlhf_cli.objectives.base import LossTerm
 from rlhf_cli.objectives.kto import Kto
+from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.training import loop, reference, step
 from tests.tiny import children, gone, make_model, read_lines, rlhf, spawn, write_pairs, write_recipe, write_rows
 
@@ -67,7 +67,7 @@ def note_steps(patch: pytest.MonkeyPatch) -> list[int]:
 
 def nan_loss(patch: pytest.MonkeyPatch, stage: str) -> None:
     """The loss of the first tree's pass is NaN at the refused step."""
-    kind, now = OBJECTIVES[stage][0], note_steps(patch)
+    kind, now = TRAINING_STAGES[stage].objectives[0], note_steps(patch)
     terms = kind.terms
 
     def broken(self: Any, backbone: Backbone, batch: Any, given: Any) -> Iterator[LossTerm]:

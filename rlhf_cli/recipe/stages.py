@@ -1,0 +1,154 @@
+"""The commands that take a recipe: one row for each, with all that is known of it outside of its own files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_cli.objectives.base import Objective, Trained
+from rlhf_cli.recipe.checks import DIRECT, EVALUATION, KTO, PPO, TRAINING, Check
+from rlhf_cli.recipe.keys import objectives_of
+from rlhf_cli.recipe.recipes import (
+    DpoRecipe,
+    EvalRecipe,
+    IpoRecipe,
+    KtoRecipe,
+    PpoRecipe,
+    Recipe,
+    SftRecipe,
+    TrainingRecipe,
+    TrainRmRecipe,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A command with a recipe."""
+
+    recipe: type[Recipe]  # its keys, and its name
+    module: str  # imported when it runs; has run(loaded, *, check, resume, force)
+    help: str
+    checks: tuple[Check, ...]  # what its keys must agree on
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStage(Stage):
+    """A command that trains. Its metrics are those of its objectives."""
+
+    recipe: type[TrainingRecipe]
+    title: str  # what its reports call it
+    learning_rate: Mapping[Trained, float]  # the default; a kind may have its own
+    sane: Mapping[Trained, tuple[float, float]]  # outside this range a run warns
+
+    @property
+    def objectives(self) -> tuple[type[Objective], ...]:
+        """The kinds of its objective, the default first."""
+        return objectives_of(self.recipe)
+
+    @property
+    def role(self) -> Literal["policy", "reward"]:
+        """What it trains."""
+        return self.objectives[0].role
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The stages whose runs it may start from: a policy starts from policies, a reward model from either."""
+        return tuple(name for name, stage in TRAINING_STAGES.items() if stage.role in ("policy", self.role))
+
+    def default_learning_rate(self, objective: type[Objective] | Objective, trained: Trained) -> float:
+        """The default of one of its kinds."""
+        return objective.learning_rate.get(trained, self.learning_rate[trained])
+
+
+_DIRECT_RATE: Mapping[Trained, float] = {"lora": 1e-5, "full": 1e-6}
+"""Full: Rafailov et al. 2023, app. B (later work went down to 5e-7: Tunstall et al. 2023, Lambert et al. 2024), inside the
+5e-7 … 5e-6 of Ethayarajh et al. 2024; Azar et al. 2023 train no language model."""
+
+_SANE: Mapping[Trained, tuple[float, float]] = {"lora": (5e-7, 5e-4), "full": (5e-8, 5e-5)}
+"""Other objectives than SFT's diverge, or forget, at rates that suit it."""
+
+# LoRA wants about 10× the rate of full fine-tuning: Schulman et al. 2025, "LoRA Without Regret".
+_TRAINING = (
+    TrainingStage(
+        recipe=SftRecipe,
+        module="rlhf_cli.stages.sft",
+        help="Supervised fine-tuning on responses that people wrote.",
+        title="supervised fine-tuning",
+        learning_rate={"lora": 2e-4, "full": 2e-5},
+        sane={"lora": (1e-6, 2e-3), "full": (1e-7, 3e-4)},
+        checks=TRAINING,
+    ),
+    TrainingStage(
+        recipe=TrainRmRecipe,
+        module="rlhf_cli.stages.train_rm",
+        help="A reward model from comparisons of responses.",
+        title="reward model",
+        learning_rate={"lora": 1e-4, "full": 1e-5},  # full: Touvron et al. 2023, §3.2.2
+        sane={"lora": (1e-6, 1e-3), "full": (1e-7, 1e-4)},
+        checks=TRAINING,
+    ),
+    TrainingStage(
+        recipe=DpoRecipe,
+        module="rlhf_cli.stages.direct",
+        help="Direct preference optimisation, and other losses on pairs or rankings.",
+        title="direct preference optimisation",
+        learning_rate=_DIRECT_RATE,
+        sane=_SANE,
+        checks=DIRECT,
+    ),
+    TrainingStage(
+        recipe=IpoRecipe,
+        module="rlhf_cli.stages.direct",
+        help="Identity preference optimisation: pairs, with a target for the margin.",
+        title="identity preference optimisation",
+        learning_rate=_DIRECT_RATE,
+        sane=_SANE,
+        checks=DIRECT,
+    ),
+    TrainingStage(
+        recipe=KtoRecipe,
+        module="rlhf_cli.stages.direct",
+        help="Kahneman-Tversky optimisation: single responses marked good or bad.",
+        title="Kahneman–Tversky optimisation",
+        learning_rate=_DIRECT_RATE,
+        sane=_SANE,
+        checks=KTO,
+    ),
+    TrainingStage(
+        recipe=PpoRecipe,
+        module="rlhf_cli.stages.ppo",
+        help="Proximal policy optimisation, and other methods on responses of the policy's own.",
+        title="policy optimisation with a reward",
+        learning_rate={"lora": 3e-5, "full": 3e-6},  # full: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"
+        sane=_SANE,
+        checks=PPO,
+    ),
+)
+
+TRAINING_STAGES: dict[str, TrainingStage] = {stage.recipe.stage: stage for stage in _TRAINING}
+
+STAGES: dict[str, Stage] = TRAINING_STAGES | {
+    EvalRecipe.stage: Stage(
+        recipe=EvalRecipe,
+        module="rlhf_cli.stages.evaluate",
+        help="What models say, what it is worth, and how they compare; trains nothing.",
+        checks=EVALUATION,
+    )
+}
+"""The name of each command that takes a recipe, and its row."""
+
+POLICY_STAGES = tuple(name for name, stage in TRAINING_STAGES.items() if stage.role == "policy")
+REWARD_STAGES = tuple(name for name, stage in TRAINING_STAGES.items() if stage.role == "reward")
+
+
+def learning_rate_of(recipe: TrainingRecipe) -> float:
+    """The learning rate in force: the recipe's own, else the default of its stage, kind, and LoRA or all weights."""
+    if recipe.train.learning_rate is not None:
+        return recipe.train.learning_rate
+    return TRAINING_STAGES[recipe.stage].default_learning_rate(recipe.objective, recipe.trained)
+
+
+def sane_learning_rate(recipe: TrainingRecipe) -> tuple[float, float]:
+    """The lowest and highest rate at which a run of this recipe does not warn."""
+    return TRAINING_STAGES[recipe.stage].sane[recipe.trained]
