@@ -96,7 +96,7 @@ REFUSALS = {
     ("ppo", "train.stop_if={policy/clipfarc: {above: 0.5}}"): "train.stop_if.policy/clipfarc: no metric is named "
     "policy/clipfarc. did you mean policy/clipfrac?",
     ("ppo", RLOO + "train.stop_if={loss/value: {above: 9}}"): "train.stop_if.loss/value: no metric is named loss/value. there "
-    "are loss, loss/policy, kl_coef, policy/clipfrac, policy/approxkl, policy/ratio, "
+    "are loss, loss/policy, policy/clipfrac, policy/approxkl, policy/ratio, kl_coef, "
     "objective/scores, objective/kl, objective/entropy, response/length, response/eos_rate, objective/rlhf_reward, reward/rm, "
     "time/rollout, time/score, time/update, grad_norm, learning_rate, tokens, tokens_per_second, epoch",
     # direct objectives
