@@ -6,19 +6,19 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from rlhf_cli.rollout import experience
 from rlhf_cli.signals import StopSignals
-from rlhf_cli.stages import training
 from rlhf_cli.training import loop
-from tests.tiny import make_model, own_signals, read_lines, rlhf, spawn, write_pairs, write_recipe, write_rows
+from tests.deaths import die_and_resume, die_before, die_everywhere
+from tests.ranks import launch, two_ranks, wait_for
+from tests.tiny import make_model, own_signals, read_lines, rlhf, write_pairs, write_recipe, write_rows
 
 LORA = {"r": 4, "dropout": 0.2}
 TRAIN: dict[str, Any] = {"steps": 6, "tokens_per_device": 80, "eval_every": 2}
@@ -97,6 +97,25 @@ def stage(home: Path, folder: Path, name: str, lora: dict[str, Any] | None) -> l
     return [command, write_recipe(folder / "x.yaml", home / "model", rows, folder / "whole", lora=lora, **SECTIONS | sections)]
 
 
+Whole = Callable[[str, Any], tuple[list[str | Path], Path]]
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Whole:
+    """The command line of a stage, and its uninterrupted run, made once."""
+
+    def find(name: str, lora: dict[str, Any] | None) -> tuple[list[str | Path], Path]:
+        folder = home / f"{name}-{'lora' if lora else 'full'}"
+        if folder.exists():
+            return [STAGES[name][0], folder / "x.yaml"], folder / "whole"
+        folder.mkdir()
+        words = stage(home, folder, name, lora)
+        assert rlhf(*words) == 0
+        return words, folder / "whole"
+
+    return find
+
+
 def same_bytes(a: Path, b: Path) -> None:
     last = sorted((a / "checkpoints").iterdir())[-1].name
     for folder in (Path("model"), Path("checkpoints") / last):
@@ -113,70 +132,36 @@ def same_bytes(a: Path, b: Path) -> None:
     assert cards[0] == cards[1]
 
 
-PLACES: dict[str, Any] = {"optimise": loop, "save_checkpoint": loop, "evaluate": training, "together": experience}
-"""Function → the module whose name for it is called; `together` judges what was drawn."""
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    """The process dies, as far as the run folder can tell, before the `call`-th call of a function of PLACES."""
-    original, calls = getattr(PLACES[name], name), [0]
-
-    def dying(*arguments: Any, **settings: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise KeyboardInterrupt
-        return original(*arguments, **settings)
-
-    monkeypatch.setattr(PLACES[name], name, dying)
-
-
-def stop_and_resume(words: list[str | Path], again: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    with monkeypatch.context() as patch:
-        interrupt(patch, name, call)
-        assert rlhf(*words, "--output", again) == 130
-    assert not (again / "manifest.json").exists()
-    assert rlhf(*words, "--output", again, "--resume") == 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 @pytest.mark.parametrize("name", STAGES)
-def test_from_every_step(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, lora: Any) -> None:
-    words = stage(home, tmp_path, name, lora)
-    assert rlhf(*words) == 0
-    drawn = STAGES[name][1].keys() >= DRAWN.keys()
-    updates = 24 if name == "ppo" else 6
-    for function, calls in {"optimise": updates, "together" if drawn else "evaluate": 4, "save_checkpoint": 6}.items():
-        for call in range(1, calls + 1):
-            again = tmp_path / f"{function}-{call}"
-            stop_and_resume(words, again, monkeypatch, function, call)
-            same_bytes(tmp_path / "whole", again)
+def test_from_every_step(whole: Whole, tmp_path: Path, name: str, lora: Any) -> None:
+    """And from between any two: before an update, before held-out figures or a reward, before a checkpoint."""
+    words, uninterrupted = whole(name, lora)
+    deaths = die_everywhere(words, tmp_path / "again")
+    rollouts = 6 // {"online dpo": 2, "online kto": 3}.get(name, 1)
+    measured = {"combine": rollouts + 4} if STAGES[name][1].keys() >= DRAWN.keys() else {"evaluate": 4}
+    assert deaths == {"optimise": 24 if name == "ppo" else 6, "save_checkpoint": 6} | measured
+    same_bytes(uninterrupted, tmp_path / "again")
 
 
 @pytest.mark.parametrize(
     ("name", "lora", "function", "call"),
     [
         ("sft", LORA, "evaluate", 3),  # between update 4 and its held-out figures
-        pytest.param("train-rm", LORA, "save_checkpoint", 4, marks=pytest.mark.slow),
         ("train-rm", None, "optimise", 6),
         ("dpo", LORA, "optimise", 5),
-        pytest.param("ipo", None, "evaluate", 3, marks=pytest.mark.slow),
-        pytest.param("kto", LORA, "optimise", 3, marks=pytest.mark.slow),
         ("kto bco", None, "optimise", 4),
         ("ppo", LORA, "optimise", 15),  # the third update of step 4
-        pytest.param("ppo", None, "together", 6, marks=pytest.mark.slow),
-        pytest.param("reinforce", LORA, "optimise", 4, marks=pytest.mark.slow),
         ("online dpo", LORA, "optimise", 4),  # drawn before step 3, of which a checkpoint knows
-        pytest.param("online kto", None, "optimise", 6, marks=pytest.mark.slow),
     ],
 )
 def test_from_one_step_several_passes_and_dropout(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, lora: Any, function: str, call: int
+    whole: Whole, tmp_path: Path, name: str, lora: Any, function: str, call: int
 ) -> None:
-    words = stage(home, tmp_path, name, lora)
-    assert rlhf(*words) == 0
-    stop_and_resume(words, tmp_path / "again", monkeypatch, function, call)
-    same_bytes(tmp_path / "whole", tmp_path / "again")
+    words, uninterrupted = whole(name, lora)
+    die_and_resume(words, tmp_path / "again", function, call)
+    same_bytes(uninterrupted, tmp_path / "again")
 
 
 def test_the_running_means_are_in_every_checkpoint(home: Path, tmp_path: Path) -> None:
@@ -198,7 +183,7 @@ def test_whatever_became_of_the_reference_store(
     assert rlhf(*words) == 0
     monkeypatch.setenv("RLHF_CACHE", str(cache))
     with monkeypatch.context() as patch:
-        interrupt(patch, "optimise", 4)
+        die_before(patch, "optimise", 4)
         assert rlhf(*words, "--output", again) == 130
     shutil.copytree(again, tmp_path / "stopped")
     (shard,) = (cache / "reference").glob("*/rows-*.safetensors")
@@ -224,36 +209,23 @@ def test_whatever_became_of_the_reference_store(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train-rm", "dpo", "kto"])
 def test_two_ranks(home: Path, tmp_path: Path, name: str) -> None:
-    """Stopped by a signal to the launcher after a few steps, and taken up by two ranks again."""
+    """Stopped by a signal after a few steps, and taken up by two ranks again."""
     words = [*stage(home, tmp_path, name, LORA), "--set", "train.steps=60", "--set", "train.save_every=1"]
-
-    def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-        try:
-            _, errors = process.communicate(timeout=120)
-        finally:
-            process.kill()
-        return process.returncode, errors
-
-    code, errors = finish(spawn(*words, ranks=2))
-    assert code == 0, errors
+    two_ranks(*words)
     again = tmp_path / "again"
-    process = spawn(*words, "--output", again, ranks=2)
-    deadline = time.monotonic() + 60
-    while not (again / "checkpoints" / "step-00000003").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.terminate()
-    assert re.search(r"stopped after step \d+ of 60; continue with --resume", finish(process)[1])
+    stopped = launch(*words, "--output", again, ranks=2)
+    wait_for(again / "checkpoints" / "step-00000003", stopped)
+    stopped.send_signal(signal.SIGTERM)
+    assert re.search(r"stopped after step \d+ of 60; continue with --resume", stopped.wait()[1])
     assert not (again / "manifest.json").exists()
-    code, errors = finish(spawn(*words, "--output", again, "--resume", ranks=2))
-    assert code == 0, errors
+    two_ranks(*words, "--output", again, "--resume")
     same_bytes(tmp_path / "whole", again)
 
 
 def test_a_signal_between_two_passes_saves_and_resumes(
-    parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = recipe(parts, tmp_path, None)
-    assert rlhf("sft", path) == 0
+    (command, path), uninterrupted = whole("sft", None)
     original = loop.optimise
 
     def signalled(*arguments: Any, **settings: Any) -> Any:
@@ -265,20 +237,20 @@ def test_a_signal_between_two_passes_saves_and_resumes(
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "optimise", signalled)
-        assert rlhf("sft", path, "--output", again, "--set", "train.save_every=null") == 143
+        assert rlhf(command, path, "--output", again, "--set", "train.save_every=null") == 143
     assert capsys.readouterr().err.splitlines()[-1] == "stopped after step 3 of 6; continue with --resume"
     assert [p.name for p in (again / "checkpoints").iterdir()] == ["step-00000003"]
-    assert rlhf("sft", path, "--output", again, "--resume") == 0
-    same_bytes(tmp_path / "whole", again)
+    assert rlhf(command, path, "--output", again, "--resume") == 0
+    same_bytes(uninterrupted, again)
 
 
 @pytest.mark.parametrize("update", [0, 1, 2])
 def test_a_signal_between_two_updates_of_a_step_saves_and_resumes(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], update: int
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], update: int
 ) -> None:
     """A step of ppo makes four updates: the rollout, and what they were until then, are in the checkpoint of the step before."""
-    words = [*stage(home, tmp_path, "ppo", LORA), "--set", "train.save_every=null"]
-    assert rlhf(*words) == 0
+    words, uninterrupted = whole("ppo", LORA)
+    words = [*words, "--set", "train.save_every=null"]
     original = loop.optimise
 
     def signalled(*arguments: Any, **settings: Any) -> Any:
@@ -299,7 +271,7 @@ def test_a_signal_between_two_updates_of_a_step_saves_and_resumes(
     )
     assert rlhf(*words, "--output", again, "--resume") == 0
     assert f"resuming after step 2 and {update + 1} updates of the next" in capsys.readouterr().out
-    same_bytes(tmp_path / "whole", again)
+    same_bytes(uninterrupted, again)
 
 
 def test_another_budget_is_allowed_and_used(parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,13 +334,11 @@ def test_killed_process(parts: tuple[Path, Path], tmp_path: Path, delay: float) 
     settings = ["--set", "train.steps=40"]
     assert rlhf("sft", path, *settings) == 0
     again = tmp_path / "again"
-    process = spawn("sft", path, *settings, "--output", again)
-    deadline = time.monotonic() + 60
-    while not (again / "checkpoints").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    killed = launch("sft", path, *settings, "--output", again)
+    wait_for(again / "checkpoints", killed)
     time.sleep(delay)
-    process.kill()
-    process.communicate(timeout=30)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
     assert rlhf("sft", path, *settings, "--output", again, "--resume") == 0
     assert list((again / "checkpoints").glob(".*")) == []
     same_bytes(tmp_path / "whole", again)
