@@ -40,7 +40,7 @@ from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.generate import TransformersEngine
-from rlhf_cli.rollout.rewards import ModelTerm, Reader
+from rlhf_cli.rollout.reward_models import Reader, RewardModelScorer
 from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.training.optim import build_optimizer
 from rlhf_cli.training.step import optimise
@@ -86,7 +86,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     config = load_config(options.model, None, False)
     memory = estimate(config, rank=lora and lora.r, dtype=torch.float32, checkpointing=False, trust_remote_code=False)
     budget = auto_budget(memory, 64 + NEW_TOKENS, CPU, values=True)
-    term = ModelTerm("reward", 1.0, backbone, "reward", 0.0, 1.0, budget, Reader("reward", None, None))
+    term = RewardModelScorer("reward", 1.0, backbone, "reward", 0.0, 1.0, budget, Reader("reward", None, None))
     sampler = Sampler(
         backbone=backbone,
         engine=TransformersEngine(backbone, "policy"),

@@ -524,7 +524,7 @@ class TestChain:
         starts = {name: recipe.model.path for name, recipe in trained.items() if name not in ("sft", "dpo-again")}
         assert starts == dict.fromkeys(starts, recipes["sft"].output)
         assert recipes.keys() == ({*CHAIN, "rloo"} if folder == "quickstart" else set(REAL_CHAIN))
-        judges = {term.model for recipe in recipes.values() for terms in recipe.judges for term in terms if term.model}
+        judges = {term.model for recipe in recipes.values() for terms in recipe.terms for term in terms if term.model}
         assert judges == {recipes["rm"].output}
 
     @pytest.mark.parametrize("folder", ["quickstart", "smollm2"])

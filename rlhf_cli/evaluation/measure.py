@@ -21,13 +21,12 @@ from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.models.scoring import token_figures
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
-from rlhf_cli.recipe.rewards import name_of
 from rlhf_cli.rollout.experience import Rollout, Sampler, together
 from rlhf_cli.rollout.generate import TransformersEngine
-from rlhf_cli.rollout.reward_models import FoundRewardModel
-from rlhf_cli.rollout.rewards import Answers, FunctionTerm, ModelTerm, as_given, combine
+from rlhf_cli.rollout.reward_functions import as_given
+from rlhf_cli.rollout.rewards import Answers, RewardTerm, Scorer, combine
 from rlhf_cli.rollout.source import HELD_OUT
-from rlhf_cli.rollout.terms import Judge, Judges
+from rlhf_cli.rollout.terms import RewardTerms
 from rlhf_cli.signals import Pause
 
 TOLD = 30.0
@@ -47,7 +46,7 @@ def draw(
     candidate: EvaluatedModel,
     backbone: Backbone,
     frozen: FrozenModels,
-    judges: Judges,
+    terms: RewardTerms,
     rows: Rows,
     recipe: recipes.EvalRecipe,
     *,
@@ -65,6 +64,7 @@ def draw(
     Raises:
         RunError: a reward model cannot read a response, or memory ran out.
     """
+    reward, gold = terms.load(frozen, budget)
     sampler = Sampler(
         backbone=backbone,
         engine=TransformersEngine(backbone, "policy"),
@@ -72,8 +72,8 @@ def draw(
         ends=tuple(stop_ids(backbone, candidate.tokenisation.tokenizer, candidate.tokenisation.template)),
         settings=recipe.rollout,
         records=rows.records,
-        terms=list(_models("reward", judges.reward, frozen, budget)),
-        gold=list(_models("gold", judges.gold, frozen, budget)),
+        terms=_with_weights(terms.reward, reward),
+        gold=_with_weights(terms.gold, gold),
         combine="sum",  # not used: `judged` combines, functions among them
         budget=budget,
         ranks=ranks,
@@ -82,6 +82,10 @@ def draw(
     )
     rollout = sampler.rollout(list(rows.trees), derive_seed(recipe.seed, HELD_OUT), samples=samples)
     return list(_samples(candidate.name, rollout, sampler, rows.records, compared))
+
+
+def _with_weights(terms: Sequence[RewardTerm], scorers: Sequence[Scorer]) -> list[Scorer]:
+    return [scorer for term, scorer in zip(terms, scorers, strict=True) if term.needs_weights]
 
 
 def _teller(say: Callable[[float], None]) -> Pause:
@@ -95,31 +99,6 @@ def _teller(say: Callable[[float], None]) -> Pause:
             say(told - started)
 
     return tell
-
-
-def place_judges(judges: Judges, frozen: FrozenModels) -> None:
-    """Load every reward model, each base once.
-
-    Raises:
-        UsageError: its weights do not fit.
-    """
-    for role, judge in _numbered(judges):
-        if isinstance(judge.found, FoundRewardModel):
-            start = judge.found.start
-            frozen.add(role, start.base, start.revision, start.adapter, head=True)
-
-
-def _numbered(judges: Judges) -> Iterator[tuple[str, Judge]]:
-    """(role, judge) of all of them."""
-    for what, terms in (("reward", judges.reward), ("gold", judges.gold)):
-        yield from ((f"{what}{number}", judge) for number, judge in enumerate(terms))
-
-
-def _models(what: str, judges: Sequence[Judge], frozen: FrozenModels, budget: int) -> Iterator[ModelTerm]:
-    for number, judge in enumerate(judges):
-        if isinstance(judge.found, FoundRewardModel):
-            role = f"{what}{number}"
-            yield judge.found.term(judge.reward.weight, frozen.places[role], role, budget)
 
 
 def _samples(model: str, rollout: Rollout, sampler: Sampler, records: Sequence[Record], compared: bool) -> Iterator[Sample]:
@@ -148,10 +127,12 @@ def _samples(model: str, rollout: Rollout, sampler: Sampler, records: Sequence[R
             at += 1
 
 
-def judged(samples: Sequence[Sample], judges: Judges, records: Sequence[Record], recipe: recipes.EvalRecipe) -> list[Sample]:
-    """The samples with the terms of all Python functions and the score.
+def judged(
+    samples: Sequence[Sample], terms: RewardTerms, frozen: FrozenModels, records: Sequence[Record], recipe: recipes.EvalRecipe
+) -> list[Sample]:
+    """The samples with the terms that need texts alone, such as Python functions, and with the score.
 
-    Functions see a model's responses all at once, prompt by prompt. Terms of reward models are those that the samples have.
+    Functions see a model's responses all at once, prompt by prompt. The other terms are those that the samples have.
 
     Raises:
         UsageError: a function fails, or returns something else than numbers.
@@ -163,33 +144,25 @@ def judged(samples: Sequence[Sample], judges: Judges, records: Sequence[Record],
         texts=[[sample.response] for sample in samples],
         ended=[[sample.ended] for sample in samples],
     )
-    terms: dict[str, np.ndarray] = {}
-    for what, named in (("gold", judges.gold), ("reward", judges.reward)):
-        for judge in named:
-            key = f"{what}/{name_of(judge.reward)}"
-            own = judge.found.score(answers) if isinstance(judge.found, FunctionTerm) else None
-            terms[key] = np.array([sample.terms[key] for sample in samples]) if own is None else own
+    reward, gold = terms.load(frozen, int(recipe.tokens_per_device))
+    scorers = {f"gold/{scorer.name}": scorer for scorer in gold} | {f"reward/{scorer.name}": scorer for scorer in reward}
+    found = {
+        name: np.array([sample.terms[name] for sample in samples]) if terms.named[name].needs_weights else scorer.score(answers)
+        for name, scorer in scorers.items()
+    }
     scores = None
-    if judges.reward:
-        weighted = np.stack([judge.reward.weight * terms[f"reward/{name_of(judge.reward)}"] for judge in judges.reward])
+    if reward:
+        weighted = np.stack([scorer.weight * found[f"reward/{scorer.name}"] for scorer in reward])
         ended = np.array([sample.ended for sample in samples])
         scores = combine(weighted, recipe.reward_combine) - recipe.rollout.missing_eos_penalty * ~ended
     return [
         dataclasses.replace(
             sample,
-            terms={name: float(values[at]) for name, values in terms.items()},
+            terms={name: float(values[at]) for name, values in found.items()},
             score=None if scores is None else float(scores[at]),
         )
         for at, sample in enumerate(samples)
     ]
-
-
-def function_scores(term: FunctionTerm, rows: Rows) -> list[np.ndarray]:
-    """(K,) of every row's responses, as a Python function judges their texts."""
-    records = [rows.records[tree.row] for tree in rows.trees]
-    texts = [list(record.responses) for record in records]
-    scores = term.score(Answers([], records, texts, [[True] * len(own) for own in texts]))
-    return np.split(scores, np.cumsum([len(own) for own in texts])[:-1])
 
 
 def response_logps(host: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks) -> list[np.ndarray]:

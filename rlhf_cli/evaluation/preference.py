@@ -12,12 +12,10 @@ from rlhf_cli.errors import NumberError
 from rlhf_cli.evaluation.agreement import Agreement, Bin, Card, Histogram, LengthBaseline, Rate, beats_length
 from rlhf_cli.evaluation.intervals import wilson
 from rlhf_cli.figures import Interval
-from rlhf_cli.models.scoring import Ranks, score_trees
 from rlhf_cli.objectives.preference import ordered_pairs
 
 if TYPE_CHECKING:
     from rlhf_cli.data.trees import Tree
-    from rlhf_cli.models.backbone import Backbone
 
 CONFIDENCE_BINS = 10
 MARGIN_BINS = 20
@@ -207,15 +205,3 @@ def _subsets(pairs: Margins, trees: Sequence[Tree]) -> dict[str, Rate]:
         assert own is not None
         found[name] = own
     return found
-
-
-def score_responses(
-    backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks, batch_size: int = 64
-) -> list[np.ndarray]:
-    """The scores of every tree's responses, (K,) float64 each, on every rank.
-
-    Cut into passes of at most `budget` tokens as held-out rows are while training, so that the accuracy is the logged one.
-    """
-    mine = score_trees(backbone, role, trees, budget, ranks.rank, ranks.size, batch_size)
-    found = {tree: part for share in ranks.gather(mine) for tree, part in share.items()}
-    return [found[tree] for tree in range(len(trees))]

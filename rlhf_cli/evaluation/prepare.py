@@ -27,10 +27,8 @@ from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.recipe.rewards import name_of
-from rlhf_cli.rollout.reward_models import FoundRewardModel
-from rlhf_cli.rollout.rewards import FunctionTerm
-from rlhf_cli.rollout.terms import Judges, find_judges
+from rlhf_cli.rollout.rewards import PolicyText
+from rlhf_cli.rollout.terms import RewardTerms, find_terms
 from rlhf_cli.runs.files import sha256_file
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.signals import StopSignals
@@ -51,7 +49,7 @@ class EvaluationJob:
     recipe: recipes.EvalRecipe  # every `auto` replaced by the value in force
     models: list[EvaluatedModel]
     tokenisations: Tokenisations
-    judges: dict[str, Judges]  # by the name of the voice that they read
+    terms: dict[str, RewardTerms]  # by the name of the tokenisation of the responses that they score
     rows: dict[str, dict[str, Rows]]  # section → name of the voice → its rows; of prompts those that all voices have
     datasets: dict[str, Dataset]  # section → as the first voice reads it
     ranks: Ranks
@@ -72,22 +70,15 @@ class EvaluationJob:
     def inputs(self) -> dict[str, str]:
         """What a resumed evaluation must have in common with the one before, where it names the same things."""
         found = {f"model {each.name}": json.dumps(each.record) for each in self.models}
-        judges = next(iter(self.judges.values()))
-        terms = [("reward", judge) for judge in judges.reward] + [("gold", judge) for judge in judges.gold]
-        for what, judge in terms:
-            own = {key: value for key, value in judge.identity.items() if key != "reads"}  # each voice its own way
-            found[f"{what} {name_of(judge.reward)}"] = json.dumps(own)
+        for name, term in next(iter(self.terms.values())).named.items():
+            own = {key: value for key, value in term.identity.items() if key != "reads"}  # which differs by tokenisation
+            found[name.replace("/", " ", 1)] = json.dumps(own)
         return found | self.fingerprints
 
     @property
     def code(self) -> dict[str, str]:
         """What may be mended before an evaluation goes on, but makes a finished one another: functions, the judge's prompt."""
-        judges = next(iter(self.judges.values()))
-        found = {
-            f"function {judge.found.reference}": str(judge.record["hash"])
-            for judge in judges.reward + judges.gold
-            if isinstance(judge.found, FunctionTerm)
-        }
+        found = {what: hash_of for term in next(iter(self.terms.values())) for what, hash_of in term.code.items()}
         endpoint = self.recipe.winrate and self.recipe.winrate.judge
         if isinstance(endpoint, sections.Endpoint) and endpoint.prompt is not None:
             found["winrate.judge.prompt"] = sha256_file(Path(endpoint.prompt))
@@ -117,16 +108,16 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
         prepare_endpoint(recipe.winrate.judge)
     _check_dump(loaded, resume, force)
     writers = list(dict.fromkeys(each.tokenisation for each in models if not each.scores)) or [models[0].tokenisation]
-    judges = {
-        tokenisation.name: find_judges(loaded, tokenisation.tokenizer, tokenisation.template, recipe.trust_remote_code, check)
-        for tokenisation in writers
+    terms = {
+        each.name: find_terms(loaded, PolicyText(each.tokenizer, each.template, recipe.trust_remote_code, check))
+        for each in writers
     }
     readers = list(
         dict.fromkeys(
             [
                 *writers,
                 *(each.tokenisation for each in models),
-                *(tokenisation_of(found, tokenisations) for found in _reward_models(judges)),
+                *(tokenisations.of(*term.text_form) for own in terms.values() for term in own if term.text_form),
             ]
         )
     )
@@ -152,7 +143,7 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     for note in seen:
         console.warn(note)
     notes += seen
-    return EvaluationJob(loaded, recipe, models, tokenisations, judges, rows, datasets, ranks, console, signals, started, notes)
+    return EvaluationJob(loaded, recipe, models, tokenisations, terms, rows, datasets, ranks, console, signals, started, notes)
 
 
 def _check_roles(loaded: Loaded, models: Sequence[EvaluatedModel]) -> None:
@@ -189,15 +180,6 @@ def _recorded_dump(output: Path) -> str | None:
     """The file that an earlier start of this evaluation was to write."""
     recipe = RunFolder(output).recipe
     return (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("dump_pairs") if recipe.exists() else None
-
-
-def _reward_models(judges: Mapping[str, Judges]) -> Iterator[FoundRewardModel]:
-    for own in judges.values():
-        yield from (judge.found for judge in own.reward + own.gold if isinstance(judge.found, FoundRewardModel))
-
-
-def tokenisation_of(found: FoundRewardModel, tokenisations: Tokenisations) -> Tokenisation:
-    return tokenisations.of(found.tokenizer, found.template)
 
 
 def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
@@ -346,6 +328,5 @@ def plan_evaluation(job: EvaluationJob) -> list[tuple[str, list[tuple[str, objec
         judge = recipe.winrate.judge
         asked = judge if isinstance(judge, str) else f"{judge.model} at {judge.endpoint}"
         settings.append(("judge", f"{asked}, against {recipe.winrate.baseline}"))
-    judges = next(iter(job.judges.values()))
-    words: list[tuple[str, object]] = [("terms", text) for text in judges.words()]
+    words: list[tuple[str, object]] = [("terms", text) for text in next(iter(job.terms.values())).words]
     return [("models", models), ("rows", rows), ("evaluation", [*settings, *words])]

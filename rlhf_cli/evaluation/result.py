@@ -39,7 +39,7 @@ def scores_of(samples: Samples, judge: str, recipe: recipes.EvalRecipe) -> np.nd
 
     A name that both have is the reward's. None where the recipe has no such judge.
     """
-    rewards, golds = map(term_names, recipe.judges)
+    rewards, golds = map(term_names, recipe.terms)
     if judge == "reward":
         return samples.table(lambda sample: sample.score or 0.0) if rewards else None
     names = [f"gold/{name}" for name in golds] if judge == "gold" else [f"{'reward' if judge in rewards else 'gold'}/{judge}"]

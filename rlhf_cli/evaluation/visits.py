@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +13,23 @@ import numpy as np
 from rlhf_cli import sections
 from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.evaluation.eval_json import Agreed
-from rlhf_cli.evaluation.measure import Rows, draw, function_scores, judged, place_judges, response_logps, text_figures
+from rlhf_cli.evaluation.measure import Rows, draw, judged, response_logps, text_figures
 from rlhf_cli.evaluation.models import EvaluatedModel
-from rlhf_cli.evaluation.preference import agreement, check_finite, score_responses
-from rlhf_cli.evaluation.prepare import EvaluationJob, tokenisation_of
+from rlhf_cli.evaluation.preference import agreement, check_finite
+from rlhf_cli.evaluation.prepare import EvaluationJob
 from rlhf_cli.evaluation.result import Measured
 from rlhf_cli.evaluation.samples import Sample, grouped, read_samples
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import resolve_dtype
 from rlhf_cli.models.placement import FrozenModels
-from rlhf_cli.recipe.rewards import name_of
+from rlhf_cli.models.scoring import score_responses
 from rlhf_cli.rollout.experience import together
-from rlhf_cli.rollout.reward_models import FoundRewardModel
-from rlhf_cli.rollout.rewards import FunctionTerm
+from rlhf_cli.rollout.rewards import Answers, RewardTerm, Scorer
 from rlhf_cli.runs.files import to_json, write_atomic
 from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
+
+VISITOR = "evaluated"
+"""The role of a reward model that is evaluated, beside those among the terms."""
 
 
 def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
@@ -47,11 +49,10 @@ def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
             samples = drawn if draws else samples
             job.console.say(f"{each.name}: {time.monotonic() - since:.0f} s")
         if samples is not None:
-            full = together(job.ranks, partial(_judged, job, each, samples))
+            full = together(job.ranks, partial(_judged, job, each, samples, frozen))
             measured.samples[each.name] = grouped(full)
     if "preferences" in job.rows:
-        measured.agreed.update(together(job.ranks, partial(dict, _agreed_functions(job))))
-        measured.agreed.update(_agreed_models(job, frozen))
+        measured.agreed.update(_agreed_terms(job, frozen))
     return measured
 
 
@@ -65,7 +66,7 @@ def _visit(
     log: MetricsLog | None,
 ) -> list[Sample]:
     """All that needs the weights of one model: its responses if it `draws`, and the rest into `measured`."""
-    start, role = each.start, "reward" if each.scores else "policy"
+    start, role = each.start, VISITOR if each.scores else "policy"
     with frozen.visit(role, start.base, start.revision, start.adapter, head=each.scores) as backbone:
         samples = _drawn(job, each, backbone, frozen, log) if draws else []
         if _agrees(job, each):
@@ -120,7 +121,7 @@ def _load_frozen(job: EvaluationJob) -> FrozenModels:
     frozen = FrozenModels(settings, resolve_dtype(recipe.dtype, job.ranks.device), job.ranks.device)
     if reference is not None:
         frozen.add("reference", reference.start.base, reference.start.revision, reference.start.adapter)
-    place_judges(next(iter(job.judges.values())), frozen)
+    next(iter(job.terms.values())).load(frozen, job.budget)
     return frozen
 
 
@@ -152,7 +153,7 @@ def _drawn(
         each,
         backbone,
         frozen,
-        job.judges[each.tokenisation.name],
+        job.terms[each.tokenisation.name],
         job.rows["prompts"][each.tokenisation.name],
         job.recipe,
         samples=_responses(job, each),
@@ -169,13 +170,13 @@ def _drawn(
     return samples
 
 
-def _judged(job: EvaluationJob, each: EvaluatedModel, samples: list[Sample]) -> list[Sample]:
+def _judged(job: EvaluationJob, each: EvaluatedModel, samples: list[Sample], frozen: FrozenModels) -> list[Sample]:
     """With what Python functions make of them; rank 0 alone asks those, and the others' samples stay as they are."""
     if not job.ranks.main:
         return samples
     rows = job.rows["prompts"][each.tokenisation.name]
     try:
-        return judged(samples, job.judges[each.tokenisation.name], rows.records, job.recipe)
+        return judged(samples, job.terms[each.tokenisation.name], frozen, rows.records, job.recipe)
     except RunError as error:
         if isinstance(error, Stopped):
             raise
@@ -186,7 +187,7 @@ def _agreed(job: EvaluationJob, each: EvaluatedModel, backbone: Backbone, theirs
     """How a reward model's scores, or a policy's implicit rewards β (log π − log π_ref), agree with the preferences."""
     rows = job.rows["preferences"][each.tokenisation.name]
     if each.scores:
-        scores = score_responses(backbone, "reward", rows.trees, job.budget, job.ranks)
+        scores = score_responses(backbone, VISITOR, rows.trees, job.budget, job.ranks)
         check_finite(scores, _wheres(rows), f"{each.name} is broken: evaluate an earlier checkpoint of it")
         return Agreed("reward model", agreement(scores, rows.trees, rows.training))
     own = response_logps(backbone, "policy", rows.trees, job.budget, job.ranks)
@@ -199,29 +200,25 @@ def _wheres(rows: Rows) -> list[str]:
     return [rows.records[tree.row].where for tree in rows.trees]
 
 
-def _agreed_models(job: EvaluationJob, frozen: FrozenModels) -> dict[str, Agreed]:
-    """How the reward models among the terms agree with the preferences, by raw scores."""
-    found = {}
-    for role, name, term in _terms(job):
-        if isinstance(term, FoundRewardModel):
-            rows = job.rows["preferences"][tokenisation_of(term, job.tokenisations).name]
-            scores = score_responses(frozen.places[role], role, rows.trees, job.budget, job.ranks)
-            check_finite(scores, _wheres(rows), f"{name} is broken: name an earlier checkpoint of it")
-            found[name] = Agreed("reward model", agreement(scores, rows.trees, rows.training))
+def _agreed_terms(job: EvaluationJob, frozen: FrozenModels) -> dict[str, Agreed]:
+    """How the terms of the reward and of gold agree with the preferences, by raw scores; those that need no weights first."""
+    terms, found = next(iter(job.terms.values())), {}
+    scorers = dict(zip(terms.named, chain(*terms.load(frozen, job.budget)), strict=True))
+    for name, term in sorted(terms.named.items(), key=lambda each: each[1].needs_weights):
+        rows = job.rows["preferences"]
+        own = rows[job.tokenisations.of(*term.text_form).name] if term.text_form else next(iter(rows.values()))
+        scores = _row_scores(job, term, scorers[name], own)
+        if scores is not None:
+            check_finite(scores, _wheres(own), f"{name} is broken: name an earlier checkpoint of it")
+            found[name] = Agreed(term.kind, agreement(scores, own.trees, own.training))
     return found
 
 
-def _agreed_functions(job: EvaluationJob) -> Iterator[tuple[str, Agreed]]:
-    """How the Python functions among the terms agree with the preferences."""
-    rows = next(iter(job.rows["preferences"].values()))
-    for _, name, term in _terms(job):
-        if isinstance(term, FunctionTerm) and job.ranks.main:
-            yield name, Agreed("term", agreement(function_scores(term, rows), rows.trees, rows.training))
-
-
-def _terms(job: EvaluationJob) -> Iterator[tuple[str, str, FoundRewardModel | FunctionTerm]]:
-    """(role, name in eval.json, what it is) of every term of the reward and of gold."""
-    judges = next(iter(job.judges.values()))
-    for what, own in (("reward", judges.reward), ("gold", judges.gold)):
-        for number, judge in enumerate(own):
-            yield f"{what}{number}", f"{what}/{name_of(judge.reward)}", judge.found
+def _row_scores(job: EvaluationJob, term: RewardTerm, scorer: Scorer, rows: Rows) -> list[np.ndarray] | None:
+    """(K,) of every row's responses. A term that needs no weights is asked by rank 0 alone, and others get None."""
+    records = [rows.records[tree.row] for tree in rows.trees]
+    texts = [list(record.responses) for record in records]
+    answers = Answers(list(rows.trees), records, texts, [[True] * len(own) for own in texts])
+    if term.needs_weights:
+        return scorer.score_rows(answers, job.ranks)
+    return together(job.ranks, lambda: scorer.score_rows(answers, job.ranks) if job.ranks.main else None)

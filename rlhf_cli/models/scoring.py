@@ -43,6 +43,18 @@ def score_trees(
     return found
 
 
+def score_responses(
+    backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks, batch_size: int = 64
+) -> list[np.ndarray]:
+    """The scores of every tree's responses, (K,) float64 each, on every rank.
+
+    Cut into passes of at most `budget` tokens as held-out rows are while training, so that the accuracy is the logged one.
+    """
+    mine = score_trees(backbone, role, trees, budget, ranks.rank, ranks.size, batch_size)
+    found = {tree: part for share in ranks.gather(mine) for tree, part in share.items()}
+    return [found[tree] for tree in range(len(trees))]
+
+
 def token_figures(
     host: Backbone,
     trees: Sequence[Tree],

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rlhf_cli.recipe.metrics import metrics_of, training_metrics_of
 from rlhf_cli.recipe.recipes import DirectRecipe, EvalRecipe, KtoRecipe, PpoRecipe, Recipe, TrainingRecipe, is_pattern
-from rlhf_cli.recipe.rewards import name_of, term_names
+from rlhf_cli.recipe.rewards import KINDS, kinds_of, name_of, term_names
 from rlhf_cli.sections import EvalSource, Kl, Reference, Reward, Rows, Sampling, Source, Value, Winrate
 from rlhf_cli.suggest import closest
 
@@ -136,9 +136,6 @@ def _balance(recipe: KtoRecipe) -> Iterator[Finding]:
             yield f"objective.{name}", "has no effect beside objective.lambda: auto. keep one of the two"
 
 
-FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
-
-
 def _terms(key: str, terms: list[Reward] | None) -> Iterator[Finding]:
     """The terms of the reward or of what is only measured."""
     if terms is None:
@@ -155,21 +152,23 @@ def _terms(key: str, terms: list[Reward] | None) -> Iterator[Finding]:
 
 
 def _term(key: str, term: Reward) -> Iterator[Finding]:
-    if (term.model is None) == (term.function is None):
-        found, advice = ("none", "name one") if term.model is None else ("both", "make it two terms")
-        yield key, f"expected model or function, found {found}. {advice}"
+    kinds = kinds_of(term)
+    if len(kinds) != 1:
+        found, advice = ("both", "make it two terms") if kinds else ("none", "name one")
+        yield key, f"expected {' or '.join(KINDS)}, found {found}. {advice}"
         return
-    if term.function is not None:
-        if not FUNCTION.fullmatch(term.function):
-            yield f"{key}.function", f"expected file.py:name, found {term.function}. name a function in a Python file"
-        for name, value in {"revision": term.revision, "normalize": term.normalize}.items():
-            if value is not None:
-                yield f"{key}.{name}", "has no effect on a function, it is for reward models. remove it"
+    own = kinds[0]
+    if wrong := KINDS[own].check(vars(term)[own]):
+        yield f"{key}.{own}", wrong
+    for kind in KINDS.values():
+        for name in kind.options:
+            if name not in KINDS[own].options and vars(term)[name] is not None:
+                yield f"{key}.{name}", f"has no effect on a {KINDS[own].noun}, it is for {kind.noun}s. remove it"
     if term.name is not None and not term.name.strip():
         yield f"{key}.name", "expected a name, found blank text. remove it for the default"
 
 
-def _judges(recipe: PpoRecipe | DirectRecipe | EvalRecipe) -> Iterator[Finding]:
+def _reward(recipe: PpoRecipe | DirectRecipe | EvalRecipe) -> Iterator[Finding]:
     yield from _terms("reward", recipe.reward)
     yield from _terms("gold", recipe.gold)
     for index, term in enumerate(recipe.reward or []):
@@ -262,12 +261,12 @@ TRAINING = (
     Check(("data.overlong", "data.max_length", "rollout"), _drawn),
 )
 
-JUDGED = Check(("reward", "reward_combine", "gold"), _judges)
+REWARD = Check(("reward", "reward_combine", "gold"), _reward)
 
 DIRECT = (
     *TRAINING,
     Check(("objective.kind", "reference"), _reference),
-    JUDGED,
+    REWARD,
     Check(("objective.kind", "rollout", "reward", "reward_combine", "gold", "reference"), _online),
 )
 
@@ -275,7 +274,7 @@ KTO = (*DIRECT, Check(("objective",), _balance))
 
 PPO = (
     *TRAINING,
-    JUDGED,
+    REWARD,
     Check(("objective", "rollout", "train.batch_size"), _samples),
     Check(("objective.kind", "value"), _value),
     Check(("kl",), _kl),
@@ -365,7 +364,7 @@ def _judge(key: str, winrate: Winrate, recipe: EvalRecipe) -> Iterator[Finding]:
         if not judge.endpoint.startswith(("http://", "https://")):
             yield f"{key}.endpoint", f"expected a URL, found {judge.endpoint}. write http:// or https:// before it"
         return
-    rewards, golds = map(term_names, recipe.judges)
+    rewards, golds = map(term_names, recipe.terms)
     whole = {"reward": rewards, "gold": golds}
     if judge in whole:
         if not whole[judge]:
@@ -426,7 +425,7 @@ EVALUATION = (
     Check(("best_of_n", "reference", "reward"), _best_of),
     Check(("dump_pairs", "prompts", "winrate", "reward", "rollout", "models"), _dump),
     Check(("beta", "preferences", "reference"), _implicit),
-    JUDGED,
+    REWARD,
 )
 
 

@@ -26,6 +26,6 @@ def training_metrics_of(recipe: TrainingRecipe) -> tuple[str, ...]:
 
 def _drawn_metrics(recipe: TrainingRecipe) -> tuple[str, ...]:
     """What is measured of the responses that are drawn from the policy."""
-    rewards, golds = recipe.judges
+    rewards, golds = recipe.terms
     penalised = ("objective/rlhf_reward",) if recipe.stage == "ppo" else ()
     return (*_DRAWN, *penalised, *(f"reward/{name_of(term)}" for term in rewards), *(f"gold/{name_of(term)}" for term in golds))

@@ -61,14 +61,14 @@ class Recipe:
     output: str = key(help="the run folder", path=True, last=True)
 
     @property
-    def judges(self) -> tuple[list[Reward], list[Reward]]:
+    def terms(self) -> tuple[list[Reward], list[Reward]]:
         """The terms of the reward and the gold ones, for the responses that are drawn."""
         return [], []
 
     @property
     def paths(self) -> list[str]:
         """What it reads: local paths or hub ids of models and data."""
-        return [term.model for terms in self.judges for term in terms if term.model is not None]
+        return [term.model for terms in self.terms for term in terms if term.model is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ class DirectRecipe(TrainingRecipe):
         return self.rollout
 
     @property
-    def judges(self) -> tuple[list[Reward], list[Reward]]:
+    def terms(self) -> tuple[list[Reward], list[Reward]]:
         return self.reward or [], self.gold or []
 
 
@@ -191,7 +191,7 @@ class PpoRecipe(TrainingRecipe):
         return self.rollout
 
     @property
-    def judges(self) -> tuple[list[Reward], list[Reward]]:
+    def terms(self) -> tuple[list[Reward], list[Reward]]:
         return self.reward, self.gold or []
 
     @property
@@ -240,7 +240,7 @@ class EvalRecipe(Recipe):
     tokens_per_device: int | Literal["auto"] = key("auto", "packing budget of one forward pass; never changes the result", low=1)
 
     @property
-    def judges(self) -> tuple[list[Reward], list[Reward]]:
+    def terms(self) -> tuple[list[Reward], list[Reward]]:
         return self.reward or [], self.gold or []
 
     @property

@@ -1,30 +1,63 @@
-"""What the terms of a reward are called."""
+"""What a recipe may say of a term of the reward: the kinds of terms, their own keys, and what they are called."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rlhf_cli.sections import Reward
 
 
-def default_name(reward: Reward) -> str:
-    """Under which a term without a name of its own is logged: its model's folder, or its function.
-
-    `runs/quickstart/rm` and `runs/quickstart/rm/model` are rm, its `checkpoints/step-00000100` is rm-step-00000100, the hub's
-    `owner/judge` is judge, `my_rewards.py:brevity` is brevity.
-    """
-    if reward.model is None:
-        return (reward.function or "").rpartition(":")[2]
-    parts = PurePath(reward.model).parts
+def _name_of_folder(path: str) -> str:
+    """`runs/rm` and `runs/rm/model` are rm, `runs/rm/checkpoints/step-00000100` is rm-step-00000100, `owner/judge` is judge."""
+    parts = PurePath(path).parts
     match parts[:-1] if parts[-1:] == ("model",) else parts:
         case [*_, run, "checkpoints", step]:
             return f"{run}-{step}"
         case [*_, folder]:
             return folder
     return "model"
+
+
+def _name_of_function(reference: str) -> str:
+    """`my_rewards.py:brevity` is brevity."""
+    return reference.rpartition(":")[2]
+
+
+def _check_function(reference: str) -> str | None:
+    if re.fullmatch(r".+\.py:[^\W\d]\w*", reference):
+        return None
+    return f"expected file.py:name, found {reference}. name a function in a Python file"
+
+
+class Kind(NamedTuple):
+    """A kind of term, as far as a recipe shows it."""
+
+    noun: str
+    default_name: Callable[[str], str]  # of its value: under which a term without a name of its own is logged
+    options: tuple[str, ...] = ()  # keys of a term that have an effect on this kind alone
+    check: Callable[[str], str | None] = lambda value: None  # what is wrong with its value
+
+
+KINDS: dict[str, Kind] = {
+    "model": Kind("reward model", _name_of_folder, options=("revision", "normalize")),
+    "function": Kind("function", _name_of_function, check=_check_function),
+}
+"""The key of a term that says what it is → its kind; a term has one of them."""
+
+
+def kinds_of(reward: Reward) -> list[str]:
+    """The keys of KINDS that a term has; one, in a recipe that was checked."""
+    return [kind for kind in KINDS if vars(reward)[kind] is not None]
+
+
+def default_name(reward: Reward) -> str:
+    """Under which a term without a name of its own is logged."""
+    kinds = kinds_of(reward)
+    return KINDS[kinds[0]].default_name(vars(reward)[kinds[0]]) if kinds else ""
 
 
 def name_of(reward: Reward) -> str:

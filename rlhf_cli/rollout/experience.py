@@ -19,7 +19,7 @@ from rlhf_cli.models.memory import is_out_of_memory, return_freed
 from rlhf_cli.models.scoring import Ranks, token_figures
 from rlhf_cli.objectives.policy_gradient import Experience
 from rlhf_cli.rollout.generate import Engine, Request, Response
-from rlhf_cli.rollout.rewards import Answers, Term, combine
+from rlhf_cli.rollout.rewards import Answers, Scorer, combine
 from rlhf_cli.signals import Pause, no_pause
 
 T = TypeVar("T")
@@ -81,8 +81,8 @@ class Sampler:
     ends: tuple[int, ...]
     settings: sections.Sampling
     records: Sequence[Record]  # that trees name by their row
-    terms: Sequence[Term]
-    gold: Sequence[Term]
+    terms: Sequence[Scorer]
+    gold: Sequence[Scorer]
     combine: str
     budget: int
     ranks: Ranks

@@ -1,20 +1,30 @@
-"""Reward models that a recipe names: what they are and how they read, before any weights are loaded."""
+"""Reward models as terms of a reward: which model a recipe names, how it reads answers, and what its scores are."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
 
 from rlhf_cli import sections
-from rlhf_cli.data.templates import Template, choose_template, read_format, tokenise
+from rlhf_cli.data.encode import encode
+from rlhf_cli.data.overlong import span
+from rlhf_cli.data.records import Record
+from rlhf_cli.data.templates import Format, Template, choose_template, read_format, tokenise
+from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import is_classifier, load_config, load_tokenizer, local_folder, read_head
+from rlhf_cli.models.placement import FrozenModels, Head
+from rlhf_cli.models.scoring import Ranks, score_responses, score_trees
 from rlhf_cli.recipe.stages import REWARD_STAGES, TRAINING_STAGES
-from rlhf_cli.rollout.rewards import ModelTerm, Reader
-from rlhf_cli.runs.manifest import BaseModel, weights_hash
+from rlhf_cli.rollout.rewards import Answers, PolicyText, RewardTerm, check_finite
+from rlhf_cli.runs.manifest import BaseModel, Parent, weights_hash
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
 
 RECORDED = " or ".join(REWARD_STAGES)
@@ -23,12 +33,14 @@ RECORDED = " or ".join(REWARD_STAGES)
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names under which configurations keep the longest sequence; models without one of them have no limit."""
 
+AS_DRAWN = sections.Data(train=[], max_length=sys.maxsize, control_tokens="keep")
+"""How drawn text is encoded: whatever the policy wrote, and however long it is, has to get its score."""
+
 
 @dataclass(frozen=True)
-class FoundRewardModel:
-    """A reward model before its weights are loaded."""
+class RewardModel(RewardTerm):
+    """A run of train-rm, a checkpoint or the model of one, or a sequence classifier with one label."""
 
-    name: str
     start: Start
     base: BaseModel | None  # None: on the hub, and not fetched by --check
     mean: float  # of its scores, taken off them; 0 and a deviation of 1 where they are used as they are
@@ -37,14 +49,59 @@ class FoundRewardModel:
     template: Template
     reader: Reader
 
+    kind: ClassVar[str] = "reward model"
+    needs_weights: ClassVar[bool] = True
+
+    @classmethod
+    def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> Self:
+        """What `reward.model` names.
+
+        Raises:
+            UsageError: it cannot be told what it names, it is a policy, its base has changed, or `normalize` has no figures.
+            MachineError: a hub id that cannot be reached.
+        """
+        assert reward.model is not None
+        start = resolve_start(reward.model, reward.revision, place, stages=TRAINING_STAGES)
+        _refuse_policy(start, reward.model, place, policy.trust_remote_code)
+        mean, std = _figures(start, reward, place)
+        try:
+            tokenizer = load_tokenizer(start.tokenizer, start.revision, policy.trust_remote_code)
+        except UsageError as error:
+            raise UsageError(f"{place}: {error}") from error
+        same = serialised(tokenizer) == serialised(policy.tokenizer)
+        # No run recorded a template and the tokenizer has none, like a checkpoint of a run with `chat_template: none`.
+        unknown = start.template_hash is None and not tokenizer.chat_template
+        template = policy.template if same and unknown else recorded_template(start, tokenizer, reward.model, place)
+        base = base_model(start) if not policy.check or Path(start.base).exists() else None
+        if base is not None:
+            try:
+                read_head(start.adapter or local_folder(start.base, start.revision))
+            except UsageError as error:
+                raise UsageError(f"{place}: {error}") from error
+        config = load_config(start.base, start.revision, policy.trust_remote_code).get_text_config().to_dict()
+        positions = next((int(config[key]) for key in POSITION_KEYS if config.get(key)), None)
+        form = None if same and template.hash == policy.template.hash else read_format(tokenizer, template)
+        reader = Reader(place, positions, form)
+        return cls(name, reward.weight, place, start, base, mean, std, tokenizer, template, reader)
+
+    def load(self, models: FrozenModels, role: str, budget: int) -> RewardModelScorer:
+        """Its weights are loaded only where the role has none yet.
+
+        Raises:
+            UsageError: they do not fit.
+        """
+        if role not in models.places:
+            models.add(role, self.start.base, self.start.revision, self.start.adapter, head=True)
+        host = models.places[role]
+        return RewardModelScorer(self.name, self.weight, host, role, self.mean, self.std, budget, self.reader)
+
     @property
     def reads(self) -> Literal["tokens", "text"]:
         """The policy's own tokens, or their text in its own tokens and chat template."""
         return "tokens" if self.reader.form is None else "text"
 
     @property
-    def record(self) -> dict[str, Any]:
-        """What identifies it, in the manifest and when a run is resumed, and how its scores are made."""
+    def source(self) -> dict[str, Any]:
         return {
             "model": str(self.start.adapter or self.start.base),
             "base": self.base.weights_hash if self.base else None,
@@ -54,55 +111,115 @@ class FoundRewardModel:
             "reads": self.reads,
         }
 
-    def term(self, weight: float, backbone: Backbone, role: str, budget: int) -> ModelTerm:
-        """The term of the reward, once its weights are the role's."""
-        return ModelTerm(self.name, weight, backbone, role, self.mean, self.std, budget, self.reader)
+    @property
+    def words(self) -> str:
+        as_they_are = self.std == 1 and not self.mean
+        scores = "as they are" if as_they_are else f"less {self.mean:.4g}, over {self.std:.4g}"
+        return f"scores {scores}; it reads the policy's {self.reads}"
+
+    @property
+    def parent(self) -> Parent | None:
+        return self.start.parent
+
+    @property
+    def text_form(self) -> tuple[Any, Template]:
+        return self.tokenizer, self.template
+
+    def value_start(self) -> tuple[Start, Head] | None:
+        """weight · (r − mean)/std, of a model that reads the policy's tokens."""
+        if self.reads != "tokens":
+            return None
+        scale = self.weight / self.std
+        head = read_head(self.start.adapter or local_folder(self.start.base, self.start.revision)) * scale
+        return self.start, Head(head, -self.mean * scale)
 
 
-def find_reward_model(
-    reward: sections.Reward,
-    name: str,
-    place: str,
-    *,
-    tokenizer: Any,
-    template: Template,
-    trust_remote_code: bool,
-    check: bool,
-) -> FoundRewardModel:
-    """What `reward.model` names; `tokenizer` and `template` are the policy's, `place` begins every message.
+@dataclass(frozen=True)
+class RewardModelScorer:
+    """A reward model with its weights: its score at a response's last token, less `mean` and over `std`."""
 
-    A run of train-rm, a checkpoint or the model of one, or a sequence classifier with one label. `check`: a hub model is not
-    fetched.
+    name: str
+    weight: float
+    backbone: Backbone
+    role: str
+    mean: float  # 0 and 1: scores as they are
+    std: float
+    budget: int  # tokens of one forward pass
+    reader: Reader
 
-    Raises:
-        UsageError: it cannot be told what it names, it is a policy, its base has changed, or `normalize` has no figures.
-        MachineError: a hub id that cannot be reached.
-    """
-    assert reward.model is not None
-    start = resolve_start(reward.model, reward.revision, place, stages=TRAINING_STAGES)
-    _refuse_policy(start, reward.model, place, trust_remote_code)
-    mean, std = _figures(start, reward, place)
-    try:
-        own = load_tokenizer(start.tokenizer, start.revision, trust_remote_code)
-    except UsageError as error:
-        raise UsageError(f"{place}: {error}") from error
-    same = _same_tokenizer(own, tokenizer)
-    chosen = template if same and _unknown_template(start, own) else recorded_template(start, own, reward.model, place)
-    base = base_model(start) if not check or Path(start.base).exists() else None
-    if base is not None:
-        _check_head(start, place)
-    config = load_config(start.base, start.revision, trust_remote_code).get_text_config().to_dict()
-    positions = next((int(config[key]) for key in POSITION_KEYS if config.get(key)), None)
-    return FoundRewardModel(
-        name=name,
-        start=start,
-        base=base,
-        mean=mean,
-        std=std,
-        tokenizer=own,
-        template=chosen,
-        reader=Reader(place, positions, None if same and chosen.hash == template.hash else read_format(own, chosen)),
-    )
+    def score(self, answers: Answers) -> np.ndarray:
+        """(M,) float64, tree by tree.
+
+        Raises:
+            UsageError: the model cannot read an answer.
+            NumberError: a score is not finite.
+        """
+        if not answers.trees:
+            return np.zeros(0)
+        trees = self.reader(answers)
+        found = score_trees(self.backbone.at(self.role), self.role, trees, self.budget)
+        scores = np.concatenate([found[tree] for tree in range(len(trees))])
+        check_finite(scores, answers.pairs, f"{self.reader.place}: reward model {self.name}")
+        normalised: np.ndarray = (scores - self.mean) / self.std
+        return normalised
+
+    def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
+        """The trees are in the model's own tokens; each rank scores its share."""
+        return score_responses(self.backbone.at(self.role), self.role, rows.trees, self.budget, ranks)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a reward model reads answers: the policy's own tokens, or their text in its tokens and its chat template."""
+
+    place: str  # begins every message
+    positions: int | None  # tokens that it can take at most, where it has such a limit
+    form: Format | None  # its tokenizer and template; None: it reads the policy's tokens
+
+    def __call__(self, answers: Answers) -> list[Tree]:
+        """Trees of the same prompts and responses, in the same order.
+
+        Raises:
+            UsageError: one is longer than what the model can take, or its chat template cannot write it.
+        """
+        trees = self._rewritten(self.form, answers) if self.form is not None and answers.records else answers.trees
+        for tree, record in zip(trees, answers.records, strict=True):
+            if self.positions is not None and span(tree) > self.positions:
+                raise UsageError(
+                    f"{self.place}: {record.where}: prompt and response have {span(tree)} tokens, the reward model takes "
+                    f"{self.positions}\nlower max_length, or name another reward model"
+                )
+        return trees
+
+    def _rewritten(self, form: Format, answers: Answers) -> list[Tree]:
+        records = [
+            Record(record.prompt, tuple(texts), record.where)
+            for record, texts in zip(answers.records, answers.texts, strict=True)
+        ]
+        try:
+            encoded = encode(records, form.tokenizer, form.template, AS_DRAWN, responses="all", cache=None)
+        except UsageError as error:
+            raise UsageError(f"{self.place}: the reward model's text: {error}") from error
+        if encoded.kept < encoded.read:
+            raise UsageError(f"{self.place}: the reward model's text: {encoded.examples[0]}")
+        ends = ([*tokenise(form.tokenizer, [form.close])[0], *form.end_ids], [*form.end_ids], [form.eos_id])
+        return [
+            tree._replace(
+                responses=tuple(
+                    response if ended else _without_end(response, ends)
+                    for response, ended in zip(tree.responses, own, strict=True)
+                )
+            )
+            for tree, own in zip(encoded.trees, answers.ended, strict=True)
+        ]
+
+
+def _without_end(response: np.ndarray, ends: Sequence[Sequence[int]]) -> np.ndarray:
+    """A response that was cut off, as it was drawn; an empty one keeps its end, for a score is read at some token."""
+    for end in ends:
+        if len(end) < len(response) and response[-len(end) :].tolist() == list(end):
+            return response[: -len(end)]
+    return response
 
 
 def _refuse_policy(start: Start, path: str, place: str, trust_remote_code: bool) -> None:
@@ -118,13 +235,6 @@ def is_reward_model(start: Start, place: str, trust_remote_code: bool) -> bool:
         return bool(json.loads((start.adapter / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS")
     try:
         return is_classifier(start.base, start.revision, trust_remote_code)
-    except UsageError as error:
-        raise UsageError(f"{place}: {error}") from error
-
-
-def _check_head(start: Start, place: str) -> None:
-    try:
-        read_head(start.adapter or local_folder(start.base, start.revision))
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from error
 
@@ -153,20 +263,10 @@ def _figures(start: Start, reward: sections.Reward, place: str) -> tuple[float, 
     return card["score_mean"], card["score_std"]
 
 
-def _same_tokenizer(one: Any, other: Any) -> bool:
-    """Do both make the same tokens of every text, and end it with the same one?"""
-    return serialised(one) == serialised(other)
-
-
 def serialised(tokenizer: Any) -> tuple[str, str | None, str]:
     """All that decides which tokens it makes of a text, and how a text ends."""
     tokenise(tokenizer, [""])  # forgets padding and truncation left from other calls, which are part of the serialisation
     return tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.eos_token
-
-
-def _unknown_template(start: Start, tokenizer: Any) -> bool:
-    """No run recorded it and the tokenizer has none, like a checkpoint of a run with `chat_template: none`."""
-    return start.template_hash is None and not tokenizer.chat_template
 
 
 def recorded_template(start: Start, tokenizer: Any, path: str, place: str) -> Template:

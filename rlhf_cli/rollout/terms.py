@@ -1,94 +1,78 @@
-"""The terms of a run's reward and of gold, before any weights are loaded."""
+"""The terms of a run's reward and of gold: which class each kind is, and all terms together."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rlhf_cli import sections
-from rlhf_cli.data.templates import Template
+from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.recipe.rewards import name_of
-from rlhf_cli.rollout.reward_models import FoundRewardModel, find_reward_model
-from rlhf_cli.rollout.rewards import FunctionTerm, function_term
+from rlhf_cli.recipe.rewards import kinds_of, name_of
+from rlhf_cli.rollout.reward_functions import RewardFunction
+from rlhf_cli.rollout.reward_models import RewardModel
+from rlhf_cli.rollout.rewards import PolicyText, RewardTerm, Scorer
 from rlhf_cli.runs.manifest import Parent
 
-
-@dataclass(frozen=True)
-class Judge:
-    """A term of the reward, or of gold, before any weights are loaded."""
-
-    reward: sections.Reward
-    found: FoundRewardModel | FunctionTerm
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common. Not the text of a function: one that failed is mended, and the run goes on."""
-        own = {"name": name_of(self.reward), "weight": self.reward.weight}
-        if isinstance(self.found, FoundRewardModel):
-            return own | self.found.record
-        return own | {"function": self.found.reference}
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What the manifest says of it."""
-        if isinstance(self.found, FoundRewardModel):
-            return self.identity
-        file = self.found.reference.rpartition(":")[0]
-        return self.identity | {"hash": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+TERMS: dict[str, type[RewardTerm]] = {"model": RewardModel, "function": RewardFunction}
+"""Key of a term in the recipe → its class."""
 
 
 @dataclass(frozen=True)
-class Judges:
-    """Everybody who judges the responses of a run."""
+class RewardTerms:
+    """The terms of the reward, which is learned from, and of gold, which is only measured."""
 
-    reward: list[Judge]
-    gold: list[Judge]
+    reward: Sequence[RewardTerm]
+    gold: Sequence[RewardTerm]
+
+    def __iter__(self) -> Iterator[RewardTerm]:
+        yield from (*self.reward, *self.gold)
+
+    @property
+    def named(self) -> dict[str, RewardTerm]:
+        """reward/NAME and gold/NAME, as in metrics, samples and eval.json → the term."""
+        return {f"reward/{term.name}": term for term in self.reward} | {f"gold/{term.name}": term for term in self.gold}
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"reward": [judge.record for judge in self.reward], "gold": [judge.record for judge in self.gold]}
+        """What the manifest says of them."""
+        return {"reward": [term.record for term in self.reward], "gold": [term.record for term in self.gold]}
 
+    @property
     def parents(self) -> list[Parent]:
-        """The runs that reward models come from."""
-        found = [judge.found.start.parent for judge in self.reward + self.gold if isinstance(judge.found, FoundRewardModel)]
-        return [parent for parent in found if parent is not None]
+        """The runs that they come from."""
+        return [term.parent for term in self if term.parent is not None]
 
-    def words(self) -> Iterator[str]:
+    @property
+    def words(self) -> list[str]:
         """What the recipe does not show."""
-        for what, judges in (("reward", self.reward), ("gold", self.gold)):
-            for judge in judges:
-                if isinstance(judge.found, FoundRewardModel):
-                    scale = f"less {judge.found.mean:.4g}, over {judge.found.std:.4g}"
-                    scores = "as they are" if judge.found.std == 1 and not judge.found.mean else scale
-                    yield f"{what} {judge.found.name}: scores {scores}; it reads the policy's {judge.found.reads}"
+        named = [("reward", term) for term in self.reward] + [("gold", term) for term in self.gold]
+        return [f"{what} {term.name}: {term.words}" for what, term in named if term.words]
+
+    def load(self, models: FrozenModels, budget: int) -> tuple[list[Scorer], list[Scorer]]:
+        """Those of the reward and of gold with their weights, each base loaded once; budget: tokens of one forward pass.
+
+        Raises:
+            UsageError: the weights do not fit.
+        """
+        reward = [term.load(models, f"reward{number or ''}", budget) for number, term in enumerate(self.reward)]
+        gold = [term.load(models, f"gold{number or ''}", budget) for number, term in enumerate(self.gold)]
+        return reward, gold
 
 
-def find_judges(loaded: Loaded, tokenizer: Any, template: Template, trust_remote_code: bool, check: bool) -> Judges:
-    """What `reward` and `gold` name; `tokenizer` and `template` are the policy's.
+def find_terms(loaded: Loaded, policy: PolicyText) -> RewardTerms:
+    """What `reward` and `gold` name.
 
     Raises:
-        UsageError: a model or a function is not there, or is no reward.
+        UsageError: a term's source is not there, or is no reward.
     """
 
-    def find(key: str, term: sections.Reward) -> FoundRewardModel | FunctionTerm:
-        if term.function is not None:
-            return function_term(term, name_of(term), loaded.named(f"{key}.function"))
-        return find_reward_model(
-            term,
-            name_of(term),
-            loaded.named(f"{key}.model"),
-            tokenizer=tokenizer,
-            template=template,
-            trust_remote_code=trust_remote_code,
-            check=check,
-        )
+    def find(key: str, term: Any) -> RewardTerm:
+        (kind,) = kinds_of(term)
+        return TERMS[kind].find(term, name_of(term), loaded.named(f"{key}.{kind}"), policy)
 
-    reward, gold = (
-        [Judge(term, find(f"{key}.{number}", term)) for number, term in enumerate(terms)]
-        for key, terms in zip(("reward", "gold"), loaded.recipe.judges, strict=True)
+    rewards, golds = loaded.recipe.terms
+    return RewardTerms(
+        [find(f"reward.{number}", term) for number, term in enumerate(rewards)],
+        [find(f"gold.{number}", term) for number, term in enumerate(golds)],
     )
-    return Judges(reward, gold)

@@ -15,8 +15,9 @@ from rlhf_cli.models.placement import Placement
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.source import PreferenceSource, Shape
-from rlhf_cli.rollout.terms import Judges, find_judges
+from rlhf_cli.rollout.terms import RewardTerms, find_terms
 from rlhf_cli.runs.parents import Start, base_model
 from rlhf_cli.signals import BEFORE
 from rlhf_cli.stages.online import Drawing, judged, open_drawing, recorded
@@ -36,14 +37,14 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     judge = loaded.stage == "kto" and not draws
     job = prepare_job(loaded, check=check, resume=resume, shape=partial(_judged, loaded) if judge else None)
     reference = find_reference(job, check, needed=draws or job.objective.reference)
-    judges = find_judges(loaded, job.tokenizer, job.template, job.recipe.model.trust_remote_code, check)
-    for words in _announce(job, reference, judges):
+    terms = find_terms(loaded, PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check))
+    for words in _announce(job, reference, terms):
         job.console.say(words)
     if check:
         job.console.say(FINE)
         return
     if reference is not None:
-        job = dataclasses.replace(job, inputs=recorded(reference, judges))
+        job = dataclasses.replace(job, inputs=recorded(reference, terms))
     with open_job(job, resume=resume, force=force) as folder:
         if folder is None:
             return
@@ -52,21 +53,21 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         on_policy = None
         if draws and reference is not None:
             place_reference(job, reference, placement, base)
-            on_policy = _online(job, open_drawing(job, judges, backbone, placement, base))
+            on_policy = _online(job, open_drawing(job, terms, backbone, placement, base))
         elif reference is not None:
             job = _with_reference(job, reference, backbone, placement, base)
         trainer = train_job(
             job, folder, backbone, reference_is_start=reference is not None and reference.is_start, on_policy=on_policy
         )
-        parents = (*(reference.parents(job) if reference else ()), *judges.parents())
-        finish_job(job, folder, trainer, base, {"reference": reference and reference.record, **judges.record}, parents)
+        parents = (*(reference.parents(job) if reference else ()), *terms.parents)
+        finish_job(job, folder, trainer, base, {"reference": reference and reference.record, **terms.record}, parents)
 
 
-def _announce(job: TrainingJob, reference: ReferenceModel | None, judges: Judges) -> Iterator[str]:
+def _announce(job: TrainingJob, reference: ReferenceModel | None, terms: RewardTerms) -> Iterator[str]:
     """What the recipe's keys do not show."""
     if reference is not None:
         yield reference.words
-    yield from judges.words()
+    yield from terms.words
     if isinstance(job.recipe, recipes.DirectRecipe) and (rollout := job.recipe.rollout):
         often = "every step" if rollout.refresh == 1 else f"every {rollout.refresh} steps"
         yield f"responses are drawn from the policy {often}, {rollout.responses_per_prompt} to a prompt, and ranked by the reward"

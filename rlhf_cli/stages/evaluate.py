@@ -185,8 +185,8 @@ def _dump(job: EvaluationJob, path: Path, samples: Mapping[str, Samples], judged
 
 
 def _manifest(job: EvaluationJob) -> dict[str, Any]:
-    judges = next(iter(job.judges.values()))
-    parents = {each.start.parent for each in job.models if each.start.parent} | set(judges.parents())
+    terms = next(iter(job.terms.values()))
+    parents = {each.start.parent for each in job.models if each.start.parent} | set(terms.parents)
     return {
         "stage": job.loaded.stage,
         "status": "finished",
@@ -196,7 +196,7 @@ def _manifest(job: EvaluationJob) -> dict[str, Any]:
         "models": {each.name: {"path": each.path, **each.record} for each in job.models},
         "parents": [dataclasses.asdict(parent) for parent in sorted(parents, key=lambda parent: parent.path)],
         "data": job.fingerprints,
-        **judges.record,
+        **terms.record,
         "seconds": round(time.monotonic() - job.started, 3),
         "peak_memory": round(peak_memory(), 3),
         "model_files": {},

@@ -1,4 +1,4 @@
-"""What runs share that learn from the policy's own responses: who judges them, and where they are drawn."""
+"""What runs share that learn from the policy's own responses: where they are drawn, and what scores them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.recipe import recipes
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.generate import Engine, TransformersEngine
-from rlhf_cli.rollout.rewards import FunctionTerm, Term
 from rlhf_cli.rollout.source import HeldOut, probe
-from rlhf_cli.rollout.terms import Judge, Judges
+from rlhf_cli.rollout.terms import RewardTerms
 from rlhf_cli.stages.reference import ReferenceModel
 from rlhf_cli.stages.training import TrainingJob
 from rlhf_cli.training.checkpoint import State
@@ -37,7 +36,7 @@ class Drawing:
     probe: list[Tree]
 
 
-def open_drawing(job: TrainingJob, judges: Judges, backbone: Backbone, placement: Placement, base: str) -> Drawing:
+def open_drawing(job: TrainingJob, reward_terms: RewardTerms, backbone: Backbone, placement: Placement, base: str) -> Drawing:
     """Load the reward models; `base` is what the policy's adapter sits on.
 
     Raises:
@@ -46,9 +45,7 @@ def open_drawing(job: TrainingJob, judges: Judges, backbone: Backbone, placement
     """
     settings = job.recipe.draws
     assert settings is not None
-    terms = [_place(job, judge, f"reward{number or ''}", backbone, placement) for number, judge in enumerate(judges.reward)]
-    gold = [_place(job, judge, f"gold{number or ''}", backbone, placement) for number, judge in enumerate(judges.gold)]
-
+    terms, gold = reward_terms.load(placement, job.budget)
     engine = _engine(job, backbone, base)
 
     def sampler(records: Sequence[Record]) -> Sampler:
@@ -77,14 +74,6 @@ def open_drawing(job: TrainingJob, judges: Judges, backbone: Backbone, placement
             return unseen.measure(state.memory)
 
     return Drawing(own, measure, probe(own, job.source.batch(1), job.recipe.seed))
-
-
-def _place(job: TrainingJob, judge: Judge, role: str, backbone: Backbone, placement: Placement) -> Term:
-    if isinstance(judge.found, FunctionTerm):
-        return judge.found
-    start = judge.found.start
-    placement.add(role, start.base, start.revision, start.adapter, head=True)
-    return judge.found.term(judge.reward.weight, backbone, role, job.budget)
 
 
 def _engine(job: TrainingJob, backbone: Backbone, base: str) -> Engine:
@@ -124,10 +113,10 @@ def judged(trees: list[Tree], seed: int, records: Sequence[Record], max_length: 
         raise NumberError(f"what the policy draws has collapsed: {error}") from error
 
 
-def recorded(reference: ReferenceModel, judges: Judges) -> dict[str, str]:
+def recorded(reference: ReferenceModel, reward_terms: RewardTerms) -> dict[str, str]:
     """What a resumed run must have in common beside its data."""
     named: dict[str, Any] = {"reference": reference.record}
-    for what, judges_of in (("reward", judges.reward), ("gold", judges.gold)):
-        if judges_of:
-            named[what] = [judge.identity for judge in judges_of]
+    for what, terms in (("reward", reward_terms.reward), ("gold", reward_terms.gold)):
+        if terms:
+            named[what] = [term.identity for term in terms]
     return {name: json.dumps(records) for name, records in named.items()}

@@ -9,15 +9,14 @@ import torch
 
 from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
-from rlhf_cli.models.load import local_folder, read_head
 from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import TRAINING_STAGES
-from rlhf_cli.rollout.reward_models import FoundRewardModel
+from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.source import PolicySource
-from rlhf_cli.rollout.terms import Judges, find_judges
+from rlhf_cli.rollout.terms import RewardTerms, find_terms
 from rlhf_cli.stages.online import Drawing, open_drawing, recorded
 from rlhf_cli.stages.reference import find_reference, place_reference
 from rlhf_cli.stages.training import FINE, OnPolicy, TrainingJob, finish_job, load_job, open_job, prepare_job, train_job
@@ -30,34 +29,34 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
     job = prepare_job(loaded, check=check, resume=resume)
-    reference, judges, ptx = (
+    reference, terms, ptx = (
         find_reference(job, check),
-        find_judges(loaded, job.tokenizer, job.template, job.recipe.model.trust_remote_code, check),
+        find_terms(loaded, PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check)),
         _ptx_rows(job),
     )
     assert reference is not None
-    for words in (reference.words, *judges.words(), *_announce(job)):
+    for words in (reference.words, *terms.words, *_announce(job)):
         job.console.say(words)
     if check:
         job.console.say(FINE)
         return
-    job = dataclasses.replace(job, inputs=recorded(reference, judges) | (ptx.fingerprints if ptx else {}))
+    job = dataclasses.replace(job, inputs=recorded(reference, terms) | (ptx.fingerprints if ptx else {}))
     with open_job(job, resume=resume, force=force) as folder:
         if folder is None:
             return
         backbone, base = load_job(job)
         placement = Placement(backbone, job.recipe.model, base, job.start.revision, job.ranks.device)
         place_reference(job, reference, placement, base)
-        drawing = open_drawing(job, judges, backbone, placement, base)
+        drawing = open_drawing(job, terms, backbone, placement, base)
         on_policy = OnPolicy(
             source=_source(job, drawing, ptx),
             measure=drawing.measure,
             first=drawing.probe,
-            learning_rates=_add_value(job, judges, placement, base),
+            learning_rates=_add_value(job, terms, placement, base),
         )
         trainer = train_job(job, folder, backbone, reference_is_start=reference.is_start, on_policy=on_policy)
-        parents = (*reference.parents(job), *judges.parents())
-        extra = {"reference": reference.record, **judges.record}
+        parents = (*reference.parents(job), *terms.parents)
+        extra = {"reference": reference.record, **terms.record}
         finish_job(job, folder, trainer, base, extra, parents, ptx.fingerprints if ptx else {})
 
 
@@ -104,7 +103,7 @@ def _source(job: TrainingJob, drawing: Drawing, ptx: Dataset | None) -> PolicySo
     return PolicySource(drawing.sampler, job.source, objective, recipe.kl, rows, coef, recipe.seed)
 
 
-def _add_value(job: TrainingJob, judges: Judges, placement: Placement, base: str) -> dict[str, float]:
+def _add_value(job: TrainingJob, terms: RewardTerms, placement: Placement, base: str) -> dict[str, float]:
     """Give the role "value" its weights, where the objective has one; returns the learning rate of the role.
 
     From a reward model r it starts as that term of the score, weight · (r − mean)/std; from the policy, as 0.
@@ -113,15 +112,12 @@ def _add_value(job: TrainingJob, judges: Judges, placement: Placement, base: str
     if not objective.values:
         return {}
     lora = job.lora or sections.Lora()
-    models = [judge for judge in judges.reward if isinstance(judge.found, FoundRewardModel) and judge.found.reads == "tokens"]
-    if recipe.value.init == "reward" and models:
-        found, weight = models[0].found, models[0].reward.weight
-        assert isinstance(found, FoundRewardModel)
-        start = found.start
-        scale = weight / found.std
-        head = read_head(start.adapter or local_folder(start.base, start.revision)) * scale
-        placement.add_value(start.base, start.revision, start.adapter, lora, Head(head, -found.mean * scale))
-        job.console.say(f"value: starts as the reward model {found.name}")
+    starts = ((term.name, begin) for term in terms.reward if (begin := term.value_start()) is not None)
+    first = next(starts, None) if recipe.value.init == "reward" else None
+    if first is not None:
+        name, (start, head) = first
+        placement.add_value(start.base, start.revision, start.adapter, lora, head)
+        job.console.say(f"value: starts as the reward model {name}")
     else:
         merged = base != job.start.base
         adapter, revision = (None, None) if merged else (job.start.adapter, job.start.revision)

@@ -9,10 +9,11 @@ import numpy as np
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.agreement import Card
-from rlhf_cli.evaluation.preference import reward_card, score_responses
+from rlhf_cli.evaluation.preference import reward_card
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import classifier_class
 from rlhf_cli.models.load import load_config
+from rlhf_cli.models.scoring import score_responses
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.stages.training import FINE, TrainingJob, finish_job, load_job, open_job, prepare_job, train_job

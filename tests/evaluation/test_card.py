@@ -23,10 +23,10 @@ from rlhf_cli.evaluation.preference import (
     rate,
     reliability,
     reward_card,
-    score_responses,
 )
 from rlhf_cli.figures import Interval
 from rlhf_cli.models.backbone import Backbone, lora_config
+from rlhf_cli.models.scoring import score_responses
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.step import evaluate

@@ -22,7 +22,8 @@ from rlhf_cli.errors import NumberError
 from rlhf_cli.models import placement, policy
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.scoring import score_trees
-from rlhf_cli.rollout.rewards import Answers, ModelTerm
+from rlhf_cli.rollout.reward_models import RewardModelScorer
+from rlhf_cli.rollout.rewards import Answers
 from rlhf_cli.stages import ppo
 from tests.models.tiny_backbone import draw_trees, packed_logps, plain_logps
 from tests.tiny import make_model, rlhf, write_pairs, write_recipe
@@ -58,7 +59,7 @@ class Ready:
     """What a run of ppo has loaded before its first step."""
 
     backbone: Backbone
-    terms: list[ModelTerm]
+    terms: list[RewardModelScorer]
     loads: list[str]  # the folders whose models were loaded, in that order
 
 
@@ -69,7 +70,7 @@ Start = Callable[..., Ready]
 def start(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Runs `rlhf ppo` up to its first step; keys as of `write_recipe`, models by their names in `home`."""
     loads: list[str] = []
-    found: list[tuple[Backbone, list[ModelTerm]]] = []
+    found: list[tuple[Backbone, list[RewardModelScorer]]] = []
 
     def noting(module: Any) -> None:
         original = module.load_model

@@ -147,7 +147,7 @@ def test_sections_that_may_be_empty(tmp_path: Path) -> None:
     assert (online.rollout.responses_per_prompt, online.rollout.refresh) == (2, 1)
     offline: Any = load(tmp_path, "dpo", text=PLAIN + "rollout:\n").recipe
     assert offline.draws is None
-    assert offline.judges == ([], [])
+    assert offline.terms == ([], [])
 
 
 def test_round_trip_with_every_section(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_overrides_reach_into_every_section(tmp_path: Path) -> None:
     assert changed.reward == [Reward("runs/rm", weight=2.0)]
     assert changed.winrate == Winrate("sft", Endpoint("https://y/v1", "m"))
     assert changed.best_of_n == [2]
-    assert changed.judges == ([Reward("runs/rm", weight=2.0)], [])
+    assert changed.terms == ([Reward("runs/rm", weight=2.0)], [])
 
 
 def test_what_it_reads(tmp_path: Path) -> None:

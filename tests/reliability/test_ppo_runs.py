@@ -180,7 +180,7 @@ def test_its_lines_have_the_metrics_it_names(name: str, finished: Finished) -> N
         kept = trained if (line["step"] - 1) % refresh == 0 else trained - drawn - times
         assert set(line) - common == kept
     assert all(set(line) - common == drawn for line in all_lines(run, "eval"))
-    rewards, golds = own.judges
+    rewards, golds = own.terms
     assert {name for name in drawn if name.startswith(("reward/", "gold/"))} == {
         *(f"reward/{term}" for term in schema_names(rewards)),
         *(f"gold/{term}" for term in schema_names(golds)),

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_cli.data import cache
-from rlhf_cli.evaluation import preference
+from rlhf_cli.models import scoring
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.objectives.base import LossTerm
 from rlhf_cli.objectives.kto import Kto
@@ -185,7 +185,7 @@ def test_a_score_of_the_card_that_is_not_finite(
     with monkeypatch.context() as patch:
 
         def broken(*arguments: Any) -> list[np.ndarray]:
-            found = preference.score_responses(*arguments)
+            found = scoring.score_responses(*arguments)
             found[0][1] = np.nan
             return found
 
@@ -286,7 +286,7 @@ def test_a_signal_while_the_card_is_made(
 
         def signalled(*arguments: Any) -> Any:
             signal.raise_signal(signal.SIGTERM)
-            return preference.score_responses(*arguments)
+            return scoring.score_responses(*arguments)
 
         patch.setattr(train_rm, "score_responses", signalled)
         assert rlhf("train-rm", path) == 143

@@ -17,10 +17,10 @@ from rlhf_cli.data.records import Record
 from rlhf_cli.data.templates import choose_template, encode_prompt
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.load import is_classifier, load_model, load_tokenizer, read_adapter, read_head
-from rlhf_cli.rollout.reward_models import FoundRewardModel, find_reward_model
-from rlhf_cli.rollout.rewards import Answers
+from rlhf_cli.models.load import load_tokenizer
+from rlhf_cli.models.placement import FrozenModels
+from rlhf_cli.rollout.reward_models import RewardModel
+from rlhf_cli.rollout.rewards import Answers, PolicyText, Scorer
 from rlhf_cli.runs.manifest import weights_hash
 from rlhf_cli.sections import Reward
 from tests.data.tiny_tokenizer import CHATML, LLAMA3, tiny_tokenizer
@@ -75,32 +75,15 @@ def _save_classifier(folder: Path, labels: int, pad: int) -> None:
     LlamaForSequenceClassification(config).save_pretrained(folder)
 
 
-def find(home: Path, model: Path | str, *, template: str | None = None, check: bool = False, **keys: Any) -> FoundRewardModel:
+def find(home: Path, model: Path | str, *, template: str | None = None, check: bool = False, **keys: Any) -> RewardModel:
     policy = load_tokenizer(str(home / "base"), None, False)
-    return find_reward_model(
-        Reward(model=str(model), **keys),
-        "judge",
-        PLACE,
-        tokenizer=policy,
-        template=choose_template(policy, template),
-        trust_remote_code=False,
-        check=check,
-    )
+    text = PolicyText(policy, choose_template(policy, template), trust_remote_code=False, check=check)
+    return RewardModel.find(Reward(model=str(model), **keys), "judge", PLACE, text)
 
 
-def hosted(found: FoundRewardModel) -> Backbone:
-    """The model's weights under the role "judge"."""
-    base, adapter = found.start.base, found.start.adapter
-    headless = is_classifier(base, None, False)
-    model = load_model(sections.Model(path=base), base, None, torch.float32, torch.device("cpu"), headless)
-    backbone = Backbone(model, torch.float32, "auto", headless)
-    if adapter is not None:
-        config, state, head = read_adapter(adapter)
-        backbone.add_lora("judge", config, state, trained=False)
-    else:
-        head = read_head(Path(base))
-    backbone.add_head("judge", head, trained=False)
-    return backbone
+def loaded(found: RewardModel) -> Scorer:
+    """The model with its weights, on its own base."""
+    return found.load(FrozenModels(sections.Model(path=""), torch.float32, torch.device("cpu")), "judge", 64)
 
 
 def drawn(home: Path) -> Answers:
@@ -153,12 +136,12 @@ def test_a_run_scores_as_plain_transformers_and_is_normalised_as_it_recorded(nam
     assert found.std > 0.05
     assert found.reads == "tokens"
     raw = plain_scores(load_as_documented(home / name), IN_CHATML)
-    scores = found.term(0.5, hosted(found), "judge", 64).score(drawn(home))
+    scores = loaded(found).score(drawn(home))
     assert np.abs(scores - (raw - card["score_mean"]) / card["score_std"]).max() < 1e-4
     assert raw.std() > 0.05
     as_they_are = find(home, home / name, normalize=False)
     assert (as_they_are.mean, as_they_are.std) == (0.0, 1.0)
-    assert np.abs(as_they_are.term(0.5, hosted(found), "judge", 64).score(drawn(home)) - raw).max() < 1e-5
+    assert np.abs(loaded(as_they_are).score(drawn(home)) - raw).max() < 1e-5
 
 
 @pytest.mark.parametrize("inside", ["model", "checkpoints/step-00000001"])
@@ -174,7 +157,7 @@ def test_a_classifier_reads_text_and_scores_as_plain_transformers(home: Path, cl
     found = find(home, classifier)
     assert (found.mean, found.std, found.reads, found.reader.positions) == (0.0, 1.0, "text", 100)
     raw = plain_scores(AutoModelForSequenceClassification.from_pretrained(classifier), IN_LLAMA3)
-    scores = found.term(1.0, hosted(found), "judge", 64).score(drawn(home))
+    scores = loaded(found).score(drawn(home))
     assert np.abs(scores - raw).max() < 1e-5
     assert raw.std() > 0.05
 
@@ -182,6 +165,8 @@ def test_a_classifier_reads_text_and_scores_as_plain_transformers(home: Path, cl
 def test_what_identifies_it_is_recorded(home: Path) -> None:
     found = find(home, home / "rm")
     assert found.record == {
+        "name": "judge",
+        "weight": 1.0,
         "model": str(home / "rm" / "model"),
         "base": weights_hash(home / "base"),
         "adapter": weights_hash(home / "rm" / "model"),

@@ -18,7 +18,9 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.recipe.rewards import default_name, term_names
-from rlhf_cli.rollout.rewards import Answers, ModelTerm, Reader, as_given, combine, function_term
+from rlhf_cli.rollout.reward_functions import RewardFunction, as_given
+from rlhf_cli.rollout.reward_models import Reader, RewardModelScorer
+from rlhf_cli.rollout.rewards import Answers, PolicyText, combine
 from rlhf_cli.sections import Reward
 from tests.data.tiny_tokenizer import CHATML, LLAMA3, tiny_tokenizer
 from tests.models.tiny_backbone import draw_trees, make, make_backbone, sequences
@@ -44,10 +46,16 @@ def answers(*rows: tuple[Any, list[str]]) -> Answers:
 TWO = answers(("2+2?", ["4", "five"]), (DIALOGUE, ["Well."]))
 
 
+def find(term: Reward, name: str) -> RewardFunction:
+    """The function of a recipe's term; it sees texts, whatever the policy's tokens are."""
+    tokenizer = tiny_tokenizer()
+    return RewardFunction.find(term, name, PLACE, PolicyText(tokenizer, choose_template(tokenizer, None), False, False))
+
+
 def score(tmp_path: Path, source: str, asked: Answers = TWO) -> Any:
     """What the function `f` of a file of this source gives."""
     (tmp_path / "mine.py").write_text(source)
-    return function_term(Reward(function=f"{tmp_path / 'mine.py'}:f"), "f", PLACE).score(asked)
+    return find(Reward(function=f"{tmp_path / 'mine.py'}:f"), "f").score(asked)
 
 
 class TestFunctions:
@@ -164,14 +172,14 @@ class TestFiles:
         if source is not None:
             (tmp_path / "mine.py").write_text(source)
         with pytest.raises(UsageError, match=message) as caught:
-            function_term(Reward(function=f"{tmp_path}/{asked}"), "f", PLACE)
+            find(Reward(function=f"{tmp_path}/{asked}"), "f")
         assert str(caught.value).startswith(f"{PLACE}: ")
         assert str(caught.value).count("\n") <= 1
 
     def test_a_text_file_is_no_python(self, tmp_path: Path) -> None:
         (tmp_path / "mine.txt").write_text("def f(p, r): ...")
         with pytest.raises(UsageError, match=r"mine.txt is no Python file: its name must end in .py$"):
-            function_term(Reward(function=f"{tmp_path}/mine.txt:f"), "f", PLACE)
+            find(Reward(function=f"{tmp_path}/mine.txt:f"), "f")
 
     def test_is_imported_once_and_may_import_its_neighbours(self, tmp_path: Path) -> None:
         (tmp_path / "rewards_neighbour.py").write_text("HALF = 0.5\n")
@@ -183,7 +191,7 @@ class TestFiles:
             "    from rewards_neighbour import HALF\n    return [Scale(HALF).by] * len(responses)\n"
             "def second(prompts, responses):\n    return [2] * len(responses)\n"
         )
-        terms = [function_term(Reward(function=f"{tmp_path}/mine.py:{name}"), name, PLACE) for name in ("first", "second")]
+        terms = [find(Reward(function=f"{tmp_path}/mine.py:{name}"), name) for name in ("first", "second")]
         assert [term.score(TWO).tolist() for term in terms] == [[0.5] * 3, [2.0] * 3]
         assert (tmp_path / "imports").read_text() == "x"
 
@@ -259,11 +267,11 @@ class TestModels:
         trees = cut_and_ended()
         backbone.activate("reward")
         raw = (last_states(backbone, trees) @ backbone.heads["reward"].weight[0]).detach().numpy()
-        found = ModelTerm("rm", 1.0, backbone, "reward", 0.0, 1.0, budget, self.READER).score(drawn(trees))
+        found = RewardModelScorer("rm", 1.0, backbone, "reward", 0.0, 1.0, budget, self.READER).score(drawn(trees))
         assert found.shape == (11,)
         assert np.abs(found - raw).max() < 1e-5
         assert raw.std() > 0.1
-        normalised = ModelTerm("rm", 1.0, backbone, "reward", 2.0, 0.5, budget, self.READER).score(drawn(trees))
+        normalised = RewardModelScorer("rm", 1.0, backbone, "reward", 2.0, 0.5, budget, self.READER).score(drawn(trees))
         assert np.abs(normalised - (raw - 2) / 0.5).max() < 2e-5
 
     def test_another_model_scores_in_rows_of_its_own_kind(self) -> None:
@@ -272,7 +280,7 @@ class TestModels:
         assert (backbone.kernel.layout, judge.kernel.layout) == ("long", "alone")
         backbone.elsewhere["reward"] = judge
         trees = draw_trees(2, branches=2)
-        found = ModelTerm("rm", 1.0, backbone, "reward", 0.0, 1.0, 400, self.READER).score(drawn(trees))
+        found = RewardModelScorer("rm", 1.0, backbone, "reward", 0.0, 1.0, 400, self.READER).score(drawn(trees))
         wanted = (last_states(judge, trees) @ judge.heads["reward"].weight[0]).detach().numpy()
         assert np.abs(found - wanted).max() < 1e-5
 
@@ -280,7 +288,7 @@ class TestModels:
         backbone = make_backbone(make(), role="reward")
         with torch.no_grad():
             backbone.heads["reward"].weight.fill_(torch.nan)
-        term = ModelTerm("rm", 1.0, backbone, "reward", 0.0, 1.0, 40, self.READER)
+        term = RewardModelScorer("rm", 1.0, backbone, "reward", 0.0, 1.0, 40, self.READER)
         wanted = (
             r"^ppo.yaml:9: reward model rm gave a response the score nan\nrows.jsonl:1: prompt 'prompt 0', response 'answer 0'"
         )
@@ -289,7 +297,7 @@ class TestModels:
 
     def test_no_answers_have_no_scores(self) -> None:
         backbone = make_backbone(make(), role="reward")
-        assert ModelTerm("rm", 1.0, backbone, "reward", 0.0, 1.0, 40, self.READER).score(drawn([])).shape == (0,)
+        assert RewardModelScorer("rm", 1.0, backbone, "reward", 0.0, 1.0, 40, self.READER).score(drawn([])).shape == (0,)
 
     def test_what_the_model_cannot_take_is_told(self) -> None:
         trees = [Tree(np.zeros(6, np.int32), np.zeros(6, bool), (np.zeros(2, np.int32), np.zeros(4, np.int32)), 0)]
@@ -338,7 +346,7 @@ class TestText:
         judge = tiny_tokenizer(eos="<|eot_id|>", adds_bos=True, template=LLAMA3)
         backbone = make_backbone(make(vocab_size=len(judge)), role="reward")
         reader = Reader("ppo.yaml:9", None, read_format(judge, choose_template(judge, None)))
-        found = ModelTerm("rm", 1.0, backbone, "reward", 0.0, 1.0, 64, reader).score(self.drawn())
+        found = RewardModelScorer("rm", 1.0, backbone, "reward", 0.0, 1.0, 64, reader).score(self.drawn())
         backbone.activate("reward")
         encode = judge.backend_tokenizer.encode
         rows = [

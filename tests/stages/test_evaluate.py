@@ -432,12 +432,12 @@ def test_policies_on_one_base_cost_one_model(
     run(models=models, preferences=PROMPTS, **COMPARED)
     assert loads == [("base", 1)]
     (frozen,) = hosts
-    assert frozen.places.keys() == {"reference", "reward0"}
+    assert frozen.places.keys() == {"reference", "reward"}
     host = frozen.places["reference"]
-    assert frozen.places["reward0"] is host and host.elsewhere == {}
+    assert frozen.places["reward"] is host and host.elsewhere == {}
     named = dict(host.model.named_parameters())
     roles = {match[1] for name in named if (match := re.search(r"\.lora_[AB]\.(\w+)\.", name))}
-    assert roles == {"reference", "reward0"} and set(host.heads) == {"reward0"}
+    assert roles == {"reference", "reward"} and set(host.heads) == {"reward"}
     own = {name.replace(".base_layer", ""): p for name, p in named.items() if ".lora_" not in name}
     base = load_file(home / "base" / "model.safetensors")
     assert own.keys() == base.keys() and all(torch.equal(own[name], base[name]) for name in base)
