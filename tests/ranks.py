@@ -119,6 +119,7 @@ def _free_port() -> int:
 
 
 def _live(environment: dict[str, str], output: Path, function: Callable[..., int], words: list[str]) -> None:
+    assert set(WARM) <= sys.modules.keys(), "what is forked from has not imported what it should"
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, ending in ((1, ".out"), (2, ".err")):

@@ -6,9 +6,9 @@ from importlib import import_module
 
 import pytest
 
-from rlhf_cli.cli import COMMANDS
+from rlhf_cli.recipe.stages import STAGES
 from tests.brief import be_brief
 
-for stage in COMMANDS.values():
+for stage in STAGES.values():
     import_module(stage.module)
 be_brief(pytest.MonkeyPatch())

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_cli import sections
@@ -27,10 +26,10 @@ from rlhf_cli.rollout.generate import Request, Response
 from rlhf_cli.rollout.rewards import Answers
 from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.signals import Pause
+from tests.invariance.agreement import agree, steps_of
 from tests.models.tiny_backbone import draw_trees, make, make_backbone
-from tests.tiny import make_model, read_lines, rlhf, spawn, write_pairs, write_recipe, write_rows
-
-TIMES = ("time/rollout", "time/score", "time/update")
+from tests.ranks import two_ranks
+from tests.tiny import make_model, read_lines, rlhf, write_pairs, write_recipe, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -234,55 +233,48 @@ def command(home: Path, name: str, output: Path, **train: Any) -> list[str | Pat
     return [stage, recipe(home, output, train=train, **known)]
 
 
-def agree(a: Path, b: Path) -> None:
-    """Every figure to 1e-5, and the weights to 1 % of an update of 1e-3."""
-    lines = [read_lines(run / "metrics.jsonl", *TIMES) for run in (a, b)]
-    assert [(line["step"], line["split"]) for line in lines[0]] == [
-        *[(0, "eval"), (1, "train"), (2, "train"), (2, "eval"), (3, "train"), (3, "eval")]
-    ]
-    for one, other in zip(*lines, strict=True):
-        assert one.pop("split") == other.pop("split")
-        for name in one:
-            # A margin of 0 up to rounding has either sign, and so has its accuracy.
-            if one["step"] > 1 or name != "rewards/accuracies":
-                assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (one["step"], name)
-    found = [load_file(next((run / "model").glob("*.safetensors"))) for run in (a, b)]
-    assert found[0].keys() == found[1].keys()
-    assert max(float((found[0][n] - found[1][n]).abs().max()) for n in found[0]) < 1e-5
+Whole = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The run of a name in one process with the largest budget, made once."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def find(name: str) -> Path:
+        if not (folder / name).exists():
+            assert rlhf(*command(home, name, folder / name, tokens_per_device=4096)) == 0
+        return folder / name
+
+    return find
+
+
+def same(a: Path, b: Path) -> None:
+    """A margin of 0 up to rounding has either sign, and so has its accuracy."""
+    agree(a, b, steps_of(3, 2), rounding=("rewards/accuracies",), figures=1e-5, weights=1e-5)
 
 
 FAST = ("ppo", "online dpo K")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in RUNS])
-def test_tokens_per_device_changes_nothing(name: str, home: Path, tmp_path: Path) -> None:
-    assert rlhf(*command(home, name, tmp_path / "a", tokens_per_device=4096)) == 0
-    assert rlhf(*command(home, name, tmp_path / "b", tokens_per_device=1)) == 0
-    agree(tmp_path / "a", tmp_path / "b")
-
-
-@pytest.mark.slow
-def test_nor_does_a_budget_of_a_few_trees(home: Path, tmp_path: Path) -> None:
-    assert rlhf(*command(home, "ppo", tmp_path / "a", tokens_per_device=4096)) == 0
-    assert rlhf(*command(home, "ppo", tmp_path / "b", tokens_per_device=120)) == 0
-    agree(tmp_path / "a", tmp_path / "b")
-
-
-def two_ranks(*words: str | Path) -> None:
-    process = spawn(*words, ranks=2)
-    try:
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        *(pytest.param(name, 1, marks=() if name in FAST else pytest.mark.slow) for name in RUNS),
+        pytest.param("ppo", 120, marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_per_device_changes_nothing(name: str, budget: int, home: Path, whole: Whole, tmp_path: Path) -> None:
+    """Neither one tree a pass nor a few."""
+    assert rlhf(*command(home, name, tmp_path / "cut", tokens_per_device=budget)) == 0
+    same(whole(name), tmp_path / "cut")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_two_ranks_are_one(name: str, home: Path, tmp_path: Path) -> None:
-    assert rlhf(*command(home, name, tmp_path / "one")) == 0
+def test_two_ranks_are_one(name: str, home: Path, whole: Whole, tmp_path: Path) -> None:
     two_ranks(*command(home, name, tmp_path / "two"))
-    agree(tmp_path / "one", tmp_path / "two")
+    same(whole(name), tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -291,4 +283,4 @@ def test_a_rank_without_a_prompt_takes_part(name: str, home: Path, tmp_path: Pat
     """In training, and in an evaluation of three prompts the shares are two and one."""
     assert rlhf(*command(home, name, tmp_path / "one", batch_size=1)) == 0
     two_ranks(*command(home, name, tmp_path / "two", batch_size=1))
-    agree(tmp_path / "one", tmp_path / "two")
+    same(tmp_path / "one", tmp_path / "two")

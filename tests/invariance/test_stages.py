@@ -1,18 +1,23 @@
-"""Every stage, through the command line: the same weights for any cut into passes, for one process and two, cached or not."""
+"""Every stage, through the command line: the same weights for any cut into passes, for one process and two, cached or not.
+
+What trains on responses of the policy's own is in test_rollouts.py.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests.tiny import make_model, read_lines, rlhf, spawn, write_pairs, write_ranked, write_recipe
+from tests.invariance.agreement import agree, steps_of
+from tests.ranks import two_ranks
+from tests.tiny import make_model, read_lines, rlhf, write_pairs, write_ranked, write_recipe, write_rows
 
 STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sft": ("sft", "rows", {"lora": "auto"}),
     "train-rm": ("train-rm", "pairs", {}),
     "train-rm K-wise": ("train-rm", "ranked", {"objective": {"kind": "plackett_luce"}}),
     "dpo": ("dpo", "pairs", {"objective": {"sft_weight": 0.1}}),
@@ -25,24 +30,29 @@ STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """Name → command, rows, and what its recipe says beside the common keys."""
 
+BUDGETS = {"sft": (1, 40), **dict.fromkeys(STAGES.keys() - {"sft"}, (30,))}
+"""Name → tokens_per_device, to be compared with 4096."""
 SOME = ("train-rm K-wise", "dpo", "kto")
+LINES = steps_of(6, 3)
+ROUNDING = ("rewards/", "logratio/", "margin/")
+"""Before the first step implicit rewards are rounding and nothing else, so are the accuracies that follow from them."""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
     make_model(folder / "base", initializer_range=0.2)
-    for name, write in {"pairs": write_pairs, "ranked": write_ranked}.items():
+    for name, write in {"rows": write_rows, "pairs": write_pairs, "ranked": write_ranked}.items():
         write(folder / f"{name}.jsonl", 20)
         write(folder / f"{name}-eval.jsonl", 5, seed=1)
     return folder
 
 
-def recipe(home: Path, name: str, output: Path, lora: Any = None, **train: Any) -> list[str | Path]:
+def recipe(home: Path, name: str, output: Path, **train: Any) -> list[str | Path]:
     """The command line of a stage of 6 steps of 5 rows, with batches and shares that do not come out even."""
     command, rows, sections = STAGES[name]
     settings: dict[str, Any] = {
-        "lora": lora or {"r": 4},
+        "lora": {"r": 4},
         "data": {"eval": str(home / f"{rows}-eval.jsonl")},
         "train": {"batch_size": 5, "save_every": None, "eval_every": 3, "learning_rate": 1e-3} | train,
         **sections,
@@ -50,70 +60,83 @@ def recipe(home: Path, name: str, output: Path, lora: Any = None, **train: Any) 
     return [command, write_recipe(output.with_suffix(".yaml"), home / "base", home / f"{rows}.jsonl", output, **settings)]
 
 
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(next((run / "model").glob("*.safetensors")))
+Whole = Callable[..., Path]
 
 
-def agree(a: Path, b: Path, tolerance: float = 3e-6) -> None:
-    lines = [read_lines(run / "metrics.jsonl") for run in (a, b)]
-    assert len(lines[0]) == 9
-    for one, other in zip(*lines, strict=True):
-        assert one.pop("split") == other.pop("split")
-        # Before the first step implicit rewards are rounding and nothing else, so are the accuracies that follow from them.
-        started = one["step"] > 1
-        for key in one:
-            if started or not key.startswith(("rewards/", "logratio/", "margin/")):
-                assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), (one["step"], key)
-    one, other = tensors(a), tensors(b)
-    assert one.keys() == other.keys()
-    assert max(float((one[n] - other[n]).abs().max()) for n in one) < tolerance
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Whole:
+    """The run of a stage in one process with the largest budget, made once; settings are words of its command line."""
+
+    def find(name: str, *settings: str) -> Path:
+        output = home / "-".join((name, *settings)).replace("/", " ")
+        if not output.exists():
+            assert rlhf(*recipe(home, name, output, tokens_per_device=4096), *settings) == 0
+        return output
+
+    return find
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in STAGES])
-def test_tokens_per_device_changes_nothing(name: str, home: Path, tmp_path: Path) -> None:
-    assert rlhf(*recipe(home, name, tmp_path / "a", tokens_per_device=4096)) == 0
-    assert rlhf(*recipe(home, name, tmp_path / "b", tokens_per_device=30)) == 0
-    agree(tmp_path / "a", tmp_path / "b")
+def same(a: Path, b: Path) -> None:
+    agree(a, b, LINES, rounding=ROUNDING)
+    if json.loads((a / "manifest.json").read_text())["stage"] == "sft":
+        losses = [[line["loss"] for line in read_lines(run / "metrics.jsonl")] for run in (a, b)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        pytest.param(name, budget, marks=() if name in ("sft", *SOME) else pytest.mark.slow)
+        for name, budgets in BUDGETS.items()
+        for budget in budgets
+    ],
+)
+def test_tokens_per_device_changes_nothing(name: str, budget: int, home: Path, whole: Whole, tmp_path: Path) -> None:
+    assert rlhf(*recipe(home, name, tmp_path / "cut", tokens_per_device=budget)) == 0
+    same(whole(name), tmp_path / "cut")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("layout", ["alone", "packed"])
 def test_neither_packing_nor_shared_prefixes_change_anything(
-    name: str, layout: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, layout: str, home: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`alone`: every response in a row of its own, its prompt repeated; `packed`: rows of several trees under a dense mask."""
     from rlhf_cli.models import backbone
 
-    assert rlhf(*recipe(home, name, tmp_path / "a")) == 0
+    usual = whole(name)
     candidates = {"alone": ("alone",), "packed": ("sdpa",)}[layout]
     monkeypatch.setattr(backbone, "CANDIDATES", {"sdpa": candidates})
-    words = recipe(home, name, tmp_path / "b", tokens_per_device=200)
+    words = recipe(home, name, tmp_path / "other", tokens_per_device=200)
     assert rlhf(*words, "--set", "model.attention=sdpa") == 0
-    agree(tmp_path / "a", tmp_path / "b")
+    same(usual, tmp_path / "other")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
-def test_two_ranks_are_one(name: str, home: Path, tmp_path: Path) -> None:
-    assert rlhf(*recipe(home, name, tmp_path / "one")) == 0
-    process = spawn(*recipe(home, name, tmp_path / "two"), ranks=2)
-    try:
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    agree(tmp_path / "one", tmp_path / "two")
+def test_two_ranks_are_one(name: str, home: Path, whole: Whole, tmp_path: Path) -> None:
+    """Batches of 5 rows, so that the shares differ; the evaluation batch is odd too."""
+    two_ranks(*recipe(home, name, tmp_path / "two"))
+    same(whole(name), tmp_path / "two")
 
 
-@pytest.mark.parametrize("lora", [{"r": 4}, None], ids=["lora", "full"])
+@pytest.mark.slow
+def test_a_rank_without_a_row_takes_part(home: Path, tmp_path: Path) -> None:
+    assert rlhf(*recipe(home, "sft", tmp_path / "one", batch_size=1)) == 0
+    two_ranks(*recipe(home, "sft", tmp_path / "two", batch_size=1))
+    same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("lora", ["{r: 4}", "null"], ids=["lora", "full"])
 @pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_a_reference_that_is_computed_in_the_step_gives_the_same(name: str, lora: Any, home: Path, tmp_path: Path) -> None:
+def test_a_reference_that_is_computed_in_the_step_gives_the_same(
+    name: str, lora: str, home: Path, whole: Whole, tmp_path: Path
+) -> None:
     """LoRA: the bare base under the adapter; all weights: a second, frozen model."""
-    settings = ["--set", f"lora={json.dumps(lora)}"]
-    assert rlhf(*recipe(home, name, tmp_path / "a"), *settings) == 0
-    assert rlhf(*recipe(home, name, tmp_path / "b"), *settings, "--set", "reference.cache=false") == 0
-    agree(tmp_path / "a", tmp_path / "b")
+    settings = () if lora == "{r: 4}" else ("--set", f"lora={lora}")
+    assert rlhf(*recipe(home, name, tmp_path / "computed"), *settings, "--set", "reference.cache=false") == 0
+    same(whole(name, *settings), tmp_path / "computed")
 
 
 def test_the_start_is_its_own_reference(home: Path, tmp_path: Path) -> None:

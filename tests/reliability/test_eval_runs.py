@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_cli.models import placement
 from rlhf_cli.rollout.generate import TransformersEngine
+from tests.ranks import launch, wait_for
 from tests.stages.tiny_runs import LETTERS, MODEL, PROMPTS, lines, make_home, note_draws, result, write_eval
-from tests.tiny import own_signals, rlhf, spawn, write_recipe
+from tests.tiny import own_signals, rlhf, write_recipe
 
 MODELS = {"sft": "HOME/sft", "dpo": "HOME/dpo", "bare": "HOME/base"}
 SECTIONS: dict[str, Any] = {
@@ -441,16 +441,11 @@ def test_a_signal_to_a_process(number: int, code: int, home: Path, tmp_path: Pat
     file = tmp_path / "own.py"
     file.write_text(FUNCTIONS)
     path = write_eval(tmp_path / "ev.yaml", home, **changed(gold=[{"function": f"{file}:waits"}]))
-    process = spawn("eval", path)
-    try:
-        deadline = time.monotonic() + 60
-        while not file.with_suffix(".waits").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == code, errors
+    stopped = launch("eval", path)
+    wait_for(file.with_suffix(".waits"), stopped)
+    stopped.send_signal(number)
+    found, errors = stopped.wait()
+    assert found == code, errors
     assert code == -9 or errors.splitlines()[-1].endswith("continue with --resume")
     assert models_in(tmp_path / "ev") == {"sft": 26, "dpo": 26}
     assert rlhf("eval", path, "--resume") == 0

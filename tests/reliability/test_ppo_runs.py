@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -20,6 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_cli import sections
+from rlhf_cli.cli import main
+from rlhf_cli.errors import NumberError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.recipe import metrics, recipes
 from rlhf_cli.recipe.load import load_recipe
@@ -28,6 +29,7 @@ from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.runs.manifest import weights_hash
 from rlhf_cli.stages import ppo, training
 from tests.models.tiny_backbone import draw_trees, packed_logps, plain_logps
+from tests.ranks import launch
 from tests.tiny import make_model, read_lines, rlhf, write_pairs, write_recipe
 
 REWARDS = """
@@ -529,36 +531,19 @@ def test_a_signal_between_two_tokens(
     assert one.read_bytes() == two.read_bytes()
 
 
-DRIVER = """
-import os, sys
-from rlhf_cli.cli import main
-from rlhf_cli.errors import NumberError
-from rlhf_cli.rollout import generate
+def broken_on_one_rank(*words: str) -> int:
+    """`rlhf` on a rank; on the second one, logits that are not finite."""
 
-def broken(*arguments):
-    raise NumberError("the logits of this rank are not finite")
+    def broken(*_: Any) -> Any:
+        raise NumberError("the logits of this rank are not finite")
 
-if os.environ["RANK"] == "1":
-    generate.choose = broken
-sys.exit(main(sys.argv[1:]))
-"""
+    if os.environ["RANK"] == "1":
+        generate.choose = broken
+    return main(words)
 
 
 @pytest.mark.slow
 def test_logits_that_are_not_finite_on_one_rank_alone(home: Path, tmp_path: Path) -> None:
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-    words: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        driver,
-        "ppo",
-    ]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(Path.cwd())}
-    done = subprocess.run([*words, recipe(home, tmp_path / "run")], env=settings, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert done.stderr.count("the logits of this rank are not finite") == 1
+    code, errors = launch("ppo", recipe(home, tmp_path / "run"), ranks=2, function=broken_on_one_rank).wait()
+    assert code != 0
+    assert errors.count("the logits of this rank are not finite") == 1

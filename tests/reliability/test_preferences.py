@@ -22,7 +22,8 @@ from rlhf_cli.objectives.base import LossTerm
 from rlhf_cli.objectives.kto import Kto
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.training import loop, reference, step
-from tests.tiny import children, gone, make_model, read_lines, rlhf, spawn, write_pairs, write_recipe, write_rows
+from tests.ranks import launch, wait_for
+from tests.tiny import make_model, read_lines, rlhf, write_pairs, write_recipe, write_rows
 
 REFUSED = 3
 ROWS = 15
@@ -342,18 +343,14 @@ def test_a_process_that_computes_the_reference(
     """Stopped when it has computed for a while, long before its end: nobody is left behind, and the work is in the store."""
     write_pairs(tmp_path / "many.jsonl", 6000)
     path = recipe(home, tmp_path, data={"train": str(tmp_path / "many.jsonl")})
-    process = spawn("dpo", path, ranks=ranks, environment={"RLHF_CACHE": str(store.parent)})
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "inputs.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    stopped = launch("dpo", path, ranks=ranks)
+    wait_for(tmp_path / "run" / "inputs.json", stopped)
     time.sleep(2.5)
-    mine = children(process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    stopped.send_signal(number)
+    code, errors = stopped.wait(30)
     if ranks == 1:
         message = f"stopped by {number.name} {KEPT}"
-        assert (process.returncode, errors.splitlines()[-1]) == (128 + number, message)
-    assert gone(mine, 5)
+        assert (code, errors.splitlines()[-1]) == (128 + number, message)
     assert len(list(store.glob("*/rows-*.safetensors"))) == 1
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -27,6 +27,7 @@ from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.rollout.experience import Rollout
 from tests.data.tiny_tokenizer import ZEPHYR, tiny_tokenizer
 from tests.models.tiny_backbone import plain_logps
+from tests.ranks import two_ranks
 from tests.stages.tiny_runs import (
     HELD_OUT,
     LETTERS,
@@ -41,7 +42,7 @@ from tests.stages.tiny_runs import (
     result,
     write_eval,
 )
-from tests.tiny import rlhf, spawn, write_recipe
+from tests.tiny import rlhf, write_recipe
 
 DRAWN: dict[str, Any] = {
     "prompts": PROMPTS,
@@ -617,12 +618,7 @@ def test_the_dump_of_an_evaluation_without_a_difference(
 @pytest.mark.slow
 def test_two_ranks_are_one(home: Path, whole: Path, tmp_path: Path) -> None:
     """Samples and figures; 13 prompts are shared 7 and 6."""
-    process = spawn("eval", whole / "recipe.yaml", "--output", tmp_path / "two", ranks=2)
-    try:
-        _, errors = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
+    two_ranks("eval", whole / "recipe.yaml", "--output", tmp_path / "two")
     one, two = (lines(folder / "samples.jsonl") for folder in (whole, tmp_path / "two"))
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):

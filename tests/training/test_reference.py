@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +24,7 @@ from rlhf_cli.ranks import Ranks
 from rlhf_cli.training import reference
 from rlhf_cli.training.reference import reference_logps, weights_key
 from tests.models.tiny_backbone import draw_trees, make, make_backbone, plain_logps
+from tests.ranks import launch
 
 ALONE = Ranks(expected=False)
 
@@ -381,38 +379,27 @@ def test_many_rows_take_time_in_proportion(backbone: Backbone, tmp_path: Path, m
     assert seconds(20000) < 8 * seconds(5000) + 1
 
 
-RANKED = """
-import sys, io, numpy as np
-from pathlib import Path
-from rlhf_cli.console import Console
-from rlhf_cli.ranks import Ranks
-from rlhf_cli.training.reference import reference_logps
-from tests.training.test_reference import DATA, flat, make, make_backbone, draw_trees
-folder = Path(sys.argv[1])
-ranks, out = Ranks(), io.StringIO()
-store = folder if ranks.main else folder / "not-shared"
-more = flat(draw_trees(5, seed=3))
-for sets in ([DATA], [DATA, more]):
-    found = reference_logps(make_backbone(make()), "policy", sets, key="k", budget=40, ranks=ranks,
-                            console=Console(ranks.main, out), folder=store)
-np.save(folder / f"{ranks.rank}.npy", np.concatenate([trees.reference for trees in found]))
-if ranks.main:
+def ranked(folder: str) -> int:
+    """What one of two ranks does; each has a store of its own to write to, if it wrote."""
+    ranks, out = Ranks(), io.StringIO()
+    store = Path(folder) if ranks.main else Path(folder) / "not-shared"
+    console = Console(ranks.main, out)
+    for sets in ([DATA], [DATA, flat(draw_trees(5, seed=3))]):
+        backbone = make_backbone(make())
+        found = reference_logps(backbone, "policy", sets, key="k", budget=40, ranks=ranks, console=console, folder=store)
+    np.save(Path(folder) / f"{ranks.rank}.npy", np.concatenate([trees.reference for trees in found]))
     print(out.getvalue())
-ranks.close()
-"""
+    ranks.close()
+    return 0
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_values_of_one(tmp_path: Path) -> None:
-    (tmp_path / "ranked.py").write_text(RANKED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(Path.cwd())}
-    done = subprocess.run(
-        [*command, str(tmp_path / "ranked.py"), str(tmp_path)], env=settings, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "0 of 24 from the store, 24 computed" in done.stdout
-    assert "24 of 29 from the store, 5 computed" in done.stdout
+    launched = launch(tmp_path, ranks=2, function=ranked)
+    code, errors = launched.wait()
+    assert code == 0, errors
+    assert "0 of 24 from the store, 24 computed" in launched.said
+    assert "24 of 29 from the store, 5 computed" in launched.said
     one, two = np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy")
     assert one.tobytes() == two.tobytes()
     alone = Run(make_backbone(make()), None)(DATA, flat(draw_trees(5, seed=3)))
