@@ -20,7 +20,6 @@ from rlhf_cli.models import placement
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.reports.eval_words import findings
-from rlhf_cli.rollout.generate import TransformersEngine
 from tests.data.tiny_tokenizer import ZEPHYR, tiny_tokenizer
 from tests.stages.tiny_runs import (
     FUNCTIONS,
@@ -34,9 +33,10 @@ from tests.stages.tiny_runs import (
     note_draws,
     notes,
     result,
+    signal_while_drawing,
     write_eval,
 )
-from tests.tiny import own_signals, rlhf, write_recipe
+from tests.tiny import rlhf, write_recipe
 
 SAMPLED: dict[str, Any] = {
     "reference": "sft",
@@ -379,24 +379,15 @@ def test_an_interrupt_between_two_tokens(
 ) -> None:
     """While the first model draws, and, gone on, while the second one does."""
     path = write_eval(tmp_path / "ev.yaml", home, **sections_of(whole, dump_pairs=None))
-    folder, original, left = tmp_path / "ev", TransformersEngine.generate, [0]
-
-    def interrupted(self: TransformersEngine, request: Any) -> Any:
-        left[0] -= 1
-        for number, value in enumerate(original(self, request)):
-            if (left[0], number) == (0, 2):
-                signal.raise_signal(signal.SIGINT)
-            yield value
-
-    with monkeypatch.context() as patch, own_signals():
-        patch.setattr(TransformersEngine, "generate", interrupted)
-        for words, call, name, count in (((), 1, "sft", 0), (("--resume",), 2, "bare", 26)):
-            left[0] = call
+    folder = tmp_path / "ev"
+    for words, call, name, count in (((), 1, "sft", 0), (("--resume",), 2, "bare", 26)):
+        with monkeypatch.context() as patch:
+            signal_while_drawing(patch, signal.SIGINT, call)
             assert rlhf("eval", path, *words) == 130
-            message = capsys.readouterr().err.splitlines()[-1]
-            assert f"stopped by SIGINT while {name} was evaluated" in message and message.endswith("continue with --resume")
-            assert len(lines(folder / "samples.jsonl")) == count
-            assert not {".lock", "manifest.json", "eval.json"} & {file.name for file in folder.iterdir()}
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert f"stopped by SIGINT while {name} was evaluated" in message and message.endswith("continue with --resume")
+        assert len(lines(folder / "samples.jsonl")) == count
+        assert not {".lock", "manifest.json", "eval.json"} & {file.name for file in folder.iterdir()}
     assert rlhf("eval", path, "--resume") == 0
     assert result(folder) == result(whole / "ev")
     assert (folder / "samples.jsonl").read_bytes() == (whole / "ev" / "samples.jsonl").read_bytes()

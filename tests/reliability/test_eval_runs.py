@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from rlhf_cli.models import placement
 from rlhf_cli.rollout.generate import TransformersEngine
 from tests.ranks import launch, wait_for
-from tests.stages.tiny_runs import LETTERS, MODEL, PROMPTS, lines, make_home, note_draws, result, write_eval
-from tests.tiny import own_signals, rlhf, write_recipe
+from tests.stages.tiny_runs import LETTERS, MODEL, PROMPTS, lines, make_home, note_draws, result, signal_while_drawing, write_eval
+from tests.tiny import rlhf, write_recipe
 
 MODELS = {"sft": "HOME/sft", "dpo": "HOME/dpo", "bare": "HOME/base"}
 SECTIONS: dict[str, Any] = {
@@ -414,18 +414,9 @@ def test_a_signal_between_two_tokens(
     home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """While the second model draws: the first one's lines are there, and nothing of the second's."""
-    path, count = write_eval(tmp_path / "ev.yaml", home, **SECTIONS), [0]
-    original = TransformersEngine.generate
-
-    def signalled(self: TransformersEngine, request: Any) -> Any:
-        count[0] += 1
-        for number, value in enumerate(original(self, request)):
-            if (count[0], number) == (2, 2):
-                signal.raise_signal(signal.SIGTERM)
-            yield value
-
-    with monkeypatch.context() as patch, own_signals():
-        patch.setattr(TransformersEngine, "generate", signalled)
+    path = write_eval(tmp_path / "ev.yaml", home, **SECTIONS)
+    with monkeypatch.context() as patch:
+        signal_while_drawing(patch, signal.SIGTERM, 2)
         assert rlhf("eval", path) == 143
     folder = tmp_path / "ev"
     assert "while dpo was evaluated" in capsys.readouterr().err.splitlines()[-1]

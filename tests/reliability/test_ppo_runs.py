@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -511,18 +511,23 @@ def test_a_signal_between_two_tokens(
     """What is saved while the adapter is merged into the base is the adapter, and the step is drawn again, the same."""
     path = recipe(home, tmp_path / "run", objective=ONCE, lora=lora, reward=MODEL)
     assert rlhf("ppo", path) == 0
-    original = PolicySource.draw
+    draw, choose, drawn = PolicySource.draw, generate.choose, []
 
-    def signalled(self: PolicySource, number: int, memory: Any) -> Iterator[Any]:
-        for count, value in enumerate(original(self, number, memory)):
-            if (number, count) == (step, 2):
-                signal.raise_signal(signal.SIGTERM)
-            yield value
+    def noting(self: PolicySource, number: int, *others: Any) -> Any:
+        drawn[:] = [number]
+        return draw(self, number, *others)
+
+    def signalled(*arguments: Any) -> Any:
+        drawn.append(0)
+        if drawn == [step, 0, 0]:
+            signal.raise_signal(signal.SIGTERM)
+        return choose(*arguments)
 
     again = tmp_path / "again"
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(PolicySource, "draw", signalled)
+        patch.setattr(PolicySource, "draw", noting)
+        patch.setattr(generate, "choose", signalled)
         assert rlhf("ppo", path, "--output", again) == 143
     assert [folder.name for folder in (again / "checkpoints").iterdir()] == [f"step-{step - 1:08d}"]
     assert capsys.readouterr().err.splitlines()[-1] == f"stopped after step {step - 1} of 3; continue with --resume"

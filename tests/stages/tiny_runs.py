@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from rlhf_cli.rollout import generate
 from rlhf_cli.rollout.generate import TransformersEngine
 from tests.tiny import make_model, rlhf, write_pairs, write_recipe, write_rows
 
@@ -108,9 +110,27 @@ def note_draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     original = TransformersEngine.generate
 
-    def noting(self: TransformersEngine, request: Any) -> Any:
+    def noting(self: TransformersEngine, request: Any, *others: Any) -> Any:
         found.append(len(request.prompts) * request.samples)
-        return original(self, request)
+        return original(self, request, *others)
 
     monkeypatch.setattr(TransformersEngine, "generate", noting)
     return found
+
+
+def signal_while_drawing(monkeypatch: pytest.MonkeyPatch, number: int, call: int) -> None:
+    """The signal arrives at the third token that the `call`-th call of the engine from now on draws."""
+    original, choose, calls, tokens = TransformersEngine.generate, generate.choose, [0], [0]
+
+    def counting(self: TransformersEngine, request: Any, *others: Any) -> Any:
+        calls[0], tokens[0] = calls[0] + 1, 0
+        return original(self, request, *others)
+
+    def signalled(*arguments: Any) -> Any:
+        tokens[0] += 1
+        if (calls[0], tokens[0]) == (call, 3):
+            signal.raise_signal(number)
+        return choose(*arguments)
+
+    monkeypatch.setattr(TransformersEngine, "generate", counting)
+    monkeypatch.setattr(generate, "choose", signalled)
