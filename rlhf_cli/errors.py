@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Self
 
 
@@ -21,6 +23,15 @@ class UsageError(RunError):
     """The recipe, the data or the command line is wrong; nothing was trained or changed."""
 
     exit_code = 2
+
+
+@contextlib.contextmanager
+def prefixed(place: str) -> Iterator[None]:
+    """Says the place in the recipe before what a UsageError of the block says."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from error
 
 
 class NumberError(RunError):

@@ -211,7 +211,7 @@ class TestShippedRecipes:
 
 FLOORS = (
     ("errors", "__version__"),
-    ("figures", "metrics", "sections", "suggest"),
+    ("figures", "files", "metrics", "sections", "suggest"),
     ("console", "signals", "ranks"),
     ("data",),
     ("models",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -13,11 +12,12 @@ from typing import Any
 
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.load import load_tokenizer
+from rlhf_cli.files import read_json
+from rlhf_cli.models.load import is_reward_model, load_tokenizer
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import TRAINING_STAGES
-from rlhf_cli.rollout.reward_models import is_reward_model, recorded_template, serialised
+from rlhf_cli.rollout.reward_models import recorded_template, serialised
 from rlhf_cli.runs.manifest import BaseModel, weights_hash
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
 from rlhf_cli.runs.resume import INPUTS
@@ -145,7 +145,7 @@ def _candidate(
         start=start,
         base=_base(start, bases) if not check or Path(start.base).exists() else None,
         tokenisation=tokenisations.of(tokenizer, template),
-        scores=is_reward_model(start, place, trust),
+        scores=is_reward_model(str(start.adapter or start.base), start.revision),
         series=series,
         step=int(step[1]) if step else None,
         beta=recipe.beta if recipe.beta is not None else _own_beta(start, path),
@@ -164,13 +164,13 @@ def _base(start: Start, bases: Bases) -> BaseModel:
 def _origin(inputs: Path) -> Origin | None:
     if not inputs.exists():
         return None
-    recorded = json.loads(inputs.read_text())
+    recorded = read_json(inputs)
     return recorded.get("base"), recorded.get("parent")
 
 
 def _own_beta(start: Start, path: str) -> float:
     """β of the objective that a run was trained with, its checkpoints alike."""
     run = Path(path).parent.parent / "manifest.json"
-    manifest = start.manifest or (json.loads(run.read_text()) if STEP.fullmatch(Path(path).name) and run.exists() else {})
+    manifest = start.manifest or (read_json(run) if STEP.fullmatch(Path(path).name) and run.exists() else {})
     beta = manifest.get("objective", {}).get("beta")
     return BETA if beta is None else float(beta)

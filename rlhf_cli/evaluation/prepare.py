@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
-
 from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.dataset import Dataset, data_report, prepare
@@ -22,6 +20,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
 from rlhf_cli.evaluation.measure import Rows
 from rlhf_cli.evaluation.models import EvaluatedModel, Origin, Tokenisation, Tokenisations, find_models, recipe_of
+from rlhf_cli.files import sha256_file
 from rlhf_cli.models.load import load_config, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.ranks import Ranks
@@ -29,8 +28,7 @@ from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
-from rlhf_cli.runs.files import sha256_file
-from rlhf_cli.runs.folder import RunFolder
+from rlhf_cli.runs.resume import recorded_recipe
 from rlhf_cli.signals import StopSignals
 
 SECTIONS: dict[str, tuple[str, Literal["none", "all", "first"]]] = {
@@ -171,15 +169,9 @@ def _check_dump(loaded: Loaded, resume: bool, force: bool) -> None:
     kept = [f"{recipe.output}/{name}" for name in ("samples.jsonl", "verdicts.jsonl")]
     if path.resolve() in {Path(read).resolve() for read in (*recipe.paths, *kept)}:
         raise UsageError(f"{place}: {path} is read by this evaluation, and would be overwritten. name another file")
-    own = resume and recipe.dump_pairs == _recorded_dump(Path(recipe.output))
+    own = resume and recipe.dump_pairs == recorded_recipe(Path(recipe.output)).get("dump_pairs")
     if path.exists() and not (force or own):
         raise UsageError(f"{place}: {path} exists already. name another file, or --force to move it to {path}.old-<n>")
-
-
-def _recorded_dump(output: Path) -> str | None:
-    """The file that an earlier start of this evaluation was to write."""
-    recipe = RunFolder(output).recipe
-    return (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("dump_pairs") if recipe.exists() else None
 
 
 def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
@@ -287,10 +279,7 @@ def _trained_on(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel]) ->
 def _saw(each: EvaluatedModel, source: sections.EvalSource, seed: int) -> bool:
     """Did its run train on this source, and hold out other rows than these?"""
     place = Path(each.path)
-    folder = next((path for path in (place, place.parent, place.parent.parent) if (path / "recipe.yaml").exists()), None)
-    if folder is None:
-        return False
-    trained = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    trained = next((found for path in (place, place.parent, place.parent.parent) if (found := recorded_recipe(path))), {})
     sources = trained.get("data", {}).get("train", [])
     same = any(isinstance(other, dict) and other.get("path") == source.path for other in sources)
     return same and (trained["data"].get("holdout"), trained.get("seed")) != (source.holdout, seed)

@@ -19,13 +19,13 @@ from rlhf_cli.evaluation.preference import agreement, check_finite
 from rlhf_cli.evaluation.prepare import EvaluationJob
 from rlhf_cli.evaluation.result import Measured
 from rlhf_cli.evaluation.samples import Sample, grouped, read_samples
+from rlhf_cli.files import to_json, write_atomic
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import resolve_dtype
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.models.scoring import score_responses
 from rlhf_cli.rollout.experience import together
 from rlhf_cli.rollout.rewards import Answers, RewardTerm, Scorer
-from rlhf_cli.runs.files import to_json, write_atomic
 from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
 
 VISITOR = "evaluated"

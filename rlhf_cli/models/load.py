@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
 from rlhf_cli import sections
 from rlhf_cli.errors import MachineError, NumberError, UsageError
+from rlhf_cli.files import read_json
 from rlhf_cli.models.heads import SCORE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,17 +90,22 @@ def load_model(
     return model if settings.quantize else model.to(device)
 
 
-def is_classifier(path: str, revision: str | None, trust_remote_code: bool) -> bool:
-    """Is this model a sequence classifier, as a reward model is saved?
+def is_reward_model(path: str, revision: str | None) -> bool:
+    """Is the adapter or the model of a folder or hub id a sequence classifier, as reward models are saved?
 
     Raises:
         UsageError: it has more than one label.
+        MachineError: a hub id that cannot be reached.
     """
-    config = load_config(path, revision, trust_remote_code)
-    if not str((config.architectures or [""])[0]).endswith("ForSequenceClassification"):
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.exists():
+        return bool(read_json(adapter).get("task_type") == "SEQ_CLS")
+    config, _ = _load(PretrainedConfig.get_config_dict, path, "model", revision=revision)
+    if not any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
         return False
-    if config.num_labels != 1:
-        raise UsageError(f"{path}: a classifier with {config.num_labels} labels is no reward model; one has a single label")
+    labels = len(config["id2label"]) if "id2label" in config else PretrainedConfig().num_labels
+    if labels != 1:
+        raise UsageError(f"{path}: a classifier with {labels} labels is no reward model; one has a single label")
     return True
 
 
@@ -132,7 +137,7 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor], torch.Tens
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise UsageError(f"{folder}: no adapter_model.safetensors (pickled adapters are not loaded)")
-    kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
+    kind = read_json(folder / "adapter_config.json").get("peft_type")
     if kind != "LORA":
         raise UsageError(f"{folder}: the adapter is {kind}, only LoRA is supported; merge it into its base first")
     state = read_tensors(folder)

@@ -13,7 +13,7 @@ import torch
 from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import BASE, Backbone, lora_config
-from rlhf_cli.models.load import is_classifier, load_model, local_folder, read_adapter, read_head
+from rlhf_cli.models.load import is_reward_model, load_model, local_folder, read_adapter, read_head
 from rlhf_cli.models.memory import return_freed
 
 
@@ -52,7 +52,7 @@ class FrozenModels:
         key = _key(base, revision)
         if key not in self._models:
             settings = self._settings
-            headless = is_classifier(base, revision, settings.trust_remote_code)
+            headless = is_reward_model(base, revision)
             model = load_model(settings, base, revision, self._compute, self._device, headless)
             self._models[key] = Backbone(model, self._compute, settings.attention, headless)
         return self._models[key]

@@ -14,7 +14,7 @@ from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.heads import save_full_reward
-from rlhf_cli.models.load import is_classifier, load_model, local_folder, read_adapter, read_head, resolve_dtype
+from rlhf_cli.models.load import is_reward_model, load_model, local_folder, read_adapter, read_head, resolve_dtype
 
 
 def resolve_lora(setting: sections.Lora | str | None, parent: sections.Lora | None, place: str) -> sections.Lora | None:
@@ -76,7 +76,7 @@ def load_trained(
     compute = resolve_dtype(settings.dtype, device)
     merge = adapter is not None and (lora is None or lora.merge_parent)
     parent, state, head = read_adapter(adapter) if adapter is not None else (None, None, None)
-    classifier = is_classifier(base, revision, settings.trust_remote_code)
+    classifier = is_reward_model(base, revision)
     if adapter is None and classifier:
         head = read_head(local_folder(base, revision))
     if head is not None and role == "policy":

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_cli.files import write_atomic
 from rlhf_cli.reports.eval_words import place, series_of, step_of
 from rlhf_cli.reports.page import Picture, visible
 from rlhf_cli.reports.plots import CHOSEN, HELD_OUT, REJECTED, TRAIN, canvases, margins_png, png, prepare, reliability_png
-from rlhf_cli.runs.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

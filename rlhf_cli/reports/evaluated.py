@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.figures import Interval, count, give_or_take, mean_and_bounds, number, percent_with_interval, with_interval
+from rlhf_cli.files import write_atomic
 from rlhf_cli.reports.eval_plots import draw_evaluation
 from rlhf_cli.reports.eval_words import (
     CHANCE,
@@ -39,7 +40,6 @@ from rlhf_cli.reports.page import (
     page,
     visible,
 )
-from rlhf_cli.runs.files import write_atomic
 
 Line = dict[str, Any]
 

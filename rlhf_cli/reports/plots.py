@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from rlhf_cli.files import disk_error, write_atomic
 from rlhf_cli.reports.verdict import Lines
-from rlhf_cli.runs.files import disk_error, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.figures import NOISE, duration, figure, percent
+from rlhf_cli.files import read_json, write_atomic
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.reports.card import model_card
 from rlhf_cli.reports.drawn import drawn_verdict, is_drawn
 from rlhf_cli.reports.markdown import cell, table
 from rlhf_cli.reports.plots import draw_card, draw_plots
 from rlhf_cli.reports.verdict import Lines, ends, held_out_verdict, length_verdict, moved, preference_verdict, train_verdict
-from rlhf_cli.runs.files import write_atomic
 from rlhf_cli.runs.folder import RunFolder, read_metrics
 
 SHOWN = (
@@ -96,8 +96,8 @@ def write_report(run: RunFolder, manifest: dict[str, Any]) -> None:
         train=train,
         held_out=held_out,
         samples=read_metrics(run.samples),
-        data=json.loads(run.data.read_bytes()),
-        adapter=json.loads(config.read_bytes()) if config.exists() else None,
+        data=read_json(run.data),
+        adapter=read_json(config) if config.exists() else None,
         plots=draw_plots(run.plots, train, held_out),
         card_plots=draw_card(run.plots, manifest["reward_model"]) if "reward_model" in manifest else [],
     )

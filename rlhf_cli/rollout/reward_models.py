@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from rlhf_cli.data.overlong import span
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.templates import Format, Template, choose_template, read_format, tokenise
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.load import is_classifier, load_config, load_tokenizer, local_folder, read_head
+from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer, local_folder, read_head
 from rlhf_cli.models.placement import FrozenModels, Head
 from rlhf_cli.models.scoring import Ranks, score_responses, score_trees
 from rlhf_cli.recipe.stages import REWARD_STAGES, TRAINING_STAGES
@@ -62,22 +61,18 @@ class RewardModel(RewardTerm):
         """
         assert reward.model is not None
         start = resolve_start(reward.model, reward.revision, place, stages=TRAINING_STAGES)
-        _refuse_policy(start, reward.model, place, policy.trust_remote_code)
+        _refuse_policy(start, reward.model, place)
         mean, std = _figures(start, reward, place)
-        try:
+        with prefixed(place):
             tokenizer = load_tokenizer(start.tokenizer, start.revision, policy.trust_remote_code)
-        except UsageError as error:
-            raise UsageError(f"{place}: {error}") from error
         same = serialised(tokenizer) == serialised(policy.tokenizer)
         # No run recorded a template and the tokenizer has none, like a checkpoint of a run with `chat_template: none`.
         unknown = start.template_hash is None and not tokenizer.chat_template
         template = policy.template if same and unknown else recorded_template(start, tokenizer, reward.model, place)
         base = base_model(start) if not policy.check or Path(start.base).exists() else None
         if base is not None:
-            try:
+            with prefixed(place):
                 read_head(start.adapter or local_folder(start.base, start.revision))
-            except UsageError as error:
-                raise UsageError(f"{place}: {error}") from error
         config = load_config(start.base, start.revision, policy.trust_remote_code).get_text_config().to_dict()
         positions = next((int(config[key]) for key in POSITION_KEYS if config.get(key)), None)
         form = None if same and template.hash == policy.template.hash else read_format(tokenizer, template)
@@ -222,21 +217,14 @@ def _without_end(response: np.ndarray, ends: Sequence[Sequence[int]]) -> np.ndar
     return response
 
 
-def _refuse_policy(start: Start, path: str, place: str, trust_remote_code: bool) -> None:
+def _refuse_policy(start: Start, path: str, place: str) -> None:
     remedy = f"a reward is judged by a run of {RECORDED}, or by a sequence classifier with one label"
     if start.manifest is not None and start.manifest["stage"] not in REWARD_STAGES:
         raise UsageError(f"{place}: {path} is a run of {start.manifest['stage']}, a policy and not a reward model; {remedy}")
-    if not is_reward_model(start, place, trust_remote_code):
+    with prefixed(place):
+        scores = is_reward_model(str(start.adapter or start.base), start.revision)
+    if not scores:
         raise UsageError(f"{place}: {path} is a language model, a policy and not a reward model; {remedy}")
-
-
-def is_reward_model(start: Start, place: str, trust_remote_code: bool) -> bool:
-    if start.adapter is not None:
-        return bool(json.loads((start.adapter / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS")
-    try:
-        return is_classifier(start.base, start.revision, trust_remote_code)
-    except UsageError as error:
-        raise UsageError(f"{place}: {error}") from error
 
 
 def _figures(start: Start, reward: sections.Reward, place: str) -> tuple[float, float]:
@@ -275,10 +263,8 @@ def recorded_template(start: Start, tokenizer: Any, path: str, place: str) -> Te
     Raises:
         UsageError: its tokenizer has another one.
     """
-    try:
+    with prefixed(f"{place}: {path}"):
         own = choose_template(tokenizer, None)
-    except UsageError as error:
-        raise UsageError(f"{place}: {path}: {error}") from error
     if start.template_hash in (None, own.hash):
         return own
     without = choose_template(tokenizer, "none")

@@ -6,7 +6,6 @@ Old log-probabilities come from the training forward pass, so that its rounding 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from hashlib import blake2b
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.files import read_json
 from rlhf_cli.rollout.generate import Request, Response
 from rlhf_cli.signals import Pause, no_pause
 
@@ -76,7 +76,7 @@ class VllmEngine:
             self.running = self._start(str(folder), None)
             return None
         if self.running is None:
-            rank = json.loads(config.read_text())["r"]
+            rank = read_json(config)["r"]
             largest = next((size for size in LORA_RANKS if size >= rank), rank)
             self.running = self._start(self.base, self.revision, enable_lora=True, max_loras=1, max_lora_rank=largest)
         # A new number, for vLLM keeps adapters by it.

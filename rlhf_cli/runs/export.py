@@ -15,10 +15,10 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_cli.errors import NumberError, UsageError
+from rlhf_cli.files import disk_error
 from rlhf_cli.models.heads import classifier_class, save_full_reward
-from rlhf_cli.models.load import is_classifier, load_tokenizer, read_adapter, read_head
+from rlhf_cli.models.load import is_reward_model, load_tokenizer, read_adapter, read_head
 from rlhf_cli.recipe.stages import TRAINING_STAGES
-from rlhf_cli.runs.files import disk_error
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.parents import Start, resolve_start
 
@@ -94,7 +94,7 @@ def _load_run(start: Start) -> tuple[Any, torch.Tensor | None]:
     """The language model with the run's weights, or with its adapter on it, and the scalar head (1, D) of a reward model."""
     model = _load(AutoModelForCausalLM, start.base, start.revision)
     if start.adapter is None:
-        return model, read_head(Path(start.base)) if is_classifier(start.base, None, False) else None
+        return model, read_head(Path(start.base)) if is_reward_model(start.base, None) else None
     config, state, head = read_adapter(start.adapter)
     model = get_peft_model(model, config)
     set_peft_model_state_dict(model, state)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from rlhf_cli.errors import MachineError, NumberError, UsageError
-from rlhf_cli.runs.files import disk_error, non_finite, to_json
+from rlhf_cli.files import disk_error, non_finite, to_json
 
 LOCK = ".lock"
 OWN_FILES = {"recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "data.json", "report.md"}

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_cli import __version__
 from rlhf_cli.errors import UsageError
-from rlhf_cli.runs.files import hash_tree, sha256_file, write_json
+from rlhf_cli.files import hash_tree, sha256_file, write_json
 from rlhf_cli.runs.folder import RunFolder, read_metrics
 
 LIBRARIES = ("torch", "transformers", "datasets", "peft", "accelerate")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.errors import MachineError, UsageError, prefixed
+from rlhf_cli.files import hash_tree, read_json
+from rlhf_cli.models.load import is_reward_model
 from rlhf_cli.recipe.stages import POLICY_STAGES, REWARD_STAGES
-from rlhf_cli.runs.files import hash_tree
 from rlhf_cli.runs.manifest import BaseModel, Parent, manifest_hash, read_manifest, weights_hash
 
 
@@ -44,25 +44,27 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
     """
     folder = Path(path)
     if (folder / "manifest.json").exists() or (folder / "recipe.yaml").exists():
-        try:
+        with prefixed(place):
             manifest = read_manifest(folder, stages=stages)
-        except UsageError as error:
-            raise UsageError(f"{place}: {error}") from error
         base, parent = manifest["base_model"], Parent(path, manifest_hash(folder))
-        if not (folder / "model" / "adapter_config.json").exists():
-            return Start(str(folder / "model"), None, None, str(folder / "model"), parent, manifest)
-        adapter = folder / "model"
-        return Start(base["path"], base["revision"], adapter, str(adapter), parent, manifest)
+        model = folder / "model"
+        if (model / "adapter_config.json").exists():
+            return Start(base["path"], base["revision"], model, str(model), parent, manifest)
+        return Start(str(model), None, None, str(model), parent, manifest)
     if (folder / "hashes.json").exists() and (folder / "model").is_dir():
-        if json.loads((folder / "hashes.json").read_text()) != {k: v for k, v in hash_tree(folder).items() if k != "hashes.json"}:
+        if read_json(folder / "hashes.json") != {k: v for k, v in hash_tree(folder).items() if k != "hashes.json"}:
             raise UsageError(f"{place}: the checkpoint {path} is damaged: its files do not match its hashes")
         inputs = folder.parent.parent / "inputs.json"
-        template = json.loads(inputs.read_text()).get("template") if inputs.exists() else None
+        template = read_json(inputs).get("template") if inputs.exists() else None
         return dataclasses.replace(resolve_start(str(folder / "model"), revision, place, stages), template=template)
-    if not set(REWARD_STAGES) & set(stages) and _is_reward_model(folder):
-        raise UsageError(f"{place}: {path} is a reward model, not a policy; name a language model")
-    if (folder / "adapter_config.json").exists():
-        config = json.loads((folder / "adapter_config.json").read_text())
+    kept = [name for name in ("adapter_config.json", "config.json") if (folder / name).exists()]
+    if kept and not set(REWARD_STAGES) & set(stages):
+        with prefixed(place):
+            scores = is_reward_model(path, None)
+        if scores:
+            raise UsageError(f"{place}: {path} is a reward model, not a policy; name a language model")
+    if "adapter_config.json" in kept:
+        config = read_json(folder / "adapter_config.json")
         tokenizer = path if (folder / "tokenizer_config.json").exists() else config["base_model_name_or_path"]
         return Start(config["base_model_name_or_path"], config.get("revision"), folder, tokenizer, None, None)
     if not folder.exists() and is_meant_as_path(path):
@@ -71,19 +73,9 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
         )
         hint = f". did you mean {folder.parent / near[0]}?" if near else ""
         raise UsageError(f"{place}: there is no folder {path}{hint}")
-    if folder.exists() and not (folder / "config.json").exists():
+    if folder.exists() and not kept:
         raise UsageError(f"{place}: {path} is neither a model (config.json), an adapter nor a run (manifest.json)")
     return Start(path, None if folder.exists() else revision, None, path, None, None)
-
-
-def _is_reward_model(folder: Path) -> bool:
-    """Is the adapter or the model of this folder a sequence classifier, as reward models are saved?"""
-    if (folder / "adapter_config.json").exists():
-        return bool(json.loads((folder / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS")
-    if not (folder / "config.json").exists():
-        return False
-    architectures = json.loads((folder / "config.json").read_text()).get("architectures") or ()
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
 def is_meant_as_path(path: str) -> bool:

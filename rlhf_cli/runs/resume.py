@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlhf_cli.errors import UsageError
+from rlhf_cli.files import read_json, write_atomic, write_json
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.dump import differences, dump_recipe, refuse_changes
-from rlhf_cli.runs.files import write_atomic, write_json
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.manifest import read_manifest
 
@@ -73,14 +74,19 @@ def is_as_before(run: RunFolder, recipe: recipes.Recipe, inputs: dict[str, Any])
 
 def _recorded(run: RunFolder) -> dict[str, Any] | None:
     path = run.path / INPUTS
-    return dict(json.loads(path.read_text())) if path.exists() else None
+    return dict(read_json(path)) if path.exists() else None
+
+
+def recorded_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe that the run in this folder was last started with; empty where there is none."""
+    path = RunFolder(folder).recipe
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
 
 
 def recorded_budget(run: RunFolder) -> int | None:
     """tokens_per_device that the run in this folder was started with: `auto` is resolved once."""
-    if not run.recipe.exists():
-        return None
-    return int(yaml.safe_load(run.recipe.read_text(encoding="utf-8"))["train"]["tokens_per_device"])
+    recipe = recorded_recipe(run.path)
+    return int(recipe["train"]["tokens_per_device"]) if recipe else None
 
 
 def reopen(run: RunFolder) -> None:

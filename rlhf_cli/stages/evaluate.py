@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from rlhf_cli.data.dataset import data_report
 from rlhf_cli.errors import MachineError, RunError, UsageError
@@ -22,13 +21,13 @@ from rlhf_cli.evaluation.question import Question, prompt_text
 from rlhf_cli.evaluation.result import Measured, ModelPair, judged_by_scores, scores_of, summarise
 from rlhf_cli.evaluation.samples import Samples
 from rlhf_cli.evaluation.visits import measure_models, write_samples
+from rlhf_cli.files import disk_error, to_json, write_atomic, write_json
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.reports.evaluated import terminal_table, write_report
-from rlhf_cli.runs.files import disk_error, to_json, write_atomic, write_json
 from rlhf_cli.runs.folder import RunFolder, move_aside, open_run
 from rlhf_cli.runs.manifest import git_commit, versions, write_manifest
-from rlhf_cli.runs.resume import is_as_before, record_inputs, refuse_other_inputs, reopen
+from rlhf_cli.runs.resume import is_as_before, record_inputs, recorded_recipe, refuse_other_inputs, reopen
 from rlhf_cli.stages.training import FINE
 from rlhf_cli.training.loop import peak_memory
 
@@ -84,7 +83,8 @@ def _opened(job: EvaluationJob, resume: bool, force: bool) -> Iterator[RunFolder
 
 
 def _refuse_other_stages(job: EvaluationJob, folder: RunFolder) -> None:
-    if folder.recipe.exists() and "models" not in (yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) or {}):
+    recipe = recorded_recipe(folder.path)
+    if recipe and "models" not in recipe:
         raise UsageError(f"--resume: {folder.path} is a run of another command, not of eval. choose another output")
 
 

@@ -20,6 +20,7 @@ from rlhf_cli.data.encode import show_example
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import MachineError, NumberError, Stopped, UsageError
+from rlhf_cli.files import disk_errors, write_json
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import choose_pad_id
 from rlhf_cli.models.load import load_config, load_tokenizer, quiet_libraries, resolve_dtype
@@ -34,7 +35,6 @@ from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import TRAINING_STAGES, learning_rate_of
 from rlhf_cli.reports.report import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
-from rlhf_cli.runs.files import disk_errors, write_json
 from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import BaseModel, Outcome, Parent, build_manifest, write_manifest
 from rlhf_cli.runs.parents import Start, base_model, resolve_start

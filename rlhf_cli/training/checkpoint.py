@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,9 +11,9 @@ from typing import Any
 
 import torch
 
-from rlhf_cli.errors import MachineError
+from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.files import disk_errors, hash_tree, read_json, sync_folder, write_json
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.runs.files import disk_errors, hash_tree, sync_folder, write_json
 from rlhf_cli.runs.folder import require_space
 from rlhf_cli.training.optim import optimizer_state, restore_optimizer
 from rlhf_cli.training.partial_step import PartialStep, load_partial_step, save_partial_step
@@ -105,9 +104,9 @@ def save_checkpoint(
 def is_intact(checkpoint: Path) -> bool:
     """Does every file match its hash, with none missing and none added?"""
     try:
-        recorded = json.loads((checkpoint / HASHES).read_text())
+        recorded = read_json(checkpoint / HASHES)
         found = hash_tree(checkpoint)
-    except (OSError, ValueError):
+    except (OSError, UsageError):
         return False
     found.pop(HASHES, None)
     return bool(recorded == found)
@@ -140,7 +139,7 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def load_state(checkpoint: Path) -> State:
-    return State(**json.loads((checkpoint / STATE).read_text()))
+    return State(**read_json(checkpoint / STATE))
 
 
 def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.optim.Optimizer) -> PartialStep | None:
@@ -154,7 +153,7 @@ def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.op
         with torch.no_grad():
             for name, parameter in others.items():
                 parameter.copy_(saved[name])
-    numbers: dict[str, Any] = json.loads((checkpoint / NUMBERS).read_text())
+    numbers: dict[str, Any] = read_json(checkpoint / NUMBERS)
     restore_optimizer(optimizer, parameters, load_file(checkpoint / OPTIMIZER), numbers)
     return load_partial_step(checkpoint)
 

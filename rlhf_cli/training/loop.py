@@ -17,10 +17,10 @@ from rlhf_cli.console import Console, Progress, peak_memory_gib
 from rlhf_cli.data.batches import StepBatches, derive_seed, due_steps
 from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageError
+from rlhf_cli.files import write_json
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
-from rlhf_cli.runs.files import write_json
 from rlhf_cli.runs.folder import MetricsLog, RunFolder
 from rlhf_cli.signals import StopSignals
 from rlhf_cli.training.checkpoint import (

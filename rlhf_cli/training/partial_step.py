@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from rlhf_cli.data.batches import StepBatches
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.runs.files import write_json
+from rlhf_cli.files import read_json, write_json
 from rlhf_cli.training.step import Sums
 
 ARRAYS, NUMBERS = "underway.npz", "underway.json"
@@ -54,7 +53,7 @@ def load_partial_step(folder: Path) -> PartialStep | None:
     """The inverse of `save_underway`; None if nothing was under way."""
     if not (folder / NUMBERS).exists():
         return None
-    numbers: dict[str, Any] = json.loads((folder / NUMBERS).read_text())
+    numbers: dict[str, Any] = read_json(folder / NUMBERS)
     with np.load(folder / ARRAYS) as arrays:
         batches = tuple([_tree(arrays, one) for one in batch] for batch in numbers["batches"])
     locations = tuple(numbers["wheres"])

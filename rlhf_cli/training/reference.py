@@ -25,6 +25,7 @@ from rlhf_cli.data import cache
 from rlhf_cli.data.flat import Trees
 from rlhf_cli.data.trees import Tree, supervised_tokens, tree_length
 from rlhf_cli.errors import NumberError
+from rlhf_cli.files import read_json
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.runs.manifest import weights_hash
@@ -75,7 +76,7 @@ def weights_key(backbone: Backbone, base: str, adapter: Path | None) -> str:
 
 
 def _adapter_key(folder: Path) -> str:
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_json(folder / "adapter_config.json")
     # PEFT writes sets of module names as lists in any order.
     settings = {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in config.items() if k not in INDIFFERENT}
     return cache.key((weights_hash(folder), json.dumps(settings, sort_keys=True)))

@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or a NaN leaves the old content or the new, never a part."""
+"""Reading JSON, and writing files so that a crash, a full disk or a NaN leaves the old content or the new, never a part."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from rlhf_cli.errors import MachineError, NumberError
+from rlhf_cli.errors import MachineError, NumberError, UsageError
 
 ADVICE = {
     errno.ENOSPC: ("the disk is full", "free some space, then continue with --resume"),
@@ -103,6 +104,14 @@ def write_json(path: Path, obj: object) -> None:
     if bad := non_finite(obj):
         raise NumberError(f"{bad[0]} is {bad[1]}: {path} was not written, it holds finite numbers only")
     write_atomic(path, to_json(obj, indent=2) + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. UsageError names a file that is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: not JSON ({error})") from error
 
 
 def sha256_file(path: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.errors import MachineError, NumberError
-from rlhf_cli.runs.files import hash_tree, sha256_file, write_atomic, write_json
+from rlhf_cli.files import hash_tree, sha256_file, write_atomic, write_json
 
 
 def names(folder):
@@ -37,7 +37,7 @@ def test_a_size_limit_of_the_kernel_keeps_the_old_file(tmp_path):
     path = tmp_path / "big"
     path.write_text("old")
     code = (
-        "import resource; from pathlib import Path; from rlhf_cli.runs.files import write_atomic\n"
+        "import resource; from pathlib import Path; from rlhf_cli.files import write_atomic\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         f"try: write_atomic(Path({str(path)!r}), bytes(2000))\n"
         "except Exception as error: print(type(error).__name__, error)"
