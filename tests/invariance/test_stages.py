@@ -30,7 +30,7 @@ STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """Name → command, rows, and what its recipe says beside the common keys."""
 
-BUDGETS = {"sft": (1, 40), **dict.fromkeys(STAGES.keys() - {"sft"}, (30,))}
+BUDGETS = dict.fromkeys(STAGES, (30,)) | {"sft": (1, 40)}
 """Name → tokens_per_device, to be compared with 4096."""
 SOME = ("train-rm K-wise", "dpo", "kto")
 LINES = steps_of(6, 3)
