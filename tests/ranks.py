@@ -50,7 +50,7 @@ class Launched:
         while self.running and time.monotonic() < deadline:
             if not code and (failed := [process.exitcode for process in self.processes if process.exitcode]):
                 code = failed[0]
-                deadline = min(deadline, time.monotonic() + 5)  # an end in order, with the others
+                deadline = min(deadline, time.monotonic() + 30)  # for an end in order, as torchrun does
             time.sleep(0.02)
         late = self.running
         for process in self.processes:
@@ -69,19 +69,17 @@ class Launched:
         return self.outputs[0].with_suffix(".out").read_text()
 
 
-def launch(
-    *words: str | Path, ranks: int = 1, function: Callable[..., int] | None = None, environment: dict[str, str] | None = None
-) -> Launched:
+def launch(*words: str | Path, ranks: int = 1, function: Callable[..., int] | None = None) -> Launched:
     """`rlhf` with these words, or a function of a module with them, in so many processes; more than one meet over gloo."""
     folder = Path(mkdtemp(prefix="rlhf-ranks-", dir=os.environ["RLHF_CACHE"]))
-    settings = dict(os.environ) | {"ACCELERATE_USE_CPU": "1"} | (environment or {})
+    settings, place = os.environ | {"ACCELERATE_USE_CPU": "1"}, Path.cwd()
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
     context = _context()
     processes, outputs = [], []
     for rank in range(ranks):
         own = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         outputs.append(folder / str(rank))
-        arguments = (settings | own, outputs[-1], function or _command, [str(word) for word in words])
+        arguments = (settings | own, place, outputs[-1], function or _command, [str(word) for word in words])
         processes.append(context.Process(target=_live, args=arguments))
         processes[-1].start()
     return Launched(processes, outputs)
@@ -118,10 +116,11 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _live(environment: dict[str, str], output: Path, function: Callable[..., int], words: list[str]) -> None:
+def _live(environment: dict[str, str], place: Path, output: Path, function: Callable[..., int], words: list[str]) -> None:
     assert set(WARM) <= sys.modules.keys(), "what is forked from has not imported what it should"
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(place)
     for descriptor, ending in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output.with_suffix(ending), os.O_WRONLY | os.O_CREAT), descriptor)
     sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.brief import draw_again
 from tests.tiny import WORDS, make_model, read_lines, rlhf
 
 STAGE = {"rm": "train-rm", "rloo": "ppo", "pushed": "ppo", "online-dpo": "dpo", "dpo-again": "dpo", "samples": "eval"}
@@ -28,6 +29,12 @@ def settings_of(changes: dict[str, object]) -> list[str]:
     return [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
 
 
+def pictured(run: Path) -> bool:
+    """Has its report the pictures that were drawn for it?"""
+    names, text = [path.name for path in (run / "plots").glob("*.png")], (run / "report.md").read_text()
+    return bool(names) and all(f"](plots/{name})" in text for name in names)
+
+
 def train_judge(folder: Path, model: Path, rows: Path) -> Path:
     """A reward model, by two steps of the quickstart's recipe."""
     changes = {"model.path": model, "data.train": rows, "train.steps": 2, "train.batch_size": 4, "data.max_length": 256}
@@ -36,15 +43,19 @@ def train_judge(folder: Path, model: Path, rows: Path) -> Path:
 
 
 @pytest.mark.parametrize("recipe", TRAINED, ids=str)
-def test_two_steps(recipe: Path, tmp_path: Path) -> None:
-    """Stages that draw responses do so with a reward model of the same tiny model."""
+def test_two_steps(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that draw responses do so with a reward model of the same tiny model; the quickstart's report has its pictures."""
     model, rows, output = make_model(tmp_path / "model"), write_pairs(tmp_path / "rows.jsonl", 40), tmp_path / "run"
     changes = {"model.path": model, "data.train": rows, "data.max_length": 256, "train.steps": 2, "train.batch_size": 4}
     stage = STAGE.get(recipe.stem, recipe.stem)
     if "rollout:" in recipe.read_text():
         changes |= {"reward.0.model": train_judge(tmp_path, model, rows), "rollout.max_new_tokens": 6}
     settings = settings_of(changes)
-    assert rlhf(stage, recipe, "--output", output, *settings) == 0
+    with monkeypatch.context() as patch:
+        if recipe.parent.name == "quickstart":
+            draw_again(patch)
+        assert rlhf(stage, recipe, "--output", output, *settings) == 0
+    assert pictured(output) == (recipe.parent.name == "quickstart")
     measured = [(0, "eval"), (1, "train"), (1, "eval"), (2, "train"), (2, "eval")]
     if "eval_every: null" in recipe.read_text():
         measured.remove((1, "eval"))
@@ -55,7 +66,7 @@ def test_two_steps(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", EVALUATIONS, ids=str)
-def test_an_evaluation(recipe: Path, tmp_path: Path) -> None:
+def test_an_evaluation(recipe: Path, tmp_path: Path, pictures: None) -> None:
     model, rows, output = make_model(tmp_path / "model"), write_pairs(tmp_path / "rows.jsonl", 40), tmp_path / "run"
     text = recipe.read_text()
     names = ["dpo"] if recipe.stem == "samples" else ["sft", "dpo"]

@@ -133,11 +133,11 @@ def rlhf(*arguments: str | Path) -> int:
         return main([str(a) for a in arguments])
 
 
-def spawn(*arguments: str | Path, ranks: int = 1, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """A command in a process of its own, or on several gloo ranks; one thread each."""
+def spawn(*arguments: str | Path, ranks: int = 1) -> subprocess.Popen[str]:
+    """A command in a process of its own, or on several gloo ranks under torchrun; one thread each. `tests.ranks` is quicker."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "rlhf_cli", *map(str, arguments)]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
+    settings = os.environ | {"ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings)
 
 

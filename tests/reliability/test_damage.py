@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.training import checkpoint, loop
+from rlhf_cli.training import checkpoint
+from tests.deaths import die_before
 from tests.tiny import make_model, read_lines, rlhf, write_recipe, write_rows
 
 
@@ -23,17 +24,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_recipe(folder / "sft.yaml", *parts, folder / "whole", lora={"r": 4}, train={"steps": 4})
     assert rlhf("sft", recipe) == 0
     return recipe
-
-
-def stop_before(patch: pytest.MonkeyPatch, step: int) -> None:
-    original = loop.optimise
-
-    def dying(*arguments: Any, **settings: Any) -> Any:
-        if settings["step"] == step:
-            raise KeyboardInterrupt
-        return original(*arguments, **settings)
-
-    patch.setattr(loop, "optimise", dying)
 
 
 def flip(folder: Path) -> None:
@@ -69,7 +59,7 @@ def test_the_previous_checkpoint_is_used(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_before(patch, 4)
+        die_before(patch, "optimise", 4)
         assert rlhf("sft", path, "--output", run, "--set", "train.keep_checkpoints=3") == 130
     damage(run / "checkpoints" / "step-00000003")
     (run / "checkpoints" / ".step-00000004.tmp").mkdir()
@@ -91,7 +81,7 @@ def test_all_damaged_is_no_silent_restart(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_before(patch, 3)
+        die_before(patch, "optimise", 3)
         assert rlhf("sft", path, "--output", run) == 130
     for folder in (run / "checkpoints").iterdir():
         flip(folder)
