@@ -13,6 +13,26 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RLHF_CACHE"] = tempfile.mkdtemp(prefix="rlhf-tests-")
 
+LONGEST = (
+    "test_project",
+    "test_ppo_runs",
+    "test_resume",
+    "test_processes",
+    "test_eval_runs",
+    "test_eval_edges",
+    "test_rollouts",
+    "test_stages",
+    "test_evaluate",
+    "test_recipes_run",
+    "test_parents",
+    "test_preferences",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: the last one would keep a core alone."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def brief() -> Iterator[None]:
