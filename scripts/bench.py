@@ -28,7 +28,9 @@ import torch
 from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.dataset import prepare
+from rlhf_cli.data.detect import Purpose
 from rlhf_cli.data.flat import Trees, select
+from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.data.templates import choose_template
 from rlhf_cli.data.trees import Tree, supervised_tokens, tree_length
 from rlhf_cli.data.unpaired import unpaired, with_mismatches
@@ -38,7 +40,7 @@ from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.models.policy import load_trained
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
-from rlhf_cli.recipe.stages import TRAINING_STAGES
+from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES
 from rlhf_cli.training.optim import build_optimizer
 from rlhf_cli.training.reference import reference_logps
 from rlhf_cli.training.step import optimise
@@ -88,7 +90,8 @@ def read_trees(stage: str, model: str, data: str, count: int) -> Trees:
     settings = sections.Data(train=[source], max_length=MAX_LENGTH, shuffle=False, max_lost=1.0)
     tokenizer = load_tokenizer(model, None, False)
     template = choose_template(tokenizer, None)
-    trees = prepare(settings, stage, tokenizer, template, 0, str, objective_of(stage).responses).train.trees
+    request = RowRequest(Purpose(stage, ROW_USES[stage], ROW_USES), seed=0)
+    trees = prepare(settings, request, tokenizer, template).train.trees
     first = select(trees, np.arange(count))
     return with_mismatches(select(unpaired(first), np.arange(count)), 0, MAX_LENGTH) if stage == "kto" else first
 

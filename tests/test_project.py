@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from rlhf_cli import cli
-from rlhf_cli.data.formats import COLUMNS, OPTIONAL, detect
+from rlhf_cli.data.detect import Purpose, detect
+from rlhf_cli.data.formats import ANSWERS, FORMATS, PROMPTS
 from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.recipe.recipes import EvalRecipe, Recipe, TrainingRecipe
@@ -94,16 +95,16 @@ class TestReadme:
 
     def test_lists_every_format_with_a_row_that_is_one(self) -> None:
         rows = dict(re.findall(r"^\| `([a-z-]+)` \| `(\{.*?\})`[,| ]", README, re.MULTILINE))
-        assert list(rows) == list(COLUMNS)
-        takes = {"prompt": "ppo"}
-        found = {name: detect([json.loads(row)], takes.get(name, "sft"), "README.md") for name, row in rows.items()}
-        assert found == {name: name for name in COLUMNS}
+        assert list(rows) == list(FORMATS)
+        uses = {name: PROMPTS if name == "prompt" else ANSWERS for name in rows}
+        found = {name: detect([json.loads(row)], Purpose(name, uses[name], {}), "README.md") for name, row in rows.items()}
+        assert found == FORMATS
 
     def test_lists_every_optional_column(self) -> None:
         (table,) = re.findall(r"^\| optional column .*?\n\n", README, re.MULTILINE | re.DOTALL)
         rows = [line.split("|") for line in table.strip().splitlines()[2:]]
         named = [name for row in rows for name in re.findall(r"`([a-z_]+)`", row[1])]
-        assert sorted(named) == sorted(OPTIONAL)
+        assert sorted(named) == sorted({"subset", *(name for format in FORMATS.values() for name in format.optional)})
         formats = {name for row in rows for name in re.findall(r"`([a-z-]+)`", row[2])}
         assert formats == {"preference", "hh", "ranked"}
 

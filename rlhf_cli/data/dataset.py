@@ -15,12 +15,11 @@ import numpy as np
 from rlhf_cli import sections
 from rlhf_cli.data.batches import DatasetSource, kept_sizes
 from rlhf_cli.data.cache import default_folder
-from rlhf_cli.data.encode import Encoded, Taken, checked, encode, same_tokens
+from rlhf_cli.data.encode import Encoded, checked, encode, same_tokens
 from rlhf_cli.data.flat import Trees
 from rlhf_cli.data.records import Record
-from rlhf_cli.data.sources import BEYOND_LIMIT, Reading, SourceReport, check_lost, read_data
+from rlhf_cli.data.sources import BEYOND_LIMIT, Reading, RowRequest, SourceReport, check_lost, read_data
 from rlhf_cli.data.templates import Template
-from rlhf_cli.data.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -51,28 +50,14 @@ class Dataset:
         return DatasetSource(self.train.trees, sizes, self.reading.shares, train.batch_size, seed, data.shuffle)
 
 
-def prepare(
-    data: sections.Data,
-    stage: str,
-    tokenizer: Any,
-    template: Template,
-    seed: int,
-    where: Callable[[str], str],
-    responses: Taken,
-    check: Callable[[Tree], str | None] | None = None,
-    margin_column: str | None = None,
-    reserve: int = 0,
-) -> Dataset:
+def prepare(data: sections.Data, request: RowRequest, tokenizer: Any, template: Template) -> Dataset:
     """Read, check and tokenise, or find the same tokens in the cache.
-
-    stage: whose rows these are to be, ppo's where only their prompts are used; check: why a tree cannot be trained on, if it
-    cannot; margin_column: where the files keep the margins of pairs; reserve: tokens that a prompt without responses leaves free.
 
     Raises:
         UsageError: rows, columns or files are wrong, or more than `data.max_lost` of the rows would be lost.
     """
-    reading = read_data(data, stage, seed, where, margin_column)
-    checks = ([same_tokens] if responses == "all" else []) + ([check] if check else [])
+    reading, responses, reserve = read_data(data, request), request.purpose.use.responses, request.reserve
+    checks = ([same_tokens] if responses == "all" else []) + ([request.check] if request.check else [])
 
     def trees_of(records: list[Record]) -> Encoded:
         encoded = encode(records, tokenizer, template, data, responses=responses, cache=default_folder(), reserve=reserve)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from rlhf_cli.data import cache as store
 from rlhf_cli.data import overlong, sandbox, templates, turns
 from rlhf_cli.data.dialogue import BadRow
 from rlhf_cli.data.flat import Trees, flatten, select
+from rlhf_cli.data.formats import Taken
 from rlhf_cli.data.overlong import span
 from rlhf_cli.data.records import Facts, Record
 from rlhf_cli.data.sandbox import TookTooLong, memory_limit, time_limit
@@ -33,10 +34,6 @@ EXAMPLES = 5
 
 TIMEOUTS = 3
 """Rows on which a template may use up its time before it is refused."""
-
-
-Taken = Literal["first", "all", "none"]
-"""Which responses of a record are tokenised; none: its prompt alone, to which responses will be drawn."""
 
 
 @dataclass(frozen=True)

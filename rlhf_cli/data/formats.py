@@ -1,12 +1,12 @@
-"""A row of each format → a Record, and which format a row has."""
+"""The data formats: what a row of each has, what is made of it, and what it is good for."""
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_cli.data.dialogue import (
     BadRow,
@@ -18,14 +18,14 @@ from rlhf_cli.data.dialogue import (
     conversation,
     kind_of,
     messages,
-    shortened,
     transcript,
 )
 from rlhf_cli.data.records import Facts, Record
-from rlhf_cli.errors import UsageError
 
 Row = Mapping[str, Any]
 Converter = Callable[[Row, str], Record]
+Taken = Literal["first", "all", "none"]
+"""Which responses of a record are tokenised; none: its prompt alone, to which responses will be drawn."""
 
 
 def _field(row: Row, name: str) -> Any:
@@ -206,74 +206,118 @@ def _from_prompt(row: Row, where: str) -> Record:
     return Record(_prompt(row), (), where)
 
 
-FORMATS: dict[str, Converter] = {
-    "messages": _from_messages,
-    "prompt-completion": _from_completion,
-    "text": _from_text,
-    "preference": _from_preference,
-    "hh": _from_hh,
-    "ranked": _from_ranked,
-    "unpaired": _from_unpaired,
-    "prompt": _from_prompt,
+Content = Literal["prompt", "answer", "pair", "ranking", "label"]
+"""What rows may have: a prompt to respond to, a response to learn, one that is better than another, several in their order, a
+response that is marked good or bad."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows of one kind look."""
+
+    name: str
+    columns: tuple[str, ...]
+    contains: frozenset[Content]
+    convert: Converter
+    optional: tuple[str, ...] = ()
+    without_prompts: Converter | None = None  # for sources none of whose first rows has a prompt
+    recognise: Callable[[Row], bool] | None = None  # is a row, without its nulls, one of these? None: if it has all columns
+
+    def converter(self, rows: Sequence[Row]) -> Converter:
+        """How the rows of a source are read, given its first ones.
+
+        This is decided once for a source: in a source that has prompts, a row that lacks its own is a bad row.
+        """
+        if self.without_prompts is not None and all(row.get("prompt") is None for row in rows):
+            return self.without_prompts
+        return self.convert
+
+    def fits(self, row: Row) -> bool:
+        return self.recognise(row) if self.recognise is not None else row.keys() >= set(self.columns)
+
+    def __str__(self) -> str:
+        return " + ".join(self.columns)
+
+
+def _is_pair(row: Row) -> bool:
+    return row.keys() >= {"chosen", "rejected"}
+
+
+def _is_hh(row: Row) -> bool:
+    return _is_pair(row) and "prompt" not in row and type(row["chosen"]) is str and row["chosen"].lstrip().startswith("Human:")
+
+
+_OF_PAIRS = ("score_chosen", "score_rejected", "probability")  # the latter: that the chosen response is the better one
+
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        Format("messages", ("messages",), frozenset({"prompt", "answer"}), _from_messages),
+        Format(
+            "prompt-completion",
+            ("prompt", "completion"),
+            frozenset({"prompt", "answer"}),
+            _from_completion,
+            recognise=lambda row: row.keys() >= {"prompt", "completion"} and type(row.get("label")) is not bool,
+        ),
+        Format("text", ("text",), frozenset({"answer"}), _from_text),
+        Format(
+            "preference",
+            ("prompt", "chosen", "rejected"),
+            frozenset({"prompt", "answer", "pair"}),
+            _from_preference,
+            _OF_PAIRS,
+            without_prompts=_from_whole_pair,
+            recognise=lambda row: _is_pair(row) and not _is_hh(row),
+        ),
+        Format("hh", ("chosen", "rejected"), frozenset({"prompt", "answer", "pair"}), _from_hh, _OF_PAIRS, recognise=_is_hh),
+        Format("ranked", ("prompt", "responses"), frozenset({"prompt", "answer", "ranking"}), _from_ranked, ("ranks", "scores")),
+        Format("unpaired", ("prompt", "completion", "label"), frozenset({"prompt", "answer", "label"}), _from_unpaired),
+        Format("prompt", ("prompt",), frozenset({"prompt"}), _from_prompt),
+    )
 }
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-    "preference": ("prompt", "chosen", "rejected"),
-    "hh": ("chosen", "rejected"),
-    "ranked": ("prompt", "responses"),
-    "unpaired": ("prompt", "completion", "label"),
-    "prompt": ("prompt",),
-}
-"""What a row of each format has."""
-
-OPTIONAL = ("ranks", "scores", "score_chosen", "score_rejected", "probability", "subset")
-"""`ranks` or `scores` of a ranking; both scores of a pair, and the probability that its chosen response is the better one;
-`subset` of any row."""
-
-KNOWN_COLUMNS = (*dict.fromkeys(name for names in COLUMNS.values() for name in names), *OPTIONAL)
-
-_PAIRS = ("preference", "hh", "ranked")
-_ANSWERED = ("messages", "prompt-completion", *_PAIRS, "unpaired")
-STAGE_TAKES: dict[str, tuple[str, ...]] = {
-    "sft": ("messages", "prompt-completion", "text", *_PAIRS, "unpaired"),
-    "train-rm": _PAIRS,
-    "dpo": _PAIRS,
-    "ipo": _PAIRS,
-    "kto": (*_PAIRS, "unpaired"),
-    "ppo": (*_ANSWERED, "prompt"),
-}
-
-ALIASES = {"prompt": ("instruction", "question", "query"), "completion": ("response", "output", "answer")}
-"""Names that other data sets use; only for the suggestion in an error, never read on their own."""
+KNOWN_COLUMNS = tuple(
+    dict.fromkeys(
+        [
+            *(name for format in FORMATS.values() for name in format.columns),
+            *(name for format in FORMATS.values() for name in format.optional),
+            "subset",
+        ]
+    )
+)
+"""`subset` of any row is the group it is counted in."""
 
 
-def _sft(record: Record) -> Record | str:
+@dataclass(frozen=True)
+class Use:
+    """What rows are read for."""
+
+    needs: frozenset[Content]  # a format that contains one of these will do
+    responses: Taken
+    keep: Callable[[Record], Record | str] = lambda record: record  # what of a record, or why there is no use for it
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """The formats that it takes."""
+        return {name: format for name, format in FORMATS.items() if self.needs & format.contains}
+
+
+def _answer(record: Record) -> Record | str:
     if record.facts.label is False:
         return "undesirable (not for sft)"
     return record._replace(responses=record.responses[:1], facts=Facts(subset=record.facts.subset))
 
 
-def _judged(record: Record) -> Record | str:
+def _comparison(record: Record) -> Record | str:
     ranks = record.facts.ranks
     return record if ranks is None or len(set(ranks)) > 1 else "all responses are tied"
 
 
-def _whole(record: Record) -> Record | str:
-    return record
-
-
-STAGE_USE: dict[str, Callable[[Record], Record | str]] = {
-    "sft": _sft,
-    "train-rm": _judged,
-    "dpo": _judged,
-    "ipo": _judged,
-    "kto": _judged,
-    "ppo": _whole,
-}
-"""Stage → what it keeps of a record, or why it has no use for a row that is not bad."""
+ANSWERS = Use(frozenset({"answer"}), "first", _answer)
+COMPARISONS = Use(frozenset({"pair", "ranking"}), "all", _comparison)
+LABELS = Use(frozenset({"pair", "ranking", "label"}), "all", _comparison)
+PROMPTS = Use(frozenset({"prompt"}), "none")
 
 
 def convert(row: Row, where: str, converter: Converter) -> Record:
@@ -286,84 +330,3 @@ def convert(row: Row, where: str, converter: Converter) -> Record:
 def with_margin(record: Record, row: Row, column: str) -> Record:
     """The record of a pair with the margin that the row has under that name; raises BadRow."""
     return record._replace(facts=record.facts._replace(margin=_number(_field(row, column), f"'{column}'")))
-
-
-def converter_of(format: str, rows: Sequence[Row]) -> Converter:
-    """How rows of a source are read, given its first ones: pairs without any prompt are whole conversations.
-
-    This is decided once for a source: in a source that has prompts, a row that lacks its own is a bad row.
-    """
-    if format == "preference" and all(row.get("prompt") is None for row in rows):
-        return _from_whole_pair
-    return FORMATS[format]
-
-
-def readings(row: Row) -> tuple[str, ...]:
-    """The formats that a row can be read as; a format that uses every column of another one covers it."""
-    has = {name for name, value in row.items() if value is not None}
-    found = []
-    if "messages" in has:
-        found.append("messages")
-    if {"prompt", "completion"} <= has:
-        labelled = type(row.get("label")) is bool
-        found += ["unpaired"] if labelled else ["prompt-completion"] if "label" not in has else ["prompt-completion", "unpaired"]
-    if "text" in has:
-        found.append("text")
-    if {"chosen", "rejected"} <= has:
-        found.append("hh" if "prompt" not in has and _looks_like_hh(row["chosen"]) else "preference")
-    if {"prompt", "responses"} <= has:
-        found.append("ranked")
-    if "prompt" in has and not any("prompt" in COLUMNS[name] for name in found):
-        found.append("prompt")
-    return tuple(found)
-
-
-def _looks_like_hh(chosen: Any) -> bool:
-    return type(chosen) is str and chosen.lstrip().startswith("Human:")
-
-
-def detect(rows: Sequence[Row], stage: str, place: str) -> str:
-    """The one format most of the rows have and the stage takes; UsageError that begins with `place` otherwise."""
-    counts = Counter(found for row in rows if (found := readings(row)))
-    columns = shown_columns(rows)
-    if not counts:
-        raise UsageError(f"{place}: found the columns {columns}; {stage} needs {needs(stage)}{_rename_hint(rows, stage)}")
-    found = counts.most_common(1)[0][0]
-    fitting = [format for format in found if format in STAGE_TAKES[stage]]
-    if not fitting:
-        raise wrong_stage(found[0], stage, place, _rename_hint(rows, stage))
-    if len(fitting) > 1:
-        raise UsageError(
-            f"{place}: the columns {columns} can be read as {' or as '.join(fitting)}; set format: to the one you mean"
-        )
-    return fitting[0]
-
-
-def shown_columns(rows: Sequence[Row]) -> str:
-    """The names of all columns of the rows, for a message."""
-    names = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
-    shown = [name if name.isprintable() else shortened(name) for name in names[:12]]
-    return ", ".join(shown + ["…"] * (len(names) > 12)) or "(none)"
-
-
-def wrong_stage(format: str, stage: str, place: str, hint: str = "") -> UsageError:
-    """The error for data that another stage takes."""
-    others = [name for name, formats in STAGE_TAKES.items() if format in formats]
-    found = f"found {format} data ({' + '.join(COLUMNS[format])})"
-    return UsageError(f"{place}: {found}, which {' and '.join(others)} can use; {stage} needs {needs(stage)}{hint}")
-
-
-def needs(stage: str) -> str:
-    """The columns of every format that a stage takes, for a message."""
-    return " | ".join(" + ".join(COLUMNS[format]) for format in STAGE_TAKES[stage])
-
-
-def _rename_hint(rows: Sequence[Row], stage: str) -> str:
-    """A `columns:` line that would make a format of the stage complete, where there is one obvious reading."""
-    has = {str(name) for row in rows for name in row}
-    ours = {name: [theirs for theirs in ALIASES.get(name, ()) if theirs in has] for name in KNOWN_COLUMNS}
-    for format in STAGE_TAKES[stage]:
-        missing = [name for name in COLUMNS[format] if name not in has]
-        if missing and "input" not in has and all(len(ours[name]) == 1 for name in missing):
-            return f"; perhaps columns: {{{', '.join(f'{name}: {ours[name][0]}' for name in missing)}}}"
-    return ""

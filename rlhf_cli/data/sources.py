@@ -9,32 +9,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rlhf_cli import sections
+from rlhf_cli.data.detect import Purpose, detect, shown_columns
 from rlhf_cli.data.dialogue import BadRow, as_turns
 from rlhf_cli.data.files import RawRow, find_files, is_hub_id, read_file
-from rlhf_cli.data.formats import (
-    COLUMNS,
-    KNOWN_COLUMNS,
-    STAGE_TAKES,
-    STAGE_USE,
-    Converter,
-    Row,
-    convert,
-    converter_of,
-    detect,
-    needs,
-    shown_columns,
-    with_margin,
-    wrong_stage,
-)
+from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, Converter, Format, Row, Use, convert, with_margin
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.records import Record
 from rlhf_cli.errors import UsageError
 
-Where = Callable[[str], str]
+if TYPE_CHECKING:
+    from rlhf_cli.data.trees import Tree
 
 DETECT_ROWS = 100
 EXAMPLES = 10
@@ -89,66 +78,73 @@ class _Tally:
         self.examples = (self.examples + other.examples)[:EXAMPLES]
 
 
-def read_data(data: sections.Data, stage: str, seed: int, where: Where = str, margin_column: str | None = None) -> Reading:
+@dataclass(frozen=True)
+class RowRequest:
+    """What is asked of the rows that a recipe names."""
+
+    purpose: Purpose
+    seed: int
+    where: Callable[[str], str] = str  # the place of a recipe key, for messages
+    margin_column: str | None = None  # the column, as the files name it, of the margins of pairs: then every row has one
+    check: Callable[[Tree], str | None] | None = None  # why a tree cannot be used, if it cannot
+    reserve: int = 0  # tokens that a prompt without responses leaves free
+
+
+def read_data(data: sections.Data, request: RowRequest) -> Reading:
     """Read every source of a run; the limit of a source comes first, then the hold-out.
 
-    `margin_column` is the column, as the files name it, of the margins of pairs, if they are wanted: then every row has one.
-    `where` gives the place of a recipe key for messages. Raises UsageError for what the recipe or a file has wrong,
-    MachineError for a hub that cannot be reached.
+    Raises UsageError for what the recipe or a file has wrong, MachineError for a hub that cannot be reached.
     """
-    if data.eval is not None and data.holdout > 0:
-        raise UsageError(f"{where('data.holdout')}: data.eval and data.holdout exclude each other; keep one")
-    shares = _shares(data.train, where)
-    train, reports = _read_all(data.train, "data.train", stage, seed, data.shuffle, where, margin_column)
-    held_out, eval_reports = _read_all(data.eval or [], "data.eval", stage, seed, data.shuffle, where, margin_column)
+    train, reports = _read_all(data.train, "data.train", data.shuffle, request)
+    held_out, eval_reports = _read_all(data.eval or [], "data.eval", data.shuffle, request)
     if data.holdout > 0:
-        train, held_out = _hold_out(train, data.holdout, seed, where("data.holdout"))
-    sizes = tuple(len(records) for records in train)
-    return Reading(list(chain(*train)), list(chain(*held_out)), reports, eval_reports, sizes, shares)
-
-
-def _shares(sources: Sequence[sections.Source], where: Where) -> tuple[float, ...]:
-    if not sources:
-        raise UsageError(f"{where('data.train')}: the list is empty; name at least one source")
-    for i, source in enumerate(sources):
-        if not source.weight > 0:
-            place = where(f"data.train.{i}.weight")
-            raise UsageError(f"{place}: a weight of {source.weight:g} never draws from {source.path}; remove the source")
-    total = math.fsum(source.weight for source in sources)
-    return tuple(source.weight / total for source in sources)
+        train, held_out = _hold_out(train, data.holdout, request.seed, request.where("data.holdout"))
+    total = math.fsum(source.weight for source in data.train)
+    return Reading(
+        list(chain(*train)),
+        list(chain(*held_out)),
+        reports,
+        eval_reports,
+        sizes=tuple(map(len, train)),
+        shares=tuple(source.weight / total for source in data.train),
+    )
 
 
 def _read_all(
-    sources: Sequence[sections.Source], key: str, stage: str, seed: int, shuffle: bool, where: Where, margin: str | None
+    sources: Sequence[sections.Source], key: str, shuffle: bool, request: RowRequest
 ) -> tuple[list[list[Record]], list[SourceReport]]:
-    read = [_read_source(source, f"{key}.{i}", stage, seed, shuffle, where, margin) for i, source in enumerate(sources)]
+    read = [_read_source(source, f"{key}.{i}", shuffle, request) for i, source in enumerate(sources)]
     return [records for records, _ in read], [report for _, report in read]
 
 
-def _read_source(
-    source: sections.Source, key: str, stage: str, seed: int, shuffle: bool, where: Where, margin: str | None
-) -> tuple[list[Record], SourceReport]:
-    parts = _parts(source, key, where, margin)
-    name, rows = parts[0]
+def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowRequest) -> tuple[list[Record], SourceReport]:
+    where, margin, purpose = request.where, request.margin_column, request.purpose
+    files = _files(source, where(f"{key}.path"), margin)
+    name, rows = files[0]
     head, objects = _peek(rows)
     if not objects:
-        raise _no_good_row(name, _tally_of(name, head), f"one of {needs(stage)}")
+        raise _no_good_row(name, _tally_of(name, head), f"one of {purpose.needs}")
     renamed = _rename_all(objects, source.columns, where(f"{key}.columns"))
-    format = _format_of(source, renamed, stage, name, key, where)
+    if source.format == "auto":
+        format = detect(renamed, purpose, f"{where(f'{key}.path')}: {name}")
+    elif source.format in purpose.use.formats:
+        format = FORMATS[source.format]
+    else:
+        raise purpose.refuse(FORMATS[source.format], f"{where(f'{key}.format')}: {name}")
     if margin is not None:
         _check_margin(margin, objects, format, f"{where('objective.margin_column')}: {name}")
-    converter = converter_of(format, renamed)
-    parts[0] = (name, chain(head, rows))
+    conversion = _Conversion(format, format.converter(renamed), source.columns, margin, purpose.use)
+    files[0] = (name, chain(head, rows))
     tally = _Tally()
-    records = [record for part in parts for record in _convert(*part, source.columns, margin, format, converter, stage, tally)]
+    records = [record for file in files for record in conversion.records(*file, tally)]
     if not records:
         raise UsageError(
-            f"{where(f'{key}.path')}: {stage} can use none of the {tally.read} rows: {_counts(tally.unused + tally.bad)}"
+            f"{where(f'{key}.path')}: {purpose.label} can use none of the {tally.read} rows: {_counts(tally.unused + tally.bad)}"
         )
-    chosen = _limited(records, source, seed, shuffle)
+    chosen = _limited(records, source, request.seed, shuffle)
     if len(chosen) < len(records):
         tally.unused[BEYOND_LIMIT] = len(records) - len(chosen)
-    return chosen, _report(source.path, format, len(chosen), tally)
+    return chosen, _report(source.path, format.name, len(chosen), tally)
 
 
 def _report(path: str, format: str, kept: int, tally: _Tally) -> SourceReport:
@@ -156,26 +152,19 @@ def _report(path: str, format: str, kept: int, tally: _Tally) -> SourceReport:
     return SourceReport(path, format, tally.read, kept, bad, unused, tuple(tally.examples), tally.digest.hexdigest())
 
 
-def _check_margin(column: str, objects: Sequence[Row], format: str, place: str) -> None:
-    if "chosen" not in COLUMNS[format]:
-        raise UsageError(f"{place}: {format} rows have no one margin; only pairs of chosen and rejected have")
+def _check_margin(column: str, objects: Sequence[Row], format: Format, place: str) -> None:
+    if "pair" not in format.contains:
+        raise UsageError(f"{place}: {format.name} rows have no one margin; only pairs of chosen and rejected have")
     if not any(column in row for row in objects):
         raise UsageError(f"{place}: the data has no column '{column}'; found {shown_columns(objects)}")
 
 
-def _parts(source: sections.Source, key: str, where: Where, margin: str | None) -> list[tuple[str, Iterator[RawRow]]]:
+def _files(source: sections.Source, place: str, margin: str | None) -> list[tuple[str, Iterator[RawRow]]]:
     """(name, raw rows) of each file of a source, or of its one hub split."""
-    place = where(f"{key}.path")
     if is_hub_id(source.path):
         return [(f"{source.path}[{source.split}]", read_hub(source.path, source.name, source.split, place))]
-    files = find_files(source.path, place)
-    for name, value, default in (("name", source.name, None), ("split", source.split, "train")):
-        if value != default:
-            raise UsageError(
-                f"{where(f'{key}.{name}')}: {name} is for data sets of the hub and has no effect on files; remove it"
-            )
     columns = {theirs: ours for ours, theirs in source.columns.items()} | ({margin: "margin"} if margin is not None else {})
-    return [(str(file), read_file(file, columns)) for file in files]
+    return [(str(file), read_file(file, columns)) for file in find_files(source.path, place)]
 
 
 def _peek(rows: Iterator[RawRow]) -> tuple[list[RawRow], list[Row]]:
@@ -208,48 +197,43 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return kept | {ours: row[name] for ours, name in columns.items() if name in row}
 
 
-def _format_of(source: sections.Source, objects: Sequence[Row], stage: str, name: str, key: str, where: Where) -> str:
-    if source.format == "auto":
-        return detect(objects, stage, f"{where(f'{key}.path')}: {name}")
-    if source.format not in STAGE_TAKES[stage]:
-        raise wrong_stage(source.format, stage, f"{where(f'{key}.format')}: {name}")
-    return source.format
+@dataclass(frozen=True)
+class _Conversion:
+    """How the rows of a source become records."""
 
+    format: Format
+    converter: Converter
+    columns: Mapping[str, str]
+    margin: str | None
+    use: Use
 
-def _convert(
-    name: str,
-    rows: Iterable[RawRow],
-    columns: Mapping[str, str],
-    margin: str | None,
-    format: str,
-    converter: Converter,
-    stage: str,
-    tally: _Tally,
-) -> Iterator[Record]:
-    """The records of one file that the stage can use; everything else is counted. A file without a good row is a UsageError."""
-    use = STAGE_USE[stage]
-    own = _Tally()
-    for line, row in rows:
-        place = f"{name}:{line}"
-        own.read += 1
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            record = convert(_renamed(row, columns) if columns else row, place, converter)
-            if margin is not None:
-                record = with_margin(record, row, margin)
-        except BadRow as bad:
-            own.add_bad(place, bad)
-            continue
-        tally.digest.update(json.dumps((record.prompt, *record[1:2], *record[3:])).encode())
-        used = use(record)
-        if isinstance(used, str):
-            own.unused[used] += 1
-        else:
-            yield used
-    if own.read == own.bad.total():
-        raise _no_good_row(name, own, f"{format} rows ({' + '.join(COLUMNS[format])})")
-    tally.merge(own)
+    def records(self, name: str, rows: Iterable[RawRow], tally: _Tally) -> Iterator[Record]:
+        """The records of one file that are of use; everything else is counted. A file without a good row is a UsageError."""
+        own = _Tally()
+        for line, row in rows:
+            place = f"{name}:{line}"
+            own.read += 1
+            try:
+                record = self._record(row, place)
+            except BadRow as bad:
+                own.add_bad(place, bad)
+                continue
+            tally.digest.update(json.dumps((record.prompt, *record[1:2], *record[3:])).encode())
+            used = self.use.keep(record)
+            if isinstance(used, str):
+                own.unused[used] += 1
+            else:
+                yield used
+        if own.read == own.bad.total():
+            raise _no_good_row(name, own, f"{self.format.name} rows ({self.format})")
+        tally.merge(own)
+
+    def _record(self, row: Row | BadRow, place: str) -> Record:
+        """The record of a row, with its `subset` and its margin; raises BadRow."""
+        if isinstance(row, BadRow):
+            raise row
+        record = convert(_renamed(row, self.columns) if self.columns else row, place, self.converter)
+        return record if self.margin is None else with_margin(record, row, self.margin)
 
 
 def _tally_of(name: str, rows: Iterable[RawRow]) -> _Tally:

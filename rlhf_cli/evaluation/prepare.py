@@ -11,11 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.dataset import Dataset, data_report, prepare
+from rlhf_cli.data.detect import Purpose
+from rlhf_cli.data.formats import ANSWERS, COMPARISONS, PROMPTS, Use
+from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
 from rlhf_cli.evaluation.measure import Rows
@@ -31,12 +34,8 @@ from rlhf_cli.rollout.terms import RewardTerms, find_terms
 from rlhf_cli.runs.resume import recorded_recipe
 from rlhf_cli.signals import StopSignals
 
-SECTIONS: dict[str, tuple[str, Literal["none", "all", "first"]]] = {
-    "prompts": ("ppo", "none"),
-    "preferences": ("train-rm", "all"),
-    "text": ("sft", "first"),
-}
-"""Section of the recipe → the stage that takes such rows, and which of their responses are read."""
+SECTIONS: dict[str, Use] = {"prompts": PROMPTS, "preferences": COMPARISONS, "text": ANSWERS}
+"""Section of the recipe → what its rows are read for."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,6 @@ def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
     """The rows of a section in a voice's tokens."""
     recipe = recipe_of(loaded)
     sources: list[sections.EvalSource] = vars(recipe)[section]
-    stage, responses = SECTIONS[section]
     data = sections.SftData(
         train=[sections.Source(**{k: v for k, v in vars(source).items() if k != "holdout"}) for source in sources],
         holdout=sources[0].holdout,
@@ -193,10 +191,11 @@ def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
         return loaded.named(key.replace("data.train", section, 1).removeprefix("data."))
 
     reserve = recipe.rollout.max_new_tokens if section == "prompts" else 0
+    request = RowRequest(Purpose(section, SECTIONS[section], SECTIONS), recipe.seed, where, reserve=reserve)
     try:
-        return prepare(data, stage, tokenisation.tokenizer, tokenisation.template, recipe.seed, where, responses, reserve=reserve)
+        return prepare(data, request, tokenisation.tokenizer, tokenisation.template)
     except UsageError as error:
-        raise UsageError(re.sub(rf"\b{stage}(?= needs | can use )", section, _own_keys(str(error)))) from error
+        raise UsageError(_own_keys(str(error))) from error
 
 
 def _own_keys(text: str) -> str:

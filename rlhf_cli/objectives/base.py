@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+from rlhf_cli.data.formats import COMPARISONS, Use
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,8 +34,8 @@ class Objective:
 
     role: ClassVar[Literal["policy", "reward"]] = "policy"
     """Whose weights it trains."""
-    responses: ClassVar[Literal["first", "all", "none"]] = "all"
-    """Which responses of a row it learns from; none: from its own alone, drawn while it trains."""
+    rows: ClassVar[Use] = COMPARISONS
+    """The rows that it learns from; of PROMPTS the responses are the policy's own, drawn while it trains."""
     of_first_update: ClassVar[frozenset[str]] = frozenset()
     """Metrics that say something only before a step's first update, where a step makes several."""
     reference: ClassVar[bool] = False

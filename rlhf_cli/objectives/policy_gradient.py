@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from rlhf_cli.data.formats import PROMPTS, Use
 from rlhf_cli.objectives.base import LossTerm, Objective
 from rlhf_cli.objectives.kl import k2, k3
 from rlhf_cli.sections import key
@@ -64,7 +65,7 @@ class PolicyGradient(Objective):
     minibatches: int = key(1, "updates a pass: a rollout's prompts are dealt to so many", low=1)
     clip: float = key(0.2, "ε: token ratios are clipped to 1 − ε … 1 + ε", low=1e-9)
 
-    responses: ClassVar = "none"
+    rows: ClassVar[Use] = PROMPTS
     of_first_update: ClassVar[frozenset[str]] = frozenset({"policy/ratio"})
     reference: ClassVar[bool] = True
     least_samples: ClassVar[int] = 1

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rlhf_cli.data.formats import ANSWERS, Use
 from rlhf_cli.objectives.base import LossTerm, Objective
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class Sft(Objective):
 
     kind: Literal["sft"] = "sft"
 
-    responses: ClassVar[Literal["first", "all"]] = "first"
+    rows: ClassVar[Use] = ANSWERS
 
     @property
     def metric_names(self) -> tuple[str, ...]:

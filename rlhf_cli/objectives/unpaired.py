@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from rlhf_cli.data.formats import LABELS, Use
 from rlhf_cli.objectives.base import LossTerm, Objective
 from rlhf_cli.objectives.preference import BETA, read_responses
 from rlhf_cli.sections import key
@@ -27,6 +28,7 @@ class UnpairedObjective(Objective):
     kind: str = ""
     beta: float = key(0.1, BETA, low=1e-9)
 
+    rows: ClassVar[Use] = LABELS
     reference: ClassVar[bool] = True
 
     @property

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_cli.data.formats import Use
 from rlhf_cli.objectives.base import Objective, Trained
-from rlhf_cli.recipe.checks import DIRECT, EVALUATION, KTO, PPO, TRAINING, Check
+from rlhf_cli.recipe.checks import DIRECT, KTO, PPO, TRAINING, Check
+from rlhf_cli.recipe.eval_checks import EVALUATION
 from rlhf_cli.recipe.keys import objectives_of
 from rlhf_cli.recipe.recipes import (
     DpoRecipe,
@@ -50,6 +52,11 @@ class TrainingStage(Stage):
     def role(self) -> Literal["policy", "reward"]:
         """What it trains."""
         return self.objectives[0].role
+
+    @property
+    def rows(self) -> Use:
+        """The rows that it learns from."""
+        return self.objectives[0].rows
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -137,6 +144,9 @@ STAGES: dict[str, Stage] = TRAINING_STAGES | {
     )
 }
 """The name of each command that takes a recipe, and its row."""
+
+ROW_USES = {name: stage.rows for name, stage in TRAINING_STAGES.items()}
+"""What each stage reads rows for."""
 
 POLICY_STAGES = tuple(name for name, stage in TRAINING_STAGES.items() if stage.role == "policy")
 REWARD_STAGES = tuple(name for name, stage in TRAINING_STAGES.items() if stage.role == "reward")

@@ -8,6 +8,7 @@ from functools import partial
 
 from rlhf_cli.data.cache import default_folder
 from rlhf_cli.data.dataset import Dataset
+from rlhf_cli.data.formats import LABELS
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.unpaired import unpaired_dataset
 from rlhf_cli.models.backbone import Backbone
@@ -34,7 +35,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     """
     assert isinstance(loaded.recipe, recipes.DirectRecipe)
     draws = loaded.recipe.draws is not None
-    judge = loaded.stage == "kto" and not draws
+    judge = loaded.recipe.objective.rows is LABELS and not draws
     job = prepare_job(loaded, check=check, resume=resume, shape=partial(_judged, loaded) if judge else None)
     reference = find_reference(job, check, needed=draws or job.objective.reference)
     terms = find_terms(loaded, PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check))
@@ -81,7 +82,7 @@ def _online(job: TrainingJob, drawing: Drawing) -> OnPolicy:
     assert isinstance(recipe, recipes.DirectRecipe)
     assert recipe.rollout is not None
     shape: Shape | None = None
-    if recipe.stage == "kto":
+    if job.objective.rows is LABELS:
         shape = partial(
             judged,
             records=drawing.sampler.records,

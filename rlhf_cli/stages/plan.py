@@ -73,7 +73,7 @@ def _tokens_a_step(recipe: recipes.TrainingRecipe, source: DatasetSource, per_st
         words = f"{per_step * (mean + longest):,.0f} at most: prompts of {mean:,.0f} on average and {longest:,} drawn for each"
         return per_step * (mean + longest), words
     learned = per_step * source.trees.supervised_counts.mean()
-    supervised = f", {learned:,.0f} supervised" if recipe.objective.responses == "first" else ""
+    supervised = f", {learned:,.0f} supervised" if recipe.objective.rows.responses == "first" else ""
     return per_step * mean, f"{per_step * mean:,.0f} on average{supervised}"
 
 

@@ -9,11 +9,14 @@ import torch
 
 from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
+from rlhf_cli.data.detect import Purpose
+from rlhf_cli.data.formats import ANSWERS
+from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.recipe.stages import TRAINING_STAGES
+from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
@@ -93,7 +96,7 @@ def _ptx_rows(job: TrainingJob) -> Dataset | None:
     def where(key: str) -> str:
         return job.loaded.named(key.replace("data.train", "ptx.data", 1))
 
-    return prepare(data, "sft", job.tokenizer, job.template, recipe.seed, where, "first")
+    return prepare(data, RowRequest(Purpose("ptx", ANSWERS, ROW_USES), recipe.seed, where), job.tokenizer, job.template)
 
 
 def _source(job: TrainingJob, drawing: Drawing, ptx: Dataset | None) -> PolicySource:

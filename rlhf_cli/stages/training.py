@@ -16,7 +16,10 @@ from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.batches import DatasetSource, total_steps
 from rlhf_cli.data.dataset import Dataset, data_report, prepare, question
+from rlhf_cli.data.detect import Purpose
 from rlhf_cli.data.encode import show_example
+from rlhf_cli.data.formats import PROMPTS
+from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import MachineError, NumberError, Stopped, UsageError
@@ -32,7 +35,7 @@ from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.recipe.stages import TRAINING_STAGES, learning_rate_of
+from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES, learning_rate_of
 from rlhf_cli.reports.report import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 from rlhf_cli.runs.folder import RunFolder, open_run
@@ -108,18 +111,7 @@ def prepare_job(
     template = choose_template(tokenizer, recipe.model.chat_template)
     _check_template(recipe, start, template, loaded)
     objective, draws = recipe.objective, recipe.draws
-    dataset = prepare(
-        recipe.data,
-        "ppo" if draws else loaded.stage,
-        tokenizer,
-        template,
-        recipe.seed,
-        where,
-        "none" if draws else objective.responses,
-        reserve=draws.max_new_tokens if draws else 0,
-        margin_column=None if draws else objective.margin_from,
-        check=None if draws else objective.check_tree,
-    )
+    dataset = prepare(recipe.data, row_request(recipe, where), tokenizer, template)
     if shape is not None:
         dataset, objective = shape(dataset, recipe)
     elif draws:
@@ -154,6 +146,15 @@ def prepare_job(
     for message in _warnings(job):
         console.warn(message)
     return job
+
+
+def row_request(recipe: recipes.TrainingRecipe, where: Callable[[str], str]) -> RowRequest:
+    """What the run asks of its rows: all that its objective needs or, where responses are drawn, prompts."""
+    objective, draws = recipe.objective, recipe.draws
+    if draws:
+        return RowRequest(Purpose(recipe.stage, PROMPTS, ROW_USES), recipe.seed, where, reserve=draws.max_new_tokens)
+    purpose = Purpose(recipe.stage, objective.rows, ROW_USES)
+    return RowRequest(purpose, recipe.seed, where, margin_column=objective.margin_from, check=objective.check_tree)
 
 
 @contextlib.contextmanager
@@ -357,7 +358,7 @@ def _example_words(recipe: recipes.TrainingRecipe) -> str:
     objective = recipe.objective
     if recipe.draws:
         return "is learned: that is a prompt, and its responses are drawn from the policy"
-    if objective.responses == "first":
+    if objective.rows.responses == "first":
         return "is what the model learns to write"
     if objective.mismatches:
         return "is a judged response and, after it, another prompt's: the policy's drift is measured on those"

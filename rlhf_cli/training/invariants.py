@@ -55,7 +55,7 @@ def check_start(
     # Devices may differ: what one of them finds ends the run on all, in order.
     if faults := [words for words in ranks.gather(verdict) if words]:
         raise NumberError(faults[0])
-    if objective.reference and reference_is_start and objective.responses != "none":
+    if objective.reference and reference_is_start and objective.rows.responses != "none":
         _check_metrics(backbone, objective, trees, budget, noise, ranks)
 
 

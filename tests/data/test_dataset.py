@@ -16,6 +16,7 @@ from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.data.unpaired import unpaired_dataset
 from rlhf_cli.errors import UsageError
 from tests.data.tiny_tokenizer import CHATML, tiny_tokenizer
+from tests.data.uses import request_of
 
 PAIRS = [{"prompt": f"Hi {i}", "chosen": f"Yes {i}", "rejected": f"No {i}", "by": i} for i in range(6)]
 RANKED = [
@@ -37,7 +38,7 @@ def run(stage: str, *sources: list[dict[str, Any]], check: Any = None, margin: s
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = sections.Data([sections.Source(name) for name in names], **data)
     template = Template("file", "x", CHATML)
-    return prepare(settings, stage, tiny_tokenizer(), template, 0, str, "all", check, margin)
+    return prepare(settings, request_of(stage, check=check, margin_column=margin), tiny_tokenizer(), template)
 
 
 def needs_a_large_margin(tree: Tree) -> str | None:
@@ -138,7 +139,7 @@ def test_prompts_of_any_rows() -> None:
     template = Template("file", "x", CHATML)
 
     def prompts(reserve: int) -> Dataset:
-        return prepare(settings, "ppo", tiny_tokenizer(), template, 0, str, "none", reserve=reserve)
+        return prepare(settings, request_of("ppo", reserve=reserve), tiny_tokenizer(), template)
 
     dataset = prompts(4)
     assert dataset.train.kept == len(rows) == 14

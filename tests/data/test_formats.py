@@ -6,21 +6,12 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from rlhf_cli.data.formats import (
-    COLUMNS,
-    FORMATS,
-    STAGE_TAKES,
-    STAGE_USE,
-    BadRow,
-    convert,
-    converter_of,
-    detect,
-    readings,
-    with_margin,
-)
+from rlhf_cli.data.detect import detect, readings
+from rlhf_cli.data.formats import ANSWERS, COMPARISONS, FORMATS, LABELS, PROMPTS, BadRow, convert, with_margin
 from rlhf_cli.data.records import Facts, Message, Record
 from rlhf_cli.errors import UsageError
 from rlhf_cli.sections import Source
+from tests.data.uses import purpose_of
 
 U, A, S = "user", "assistant", "system"
 
@@ -125,7 +116,7 @@ GOOD = [
 
 @pytest.mark.parametrize(("format", "row", "prompt", "responses", "facts"), GOOD)
 def test_good_rows(format, row, prompt, responses, facts):
-    assert convert(row, "x.jsonl:7", FORMATS[format]) == Record(prompt, responses, "x.jsonl:7", Facts(**facts))
+    assert convert(row, "x.jsonl:7", FORMATS[format].convert) == Record(prompt, responses, "x.jsonl:7", Facts(**facts))
     assert readings(row) == (format,)
 
 
@@ -230,14 +221,14 @@ BAD = [
 @pytest.mark.parametrize(("format", "row", "message"), BAD)
 def test_bad_rows(format, row, message):
     with pytest.raises(BadRow) as error:
-        convert(row, "x.jsonl:7", FORMATS[format])
+        convert(row, "x.jsonl:7", FORMATS[format].convert)
     assert str(error.value) == message
     assert message.startswith(error.value.reason)
 
 
 def test_pairs_without_any_prompt_are_whole_conversations():
     rows = [{"chosen": "Q: 2+2?\nA: it is four", "rejected": "Q: 2+2?\nA: it is five"}]
-    read = converter_of("preference", rows)
+    read = FORMATS["preference"].converter(rows)
     assert read(rows[0], "x:1") == Record("Q: 2+2?\nA: it is", (" four", " five"), "x:1")
     # A shared word is never cut: "foul" and "four" share three letters, and one answer may begin the other.
     assert read(hh("Q: A: foul", "Q: A: four"), "x:1").responses == (" foul", " four")
@@ -250,30 +241,30 @@ def test_pairs_without_any_prompt_are_whole_conversations():
 
 def test_a_missing_prompt_is_not_made_up_where_other_rows_have_one():
     pair = {"chosen": "The cat", "rejected": "The dog"}
-    read = converter_of("preference", [pair, {"prompt": "Who?", **pair}])
+    read = FORMATS["preference"].converter([pair, {"prompt": "Who?", **pair}])
     with pytest.raises(BadRow, match="'prompt' is missing"):
         read(pair, "x:1")
 
 
 def test_sft_takes_the_best_response_and_no_undesirable_row():
-    use = STAGE_USE["sft"]
+    use = ANSWERS.keep
     ranked = Record("a", ("best", "worst"), "x:1", Facts(scores=(2.0, 1.0), subset="s"))
     assert use(ranked) == Record("a", ("best",), "x:1", Facts(subset="s"))
     assert use(Record("a", ("b",), "x:1", Facts(label=True))) == Record("a", ("b",), "x:1")
     assert use(Record("a", ("b",), "x:1", Facts(label=False))) == "undesirable (not for sft)"
 
 
-@pytest.mark.parametrize("stage", ["train-rm", "dpo", "ipo", "kto"])
-def test_a_ranking_without_a_better_response_is_of_no_use(stage):
+@pytest.mark.parametrize("use", [COMPARISONS, LABELS], ids=["comparisons", "labels"])
+def test_a_ranking_without_a_better_response_is_of_no_use(use):
     tied = Record("a", ("b", "c"), "x:1", Facts(ranks=(1.0, 1.0)))
-    assert STAGE_USE[stage](tied) == "all responses are tied"
-    assert STAGE_USE["sft"](tied).responses == ("b",)
+    assert use.keep(tied) == "all responses are tied"
+    assert ANSWERS.keep(tied).responses == ("b",)
     for facts in (Facts(ranks=(1.0, 2.0)), Facts(scores=(1.0, 1.0)), Facts(probability=0.3, margin=2.0)):
-        assert STAGE_USE[stage](tied._replace(facts=facts)).facts == facts
+        assert use.keep(tied._replace(facts=facts)).facts == facts
 
 
 def test_the_margin_of_a_pair():
-    record = convert({**PAIR, "gap": 2}, "x:1", FORMATS["preference"])
+    record = convert({**PAIR, "gap": 2}, "x:1", FORMATS["preference"].convert)
     assert record.facts.margin is None
     assert with_margin(record, {"gap": 2}, "gap").facts.margin == 2.0
     for row, message in (
@@ -286,11 +277,16 @@ def test_the_margin_of_a_pair():
         assert str(error.value) == message
 
 
-def test_tables_name_the_formats_of_the_schema():
-    assert set(FORMATS) == set(COLUMNS)
+def test_the_recipe_knows_every_format():
     assert get_args(get_type_hints(Source)["format"]) == ("auto", *FORMATS)
-    assert STAGE_TAKES.keys() == STAGE_USE.keys()
-    assert STAGE_TAKES["sft"] == ("messages", "prompt-completion", "text", "preference", "hh", "ranked", "unpaired")
+
+
+def test_a_use_takes_the_formats_that_contain_what_it_needs():
+    pairs = ("preference", "hh", "ranked")
+    assert tuple(ANSWERS.formats) == ("messages", "prompt-completion", "text", *pairs, "unpaired")
+    assert tuple(COMPARISONS.formats) == pairs
+    assert tuple(LABELS.formats) == (*pairs, "unpaired")
+    assert tuple(PROMPTS.formats) == ("messages", "prompt-completion", *pairs, "unpaired", "prompt")
 
 
 SFT_NEEDS = (
@@ -348,16 +344,16 @@ REFUSED = [
 @pytest.mark.parametrize(("rows", "stage", "message"), REFUSED)
 def test_what_detection_refuses(rows, stage, message):
     with pytest.raises(UsageError) as error:
-        detect(rows, stage, "x")
+        detect(rows, purpose_of(stage), "x")
     assert str(error.value) == message
 
 
 def test_detection_asks_what_the_stage_can_take():
     both = [{"messages": [], **PAIR}]
-    assert detect(both, "dpo", "x") == "preference"
-    assert detect([{"prompt": "a", "prompt_id": "b", "messages": []}], "sft", "x") == "messages"
+    assert detect(both, purpose_of("dpo"), "x").name == "preference"
+    assert detect([{"prompt": "a", "prompt_id": "b", "messages": []}], purpose_of("sft"), "x").name == "messages"
 
 
 def test_detection_goes_with_most_of_the_rows():
-    assert detect([{"prompt": "a"}, PAIR, {"text": "a"}, PAIR], "sft", "x") == "preference"
-    assert detect([{"prompt": None, "chosen": GOOD_HH, "rejected": Q}], "sft", "x") == "hh"
+    assert detect([{"prompt": "a"}, PAIR, {"text": "a"}, PAIR], purpose_of("sft"), "x").name == "preference"
+    assert detect([{"prompt": None, "chosen": GOOD_HH, "rejected": Q}], purpose_of("sft"), "x").name == "hh"

@@ -135,8 +135,16 @@ SOURCES = {
     "{path: x.jsonl, format: prefrence}": "data.train.format: expected auto | messages | prompt-completion | text | preference | hh | ranked"
     " | unpaired | prompt, found the text 'prefrence'. did you mean preference?",
     "[a.jsonl, {paht: b}]": "data.train.1.paht: unknown key. did you mean data.train.1.path?",
-    "[{path: a, weight: 0}, {path: b, weight: 0}]": "data.train: every source has weight 0. give one a share",
+    "[{path: a}, {path: b, weight: 0}]": "data.train.1.weight: 0 never draws from b. remove the source",
+    "{path: a, weight: 0}": "data.train.weight: 0 never draws from a. remove the source",
+    "{path: ., split: test}": "data.train.split: has no effect on a local file, it chooses a hub split. remove it",
 }
+
+
+def test_a_weight_of_held_out_rows_has_no_effect(tmp_path: Path) -> None:
+    text = "model: {path: m}\noutput: o\ndata:\n  train: a.jsonl\n  eval: [{path: b}, {path: c, weight: 2}]\n"
+    what = "data.eval.1.weight: has no effect on held-out rows: each counts once. remove it"
+    assert refused(tmp_path, text) == [f"r.yaml:5: {what}"]
 
 
 @pytest.mark.parametrize("value", SOURCES)

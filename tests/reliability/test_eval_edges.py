@@ -20,6 +20,7 @@ from rlhf_cli.models import placement
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.reports.eval_words import findings
+from rlhf_cli.stages.training import row_request
 from tests.data.tiny_tokenizer import ZEPHYR, tiny_tokenizer
 from tests.stages.tiny_runs import (
     FUNCTIONS,
@@ -143,7 +144,7 @@ def test_weights_that_overflow(name: str, home: Path, tmp_path: Path, capsys: py
         overflowing(home / run, tmp_path / f"{run}-beyond")
     recipe = load_recipe("dpo", home / "dpo.yaml").recipe
     assert isinstance(recipe, recipes.DpoRecipe)
-    where = read_data(recipe.data, "dpo", 0, str).held_out[0].where
+    where = read_data(recipe.data, row_request(recipe, str)).held_out[0].where
     sections, message = OVERFLOWS[name]
     path = write_eval(tmp_path / "ev.yaml", home, **json.loads(json.dumps(sections).replace("TMP", str(tmp_path))))
     for words in ((), ("--resume",)):

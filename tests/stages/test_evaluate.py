@@ -25,6 +25,7 @@ from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.rollout.experience import Rollout
+from rlhf_cli.stages.training import row_request
 from tests.data.tiny_tokenizer import ZEPHYR, tiny_tokenizer
 from tests.models.tiny_backbone import plain_logps
 from tests.ranks import two_ranks
@@ -151,7 +152,7 @@ def test_a_function_agrees_with_preferences(home: Path, whole: Path) -> None:
     """Of the held-out pairs those whose chosen response has more letters; equal ones count half."""
     recipe = load_recipe("dpo", home / "dpo.yaml").recipe
     assert isinstance(recipe, recipes.DpoRecipe)
-    held_out = read_data(recipe.data, "dpo", 0, str).held_out
+    held_out = read_data(recipe.data, row_request(recipe, str)).held_out
     gains = [len(record.responses[0]) - len(record.responses[1]) for record in held_out]
     own = result(whole)["preferences"]["gold/letters"]
     assert own["kind"] == "term" and own["pairs"] == len(gains) == 13

@@ -13,6 +13,7 @@ from rlhf_cli.data.templates import Template
 from rlhf_cli.models.memory import Memory
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.stages.plan import plan
+from rlhf_cli.stages.training import row_request
 from tests.data.tiny_tokenizer import CHATML, tiny_tokenizer
 
 
@@ -24,17 +25,7 @@ def rows_of(folder: Path, stage: str, *overrides: str) -> dict[str, str]:
     text += "train: {batch_size: 4, learning_rate: 1e-5}\n"
     (folder / "r.yaml").write_text(text)
     recipe: Any = load_recipe(stage, folder / "r.yaml", overrides).recipe
-    draws = recipe.draws
-    dataset = prepare(
-        recipe.data,
-        "ppo" if draws else stage,
-        tiny_tokenizer(),
-        Template("file", "x", CHATML),
-        0,
-        str,
-        "none" if draws else recipe.objective.responses,
-        reserve=draws.max_new_tokens if draws else 0,
-    )
+    dataset = prepare(recipe.data, row_request(recipe, str), tiny_tokenizer(), Template("file", "x", CHATML))
     source = dataset.source(recipe.train, recipe.data, 0)
     sections = plan(recipe, dataset, source, 2, Memory(0, 1, 0, 0), 100, {})
     return {label: str(value) for _, part in sections for label, value in part}

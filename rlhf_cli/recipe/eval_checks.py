@@ -1,0 +1,159 @@
+"""What the keys of an evaluation's recipe must agree on among themselves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from rlhf_cli.recipe.checks import REWARD, Check, Finding, hub_keys
+from rlhf_cli.recipe.recipes import EvalRecipe, is_pattern
+from rlhf_cli.recipe.rewards import term_names
+from rlhf_cli.sections import EvalSource, Sampling, Winrate
+from rlhf_cli.suggest import closest
+
+
+def _rows(recipe: EvalRecipe) -> Iterator[Finding]:
+    sections: dict[str, list[EvalSource] | None] = {
+        "prompts": recipe.prompts,
+        "preferences": recipe.preferences,
+        "text": recipe.text,
+    }
+    if not any(sections.values()):
+        yield "prompts", "there is nothing to evaluate on. name prompts, preferences or text"
+    for name, sources in sections.items():
+        for index, source in enumerate(sources or ()):
+            yield from hub_keys(f"{name}.{index}", source)
+            if sources and source.holdout != sources[0].holdout:
+                yield f"{name}.{index}.holdout", "all sources of a list are split alike. give each the same holdout"
+
+
+def _models(recipe: EvalRecipe) -> Iterator[Finding]:
+    if not recipe.models:
+        yield "models", "there is none. add `name: path` for each"
+    for name in recipe.models:
+        if not re.fullmatch(r"[^\s/]+", name):
+            yield f"models.{name}", f"'{name}' is no name: one word without a slash. give it another one"
+        if name in ("reward", "gold") and is_pattern(recipe.models[name]):
+            yield f"models.{name}", "its checkpoints would be called like terms of the reward or of gold. give it another name"
+    if recipe.reference is not None:
+        yield from _known("reference", recipe.reference, recipe)
+
+
+def _known(key: str, name: str, recipe: EvalRecipe) -> Iterator[Finding]:
+    """Does the name stand for one model?"""
+    entry = name.partition("/")[0]  # a checkpoint's name is its entry's and its own
+    if is_pattern(recipe.models.get(entry, "")):
+        yield key, f"{entry} is several models, {recipe.models[entry]}. give the one a name of its own in models"
+    elif name not in recipe.models:
+        near = closest(name, tuple(recipe.models))
+        yield key, f"no model is named {name}. " + (f"did you mean {near}?" if near else f"there are {', '.join(recipe.models)}")
+
+
+def _drawn_or_compared(recipe: EvalRecipe) -> Iterator[Finding]:
+    """What has no effect where nothing is drawn, compared or scored."""
+    if recipe.reward is None:
+        given = {
+            "reward_combine": recipe.reward_combine != "sum",
+            "rollout.missing_eos_penalty": recipe.rollout.missing_eos_penalty != 0,
+        }
+        for name in (name for name, there in given.items() if there):
+            yield name, "has no effect without reward. add one, or remove it"
+    if recipe.prompts is None:
+        default = Sampling()
+        given = {
+            "rollout": recipe.rollout != default,
+            "winrate": recipe.winrate is not None,
+            "best_of_n": bool(recipe.best_of_n),
+            "dump_pairs": recipe.dump_pairs is not None,
+        }
+        for name in (name for name, there in given.items() if there):
+            yield name, "has no effect without prompts. name some, or remove it"
+        if recipe.preferences is None:
+            for name, value in {"reference": recipe.reference, "reward": recipe.reward, "gold": recipe.gold}.items():
+                if value is not None:
+                    yield name, "has no effect without prompts or preferences. name some, or remove it"
+    elif recipe.rollout.max_new_tokens >= recipe.max_length:
+        what = f"leaves no room for a prompt in max_length ({recipe.max_length}). lower it, or raise max_length"
+        yield "rollout.max_new_tokens", what
+
+
+def _winrate(recipe: EvalRecipe) -> Iterator[Finding]:
+    winrate = recipe.winrate
+    if winrate is None:
+        return
+    yield from _known("winrate.baseline", winrate.baseline, recipe)
+    yield from _judge("winrate.judge", winrate, recipe)
+    ranks_one = recipe.dump_pairs is not None and isinstance(winrate.judge, str)
+    if recipe.models and not _several(recipe) and not ranks_one:
+        yield "winrate", "there is no other model to compare with the baseline. add one to models"
+
+
+def _judge(key: str, winrate: Winrate, recipe: EvalRecipe) -> Iterator[Finding]:
+    judge = winrate.judge
+    if not isinstance(judge, str):
+        if not judge.endpoint.startswith(("http://", "https://")):
+            yield f"{key}.endpoint", f"expected a URL, found {judge.endpoint}. write http:// or https:// before it"
+        return
+    rewards, golds = map(term_names, recipe.terms)
+    whole = {"reward": rewards, "gold": golds}
+    if judge in whole:
+        if not whole[judge]:
+            yield key, f"there is no {judge} in this recipe. add {judge}: [{{model: …}}] or [{{function: file.py:name}}]"
+        return
+    names = list(dict.fromkeys((*(name for name, terms in whole.items() if terms), *rewards, *golds)))
+    if judge in names:
+        return
+    near = closest(judge, names or tuple(whole))
+    there = ", ".join(names) or "no reward and no gold to name"
+    advice = f"did you mean {near}?" if near else f"there is {there}; a server is {{endpoint: http://…, model: …}}"
+    yield key, f"no term is named {judge}. {advice}"
+
+
+def _best_of(recipe: EvalRecipe) -> Iterator[Finding]:
+    if not recipe.best_of_n:
+        return
+    if len(set(recipe.best_of_n)) < len(recipe.best_of_n):
+        yield "best_of_n", "a number is there twice. keep one of each"
+    if recipe.reference is None:
+        yield "best_of_n", "chooses among the reference's responses. name a reference"
+    if recipe.reward is None:
+        yield "best_of_n", "chooses by the score. add a reward"
+
+
+def _dump(recipe: EvalRecipe) -> Iterator[Finding]:
+    if recipe.dump_pairs is None or recipe.prompts is None:
+        return
+    endpoint = recipe.winrate is not None and not isinstance(recipe.winrate.judge, str)
+    if recipe.winrate is None and recipe.reward is None:
+        yield "dump_pairs", "needs a judge to rank the responses. add winrate or reward"
+    if not recipe.dump_pairs.endswith(".jsonl"):
+        yield "dump_pairs", f"expected a .jsonl file, found {recipe.dump_pairs}. rename it"
+    if not endpoint and recipe.rollout.responses_per_prompt < 2 and not _several(recipe):
+        yield "dump_pairs", "one response to a prompt is no ranking. set rollout.responses_per_prompt to 2 or more"
+
+
+def _several(recipe: EvalRecipe) -> bool:
+    return len(recipe.models) > 1 or any(map(is_pattern, recipe.models.values()))
+
+
+def _implicit(recipe: EvalRecipe) -> Iterator[Finding]:
+    if recipe.beta is not None and (recipe.preferences is None or recipe.reference is None):
+        yield "beta", "scales implicit rewards, which need preferences and a reference. name both, or remove it"
+
+
+EVALUATION = (
+    Check(("models", "reference"), _models),
+    Check(("prompts", "preferences", "text"), _rows),
+    Check(
+        (
+            *("prompts", "preferences", "reference", "rollout", "max_length"),
+            *("reward", "reward_combine", "gold", "winrate", "best_of_n", "dump_pairs"),
+        ),
+        _drawn_or_compared,
+    ),
+    Check(("models", "winrate", "reward", "gold", "dump_pairs"), _winrate),
+    Check(("best_of_n", "reference", "reward"), _best_of),
+    Check(("dump_pairs", "prompts", "winrate", "reward", "rollout", "models"), _dump),
+    Check(("beta", "preferences", "reference"), _implicit),
+    REWARD,
+)
