@@ -37,13 +37,14 @@ from rlhf_cli.data.unpaired import unpaired, with_mismatches
 from rlhf_cli.models.backbone import BASE, Backbone
 from rlhf_cli.models.load import load_config, load_tokenizer
 from rlhf_cli.models.memory import auto_budget, estimate
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.policy import load_trained
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES
 from rlhf_cli.training.optim import build_optimizer
 from rlhf_cli.training.reference import reference_logps
-from rlhf_cli.training.step import optimise
+from rlhf_cli.training.step import Update, optimise
 
 RATE = 1e-4
 LORA = sections.Lora()
@@ -161,25 +162,21 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     config = load_config(options.model, None, False)
     memory = estimate(config, rank=LORA.r, dtype=torch.float32, checkpointing=False, trust_remote_code=False)
     budget = options.tokens or auto_budget(memory, int(rows.lengths.max()), CPU)
-    backbone = load_start(options, Path(options.adapter))
-    ranks, losses, reference = Ranks(expected=False), [], {}
+    backbone, losses, reference = load_start(options, Path(options.adapter)), [], {}
+    passes = Passes(backbone, budget, Ranks(expected=False))
     if objective.reference:
         # The adapter is fresh, so that the bare base is the start.
         with tempfile.TemporaryDirectory() as store:
             for state in ("computed", "stored"):
                 clock = Clock()
-                (known,) = reference_logps(
-                    backbone, BASE, [rows], key="bench", budget=budget, ranks=ranks, console=Console(False), folder=Path(store)
-                )
+                (known,) = reference_logps(passes, BASE, [rows], key="bench", console=Console(False), folder=Path(store))
                 reference[state] = clock.read()
         rows = known
     optimizer = build_optimizer(backbone.trained_roles, sections.Train(learning_rate=RATE))
     rates, clock = {objective.role: RATE}, Clock()
     for step in range(1, options.steps + 1):
         batch = rows[(step - 1) * options.batch_size : step * options.batch_size]
-        result = optimise(
-            backbone, objective, optimizer, batch, step=step, seed=0, rates=rates, max_grad_norm=1.0, budget=budget, ranks=ranks
-        )
+        result = optimise(passes, objective, optimizer, Update(step, batch, rates, max_grad_norm=1.0, seed=0))
         losses.append(result.metrics["loss"])
     return {
         "rows": len(rows),

@@ -34,6 +34,7 @@ from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.models.load import load_config, load_tokenizer
 from rlhf_cli.models.memory import auto_budget, estimate
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.models.policy import load_trained
 from rlhf_cli.objectives.ppo import Ppo
@@ -43,7 +44,7 @@ from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.rollout.reward_models import Reader, RewardModelScorer
 from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.training.optim import build_optimizer
-from rlhf_cli.training.step import optimise
+from rlhf_cli.training.step import Update, optimise
 
 EPISODES, NEW_TOKENS, EPOCHS, RATE = 16, 32, 2, 1e-5
 CPU = torch.device("cpu")
@@ -106,24 +107,12 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     seconds = {"rollout and scores": 0.0, "update": 0.0}
     for step in range(1, options.iterations + 1):
         started = time.process_time()
-        draw = drawn.collect(step, {})
+        made = drawn.collect(step, {})
         between = time.process_time()
-        for number, batch in enumerate(objective.updates(draw.batches[0], step)):
-            optimise(
-                backbone,
-                objective,
-                optimizer,
-                batch,
-                step=step,
-                seed=0,
-                rates={"policy": RATE, "value": RATE},
-                max_grad_norm=1.0,
-                budget=budget,
-                ranks=ranks,
-                memory=draw.memory,
-                given=draw.given,
-                update=number,
-            )
+        for number, batch in enumerate(objective.updates(made.batches[0], step)):
+            rates = {"policy": RATE, "value": RATE}
+            update = Update(step, batch, rates, 1.0, seed=0, number=number, memory=made.memory, given=made.given)
+            optimise(Passes(backbone, budget, ranks), objective, optimizer, update)
         seconds["rollout and scores"] += between - started
         seconds["update"] += time.process_time() - between
     return _report(sum(seconds.values()), options.iterations) | {"cpu_seconds": seconds, "base_copies": len(backbone.hosts)}

@@ -63,7 +63,7 @@ def _die_before_a_new_call(patch: pytest.MonkeyPatch, run: Path, died: set[tuple
         def dying(*arguments: Any, **settings: Any) -> Any:
             nonlocal since
             if name == "optimise":
-                since = settings["step"], settings["update"]
+                since = arguments[-1].step, arguments[-1].number
                 calls.clear()
             calls[name] += 1
             place = name, since, calls[name]

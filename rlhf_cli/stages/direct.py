@@ -127,12 +127,10 @@ def _with_reference(
         weights += " merged"  # rounded once more than base and adapter apart
     job.signals.say("while the reference's log-probabilities were computed; what is done is kept, continue with --resume")
     filled = reference_logps(
-        backbone,
+        job.passes(backbone),
         role,
         [part.trees for part in parts],
         key=weights_key(backbone.at(role), weights, adapter),
-        budget=job.budget,
-        ranks=job.ranks,
         console=job.console,
         folder=default_folder(),
     )

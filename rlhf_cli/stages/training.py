@@ -28,6 +28,7 @@ from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import choose_pad_id
 from rlhf_cli.models.load import load_config, load_tokenizer, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import Memory, auto_budget, estimate, is_out_of_memory
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.policy import load_trained, parent_lora, resolve_lora
 from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.objectives.base import Objective
@@ -46,7 +47,8 @@ from rlhf_cli.signals import StopSignals
 from rlhf_cli.stages.plan import learning_rate_warning, plan
 from rlhf_cli.training.checkpoint import checkpoint_path
 from rlhf_cli.training.invariants import check_start
-from rlhf_cli.training.loop import BatchSource, Measure, Trainer, peak_memory
+from rlhf_cli.training.loop import BatchSource, Hooks, Measure, Trainer
+from rlhf_cli.training.optim import Schedule
 from rlhf_cli.training.step import evaluate
 from rlhf_cli.training.trackers import check_trackers, start_trackers
 
@@ -82,6 +84,9 @@ class TrainingJob:
     @property
     def budget(self) -> int:
         return int(self.recipe.train.tokens_per_device)
+
+    def passes(self, backbone: Backbone) -> Passes:
+        return Passes(backbone, self.budget, self.ranks)
 
 
 def prepare_job(
@@ -240,35 +245,25 @@ def train_job(
     """
     on_policy = on_policy or OnPolicy(job.source, _measure(job, backbone), job.source.batch(1))
     trainer = Trainer(
-        run=folder,
-        backbone=backbone,
+        passes=job.passes(backbone),
         objective=job.objective,
-        source=on_policy.source,
-        measure=on_policy.measure,
-        save_model=partial(_save_model, job, backbone),
-        sample=partial(_samples, job, backbone) if sampled else lambda: [],
-        train=job.recipe.train,
-        steps=job.steps,
-        seed=job.recipe.seed,
-        budget=job.budget,
-        ranks=job.ranks,
+        hooks=Hooks(
+            source=on_policy.source,
+            measure=on_policy.measure,
+            sample=partial(_samples, job, backbone) if sampled else lambda: [],
+            save_model=partial(_save_model, job, backbone),
+        ),
+        schedule=Schedule(job.recipe.train, job.steps, job.recipe.seed, on_policy.learning_rates),
+        run=folder,
         console=job.console,
         signals=job.signals,
         trackers=start_trackers(job.recipe, folder.path, job.ranks.main),
-        learning_rates=on_policy.learning_rates,
     )
     try:
         # Before a checkpoint is taken up: every process checks the start it was given, also one that goes on later.
-        check_start(
-            backbone,
-            job.objective,
-            on_policy.first,
-            budget=job.budget,
-            ranks=job.ranks,
-            reference_is_start=reference_is_start,
-        )
+        check_start(trainer.passes, job.objective, on_policy.first, reference_is_start=reference_is_start)
         trainer.resume()
-        trainer.go()
+        trainer.train()
     except (Stopped, NumberError) as error:
         if not error.one_rank:  # of all ranks alike: they part in order
             job.ranks.close()
@@ -299,7 +294,7 @@ def finish_job(
     """
     if job.ranks.main:
         with disk_errors(folder.model):
-            trainer.save_model(folder.model)
+            trainer.hooks.save_model(folder.model)
         described = job.base if base == job.start.base else base_model(Start(base, None, None, base, None, None))
         assert described is not None
         outcome = Outcome(
@@ -309,9 +304,9 @@ def finish_job(
             data=job.dataset.fingerprints | dict(fingerprints or {}),
             chat_template_hash=job.template.hash,
             steps=trainer.state.step,
-            tokens=trainer.state.tokens,
-            seconds=trainer.state.seconds,
-            peak_memory=max(trainer.state.peak_memory, peak_memory()),
+            tokens=trainer.state.usage.tokens,
+            seconds=trainer.state.usage.seconds,
+            peak_memory=trainer.peak_memory,
             parents=(*((job.start.parent,) if job.start.parent else ()), *parents),
             status=trainer.status,
             extra={
@@ -319,15 +314,16 @@ def finish_job(
                 "learning_rate": job.recipe.train.learning_rate,
                 "batch_size": job.recipe.train.batch_size,
                 "lora": job.lora and dataclasses.asdict(job.lora),
-                "best_step": trainer.state.best_step,
+                "best_step": trainer.state.watched.best_step,
                 **(extra or {}),
             },
         )
         manifest = build_manifest(folder, outcome)
         write_report(folder, manifest)
         write_manifest(folder, manifest)
-    if trainer.state.best_step not in (None, trainer.state.step):
-        job.console.say(f"the best checkpoint: {checkpoint_path(folder.checkpoints, trainer.state.best_step or 0)}")
+    best = trainer.state.watched.best_step
+    if best is not None and best != trainer.state.step:
+        job.console.say(f"the best checkpoint: {checkpoint_path(folder.checkpoints, best)}")
     job.console.say(f"{trainer.status} in {time.monotonic() - job.started:.0f} s: {folder.report}")
 
 
@@ -407,14 +403,9 @@ def _measure(job: TrainingJob, backbone: Backbone) -> Measure | None:
     if job.dataset.held_out is None:
         return None
     trees = list(job.dataset.held_out.trees)
+    passes = job.passes(backbone)
     return lambda state: evaluate(
-        backbone,
-        job.objective,
-        trees,
-        budget=state.budget,
-        ranks=job.ranks,
-        memory=state.memory,
-        pause=job.signals.pause,
+        passes.at_most(state.budget), job.objective, trees, memory=state.memory, pause=job.signals.pause
     )
 
 

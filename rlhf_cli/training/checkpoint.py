@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.runs.folder import require_space
 from rlhf_cli.training.optim import optimizer_state, restore_optimizer
 from rlhf_cli.training.partial_step import PartialStep, load_partial_step, save_partial_step
+from rlhf_cli.training.watch import Watched
 
 HASHES, STATE, OPTIMIZER, NUMBERS, MODEL = "hashes.json", "state.json", "optimizer.safetensors", "optimizer.json", "model"
 ROLES = "roles.safetensors"
@@ -24,23 +25,52 @@ ROLES = "roles.safetensors"
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What a run took so far, over all its processes."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    peak_memory: float = 0.0  # GiB
+
+
+@dataclass(frozen=True)
+class LogSizes:
+    """Where metrics.jsonl and samples.jsonl end, in bytes."""
+
+    metrics_bytes: int = 0
+    samples_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class State:
     """Where a run stands. Data order, learning rate and randomness are functions of the step and the seed."""
 
-    step: int
-    evaluated: int  # the last step whose held-out figures are in the log; -1: not even those of the start
-    tokens: int
-    seconds: float
-    peak_memory: float  # GiB, of every process so far
-    budget: int  # tokens_per_device in force
-    metrics_bytes: int
-    samples_bytes: int
-    best: dict[str, float]  # metric → its best value so far, for stop_if and keep_best
-    best_step: int | None  # the checkpoint that keep_best protects
-    stopped_by: str | None  # the rule of stop_if that ended the run
     planned: int  # steps that the learning rate's schedule was made for
+    budget: int  # tokens_per_device in force
     asked: int  # tokens_per_device of the recipe
+    step: int = 0
+    evaluated: int = -1  # the last step whose held-out figures are in the log; -1: not even those of the start
+    usage: Usage = field(default_factory=Usage)
+    logs: LogSizes = field(default_factory=LogSizes)
+    watched: Watched = field(default_factory=Watched)
     memory: dict[str, float] = field(default_factory=dict)  # the objective's own numbers, e.g. BCO's running means
+
+
+GROUPS = {"usage": Usage, "logs": LogSizes, "watched": Watched}
+"""Fields of a state whose own fields stand beside the others in state.json."""
+
+
+def write_state(path: Path, state: State) -> None:
+    numbers = asdict(state)
+    for name in GROUPS:
+        numbers |= numbers.pop(name)
+    write_json(path, numbers)
+
+
+def load_state(checkpoint: Path) -> State:
+    numbers = read_json(checkpoint / STATE)
+    groups = {name: kind(**{own.name: numbers.pop(own.name) for own in fields(kind)}) for name, kind in GROUPS.items()}
+    return State(**numbers, **groups)
 
 
 def checkpoint_path(folder: Path, step: int, updates: int = 0) -> Path:
@@ -83,7 +113,7 @@ def save_checkpoint(
                 save_partial_step(part, partial)
             save_file(tensors, part / OPTIMIZER)
             write_json(part / NUMBERS, numbers)
-            write_json(part / STATE, asdict(state))
+            write_state(part / STATE, state)
             hashes = hash_tree(part)
             for name in hashes:
                 _sync(part / name)
@@ -136,10 +166,6 @@ def set_aside(checkpoint: Path) -> Path:
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)
-
-
-def load_state(checkpoint: Path) -> State:
-    return State(**read_json(checkpoint / STATE))
 
 
 def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.optim.Optimizer) -> PartialStep | None:

@@ -10,8 +10,8 @@ import torch
 from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.errors import NumberError
 from rlhf_cli.models.backbone import BASE, Backbone
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.objectives.base import Objective
-from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.step import evaluate
 
 TOLERANCE = 1e-4
@@ -35,9 +35,7 @@ Values = dict[tuple[int, int], torch.Tensor]
 """(tree, response) → log-probabilities of its tokens (T,), or its score (1,)."""
 
 
-def check_start(
-    backbone: Backbone, objective: Objective, trees: list[Tree], *, budget: int, ranks: Ranks, reference_is_start: bool
-) -> None:
+def check_start(passes: Passes, objective: Objective, trees: list[Tree], *, reference_is_start: bool) -> None:
     """Check the first global batch before any update, with dropout off.
 
     Packed responses must have the numbers they have alone, from the model's own logits, without our masks and positions; two
@@ -46,24 +44,23 @@ def check_start(
     Raises:
         NumberError: with what was measured, and what it points to.
     """
-    backbone.model.eval()
-    verdict, noise = None, TOLERANCE
+    passes.backbone.model.eval()
+    error, noise = None, TOLERANCE
     try:
-        noise = _check_numbers(backbone, objective, trees, budget, ranks, reference_is_start)
-    except NumberError as error:
-        verdict = str(error)
+        noise = _check_numbers(passes, objective, trees, reference_is_start)
+    except NumberError as found:
+        error = str(found)
     # Devices may differ: what one of them finds ends the run on all, in order.
-    if faults := [words for words in ranks.gather(verdict) if words]:
-        raise NumberError(faults[0])
+    if errors := [words for words in passes.ranks.gather(error) if words]:
+        raise NumberError(errors[0])
     if objective.reference and reference_is_start and objective.rows.responses != "none":
-        _check_metrics(backbone, objective, trees, budget, noise, ranks)
+        _check_metrics(passes, objective, trees, noise)
 
 
 @torch.no_grad()
-def _check_numbers(
-    backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, ranks: Ranks, reference_is_start: bool
-) -> float:
+def _check_numbers(passes: Passes, objective: Objective, trees: list[Tree], reference_is_start: bool) -> float:
     """What this rank can see by itself; returns what counts as rounding."""
+    backbone, budget = passes.backbone, passes.budget
     few = sorted(trees, key=tree_length)[:COMPARED]
     packed = _packed(backbone, objective.role, few, budget)
     noise = _noise(backbone, objective.role, few, packed)
@@ -71,7 +68,7 @@ def _check_numbers(
     alone = _alone(backbone, objective.role, few)
     _same(packed, alone, noise, "packed rows and single ones", "the mask, the positions or the targets of packed rows are wrong")
     if objective.reference and reference_is_start:
-        _check_reference(backbone, trees, budget, noise, ranks)
+        _check_reference(passes, trees, noise)
     return noise
 
 
@@ -124,9 +121,10 @@ def _alone(backbone: Backbone, role: str, trees: list[Tree]) -> Values:
     return found
 
 
-def _check_reference(backbone: Backbone, trees: list[Tree], budget: int, noise: float, ranks: Ranks) -> None:
+def _check_reference(passes: Passes, trees: list[Tree], noise: float) -> None:
     """Every response's log-ratio is 0 up to rounding; the message names what the reference looks like instead."""
-    for batch in backbone.batches(trees, budget, ranks.rank, ranks.size):
+    backbone = passes.backbone
+    for batch in passes.over(trees):
         policy = backbone.logps("policy", batch)[0]
         known = batch.reference if batch.reference is not None else backbone.logps("reference", batch)[0]
         again = batch.reference if batch.reference is not None else backbone.logps("reference", batch)[0]
@@ -151,9 +149,9 @@ def _check_reference(backbone: Backbone, trees: list[Tree], budget: int, noise: 
         )
 
 
-def _check_metrics(backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, noise: float, ranks: Ranks) -> None:
+def _check_metrics(passes: Passes, objective: Objective, trees: list[Tree], noise: float) -> None:
     """Implicit rewards, margins and the KL estimate of the first batch are 0; the bound is coarse, for beta scales rounding."""
-    metrics = evaluate(backbone, objective, trees, budget=budget, ranks=ranks)
+    metrics = evaluate(passes, objective, trees)
     for name in ZERO_AT_START:
         if abs(metrics.get(name, 0.0)) > 1e3 * noise:
             raise NumberError(f"before step 1: {name} is {metrics[name]:.3g}, where 0 is right: is the reference another model?")

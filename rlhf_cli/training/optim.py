@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +48,20 @@ def learning_rate(train: sections.Train, step: int, steps: int, peak: float | No
         return peak
     done = (step - 1 - warm) / max(1, steps - warm)
     return peak * (0.5 * (1 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1 - done)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is, and how fast each role learns."""
+
+    settings: sections.Train
+    steps: int
+    seed: int
+    peaks: Mapping[str, float] = field(default_factory=dict)  # role → its highest learning rate, where it is not the recipe's
+
+    def rates(self, step: int, roles: Iterable[str]) -> dict[str, float]:
+        """Role → its learning rate at a step."""
+        return {role: learning_rate(self.settings, step, self.steps, self.peaks.get(role)) for role in roles}
 
 
 def optimizer_state(

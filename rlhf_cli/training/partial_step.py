@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a step that is half done: its draw, which later weights could not repeat, and its sums so far."""
+"""What a checkpoint holds of a step that is half done: its batches, which later weights could not repeat, and its sums so far."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ARRAYS, NUMBERS = "underway.npz", "underway.json"
 
 @dataclass(frozen=True)
 class PartialStep:
-    """A draw that is still learned from, and how far its step has come: a step of several updates may be left between two."""
+    """Batches that are still learned from, and how far their step has come: a step of several updates may be left between two."""
 
-    draw: StepBatches
+    batches: StepBatches
     updates: int = 0  # made of the step after State.step
     sums: Sums = field(default_factory=Sums)  # of those updates
     first: dict[str, float] = field(default_factory=dict)  # means of the first of them, where only it says something
@@ -30,16 +30,16 @@ class PartialStep:
 
 def save_partial_step(folder: Path, partial: PartialStep) -> None:
     """Write it into a checkpoint; numbers come back bit for bit."""
-    draw, arrays = partial.draw, _Arrays()
-    trees = [[arrays.add(tree) for tree in batch] for batch in draw.batches]
+    made, arrays = partial.batches, _Arrays()
+    trees = [[arrays.add(tree) for tree in batch] for batch in made.batches]
     np.savez(folder / ARRAYS, **arrays.found)  # type: ignore[arg-type]
     numbers = {
-        "first": draw.first,
+        "first": made.first,
         "batches": trees,
-        "wheres": draw.locations,
-        "memory": draw.memory,
-        "given": draw.given,
-        "metrics": draw.metrics,
+        "wheres": made.locations,
+        "memory": made.memory,
+        "given": made.given,
+        "metrics": made.metrics,
         "updates": partial.updates,
         "totals": [[*key, total] for key, total in partial.sums.totals.items()],
         "counts": partial.sums.counts,
@@ -50,16 +50,16 @@ def save_partial_step(folder: Path, partial: PartialStep) -> None:
 
 
 def load_partial_step(folder: Path) -> PartialStep | None:
-    """The inverse of `save_underway`; None if nothing was under way."""
+    """The inverse of `save_partial_step`; None if nothing was under way."""
     if not (folder / NUMBERS).exists():
         return None
     numbers: dict[str, Any] = read_json(folder / NUMBERS)
     with np.load(folder / ARRAYS) as arrays:
         batches = tuple([_tree(arrays, one) for one in batch] for batch in numbers["batches"])
     locations = tuple(numbers["wheres"])
-    draw = StepBatches(numbers["first"], batches, locations, numbers["memory"], numbers["given"], numbers["metrics"])
+    made = StepBatches(numbers["first"], batches, locations, numbers["memory"], numbers["given"], numbers["metrics"])
     sums = Sums({(name, unit): total for name, unit, total in numbers["totals"]}, numbers["counts"])
-    return PartialStep(draw, numbers["updates"], sums, numbers["first_means"], numbers["seconds"])
+    return PartialStep(made, numbers["updates"], sums, numbers["first_means"], numbers["seconds"])
 
 
 PARTS = ("responses", "reference", "recorded")

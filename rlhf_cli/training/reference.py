@@ -27,7 +27,7 @@ from rlhf_cli.data.trees import Tree, supervised_tokens, tree_length
 from rlhf_cli.errors import NumberError
 from rlhf_cli.files import read_json
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.ranks import Ranks
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.runs.manifest import weights_hash
 from rlhf_cli.training.step import smaller_budget
 
@@ -83,37 +83,29 @@ def _adapter_key(folder: Path) -> str:
 
 
 def reference_logps(
-    backbone: Backbone,
-    role: str,
-    datasets: Sequence[Trees],
-    *,
-    key: str,
-    budget: int,
-    ranks: Ranks,
-    console: Console,
-    folder: Path | None,
+    passes: Passes, role: str, datasets: Sequence[Trees], *, key: str, console: Console, folder: Path | None
 ) -> list[Trees]:
     """The same trees with `reference` filled under `role`: from the store where it has them, else computed and stored.
 
     NaN stands at prompt tokens and where nothing predicts a token, the first after an empty prompt; all else is finite.
-    `key` is of `weights_key`, `folder` the cache's (None: nothing is stored), `budget` counts the tokens of a pass. Every rank
-    must call it; rank 0 alone reads and writes the store.
+    `key` is of `weights_key`, `folder` the cache's (None: nothing is stored). Every rank must call it; rank 0 alone reads and
+    writes the store.
 
     Raises:
         NumberError: a computed log-probability is not finite; it is not stored.
         MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
     """
-    backbone = backbone.elsewhere.get(role, backbone)
+    passes, ranks = replace(passes, backbone=passes.backbone.at(role)), passes.ranks
     table = _number(datasets)
     shards = None if folder is None else folder / "reference" / key
     values, read = np.full(table.offsets[-1], np.nan, np.float32), []
     if shards is not None and ranks.main:
         read = _read(shards, table, values, console)
     values = ranks.gather(values if ranks.main else None)[0]
-    work = _Work(backbone, role, datasets, table, ranks, budget)
+    work = _Work(passes, role, datasets, table)
 
     known = table.known(values)
-    if known.any() and (difference := work.difference(values, known)) > TOLERANCE[backbone.compute_dtype]:
+    if known.any() and (difference := work.difference(values, known)) > TOLERANCE[passes.backbone.compute_dtype]:
         console.warn(
             f"{WHAT}: those in {shards} are not this model's (they differ by {difference:.2g} nats per token); "
             "they are set aside and all are computed again"
@@ -182,12 +174,10 @@ def _number(datasets: Sequence[Trees]) -> _Table:
 class _Work:
     """What computes: forward passes under one role, dealt to ranks, in evaluation mode and without gradients."""
 
-    backbone: Backbone
+    passes: Passes
     role: str
     datasets: Sequence[Trees]
     table: _Table
-    ranks: Ranks
-    budget: int
 
     def fill(self, values: np.ndarray, shards: Path | None, console: Console) -> None:
         """Compute what is missing in the order of the data; what is done is stored every minute, and however this ends."""
@@ -198,7 +188,7 @@ class _Work:
 
         def flush() -> None:
             nonlocal refused
-            if pending and shards is not None and self.ranks.main:
+            if pending and shards is not None and self.passes.ranks.main:
                 refused |= not _write(shards, self.table, values, pending)
             pending.clear()
 
@@ -239,7 +229,7 @@ class _Work:
         return found
 
     def _chunks(self, numbers: Sequence[int]) -> Iterable[list[tuple[Tree, list[int]]]]:
-        limit = CHUNK_PASSES * self.budget * self.ranks.size
+        limit = CHUNK_PASSES * self.passes.budget * self.passes.ranks.size
         chunk: list[tuple[Tree, list[int]]] = []
         tokens = 0
         for _, group in groupby(numbers, lambda u: self.table.places[u][:2]):
@@ -259,11 +249,11 @@ class _Work:
                 mine = self._forward(wanted)
                 break
             except (RuntimeError, MemoryError) as error:
-                self.budget = smaller_budget(error, self.budget, wanted, self.ranks)
+                self.passes = self.passes.at_most(smaller_budget(error, self.passes.budget, wanted, self.passes.ranks))
             # Out here the error, and with it the pass's tensors, is gone.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        computed = {index: values for share in self.ranks.gather(mine) for index, values in share.items()}
+        computed = {index: values for share in self.passes.ranks.gather(mine) for index, values in share.items()}
         found = []
         for index, (_, numbers) in enumerate(chunk):
             sizes = [self.table.size(u) for u in numbers]
@@ -275,10 +265,11 @@ class _Work:
     @torch.no_grad()
     def _forward(self, wanted: list[Tree]) -> dict[int, np.ndarray]:
         """This rank's share: tree → the values of its responses, one after the other."""
-        self.backbone.model.eval()
+        backbone = self.passes.backbone
+        backbone.model.eval()
         found: dict[int, np.ndarray] = {}
-        for batch in self.backbone.batches(wanted, self.budget, self.ranks.rank, self.ranks.size):
-            values = self.backbone.logps(self.role, batch)[0].cpu().numpy()
+        for batch in self.passes.over(wanted):
+            values = backbone.logps(self.role, batch)[0].cpu().numpy()
             ends = np.cumsum([supervised_tokens(wanted[index]) for index in batch.trees])
             found |= dict(zip(batch.trees, np.split(values, ends[:-1]), strict=True))
         return found

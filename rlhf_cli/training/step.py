@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +13,7 @@ from rlhf_cli.data.trees import Batch, Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.memory import LONG_PASS, is_out_of_memory, return_freed
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.signals import Pause, no_pause
@@ -49,12 +49,26 @@ UPDATES = "updates"
 
 
 @dataclass(frozen=True)
+class Update:
+    """One update of a step, the same on every rank."""
+
+    step: int
+    trees: list[Tree]  # its global batch
+    rates: Mapping[str, float]  # trained role → learning rate
+    max_grad_norm: float  # of each role's gradients, apart from the others'
+    seed: int
+    number: int = 0  # which of the step's updates
+    memory: Mapping[str, float] = field(default_factory=dict)  # the objective's own numbers from the step before
+    given: Mapping[str, float] = field(default_factory=dict)  # what else its terms take
+
+
+@dataclass(frozen=True)
 class StepResult:
     sums: Sums
     metrics: dict[str, float]
     tokens: int  # of all ranks, padding not counted
     budget: int  # tokens_per_device in force, smaller than before if memory ran out
-    memory: dict[str, float] = field(default_factory=dict)  # the objective's own numbers after the step
+    memory: dict[str, float]  # the objective's own numbers after the step
 
 
 class NonFinite(NumberError):
@@ -65,80 +79,66 @@ class NonFinite(NumberError):
         self.rows = rows  # records of the passes concerned
 
 
-def optimise(
-    backbone: Backbone,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    trees: list[Tree],
-    *,
-    step: int,
-    seed: int,
-    rates: Mapping[str, float],
-    max_grad_norm: float,
-    budget: int,
-    ranks: Ranks,
-    memory: Mapping[str, float] | None = None,
-    given: Mapping[str, float] | None = None,
-    update: int = 0,
-) -> StepResult:
-    """Make an update of `step` on a global batch, the same on every rank. Metrics are of the weights before the update.
-
-    rates: the learning rate of every trained role, whose gradients are also clipped apart from the others'; memory: the
-    objective's own numbers from the step before; given: what else its terms take; update: which of the step's updates this is.
+def optimise(passes: Passes, objective: Objective, optimizer: torch.optim.Optimizer, update: Update) -> StepResult:
+    """Make an update. Metrics are of the weights before it.
 
     Raises:
         NonFinite: a loss or gradient is not finite; nothing was changed.
         NumberError: the objective finds fault with the run's first batch; nothing was changed.
         MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
     """
-    roles = backbone.trained_roles
-    parameters = backbone.trained_parameters()
-    counts, memory = objective.counts(trees), dict(memory or {})
-    constants = memory | dict(given or {})
-    seen, learned = objective.phases(trees)
+    backbone, ranks = passes.backbone, passes.ranks
+    roles, parameters = backbone.trained_roles, backbone.trained_parameters()
+    counts = objective.counts(update.trees)
     while True:
-        torch.manual_seed(derive_seed(seed, step, update, ranks.rank))
         optimizer.zero_grad(set_to_none=True)
         try:
-            measured = list(_measure(backbone, objective, seen, budget, ranks))
-            statistics = _summed(measured, counts, ranks)
-            if not all(map(math.isfinite, statistics.means.values())):
-                raise _refusal(step, statistics.means, {}, measured, {}, ranks)
-            passes = _accumulate(backbone, objective, learned, counts, constants | statistics.means, budget, ranks)
+            statistics, found = _backward(passes, objective, update, counts)
             break
         except (RuntimeError, MemoryError) as error:
-            budget = smaller_budget(error, budget, trees, ranks)
+            passes = passes.at_most(smaller_budget(error, passes.budget, update.trees, ranks))
         # Out here the error, and with it the pass's tensors, is gone.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if step == 1 and update == 0:
+    first = update.step == 1 and update.number == 0
+    if first:
         _check_gradients_exist(backbone, ranks)
     ranks.sum_gradients(parameters.values())
-    scale = _loss_scale(backbone)
-    if scale != 1:
-        torch._foreach_mul_([p.grad for p in parameters.values() if p.grad is not None], 1 / scale)
+    if (scale := _loss_scale(backbone)) != 1:
+        torch._foreach_mul_(_gradients(parameters), 1 / scale)
     norms = {role: float(torch.nn.utils.get_total_norm(_gradients(own))) for role, own in roles.items()}
-    sums = Sums(statistics.totals, {}) + _summed(passes, counts, ranks)
+    sums = Sums(statistics.totals) + _summed(found, counts, ranks)
     means = sums.means
+    refusal: NumberError | None = None
     if not all(map(math.isfinite, (*norms.values(), *means.values()))):
-        refusal = _refusal(step, means, norms, passes, {n: p.grad for n, p in parameters.items()}, ranks)
-        optimizer.zero_grad(set_to_none=True)
+        refusal = _refusal(update.step, means, norms, found, {n: p.grad for n, p in parameters.items()}, ranks)
+    elif first and not backbone.has_dropout and (start_error := objective.start_error(means)):
+        refusal = NumberError(f"step 1: {start_error}; nothing was trained")
+    if refusal is None:
+        _change_weights(optimizer, roles, norms, update)
+    optimizer.zero_grad(set_to_none=True)
+    if refusal is not None:
         raise refusal
-    if step == 1 and update == 0 and not backbone.has_dropout and (start_error := objective.start_error(means)):
-        optimizer.zero_grad(set_to_none=True)
-        raise NumberError(f"step 1: {start_error}; nothing was trained")
+    for role in roles:
+        suffix = "" if role == objective.role else f"/{role}"
+        own = {("grad_norm" + suffix, UPDATES): norms[role], ("learning_rate" + suffix, UPDATES): update.rates[role]}
+        sums = Sums(sums.totals | own, sums.counts | {UPDATES: 1})
+    tokens = sum(map(tree_length, update.trees))
+    return StepResult(sums, objective.metrics(sums.means), tokens, passes.budget, objective.remember(update.memory, means))
+
+
+def _change_weights(
+    optimizer: torch.optim.Optimizer,
+    roles: Mapping[str, Mapping[str, torch.nn.Parameter]],
+    norms: Mapping[str, float],
+    update: Update,
+) -> None:
     for role, own in roles.items():
         total = torch.tensor(norms[role], device=next(iter(own.values())).device)
-        torch.nn.utils.clip_grads_with_norm_(list(own.values()), max_grad_norm, total)
+        torch.nn.utils.clip_grads_with_norm_(list(own.values()), update.max_grad_norm, total)
     for group in optimizer.param_groups:
-        group["lr"] = rates[group["role"]]
+        group["lr"] = update.rates[group["role"]]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    named = {("grad_norm" if role == objective.role else f"grad_norm/{role}", UPDATES): norm for role, norm in norms.items()}
-    named |= {("learning_rate" if role == objective.role else f"learning_rate/{role}", UPDATES): rates[role] for role in roles}
-    sums += Sums(named, {UPDATES: 1})
-    tokens = int(sum(map(tree_length, trees)))
-    return StepResult(sums, objective.metrics(sums.means), tokens, budget, objective.remember(memory, means))
 
 
 def _gradients(parameters: Mapping[str, torch.nn.Parameter]) -> list[torch.Tensor]:
@@ -150,12 +150,10 @@ EVALUATED = 64
 
 
 def evaluate(
-    backbone: Backbone,
+    passes: Passes,
     objective: Objective,
     trees: list[Tree],
     *,
-    budget: int,
-    ranks: Ranks,
     memory: Mapping[str, float] | None = None,
     batch_size: int = EVALUATED,
     pause: Pause = no_pause,
@@ -164,20 +162,21 @@ def evaluate(
     counts = objective.counts(trees)
     seen, parts = objective.phases(trees)
     measured: list[_Pass] = []
-    passes: list[_Pass] = []
-    for found in _measure(backbone, objective, seen, budget, ranks):
-        measured.append(found)
+    for one in _measure(passes, objective, seen):
+        measured.append(one)
         pause()
-    statistics = _summed(measured, counts, ranks).means
-    backbone.train(False)
-    with torch.no_grad():
-        for learned in parts:
-            for start in range(0, len(learned), batch_size):
-                some = learned[start : start + batch_size]
-                for batch in backbone.batches(some, budget, ranks.rank, ranks.size):
-                    passes.append(_run_pass(backbone, objective, batch, some, counts, dict(memory or {}) | statistics, 0.0))
-                    pause()
-    return objective.metrics(statistics | _summed(passes, counts, ranks).means)
+    statistics = _summed(measured, counts, passes.ranks).means
+    given = {**(memory or {}), **statistics}
+    passes.backbone.train(False)
+    found: list[_Pass] = []
+    for learned in parts:
+        for start in range(0, len(learned), batch_size):
+            some = learned[start : start + batch_size]
+            for batch in passes.over(some):
+                with torch.no_grad():
+                    found.append(_run_pass(passes.backbone, objective, batch, some, counts, given, 0.0))
+                pause()
+    return objective.metrics(statistics | _summed(found, counts, passes.ranks).means)
 
 
 @dataclass(frozen=True)
@@ -186,34 +185,38 @@ class _Pass:
     rows: tuple[int, ...]  # the records of its trees
 
 
-def _measure(backbone: Backbone, objective: Objective, trees: list[Tree], budget: int, ranks: Ranks) -> Iterator[_Pass]:
+def _measure(passes: Passes, objective: Objective, trees: list[Tree]) -> Iterator[_Pass]:
     """The objective's statistics, pass by pass, with dropout off."""
-    backbone.train(False)
+    passes.backbone.train(False)
     for start in range(0, len(trees), EVALUATED):
         some = trees[start : start + EVALUATED]
-        for batch in backbone.batches(some, budget, ranks.rank, ranks.size):
+        for batch in passes.over(some):
             with torch.no_grad():
-                sums = objective.statistics(backbone, batch)
+                sums = objective.statistics(passes.backbone, batch)
             found = {(name, unit): value.detach().double() for name, (value, unit) in sums.items()}
             yield _Pass(found, tuple(some[tree].row for tree in batch.trees))
 
 
-def _accumulate(
-    backbone: Backbone,
-    objective: Objective,
-    parts: list[list[Tree]],
-    counts: dict[str, int],
-    given: Mapping[str, float],
-    budget: int,
-    ranks: Ranks,
-) -> list[_Pass]:
-    with _training(backbone):
-        scale = _loss_scale(backbone)
-        return [
-            _run_pass(backbone, objective, batch, trees, counts, given, scale)
+def _backward(passes: Passes, objective: Objective, update: Update, counts: dict[str, int]) -> tuple[Sums, list[_Pass]]:
+    """The statistics of an update, and all its passes forward and backward. Dropout is on for these, and off elsewhere."""
+    backbone, ranks = passes.backbone, passes.ranks
+    torch.manual_seed(derive_seed(update.seed, update.step, update.number, ranks.rank))
+    seen, parts = objective.phases(update.trees)
+    measured = list(_measure(passes, objective, seen))
+    statistics = _summed(measured, counts, ranks)
+    if not all(map(math.isfinite, statistics.means.values())):
+        raise _refusal(update.step, statistics.means, {}, measured, {}, ranks)
+    given = {**update.memory, **update.given, **statistics.means}
+    backbone.train(True)
+    try:
+        found = [
+            _run_pass(backbone, objective, batch, trees, counts, given, _loss_scale(backbone))
             for trees in parts
-            for batch in backbone.batches(trees, budget, ranks.rank, ranks.size)
+            for batch in passes.over(trees)
         ]
+    finally:
+        backbone.train(False)
+    return statistics, found
 
 
 def _run_pass(
@@ -249,16 +252,6 @@ def _summed(passes: Sequence[_Pass], counts: dict[str, int], ranks: Ranks) -> Su
     keys = sorted({key for keys in ranks.gather(list(mine)) for key in keys})
     totals = ranks.sum(mine.get(key, 0.0) for key in keys)
     return Sums(dict(zip(keys, totals, strict=True)), counts)
-
-
-@contextmanager
-def _training(backbone: Backbone) -> Iterator[None]:
-    """Dropout is on; everywhere else it is off."""
-    backbone.train(True)
-    try:
-        yield
-    finally:
-        backbone.train(False)
 
 
 def _loss_scale(backbone: Backbone) -> float:

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from rlhf_cli import sections
 
 KEPT = "keep_best"
 """The key of the best held-out value that `kept_by` names; a `falls` rule has one for training and one for held-out lines."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What `stop_if` and `keep_best` have seen so far."""
+
+    best: dict[str, float] = field(default_factory=dict)  # metric → its best value
+    best_step: int | None = None  # the checkpoint that keep_best protects
+    stopped_by: str | None = None  # the rule of stop_if that ended the run
+
+    def with_line(self, step: int, split: str, metrics: Mapping[str, float], train: sections.Train) -> Watched:
+        """After a line of `split` (train or eval)."""
+        best = note_best(self.best, split, metrics, train)
+        stopped_by = self.stopped_by or reason_to_stop(train.stop_if, split, metrics, best)
+        return Watched(best, step if best.get(KEPT) != self.best.get(KEPT) else self.best_step, stopped_by)
 
 
 def note_best(best: Mapping[str, float], split: str, metrics: Mapping[str, float], train: sections.Train) -> dict[str, float]:

@@ -26,6 +26,7 @@ from rlhf_cli.evaluation.preference import (
 )
 from rlhf_cli.figures import Interval
 from rlhf_cli.models.backbone import Backbone, lora_config
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.scoring import score_responses
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.ranks import Ranks
@@ -323,7 +324,7 @@ def test_the_accuracy_is_the_one_that_training_logs():
     backbone.add_head("reward", torch.randn(1, 16))
     trees = draw_trees(20, seed=1, branches=2) + draw_trees(15, seed=2, branches=4)
     trees = [each._replace(facts=Facts(ranks=(1, 2, 2, 3))) if len(each.responses) == 4 else each for each in trees]
-    logged = evaluate(backbone, BradleyTerry(), trees, budget=60, ranks=Ranks(expected=False))
+    logged = evaluate(Passes(backbone, 60, Ranks(expected=False)), BradleyTerry(), trees)
     scores = score_responses(backbone, "reward", trees, 60, Ranks(expected=False))
     card = reward_card(scores, trees, ["row"] * 35, trees, scores)
     own = card.agreement

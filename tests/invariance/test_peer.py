@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_cli import sections
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.optim import build_optimizer
-from rlhf_cli.training.step import optimise
+from rlhf_cli.training.step import Update, optimise
 from tests.models.tiny_backbone import draw_trees, make_backbone
 from tests.tiny import make_model
 
@@ -50,15 +51,8 @@ def _ours(folder: Path) -> tuple[list[float], list[float]]:
     optimizer = build_optimizer(backbone.trained_roles, sections.Train())
     results = []
     for step in range(1, STEPS + 1):
-        options = {
-            "step": step,
-            "seed": 0,
-            "rates": {"policy": RATE},
-            "max_grad_norm": 1.0,
-            "budget": 60,
-            "ranks": Ranks(expected=False),
-        }
-        results.append(optimise(backbone, Sft(), optimizer, TREES[(step - 1) * ROWS : step * ROWS], **options).metrics)
+        update = Update(step, TREES[(step - 1) * ROWS : step * ROWS], {"policy": RATE}, 1.0, seed=0)
+        results.append(optimise(Passes(backbone, 60, Ranks(expected=False)), Sft(), optimizer, update).metrics)
     return [m["loss"] for m in results], [m["grad_norm"] for m in results]
 
 

@@ -14,11 +14,12 @@ from rlhf_cli import sections
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.models.backbone import Backbone, lora_config
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.training.optim import build_optimizer
-from rlhf_cli.training.step import optimise
+from rlhf_cli.training.step import Update, optimise
 from tests.invariance.test_peer import plain_settings
 from tests.models.tiny_backbone import draw_trees, plain_logps, sequences
 from tests.tiny import make_model
@@ -65,15 +66,10 @@ def with_reference(backbone: Backbone, trees: list[Tree]) -> list[Tree]:
 
 def our_steps(backbone: Backbone, objective: Objective, trees: list[Tree]) -> list[dict[str, float]]:
     optimizer = build_optimizer(backbone.trained_roles, sections.Train())
-    options: dict[str, Any] = {
-        "seed": 0,
-        "rates": {"policy": RATE},
-        "max_grad_norm": 1.0,
-        "budget": 60,
-        "ranks": Ranks(expected=False),
-    }
+    passes = Passes(backbone, 60, Ranks(expected=False))
     batches = [trees[start : start + ROWS] for start in range(0, len(trees), ROWS)]
-    return [optimise(backbone, objective, optimizer, batch, step=k, **options).metrics for k, batch in enumerate(batches, 1)]
+    updates = [Update(step, batch, {"policy": RATE}, 1.0, seed=0) for step, batch in enumerate(batches, 1)]
+    return [optimise(passes, objective, optimizer, update).metrics for update in updates]
 
 
 def their_steps(trainer: Any) -> list[dict[str, float]]:

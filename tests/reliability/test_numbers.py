@@ -36,7 +36,7 @@ def nan_loss(patch: pytest.MonkeyPatch, tree: int) -> None:
     now, update, terms = [0], loop.optimise, Sft.terms
 
     def noting(*arguments: Any, **settings: Any) -> Any:
-        now[0] = settings["step"]
+        now[0] = arguments[-1].step
         return update(*arguments, **settings)
 
     def broken(self: Sft, backbone: Any, batch: Any, given: Any) -> Iterator[LossTerm]:
@@ -50,17 +50,17 @@ def nan_loss(patch: pytest.MonkeyPatch, tree: int) -> None:
 
 def infinite_gradient(patch: pytest.MonkeyPatch, name: str) -> None:
     """One element of one tensor's gradient is infinite at the refused step; every loss is finite."""
-    calls, accumulate = [0], step._accumulate
+    calls, backward = [0], step._backward
 
-    def broken(backbone: Any, *arguments: Any) -> Any:
-        passes = accumulate(backbone, *arguments)
+    def broken(passes: Any, *arguments: Any) -> Any:
+        found = backward(passes, *arguments)
         calls[0] += 1
         if calls[0] == REFUSED:
-            (tensor,) = [p for n, p in backbone.trained_parameters().items() if name in n and "lora_B" in n]
+            (tensor,) = [p for n, p in passes.backbone.trained_parameters().items() if name in n and "lora_B" in n]
             tensor.grad[0, 0] = float("inf")
-        return passes
+        return found
 
-    patch.setattr(step, "_accumulate", broken)
+    patch.setattr(step, "_backward", broken)
 
 
 def assert_state_before(run: Path) -> None:

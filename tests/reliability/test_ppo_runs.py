@@ -511,11 +511,11 @@ def test_a_signal_between_two_tokens(
     """What is saved while the adapter is merged into the base is the adapter, and the step is drawn again, the same."""
     path = recipe(home, tmp_path / "run", objective=ONCE, lora=lora, reward=MODEL)
     assert rlhf("ppo", path) == 0
-    draw, choose, drawn = PolicySource.draw, generate.choose, []
+    collect, choose, drawn = PolicySource.collect, generate.choose, []
 
     def noting(self: PolicySource, number: int, *others: Any) -> Any:
         drawn[:] = [number]
-        return draw(self, number, *others)
+        return collect(self, number, *others)
 
     def signalled(*arguments: Any) -> Any:
         drawn.append(0)
@@ -526,9 +526,10 @@ def test_a_signal_between_two_tokens(
     again = tmp_path / "again"
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(PolicySource, "draw", noting)
+        patch.setattr(PolicySource, "collect", noting)
         patch.setattr(generate, "choose", signalled)
         assert rlhf("ppo", path, "--output", again) == 143
+    assert drawn == [step, 0, 0]  # and no further token
     assert [folder.name for folder in (again / "checkpoints").iterdir()] == [f"step-{step - 1:08d}"]
     assert capsys.readouterr().err.splitlines()[-1] == f"stopped after step {step - 1} of 3; continue with --resume"
     assert rlhf("ppo", path, "--output", again, "--resume") == 0

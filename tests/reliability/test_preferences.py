@@ -59,7 +59,7 @@ def note_steps(patch: pytest.MonkeyPatch) -> list[int]:
     now, update = [0], loop.optimise
 
     def noting(*arguments: Any, **settings: Any) -> Any:
-        now[0] = settings["step"]
+        now[0] = arguments[-1].step
         return update(*arguments, **settings)
 
     patch.setattr(loop, "optimise", noting)

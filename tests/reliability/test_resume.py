@@ -229,7 +229,7 @@ def test_a_signal_between_two_passes_saves_and_resumes(
     original = loop.optimise
 
     def signalled(*arguments: Any, **settings: Any) -> Any:
-        if settings["step"] == 3:
+        if arguments[-1].step == 3:
             signal.raise_signal(signal.SIGTERM)
         return original(*arguments, **settings)
 
@@ -254,7 +254,7 @@ def test_a_signal_between_two_updates_of_a_step_saves_and_resumes(
     original = loop.optimise
 
     def signalled(*arguments: Any, **settings: Any) -> Any:
-        if settings["step"] == 3 and settings["update"] == update:
+        if arguments[-1].step == 3 and arguments[-1].number == update:
             signal.raise_signal(signal.SIGTERM)
         return original(*arguments, **settings)
 
@@ -280,8 +280,8 @@ def test_another_budget_is_allowed_and_used(parts: tuple[Path, Path], tmp_path: 
     original = loop.optimise
 
     def noting(*arguments: Any, **settings: Any) -> Any:
-        seen.append(settings["budget"])
-        if settings["step"] == 3 and len(seen) == 3:
+        seen.append(arguments[0].budget)
+        if arguments[-1].step == 3 and len(seen) == 3:
             raise KeyboardInterrupt
         return original(*arguments, **settings)
 

@@ -16,6 +16,7 @@ from rlhf_cli.data.trees import Batch, Tree
 from rlhf_cli.errors import NumberError
 from rlhf_cli.models import backbone as backbone_module
 from rlhf_cli.models.backbone import BASE, Backbone
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.dpo import Dpo
 from rlhf_cli.objectives.kto import Kto
@@ -30,7 +31,7 @@ JUDGED = [tree._replace(facts=Facts(label=bool(i % 2))) for i, tree in enumerate
 
 
 def check(backbone: Backbone, objective: Any, trees: list[Tree] = TREES) -> None:
-    check_start(backbone, objective, trees, budget=60, ranks=ALONE, reference_is_start=True)
+    check_start(Passes(backbone, 60, ALONE), objective, trees, reference_is_start=True)
 
 
 def with_reference(**options: Any) -> Backbone:
@@ -139,7 +140,7 @@ def test_wrong_masks_and_positions(fault: str, role: str, monkeypatch: pytest.Mo
     objective = BradleyTerry() if role == "reward" else Dpo()
     message = r"packed rows and single ones give different numbers, by up to .*\n.*the mask, the positions or the targets"
     with pytest.raises(NumberError, match=message):
-        check_start(backbone, objective, TREES, budget=4096, ranks=ALONE, reference_is_start=False)
+        check_start(Passes(backbone, 4096, ALONE), objective, TREES, reference_is_start=False)
 
 
 def test_a_score_read_at_another_token(monkeypatch: pytest.MonkeyPatch) -> None:

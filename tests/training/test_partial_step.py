@@ -99,7 +99,7 @@ def test_the_comparison_sees_a_single_bit() -> None:
     case = CASES["preferences of two steps"]
     other = np.nextafter(RANKED[0].responses[0].astype(np.float64), 0)
     assert same(RANKED[0], RANKED[0]._replace()) and not same(RANKED[0], RANKED[0]._replace(responses=(other,)))
-    assert not same(-0.0, 0.0) and not same((1,), [1]) and not same(case, PartialStep(case.draw, 1))
+    assert not same(-0.0, 0.0) and not same((1,), [1]) and not same(case, PartialStep(case.batches, 1))
 
 
 def test_a_checkpoint_between_steps_holds_nothing(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import MachineError, NumberError, Stopped
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.training import reference
 from rlhf_cli.training.reference import reference_logps, weights_key
@@ -62,12 +63,10 @@ class Run:
         try:
             console = Console(True, self.out, self.err)
             return reference_logps(
-                self.backbone,
+                Passes(self.backbone, self.budget, ALONE),
                 "policy",
                 datasets,
                 key=self.key,
-                budget=self.budget,
-                ranks=ALONE,
                 console=console,
                 folder=self.folder,
             )
@@ -385,8 +384,8 @@ def ranked(folder: str) -> int:
     store = Path(folder) if ranks.main else Path(folder) / "not-shared"
     console = Console(ranks.main, out)
     for sets in ([DATA], [DATA, flat(draw_trees(5, seed=3))]):
-        backbone = make_backbone(make())
-        found = reference_logps(backbone, "policy", sets, key="k", budget=40, ranks=ranks, console=console, folder=store)
+        passes = Passes(make_backbone(make()), 40, ranks)
+        found = reference_logps(passes, "policy", sets, key="k", console=console, folder=store)
     np.save(Path(folder) / f"{ranks.rank}.npy", np.concatenate([trees.reference for trees in found]))
     print(out.getvalue())
     ranks.close()

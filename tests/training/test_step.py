@@ -13,10 +13,11 @@ from rlhf_cli import sections
 from rlhf_cli.data.trees import Batch, Tree, supervised_tokens, tree_length
 from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.optim import build_optimizer
-from rlhf_cli.training.step import NonFinite, StepResult, derive_seed, evaluate, is_out_of_memory, optimise
+from rlhf_cli.training.step import NonFinite, StepResult, Update, derive_seed, evaluate, is_out_of_memory, optimise
 from tests.models.tiny_backbone import draw_trees, largest_difference, make, make_backbone, plain_logps, sequences, weights
 
 ALONE = Ranks(expected=False)
@@ -32,8 +33,8 @@ def train(
     optimizer = build_optimizer(backbone.trained_roles, settings or sections.Train(weight_decay=0.1, betas=(0.8, 0.95)))
     results = []
     for step, trees in enumerate(batches, 1):
-        options = {"step": step, "seed": 0, "rates": {"policy": rate}, "max_grad_norm": CLIP, "budget": budget, "ranks": ALONE}
-        results.append(optimise(backbone, Sft(), optimizer, trees, **options))
+        update = Update(step, trees, {"policy": rate}, CLIP, seed=0)
+        results.append(optimise(Passes(backbone, budget, ALONE), Sft(), optimizer, update))
         budget = results[-1].budget
     return results
 
@@ -80,8 +81,7 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(lora: bool, tmp_path
     start = weights(backbone)
     # With SGD at rate 1 and no effective clipping, the step is the gradient.
     optimizer = build_optimizer(backbone.trained_roles, sections.Train(optimizer="sgd"))
-    options = {"step": 1, "seed": 0, "rates": {"policy": 1.0}, "max_grad_norm": 1e9, "budget": 40, "ranks": ALONE}
-    result = optimise(backbone, Sft(), optimizer, BATCHES[0], **options)
+    result = optimise(Passes(backbone, 40, ALONE), Sft(), optimizer, Update(1, BATCHES[0], {"policy": 1.0}, 1e9, seed=0))
     moved = {n: start[n] - w for n, w in weights(backbone).items()}
     assert largest_difference(moved, gradients) < 1e-6 * max(1.0, norm)
     assert result.metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
@@ -161,7 +161,7 @@ def test_evaluation_says_what_a_step_says(batch_size: int) -> None:
     before = weights(backbone)
     passes: list[None] = []
     pause = lambda: passes.append(None)  # noqa: E731
-    figures = evaluate(backbone, Sft(), BATCHES[0], budget=30, ranks=ALONE, batch_size=batch_size, pause=pause)
+    figures = evaluate(Passes(backbone, 30, ALONE), Sft(), BATCHES[0], batch_size=batch_size, pause=pause)
     assert len(passes) > 1
     assert largest_difference(weights(backbone), before) == 0
     metrics = train(make_backbone(make()), BATCHES[:1])[0].metrics
@@ -257,9 +257,9 @@ def test_a_step_that_is_not_finite_is_refused(broken: float, monkeypatch: pytest
         return values * (broken if 2 in batch.trees else 1.0), hits
 
     monkeypatch.setattr(backbone, "logps", breaks)
-    options = {"step": 1, "seed": 0, "rates": {"policy": 0.1}, "max_grad_norm": 1.0, "budget": 1, "ranks": ALONE}
+    update = Update(1, BATCHES[0], {"policy": 0.1}, 1.0, seed=0)
     with pytest.raises(NonFinite, match=r"step 1: the loss is (nan|-?inf); the update was refused") as caught:
-        optimise(backbone, Sft(), optimizer, BATCHES[0], **options)
+        optimise(Passes(backbone, 1, ALONE), Sft(), optimizer, update)
     assert caught.value.rows == [2]
     assert largest_difference(weights(backbone), before) == 0
     assert len(optimizer.state) == 0
