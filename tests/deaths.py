@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,18 @@ def die_before(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
         return original(*arguments, **settings)
 
     patch.setattr(PLACES[name], name, dying)
+
+
+def signal_before(patch: pytest.MonkeyPatch, step: int, update: int = 0) -> None:
+    """SIGTERM arrives before this update of a step."""
+    original = loop.optimise
+
+    def signalled(*arguments: Any, **settings: Any) -> Any:
+        if (arguments[-1].step, arguments[-1].number) == (step, update):
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments, **settings)
+
+    patch.setattr(loop, "optimise", signalled)
 
 
 def die_and_resume(words: list[str | Path], run: Path, name: str, call: int) -> None:

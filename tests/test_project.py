@@ -27,6 +27,7 @@ from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.recipe.recipes import EvalRecipe, Recipe, TrainingRecipe
 from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
 from tests.ranks import launch
+from tests.tiny import split_lines
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,11 +58,6 @@ def rlhf_commands() -> list[list[str]]:
         elif "rlhf_cli" in words:
             found.append(words[words.index("rlhf_cli") + 1 :])
     return found
-
-
-def train_lines(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == "train"]
 
 
 class TestReadme:
@@ -148,10 +144,10 @@ class TestReadme:
                 code, errors = done.returncode, done.stderr
             assert code == 0, f"{shlex.join(words)}\n{errors}"
         assert len(list(Path("runs/short/plots").glob("*.png"))) > 2
-        losses = {name: [line["loss"] for line in train_lines(tmp_path / "runs" / name)] for name in ("short", "two")}
+        losses = {name: [line["loss"] for line in split_lines(tmp_path / "runs" / name, "train")] for name in ("short", "two")}
         assert [len(values) for values in losses.values()] == [20, 3]
         assert losses["two"][0] == pytest.approx(losses["short"][0], abs=1e-5)
-        assert [len(train_lines(tmp_path / "runs" / name)) for name in ("judge", "liked", "hinge")] == [20, 20, 20]
+        assert [len(split_lines(tmp_path / "runs" / name, "train")) for name in ("judge", "liked", "hinge")] == [20, 20, 20]
         from transformers import AutoModelForCausalLM
 
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").num_parameters() == 1_392_960

@@ -59,6 +59,13 @@ def make_model(folder: Path, seed: int = 0, *, tied: bool = False, **changes: An
     return folder
 
 
+def make_base(folder: Path, seed: int = 0) -> Path:
+    """A model whose responses often end."""
+    make_model(folder, seed, initializer_range=0.2)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(60))}))
+    return folder
+
+
 def _words(seed: int) -> Callable[[], str]:
     """Draws texts of 1 to 6 words."""
     generator = torch.Generator().manual_seed(seed)
@@ -166,3 +173,14 @@ def read_lines(path: Path, *without: str) -> list[dict[str, Any]]:
     dropped = {"time", "tokens_per_second", "time/rollout", "time/score", "time/update", *without}
     lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in dropped} for line in lines]
+
+
+def split_lines(run: Path, split: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl of one split, whole."""
+    return [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if line["split"] == split]
+
+
+def forget_functions() -> None:
+    """Each `rlhf` imports a file of functions anew; from now on so does this process."""
+    for name in [name for name in sys.modules if name.startswith("rlhf_reward_")]:
+        del sys.modules[name]

@@ -30,15 +30,14 @@ from rlhf_cli.signals import Pause
 from tests.invariance.agreement import agree, steps_of
 from tests.models.tiny_backbone import draw_trees, make, make_backbone
 from tests.ranks import two_ranks
-from tests.tiny import make_model, read_lines, rlhf, write_pairs, write_recipe, write_rows
+from tests.tiny import make_base, read_lines, rlhf, split_lines, write_pairs, write_recipe, write_rows
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose responses often end, prompts of 1 to 6 words, a policy and a reward model trained on it."""
     folder = tmp_path_factory.mktemp("rollouts")
-    make_model(folder / "base", initializer_range=0.2)
-    (folder / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(60))}))
+    make_base(folder / "base")
     write_pairs(folder / "pairs.jsonl", 14)
     write_rows(folder / "eval.jsonl", 3, seed=1)
     train = {"steps": 3, "learning_rate": 0.02, "save_every": None}
@@ -56,10 +55,6 @@ def recipe(home: Path, output: Path, start: str = "sft", **sections: Any) -> Pat
     data = {"eval": str(home / "eval.jsonl"), "max_length": 80}
     parts = home / start, home / "pairs.jsonl", output
     return write_recipe(output.with_suffix(".yaml"), *parts, data=data, train=train, rollout=rollout, reward=reward, **sections)
-
-
-def train_lines(run: Path) -> list[dict[str, Any]]:
-    return [line for line in read_lines(run / "metrics.jsonl") if line["split"] == "train"]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +75,7 @@ def test_at_the_start_the_policy_is_its_reference(temperature: float, lora: Any,
     first = read_lines(run / "metrics.jsonl")[0]
     assert (first["step"], first["split"]) == (0, "eval")
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
-    one, two = train_lines(run)
+    one, two = split_lines(run, "train")
     assert one["policy/ratio"] == pytest.approx(1, abs=1e-6)
     assert one["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert one["objective/rlhf_reward"] == pytest.approx(one["objective/scores"], abs=1e-5)
@@ -102,7 +97,7 @@ def test_logged_figures_are_those_of_plain_transformers(home: Path, tmp_path: Pa
     run = tmp_path / "run"
     settings: dict[str, Any] = {"train": {"steps": 1, "eval_every": None}, "rollout": {"temperature": 0.7}, "kl": {"coef": 0.3}}
     assert rlhf("ppo", recipe(home, run, reference={"model": "base"}, **settings)) == 0
-    (line,), (rollout,) = train_lines(run), rollouts
+    (line,), (rollout,) = split_lines(run, "train"), rollouts
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     theirs = {t: _logps(base, rollout.trees, t) for t in (0.7, 1.0)}
     policy = PeftModel.from_pretrained(base, home / "sft" / "model")

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from tests.stages.tiny_runs import (
     PROMPTS,
     TRAINED,
     lines,
-    make_base,
     make_home,
     note_draws,
     notes,
@@ -37,7 +35,7 @@ from tests.stages.tiny_runs import (
     signal_while_drawing,
     write_eval,
 )
-from tests.tiny import rlhf, write_recipe
+from tests.tiny import forget_functions, make_base, rlhf, write_recipe
 
 SAMPLED: dict[str, Any] = {
     "reference": "sft",
@@ -94,10 +92,9 @@ def sections_of(folder: Path, **sections: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def finished(home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def finished(home: Path, whole: Path, tmp_path: Path) -> Path:
     """The recipe of a copy of `whole`, where nothing has changed."""
-    for name in [name for name in sys.modules if name.startswith("rlhf_reward_")]:
-        monkeypatch.delitem(sys.modules, name)
+    forget_functions()
     shutil.copytree(whole, tmp_path / "copy")
     for name in ("ev.yaml", "ev/recipe.yaml", "ev/inputs.json"):
         path = tmp_path / "copy" / name

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +19,7 @@ from rlhf_cli.models import placement
 from rlhf_cli.rollout.generate import TransformersEngine
 from tests.ranks import launch, wait_for
 from tests.stages.tiny_runs import LETTERS, MODEL, PROMPTS, lines, make_home, note_draws, result, signal_while_drawing, write_eval
-from tests.tiny import rlhf, write_recipe
+from tests.tiny import forget_functions, rlhf, write_recipe
 
 MODELS = {"sft": "HOME/sft", "dpo": "HOME/dpo", "bare": "HOME/base"}
 SECTIONS: dict[str, Any] = {
@@ -108,12 +107,6 @@ def models_in(folder: Path) -> dict[str, int]:
     for line in lines(folder / "samples.jsonl"):
         found[line["model"]] = found.get(line["model"], 0) + 1
     return found
-
-
-def forget_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each `rlhf` imports a file of functions anew."""
-    for name in [name for name in sys.modules if name.startswith("rlhf_reward_")]:
-        monkeypatch.delitem(sys.modules, name)
 
 
 def refused(path: Path, capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -253,7 +246,7 @@ def test_a_function_goes_wrong_at_the_second_model(
     assert drawn == [26, 26] and models_in(folder) == {"sft": 26, "dpo": 26}
     assert not (folder / "eval.json").exists() and not (folder / "manifest.json").exists()
     file.write_text(FUNCTIONS.replace("calls() == 2", "False"))
-    forget_functions(monkeypatch)
+    forget_functions()
     assert rlhf("eval", path, "--resume") == 0
     assert drawn == [26, 26, 26] and "the responses of sft, dpo are there already" in capsys.readouterr().out
     assert rlhf("eval", path, "--output", tmp_path / "whole") == 0

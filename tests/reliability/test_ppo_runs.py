@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +29,7 @@ from rlhf_cli.runs.manifest import weights_hash
 from rlhf_cli.stages import ppo, training
 from tests.models.tiny_backbone import draw_trees, packed_logps, plain_logps
 from tests.ranks import launch
-from tests.tiny import make_model, read_lines, rlhf, write_pairs, write_recipe
+from tests.tiny import forget_functions, make_base, read_lines, rlhf, split_lines, write_pairs, write_recipe
 
 REWARDS = """
 from math import nan, sin
@@ -67,8 +66,7 @@ def spoils(prompts, responses):
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose responses often end, 13 prompts, a reward model `rm` and functions."""
     folder = tmp_path_factory.mktemp("runs")
-    make_model(folder / "base", initializer_range=0.2)
-    (folder / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(60))}))
+    make_base(folder / "base")
     write_pairs(folder / "pairs.jsonl", 13)
     (folder / "rewards.py").write_text(REWARDS)
     train = {"steps": 3, "learning_rate": 0.02, "save_every": None}
@@ -152,18 +150,14 @@ def kinds() -> list[Any]:
     return [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in KINDS]
 
 
-def all_lines(run: Path, split: str) -> list[dict[str, Any]]:
-    return [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if line["split"] == split]
-
-
 @pytest.mark.parametrize("name", kinds())
 def test_a_kind_runs_to_its_end(name: str, finished: Finished) -> None:
     run, own = finished(name)
     manifest = json.loads((run / "manifest.json").read_text())
     assert (manifest["status"], manifest["steps"], manifest["stage"]) == ("finished", 3, own.stage)
-    lines = all_lines(run, "train")
+    lines = split_lines(run, "train")
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert [line["step"] for line in all_lines(run, "eval")] == [0, 1, 2, 3]
+    assert [line["step"] for line in split_lines(run, "eval")] == [0, 1, 2, 3]
     numbers = [value for line in read_lines(run / "metrics.jsonl") for key, value in line.items() if key != "split"]
     assert all(math.isfinite(value) for value in numbers)
     assert all(line["grad_norm"] > 0 for line in lines)
@@ -178,10 +172,10 @@ def test_its_lines_have_the_metrics_it_names(name: str, finished: Finished) -> N
     trained, drawn = set(metrics.training_metrics_of(own)), set(metrics.metrics_of(own))
     times = {"time/rollout", "time/score", "time/update"}
     refresh = KINDS[name][1].get("rollout", {}).get("refresh", 1)
-    for line in all_lines(run, "train"):
+    for line in split_lines(run, "train"):
         kept = trained if (line["step"] - 1) % refresh == 0 else trained - drawn - times
         assert set(line) - common == kept
-    assert all(set(line) - common == drawn for line in all_lines(run, "eval"))
+    assert all(set(line) - common == drawn for line in split_lines(run, "eval"))
     rewards, golds = own.terms
     assert {name for name in drawn if name.startswith(("reward/", "gold/"))} == {
         *(f"reward/{term}" for term in schema_names(rewards)),
@@ -196,16 +190,16 @@ def schema_names(terms: list[sections.Reward]) -> list[str]:
 @pytest.mark.slow
 def test_a_response_that_does_not_end_is_penalised(finished: Finished) -> None:
     run, _ = finished("ppo penalised")
-    for line in all_lines(run, "train") + all_lines(run, "eval"):
+    for line in split_lines(run, "train") + split_lines(run, "eval"):
         assert line["objective/scores"] == pytest.approx(line["reward/wave"] - 2 * (1 - line["response/eos_rate"]), abs=1e-12)
-    assert 0 < all_lines(run, "train")[0]["response/eos_rate"] < 1
+    assert 0 < split_lines(run, "train")[0]["response/eos_rate"] < 1
 
 
 @pytest.mark.slow
 def test_the_kl_coefficient_follows_the_kl(finished: Finished) -> None:
     """Ziegler et al. 2019: 4 responses of a horizon of 20 move it by at most 20 % of a fifth."""
     run, _ = finished("ppo target")
-    lines = all_lines(run, "train")
+    lines = split_lines(run, "train")
     assert lines[0]["kl_coef"] == 0.2
     for one, two in pairwise(lines):
         error = min(max(one["objective/kl"] / 0.01 - 1, -0.2), 0.2)
@@ -361,12 +355,11 @@ def fourth(prompts, responses):
 """
 
 
-def test_a_mended_function_goes_on_with_the_run(home: Path, functions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mended_function_goes_on_with_the_run(home: Path, functions: Path) -> None:
     """Its file has changed since the run was started; each `rlhf` imports it anew, as it is here."""
     path = broken_off(home, functions, "fails", 3)
     functions.write_text(REWARDS.replace('raise KeyError("politeness")', "pass"))
-    for name in [name for name in sys.modules if name.startswith("rlhf_reward_")]:
-        monkeypatch.delitem(sys.modules, name)
+    forget_functions()
     assert rlhf("ppo", path, "--resume") == 0
     assert [line["step"] for line in read_lines(path.with_suffix("") / "metrics.jsonl")] == [1, 2, 3]
 
@@ -415,7 +408,7 @@ def test_ties_teach_nothing(kind: str, home: Path, tmp_path: Path) -> None:
     """No pair, no loss, no update: the adapter is as PEFT made it, with B = 0."""
     command = "kto" if kind == "kto" else "dpo"
     assert rlhf(command, recipe(home, tmp_path / "run", objective={"kind": kind}, train={"steps": 2}, **TIED)) == 0
-    lines = all_lines(tmp_path / "run", "train")
+    lines = split_lines(tmp_path / "run", "train")
     assert [(line["loss"], "grad_norm" in line, line["objective/scores"]) for line in lines] == [(0, False, 1)] * 2
     saved = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     assert all(float(value.abs().max()) == 0 for name, value in saved.items() if "lora_B" in name)
@@ -436,7 +429,7 @@ def test_a_batch_of_one_prompt(name: str, home: Path, tmp_path: Path) -> None:
     """13 prompts in batches of 4: the fourth step has one; mini-batches are as many as there are prompts."""
     command, sections = KINDS[name]
     assert rlhf(command, recipe(home, tmp_path / "run", **sections | {"train": {"steps": 5}})) == 0
-    assert len(all_lines(tmp_path / "run", "train")) == 5
+    assert len(split_lines(tmp_path / "run", "train")) == 5
 
 
 @pytest.fixture
@@ -470,7 +463,7 @@ def test_the_value_may_learn_alone(home: Path, tmp_path: Path) -> None:
     """A policy that stays where it is while the value gets to know it."""
     settings: dict[str, Any] = {"train": {"steps": 2, "learning_rate": 0.0}, "value": {"learning_rate": 1e-3}}
     assert rlhf("ppo", recipe(home, tmp_path / "run", objective=ONCE, **settings)) == 0
-    lines = all_lines(tmp_path / "run", "train")
+    lines = split_lines(tmp_path / "run", "train")
     assert [line["learning_rate"] for line in lines] == [0, 0]
     assert lines[0]["learning_rate/value"] == pytest.approx(1e-3, rel=0.5)
     saved = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")

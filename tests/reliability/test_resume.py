@@ -16,7 +16,7 @@ import yaml
 
 from rlhf_cli.signals import StopSignals
 from rlhf_cli.training import loop
-from tests.deaths import die_and_resume, die_before, die_everywhere
+from tests.deaths import die_and_resume, die_before, die_everywhere, signal_before
 from tests.ranks import launch, two_ranks, wait_for
 from tests.tiny import make_model, own_signals, read_lines, rlhf, write_pairs, write_recipe, write_rows
 
@@ -226,17 +226,10 @@ def test_a_signal_between_two_passes_saves_and_resumes(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (command, path), uninterrupted = whole("sft", None)
-    original = loop.optimise
-
-    def signalled(*arguments: Any, **settings: Any) -> Any:
-        if arguments[-1].step == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return original(*arguments, **settings)
-
     again = tmp_path / "again"
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "optimise", signalled)
+        signal_before(patch, 3)
         assert rlhf(command, path, "--output", again, "--set", "train.save_every=null") == 143
     assert capsys.readouterr().err.splitlines()[-1] == "stopped after step 3 of 6; continue with --resume"
     assert [p.name for p in (again / "checkpoints").iterdir()] == ["step-00000003"]
@@ -251,17 +244,10 @@ def test_a_signal_between_two_updates_of_a_step_saves_and_resumes(
     """A step of ppo makes four updates: the rollout, and what they were until then, are in the checkpoint of the step before."""
     words, uninterrupted = whole("ppo", LORA)
     words = [*words, "--set", "train.save_every=null"]
-    original = loop.optimise
-
-    def signalled(*arguments: Any, **settings: Any) -> Any:
-        if arguments[-1].step == 3 and arguments[-1].number == update:
-            signal.raise_signal(signal.SIGTERM)
-        return original(*arguments, **settings)
-
     again = tmp_path / "again"
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "optimise", signalled)
+        signal_before(patch, 3, update)
         assert rlhf(*words, "--output", again) == 143
     (checkpoint,) = (again / "checkpoints").iterdir()
     saved = json.loads((checkpoint / "underway.json").read_text())

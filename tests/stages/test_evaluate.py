@@ -37,13 +37,12 @@ from tests.stages.tiny_runs import (
     RUNS,
     WAVE,
     lines,
-    make_base,
     make_home,
     notes,
     result,
     write_eval,
 )
-from tests.tiny import rlhf, write_recipe
+from tests.tiny import make_base, rlhf, write_recipe
 
 DRAWN: dict[str, Any] = {
     "prompts": PROMPTS,

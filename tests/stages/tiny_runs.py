@@ -12,7 +12,7 @@ import yaml
 
 from rlhf_cli.rollout import generate
 from rlhf_cli.rollout.generate import TransformersEngine
-from tests.tiny import make_model, rlhf, write_pairs, write_recipe, write_rows
+from tests.tiny import make_base, rlhf, write_pairs, write_recipe, write_rows
 
 FUNCTIONS = """from math import sin
 
@@ -52,13 +52,6 @@ TRAINED = "may have been trained on rows of"
 def notes(folder: Path) -> list[str]:
     """Those of an evaluation, but for the one on rows that training has seen."""
     return [note for note in result(folder)["about"]["notes"] if TRAINED not in note]
-
-
-def make_base(folder: Path, seed: int = 0) -> Path:
-    """A model whose responses often end."""
-    make_model(folder, seed, initializer_range=0.2)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(60))}))
-    return folder
 
 
 def make_home(folder: Path, *names: str) -> Path:
