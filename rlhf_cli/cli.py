@@ -1,7 +1,11 @@
-"""The commands: parse, load the recipe, call its stage. Heavy libraries are imported by the stage alone."""
+"""The commands: parse, load the recipe, call its stage.
+
+What loads a recipe is imported when there is one to load, and heavy libraries by the stage alone: help is to be quick.
+"""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import os
@@ -11,19 +15,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from rlhf_cli import __version__
-from rlhf_cli.data.hub import is_offline
 from rlhf_cli.errors import RunError, Stopped, UsageError
-from rlhf_cli.recipe.dump import one_line
-from rlhf_cli.recipe.help import key_table
-from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.recipe.stages import STAGES, Stage
-from rlhf_cli.runs.folder import refuse_occupied
 from rlhf_cli.suggest import closest
 
 Action = Callable[[], None]
@@ -61,6 +62,16 @@ DumpPairs = Annotated[
 ]
 
 
+class StageCommand(TyperCommand):
+    """A command whose help ends with the keys of its recipe."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from rlhf_cli.recipe.help import key_table
+
+        self.epilog = "\b\n" + key_table(self.name or "")
+        super().format_epilog(ctx, formatter)
+
+
 def _stage_command(name: str, stage: Stage) -> None:
     def command(
         recipe: Recipe,
@@ -83,11 +94,12 @@ def _stage_command(name: str, stage: Stage) -> None:
         force: Force = False,
         debug: Debug = False,
     ) -> Action:
+        from rlhf_cli.recipe.dump import one_line
+
         more = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
         return _stage_action(name, recipe, [*(overrides or []), *more], output, check, resume, force)
 
-    epilog = "\b\n" + key_table(name)
-    app.command(name, help=stage.help, epilog=epilog)(evaluation if name == "eval" else command)
+    app.command(name, cls=StageCommand, help=stage.help)(evaluation if name == "eval" else command)
 
 
 def _stage_action(
@@ -101,6 +113,10 @@ def _stage_action(
 def _run_stage(
     name: str, stage: Stage, recipe: Path, overrides: list[str], output: str | None, check: bool, resume: bool, force: bool
 ) -> None:
+    from rlhf_cli.data.hub import is_offline
+    from rlhf_cli.recipe.load import load_recipe
+    from rlhf_cli.runs.folder import refuse_occupied
+
     loaded = load_recipe(name, recipe, overrides, output)
     if not check and not force and os.environ.get("RANK", "0") == "0":
         refuse_occupied(Path(loaded.recipe.output), resume)  # again when the run is opened; here it costs no imports
@@ -108,7 +124,19 @@ def _run_stage(
         # Before anything imports huggingface_hub: it reads the variable once, and would otherwise retry for a minute.
         os.environ["HF_HUB_OFFLINE"] = "1"
     _leave_on_signals()
-    importlib.import_module(stage.module).run(loaded, check=check, resume=resume, force=force)
+    _import_for_good(stage.module).run(loaded, check=check, resume=resume, force=force)
+
+
+def _import_for_good(module: str) -> ModuleType:
+    """Imports without the garbage collector: it would search the libraries' million objects again and again, and free none."""
+    if module not in sys.modules:
+        gc.disable()
+        try:
+            importlib.import_module(module)
+        finally:
+            gc.freeze()
+            gc.enable()
+    return sys.modules[module]
 
 
 for _name, _stage in STAGES.items():

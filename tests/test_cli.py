@@ -14,6 +14,7 @@ import pytest
 
 from rlhf_cli import __version__, cli
 from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageError
+from tests.tiny import make_model, write_rows
 
 GOOD = "model: {path: m}\noutput: o\ndata: {train: x.jsonl}\n"
 ROOT = Path(__file__).parent.parent
@@ -156,23 +157,38 @@ def test_colour_only_on_a_terminal_that_wants_it(monkeypatch: pytest.MonkeyPatch
     assert cli._tag() == "error:"
 
 
-LIGHT = """
+LOADED = """
 import contextlib, io, sys
 from rlhf_cli.cli import main
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    helps = [main(line.split()) for line in ("--help", "sft --help", "dpo --help", "export --help", "--version")]
-    errors = [main(["sft", sys.argv[1]]), main(["sft", "none.yaml"])]
-names = ("torch", "transformers", "numpy", "datasets", "accelerate", "peft", "pyarrow", "rich")
-codes, heavy = helps + errors, [name for name in names if name in sys.modules]
-print(codes, heavy)
+    codes = [main(line.split()) for line in sys.argv[1].split(",")]
+print(codes, [name for name in sys.argv[2].split() if name in sys.modules])
 """
 
 
-def test_help_and_recipe_errors_load_nothing_heavy(tmp_path: Path) -> None:
+def loaded_by(lines: str, names: str, folder: Path) -> str:
+    """The exit codes of command lines in one process, and which of the modules it has loaded then."""
+    command = [sys.executable, "-c", LOADED, lines, names]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+def test_help_loads_little_and_neither_it_nor_a_recipe_error_anything_heavy(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("sed: 1\n")
-    command = [sys.executable, "-c", LIGHT, str(tmp_path / "bad.yaml")]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=30)
-    assert (done.stdout, done.stderr) == ("[0, 0, 0, 0, 0, 2, 2] []\n", "")
+    heavy = "torch transformers numpy datasets accelerate peft pyarrow rich matplotlib pandas"
+    assert loaded_by("--version,--help", f"{heavy} yaml urllib.request pydantic", tmp_path) == "[0, 0] []\n"
+    assert loaded_by("sft --help,dpo --help,export --help", f"{heavy} yaml urllib.request", tmp_path) == "[0, 0, 0] []\n"
+    assert loaded_by("sft bad.yaml,sft none.yaml", heavy, tmp_path) == "[2, 2] []\n"
+
+
+@pytest.mark.slow
+def test_a_check_of_local_files_loads_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    make_model(tmp_path / "m")
+    write_rows(tmp_path / "x.jsonl", 20)
+    (tmp_path / "r.yaml").write_text(GOOD)
+    unused = "datasets matplotlib pandas sklearn scipy pyarrow rich tensorboard wandb vllm"
+    assert loaded_by("sft r.yaml --check", unused, tmp_path) == "[0] []\n"
 
 
 def test_as_a_module_in_narrow_ascii_surroundings(tmp_path: Path) -> None:
