@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf_cli.suggest import closest, distance
+from rlhf_cli.suggest import closest, likeness
 
 FROM_OTHER_TOOLS = {
     "lr": "train.learning_rate",
@@ -88,12 +88,12 @@ FROM_OTHER_TOOLS = {
 def closest_key(word: str, siblings: Sequence[str], prefix: str, known: Sequence[str]) -> str | None:
     """The full dotted key a mistyped one stands for.
 
-    A sibling one edit away is a typo; else the same name in another section is a misplaced key; else other tools'
+    A sibling one letter away is a typo; else the same name in another section is a misplaced key; else other tools'
     names and farther typos are tried. `known` holds every dotted key of the recipe.
     """
     sibling = closest(word, siblings)
     here = f"{prefix}.{sibling}" if prefix else sibling
-    if sibling is not None and distance(word, sibling) == 1:
+    if sibling is not None and likeness(word, sibling) >= 1 - 1 / max(len(word), len(sibling)):
         return here
     leaves: dict[str, str] = {}
     for dotted in known:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rlhf_cli.files import hash_tree, read_json
 from rlhf_cli.models.load import is_reward_model
 from rlhf_cli.recipe.stages import POLICY_STAGES, REWARD_STAGES
 from rlhf_cli.runs.manifest import BaseModel, Parent, manifest_hash, read_manifest, weights_hash
+from rlhf_cli.suggest import closest
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,8 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
         tokenizer = path if (folder / "tokenizer_config.json").exists() else config["base_model_name_or_path"]
         return Start(config["base_model_name_or_path"], config.get("revision"), folder, tokenizer, None, None)
     if not folder.exists() and is_meant_as_path(path):
-        near = difflib.get_close_matches(
-            folder.name, [p.name for p in folder.parent.glob("*")] if folder.parent.is_dir() else [], 1
-        )
-        hint = f". did you mean {folder.parent / near[0]}?" if near else ""
+        near = closest(folder.name, [other.name for other in folder.parent.glob("*")])
+        hint = f". did you mean {folder.parent / near}?" if near else ""
         raise UsageError(f"{place}: there is no folder {path}{hint}")
     if folder.exists() and not kept:
         raise UsageError(f"{place}: {path} is neither a model (config.json), an adapter nor a run (manifest.json)")

@@ -353,8 +353,11 @@ FAULTS = {
     (
         GOOD,
         "overlong: truncate-response",
-    ): "4: overlong: expected drop | error | truncate-prompt, found the text 'truncate-response'. the default is drop",
-    (GOOD, "dtype: bf16"): "4: dtype: expected auto | float32 | bfloat16 | float16, found the text 'bf16'. the default is auto",
+    ): "4: overlong: expected drop | error | truncate-prompt, found the text 'truncate-response'. did you mean truncate-prompt?",
+    (
+        GOOD,
+        "dtype: bf16",
+    ): "4: dtype: expected auto | float32 | bfloat16 | float16, found the text 'bf16'. did you mean bfloat16?",
     (
         GOOD,
         "trust_remote_code: true",
@@ -417,7 +420,7 @@ def test_several_faults_at_once_in_the_order_of_the_file(tmp_path: Path) -> None
     text = "winrate: {baseline: c, judge: rn}\nmodels: {a: x, b: y}\nbest_of_n: [4]\nreward: [{model: rm}]\ndump_pairs: f\nprompts: p\n"
     assert refused(tmp_path, "seed=x", text=text) == [
         "r.yaml:1: output: missing. add it: the run folder",
-        "r.yaml:1: winrate.baseline: no model is named c. did you mean a?",
+        "r.yaml:1: winrate.baseline: no model is named c. there are a, b",
         "r.yaml:1: winrate.judge: no term is named rn. did you mean rm?",
         "r.yaml:3: best_of_n: chooses among the reference's responses. name a reference",
         "r.yaml:5: dump_pairs: expected a .jsonl file, found f. rename it",
