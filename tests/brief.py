@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from rlhf_cli.reports.plots_training import Pictures
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -20,9 +22,8 @@ class Drawing:
 
 
 DRAWINGS = (
-    Drawing("draw_plots", "rlhf_cli.reports.plots", "rlhf_cli.reports.report", list),
-    Drawing("draw_card", "rlhf_cli.reports.plots", "rlhf_cli.reports.report", list),
-    Drawing("draw_evaluation", "rlhf_cli.reports.eval_plots", "rlhf_cli.reports.evaluated", lambda: defaultdict(list)),
+    Drawing("draw_training", "rlhf_cli.reports.plots_training", "rlhf_cli.reports.training", lambda: Pictures([], [])),
+    Drawing("draw_evaluation", "rlhf_cli.reports.plots_evaluation", "rlhf_cli.reports.evaluation", lambda: defaultdict(list)),
 )
 """The functions that draw: the module that has each, and the one that calls it."""
 

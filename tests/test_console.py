@@ -201,5 +201,7 @@ def test_words_of_metrics():
 
 
 def test_the_console_is_light():
-    code = "import sys, rlhf_cli.console, rlhf_cli.reports.report as _; print({'torch', 'rich', 'matplotlib'} & set(sys.modules))"
+    code = (
+        "import sys, rlhf_cli.console, rlhf_cli.reports.training as _; print({'torch', 'rich', 'matplotlib'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf_cli.metrics import METRICS, in_order, metric
 from rlhf_cli.recipe import metrics
+from rlhf_cli.recipe.stages import TRAINING_STAGES
 
 
 def test_every_metric_has_one_row() -> None:
@@ -29,5 +30,7 @@ def test_the_order_is_that_of_the_catalogue() -> None:
 
 def test_what_recipes_can_watch_is_in_the_catalogue() -> None:
     known = {row.name for row in METRICS}
-    assert {name for own in metrics.METRICS.values() for name in own} <= known
-    assert set(metrics.TRAINING_METRICS) <= known
+    for stage in TRAINING_STAGES.values():
+        for objective in stage.objectives:
+            assert set(objective().metric_names) <= known
+    assert {*metrics.TRAINING_METRICS, *metrics._DRAWN, *metrics._TIMES} <= known

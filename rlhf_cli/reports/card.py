@@ -1,76 +1,72 @@
-"""The model card of a reward model, from the figures in its manifest."""
+"""The model card of a reward model."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
-from rlhf_cli.figures import percent
-from rlhf_cli.reports.markdown import cell, table
-
-SUBSET_LENGTH = 80
-"""Characters of a subset's name that are shown."""
+from rlhf_cli.evaluation.agreement import Agreement, Card, Rate
+from rlhf_cli.figures import Interval, percent
+from rlhf_cli.reports.document import Block, Column, Finding, Paragraph, Picture, Section, Table
 
 
-def model_card(card: dict[str, Any], plots: list[tuple[str, str]]) -> str:
-    """The section of the report; `card` is the manifest's `reward_model`, `plots` are (title, file name)."""
-    parts = ["## Model card"]
-    if card["pairs"]:
-        parts += _accuracy(card) + _calibration(card) + [f"![{title}](plots/{name})" for title, name in plots]
+def model_card(card: Card, pictures: list[Picture]) -> Section:
+    """The section of the report."""
+    own, blocks = card.agreement, list[Block]()
+    if own.rate:
+        blocks += [*_accuracy(card, own.rate), *_calibration(own, own.rate), *pictures]
     else:
-        parts.append("**No pairs were held out: how well it judges is not known.** Set `data.holdout: 0.05` or `data.eval`.")
-    parts.append(
-        f"Scores of {card['score_responses']:,} training responses have mean {card['score_mean']:.4g} and standard deviation "
-        f"{card['score_std']:.4g}. Only scores of one prompt's responses compare: the preferences say nothing of the rest."
+        said = "Set `data.holdout: 0.05` or `data.eval`."
+        blocks.append(Finding("warning", "No pairs were held out: how well it judges is not known.", said))
+    blocks.append(
+        Paragraph(
+            f"Scores of {card.score_responses:,} training responses have mean {card.score_mean:.4g} and standard deviation "
+            f"{card.score_std:.4g}. Only scores of one prompt's responses compare: the preferences say nothing of the rest."
+        )
     )
-    return "\n\n".join(parts)
+    return Section("card", "Model card", tuple(blocks))
 
 
-def _accuracy(card: dict[str, Any]) -> list[str]:
-    several = card["pairs"] > card["prompts"]
-    of = f"{card['pairs']:,} held-out pairs of {card['prompts']:,} prompts" if several else f"{card['pairs']:,} held-out pairs"
+def _accuracy(card: Card, rate: Rate) -> Iterator[Block]:
+    several = rate.pairs > rate.prompts
+    of = f"{rate.pairs:,} held-out pairs" + (f" of {rate.prompts:,} prompts" if several else "")
     method = "; a prompt's pairs are one observation" if several else ""
-    length = card["length_baseline"]
-    ahead = length["lead"]
-    rows = [
-        ("this model", *_rate(card["accuracy"], card["accuracy_low"], card["accuracy_high"])),
-        (f"always the {length['prefers']} response", *_rate(length["accuracy"], length["low"], length["high"])),
-        ("the difference, pair by pair", *_rate(ahead["mean"], ahead["low"], ahead["high"])),
-        ("the same score for all", percent(card["constant"]), ""),
-    ]
-    parts = [
-        f"The better response of {of} has the higher score in {percent(card['accuracy'])} "
-        f"(95 % interval {percent(card['accuracy_low'])} to {percent(card['accuracy_high'])}{method}). Ties count half.",
-        table(("", "accuracy", "95 % interval"), rows),
-    ]
-    if card["warning"]:
-        parts.insert(1, f"**{card['warning']}**")
-    if card["subsets"]:
-        subsets = [
-            (cell(name, SUBSET_LENGTH), f"{own['pairs']:,}", *_rate(own["accuracy"], own["low"], own["high"]))
-            for name, own in card["subsets"].items()
-        ]
-        parts.append(table(("subset", "pairs", "accuracy", "95 % interval"), subsets))
-    return parts
+    mean, bounds = _share(rate.accuracy)
+    yield Paragraph(
+        f"The better response of {of} has the higher score in {mean} (95 % interval {bounds}{method}). Ties count half."
+    )
+    if card.warning:
+        yield Finding("warning", card.warning, "")
+    rows = [("this model", *_share(rate.accuracy))]
+    if length := card.agreement.length_baseline:
+        rows.append((f"always the {length.prefers} response", *_share(length.accuracy)))
+        rows.append(("the difference, pair by pair", *_share(length.lead)))
+    rows.append(("the same score for all", percent(card.constant), ""))
+    columns = Column("accuracy"), Column("95 % interval")
+    yield Table("Accuracy on held-out pairs", (Column("by"), *columns), tuple(rows))
+    if subsets := card.agreement.subsets:
+        of_subsets = tuple((name, f"{own.pairs:,}", *_share(own.accuracy)) for name, own in subsets.items())
+        yield Table("The same by subset", (Column("subset"), Column("pairs"), *columns), of_subsets)
 
 
-def _rate(accuracy: float, low: float, high: float) -> tuple[str, str]:
-    return percent(accuracy), f"{percent(low)} to {percent(high)}"
+def _share(own: Interval) -> tuple[str, str]:
+    return percent(own.mean), f"{percent(own.low)} to {percent(own.high)}"
 
 
-def _calibration(card: dict[str, Any]) -> list[str]:
-    rows = [
-        (f"{each['low']:.2f} to {each['high']:.2f}", f"{each['count']:,}", percent(each["confidence"]), percent(each["accuracy"]))
-        for each in card["reliability"]
-    ]
-    return [
-        f"Calibration: expected error {percent(card['ece'])}. A mean confidence σ(|margin|) of {percent(card['confidence'])} "
-        f"against an accuracy of {percent(card['accuracy'])}{_leaning(card)}.",
-        table(("confidence", "pairs", "mean confidence", "accuracy"), rows),
-    ]
-
-
-def _leaning(card: dict[str, Any]) -> str:
-    """Said only where the mean confidence is outside the accuracy's interval."""
-    if card["confidence"] > card["accuracy_high"]:
-        return ": it is over-confident"
-    return ": it is under-confident" if card["confidence"] < card["accuracy_low"] else ": they agree within the interval"
+def _calibration(own: Agreement, rate: Rate) -> Iterator[Block]:
+    assert own.confidence is not None
+    # Said only where the mean confidence is outside the accuracy's interval.
+    leaning = ": they agree within the interval"
+    if own.confidence > rate.accuracy.high:
+        leaning = ": it is over-confident"
+    elif own.confidence < rate.accuracy.low:
+        leaning = ": it is under-confident"
+    yield Paragraph(
+        f"Calibration: expected error {percent(own.ece)}. A mean confidence σ(|margin|) of {percent(own.confidence)} "
+        f"against an accuracy of {percent(rate.accuracy.mean)}{leaning}."
+    )
+    rows = tuple(
+        (f"{each.low:.2f} to {each.high:.2f}", f"{each.count:,}", percent(each.confidence), percent(each.accuracy))
+        for each in own.reliability
+    )
+    heads = ("confidence", "pairs", "mean confidence", "accuracy")
+    yield Table("Calibration", tuple(map(Column, heads)), rows)

@@ -16,7 +16,7 @@ from rlhf_cli.errors import MachineError, NumberError, UsageError
 from rlhf_cli.files import disk_error, non_finite, to_json
 
 LOCK = ".lock"
-OWN_FILES = {"recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "data.json", "report.md"}
+OWN_FILES = {"recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "data.json", "report.md", "report.html"}
 OWN_NAMES = OWN_FILES | {"plots", "model", "checkpoints"}
 LEAST_SPACE = 64 * 2**20
 """Bytes that must be free before a run starts; the logs and the report alone want a few MiB."""
@@ -33,6 +33,7 @@ class RunFolder:
         self.samples = path / "samples.jsonl"
         self.data = path / "data.json"
         self.report = path / "report.md"
+        self.page = path / "report.html"
         self.plots = path / "plots"
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"

@@ -24,14 +24,15 @@ from rlhf_cli.evaluation.visits import measure_models, write_samples
 from rlhf_cli.files import disk_error, to_json, write_atomic, write_json
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.reports.evaluated import terminal_table, write_report
+from rlhf_cli.reports.evaluation import write_report
+from rlhf_cli.reports.terminal import terminal_table
 from rlhf_cli.runs.folder import RunFolder, move_aside, open_run
 from rlhf_cli.runs.manifest import git_commit, versions, write_manifest
 from rlhf_cli.runs.resume import is_as_before, record_inputs, recorded_recipe, refuse_other_inputs, reopen
 from rlhf_cli.stages.training import FINE
 from rlhf_cli.training.loop import peak_memory
 
-RESULT, VERDICTS, PAGE = "eval.json", "verdicts.jsonl", "report.html"
+RESULT, VERDICTS = "eval.json", "verdicts.jsonl"
 
 
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
@@ -67,8 +68,8 @@ def _opened(job: EvaluationJob, resume: bool, force: bool) -> Iterator[RunFolder
             done = _is_finished(job, folder)
         ranks.barrier()
         if done:
-            job.console.say(terminal_table(read_result(folder.path / RESULT).to_json()))
-            job.console.say(f"{output} is finished: {folder.path / PAGE}")
+            job.console.say(terminal_table(read_result(folder.path / RESULT)))
+            job.console.say(f"{output} is finished: {folder.page}")
             yield None
         else:
             job.signals.say("before the first model; continue with --resume")
@@ -91,7 +92,7 @@ def _refuse_other_stages(job: EvaluationJob, folder: RunFolder) -> None:
 def _is_finished(job: EvaluationJob, folder: RunFolder) -> bool:
     """Is everything written, of the same inputs by the same code?"""
     dump = job.recipe.dump_pairs
-    reports = [folder.path / RESULT, folder.report, folder.path / PAGE]
+    reports = [folder.path / RESULT, folder.report, folder.page]
     written = [folder.manifest, *reports, *([Path(dump)] if dump is not None else [])]
     return all(path.exists() for path in written) and is_as_before(folder, job.recipe, job.inputs | job.code)
 
@@ -118,16 +119,15 @@ def _conclude(job: EvaluationJob, folder: RunFolder, measured: Measured) -> None
     write_samples(folder.samples, [sample for own in measured.samples.values() for row in own.own for sample in row])
     equal = {name: own.first(recipe.rollout.responses_per_prompt) for name, own in measured.samples.items()}
     judged = _compare(job, folder, equal, notes)
-    result = summarise(recipe, measured, judged, notes).to_json()
+    result = summarise(recipe, measured, judged, notes)
     job.signals.obey_at_once("while the report was written; continue with --resume")
     if recipe.dump_pairs is not None:
         _dump(job, Path(recipe.dump_pairs), equal, judged)
-    write_json(folder.path / RESULT, result)
-    lines = [sample.line() for own in equal.values() for row in own.own for sample in row]
-    write_report(folder.path, result, lines)
+    write_json(folder.path / RESULT, result.to_json())
+    write_report(folder, result, [sample for own in equal.values() for row in own.own for sample in row])
     write_manifest(folder, _manifest(job))
     job.console.say(terminal_table(result))
-    job.console.say(f"finished in {time.monotonic() - job.started:.0f} s: {folder.path / PAGE}")
+    job.console.say(f"finished in {time.monotonic() - job.started:.0f} s: {folder.page}")
 
 
 def _compare(

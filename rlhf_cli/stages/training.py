@@ -37,7 +37,7 @@ from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES, learning_rate_of
-from rlhf_cli.reports.report import write_report
+from rlhf_cli.reports.training import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import BaseModel, Outcome, Parent, build_manifest, write_manifest

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from rlhf_cli.data.sources import read_data
 from rlhf_cli.evaluation import measure
+from rlhf_cli.evaluation.eval_json import EvaluationResult
 from rlhf_cli.models import placement
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
-from rlhf_cli.reports.eval_words import findings
+from rlhf_cli.reports.findings_evaluation import findings
 from rlhf_cli.stages.training import row_request
 from tests.data.tiny_tokenizer import ZEPHYR, tiny_tokenizer
 from tests.stages.tiny_runs import (
@@ -191,7 +192,7 @@ def test_a_series_in_other_tokens_has_no_curve(series: Path, tmp_path: Path) -> 
     ]
     assert set(found["fits"]) == {"lora", "best of n"}
     assert "objective/scores" in found["models"]["strange/step-00000001"]
-    said = {each.head.partition(": ")[0] for each in findings(found) if ": " in each.head}
+    said = {each.head.partition(": ")[0] for each in findings(EvaluationResult.from_json(found)) if ": " in each.head}
     assert said == {"lora", "best of n"}
 
 

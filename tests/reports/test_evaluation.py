@@ -1,27 +1,42 @@
-"""The report of an evaluation, from a made-up eval.json."""
+"""The report of an evaluation, and what the terminal shows of it, from a made-up eval.json."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_cli.reports.eval_words import findings
-from rlhf_cli.reports.evaluated import terminal_table, write_report
+from rlhf_cli.errors import UsageError
+from rlhf_cli.evaluation.eval_json import EvaluationResult, read_result
+from rlhf_cli.evaluation.samples import read_samples
+from rlhf_cli.reports import terminal
+from rlhf_cli.reports.document import Finding
+from rlhf_cli.reports.evaluation import write_report
+from rlhf_cli.reports.findings_evaluation import findings
+from rlhf_cli.runs.folder import RunFolder
 from tests.reports.an_evaluation import HOSTILE, MODELS, empty, evaluation, figures, preference, rate, samples, share
 
 Result = dict[str, Any]
 
 
+def found_in(result: Result) -> list[Finding]:
+    return findings(EvaluationResult.from_json(result))
+
+
+def terminal_table(result: Result) -> str:
+    return terminal.terminal_table(EvaluationResult.from_json(result))
+
+
 def said(result: Result, head: str) -> str:
     """The one finding that begins so, whole."""
-    (found,) = [each for each in findings(result) if each.head.startswith(head)]
+    (found,) = [each for each in found_in(result) if each.head.startswith(head)]
     return f"{found.head} {found.text}"
 
 
 def heads(result: Result) -> list[str]:
-    return [each.head for each in findings(result)]
+    return [each.head for each in found_in(result)]
 
 
 def two_models(**rates: float | dict[str, float]) -> Result:
@@ -34,8 +49,16 @@ def two_models(**rates: float | dict[str, float]) -> Result:
 
 
 def report(folder: Path, result: Result, lines: list[dict[str, Any]]) -> str:
-    write_report(folder, result, lines)
+    write_report(RunFolder(folder), EvaluationResult.from_json(result), read_samples(lines))
     return (folder / "report.md").read_text("utf-8")
+
+
+def test_eval_json_is_what_was_found(tmp_path: Path) -> None:
+    for result in (evaluation(), empty()):
+        assert json.loads(json.dumps(EvaluationResult.from_json(result).to_json())) == result
+    (tmp_path / "eval.json").write_text('{"about": {}}')
+    with pytest.raises(UsageError, match=r"eval.json is damaged \(.*\)\n  evaluate again with --force"):
+        read_result(tmp_path / "eval.json")
 
 
 def test_who_is_better_worse_or_undecided() -> None:
@@ -142,9 +165,11 @@ def test_a_model_alone_is_held_against_a_half() -> None:
 
 def test_preferences(tmp_path: Path) -> None:
     result = empty()
-    fault = ["cannot be told from guessing", "is no better than the toss of a coin"]
-    result["preferences"] = {"rm": preference(0.8, 0.55) | {"faults": fault}}
-    assert said(result, "Hardly a judge:").endswith("that cannot be told from guessing and is no better than the toss of a coin.")
+    result["preferences"] = {"rm": preference(0.5, 0.55)}
+    assert said(result, "Hardly a judge:").endswith(
+        "that cannot be told from guessing and is no better than always preferring the longer response, which has 55.0 % "
+        "(51.0 % to 59.0 %)."
+    )
     assert "**rm:** its accuracy" in report(tmp_path, result, [])
     policy = preference(0.75, 0.55) | {"kind": "policy"}
     result["preferences"] = {"rm": preference(0.8, 0.55), "dpo": policy, "ipo": policy}

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.reports.drawn import drawn_verdict, is_drawn
-from rlhf_cli.reports.report import write_report
+from rlhf_cli.reports.findings_online import online_findings
+from rlhf_cli.reports.run_result import History
+from rlhf_cli.reports.training import write_report
 from rlhf_cli.runs.folder import RunFolder
 
 Line = dict[str, Any]
@@ -34,6 +35,12 @@ def drawn(score: float, kl: float, length: float = 20.0, **golds: float) -> dict
     return {"objective/scores": score, "objective/kl": kl, "response/length": length, **named}
 
 
+def said_of(train: list[Line], held_out: list[Line]) -> list[str]:
+    """Findings as sentences, their heads set off as in report.md."""
+    found = online_findings(History(train, held_out))
+    return [" ".join(part for part in (each.head and f"**{each.head}**", each.text) if part) for each in found]
+
+
 def said(start: str, words: list[str]) -> str:
     """The one sentence that begins so."""
     (found,) = [each for each in words if each.startswith(start)]
@@ -42,7 +49,7 @@ def said(start: str, words: list[str]) -> str:
 
 def test_a_score_that_rose() -> None:
     train = training(30, objective__scores=[float(k) for k in range(30)])
-    words = drawn_verdict(train, held_out(drawn(0.5, 0.0), drawn(2.0, 4.5)))
+    words = said_of(train, held_out(drawn(0.5, 0.0), drawn(2.0, 4.5)))
     # Three steps at each end: the means of 0, 1, 2 and of 27, 28, 29.
     assert words == [
         "The score rose from 0.5 to 2 on held-out prompts and from 1 to 28 on training prompts.",
@@ -53,50 +60,50 @@ def test_a_score_that_rose() -> None:
 
 def test_a_score_that_did_not_rise() -> None:
     train = training(2, objective__scores=[1.0, 0.5])
-    assert said("**The score did not rise**", drawn_verdict(train, [])) == (
-        "**The score did not rise**: it went from 1 to 0.5 on training prompts. Is the learning rate right? Is the run too short?"
+    assert said("**The score did not rise", said_of(train, [])) == (
+        "**The score did not rise:** it went from 1 to 0.5 on training prompts. Is the learning rate right? Is the run too short?"
     )
-    assert said("No prompts were held out", drawn_verdict(train, []))
+    assert said("No prompts were held out", said_of(train, []))
     rising = training(2, objective__scores=[0.5, 1.0])
-    assert drawn_verdict(rising, held_out(drawn(2, 0), drawn(1.5, 1)))[0] == (
-        "**The score did not rise on all prompts**: it went from 2 to 1.5 on held-out prompts "
+    assert said_of(rising, held_out(drawn(2, 0), drawn(1.5, 1)))[0] == (
+        "**The score did not rise on all prompts:** it went from 2 to 1.5 on held-out prompts "
         "and from 0.5 to 1 on training prompts."
     )
-    assert drawn_verdict(training(1, objective__scores=1.0), [])[0] == "Too few steps to say how the score moved."
+    assert said_of(training(1, objective__scores=1.0), [])[0] == "Too few steps to say how the score moved."
 
 
 def test_reward_hacking() -> None:
     start = drawn(0.0, 0.0, 20.0, gold=0.5)
-    words = drawn_verdict([], held_out(start, drawn(3.0, 12.5, 30.0, gold=0.25)))
-    assert said("**Reward hacking**", words).startswith(
-        "**Reward hacking**: the score rose and the policy moved 12.5 nats away, the responses went from 20.0 to 30.0 tokens "
+    words = said_of([], held_out(start, drawn(3.0, 12.5, 30.0, gold=0.25)))
+    assert said("**Reward hacking", words).startswith(
+        "**Reward hacking:** the score rose and the policy moved 12.5 nats away, the responses went from 20.0 to 30.0 tokens "
         "(+50.0 %), but `gold/gold`, which nothing was trained on, went from 0.5 to 0.25. The policy learned what the reward "
         "mistakes for good: hold it closer to its reference (`kl.coef`; "
     )
     for last in (drawn(3.0, 12.5, 30.0, gold=0.5 * 0.985), drawn(-1.0, 12.5, 30.0, gold=0.25)):  # noise; no better score either
-        assert not any("hacking" in each for each in drawn_verdict([], held_out(start, last)))
-    better = drawn_verdict([], held_out(start, drawn(3.0, 9.0, gold=0.75)))
+        assert not any("hacking" in each for each in said_of([], held_out(start, last)))
+    better = said_of([], held_out(start, drawn(3.0, 9.0, gold=0.75)))
     assert better[-1] == "`gold/gold`, which nothing was trained on, went from 0.5 to 0.75."
 
 
 def test_a_gold_reward_that_was_higher_on_the_way() -> None:
     lines = held_out(drawn(0, 0, gold=0.5), drawn(2, 3, gold=0.9), drawn(3, 9, gold=0.7))
-    assert drawn_verdict([], lines)[-1] == (
+    assert said_of([], lines)[-1] == (
         "`gold/gold` was highest after step 10 (0.9): `train.keep_best: {metric: gold/gold, mode: max}` keeps that checkpoint."
     )
     lines[-1]["gold/gold"] = 0.81  # 0.09 of the 0.4 that were gained
-    assert not any("was highest" in each for each in drawn_verdict([], lines))
+    assert not any("was highest" in each for each in said_of([], lines))
 
 
 def test_without_a_gold_reward() -> None:
-    hacked = drawn_verdict([], held_out(drawn(0, 0, 20.0), drawn(3, 10.5, 31.0)))
-    assert said("**This may be reward hacking**", hacked) == (
-        "**This may be reward hacking**: the policy moved 10.5 nats away, and the responses went from 20.0 to 31.0 tokens "
+    hacked = said_of([], held_out(drawn(0, 0, 20.0), drawn(3, 10.5, 31.0)))
+    assert said("**This may be reward hacking", hacked) == (
+        "**This may be reward hacking:** the policy moved 10.5 nats away, and the responses went from 20.0 to 31.0 tokens "
         "(+55.0 %). Nothing measured whether it is better by another yardstick: add `gold:`, and read the samples."
     )
-    assert said("**This may", drawn_verdict([], held_out(drawn(0, 0, 20.0), drawn(3, 10.5, 9.0))))  # shorter by 55 %
+    assert said("**This may", said_of([], held_out(drawn(0, 0, 20.0), drawn(3, 10.5, 9.0))))  # shorter by 55 %
     for last in (drawn(3, 9.5, 31.0), drawn(3, 10.5, 29.0)):  # near enough; the length is about the same
-        assert NO_GOLD in drawn_verdict([], held_out(drawn(0, 0, 20.0), last))
+        assert NO_GOLD in said_of([], held_out(drawn(0, 0, 20.0), last))
 
 
 def test_collapse() -> None:
@@ -104,10 +111,10 @@ def test_collapse() -> None:
 
     def words(entropy: float, length: float) -> list[str]:
         usual = {"objective/entropy": 40.0, "response/length": 20.0}
-        return drawn_verdict([], held_out(usual, {"objective/entropy": entropy, "response/length": length}))
+        return said_of([], held_out(usual, {"objective/entropy": entropy, "response/length": length}))
 
-    assert said("**Policy collapse**", words(5.0, 20.0)).startswith(
-        "**Policy collapse**: the entropy fell from 2 to 0.25 nats a token (-87.5 %), so that each prompt has nearly one "
+    assert said("**Policy collapse", words(5.0, 20.0)).startswith(
+        "**Policy collapse:** the entropy fell from 2 to 0.25 nats a token (-87.5 %), so that each prompt has nearly one "
         "response: hold it closer to its reference (`kl.coef`; "
     )
     assert not any("collapse" in each for each in (*words(10.0, 20.0), *words(5.0, 5.0)))
@@ -116,35 +123,35 @@ def test_collapse() -> None:
 def test_clipping_is_judged_by_its_worst_steps() -> None:
     """The rate falls to nothing at the end, and with it the clipped share."""
     train = training(30, policy__clipfrac=[0.0] * 10 + [0.5, 0.5, 0.2] + [0.0] * 17)
-    assert said("**The learning rate is too high**", drawn_verdict(train, [])).startswith(
-        "**The learning rate is too high**: up to 40.0 % of a step's tokens were clipped. Lower `train.learning_rate`"
+    assert said("**The learning rate is too high", said_of(train, [])).startswith(
+        "**The learning rate is too high:** up to 40.0 % of a step's tokens were clipped. Lower `train.learning_rate`"
     )
     one_step = training(30, policy__clipfrac=[0.0] * 29 + [0.8])
-    assert not any("too high" in each for each in drawn_verdict(one_step, []))
+    assert not any("too high" in each for each in said_of(one_step, []))
 
 
 def test_a_value_that_was_not_learned() -> None:
     train = training(2, value__explained_variance=[0.5, -0.25])
-    assert said("**The value", drawn_verdict(train, [])).startswith(
-        "**The value was not learned**: at the end its explained variance is -0.25, worse than one number for all."
+    assert said("**The value", said_of(train, [])).startswith(
+        "**The value was not learned:** at the end its explained variance is -0.25, worse than one number for all."
     )
     learned = training(2, value__explained_variance=[-0.5, 0.0])
-    assert not any("The value" in each for each in drawn_verdict(learned, []))
+    assert not any("The value" in each for each in said_of(learned, []))
 
 
 def test_responses_that_do_not_end() -> None:
     def words(rate: float) -> list[str]:
-        return drawn_verdict([], held_out({"response/eos_rate": 1.0}, {"response/eos_rate": rate}))
+        return said_of([], held_out({"response/eos_rate": 1.0}, {"response/eos_rate": rate}))
 
     assert said("**Only", words(0.4)).startswith(
-        "**Only 40.0 % of the responses end**; the others are cut off. Raise `rollout.max_new_tokens`, or set "
+        "**Only 40.0 % of the responses end:** the others are cut off. Raise `rollout.max_new_tokens`, or set "
     )
-    assert not any("end**" in each for each in words(0.5))
+    assert not any("responses end:**" in each for each in words(0.5))
 
 
-def test_which_runs_draw() -> None:
-    assert is_drawn(training(1, loss=1.0), held_out({}))
-    assert not is_drawn(training(2, loss=1.0, rewards__margins=1.0), [{"step": 0, "split": "eval", "loss": 1.0}])
+def test_which_runs_are_online() -> None:
+    assert History(training(1, loss=1.0), held_out({})).online
+    assert not History(training(2, loss=1.0, rewards__margins=1.0), [{"step": 0, "split": "eval", "loss": 1.0}]).online
 
 
 LENGTHS = {"p50": 10, "p90": 20, "p99": 30, "max": 40}
@@ -166,6 +173,9 @@ MANIFEST = {
     "seed": 0,
     "base_model": {"path": "base", "revision": None, "weights_hash": "w"},
     "parents": [],
+    "objective": {"kind": "rloo"},
+    "learning_rate": 1e-4,
+    "batch_size": 8,
     "steps": 40,
     "tokens": 1000,
     "seconds": 10.0,
@@ -230,7 +240,7 @@ def test_the_report_of_a_ppo_run(run: RunFolder) -> None:
     assert "trained all weights on 90 prompts of `p.jsonl`" in text
     assert "The score rose from 0 to 4 on held-out prompts and from 0 to 3 on training prompts." in text
     assert "Training loss" not in text and "Held-out loss" not in text
-    assert "|  | training, start | end | held-out, start | end |\n" in text
+    assert "| metric | training, start | end | held-out, start | end |\n" in text
     assert "| score | 0 | 3 | 0 | 4 |\n" in text
     assert "| reward a | 1 | 1 | 0 | 4 |\n| reward b | 2 | 2 |  |  |\n| gold help |  |  | 0 | 0.4 |\n" in text
     assert "| KL to the reference, nats a response | 0 | 3 | 0 | 8 |\n" in text

@@ -1,14 +1,17 @@
-"""The report's sentences and numbers, from hand-made runs."""
+"""The report of a training run, from hand-made files, and its sentences, from hand-made lines."""
 
 import json
 import math
+import re
 import struct
 
 import pytest
 
-from rlhf_cli.reports.plots import moving_average
-from rlhf_cli.reports.report import duration, write_report
-from rlhf_cli.reports.verdict import ends, held_out_verdict, length_verdict, preference_verdict, train_verdict
+from rlhf_cli.figures import duration
+from rlhf_cli.reports.findings_training import length_findings, training_findings
+from rlhf_cli.reports.plots_training import moving_average
+from rlhf_cli.reports.run_result import History, TrainingSample, ends
+from rlhf_cli.reports.training import write_report
 from rlhf_cli.runs.folder import RunFolder
 
 LENGTHS = {"p50": 10, "p90": 20, "p99": 30, "max": 1234}
@@ -39,6 +42,9 @@ MANIFEST = {
     "seed": 7,
     "base_model": {"path": "org/tiny", "revision": "r1", "weights_hash": "w1"},
     "parents": [{"path": "runs/first", "manifest_hash": "p1"}],
+    "objective": {"kind": "supervised", "normalize": "tokens"},
+    "learning_rate": 1e-4,
+    "batch_size": 8,
     "steps": 4,
     "tokens": 12345,
     "seconds": 130.0,
@@ -49,6 +55,15 @@ MANIFEST = {
 
 def line(step, split, loss, **more):
     return {"step": step, "split": split, "time": 0.0, "loss": loss, **more}
+
+
+def words(found):
+    """Findings as sentences, their heads set off as in report.md."""
+    return [" ".join(part for part in (each.head and f"**{each.head}**", each.text) if part) for each in found]
+
+
+def said_of(train, held_out, rows=0):
+    return words(training_findings(History(train, held_out), rows))
 
 
 def jsonl(path, lines):
@@ -85,6 +100,7 @@ def test_every_part_of_the_report(run):
         "Started from `runs/first` (on the base model `org/tiny`) and trained a LoRA adapter of rank 16 "
         "on 1,000 rows of `hh.jsonl`: 4 steps, 12,345 tokens, 2 min 10 s."
     ) in text
+    assert '2 min 10 s. Objective `supervised` (normalize "tokens"), learning rate 0.0001, batches of 8.' in text
     assert "Training loss fell from 4 to 1." in text
     assert "Held-out loss fell from 2 to 1.5, -25.0 %: the model is better on rows it has not seen." in text
     assert "| training loss | 4 | 1 | -75.0 % |" in text
@@ -99,7 +115,7 @@ def test_every_part_of_the_report(run):
     )
     assert "| tokens, total: median / 90 % / 99 % / longest | 10 / 20 / 30 / 1,234 |" in text
     assert "- training: `hh.jsonl` (messages), 1,000 of 1,200 rows kept, 50 beyond the limit, 150 not JSON" in text
-    assert "**0.3 % of the training responses have no end**" in text
+    assert "**0.3 % of the training responses have no end:** they do not teach the model to stop." in text
     assert "2 min 10 s for 12,345 tokens (95 a second); at most 1.3 GiB of memory." in text
     assert 'base = AutoModelForCausalLM.from_pretrained("org/tiny", revision="r1")' in text
     assert 'model = PeftModel.from_pretrained(base, "runs/mine/model")' in text
@@ -125,7 +141,7 @@ def test_a_full_model_without_held_out_rows_or_samples(run):
     write_report(run, {**MANIFEST, "parents": [], "steps": 1, "git_commit": None})
     text = run.report.read_text()
     assert "Started from `org/tiny` and trained all weights on 1,000 rows of `hh.jsonl`: 1 step, " in text
-    assert "**Training loss did not fall**: 1 at the start, 1 at the end." in text
+    assert "**Training loss did not fall:** 1 at the start, 1 at the end." in text
     assert "No rows were held out" in text
     assert 'model = AutoModelForCausalLM.from_pretrained("runs/mine/model")' in text
     assert "## Samples" not in text
@@ -133,27 +149,29 @@ def test_a_full_model_without_held_out_rows_or_samples(run):
 
 
 def test_held_out_loss_that_does_not_fall():
-    (words,) = held_out_verdict([], [line(0, "eval", 2.0), line(4, "eval", 2.5)])
-    assert words.startswith("**Held-out loss did not fall** (from 2 to 2.5, +25.0 %): on rows it has not seen, ")
+    _, said = said_of([], [line(0, "eval", 2.0), line(4, "eval", 2.5)])
+    assert said.startswith("**Held-out loss did not fall** (from 2 to 2.5, +25.0 %): on rows it has not seen, ")
 
 
 def test_overfitting_is_said():
     train = [line(k, "train", 3.0 - k / 100) for k in range(1, 101)]
     held_out = [line(0, "eval", 3.0), line(50, "eval", 2.0), line(100, "eval", 2.5)]
-    fell, overfit = held_out_verdict(train, held_out)
+    _, fell, overfit = said_of(train, held_out)
     assert fell.startswith("Held-out loss fell from 3 to 2.5, -16.7 %")
     # Steps 51 to 60 and 91 to 100: means of 3 − k/100 at 55.5 and 95.5.
     assert "lowest after step 50 (2) and rose to 2.5, while training loss fell from 2.445 to 2.045." in overfit
     held_out[2]["loss"] = 2.0 * 1.005  # noise
-    assert len(held_out_verdict(train, held_out)) == 1
+    assert len(said_of(train, held_out)) == 2
     flat = [line(k, "train", 3.0) for k in range(1, 101)]
     held_out[2]["loss"] = 2.5
-    assert len(held_out_verdict(flat, held_out)) == 1
+    assert len(said_of(flat, held_out)) == 2
 
 
 def test_small_numbers_of_measurements():
-    assert train_verdict([line(1, "train", 1.0)]) == ["Too few steps to say how the training loss moved."]
-    assert held_out_verdict([], [line(4, "eval", 1.5)]) == ["Held-out loss was measured once, after step 4: 1.5."]
+    assert said_of([line(1, "train", 1.0)], [line(4, "eval", 1.5)]) == [
+        "Too few steps to say how the training loss moved.",
+        "Held-out loss was measured once, after step 4: 1.5.",
+    ]
 
 
 def test_arithmetic():
@@ -207,7 +225,7 @@ def test_a_reward_model_has_a_card(run):
     assert "| held-out accuracy | 0.5 | 0.714 | +0.214 |\n| held-out margin | 0 | 1.5 | +1.5 |" in text
     assert (
         "The better response of 400 held-out pairs has the higher score in 71.4 % (95 % interval 66.8 % to 75.6 %). "
-        "Ties count half.\n\n|  | accuracy | 95 % interval |\n"
+        "Ties count half.\n\n**Accuracy on held-out pairs**\n\n| by | accuracy | 95 % interval |\n"
     ) in text
     assert (
         "| this model | 71.4 % | 66.8 % to 75.6 % |\n"
@@ -231,7 +249,7 @@ def test_a_card_of_rankings_with_subsets_and_a_warning(run):
     subsets = {"a|b": RATE, "harm": RATE | {"accuracy": 0.9}}
     text = write_reward_report(run, prompts=100, subsets=subsets, warning="It hardly beats length.", confidence=0.6)
     assert "of 400 held-out pairs of 100 prompts has the higher score in 71.4 % (" in text
-    assert "to 75.6 %; a prompt's pairs are one observation). Ties count half.\n\n**It hardly beats length.**\n\n|" in text
+    assert "to 75.6 %; a prompt's pairs are one observation). Ties count half.\n\n**It hardly beats length.**\n\n**Acc" in text
     assert (
         "| subset | pairs | accuracy | 95 % interval |\n| --- | --- | --- | --- |\n| a\\|b | 30 | 50.0 % | 40.0 % to 60.0 %"
         in text
@@ -274,7 +292,7 @@ def test_the_report_of_a_preference_run(run):
         "(95 % interval 60.4 % to 78.1 %, each of 100 rows one observation)."
     ) in text
     assert (
-        "**Displacement**: the log-probability of the held-out chosen responses fell by 12.5 nats, from -80 to -92.5, although "
+        "**Displacement:** the log-probability of the held-out chosen responses fell by 12.5 nats, from -80 to -92.5, although "
         "the margin grew from 0 to 1.5."
     ) in text
     assert (
@@ -283,7 +301,7 @@ def test_the_report_of_a_preference_run(run):
     assert "| held-out margin of the implicit reward | 0 | 1.5 | +1.5 |" in text
     assert "| held-out log-probability, chosen | -80 | -92.5 | -12.5 |" in text
     # 15 tokens before, 27 after.
-    assert "**Length drift**: these responses have a mean of 15.0 tokens before, 27.0 after (+80.0 %); those that did not" in text
+    assert "**Length drift:** these responses have a mean of 15.0 tokens before, 27.0 after (+80.0 %); those that did not" in text
     assert {path.name for path in run.plots.iterdir()} == {"loss.png", "accuracy.png", "margin.png", "logps.png"}
 
 
@@ -301,34 +319,37 @@ def test_a_metric_may_be_absent_in_some_lines(run):
     assert {path.name for path in run.plots.iterdir()} == {"loss.png", "margin.png", "rewards.png", "logps.png", "kl.png"}
 
 
-def test_words_about_pairs():
-    def words(first, last, rows=100):
-        return preference_verdict([], [pair_line(0, "eval", *first), pair_line(4, "eval", *last)], rows)
+def of_pairs(train, held_out, rows):
+    """What is said after the losses."""
+    return said_of(train, held_out, rows)[2:]
 
-    guess, displaced, saturated = words((-80.0, 0.5, 0.5), (-81.0, 0.4, 0.55, 0.6))
+
+def test_words_about_pairs():
+    def of(first, last):
+        return of_pairs([], [pair_line(0, "eval", *first), pair_line(4, "eval", *last)], 100)
+
+    guess, displaced, saturated = of((-80.0, 0.5, 0.5), (-81.0, 0.4, 0.55, 0.6))
     # (0.55 + 0.0192) / 1.0384 ± 1.96 √(0.002475 + 0.000096) / 1.0384.
     assert guess.startswith(
         "**The implicit reward prefers the chosen response in 55.0 % of the held-out pairs (95 % interval 45.2 %"
     )
     assert guess.endswith("that cannot be told from guessing.**")
     assert displaced.startswith(
-        "**The chosen responses became less likely**: the log-probability of the held-out chosen responses "
+        "**The chosen responses became less likely:** the log-probability of the held-out chosen responses "
     )
     assert displaced.endswith("fell by 1 nats, from -80 to -81, and the margin did not grow.")
     assert saturated.startswith("**60.0 % of the held-out pairs are saturated")
-    assert words((-80.0, 0.0, 0.5), (-80.5, 1.0, 0.9))[1].startswith("No displacement: ")
-    assert words((-80.0, 0.0, 0.5), (-75.0, 1.0, 0.9))[1].endswith("went from -80 to -75 nats.")
-    assert preference_verdict([], [line(0, "eval", 1.0), line(4, "eval", 0.5)], 100) == []
+    assert of((-80.0, 0.0, 0.5), (-80.5, 1.0, 0.9))[1].startswith("No displacement: ")
+    assert of((-80.0, 0.0, 0.5), (-75.0, 1.0, 0.9))[1].endswith("went from -80 to -75 nats.")
+    assert of_pairs([], [line(0, "eval", 1.0), line(4, "eval", 0.5)], 100) == []
     train = [pair_line(k, "train", -80.0, 1.0, 0.75) for k in (1, 2)]
-    assert (
-        preference_verdict(train, [], 0)[0] == "The implicit reward prefers the chosen response in 75.0 % of the training pairs."
-    )
+    assert of_pairs(train, [], 0)[0] == "The implicit reward prefers the chosen response in 75.0 % of the training pairs."
 
 
 def test_classes_that_are_not_told_apart():
     rewards = {"rewards/desirable": 0.1, "rewards/undesirable": 0.2}
-    (said,) = preference_verdict([], [line(0, "eval", 0.5, **rewards), line(4, "eval", 0.5, **rewards)], 10)
-    assert said.startswith("**The policy does not tell desirable from undesirable responses**: ")
+    (said,) = of_pairs([], [line(0, "eval", 0.5, **rewards), line(4, "eval", 0.5, **rewards)], 10)
+    assert said.startswith("**The policy does not tell desirable from undesirable responses:** ")
 
 
 @pytest.mark.parametrize(
@@ -336,16 +357,44 @@ def test_classes_that_are_not_told_apart():
 )
 def test_the_gap_to_the_target_of_ipo(reached, words):
     lines = [line(step, "eval", 0.5, **{"margin/logratio": h, "margin/target": 5.0}) for step, h in ((0, 0.0), (4, reached))]
-    (said,) = preference_verdict([], lines, 10)
+    (said,) = of_pairs([], lines, 10)
     assert f"The mean difference that IPO compares is {reached:g} on held-out pairs, its target {words}" in said
 
 
 def test_lengths_of_samples():
-    def sampled(*tokens):
-        return [{"step": step, "tokens": count, "ended": True} for step, count in enumerate(tokens)]
+    def of(*tokens):
+        samples = [TrainingSample(step, "x:1", "p", "r", True, count) for step, count in enumerate(tokens)]
+        return words(length_findings(samples))
 
-    assert length_verdict(sampled(100, 300, 125)) == "Mean length of these responses: 100.0 tokens before, 125.0 after."
-    assert length_verdict(sampled(100, 126)).startswith("**Length drift**: ")
-    assert length_verdict(sampled(100, 74)).endswith("(-26.0 %). Preferences often follow length: are the shorter ones better?")
-    assert length_verdict(sampled(100)) is None
-    assert length_verdict([{"step": 0, "ended": True}, {"step": 4, "ended": True}]) is None
+    assert of(100, 300, 125) == ["Mean length of these responses: 100.0 tokens before, 125.0 after."]
+    assert of(100, 126)[0].startswith("**Length drift:** ")
+    assert of(100, 74)[0].endswith("(-26.0 %). Preferences often follow length: are the shorter ones better?")
+    assert of(100) == []
+    assert of(None, None) == []
+
+
+def test_the_page_says_the_same(run):
+    """report.html has every sentence, table, sample and picture of report.md, and loads nothing."""
+    write_report(run, MANIFEST)
+    page = run.page.read_text("utf-8")
+    assert "<title>mine: supervised fine-tuning, finished</title>" in page
+    for head in ("Did it learn?", "Samples", "Data", "Cost", "The model", "Where it comes from"):
+        assert f">{head}</h2>" in page
+        assert f"\n## {head}\n" in run.report.read_text()
+    assert "Training loss fell from 4 to 1." in page
+    assert '<th scope="row" dir="auto">held-out perplexity</th><td class="number">7.389</td>' in re.sub(r"\n\s*", "", page)
+    assert "a|b\n*c* &lt;|im_end|&gt;\\x1b[31m</p>" in page
+    assert "<code>org/tiny</code>" in page
+    assert page.count("<img ") == page.count('src="data:image/png;base64,') == 3
+    assert 'alt="Loss over the steps, in loss: training from 4 to 1; held-out rows from 2 to 1.5."' in page
+    assert "http" not in page.replace('http-equiv="Content-Security-Policy"', "")
+    assert "<script" not in page
+
+
+def test_the_page_of_a_reward_model_has_its_card(run):
+    write_reward_report(run)
+    page = run.page.read_text("utf-8")
+    assert ">Model card</h2>" in page
+    assert (
+        'alt="How often the reward model is right, by its confidence σ(|margin|); the diagonal is perfect calibration."' in page
+    )

@@ -12,9 +12,26 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.evaluation.eval_json import EvaluationResult
+from rlhf_cli.evaluation.samples import read_samples
 from rlhf_cli.figures import Interval
-from rlhf_cli.reports.evaluated import write_report
-from rlhf_cli.reports.page import Column, Finding, Picture, Section, Table, page
+from rlhf_cli.reports.document import (
+    Block,
+    Code,
+    Column,
+    Document,
+    Example,
+    Examples,
+    Finding,
+    Paragraph,
+    Picture,
+    Response,
+    Section,
+    Table,
+)
+from rlhf_cli.reports.evaluation import write_report
+from rlhf_cli.reports.html import render
+from rlhf_cli.runs.folder import RunFolder
 from tests.reports.an_evaluation import HOSTILE, MODELS, evaluation, samples
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -53,7 +70,7 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("an <b>evaluation")
-    write_report(folder, evaluation(), samples())
+    write_report(RunFolder(folder), EvaluationResult.from_json(evaluation()), read_samples(samples()))
     return folder / "report.html"
 
 
@@ -103,8 +120,7 @@ def test_long_texts_are_shortened(tmp_path: Path) -> None:
     lines = samples(("sft", "dpo"), prompts=2, responses=1)
     lines[2]["response"] = "long <&> " * 1_200_000  # 10.8 MB
     lines[3]["response"] = " \n"
-    result = evaluation()
-    write_report(tmp_path, result, lines)
+    write_report(RunFolder(tmp_path), EvaluationResult.from_json(evaluation()), read_samples(lines))
     text = (tmp_path / "report.html").read_text("utf-8")
     assert len(text) < 1_000_000
     assert f"{10_800_000 - 5000:,} more characters are in samples.jsonl." in text
@@ -113,21 +129,40 @@ def test_long_texts_are_shortened(tmp_path: Path) -> None:
     assert (tmp_path / "report.md").stat().st_size < 100_000
 
 
+def page(*blocks: Block) -> str:
+    return render(Document("t", "l", (Section("s", "S", blocks),)))
+
+
+def test_code_in_sentences_and_lines_of_it() -> None:
+    """What stands between backquotes is code, and is escaped like all else."""
+    text = page(Paragraph("set `a<b` or `c` to 5 %"), Code(("import x", "", "y = '<&>'")))
+    assert '<p dir="auto">set <code>a&lt;b</code> or <code>c</code> to 5\u00a0%</p>' in text
+    assert '<pre tabindex="0"><code>import x\n\ny = &#39;&lt;&amp;&gt;&#39;</code></pre>' in text
+
+
+def test_examples_with_a_title_are_folded_in() -> None:
+    own = (Example("Why?", (Response("before", "", "did not end"), Response("after", "So.", ""))),)
+    open_ones, folded = Reader(page(Examples("", own))), Reader(page(Examples("of a model", own)))
+    assert (len(open_ones.all("details")), len(folded.all("details"))) == (0, 1)
+    assert "(empty)" in open_ones.text and "did not end" in open_ones.text
+    assert open_ones.open == folded.open == []
+
+
 def test_bars() -> None:
     """A scale from 0 to 1 on 120 pixels with 4 at either side: 0.25 is at 4 + 0.25 · 112 = 32, 0.5 at 60, 0.75 at 88."""
     own = Table("c", (Column("m"), Column("v", 0.5, (0.0, 1.0))), (("a", Interval(0.5, 0.25, 0.75)), ("b", "")))
-    text = page("t", "l", [Section("s", "S", (own,))])
+    text = page(own)
     assert '<line class="span" x1="32.0" y1="6.0" x2="88.0" y2="6.0"/><circle cx="60.0" cy="6.0"' in text
     assert '<line class="mark" x1="60.0"' in text
     assert text.count("<svg") == 1
     alone = Table("c", (Column("m"), Column("v")), (("a", Interval(3.0, 3.0, 3.0)),))
-    assert '<circle cx="60.0"' in page("t", "l", [Section("s", "S", (alone,))])  # nothing to be scaled by: the middle
+    assert '<circle cx="60.0"' in page(alone)  # nothing to be scaled by: the middle
     assert "<td" in text
 
 
 def test_neighbours_are_one_list() -> None:
     found, picture = Finding("note", "h", "t"), Picture("p", "p.png", "alt", b"")
-    read = Reader(page("t", "l", [Section("s", "S", (found, found, "words", found, picture, picture))]))
+    read = Reader(page(found, found, Paragraph("words"), found, picture, picture))
     assert [own.get("class") for own in read.all("ul")] == [None, "findings", "findings"]
     assert [own.get("class") for own in read.all("div")].count("pictures") == 1
     assert read.open == []

@@ -1,0 +1,147 @@
+"""What a report is made of, before it is written as Markdown or as HTML.
+
+Texts are shown literally, whatever is in them; in those of paragraphs, findings and items, what stands between ` is code.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from rlhf_cli.figures import Interval
+
+Kind = Literal["better", "worse", "open", "warning", "note"]
+Cell = str | Interval
+
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""What would not be shown, is forbidden in HTML, or turns the direction of what stands around it."""
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    block: ClassVar = "paragraph"
+    text: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """Of a table; a column of intervals has bars on one scale."""
+
+    name: str
+    mark: float | None = None  # a line through all bars: what they are compared with
+    scale: tuple[float, float] | None = None  # None: as far as the intervals reach
+
+
+@dataclass(frozen=True)
+class Table:
+    block: ClassVar = "table"
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]  # the first cell is the row's name
+
+
+@dataclass(frozen=True)
+class Picture:
+    block: ClassVar = "picture"
+    title: str
+    name: str  # of the file in plots/
+    alt: str  # what there is to see, for those who cannot
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence that says what a figure means; the head is its gist, or empty."""
+
+    block: ClassVar = "finding"
+    kind: Kind
+    head: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Response:
+    by: str  # a model, or when in the training
+    text: str
+    facts: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and what was said to it."""
+
+    prompt: str
+    responses: tuple[Response, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Prompts with as many responses each; with a title they are folded in until somebody wants to see them."""
+
+    block: ClassVar = "examples"
+    title: str
+    own: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list of sentences."""
+
+    block: ClassVar = "items"
+    own: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Definitions:
+    block: ClassVar = "definitions"
+    own: tuple[tuple[str, str], ...]  # (term, what it is)
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines of Python."""
+
+    block: ClassVar = "code"
+    lines: tuple[str, ...]
+
+
+Block = Paragraph | Table | Picture | Finding | Examples | Items | Definitions | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    anchor: str
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    title: str
+    lead: str
+    sections: tuple[Section, ...]
+
+
+def visible(text: str) -> str:
+    """Characters that are not to be seen, or would turn the text around them, as escapes.
+
+    >>> visible("a\\x00b\\u202e")
+    'a\\\\x00b\\\\u202e'
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return STEERING.sub(escaped, text.replace("\r\n", "\n"))
+
+
+def pieces(text: str) -> list[str]:
+    """The text cut at its code: every second piece is code.
+
+    >>> pieces("set `data.eval` or not")
+    ['set ', 'data.eval', ' or not']
+    """
+    return re.split(r"`([^`]+)`", text)

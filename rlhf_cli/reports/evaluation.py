@@ -1,0 +1,309 @@
+"""The report of an evaluation, report.md and report.html, from its figures and its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rlhf_cli.evaluation.eval_json import About, Agreed, EndpointJudge, EvaluationResult
+from rlhf_cli.evaluation.samples import Sample
+from rlhf_cli.figures import count, number, percent_with_interval
+from rlhf_cli.metrics import METRICS, metric
+from rlhf_cli.reports.document import (
+    Block,
+    Cell,
+    Column,
+    Definitions,
+    Document,
+    Example,
+    Examples,
+    Finding,
+    Items,
+    Paragraph,
+    Picture,
+    Response,
+    Section,
+    Table,
+)
+from rlhf_cli.reports.findings_evaluation import CHANCE, findings, judge_of, step_of
+from rlhf_cli.reports.plots_evaluation import draw_evaluation
+from rlhf_cli.reports.write import write
+from rlhf_cli.runs.folder import RunFolder
+
+EXAMPLES = 3
+"""Of the largest gains, and of the largest losses, of each model."""
+OTHER = "Other"
+"""The table of metrics that the catalogue has no column for."""
+SHARE = (0.0, 1.0)
+TERMS: dict[str, tuple[tuple[str, str], ...]] = {
+    "winrate": (
+        ("Win rate", "share of comparisons with the baseline's responses to the same prompts that are won, ties half"),
+        ("At equal length", "win rate that a logistic regression on the difference in tokens gives at 0 (Dubois et al. 2024)"),
+    ),
+    "ratings": (("Elo", "Bradley–Terry strength by maximum likelihood; 400 points are odds of 10 to 1, the baseline has 1000"),),
+    "preferences": (
+        ("Accuracy", "share of pairs whose better response has the higher score, ties half"),
+        ("ECE", "expected calibration error: mean distance of the accuracy from the confidence σ(|margin|), by bins"),
+        ("By length alone", "accuracy of always preferring the longer, or always the shorter, response"),
+        ("Ahead of length", "the difference of the two, on the same pairs"),
+    ),
+    "overoptimisation": (
+        ("Proxy", "the score that is optimised; gold is what it stands for"),
+        (
+            "Best of n",
+            "of n responses the best by score, mean over all subsets; its KL is log n − (n − 1)/n, an upper bound",
+        ),
+    ),
+}
+"""Part of a result → (term, what it is) of all that its tables name."""
+
+Place = tuple[int, int]
+"""(the prompt's row, the response's number)."""
+
+
+def write_report(folder: RunFolder, result: EvaluationResult, samples: Sequence[Sample]) -> None:
+    """Write plots/*.png, report.md and report.html. Can be repeated at any time."""
+    write(folder, document(folder.path.resolve().name, result, samples, draw_evaluation(folder.plots, result)))
+
+
+def document(
+    name: str, result: EvaluationResult, samples: Sequence[Sample], pictures: Mapping[str, Sequence[Picture]]
+) -> Document:
+    """Everything there is to say, the most important first; what was not measured is left out. pictures: by section."""
+    found = findings(result) or [Finding("note", "Nothing to compare:", "the tables have all there is.")]
+    sections = (
+        Section("findings", "Findings", tuple(found)),
+        Section("winrates", "Win rates", (*_win_rates(result), *pictures["winrates"])),
+        Section("overoptimisation", "Over-optimisation", (*pictures["overoptimisation"], *_optimisation(result))),
+        Section("metrics", "Metrics", tuple(_metrics(result))),
+        Section("ratings", "Ratings", (*_ratings(result), *pictures["ratings"])),
+        Section("preferences", "Preferences", (*_preferences(result), *pictures["preferences"])),
+        Section("samples", "Side by side", tuple(_side_by_side(result, samples))),
+        Section("notes", "Notes", (Items(tuple(result.about.notes)),) if result.about.notes else ()),
+        Section("methods", "Methods", tuple(_methods(result))),
+    )
+    return Document(f"{name}: evaluation", _lead(result), tuple(section for section in sections if section.blocks))
+
+
+def _lead(result: EvaluationResult) -> str:
+    about = result.about
+    said = []
+    if result.models:
+        said.append(count(len(result.models), "model") + (f", {_drawn(about)}." if about.prompts else "."))
+    if about.judge is not None:
+        said.append(f"Judged by {judge_of(about)}" + (f" against {about.baseline}." if about.baseline else "."))
+    if about.reference:
+        said.append(f"KL from {about.reference}.")
+    if result.preferences:
+        said.append(f"{count(len(result.preferences), 'judge')} compared with preference data.")
+    return " ".join(said) or "Nothing was measured."
+
+
+def _drawn(about: About) -> str:
+    return f"{count(about.responses, 'response')} to each of {count(about.prompts, 'prompt')}"
+
+
+def _win_rates(result: EvaluationResult) -> list[Block]:
+    if not result.winrate:
+        return []
+    rate, equal = Column("Win rate", CHANCE, SHARE), Column("At equal length", CHANCE, SHARE)
+    columns = Column("Model"), rate, equal, Column("Ties"), Column("Comparisons")
+    rows = tuple((name, own.rate, own.length_controlled, f"{own.ties:.3f}", f"{own.n:,}") for name, own in result.winrate.items())
+    return [Table(f"Preferred to {result.about.baseline} by {judge_of(result.about)}", columns, rows)]
+
+
+def _ratings(result: EvaluationResult) -> list[Block]:
+    own, standard = result.ratings, result.standard
+    if not own:
+        return []
+    columns = Column("Model"), Column("Elo", own[standard].mean if standard in own else None)
+    order = sorted(own, key=lambda name: -own[name].mean)
+    return [Table("Elo ratings from all comparisons", columns, tuple((name, own[name]) for name in order))]
+
+
+def _metrics(result: EvaluationResult) -> list[Block]:
+    """A table for each kind of metric; the lines through the bars are the baseline's means."""
+    marks = result.models[result.standard] if result.standard else {}
+    tables: dict[str, list[str]] = {row.column.table: [] for row in METRICS if row.column} | {OTHER: []}
+    for name in result.metrics:
+        column = metric(name).column
+        tables[column.table if column else OTHER].append(name)
+    blocks: list[Block] = []
+    for table, names in tables.items():
+        if names:
+            heads = (Column(metric(name).titled(name), marks[name].mean if name in marks else None) for name in names)
+            rows = tuple((model, *(own.get(name, "") for name in names)) for model, own in result.models.items())
+            blocks.append(Table(table, (Column("Model"), *heads), rows))
+    return blocks
+
+
+def _preferences(result: EvaluationResult) -> list[Block]:
+    judges = result.preferences
+    if not judges:
+        return []
+    columns = (
+        Column("Judge"),
+        Column("Kind"),
+        Column("Accuracy", CHANCE, SHARE),
+        Column("By length alone", CHANCE, SHARE),
+        Column("Ahead of length", 0.0),
+        *(Column(head) for head in ("Pairs", "Prompts", "Ties", "ECE", "Mean confidence")),
+    )
+    rows = tuple(_preference_row(name, each) for name, each in judges.items())
+    blocks: list[Block] = [
+        Finding("warning", f"{name}:", f"its accuracy, {percent_with_interval(rate.accuracy)}, {' and '.join(each.weaknesses)}.")
+        for name, each in judges.items()
+        if (rate := each.agreement.rate) and each.weaknesses
+    ]
+    blocks.append(Table("Agreement with preference data", columns, rows))
+    subsets = tuple(
+        (f"{name}: {subset}", rate.accuracy, f"{rate.pairs:,}", f"{rate.prompts:,}")
+        for name, each in judges.items()
+        for subset, rate in each.agreement.subsets.items()
+    )
+    if subsets:
+        of_subsets = Column("Judge: subset"), Column("Accuracy", CHANCE, SHARE), Column("Pairs"), Column("Prompts")
+        blocks.append(Table("The same by subset", of_subsets, subsets))
+    return blocks
+
+
+def _preference_row(name: str, agreed: Agreed) -> tuple[Cell, ...]:
+    own = agreed.agreement
+    length = own.length_baseline
+    return (
+        name,
+        agreed.kind if agreed.beta is None else f"{agreed.kind}, β = {number(agreed.beta)}",
+        own.rate.accuracy if own.rate else "no pairs",
+        length.accuracy if length else "",
+        length.lead if length else "",
+        *(f"{number:,}" for number in (own.pairs, own.prompts, own.ties)),
+        "" if own.ece is None else f"{own.ece:.3f}",
+        "" if own.confidence is None else f"{own.confidence:.3f}",
+    )
+
+
+def _optimisation(result: EvaluationResult) -> list[Block]:
+    columns = Column("Model"), Column("At"), Column("KL, nats"), Column("Proxy"), Column("Gold")
+    blocks: list[Block] = []
+    for series, points in result.series.items():
+        rows = tuple((point.model, step_of(point), point.kl, point.proxy, point.gold or "") for point in points)
+        blocks.append(Table(f"Points of {series}", columns, rows))
+    fitted = tuple(
+        (series, of, form, number(fit.alpha), number(fit.beta), f"{fit.r2:.3f}")
+        for series, own in result.fits.items()
+        for of, fits in (("proxy", own.proxy), ("gold", own.gold))
+        if fits
+        for form, fit in (("d (α − β d)", fits.bon), ("d (α − β log d)", fits.rl))
+        if fit
+    )
+    if fitted:
+        heads = ("Series", "Of", "Gain over the start at d = √KL", "α", "β", "R²")
+        blocks.append(Table("Fits (Gao, Schulman & Hilton 2023)", tuple(map(Column, heads)), fitted))
+    return blocks
+
+
+def _side_by_side(result: EvaluationResult, samples: Sequence[Sample]) -> list[Block]:
+    """Each model's responses beside the baseline's: by the judge's scores those that gain most and lose most, else the first."""
+    by_model: dict[str, dict[Place, Sample]] = {}
+    for sample in samples:
+        by_model.setdefault(sample.model, {})[sample.row, sample.number] = sample
+    if not by_model:
+        return []
+    standard = result.standard
+    base = by_model.get(standard) if standard else None
+    groups = [
+        Examples(name if base is None else f"{name} beside {standard}", _examples(result.about, own, base))
+        for name, own in by_model.items()
+        if base is None or name != standard or len(by_model) == 1
+    ]
+    return [Paragraph("All responses of all models: `samples.jsonl`."), *(group for group in groups if group.own)]
+
+
+def _examples(about: About, own: Mapping[Place, Sample], base: Mapping[Place, Sample] | None) -> tuple[Example, ...]:
+    if base is None or own is base:
+        first = [sample for (_, number), sample in sorted(own.items()) if number == 0][: 2 * EXAMPLES]
+        return tuple(Example(_prompt(sample), (_response(sample),)) for sample in first)
+    pairs = [(own[key], base[key]) for key in sorted(own) if key in base and own[key].response != base[key].response]
+    gains = [_gain(mine, theirs, about) for mine, theirs in pairs]
+    known = sorted(((gain, at) for at, gain in enumerate(gains) if gain is not None), key=lambda each: (-each[0], each[1]))
+    up = _of_each_prompt([at for gain, at in known if gain > 0], pairs)
+    down = _of_each_prompt([at for gain, at in reversed(known) if gain < 0], pairs)
+    chosen = [*up, *down] if known else _of_each_prompt(range(len(pairs)), pairs)
+    return tuple(_example(*pairs[at], gains[at]) for at in chosen)
+
+
+def _of_each_prompt(order: Iterable[int], pairs: Sequence[tuple[Sample, Sample]]) -> list[int]:
+    """The first few of different prompts."""
+    found: dict[int, int] = {}
+    for at in order:
+        found.setdefault(pairs[at][0].row, at)
+        if len(found) == EXAMPLES:
+            break
+    return list(found.values())
+
+
+def _example(mine: Sample, theirs: Sample, gain: float | None) -> Example:
+    note = "" if gain is None else f"{'Gain' if gain > 0 else 'Loss'} of {number(abs(gain))}"
+    return Example(_prompt(mine), (_response(theirs), _response(mine)), note)
+
+
+def _gain(mine: Sample, theirs: Sample, about: About) -> float | None:
+    own, other = _worth(mine, about), _worth(theirs, about)
+    return None if own is None or other is None else own - other
+
+
+def _worth(sample: Sample, about: About) -> float | None:
+    """What the judge compares responses by: the score, the sum of the gold terms, or one term. Without a judge, gold or score."""
+    judge = about.judge
+    golds = [value for name, value in sample.terms.items() if name.startswith("gold/")]
+    if isinstance(judge, EndpointJudge):
+        return None
+    if judge == "reward" or (judge is None and not golds):
+        return sample.score
+    if judge in ("gold", None):
+        return sum(golds) if golds else None
+    return sample.terms.get(f"reward/{judge}", sample.terms.get(f"gold/{judge}"))
+
+
+def _prompt(sample: Sample) -> str:
+    prompt = sample.prompt
+    return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def _response(sample: Sample) -> Response:
+    figures = dict(sample.terms)
+    if sample.score is not None and len([name for name in figures if name.startswith("reward/")]) != 1:
+        figures["objective/scores"] = sample.score
+    facts = [f"{metric(name).titled(name)} {number(value)}" for name, value in figures.items()]
+    facts.append(count(sample.tokens, "token") + ("" if sample.ended else ", did not end"))
+    return Response(sample.model, sample.response, ", ".join(facts))
+
+
+def _methods(result: EvaluationResult) -> list[Block]:
+    """How it was measured, and what each figure is."""
+    about = result.about
+    said = []
+    if about.prompts:
+        said.append(
+            f"{_drawn(about)}, drawn at temperature {about.temperature:g}, at most {count(about.max_new_tokens, 'token')} each, "
+            f"seed {about.seed}."
+        )
+    if result.models:
+        said += [
+            "All intervals are 95 % intervals. They tell how far the figures would move with other prompts, not with other "
+            "training runs. Of 20 such intervals one is expected to miss; the more models are compared, the more chances.",
+            f"Means, shares, win rates and ratings: bootstrap over prompts ({about.resamples:,} resamples), a prompt's "
+            "responses staying together, with percentiles widened to Student's t (Hesterberg 2015). All models share the same "
+            "resamples, so comparisons of two models are paired. That two models' intervals overlap does not show them equal.",
+        ]
+    if about.prompts:
+        said.append("Distinct words and pairs, and duplicates: jackknife over prompts, since a resample repeats prompts.")
+    if result.preferences:
+        said.append("Agreement with preference data: Wilson's interval, all pairs of a prompt being one observation.")
+    terms = [_definition(name) for name in result.metrics]
+    terms += [term for part, own in TERMS.items() if vars(result)[part] for term in own]
+    return [*([Items(tuple(said))] if said else []), *([Definitions(tuple(terms))] if terms else [])]
+
+
+def _definition(name: str) -> tuple[str, str]:
+    row = metric(name)
+    return row.titled(name), row.column.meaning if row.column else "not described"

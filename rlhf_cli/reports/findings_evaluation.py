@@ -1,0 +1,230 @@
+"""What the figures of an evaluation say, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
+from rlhf_cli.evaluation.overoptimisation import Peak, Point
+from rlhf_cli.evaluation.winrate import WinRate
+from rlhf_cli.figures import Interval, number, percent_with_interval, with_interval
+from rlhf_cli.metrics import metric
+from rlhf_cli.reports.document import Finding, Kind
+
+NAMED = 4
+"""Models of one finding that are named with their figures; the others are in the tables."""
+CHANCE = 0.5
+MORE = 0.05
+"""A share that is higher by less than this is not worth a word, however certain."""
+MOSTLY = 0.5
+
+
+def judge_of(about: About) -> str:
+    """Who compares, in words."""
+    judge = about.judge
+    if isinstance(judge, EndpointJudge):
+        return f"{judge.model} (an endpoint)"
+    return {"gold": "gold", "reward": "the reward", None: "nobody"}.get(judge) or f"the term {judge}"
+
+
+def step_of(point: Point | Peak) -> str:
+    return f"step {point.step}" if point.n is None else f"n = {point.n}"
+
+
+def findings(result: EvaluationResult) -> list[Finding]:
+    """What a person wants to know first."""
+    return [said for part in PARTS for said in part(result)]
+
+
+def _leaning(rate: Interval) -> Kind:
+    """Is a win rate above a half, below, or can it not be told?"""
+    return "better" if rate.low > CHANCE else "worse" if rate.high < CHANCE else "open"
+
+
+def _named(own: dict[str, Interval], names: list[str], say: Callable[[Interval], str]) -> str:
+    """The first few with their figures, and how many more there are."""
+    return ", ".join(f"{name} {say(own[name])}" for name in names[:NAMED]) + _others(names)
+
+
+def _others(names: list[str]) -> str:
+    return f"; {len(names) - NAMED} more in the table" if len(names) > NAMED else ""
+
+
+def _compared(result: EvaluationResult) -> Iterator[Finding]:
+    baseline, judge, rates = result.about.baseline, judge_of(result.about), result.winrate
+    heads: tuple[tuple[Kind, str, str], ...] = (
+        ("better", "Better than", "the 95 % interval is above 50 %"),
+        ("worse", "Worse than", "the 95 % interval is below 50 %"),
+        ("open", "Not told apart from", "the 95 % interval includes 50 %; more prompts narrow it"),
+    )
+    ties = [name for name, own in rates.items() if own.ties == 1]
+    if ties:
+        yield Finding("warning", "No difference at all:", f"by {judge}, every comparison of {', '.join(ties)} is a tie.")
+    for kind, head, meaning in heads:
+        names = [name for name, own in rates.items() if _leaning(own.rate) == kind and name not in ties]
+        names.sort(key=lambda name: abs(rates[name].rate.mean - CHANCE), reverse=kind != "open")
+        if names:
+            first = rates[names[0]]
+            said = f"{names[0]}'s responses are preferred by {judge} to {baseline}'s in {percent_with_interval(first.rate)} of "
+            said += f"{first.n:,} comparisons"
+            said += "".join(f"; {name}'s in {percent_with_interval(rates[name].rate)}" for name in names[1:NAMED])
+            yield Finding(kind, f"{head} {baseline}", f"({meaning}): {said}{_others(names)}.")
+
+
+def _length(result: EvaluationResult) -> Iterator[Finding]:
+    """Where the rate at equal length is another one: outside its interval, or on another side of a half.
+
+    The largest change first. Of a model that cannot be told apart from the baseline there is no gain or loss to explain.
+    """
+    changed = {name: own for name, own in result.winrate.items() if _follows_length(own)}
+    names = sorted(changed, key=lambda name: -abs(changed[name].rate.mean - changed[name].length_controlled.mean))
+    if names:
+        said = []
+        for name in names[:NAMED]:
+            raw, equal = changed[name].rate, changed[name].length_controlled
+            rates = f"{name} wins {percent_with_interval(raw)}, at equal length {percent_with_interval(equal)}"
+            said.append(f"{rates}: {_effect(str(result.about.baseline), raw, equal)}")
+        yield Finding("warning", "Length plays a part.", f"{'; '.join(said)}{_others(names)}.")
+
+
+def _follows_length(own: WinRate) -> bool:
+    raw, equal = own.rate, own.length_controlled
+    crosses = (raw.mean - CHANCE) * (equal.mean - CHANCE) < 0
+    alike = equal.low <= raw.mean <= equal.high and _leaning(raw) == _leaning(equal) and not crosses
+    return _leaning(raw) != "open" and not alike
+
+
+def _effect(baseline: str, raw: Interval, equal: Interval) -> str:
+    """What the length does to a win rate."""
+    after = _leaning(equal)
+    if _leaning(raw) == "better" and after == "open":
+        return f"that it is better than {baseline} for its content cannot be told"
+    if _leaning(raw) == "better" and after == "worse":
+        return "its gain is its length, and beside that it is worse"
+    if _leaning(raw) == "worse" and after != "worse":
+        return "its length is what it loses by"
+    return "its gain is partly length" if equal.mean < raw.mean else "its length costs it comparisons"
+
+
+def _golds(result: EvaluationResult) -> Iterator[Finding]:
+    """The highest and the lowest mean of each gold term, or of the score where there is none."""
+    golds = [name for name in result.metrics if name.startswith("gold/")]
+    scored, standard = "objective/scores" in result.metrics, result.standard
+    for name in golds or ["objective/scores"] * scored:
+        own = result.of(name)
+        order = sorted(own, key=lambda model: own[model].mean)
+        best, worst = order[-1], order[0]
+        said = f"highest for {best}, {with_interval(own[best])}"
+        if len(own) > 1:
+            said += f"; lowest for {worst}, {with_interval(own[worst])}"
+        if standard in own and standard not in (best, worst):
+            said += f"; {standard} has {with_interval(own[standard])}"
+        title = metric(name).titled(name)
+        yield Finding("note", f"Mean {title[0].lower()}{title[1:]}:" if len(own) > 1 else f"{title}:", f"{said}.")
+    if scored and not golds and not isinstance(result.about.judge, EndpointJudge):
+        said = "Nothing measured whether the responses are better by another yardstick than the reward itself: add gold."
+        yield Finding("note", "No second yardstick.", said)
+
+
+def _optimised(result: EvaluationResult) -> Iterator[Finding]:
+    """Where training, or choosing, began to fool the reward; Gao, Schulman & Hilton 2023."""
+    for series, points in result.series.items():
+        fits = result.fits.get(series)
+        if fits and fits.peak:
+            yield _peak(series, points, fits.peak)
+
+
+def _peak(series: str, points: list[Point], top: Peak) -> Finding:
+    last = points[-1]
+    where = f"highest at {step_of(top)} ({number(top.gold)}, KL {number(top.kl)} nats)"
+    if top.place == last.place:
+        said = f"It is {where}, the last point: no sign that the reward is fooled."
+        return Finding("note", f"{series}: gold did not fall.", said)
+    if top.fall.low <= 0:
+        said = f"Gold is {where}, the last point is lower by {with_interval(top.fall)}, an interval that includes 0."
+        return Finding("open", f"{series}: whether gold fell cannot be told.", said)
+    proxy = next(point for point in points if point.place == top.place).proxy.mean
+    rose = last.proxy.mean > proxy
+    said = (
+        f"gold is {where} and falls by {with_interval(top.fall)} to {step_of(last)}, while the proxy "
+        f"{'rises' if rose else 'goes'} from {number(proxy)} to {number(last.proxy.mean)}. The peak was chosen by the numbers "
+        "that the fall is measured with, so the fall is, if anything, overstated."
+    )
+    head = f"{series} fools the reward after {step_of(top)}:" if rose else f"{series}: gold fell after {step_of(top)}:"
+    return Finding("warning", head, said)
+
+
+def _variety(result: EvaluationResult) -> Iterator[Finding]:
+    """Responses that other responses repeat word for word."""
+    own, standard = result.of("response/duplicates"), result.standard
+    base = own.get(standard) if standard else None
+    found = [
+        name
+        for name, share in own.items()
+        if (base and share.low > base.high and share.mean > base.mean + MORE) or (not base and share.mean > MOSTLY)
+    ]
+    if found:
+        beside = f", against {percent_with_interval(base)} of {standard}'s" if base else ""
+        said = f"responses that another one of the same model repeats word for word: {_named(own, found, percent_with_interval)}"
+        yield Finding("warning", "Less variety:", f"{said}{beside}.")
+
+
+def _endings(result: EvaluationResult) -> Iterator[Finding]:
+    own, standard = result.of("response/eos_rate"), result.standard
+    base = own.get(standard) if standard else None
+    found = [
+        name
+        for name, share in own.items()
+        if share.mean < MOSTLY or (base and share.high < base.low and share.mean < base.mean - MORE)
+    ]
+    if found:
+        beside = f", against {percent_with_interval(base)} of {standard}'s" if base and standard not in found else ""
+        named = _named(own, found, percent_with_interval)
+        said = (
+            f"responses that end within {result.about.max_new_tokens} tokens: {named}{beside}. "
+            "The others are judged as torsos: `rollout.max_new_tokens` may be too low, or the model no longer stops."
+        )
+        yield Finding("warning", "Responses are cut off:", said)
+
+
+def _text(result: EvaluationResult) -> Iterator[Finding]:
+    """Models that predict the texts worse than the one they are held against."""
+    own, standard = result.of("perplexity"), result.standard
+    base = own.get(standard) if standard else None
+    dearer = [name for name, mean in own.items() if base and mean.low > base.high]
+    if base and dearer:
+        against = f"against {with_interval(base)} of {standard}; the intervals do not overlap"
+        yield Finding("note", "The texts became less likely:", f"perplexity {_named(own, dearer, with_interval)}, {against}.")
+
+
+def _preferences(result: EvaluationResult) -> Iterator[Finding]:
+    """Judges one by one, the implicit rewards of policies in a sentence."""
+    policies = []
+    for name, own in result.preferences.items():
+        rate, length = own.agreement.rate, own.agreement.length_baseline
+        if rate is None:
+            yield Finding("warning", "Preferences:", f"there is no pair to measure {name} by.")
+            continue
+        share = percent_with_interval(rate.accuracy)
+        said = f"{name} ({own.kind}) agrees with the data in {share} of {rate.pairs:,} pairs"
+        if own.weaknesses:
+            yield Finding("warning", "Hardly a judge:", f"{said}; that {' and '.join(own.weaknesses)}.")
+        elif own.kind == "policy":
+            policies.append(f"{name} {share}")
+        else:
+            by_length = length and f"; always the {length.prefers} response reaches {percent_with_interval(length.accuracy)}"
+            yield Finding("note", "Preferences:", f"{said}{by_length or ''}.")
+    if policies:
+        yield Finding("note", "Implicit rewards", f"agree with the data in these shares of the pairs: {'; '.join(policies)}.")
+
+
+PARTS: tuple[Callable[[EvaluationResult], Iterator[Finding]], ...] = (
+    _compared,
+    _length,
+    _golds,
+    _optimised,
+    _variety,
+    _endings,
+    _text,
+    _preferences,
+)

@@ -1,0 +1,107 @@
+"""A report as one page of HTML that needs nothing beside itself: no script, no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from rlhf_cli.figures import Interval, mean_and_bounds
+from rlhf_cli.reports.document import Block, Cell, Column, Document, Kind, Table, pieces, visible
+
+SIGNS: dict[Kind, str] = {"better": "▲", "worse": "▼", "open": "≈", "warning": "!", "note": "i"}
+"""What stands before a finding, so that nothing is said by colour alone."""
+SHOWN, LONGEST = 500, 5000
+"""Characters of a text that are shown at once, and that are in the page at all."""
+BAR_WIDTH, BAR_HEIGHT = 120, 12
+"""Pixels of an interval's bar."""
+
+
+def render(document: Document) -> str:
+    """The page, all texts escaped."""
+    return _template().render(document=document)
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "grouped": _grouped,
+        "pieces": _unbroken,
+        "scales": _scales,
+        "mean_and_bounds": mean_and_bounds,
+        "base64": lambda data: base64.b64encode(data).decode(),
+    }
+    environment.tests["number"] = lambda text: re.fullmatch(r"[-+]?[\d.,e+-]+( %)?|", text) is not None
+    environment.globals |= {
+        "bar": bar,
+        "signs": SIGNS,
+        "shown": SHOWN,
+        "longest": LONGEST,
+        "width": BAR_WIDTH,
+        "height": BAR_HEIGHT,
+    }
+    return environment.get_template("page.html.jinja")
+
+
+def _shown(value: Any) -> Any:
+    """What Jinja is about to write; what it has escaped before is of another type."""
+    return visible(value) if type(value) is str else value
+
+
+def _grouped(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
+    """Neighbours of one kind stand in one list."""
+    return [(kind, list(own)) for kind, own in groupby(blocks, key=lambda block: block.block)]
+
+
+def _unbroken(text: str) -> list[str]:
+    """The pieces of a sentence, in which a percent sign stays with its number."""
+    return pieces(text.replace(" %", "\u00a0%"))
+
+
+def _scales(table: Table) -> list[tuple[float, float]]:
+    return [_scale(column, [row[at] for row in table.rows]) for at, column in enumerate(table.columns)]
+
+
+def _scale(column: Column, cells: Sequence[Cell]) -> tuple[float, float]:
+    """From where to where the bars of a column reach."""
+    if column.scale:
+        return column.scale
+    marks = [] if column.mark is None else [column.mark]
+    values = [value for cell in cells if isinstance(cell, Interval) for value in cell] + marks
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    around = 0.0 if high > low else max(1.0, abs(low))
+    return low - around, high + around
+
+
+class Bar(NamedTuple):
+    """Where an interval's parts are, in pixels from the left."""
+
+    low: float
+    mean: float
+    high: float
+    mark: float | None
+
+
+def bar(cell: Interval, mark: float | None, scale: tuple[float, float]) -> Bar:
+    """The interval as a line with a dot, beside the line of what it is compared with. The numbers say the same."""
+
+    def across(value: float) -> float:
+        share = (value - scale[0]) / (scale[1] - scale[0])
+        return round(4 + (BAR_WIDTH - 8) * min(1.0, max(0.0, share)), 1)
+
+    return Bar(across(cell.low), across(cell.mean), across(cell.high), None if mark is None else across(mark))

@@ -1,0 +1,216 @@
+"""What a training run left behind, read once from its files: the typed result that its report is written from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf_cli.evaluation.agreement import Card
+from rlhf_cli.files import read_json
+from rlhf_cli.runs.folder import RunFolder, read_metrics
+from rlhf_cli.runs.manifest import BaseModel, Parent
+
+Line = Mapping[str, float]
+"""The step, and the metrics by their names."""
+Ends = tuple[float, float]
+"""A metric at the start and at the end."""
+
+
+def window(count: int) -> int:
+    """How many steps one mean is over: a tenth of them, at most 10; single steps are noise."""
+    return max(1, min(10, count // 10))
+
+
+def ends(values: list[float]) -> Ends:
+    """Mean of the first and of the last `window` values."""
+    size = window(len(values))
+    return sum(values[:size]) / size, sum(values[-size:]) / size
+
+
+@dataclass(frozen=True)
+class History:
+    """The lines of metrics.jsonl."""
+
+    train: list[Line]
+    held_out: list[Line]
+
+    @property
+    def online(self) -> bool:
+        """Did the run learn from responses of the policy's own?"""
+        return any("objective/scores" in line for line in (*self.train, *self.held_out))
+
+    @property
+    def names(self) -> set[str]:
+        """All that was measured."""
+        return {name for line in (*self.train, *self.held_out) for name in line}
+
+    def in_training(self, name: str) -> Ends | None:
+        """A metric's `ends` over the training's steps; None without two measurements."""
+        values = [line[name] for line in self.train if name in line]
+        return ends(values) if len(values) > 1 else None
+
+    def on_held_out(self, name: str) -> Ends | None:
+        """A metric's first and last measurement on held-out rows; None without two."""
+        values = [line[name] for line in self.held_out if name in line]
+        return (values[0], values[-1]) if len(values) > 1 else None
+
+    def moved(self, name: str) -> Ends | None:
+        """On held-out rows if it was measured there, else in the training."""
+        on_held_out = any(name in line for line in self.held_out)
+        return self.on_held_out(name) if on_held_out else self.in_training(name)
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """What the policy said to one of a few prompts after some steps."""
+
+    step: int
+    where: str  # file and line of the prompt
+    prompt: str
+    response: str
+    ended: bool
+    tokens: int | None = None  # that were sampled
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """What was read of one file."""
+
+    path: str
+    format: str
+    read: int
+    kept: int
+    left_out: dict[str, int]  # reason → rows
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """The rows that were trained on, or those that were held out."""
+
+    read: int
+    kept: int
+    held_out: int  # of the rows read
+    dropped: dict[str, int]  # reason → rows
+    truncated: int
+    eos_share: float | None  # of the responses
+    lengths: dict[str, dict[str, float]]  # prompt, response, total → percentiles in tokens
+    sources: tuple[SourceCounts, ...]
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> SplitCounts:
+        sources = tuple(
+            SourceCounts(own["path"], own["format"], own["read"], own["kept"], {**own["unused"], **own["bad"]})
+            for own in entry["sources"]
+        )
+        own = {key: entry[key] for key in ("read", "kept", "dropped", "truncated", "eos_share", "lengths")}
+        return cls(**own, held_out=entry.get("held_out", 0), sources=sources)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was minimised, and how fast."""
+
+    objective: str  # its kind
+    fields: dict[str, Any]  # of the objective
+    learning_rate: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory: float  # GiB
+
+
+@dataclass(frozen=True)
+class Used:
+    """A reference, or a term of the reward or of gold, that the run did not start from."""
+
+    role: Literal["reference", "reward", "gold"]
+    what: str  # a model, or a function
+    identity: str  # hash of its weights, or of its code
+    is_model: bool
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a run comes from."""
+
+    base: BaseModel
+    parents: tuple[Parent, ...]
+    used: tuple[Used, ...]
+    seed: int
+    git_commit: str | None
+    versions: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished training run."""
+
+    run: RunFolder
+    stage: str
+    status: str
+    settings: Settings
+    lora_rank: int | None  # None: all weights were trained
+    history: History
+    samples: list[TrainingSample]
+    train: SplitCounts
+    held_out: SplitCounts | None
+    cost: Cost
+    lineage: Lineage
+    best_step: int | None
+    card: Card | None  # of a reward model
+    load: tuple[str, ...]  # the code that loads a reward model
+
+
+def read_run(run: RunFolder, manifest: Mapping[str, Any]) -> RunResult:
+    """The result of a run whose files are all there but, perhaps, the manifest itself."""
+    data = read_json(run.data)
+    config = run.model / "adapter_config.json"
+    objective = dict(manifest["objective"])
+    return RunResult(
+        run=run,
+        stage=manifest["stage"],
+        status=manifest["status"],
+        settings=Settings(objective.pop("kind"), objective, manifest["learning_rate"], manifest["batch_size"]),
+        lora_rank=read_json(config)["r"] if config.exists() else None,
+        history=_history(read_metrics(run.metrics)),
+        samples=[TrainingSample(**line) for line in read_metrics(run.samples)],
+        train=SplitCounts.from_json(data["train"]),
+        held_out=SplitCounts.from_json(data["eval"]) if data["eval"] else None,
+        cost=Cost(**{key: manifest[key] for key in ("steps", "tokens", "seconds", "tokens_per_second", "peak_memory")}),
+        lineage=_lineage(manifest),
+        best_step=manifest.get("best_step"),
+        card=Card.from_json(manifest["reward_model"]) if "reward_model" in manifest else None,
+        load=tuple(manifest.get("load", ())),
+    )
+
+
+def _history(lines: list[dict[str, Any]]) -> History:
+    splits: dict[str, list[Line]] = {"train": [], "eval": []}
+    for line in lines:
+        splits[line["split"]].append({name: value for name, value in line.items() if name not in ("split", "time")})
+    return History(splits["train"], splits["eval"])
+
+
+def _lineage(manifest: Mapping[str, Any]) -> Lineage:
+    reference = manifest.get("reference")
+    used = [Used("reference", reference["model"], reference["adapter"] or reference["base"], True)] if reference else []
+    roles: tuple[Literal["reward", "gold"], ...] = ("reward", "gold")
+    for role in roles:
+        for term in manifest.get(role, ()):
+            identity = term.get("adapter") or term.get("base") or term["hash"]
+            used.append(Used(role, term.get("model") or term["function"], identity, "model" in term))
+    return Lineage(
+        base=BaseModel(**manifest["base_model"]),
+        parents=tuple(Parent(**parent) for parent in manifest["parents"]),
+        used=tuple(used),
+        seed=manifest["seed"],
+        git_commit=manifest["git_commit"],
+        versions=manifest["versions"],
+    )

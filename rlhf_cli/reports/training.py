@@ -1,0 +1,246 @@
+"""The report of a training run, report.md and report.html, from nothing but the run's own files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.figures import NOISE, count, duration, figure, percent
+from rlhf_cli.metrics import in_order
+from rlhf_cli.recipe.stages import TRAINING_STAGES
+from rlhf_cli.reports.card import model_card
+from rlhf_cli.reports.document import (
+    Block,
+    Code,
+    Column,
+    Document,
+    Example,
+    Examples,
+    Finding,
+    Items,
+    Paragraph,
+    Response,
+    Section,
+    Table,
+)
+from rlhf_cli.reports.findings_online import online_findings
+from rlhf_cli.reports.findings_training import length_findings, training_findings
+from rlhf_cli.reports.plots_training import Pictures, draw_training
+from rlhf_cli.reports.run_result import Ends, RunResult, SourceCounts, SplitCounts, TrainingSample, ends, read_run
+from rlhf_cli.reports.write import write
+from rlhf_cli.runs.folder import RunFolder
+
+
+def write_report(run: RunFolder, manifest: Mapping[str, Any]) -> None:
+    """Write plots/*.png, report.md and report.html. Can be repeated at any time with the manifest of a finished run."""
+    result = read_run(run, manifest)
+    write(run, document(result, draw_training(run.plots, result)))
+
+
+def document(result: RunResult, pictures: Pictures) -> Document:
+    """Everything there is to say, the most important first; what a run does not have is left out."""
+    stage = TRAINING_STAGES[result.stage].title
+    if result.history.online and result.stage != "ppo":
+        stage = f"online {stage}"
+    sections = (
+        Section("learned", "Did it learn?", (*_learned(result), *pictures.learned)),
+        *([model_card(result.card, pictures.card)] if result.card else []),
+        Section("samples", "Samples", tuple(_samples(result))),
+        Section("data", "Data", tuple(_data(result))),
+        Section("cost", "Cost", tuple(_cost(result))),
+        Section("model", "The model", tuple(_model(result))),
+        Section("lineage", "Where it comes from", tuple(_lineage(result))),
+    )
+    title = f"{result.run.path.resolve().name}: {stage}, {result.status}"
+    return Document(title, _lead(result), tuple(section for section in sections if section.blocks))
+
+
+def _lead(result: RunResult) -> str:
+    lineage, settings, data = result.lineage, result.settings, result.train
+    start = f"`{lineage.base.path}`"
+    used = {Path(each.what).parent for each in lineage.used if each.is_model and each.role != "reference"}
+    runs = [parent.path for parent in lineage.parents if Path(parent.path) not in used]
+    if runs:
+        start = f"`{runs[0]}` (on the base model {start})"
+    what = f"a LoRA adapter of rank {result.lora_rank}" if result.lora_rank else "all weights"
+    paths = [f"`{source.path}`" for source in data.sources]
+    sources = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    cost = f"{count(result.cost.steps, 'step')}, {result.cost.tokens:,} tokens, {duration(result.cost.seconds)}"
+    fields = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.fields.items())
+    rows = f"{count(data.kept, 'prompt' if result.history.online else 'row')} of {sources}"
+    objective = f"`{settings.objective}`" + (f" ({fields})" if fields else "")
+    return (
+        f"Started from {start} and trained {what} on {rows}: {cost}. "
+        f"Objective {objective}, learning rate {settings.learning_rate:g}, batches of {settings.batch_size}."
+    )
+
+
+def _learned(result: RunResult) -> Iterator[Block]:
+    history = result.history
+    if history.online:
+        yield from online_findings(history)
+        yield from _table_of_online(result)
+    else:
+        yield from training_findings(history, result.held_out.kept if result.held_out else 0)
+        yield from _table_of_rows(result)
+
+
+def _table_of_online(result: RunResult) -> Iterator[Table]:
+    """The loss is left out: it says nothing of progress, since the responses change with the policy."""
+    rows = []
+    for row, name in in_order(result.history.names - {"loss"}):
+        both = result.history.in_training(name), result.history.on_held_out(name)
+        if row.label and any(both):
+            rows.append((row.labelled(name), *(text for own in both for text in (map(figure, own) if own else ("", "")))))
+    heads = ("metric", "training, start", "end", "held-out, start", "end")
+    if rows:
+        yield Table("From the first steps to the last", tuple(map(Column, heads)), tuple(rows))
+
+
+def _table_of_rows(result: RunResult) -> Iterator[Table]:
+    history = result.history
+    rows = []
+    if history.train:
+        rows.append(_change("training loss", ends([line["loss"] for line in history.train])))
+    where = "held-out" if history.held_out else "training"
+    for row, name in in_order(history.names - (set() if history.held_out else {"loss"})):
+        if row.label and (own := history.moved(name)):
+            rows.append(_change(f"{where} {row.labelled(name)}", own))
+    if rows:
+        yield Table("From the first steps to the last", tuple(map(Column, ("metric", "start", "end", "change"))), tuple(rows))
+
+
+def _change(name: str, own: Ends) -> tuple[str, ...]:
+    first, last = own
+    # Of a quantity that may be 0 or negative, a share says nothing.
+    shares = name.endswith(("loss", "perplexity")) and first > NOISE and last > 0
+    change = percent((last - first) / first, "+") if shares else figure(last - first, "+")
+    return name, figure(first), figure(last), change
+
+
+def _samples(result: RunResult) -> Iterator[Block]:
+    by_prompt: dict[tuple[str, str], dict[int, TrainingSample]] = {}
+    for sample in result.samples:
+        by_prompt.setdefault((sample.where, sample.prompt), {})[sample.step] = sample
+    if not by_prompt:
+        return
+    yield Paragraph("The same prompts before and after. All of them over time: `samples.jsonl`.")
+    yield from length_findings(result.samples)
+    shown = _shown_steps(sorted({sample.step for sample in result.samples}), result.history.online)
+    examples = (
+        Example(prompt, tuple(_response(f"{when} (step {step})", own.get(step)) for step, when in shown.items()))
+        for (_, prompt), own in by_prompt.items()
+    )
+    yield Examples("", tuple(examples))
+
+
+def _shown_steps(steps: list[int], halfway: bool) -> dict[int, str]:
+    """The steps whose samples are shown, and when that was: the first, the last and, if asked, the one nearest half the way."""
+    first, last = steps[0], steps[-1]
+    between = steps[1:-1] if halfway else []
+    middle = [min(between, key=lambda step: abs(2 * step - first - last))] if between else []
+    return {first: "before", **dict.fromkeys(middle, "halfway"), last: "after"}
+
+
+def _response(when: str, sample: TrainingSample | None) -> Response:
+    if sample is None:
+        return Response(when, "", "not sampled")
+    return Response(when, sample.response, "" if sample.ended else "did not end")
+
+
+def _data(result: RunResult) -> Iterator[Block]:
+    splits = {"training": result.train} | ({"held out": result.held_out} if result.held_out else {})
+    parts = list(splits.values())
+    rows = [_counts("rows read", [part.read for part in parts]), _counts("rows kept", [part.kept for part in parts])]
+    if result.train.held_out:
+        rows.append(("held out", f"{result.train.held_out:,}", "")[: len(parts) + 1])
+    for reason in sorted({reason for part in parts for reason in part.dropped}):
+        rows.append(_counts(f"dropped: {reason}", [part.dropped.get(reason, 0) for part in parts]))
+    rows.append(_counts("truncated", [part.truncated for part in parts]))
+    if any(part.eos_share is not None for part in parts):
+        rows.append(("responses that end (EOS)", *(percent(part.eos_share) for part in parts)))
+    for kind in (kind for kind in ("prompt", "response", "total") if any(kind in part.lengths for part in parts)):
+        rows.append((f"tokens, {kind}: median / 90 % / 99 % / longest", *(_lengths(part, kind) for part in parts)))
+    yield Table("Rows and their lengths", (Column("quantity"), *map(Column, splits)), tuple(rows))
+    yield Items(tuple(_source(name, source) for name, part in splits.items() for source in part.sources))
+    eos = result.train.eos_share
+    if eos is not None and eos < 1:
+        head = f"{percent(1 - eos)} of the training responses have no end:"
+        yield Finding("warning", head, "they do not teach the model to stop.")
+
+
+def _counts(label: str, counts: list[int]) -> tuple[str, ...]:
+    return (label, *(f"{number:,}" for number in counts))
+
+
+def _lengths(part: SplitCounts, kind: str) -> str:
+    own = part.lengths.get(kind)
+    return " / ".join(f"{own[key]:,.0f}" for key in ("p50", "p90", "p99", "max")) if own else "n/a"
+
+
+def _source(split: str, source: SourceCounts) -> str:
+    left_out = "".join(f", {number:,} {reason}" for reason, number in source.left_out.items())
+    return f"{split}: `{source.path}` ({source.format}), {source.kept:,} of {source.read:,} rows kept{left_out}"
+
+
+def _cost(result: RunResult) -> Iterator[Block]:
+    cost = result.cost
+    speed = f"{cost.tokens:,} tokens ({cost.tokens_per_second:,.0f} a second)"
+    yield Paragraph(f"{duration(cost.seconds)} for {speed}; at most {cost.peak_memory:.1f} GiB of memory.")
+    parts = {"rollout": "drawing responses", "score": "scoring them", "update": "updates"}
+    spent = {words: sum(line.get(f"time/{name}", 0.0) for line in result.history.train) for name, words in parts.items()}
+    if whole := sum(spent.values()):
+        yield Paragraph(f"Of a step's time: {', '.join(f'{percent(x / whole)} {words}' for words, x in spent.items())}.")
+
+
+def _model(result: RunResult) -> Iterator[Block]:
+    run, steps, best = result.run, result.cost.steps, result.best_step
+    where = f"It is in `{run.model.as_posix()}`."
+    if best not in (None, steps):
+        path = (run.checkpoints / f"step-{best:08d}").as_posix()
+        where += (
+            f" It is that of step {steps}, the last one. The best by held-out figures is `{path}`: a stage can start from it."
+        )
+    yield Paragraph(f"{where} To load it:")
+    yield Code(result.load or tuple(_policy_lines(result)))
+    onward = f"In the recipe of the next stage: `model: {{path: {run.path.as_posix()}}}`."
+    if result.card:
+        onward += (
+            " It scores a text as it was trained on: rendered by the chat template, tokenised without further special tokens, "
+            "and ending in the end-of-turn token with nothing behind it, where the score is read."
+        )
+    else:
+        onward += f" As one plain folder: `rlhf export {run.path.as_posix()} <folder> --merge`."
+    yield Paragraph(onward)
+
+
+def _policy_lines(result: RunResult) -> list[str]:
+    """The code that loads a policy."""
+    base, model = result.lineage.base, json.dumps(result.run.model.as_posix())
+    revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if result.lora_rank:
+        lines = [
+            "from peft import PeftModel",
+            *lines,
+            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base.path)}{revision})",
+            f"model = PeftModel.from_pretrained(base, {model})",
+        ]
+    else:
+        lines.append(f"model = AutoModelForCausalLM.from_pretrained({model})")
+    return [*lines, f"tokenizer = AutoTokenizer.from_pretrained({model})"]
+
+
+def _lineage(result: RunResult) -> Iterator[Block]:
+    lineage, base = result.lineage, result.lineage.base
+    revision = f", revision {base.revision}" if base.revision else ""
+    lines = [f"base model `{base.path}`{revision}, weights {base.weights_hash}"]
+    lines += [f"earlier run `{parent.path}`, manifest {parent.manifest_hash}" for parent in lineage.parents]
+    for each in lineage.used:
+        lines.append(f"{each.role} `{each.what}`, {'weights ' if each.role == 'reference' else ''}{each.identity}")
+    lines.append(f"seed {lineage.seed}" + (f", git commit {lineage.git_commit}" if lineage.git_commit else ""))
+    lines.append(", ".join(f"{name} {version}" for name, version in lineage.versions.items()))
+    yield Items(tuple(lines))
+    yield Paragraph(f"To repeat the run: `rlhf {result.stage} {result.run.recipe.as_posix()} --output <another folder>`.")
