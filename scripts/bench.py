@@ -35,7 +35,7 @@ from rlhf_cli.data.templates import choose_template
 from rlhf_cli.data.trees import Tree, supervised_tokens, tree_length
 from rlhf_cli.data.unpaired import unpaired, with_mismatches
 from rlhf_cli.models.backbone import BASE, Backbone
-from rlhf_cli.models.load import load_config, load_tokenizer
+from rlhf_cli.models.load import Weights, load_config, load_tokenizer
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.policy import load_trained
@@ -101,7 +101,9 @@ def load_start(options: argparse.Namespace, adapter: Path | None) -> Backbone:
     """The backbone with the role that the stage trains."""
     role = objective_of(options.stage).role
     model = sections.Model(path=options.model)
-    return load_trained(model, LORA, options.model, None, adapter, CPU, 0, Path(options.out), role)[0]
+    return load_trained(
+        model, LORA, Weights(options.model, None, adapter), device=CPU, seed=0, merged=Path(options.out), role=role
+    )[0]
 
 
 def matrix_rate() -> float:

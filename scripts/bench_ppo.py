@@ -32,7 +32,7 @@ from rlhf_cli.data.batches import DatasetSource
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.models.load import load_config, load_tokenizer
+from rlhf_cli.models.load import Weights, load_config, load_tokenizer
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.placement import Head, Placement
@@ -73,13 +73,15 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         load_tokenizer(options.model, None, False),
         Ranks(expected=False),
     )
-    backbone, base = load_trained(settings, lora, options.model, None, None, CPU, 0, Path(options.out))
-    homes = Placement(backbone, settings, base, None, CPU)
-    homes.add("reference", base, None, None)
+    backbone, base = load_trained(
+        settings, lora, Weights(options.model, None, None), device=CPU, seed=0, merged=Path(options.out)
+    )
+    homes = Placement(backbone, settings, base, CPU)
+    homes.add("reference", base)
     width = backbone.model.config.hidden_size
-    homes.add("reward", base, None, None)
+    homes.add("reward", base)
     backbone.at("reward").add_head("reward", None, trained=False)
-    homes.add_value(base, None, None, sections.Lora(), Head(torch.zeros(1, width), 0.0))
+    homes.add_value(base, sections.Lora(), Head(torch.zeros(1, width), 0.0))
     records = [Record(str(n), (), str(n)) for n in range(options.iterations * EPISODES)]
     prompts = read_prompts(tokenizer, options.data, len(records))
     trees = [Tree(np.array(ids, np.int32), np.zeros(len(ids), bool), (), n) for n, ids in enumerate(prompts)]

@@ -67,7 +67,7 @@ def _visit(
 ) -> list[Sample]:
     """All that needs the weights of one model: its responses if it `draws`, and the rest into `measured`."""
     start, role = each.start, VISITOR if each.scores else "policy"
-    with frozen.visit(role, start.base, start.revision, start.adapter, head=each.scores) as backbone:
+    with frozen.loaded(role, start, head=each.scores) as backbone:
         samples = _drawn(job, each, backbone, frozen, log) if draws else []
         if _agrees(job, each):
             measured.agreed[each.name] = _agreed(job, each, backbone, theirs)
@@ -120,7 +120,7 @@ def _load_frozen(job: EvaluationJob) -> FrozenModels:
     settings = sections.Model(path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code)
     frozen = FrozenModels(settings, resolve_dtype(recipe.dtype, job.ranks.device), job.ranks.device)
     if reference is not None:
-        frozen.add("reference", reference.start.base, reference.start.revision, reference.start.adapter)
+        frozen.add("reference", reference.start)
     next(iter(job.terms.values())).load(frozen, job.budget)
     return frozen
 
@@ -142,7 +142,7 @@ def _reference_logps(job: EvaluationJob, frozen: FrozenModels) -> list[np.ndarra
     if reference is None or not any(_agrees(job, each) and not each.scores for each in job.models):
         return []
     trees = job.rows["preferences"][reference.tokenisation.name].trees
-    return response_logps(frozen.places["reference"], "reference", trees, job.budget, job.ranks)
+    return response_logps(frozen.hosts["reference"], "reference", trees, job.budget, job.ranks)
 
 
 def _drawn(

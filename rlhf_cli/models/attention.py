@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from rlhf_cli.data.trees import Batch, Segment, visible
+from rlhf_cli.data.trees import Batch, Layout, Segment, visible
 
 TREES = "rlhf_trees"
 """The name under which transformers finds `tree_attention`; it hands on the keyword `segments` given to the model."""
+
+PLAIN = "plain"
 
 
 def tree_attention(
@@ -31,7 +34,8 @@ def tree_attention(
 ) -> tuple[torch.Tensor, None]:
     """Exact attention of the tree layout; query (R, H, L, D), key and value (R, H_kv, L, D) → (R, L, H, D).
 
-    Equal to a dense softmax under `visible`, at the cost of the visible part alone. Padding gets zeros.
+    Equal to a dense softmax under `visible`, at the cost of the visible part alone. Padding gets zeros. The many arguments are
+    those that transformers hands to every attention.
 
     Raises:
         NotImplementedError: for attention with dropout or a softcap, or an asymmetric window: the caller falls back to a mask.
@@ -115,5 +119,53 @@ def block_mask(batch: Batch, window: int | None) -> Any:
     rows, length = batch.ids.shape
     return create_block_mask(rule, rows, None, length, length, device=batch.ids.device)
 
+
+@dataclass(frozen=True)
+class Kernel:
+    """How attention runs: its name in transformers (PLAIN: what the model was loaded with), and the layout that suits it."""
+
+    name: str
+    layout: Layout
+    mask: str | None  # dense | additive | block; None: the kernel needs none
+
+    def arguments(self, batch: Batch, layer_types: Sequence[str], window: int | None, dtype: torch.dtype) -> dict[str, Any]:
+        """What a model's forward takes beside the ids. `window`: of its sliding layers or, where it names no kinds, of all."""
+        if self.layout == "alone":
+            return {}
+        if self.name == TREES:
+            return {"position_ids": batch.positions, "segments": batch.segments}
+
+        def mask(limit: int | None) -> Any:
+            return block_mask(batch, limit) if self.mask == "block" else dense_mask(batch, limit, additive)
+
+        additive = dtype if self.mask == "additive" else None
+        windows = {kind: window if kind == "sliding_attention" else None for kind in layer_types} or {"": window}
+        masks = {kind: mask(limit) for kind, limit in windows.items()}
+        # Models with one kind of layer take one mask, models with two a dict of them.
+        return {"position_ids": batch.positions, "attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
+
+
+KERNELS = {
+    "trees": Kernel(TREES, "long", None),
+    "sdpa": Kernel("sdpa", "packed", "dense"),
+    "eager": Kernel("eager", "packed", "additive"),
+    "flex": Kernel("flex_attention", "long", "block"),
+    "flash": Kernel("flash_attention_2", "alone", None),
+    "alone": Kernel(PLAIN, "alone", None),
+}
+"""Setting → kernel. trees and alone are not settings: `auto` chooses trees on a CPU, where one call per tree costs less than
+the masked part, and alone is what remains for a model that takes no mask."""
+
+CANDIDATES = {
+    "auto": ("sdpa", "eager", "alone"),
+    "sdpa": ("sdpa", "alone"),
+    "eager": ("eager", "alone"),
+    "flex": ("flex", "alone"),
+    "flash": ("flash",),
+}
+"""Setting → kernels in the order in which they are tried."""
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+"""Kinds of layers whose mask `visible` can give; models with others get each response in a row of its own."""
 
 AttentionInterface.register(TREES, tree_attention)

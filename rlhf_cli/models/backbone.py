@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +13,22 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from rlhf_cli import sections
-from rlhf_cli.data.trees import Batch, Layout, PackedRow, Tree, build_batch, plan_passes
+from rlhf_cli.data.trees import Batch, PackedRow, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
-from rlhf_cli.models.attention import TREES, block_mask, dense_mask
+from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, Kernel
 from rlhf_cli.models.heads import SCORE, reward_config, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
 from rlhf_cli.models.logps import token_logps
 
-PLAIN = "plain"
 BASE = "base"
 """The role of the bare base model, whatever adapters sit on it."""
 
-
-@dataclass(frozen=True)
-class Kernel:
-    """How attention runs: its name in transformers (PLAIN: what the model was loaded with), and the layout that suits it."""
-
-    name: str
-    layout: Layout
-    mask: str | None  # dense | additive | block; None: the kernel needs none
-
-
-KERNELS = {
-    "trees": Kernel(TREES, "long", None),
-    "sdpa": Kernel("sdpa", "packed", "dense"),
-    "eager": Kernel("eager", "packed", "additive"),
-    "flex": Kernel("flex_attention", "long", "block"),
-    "flash": Kernel("flash_attention_2", "alone", None),
-    "alone": Kernel(PLAIN, "alone", None),
-}
-"""Setting → kernel. trees and alone are not settings: `auto` chooses trees on a CPU, where one call per tree costs less than
-the masked part, and alone is what remains for a model that takes no mask."""
-
-CANDIDATES = {
-    "auto": ("sdpa", "eager", "alone"),
-    "sdpa": ("sdpa", "alone"),
-    "eager": ("eager", "alone"),
-    "flex": ("flex", "alone"),
-    "flash": ("flash",),
-}
-"""Setting → kernels in the order in which they are tried."""
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of a token's packed and separate hidden states, relative to their norm."""
 
 HEAD_TOLERANCE = 2e-2
 """Largest difference between the model's logits and head · hidden, relative to the largest logit; both come from one dtype."""
-
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-"""Kinds of layers whose mask `visible` can give; models with others get each response in a row of its own."""
 
 
 class Backbone:
@@ -207,8 +173,9 @@ class Backbone:
         return self._forward(batch)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
+        arguments = self.kernel.arguments(batch, self.layer_types, self.window, self.compute_dtype)
         with self.autocast():
-            out = self.model.base_model(input_ids=batch.ids, use_cache=False, **self._attention_arguments(batch))
+            out = self.model.base_model(input_ids=batch.ids, use_cache=False, **arguments)
         return torch.flatten(out.last_hidden_state, 0, 1)
 
     def logps(self, role: str, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,23 +276,6 @@ class Backbone:
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
-
-    def _attention_arguments(self, batch: Batch) -> dict[str, Any]:
-        if self.kernel.layout == "alone":
-            return {}
-        if self.kernel.name == TREES:
-            return {"position_ids": batch.positions, "segments": batch.segments}
-        make = {"dense": self._dense, "additive": self._additive, "block": block_mask}[self.kernel.mask or ""]
-        windows = {kind: self.window if kind == "sliding_attention" else None for kind in self.layer_types}
-        masks = {kind: make(batch, window) for kind, window in windows.items()} or {"": make(batch, self.window)}
-        # Models with one kind of layer take one mask, models with two a dict of them.
-        return {"position_ids": batch.positions, "attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
-
-    def _dense(self, batch: Batch, window: int | None) -> torch.Tensor:
-        return dense_mask(batch, window, None)
-
-    def _additive(self, batch: Batch, window: int | None) -> torch.Tensor:
-        return dense_mask(batch, window, self.compute_dtype)
 
     @contextlib.contextmanager
     def plain_attention(self) -> Iterator[Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -18,6 +19,28 @@ from rlhf_cli.files import read_json
 from rlhf_cli.models.heads import SCORE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's weights lie."""
+
+    base: str  # hub id or folder
+    revision: str | None
+    adapter: Path | None  # the LoRA adapter on it, if there is one
+
+    @property
+    def head(self) -> torch.Tensor:
+        """A reward model's scalar head (1, D). Raises UsageError if there is none."""
+        return read_head(self.adapter or local_folder(self.base, self.revision))
+
+
+class Adapter(NamedTuple):
+    """What an adapter's folder holds."""
+
+    config: Any  # a LoraConfig
+    state: dict[str, torch.Tensor]
+    head: torch.Tensor | None  # (1, D) of a reward model
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -126,8 +149,8 @@ def save_adapter(folder: Path, state: dict[str, torch.Tensor], config: Any) -> N
     config.save_pretrained(str(folder))
 
 
-def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor | None]:
-    """The LoraConfig and the tensors of an adapter folder, and the scalar head (1, D) of a reward model.
+def read_adapter(folder: Path) -> Adapter:
+    """A LoRA adapter, and the scalar head of a reward model.
 
     Raises:
         UsageError: the folder holds no safetensors adapter, one that is not LoRA, or a reward model's without its head.
@@ -146,8 +169,9 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor], torch.Tens
     head = state.pop(f"base_model.model.{SCORE}", None)
     config = LoraConfig.from_pretrained(str(folder))
     if head is None and config.task_type != "SEQ_CLS":
-        return config, state, None
-    return dataclasses.replace(config, task_type="CAUSAL_LM", modules_to_save=None), state, _check_head(folder, head)
+        return Adapter(config, state, None)
+    config = dataclasses.replace(config, task_type="CAUSAL_LM", modules_to_save=None)
+    return Adapter(config, state, _check_head(folder, head))
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.heads import save_full_reward
-from rlhf_cli.models.load import is_reward_model, load_model, local_folder, read_adapter, read_head, resolve_dtype
+from rlhf_cli.models.load import Adapter, Weights, is_reward_model, load_model, read_adapter, resolve_dtype
 
 
 def resolve_lora(setting: sections.Lora | str | None, parent: sections.Lora | None, place: str) -> sections.Lora | None:
@@ -56,14 +56,13 @@ def _shape(lora: sections.Lora) -> tuple[Any, ...]:
 def load_trained(
     settings: sections.Model,
     lora: sections.Lora | None,
-    base: str,
-    revision: str | None,
-    adapter: Path | None,
+    start: Weights,
+    *,
     device: torch.device,
     seed: int,
     merged: Path,
     role: Literal["policy", "reward"] = "policy",
-) -> tuple[Backbone, str]:
+) -> tuple[Backbone, Weights]:
     """The backbone with its one trained role, and the base that the adapter sits on.
 
     An adapter that cannot go on, because all weights are trained or its shape changes, is merged into the base in float32;
@@ -74,20 +73,20 @@ def load_trained(
         UsageError: a policy is to start from a reward model.
     """
     compute = resolve_dtype(settings.dtype, device)
+    adapter = read_adapter(start.adapter) if start.adapter is not None else None
     merge = adapter is not None and (lora is None or lora.merge_parent)
-    parent, state, head = read_adapter(adapter) if adapter is not None else (None, None, None)
-    classifier = is_reward_model(base, revision)
-    if adapter is None and classifier:
-        head = read_head(local_folder(base, revision))
+    classifier = is_reward_model(start.base, start.revision)
+    head = adapter.head if adapter else start.head if classifier else None
     if head is not None and role == "policy":
-        raise UsageError(f"{adapter or base} is a reward model, not a policy; model.path must name a language model")
+        raise UsageError(f"{start.adapter or start.base} is a reward model, not a policy; model.path must name a language model")
     headless = classifier and head is not None  # the base of a reward model's adapter may be a reward model too
-    if merge and lora is not None and state is not None:
-        _save_merged(settings, base, revision, parent, state, head if classifier else None, device, merged)
-        base, revision, parent, state = str(merged), None, None, None
-    model = load_model(settings, base, revision, torch.float32 if lora is None else compute, device, headless)
-    if merge and state is not None:
-        model = merge_adapter(model, parent, state)
+    base = dataclasses.replace(start, adapter=None)
+    if merge and lora is not None and adapter is not None:
+        _save_merged(settings, base, adapter, head if classifier else None, device, merged)
+        base, adapter = Weights(str(merged), None, None), None
+    model = load_model(settings, base.base, base.revision, torch.float32 if lora is None else compute, device, headless)
+    if merge and adapter is not None:
+        model = merge_adapter(model, adapter)
     backbone = Backbone(model, compute, settings.attention, headless)
     torch.manual_seed(seed)
     if role == "reward":
@@ -95,27 +94,19 @@ def load_trained(
     if lora is None:
         backbone.train_all_weights(role)
     else:
-        config = lora_config(lora, base, revision)
-        if parent is not None:
+        config = lora_config(lora, base.base, base.revision)
+        if adapter is not None:
             # All that makes the parent's adapter what it is (modules, rslora, patterns) goes on; dropout is the recipe's.
-            config = dataclasses.replace(
-                parent, lora_dropout=lora.dropout, base_model_name_or_path=base, revision=revision, inference_mode=False
-            )
-        backbone.add_lora(role, config, state, trained=True)
+            named = {"base_model_name_or_path": base.base, "revision": base.revision}
+            config = dataclasses.replace(adapter.config, lora_dropout=lora.dropout, inference_mode=False, **named)
+        backbone.add_lora(role, config, adapter.state if adapter else None, trained=True)
     if settings.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    return backbone, base
+    return backbone, Weights(base.base, base.revision, None)
 
 
 def _save_merged(
-    settings: sections.Model,
-    base: str,
-    revision: str | None,
-    config: Any,
-    state: dict[str, torch.Tensor],
-    head: torch.Tensor | None,
-    device: torch.device,
-    folder: Path,
+    settings: sections.Model, base: Weights, adapter: Adapter, head: torch.Tensor | None, device: torch.device, folder: Path
 ) -> None:
     """Write base and adapter as one model, a reward model where there is a head; none of it stays in memory.
 
@@ -124,7 +115,8 @@ def _save_merged(
     if folder.exists():
         return
     plain = dataclasses.replace(settings, quantize=None)
-    model = merge_adapter(load_model(plain, base, revision, torch.float32, device, head is not None), config, state)
+    model = load_model(plain, base.base, base.revision, torch.float32, device, head is not None)
+    model = merge_adapter(model, adapter)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     if head is None:
         model.save_pretrained(str(part))
@@ -136,10 +128,10 @@ def _save_merged(
         shutil.rmtree(part)
 
 
-def merge_adapter(model: Any, config: Any, state: dict[str, torch.Tensor]) -> Any:
+def merge_adapter(model: Any, adapter: Adapter) -> Any:
     """The model with an adapter folded into its weights, in the model's dtype."""
     from peft import get_peft_model, set_peft_model_state_dict
 
-    adapted = get_peft_model(model, config)
-    set_peft_model_state_dict(adapted, state)
+    adapted = get_peft_model(model, adapter.config)
+    set_peft_model_state_dict(adapted, adapter.state)
     return adapted.merge_and_unload()

@@ -18,7 +18,8 @@ import torch
 from torch.nn import functional as F
 
 from rlhf_cli.errors import NumberError, UsageError
-from rlhf_cli.models.backbone import LAYER_TYPES, PLAIN, Backbone
+from rlhf_cli.models.attention import LAYER_TYPES, PLAIN
+from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.kv_cache import RowCache
 from rlhf_cli.models.merging import merged
 from rlhf_cli.signals import Pause, no_pause

@@ -18,7 +18,7 @@ from rlhf_cli.data.templates import Format, Template, choose_template, read_form
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer, local_folder, read_head
+from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer
 from rlhf_cli.models.placement import FrozenModels, Head
 from rlhf_cli.models.scoring import Ranks, score_responses, score_trees
 from rlhf_cli.recipe.stages import REWARD_STAGES, TRAINING_STAGES
@@ -72,7 +72,7 @@ class RewardModel(RewardTerm):
         base = base_model(start) if not policy.check or Path(start.base).exists() else None
         if base is not None:
             with prefixed(place):
-                read_head(start.adapter or local_folder(start.base, start.revision))
+                _ = start.head
         config = load_config(start.base, start.revision, policy.trust_remote_code).get_text_config().to_dict()
         positions = next((int(config[key]) for key in POSITION_KEYS if config.get(key)), None)
         form = None if same and template.hash == policy.template.hash else read_format(tokenizer, template)
@@ -85,10 +85,9 @@ class RewardModel(RewardTerm):
         Raises:
             UsageError: they do not fit.
         """
-        if role not in models.places:
-            models.add(role, self.start.base, self.start.revision, self.start.adapter, head=True)
-        host = models.places[role]
-        return RewardModelScorer(self.name, self.weight, host, role, self.mean, self.std, budget, self.reader)
+        if role not in models.hosts:
+            models.add(role, self.start, head=True)
+        return RewardModelScorer(self.name, self.weight, models.hosts[role], role, self.mean, self.std, budget, self.reader)
 
     @property
     def reads(self) -> Literal["tokens", "text"]:
@@ -125,8 +124,7 @@ class RewardModel(RewardTerm):
         if self.reads != "tokens":
             return None
         scale = self.weight / self.std
-        head = read_head(self.start.adapter or local_folder(self.start.base, self.start.revision)) * scale
-        return self.start, Head(head, -self.mean * scale)
+        return self.start, Head(self.start.head * scale, -self.mean * scale)
 
 
 @dataclass(frozen=True)

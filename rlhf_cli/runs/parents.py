@@ -12,19 +12,16 @@ from huggingface_hub import snapshot_download
 
 from rlhf_cli.errors import MachineError, UsageError, prefixed
 from rlhf_cli.files import hash_tree, read_json
-from rlhf_cli.models.load import is_reward_model
+from rlhf_cli.models.load import Weights, is_reward_model
 from rlhf_cli.recipe.stages import POLICY_STAGES, REWARD_STAGES
 from rlhf_cli.runs.manifest import BaseModel, Parent, manifest_hash, read_manifest, weights_hash
 from rlhf_cli.suggest import closest
 
 
 @dataclass(frozen=True)
-class Start:
+class Start(Weights):
     """The weights before step 1: a base, and an adapter on it where the parent was trained with LoRA."""
 
-    base: str  # hub id or folder
-    revision: str | None
-    adapter: Path | None
     tokenizer: str  # where the tokenizer and its template are
     parent: Parent | None
     manifest: dict[str, Any] | None  # the parent's
@@ -86,6 +83,11 @@ def is_meant_as_path(path: str) -> bool:
         or (bool(rest) and Path(owner).is_dir())
         or path.endswith(".gguf")
     )
+
+
+def merged_base(base: Weights) -> BaseModel:
+    """What the manifest says of a base that a run made itself, of its start's base and adapter."""
+    return base_model(Start(base.base, base.revision, None, base.base, None, None))
 
 
 def base_model(start: Start) -> BaseModel:

@@ -12,6 +12,7 @@ from rlhf_cli.data.formats import LABELS
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.unpaired import unpaired_dataset
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.load import Weights
 from rlhf_cli.models.placement import Placement
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe import recipes
@@ -19,11 +20,12 @@ from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.source import PreferenceSource, Shape
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
-from rlhf_cli.runs.parents import Start, base_model
+from rlhf_cli.runs.parents import merged_base
 from rlhf_cli.signals import BEFORE
-from rlhf_cli.stages.online import Drawing, judged, open_drawing, recorded
+from rlhf_cli.stages.online import RolloutSetup, as_unpaired, recorded, set_up_rollouts
+from rlhf_cli.stages.prepare import TrainingJob, prepare_job
 from rlhf_cli.stages.reference import ReferenceModel, find_reference, place_reference
-from rlhf_cli.stages.training import FINE, OnPolicy, TrainingJob, finish_job, load_job, open_job, prepare_job, train_job
+from rlhf_cli.stages.training import FINE, OnPolicy, finish_job, load_job, open_job, train_job
 from rlhf_cli.training.reference import reference_logps, weights_key
 
 
@@ -35,8 +37,8 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     """
     assert isinstance(loaded.recipe, recipes.DirectRecipe)
     draws = loaded.recipe.draws is not None
-    judge = loaded.recipe.objective.rows is LABELS and not draws
-    job = prepare_job(loaded, check=check, resume=resume, shape=partial(_judged, loaded) if judge else None)
+    unpaired = loaded.recipe.objective.rows is LABELS and not draws
+    job = prepare_job(loaded, check=check, resume=resume, shape=partial(_as_unpaired, loaded) if unpaired else None)
     reference = find_reference(job, check, needed=draws or job.objective.reference)
     terms = find_terms(loaded, PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check))
     for words in _announce(job, reference, terms):
@@ -50,11 +52,11 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         if folder is None:
             return
         backbone, base = load_job(job)
-        placement = Placement(backbone, job.recipe.model, base, job.start.revision, job.ranks.device)
+        placement = Placement(backbone, job.recipe.model, base, job.ranks.device)
         on_policy = None
         if draws and reference is not None:
             place_reference(job, reference, placement, base)
-            on_policy = _online(job, open_drawing(job, terms, backbone, placement, base))
+            on_policy = _online(job, set_up_rollouts(job, terms, placement, base))
         elif reference is not None:
             job = _with_reference(job, reference, backbone, placement, base)
         trainer = train_job(
@@ -76,7 +78,7 @@ def _announce(job: TrainingJob, reference: ReferenceModel | None, terms: RewardT
         yield words
 
 
-def _online(job: TrainingJob, drawing: Drawing) -> OnPolicy:
+def _online(job: TrainingJob, rollouts: RolloutSetup) -> OnPolicy:
     """Batches of the policy's own responses, in the form that the objective takes."""
     recipe = job.recipe
     assert isinstance(recipe, recipes.DirectRecipe)
@@ -84,19 +86,19 @@ def _online(job: TrainingJob, drawing: Drawing) -> OnPolicy:
     shape: Shape | None = None
     if job.objective.rows is LABELS:
         shape = partial(
-            judged,
-            records=drawing.sampler.records,
+            as_unpaired,
+            records=rollouts.sampler.records,
             max_length=recipe.data.max_length,
             mismatches=job.objective.mismatches,
         )
     refresh, ties = recipe.rollout.refresh, job.objective.ties
-    source = PreferenceSource(drawing.sampler, job.source, refresh, job.steps, ties, shape, recipe.seed)
+    source = PreferenceSource(rollouts.sampler, job.source, refresh, job.steps, ties, shape, recipe.seed)
     order = tuple(float(k) for k in range(recipe.rollout.responses_per_prompt))
-    first = [tree._replace(facts=Facts(ranks=order, scores=order[::-1])) for tree in drawing.probe]
-    return OnPolicy(source, drawing.measure, shape(first, recipe.seed) if shape else first)
+    first = [tree._replace(facts=Facts(ranks=order, scores=order[::-1])) for tree in rollouts.probe]
+    return OnPolicy(source, rollouts.measure, shape(first, recipe.seed) if shape else first)
 
 
-def _judged(loaded: Loaded, dataset: Dataset, recipe: recipes.TrainingRecipe) -> tuple[Dataset, Objective]:
+def _as_unpaired(loaded: Loaded, dataset: Dataset, recipe: recipes.TrainingRecipe) -> tuple[Dataset, Objective]:
     """Single responses with their labels and mismatches, and the objective with the weights that follow from their numbers."""
     objective = recipe.objective
     changed = unpaired_dataset(
@@ -107,7 +109,7 @@ def _judged(loaded: Loaded, dataset: Dataset, recipe: recipes.TrainingRecipe) ->
 
 
 def _with_reference(
-    job: TrainingJob, reference: ReferenceModel, backbone: Backbone, placement: Placement, base: str
+    job: TrainingJob, reference: ReferenceModel, backbone: Backbone, placement: Placement, base: Weights
 ) -> TrainingJob:
     """The job with the reference's log-probabilities in its trees or, with `cache: false`, with the role "reference"."""
     assert isinstance(job.recipe, recipes.DirectRecipe)
@@ -121,8 +123,8 @@ def _with_reference(
     # Before its first update the policy is the start: no second copy of anything is needed.
     role = "policy" if reference.is_start else "reference"
     weights, adapter = reference.base.weights_hash, reference.start.adapter
-    if reference.is_start and base != job.start.base:
-        weights, adapter = base_model(Start(base, None, None, base, None, None)).weights_hash, None
+    if reference.is_start and base.base != job.start.base:
+        weights, adapter = merged_base(base).weights_hash, None
     elif reference.is_start and job.lora is None and adapter is not None:
         weights += " merged"  # rounded once more than base and adapter apart
     job.signals.say("while the reference's log-probabilities were computed; what is done is kept, continue with --resume")

@@ -14,6 +14,7 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.data.unpaired import unpaired, with_mismatches
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.load import Weights
 from rlhf_cli.models.placement import Placement
 from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.recipe import recipes
@@ -21,29 +22,29 @@ from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.generate import Engine, TransformersEngine
 from rlhf_cli.rollout.source import HeldOut, probe
 from rlhf_cli.rollout.terms import RewardTerms
+from rlhf_cli.stages.prepare import TrainingJob
 from rlhf_cli.stages.reference import ReferenceModel
-from rlhf_cli.stages.training import TrainingJob
 from rlhf_cli.training.checkpoint import State
 from rlhf_cli.training.loop import Measure
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """Where responses are drawn and judged, once all weights are loaded."""
+class RolloutSetup:
+    """Where responses are drawn and scored, once all weights are loaded."""
 
     sampler: Sampler
     measure: Measure | None  # None: nothing is held out
     probe: list[Tree]
 
 
-def open_drawing(job: TrainingJob, reward_terms: RewardTerms, backbone: Backbone, placement: Placement, base: str) -> Drawing:
+def set_up_rollouts(job: TrainingJob, reward_terms: RewardTerms, placement: Placement, base: Weights) -> RolloutSetup:
     """Load the reward models; `base` is what the policy's adapter sits on.
 
     Raises:
         UsageError: a reward model's weights do not fit.
         MachineError: the engine is not installed.
     """
-    settings = job.recipe.draws
+    backbone, settings = placement.policy, job.recipe.draws
     assert settings is not None
     terms, gold = reward_terms.load(placement, job.budget)
     engine = _engine(job, backbone, base)
@@ -73,10 +74,10 @@ def open_drawing(job: TrainingJob, reward_terms: RewardTerms, backbone: Backbone
         def measure(state: State) -> dict[str, float]:
             return unseen.measure(state.memory)
 
-    return Drawing(own, measure, probe(own, job.source.batch(1), job.recipe.seed))
+    return RolloutSetup(own, measure, probe(own, job.source.batch(1), job.recipe.seed))
 
 
-def _engine(job: TrainingJob, backbone: Backbone, base: str) -> Engine:
+def _engine(job: TrainingJob, backbone: Backbone, base: Weights) -> Engine:
     assert job.recipe.draws is not None
     if job.recipe.draws.engine == "transformers":
         return TransformersEngine(backbone, "policy")
@@ -85,8 +86,7 @@ def _engine(job: TrainingJob, backbone: Backbone, base: str) -> Engine:
         raise UsageError(f"{place}: vllm draws on one device, and there are {job.ranks.size}; use engine: transformers")
     from rlhf_cli.rollout.vllm import VllmEngine
 
-    revision = job.start.revision if base == job.start.base else None
-    return VllmEngine(base, revision, job.recipe.model.dtype, partial(backbone.save, "policy"))
+    return VllmEngine(base.base, base.revision, job.recipe.model.dtype, partial(backbone.save, "policy"))
 
 
 def _combine(recipe: recipes.TrainingRecipe) -> str:
@@ -98,7 +98,7 @@ def _kl_coef(recipe: recipes.TrainingRecipe) -> float | None:
     return recipe.kl.coef if isinstance(recipe, recipes.PpoRecipe) else None
 
 
-def judged(trees: list[Tree], seed: int, records: Sequence[Record], max_length: int, mismatches: bool) -> list[Tree]:
+def as_unpaired(trees: list[Tree], seed: int, records: Sequence[Record], max_length: int, mismatches: bool) -> list[Tree]:
     """Ranked responses one by one, the best of a prompt as desirable and its worst as undesirable.
 
     Raises:

@@ -12,6 +12,7 @@ from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.data.detect import Purpose
 from rlhf_cli.data.formats import ANSWERS
 from rlhf_cli.data.sources import RowRequest
+from rlhf_cli.models.load import Weights
 from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.recipe import recipes
@@ -20,9 +21,10 @@ from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
-from rlhf_cli.stages.online import Drawing, open_drawing, recorded
+from rlhf_cli.stages.online import RolloutSetup, recorded, set_up_rollouts
+from rlhf_cli.stages.prepare import TrainingJob, prepare_job
 from rlhf_cli.stages.reference import find_reference, place_reference
-from rlhf_cli.stages.training import FINE, OnPolicy, TrainingJob, finish_job, load_job, open_job, prepare_job, train_job
+from rlhf_cli.stages.training import FINE, OnPolicy, finish_job, load_job, open_job, train_job
 
 
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
@@ -48,13 +50,13 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         if folder is None:
             return
         backbone, base = load_job(job)
-        placement = Placement(backbone, job.recipe.model, base, job.start.revision, job.ranks.device)
+        placement = Placement(backbone, job.recipe.model, base, job.ranks.device)
         place_reference(job, reference, placement, base)
-        drawing = open_drawing(job, terms, backbone, placement, base)
+        rollouts = set_up_rollouts(job, terms, placement, base)
         on_policy = OnPolicy(
-            source=_source(job, drawing, ptx),
-            measure=drawing.measure,
-            first=drawing.probe,
+            source=_source(job, rollouts, ptx),
+            measure=rollouts.measure,
+            first=rollouts.probe,
             learning_rates=_add_value(job, terms, placement, base),
         )
         trainer = train_job(job, folder, backbone, reference_is_start=reference.is_start, on_policy=on_policy)
@@ -99,14 +101,14 @@ def _ptx_rows(job: TrainingJob) -> Dataset | None:
     return prepare(data, RowRequest(Purpose("ptx", ANSWERS, ROW_USES), recipe.seed, where), job.tokenizer, job.template)
 
 
-def _source(job: TrainingJob, drawing: Drawing, ptx: Dataset | None) -> PolicySource:
+def _source(job: TrainingJob, rollouts: RolloutSetup, ptx: Dataset | None) -> PolicySource:
     recipe, objective = _parts(job)
     rows = ptx.source(recipe.train, recipe.data, recipe.seed) if ptx else None
     coef = recipe.ptx.coef if recipe.ptx else 0.0
-    return PolicySource(drawing.sampler, job.source, objective, recipe.kl, rows, coef, recipe.seed)
+    return PolicySource(rollouts.sampler, job.source, objective, recipe.kl, rows, coef, recipe.seed)
 
 
-def _add_value(job: TrainingJob, terms: RewardTerms, placement: Placement, base: str) -> dict[str, float]:
+def _add_value(job: TrainingJob, terms: RewardTerms, placement: Placement, base: Weights) -> dict[str, float]:
     """Give the role "value" its weights, where the objective has one; returns the learning rate of the role.
 
     From a reward model r it starts as that term of the score, weight · (r − mean)/std; from the policy, as 0.
@@ -119,13 +121,12 @@ def _add_value(job: TrainingJob, terms: RewardTerms, placement: Placement, base:
     first = next(starts, None) if recipe.value.init == "reward" else None
     if first is not None:
         name, (start, head) = first
-        placement.add_value(start.base, start.revision, start.adapter, lora, head)
+        placement.add_value(start, lora, head)
         job.console.say(f"value: starts as the reward model {name}")
     else:
-        merged = base != job.start.base
-        adapter, revision = (None, None) if merged else (job.start.adapter, job.start.revision)
+        weights = job.start if base.base == job.start.base else base
         width = placement.policy.model.config.get_text_config().hidden_size
-        placement.add_value(base, revision, adapter, lora, Head(torch.zeros(1, width), 0.0))
+        placement.add_value(weights, lora, Head(torch.zeros(1, width), 0.0))
         why = "" if recipe.value.init == "policy" else ": no reward model reads its tokens"
         job.console.say(f"value: starts as 0, on the policy's weights{why}")
     return {"value": _value_rate(job)}

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.load import load_tokenizer
+from rlhf_cli.models.load import Weights, load_tokenizer
 from rlhf_cli.models.placement import Placement
 from rlhf_cli.recipe import recipes
 from rlhf_cli.runs.manifest import BaseModel, Parent, weights_hash
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
-from rlhf_cli.stages.training import TrainingJob
+from rlhf_cli.stages.prepare import TrainingJob
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,8 @@ def _same(one: str | Path | None, other: str | Path | None) -> bool:
     return (one and Path(one).resolve()) == (other and Path(other).resolve())
 
 
-def place_reference(job: TrainingJob, reference: ReferenceModel, placement: Placement, base: str) -> None:
+def place_reference(job: TrainingJob, reference: ReferenceModel, placement: Placement, base: Weights) -> None:
     """Give the role "reference" its weights; `base` is what the policy's adapter sits on."""
-    start = reference.start
-    if reference.is_start and base != job.start.base:
-        placement.add("reference", base, None, None)  # a merged parent: the policy's adapter is new, and its base is the start
-    else:
-        placement.add("reference", start.base, start.revision, start.adapter)
+    # Of a merged parent: the policy's adapter is new, and its base is the start.
+    merged = reference.is_start and base.base != job.start.base
+    placement.add("reference", base if merged else reference.start)

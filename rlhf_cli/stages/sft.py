@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.stages.training import FINE, finish_job, load_job, open_job, prepare_job, train_job
+from rlhf_cli.stages.prepare import prepare_job
+from rlhf_cli.stages.training import FINE, finish_job, load_job, open_job, train_job
 
 
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:

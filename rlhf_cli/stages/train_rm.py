@@ -12,11 +12,12 @@ from rlhf_cli.evaluation.agreement import Card
 from rlhf_cli.evaluation.preference import reward_card
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import classifier_class
-from rlhf_cli.models.load import load_config
+from rlhf_cli.models.load import Weights, load_config
 from rlhf_cli.models.scoring import score_responses
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.folder import RunFolder
-from rlhf_cli.stages.training import FINE, TrainingJob, finish_job, load_job, open_job, prepare_job, train_job
+from rlhf_cli.stages.prepare import TrainingJob, prepare_job
+from rlhf_cli.stages.training import FINE, finish_job, load_job, open_job, train_job
 
 SCORED = 256
 """Training prompts, drawn with the seed, whose responses give the mean and the standard deviation of the scores."""
@@ -66,7 +67,7 @@ def _score(job: TrainingJob, backbone: Backbone, budget: int) -> Card:
     )
 
 
-def _manifest(job: TrainingJob, folder: RunFolder, backbone: Backbone, base: str, card: Card) -> dict[str, Any]:
+def _manifest(job: TrainingJob, folder: RunFolder, backbone: Backbone, base: Weights, card: Card) -> dict[str, Any]:
     """What the manifest says of a reward model, with the lines of Python that load it where transformers has a class for it."""
     figures = card.to_json()
     if classifier_class(backbone.model.config) is None:
@@ -77,13 +78,13 @@ def _manifest(job: TrainingJob, folder: RunFolder, backbone: Backbone, base: str
         imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
         lines = [imports, "", f"model = AutoModelForSequenceClassification.from_pretrained({model})"]
     else:
-        revision = f", revision={json.dumps(job.start.revision)}" if job.start.revision and base == job.start.base else ""
+        revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
         lines = [
             "from peft import PeftModel",
             "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
             "",
             "base = AutoModelForSequenceClassification.from_pretrained(",
-            f"    {json.dumps(base)}{revision}, num_labels=1, pad_token_id={backbone.pad_id}",
+            f"    {json.dumps(base.base)}{revision}, num_labels=1, pad_token_id={backbone.pad_id}",
             ")",
             f"model = PeftModel.from_pretrained(base, {model})",
         ]

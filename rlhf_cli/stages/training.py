@@ -1,50 +1,34 @@
-"""What every training stage does before its weights are loaded, and once they are trained."""
+"""What every training stage does with its folder and weights, until the manifest is written."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from rlhf_cli import sections
-from rlhf_cli.console import Console
-from rlhf_cli.data.batches import DatasetSource, total_steps
-from rlhf_cli.data.dataset import Dataset, data_report, prepare, question
-from rlhf_cli.data.detect import Purpose
-from rlhf_cli.data.encode import show_example
-from rlhf_cli.data.formats import PROMPTS
-from rlhf_cli.data.sources import RowRequest
-from rlhf_cli.data.templates import Template, choose_template
+from rlhf_cli.data.dataset import data_report, question
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import MachineError, NumberError, Stopped, UsageError
 from rlhf_cli.files import disk_errors, write_json
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import choose_pad_id
-from rlhf_cli.models.load import load_config, load_tokenizer, quiet_libraries, resolve_dtype
-from rlhf_cli.models.memory import Memory, auto_budget, estimate, is_out_of_memory
-from rlhf_cli.models.passes import Passes
-from rlhf_cli.models.policy import load_trained, parent_lora, resolve_lora
+from rlhf_cli.models.load import Weights
+from rlhf_cli.models.memory import is_out_of_memory
+from rlhf_cli.models.policy import load_trained
 from rlhf_cli.models.sampling import stop_ids
-from rlhf_cli.objectives.base import Objective
-from rlhf_cli.ranks import Ranks
-from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.dump import flatten_section
-from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES, learning_rate_of
 from rlhf_cli.reports.training import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 from rlhf_cli.runs.folder import RunFolder, open_run
-from rlhf_cli.runs.manifest import BaseModel, Outcome, Parent, build_manifest, write_manifest
-from rlhf_cli.runs.parents import Start, base_model, resolve_start
-from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, recorded_budget, refuse_other_inputs, reopen
-from rlhf_cli.signals import StopSignals
-from rlhf_cli.stages.plan import learning_rate_warning, plan
+from rlhf_cli.runs.manifest import Outcome, Parent, build_manifest, write_manifest
+from rlhf_cli.runs.parents import merged_base
+from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, refuse_other_inputs, reopen
+from rlhf_cli.stages.prepare import TrainingJob
 from rlhf_cli.training.checkpoint import checkpoint_path
 from rlhf_cli.training.invariants import check_start
 from rlhf_cli.training.loop import BatchSource, Hooks, Measure, Trainer
@@ -57,109 +41,6 @@ FINE = "the recipe and the data are fine; nothing was trained"
 
 SHOWN_PROMPTS, SHOWN_TOKENS = 8, 64
 """Samples in samples.jsonl: how many prompts, and how long their greedy continuations may get."""
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """A run before its weights are loaded: its data, and the recipe with every `auto` replaced by the value in force."""
-
-    loaded: Loaded
-    recipe: recipes.TrainingRecipe
-    objective: Objective
-    lora: sections.Lora | None
-    memory: Memory
-    start: Start
-    base: BaseModel | None  # None: on the hub, and not fetched by --check
-    tokenizer: Any
-    template: Template
-    dataset: Dataset
-    source: DatasetSource
-    steps: int
-    ranks: Ranks
-    console: Console
-    signals: StopSignals
-    started: float
-    inputs: dict[str, str] = field(default_factory=dict)  # what else a resumed run must have in common
-
-    @property
-    def budget(self) -> int:
-        return int(self.recipe.train.tokens_per_device)
-
-    def passes(self, backbone: Backbone) -> Passes:
-        return Passes(backbone, self.budget, self.ranks)
-
-
-def prepare_job(
-    loaded: Loaded,
-    *,
-    check: bool,
-    resume: bool,
-    shape: Callable[[Dataset, recipes.TrainingRecipe], tuple[Dataset, Objective]] | None = None,
-) -> TrainingJob:
-    """Read and tokenise the data, settle every value, and show the plan.
-
-    Where responses are drawn from the policy, the trees are prompts alone. `shape`: gives the
-    trees another form, and the objective what it has to know of them.
-
-    Raises:
-        UsageError: the recipe, the data or what `model.path` names is wrong.
-    """
-    signals = StopSignals()
-    signals.install()
-    quiet_libraries()
-    started = time.monotonic()
-    recipe, where = loaded.recipe, loaded.where
-    assert isinstance(recipe, recipes.TrainingRecipe)
-    console, stage = Console(os.environ.get("RANK", "0") == "0"), TRAINING_STAGES[loaded.stage]
-    start = resolve_start(recipe.model.path, recipe.model.revision, loaded.named("model.path"), stage.parents)
-    tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.model.trust_remote_code)
-    template = choose_template(tokenizer, recipe.model.chat_template)
-    _check_template(recipe, start, template, loaded)
-    objective, draws = recipe.objective, recipe.draws
-    dataset = prepare(recipe.data, row_request(recipe, where), tokenizer, template)
-    if shape is not None:
-        dataset, objective = shape(dataset, recipe)
-    elif draws:
-        objective = objective.with_class_counts(1, 1)  # of every prompt one desirable response and one undesirable
-    source = dataset.source(recipe.train, recipe.data, recipe.seed)
-    steps = total_steps(recipe.train.epochs, recipe.train.steps, source.steps_per_epoch)
-    ranks = Ranks(expected=not check)
-    if resume and recipe.train.tokens_per_device == "auto" and (budget := recorded_budget(RunFolder(Path(recipe.output)))):
-        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, tokens_per_device=budget))
-    lora, memory, recipe = _resolve(recipe, objective, start, dataset, ranks, loaded)
-    base = base_model(start) if not check or Path(start.base).exists() else None
-    job = TrainingJob(
-        loaded,
-        recipe,
-        objective,
-        lora,
-        memory,
-        start,
-        base,
-        tokenizer,
-        template,
-        dataset,
-        source,
-        steps,
-        ranks,
-        console,
-        signals,
-        started,
-    )
-    console.plan(plan(recipe, dataset, source, steps, memory, job.budget, _facts(job)))
-    console.example(show_example(source.batch(1)[0], tokenizer), _example_words(recipe))
-    for message in _warnings(job):
-        console.warn(message)
-    return job
-
-
-def row_request(recipe: recipes.TrainingRecipe, where: Callable[[str], str]) -> RowRequest:
-    """What the run asks of its rows: all that its objective needs or, where responses are drawn, prompts."""
-    objective, draws = recipe.objective, recipe.draws
-    if draws:
-        return RowRequest(Purpose(recipe.stage, PROMPTS, ROW_USES), recipe.seed, where, reserve=draws.max_new_tokens)
-    purpose = Purpose(recipe.stage, objective.rows, ROW_USES)
-    return RowRequest(purpose, recipe.seed, where, margin_column=objective.margin_from, check=objective.check_tree)
 
 
 @contextlib.contextmanager
@@ -199,19 +80,12 @@ def open_job(job: TrainingJob, *, resume: bool, force: bool) -> Iterator[RunFold
     ranks.close()
 
 
-def load_job(job: TrainingJob) -> tuple[Backbone, str]:
+def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
     """The backbone with the role that the objective trains, and the base its adapter sits on."""
-    recipe, start = job.recipe, job.start
+    recipe = job.recipe
+    merged, role = Path(recipe.output) / "base", job.objective.role
     backbone, base = load_trained(
-        recipe.model,
-        job.lora,
-        start.base,
-        start.revision,
-        start.adapter,
-        job.ranks.device,
-        recipe.seed,
-        Path(recipe.output) / "base",
-        job.objective.role,
+        recipe.model, job.lora, job.start, device=job.ranks.device, seed=recipe.seed, merged=merged, role=role
     )
     backbone.pad_id = choose_pad_id(job.tokenizer, stop_ids(backbone, job.tokenizer, job.template))
     job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")
@@ -283,7 +157,7 @@ def finish_job(
     job: TrainingJob,
     folder: RunFolder,
     trainer: Trainer,
-    base: str,
+    base: Weights,
     extra: dict[str, Any] | None = None,
     parents: tuple[Parent, ...] = (),
     fingerprints: Mapping[str, str] | None = None,
@@ -295,7 +169,7 @@ def finish_job(
     if job.ranks.main:
         with disk_errors(folder.model):
             trainer.hooks.save_model(folder.model)
-        described = job.base if base == job.start.base else base_model(Start(base, None, None, base, None, None))
+        described = job.base if base.base == job.start.base else merged_base(base)
         assert described is not None
         outcome = Outcome(
             stage=job.loaded.stage,
@@ -325,70 +199,6 @@ def finish_job(
     if best is not None and best != trainer.state.step:
         job.console.say(f"the best checkpoint: {checkpoint_path(folder.checkpoints, best)}")
     job.console.say(f"{trainer.status} in {time.monotonic() - job.started:.0f} s: {folder.report}")
-
-
-def _resolve(
-    recipe: recipes.TrainingRecipe, objective: Objective, start: Start, dataset: Dataset, ranks: Ranks, loaded: Loaded
-) -> tuple[sections.Lora | None, Memory, recipes.TrainingRecipe]:
-    lora = resolve_lora(
-        recipe.lora, parent_lora(start.adapter, start.manifest and start.manifest.get("lora")), loaded.where("lora")
-    )
-    dtype = resolve_dtype(recipe.model.dtype, ranks.device)
-    memory = estimate(
-        load_config(start.base, start.revision, recipe.model.trust_remote_code),
-        rank=lora.r if lora else None,
-        dtype=dtype,
-        checkpointing=recipe.model.gradient_checkpointing,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    recipe = dataclasses.replace(recipe, lora=lora, objective=objective)
-    asked = recipe.train.tokens_per_device
-    longest = dataset.longest + (recipe.draws.responses_per_prompt * recipe.draws.max_new_tokens if recipe.draws else 0)
-    budget = ranks.min(auto_budget(memory, longest, ranks.device, values=objective.values)) if asked == "auto" else asked
-    train = dataclasses.replace(recipe.train, tokens_per_device=budget, learning_rate=learning_rate_of(recipe))
-    model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
-    return lora, memory, dataclasses.replace(recipe, train=train, model=model)
-
-
-def _example_words(recipe: recipes.TrainingRecipe) -> str:
-    objective = recipe.objective
-    if recipe.draws:
-        return "is learned: that is a prompt, and its responses are drawn from the policy"
-    if objective.rows.responses == "first":
-        return "is what the model learns to write"
-    if objective.mismatches:
-        return "is a judged response and, after it, another prompt's: the policy's drift is measured on those"
-    return "is a response, the best one first"
-
-
-def _facts(job: TrainingJob) -> dict[str, str]:
-    recipe, start = job.recipe, job.start
-    return {
-        "start": recipe.model.path + (f" (continues the adapter in {start.adapter})" if start.adapter else ""),
-        "trains": f"LoRA r {job.lora.r}" if job.lora else "all weights",
-        "objective": job.objective.kind,
-        "dtype": recipe.model.dtype,
-        "chat template": job.template.source,
-        "devices": f"{job.ranks.size} × {job.ranks.device.type}",
-    }
-
-
-def _warnings(job: TrainingJob) -> Iterator[str]:
-    yield from job.dataset.train.notices
-    if message := learning_rate_warning(job.recipe, job.memory):
-        yield message
-    if not job.objective.soft_labels and any(facts.probability is not None for facts in job.dataset.train.trees.facts):
-        yield f"the column 'probability' has no effect with kind {job.objective.kind}: every chosen response counts as better"
-    if job.lora and job.lora.dropout:
-        yield "with lora.dropout, results depend on tokens_per_device: the masks follow the cut"
-
-
-def _check_template(recipe: recipes.TrainingRecipe, start: Start, template: Template, loaded: Loaded) -> None:
-    if start.template_hash not in (None, template.hash) and recipe.model.chat_template is None:
-        raise UsageError(
-            f"{loaded.where('model.path')}: {recipe.model.path} was trained with another chat template than {template.source}. "
-            "name the one you want in model.chat_template"
-        )
 
 
 def _save_model(job: TrainingJob, backbone: Backbone, folder: Path) -> None:

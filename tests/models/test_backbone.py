@@ -11,7 +11,8 @@ import torch
 
 from rlhf_cli.data.trees import Piece, Tree, plan_passes, tree_length
 from rlhf_cli.errors import NumberError, UsageError
-from rlhf_cli.models.backbone import BASE, KERNELS, Backbone
+from rlhf_cli.models.attention import KERNELS
+from rlhf_cli.models.backbone import BASE, Backbone
 from tests.models.tiny_backbone import draw_trees, make, make_backbone, packed_logps, plain_logps
 
 TREES = [*draw_trees(3, branches=2, earlier=True), *draw_trees(2, seed=1, branches=1), *draw_trees(1, seed=2, branches=4)]

@@ -20,7 +20,7 @@ from rlhf_cli.models import placement
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.reports.findings_evaluation import findings
-from rlhf_cli.stages.training import row_request
+from rlhf_cli.stages.prepare import row_request
 from tests.data.tiny_tokenizer import ZEPHYR, tiny_tokenizer
 from tests.stages.tiny_runs import (
     FUNCTIONS,

@@ -25,7 +25,7 @@ from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.rollout.experience import Rollout
-from rlhf_cli.stages.training import row_request
+from rlhf_cli.stages.prepare import row_request
 from tests.data.tiny_tokenizer import ZEPHYR, tiny_tokenizer
 from tests.models.tiny_backbone import plain_logps
 from tests.ranks import two_ranks
@@ -433,9 +433,9 @@ def test_policies_on_one_base_cost_one_model(
     run(models=models, preferences=PROMPTS, **COMPARED)
     assert loads == [("base", 1)]
     (frozen,) = hosts
-    assert frozen.places.keys() == {"reference", "reward"}
-    host = frozen.places["reference"]
-    assert frozen.places["reward"] is host and host.elsewhere == {}
+    assert frozen.hosts.keys() == {"reference", "reward"}
+    host = frozen.hosts["reference"]
+    assert frozen.hosts["reward"] is host and host.elsewhere == {}
     named = dict(host.model.named_parameters())
     roles = {match[1] for name in named if (match := re.search(r"\.lora_[AB]\.(\w+)\.", name))}
     assert roles == {"reference", "reward"} and set(host.heads) == {"reward"}

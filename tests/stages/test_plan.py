@@ -13,7 +13,7 @@ from rlhf_cli.data.templates import Template
 from rlhf_cli.models.memory import Memory
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.stages.plan import plan
-from rlhf_cli.stages.training import row_request
+from rlhf_cli.stages.prepare import row_request
 from tests.data.tiny_tokenizer import CHATML, tiny_tokenizer
 
 
