@@ -67,7 +67,7 @@ runs/smollm2/eval/manifest.json: $(filter-out %/eval/manifest.json,$(SMOLLM2_RUN
 
 quickstart: runs/quickstart/eval/manifest.json
 	$(TABLE)
-	@printf 'report: %s\n' $(patsubst %manifest.json,%report.md,$(filter-out %/eval/manifest.json,$(QUICK))) $(<:manifest.json=report.html)
+	@printf 'report: %s\n' $(patsubst %manifest.json,%report.html,$(filter-out %/eval/manifest.json,$(QUICK)) $<)
 
 $(QUICK) $(MORE): $(BASE)
 
@@ -95,7 +95,7 @@ check: lint
 
 smollm2: runs/smollm2/eval/manifest.json
 	$(TABLE)
-	@printf 'report: %s\n' $(patsubst %manifest.json,%report.md,$(filter-out %/eval/manifest.json,$(SMOLLM2_RUNS))) $(<:manifest.json=report.html)
+	@printf 'report: %s\n' $(patsubst %manifest.json,%report.html,$(filter-out %/eval/manifest.json,$(SMOLLM2_RUNS)) $<)
 
 $(SMOLLM2_RUNS): .venv/.smollm2-rows | $(SMOLLM2)/config.json
 $(filter-out %/eval/manifest.json,$(SMOLLM2_RUNS)): SET = $(ROWS)

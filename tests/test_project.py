@@ -424,8 +424,8 @@ class TestMakefile:
         assert self.make(folder, "quickstart") == [*calls("quickstart", own, "--force"), SHOW]
 
     def test_quickstart_ends_with_the_table_and_reports(self, folder: Path) -> None:
-        reports = [f"report: runs/quickstart/{name}/report.md" for name in CHAIN if name != "eval"]
-        reports.append("report: runs/quickstart/eval/report.html")
+        names = [*(name for name in CHAIN if name != "eval"), "eval"]
+        reports = [f"report: runs/quickstart/{name}/report.html" for name in names]
         said = self.run(folder, "quickstart").stdout.splitlines()
         assert said[-len(CHAIN) :] == reports
         assert "the table" not in said  # a new evaluation has printed it itself

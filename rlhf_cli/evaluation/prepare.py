@@ -31,6 +31,7 @@ from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
+from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.resume import recorded_recipe
 from rlhf_cli.signals import StopSignals
 
@@ -165,8 +166,8 @@ def _check_dump(loaded: Loaded, resume: bool, force: bool) -> None:
     path, place = Path(recipe.dump_pairs), loaded.named("dump_pairs")
     if path.is_dir():
         raise UsageError(f"{place}: {path} is a folder. name a file")
-    kept = [f"{recipe.output}/{name}" for name in ("samples.jsonl", "verdicts.jsonl")]
-    if path.resolve() in {Path(read).resolve() for read in (*recipe.paths, *kept)}:
+    folder = RunFolder(Path(recipe.output))
+    if path.resolve() in {Path(read).resolve() for read in (*recipe.paths, folder.samples, folder.verdicts)}:
         raise UsageError(f"{place}: {path} is read by this evaluation, and would be overwritten. name another file")
     own = resume and recipe.dump_pairs == recorded_recipe(Path(recipe.output)).get("dump_pairs")
     if path.exists() and not (force or own):

@@ -31,6 +31,8 @@ class RunFolder:
         self.manifest = path / "manifest.json"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
+        self.result = path / "eval.json"
+        self.verdicts = path / "verdicts.jsonl"
         self.data = path / "data.json"
         self.report = path / "report.md"
         self.page = path / "report.html"

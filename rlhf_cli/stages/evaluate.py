@@ -32,8 +32,6 @@ from rlhf_cli.runs.resume import is_as_before, record_inputs, recorded_recipe, r
 from rlhf_cli.stages.training import FINE
 from rlhf_cli.training.loop import peak_memory
 
-RESULT, VERDICTS = "eval.json", "verdicts.jsonl"
-
 
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     """Evaluate the models of the recipe; nothing is trained.
@@ -68,7 +66,7 @@ def _opened(job: EvaluationJob, resume: bool, force: bool) -> Iterator[RunFolder
             done = _is_finished(job, folder)
         ranks.barrier()
         if done:
-            job.console.say(terminal_table(read_result(folder.path / RESULT)))
+            job.console.say(terminal_table(read_result(folder.result)))
             job.console.say(f"{output} is finished: {folder.page}")
             yield None
         else:
@@ -92,7 +90,7 @@ def _refuse_other_stages(job: EvaluationJob, folder: RunFolder) -> None:
 def _is_finished(job: EvaluationJob, folder: RunFolder) -> bool:
     """Is everything written, of the same inputs by the same code?"""
     dump = job.recipe.dump_pairs
-    reports = [folder.path / RESULT, folder.report, folder.page]
+    reports = [folder.result, folder.report, folder.page]
     written = [folder.manifest, *reports, *([Path(dump)] if dump is not None else [])]
     return all(path.exists() for path in written) and is_as_before(folder, job.recipe, job.inputs | job.code)
 
@@ -123,7 +121,7 @@ def _conclude(job: EvaluationJob, folder: RunFolder, measured: Measured) -> None
     job.signals.obey_at_once("while the report was written; continue with --resume")
     if recipe.dump_pairs is not None:
         _dump(job, Path(recipe.dump_pairs), equal, judged)
-    write_json(folder.path / RESULT, result.to_json())
+    write_json(folder.result, result.to_json())
     write_report(folder, result, [sample for own in equal.values() for row in own.own for sample in row])
     write_manifest(folder, _manifest(job))
     job.console.say(terminal_table(result))
@@ -152,7 +150,7 @@ def _compare(
         job.console.say(f"the judge has answered {done:,} of {total:,} questions")
 
     job.signals.say("while the judge was asked; its verdicts are kept, continue with --resume")
-    with Verdicts(folder.path / VERDICTS) as verdicts:
+    with Verdicts(folder.verdicts) as verdicts:
         found = judge_all(winrate.judge, questions, verdicts, say)
     notes.append(
         f"The judge contradicted itself in {found.contradicting:,} of {found.asked:,} comparisons when the responses changed "
