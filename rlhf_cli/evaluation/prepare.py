@@ -167,7 +167,8 @@ def _check_dump(loaded: Loaded, resume: bool, force: bool) -> None:
     if path.is_dir():
         raise UsageError(f"{place}: {path} is a folder. name a file")
     folder = RunFolder(Path(recipe.output))
-    if path.resolve() in {Path(read).resolve() for read in (*recipe.paths, folder.samples, folder.verdicts)}:
+    read = (*map(Path, recipe.paths), folder.samples, folder.verdicts)
+    if path.resolve() in {each.resolve() for each in read}:
         raise UsageError(f"{place}: {path} is read by this evaluation, and would be overwritten. name another file")
     own = resume and recipe.dump_pairs == recorded_recipe(Path(recipe.output)).get("dump_pairs")
     if path.exists() and not (force or own):
