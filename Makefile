@@ -45,7 +45,7 @@ NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
 help:
 	@echo "make quickstart   make a tiny model and its data; every stage from sft to eval: some minutes on a CPU"
-	@echo "make test         every test"
+	@echo "make test         every test: some minutes on two cores"
 	@echo "make check        linters, types and the fast tests"
 	@echo "make lint         linters and types"
 	@echo "make smollm2      the same stages of SmolLM2-135M-Instruct on HH-RLHF; HH=rows.jsonl.gz to use a file, LIMIT=n for fewer rows"
