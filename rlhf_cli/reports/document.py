@@ -20,6 +20,8 @@ STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 
 @dataclass(frozen=True)
 class Paragraph:
+    """Sentences."""
+
     block: ClassVar = "paragraph"
     text: str
 
@@ -35,6 +37,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
+    """Rows under the heads of columns."""
+
     block: ClassVar = "table"
     caption: str
     columns: tuple[Column, ...]
@@ -43,6 +47,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
+    """A PNG, in its file and in the page itself."""
+
     block: ClassVar = "picture"
     title: str
     name: str  # of the file in plots/
@@ -62,6 +68,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Response:
+    """What was said to a prompt."""
+
     by: str  # a model, or when in the training
     text: str
     facts: str
@@ -69,7 +77,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and what was said to it."""
+    """A prompt and its responses."""
 
     prompt: str
     responses: tuple[Response, ...]
@@ -95,6 +103,8 @@ class Items:
 
 @dataclass(frozen=True)
 class Definitions:
+    """What the terms of a report mean."""
+
     block: ClassVar = "definitions"
     own: tuple[tuple[str, str], ...]  # (term, what it is)
 
@@ -112,6 +122,8 @@ Block = Paragraph | Table | Picture | Finding | Examples | Items | Definitions |
 
 @dataclass(frozen=True)
 class Section:
+    """Blocks under a title."""
+
     anchor: str
     title: str
     blocks: tuple[Block, ...]
@@ -119,6 +131,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
+    """A report."""
+
     title: str
     lead: str
     sections: tuple[Section, ...]

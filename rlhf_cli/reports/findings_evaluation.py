@@ -28,6 +28,7 @@ def judge_of(about: About) -> str:
 
 
 def step_of(point: Point | Peak) -> str:
+    """Where in its series it is, in words."""
     return f"step {point.step}" if point.n is None else f"n = {point.n}"
 
 

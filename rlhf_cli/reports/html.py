@@ -24,7 +24,7 @@ BAR_WIDTH, BAR_HEIGHT = 120, 12
 
 
 def render(document: Document) -> str:
-    """The page, all texts escaped."""
+    """The text of report.html; whatever is in the document, it is escaped."""
     return _template().render(document=document)
 
 

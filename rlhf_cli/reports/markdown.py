@@ -29,6 +29,7 @@ NAME_LENGTH, PROMPT_LENGTH, RESPONSE_LENGTH, TEXT_LENGTH = 200, 400, 800, 4000
 
 
 def render(document: Document) -> str:
+    """The text of report.md."""
     parts = [f"# {literal(document.title)}", prose(document.lead)]
     for section in document.sections:
         parts += [f"## {literal(section.title)}", *map(_block, section.blocks)]

@@ -119,6 +119,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cost:
+    """What the run took."""
+
     steps: int
     tokens: int
     seconds: float

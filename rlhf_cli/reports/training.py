@@ -94,7 +94,7 @@ def _table_of_online(result: RunResult) -> Iterator[Table]:
         both = result.history.in_training(name), result.history.on_held_out(name)
         if row.label and any(both):
             rows.append((row.labelled(name), *(text for own in both for text in (map(figure, own) if own else ("", "")))))
-    heads = ("metric", "training, start", "end", "held-out, start", "end")
+    heads = ("metric", "training, start", "training, end", "held-out, start", "held-out, end")
     if rows:
         yield Table("From the first steps to the last", tuple(map(Column, heads)), tuple(rows))
 

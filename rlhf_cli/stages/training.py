@@ -198,7 +198,7 @@ def finish_job(
     best = trainer.state.watched.best_step
     if best is not None and best != trainer.state.step:
         job.console.say(f"the best checkpoint: {checkpoint_path(folder.checkpoints, best)}")
-    job.console.say(f"{trainer.status} in {time.monotonic() - job.started:.0f} s: {folder.report}")
+    job.console.say(f"{trainer.status} in {time.monotonic() - job.started:.0f} s: {folder.page}")
 
 
 def _save_model(job: TrainingJob, backbone: Backbone, folder: Path) -> None:

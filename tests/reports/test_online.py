@@ -240,7 +240,7 @@ def test_the_report_of_a_ppo_run(run: RunFolder) -> None:
     assert "trained all weights on 90 prompts of `p.jsonl`" in text
     assert "The score rose from 0 to 4 on held-out prompts and from 0 to 3 on training prompts." in text
     assert "Training loss" not in text and "Held-out loss" not in text
-    assert "| metric | training, start | end | held-out, start | end |\n" in text
+    assert "| metric | training, start | training, end | held-out, start | held-out, end |\n" in text
     assert "| score | 0 | 3 | 0 | 4 |\n" in text
     assert "| reward a | 1 | 1 | 0 | 4 |\n| reward b | 2 | 2 |  |  |\n| gold help |  |  | 0 | 0.4 |\n" in text
     assert "| KL to the reference, nats a response | 0 | 3 | 0 | 8 |\n" in text
