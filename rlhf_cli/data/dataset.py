@@ -124,8 +124,3 @@ def _contents(trees: Trees) -> dict[str, Any]:
         return {}
     ties = sum(comb(n, 2) for facts in trees.facts if facts.ranks for n in Counter(facts.ranks).values())
     return {"responses": int(counts.sum()), "pairs": int((counts * (counts - 1) // 2).sum()) - ties}
-
-
-def question(record: Record) -> str:
-    """What a person reads as the prompt of a record: its last user turn, or the text itself."""
-    return record.prompt if isinstance(record.prompt, str) else record.prompt[-1].content

@@ -12,6 +12,24 @@ class Message(NamedTuple):
     content: str
 
 
+PlainPrompt = str | list[dict[str, str]]
+"""A prompt as files and Python functions have it: a text, or a conversation as a list of {"role", "content"}."""
+
+
+def plain_prompt(prompt: str | tuple[Message, ...]) -> PlainPrompt:
+    """A prompt without our types; a single user turn is a text."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0].role == "user":
+        return prompt[0].content
+    return [message._asdict() for message in prompt]
+
+
+def prompt_lines(prompt: PlainPrompt) -> str:
+    """All of a prompt as a reader needs it: a conversation as lines of "role: content"."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
 class Facts(NamedTuple):
     """What the data say about a prompt and its responses beside their text; None where they say nothing."""
 
@@ -37,3 +55,8 @@ class Record(NamedTuple):
     responses: tuple[str, ...]  # empty for prompt-only rows
     where: str  # file:line, or hub-id[split]:row, both counted from 1
     facts: Facts = Facts()
+
+    @property
+    def question(self) -> str:
+        """What a person reads as the prompt: its last turn, or the text itself."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1].content

@@ -1,21 +1,48 @@
-"""What models said, ranked by the judge, as rows of preference data."""
+"""The responses of an evaluation, ranked by its judge, as preference data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhf_cli.evaluation.compare import ModelPair, scores_of
+from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.samples import Sample, Samples
-
-Row = dict[str, Any]
+from rlhf_cli.files import disk_error, to_json, write_atomic
 
 DECIMALS = 5
 """Of the scores: what differs by less is the rounding of one text in two batches, and no difference."""
 
 
-def ranked_rows(samples: Mapping[str, Samples], scores: Mapping[str, np.ndarray]) -> list[Row]:
+def dump_pairs(job: EvaluationJob, path: Path, samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray]) -> None:
+    """Write them, and say so; nothing is written where the judge sees no difference.
+
+    Raises:
+        MachineError: the file cannot be written.
+    """
+    judge = job.recipe.winrate.judge if job.recipe.winrate else "reward"
+    if isinstance(judge, str):
+        tables = {name: scores_of(own, judge, job.recipe) for name, own in samples.items()}
+        rows = ranked_rows(samples, {name: table for name, table in tables.items() if table is not None})
+        words = f"the responses of {', '.join(samples)} to {len(rows):,} prompts, ranked by {judge}"
+    else:
+        rows = pair_rows(samples, outcomes)
+        words = f"{len(rows):,} pairs of responses of {', '.join(samples)}"
+    if not rows:
+        job.console.warn(f"{path}: not written, since the judge sees no difference between any two responses to a prompt")
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    write_atomic(path, b"".join(to_json(row) + b"\n" for row in rows))
+    job.console.say(f"{path}: {words}")
+
+
+def ranked_rows(samples: Mapping[str, Samples], scores: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """`{"prompt", "responses", "scores", "models"}`, best first, of all models together; scores: model → (P, K).
 
     Responses that were cut off are left out, since training would teach to end where they stop; so are repeated texts, empty
@@ -41,10 +68,10 @@ def ranked_rows(samples: Mapping[str, Samples], scores: Mapping[str, np.ndarray]
     return found
 
 
-def pair_rows(samples: Mapping[str, Samples], judged: Mapping[tuple[str, str], np.ndarray]) -> list[Row]:
+def pair_rows(samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray]) -> list[dict[str, Any]]:
     """`{"prompt", "chosen", "rejected", "models"}` of every comparison that was won, of responses as in `ranked_rows`."""
     found = []
-    for (one, other), outcome in judged.items():
+    for (one, other), outcome in outcomes.items():
         for mine, theirs, won in zip(samples[one].own, samples[other].own, outcome.tolist(), strict=True):
             for a, b, value in zip(mine, theirs, won, strict=True):
                 better, worse = (a, b) if value > 0.5 else (b, a)

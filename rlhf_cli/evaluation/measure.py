@@ -1,187 +1,154 @@
-"""What needs weights in an evaluation: what each model says, what reward models make of it, and how it reads given rows."""
+"""Every model of an evaluation loaded once: its responses, how it agrees with preferences, how it predicts text."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from rlhf_cli.data.batches import derive_seed
-from rlhf_cli.data.records import Record
+from rlhf_cli import sections
 from rlhf_cli.data.trees import Batch, Tree
+from rlhf_cli.evaluation.eval_json import Agreed
+from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.models import EvaluatedModel
-from rlhf_cli.evaluation.samples import Sample
+from rlhf_cli.evaluation.preference import agreement, check_finite
+from rlhf_cli.evaluation.responses import draw_responses, keep_responses, kept_responses, score_samples
+from rlhf_cli.evaluation.result import Measured
+from rlhf_cli.evaluation.samples import grouped
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.load import resolve_dtype
 from rlhf_cli.models.placement import FrozenModels
-from rlhf_cli.models.sampling import stop_ids
-from rlhf_cli.models.scoring import token_figures
+from rlhf_cli.models.scoring import score_responses, token_figures
 from rlhf_cli.ranks import Ranks
-from rlhf_cli.recipe import recipes
-from rlhf_cli.rollout.experience import Rollout, Sampler, together
-from rlhf_cli.rollout.generate import TransformersEngine
-from rlhf_cli.rollout.reward_functions import as_given
-from rlhf_cli.rollout.rewards import Answers, RewardTerm, Scorer, combine
-from rlhf_cli.rollout.source import HELD_OUT
-from rlhf_cli.rollout.terms import RewardTerms
-from rlhf_cli.signals import Pause
+from rlhf_cli.rollout.experience import together
+from rlhf_cli.runs.folder import RunFolder
 
-TOLD = 30.0
-"""Seconds between two words on a model that takes its time."""
+EVALUATED = "evaluated"
+"""The role of a reward model that is evaluated, beside those among the terms."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one section of the recipe, as one voice reads them."""
-
-    trees: Sequence[Tree]
-    records: Sequence[Record]  # that the trees name by their row
-    training: Sequence[Tree]  # beside held-out rows: those that training saw
-
-
-def draw(
-    candidate: EvaluatedModel,
-    backbone: Backbone,
-    frozen: FrozenModels,
-    terms: RewardTerms,
-    rows: Rows,
-    recipe: recipes.EvalRecipe,
-    *,
-    samples: int,
-    compared: bool,
-    budget: int,
-    ranks: Ranks,
-    say: Callable[[str], None],
-) -> list[Sample]:
-    """The policy's responses to every prompt, judged by the reward models; the same on every rank. `say` hears that it goes on.
-
-    The randomness is that of held-out prompts while training: at equal prompts, seed and temperature a checkpoint says the same
-    here as it said there. Of two models the k-th responses to a prompt come from the same random numbers.
+def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
+    """All that needs weights. Responses are kept in the folder model by model, and those that are there are not drawn again.
 
     Raises:
-        RunError: a reward model cannot read a response, or memory ran out.
+        RunError: a model, a reward or the data is broken, or the run was stopped.
     """
-    reward, gold = terms.load(frozen, budget)
-    sampler = Sampler(
-        backbone=backbone,
-        engine=TransformersEngine(backbone, "policy"),
-        tokenizer=candidate.tokenisation.tokenizer,
-        ends=tuple(stop_ids(backbone, candidate.tokenisation.tokenizer, candidate.tokenisation.template)),
-        settings=recipe.rollout,
-        records=rows.records,
-        terms=_with_weights(terms.reward, reward),
-        gold=_with_weights(terms.gold, gold),
-        combine="sum",  # not used: `judged` combines, functions among them
-        budget=budget,
-        ranks=ranks,
-        compared=compared,
-        pause=_teller(lambda seconds: say(f"{candidate.name}: drawing and scoring, {seconds:.0f} s so far")),
-    )
-    rollout = sampler.rollout(list(rows.trees), derive_seed(recipe.seed, HELD_OUT), samples=samples)
-    return list(_samples(candidate.name, rollout, sampler, rows.records, compared))
-
-
-def _with_weights(terms: Sequence[RewardTerm], scorers: Sequence[Scorer]) -> list[Scorer]:
-    return [scorer for term, scorer in zip(terms, scorers, strict=True) if term.needs_weights]
-
-
-def _teller(say: Callable[[float], None]) -> Pause:
-    """Says every TOLD seconds how long the work between whose passes it is called has taken."""
-    started = told = time.monotonic()
-
-    def tell() -> None:
-        nonlocal told
-        if time.monotonic() - told > TOLD:
-            told = time.monotonic()
-            say(told - started)
-
-    return tell
-
-
-def _samples(model: str, rollout: Rollout, sampler: Sampler, records: Sequence[Record], compared: bool) -> Iterator[Sample]:
-    starts = np.concatenate([[0], np.cumsum(rollout.lengths)[:-1]])
-    logps, reference = (np.add.reduceat(values, starts) for values in (rollout.plain, rollout.plain_reference))
-    terms = {f"reward/{name}": values for name, values in rollout.terms.items()}
-    terms |= {f"gold/{name}": values for name, values in rollout.gold.items()}
-    at = 0
-    for tree in rollout.trees:
-        record = records[tree.row]
-        for number, ids in enumerate(tree.responses):
-            ended = bool(rollout.ended[at])
-            yield Sample(
-                model=model,
-                row=tree.row,
-                number=number,
-                where=record.where,
-                prompt=as_given(record.prompt),
-                response=sampler.text(ids, ended),
-                ended=ended,
-                tokens=len(ids),
-                logp=float(logps[at]),
-                reference_logp=float(reference[at]) if compared else None,
-                terms={name: float(values[at]) for name, values in terms.items()},
+    kept, log = kept_responses(job, folder)
+    frozen = _load_frozen(job)
+    series = {model.name: (model.series, model.step) for model in job.models if model.series and model.step is not None}
+    measured = Measured({}, {}, {}, series)
+    reference_logps = _reference_logps(job, frozen)
+    for model in job.models:
+        samples = kept.get(model.name)
+        draws = "prompts" in job.rows and not model.is_reward_model and samples is None
+        reads = "text" in job.rows and not model.is_reward_model
+        if draws or reads or _has_preferences(job, model):
+            job.signals.say(
+                f"while {model.name} was evaluated; the responses of those before it are kept, continue with --resume"
             )
-            at += 1
+            since = time.monotonic()
+            role = EVALUATED if model.is_reward_model else "policy"
+            with frozen.loaded(role, model.start, head=model.is_reward_model) as backbone:
+                if draws:
+                    samples = draw_responses(job, model, backbone, frozen)
+                    keep_responses(job, model, samples, log)
+                if _has_preferences(job, model):
+                    measured.agreed[model.name] = _agreement(job, model, backbone, reference_logps)
+                if reads:
+                    measured.text[model.name] = _text_figures(job, model, backbone)
+            del backbone  # or its weights would stay in memory beside the next model's
+            job.console.say(f"{model.name}: {time.monotonic() - since:.0f} s")
+        if samples is not None:
+            measured.samples[model.name] = grouped(together(job.ranks, partial(score_samples, job, model, samples, frozen)))
+    if "preferences" in job.rows:
+        measured.agreed.update(_agreement_of_terms(job, frozen))
+    return measured
 
 
-def judged(
-    samples: Sequence[Sample], terms: RewardTerms, frozen: FrozenModels, records: Sequence[Record], recipe: recipes.EvalRecipe
-) -> list[Sample]:
-    """The samples with the terms that need texts alone, such as Python functions, and with the score.
-
-    Functions see a model's responses all at once, prompt by prompt. The other terms are those that the samples have.
-
-    Raises:
-        UsageError: a function fails, or returns something else than numbers.
-        NumberError: one of its numbers is not finite.
-    """
-    answers = Answers(
-        trees=[],
-        records=[records[sample.row] for sample in samples],
-        texts=[[sample.response] for sample in samples],
-        ended=[[sample.ended] for sample in samples],
-    )
-    reward, gold = terms.load(frozen, int(recipe.tokens_per_device))
-    scorers = {f"gold/{scorer.name}": scorer for scorer in gold} | {f"reward/{scorer.name}": scorer for scorer in reward}
-    found = {
-        name: np.array([sample.terms[name] for sample in samples]) if terms.named[name].needs_weights else scorer.score(answers)
-        for name, scorer in scorers.items()
-    }
-    scores = None
-    if reward:
-        weighted = np.stack([scorer.weight * found[f"reward/{scorer.name}"] for scorer in reward])
-        ended = np.array([sample.ended for sample in samples])
-        scores = combine(weighted, recipe.reward_combine) - recipe.rollout.missing_eos_penalty * ~ended
-    return [
-        dataclasses.replace(
-            sample,
-            terms={name: float(values[at]) for name, values in found.items()},
-            score=None if scores is None else float(scores[at]),
-        )
-        for at, sample in enumerate(samples)
-    ]
+def _load_frozen(job: EvaluationJob) -> FrozenModels:
+    """The frozen models beside the one that is evaluated: the reference and the reward models among the terms."""
+    recipe, reference = job.recipe, job.reference
+    settings = sections.Model(path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code)
+    frozen = FrozenModels(settings, resolve_dtype(recipe.dtype, job.ranks.device), job.ranks.device)
+    if reference is not None:
+        frozen.add("reference", reference.start)
+    job.terms.load(frozen, job.budget)
+    return frozen
 
 
-def response_logps(host: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks) -> list[np.ndarray]:
-    """Σ log π of every tree's responses, (K,) each, on every rank."""
-    return [np.array([part.sum() for part in responses]) for responses in _logps(host, role, trees, budget, ranks)]
+def _has_preferences(job: EvaluationJob, model: EvaluatedModel) -> bool:
+    """Does it prefer some responses? A policy does against a reference with the same tokens that is another one."""
+    compared = model is not job.reference and job.shares_tokens(model)
+    return "preferences" in job.rows and (model.is_reward_model or compared)
 
 
-def text_figures(host: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks) -> np.ndarray:
+def _reference_logps(job: EvaluationJob, frozen: FrozenModels) -> list[np.ndarray]:
+    """Σ log π_ref of the preferences' responses; empty where nothing is compared with them."""
+    reference = job.reference
+    if reference is None or not any(_has_preferences(job, model) and not model.is_reward_model for model in job.models):
+        return []
+    trees = job.rows_of("preferences", reference).trees
+    return _response_logps(job, frozen.hosts["reference"], "reference", trees)
+
+
+def _agreement(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, reference_logps: Sequence[np.ndarray]) -> Agreed:
+    """How a reward model's scores, or a policy's implicit rewards β (log π − log π_ref), agree with the preferences."""
+    rows = job.rows_of("preferences", model)
+    if model.is_reward_model:
+        scores = score_responses(backbone, EVALUATED, rows.trees, job.budget, job.ranks)
+        check_finite(scores, rows.locations, f"{model.name} is broken: evaluate an earlier checkpoint of it")
+        return Agreed("reward model", agreement(scores, rows.trees, rows.training))
+    own = _response_logps(job, backbone, "policy", rows.trees)
+    scores = [model.beta * (mine - other) for mine, other in zip(own, reference_logps, strict=True)]
+    remedy = f"{model.name} or {job.recipe.reference} is broken: evaluate an earlier checkpoint of it"
+    check_finite(scores, rows.locations, remedy)
+    return Agreed("policy", agreement(scores, rows.trees, rows.training), model.beta)
+
+
+def _agreement_of_terms(job: EvaluationJob, frozen: FrozenModels) -> dict[str, Agreed]:
+    """How the terms of the reward and of gold agree with the preferences, by raw scores; those that need no weights first."""
+    scorers = dict(zip(job.terms.named, chain(*job.terms.load(frozen, job.budget)), strict=True))
+    by_tokenisation, found = job.rows["preferences"].by_tokenisation, {}
+    for name, term in sorted(job.terms.named.items(), key=lambda each: each[1].needs_weights):
+        own = job.tokenisations.of(*term.text_form) if term.text_form else next(iter(by_tokenisation))
+        rows = by_tokenisation[own]
+        score = partial(scorers[name].score_rows, rows.answers, job.ranks)
+        if not term.needs_weights:  # nothing is shared: rank 0 asks alone
+            score = partial(together, job.ranks, score if job.ranks.main else list)
+        scores: list[np.ndarray] = score()
+        if job.ranks.main:
+            check_finite(scores, rows.locations, f"{name} is broken: name an earlier checkpoint of it")
+            found[name] = Agreed(term.kind, agreement(scores, rows.trees, rows.training))
+    return found
+
+
+def _text_figures(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone) -> np.ndarray:
     """(R, 2): −Σ log π of every row's supervised tokens, and how many there are."""
-    found = _logps(host, role, trees, budget, ranks)
-    return np.array([[-sum(part.sum() for part in row), sum(part.shape[1] for part in row)] for row in found])
+    rows = job.rows_of("text", model)
+    logps = _logps(backbone, "policy", rows.trees, job.budget, job.ranks)
+    found = np.array([[-sum(part.sum() for part in row), sum(part.shape[1] for part in row)] for row in logps])
+    check_finite(list(found), rows.locations, f"{model.name} is broken: evaluate an earlier checkpoint of it")
+    return found
 
 
-def _logps(host: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks) -> list[list[np.ndarray]]:
+def _response_logps(job: EvaluationJob, backbone: Backbone, role: str, trees: Sequence[Tree]) -> list[np.ndarray]:
+    """Σ log π of every tree's responses, (K,) each, on every rank."""
+    logps = _logps(backbone, role, trees, job.budget, job.ranks)
+    return [np.array([part.sum() for part in responses]) for responses in logps]
+
+
+def _logps(backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks) -> list[list[np.ndarray]]:
+    """(1, n) log π of the n supervised tokens of every response, [tree][response], on every rank."""
+
     def read(own: Backbone, batch: Batch) -> tuple[Any, ...]:
         return (own.logps(role, batch)[0],)
 
     share = range(ranks.rank, len(trees), ranks.size)
-    mine = together(ranks, lambda: token_figures(host, [trees[i] for i in share], budget, read))
+    mine = together(ranks, lambda: token_figures(backbone, [trees[i] for i in share], budget, read))
     found: Mapping[int, list[np.ndarray]] = {
         i: part for own in ranks.gather(dict(zip(share, mine, strict=True))) for i, part in own.items()
     }

@@ -31,7 +31,7 @@ BETA = 0.1
 
 @dataclass(frozen=True)
 class Tokenisation:
-    """How a model reads and writes text: its tokens and its chat template. Equal voices make equal tokens."""
+    """How a model reads and writes text: its tokens and its chat template. Equal ones make equal tokens of every text."""
 
     name: str  # the same for equal ones
     tokenizer: Any = field(compare=False)
@@ -39,13 +39,12 @@ class Tokenisation:
 
 
 class Tokenisations:
-    """All voices of an evaluation, equal ones once."""
+    """All that occur in an evaluation, equal ones once."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Tokenisation] = {}
 
     def of(self, tokenizer: Any, template: Template) -> Tokenisation:
-        """The voice with this tokenizer and template."""
         key = (serialised(tokenizer), template.hash)
         return self._known.setdefault(key, Tokenisation(str(len(self._known)), tokenizer, template))
 
@@ -56,14 +55,14 @@ Origin = tuple[str | None, str | None]
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model to evaluate."""
+    """A model to evaluate, before its weights are loaded."""
 
     name: str
     path: str
     start: Start
     base: BaseModel | None  # None: on the hub, and not fetched by --check
     tokenisation: Tokenisation
-    scores: bool  # a reward model: it gives scores and writes nothing
+    is_reward_model: bool  # it gives scores and writes nothing
     series: str | None  # the name that the checkpoints of its run share; None: it stands alone
     step: int | None  # of a checkpoint
     beta: float  # scale of its implicit rewards
@@ -78,6 +77,17 @@ class EvaluatedModel:
             "template": self.tokenisation.template.hash,
         }
 
+    @property
+    def as_origin(self) -> Origin:
+        """What a run would record that starts from this model."""
+        parent = self.start.parent
+        return self.base.weights_hash if self.base else None, parent.manifest_hash if parent else None
+
+
+def recipe_of(loaded: Loaded) -> recipes.EvalRecipe:
+    assert isinstance(loaded.recipe, recipes.EvalRecipe)
+    return loaded.recipe
+
 
 def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> list[EvaluatedModel]:
     """Every model that `models` names, those of a pattern in the order of their names.
@@ -87,20 +97,37 @@ def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> li
             changed run.
         MachineError: a hub id that cannot be reached.
     """
-    recipe = recipe_of(loaded)
-    bases: Bases = {}
-    found = []
-    for entry, path in recipe.models.items():
+    recipe, found = recipe_of(loaded), []
+    bases: dict[Any, BaseModel] = {}  # many checkpoints sit on one, whose weights are read through once
+    for entry, pattern in recipe.models.items():
         place = loaded.named(f"models.{entry}")
-        for name, one in _expand(entry, path, place):
-            series = entry if recipes.is_pattern(path) else None
-            found.append(_candidate(recipe, name, one, series, place, tokenisations, bases, check))
+        for name, path in _expand(entry, pattern, place):
+            start = resolve_start(path, None, place, stages=TRAINING_STAGES)
+            tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.trust_remote_code)
+            if recipe.chat_template is None:
+                template = recorded_template(start, tokenizer, path, place)
+            else:
+                template = choose_template(tokenizer, recipe.chat_template)
+            recorded = start.manifest["base_model"]["weights_hash"] if start.adapter and start.manifest else None
+            key = start.base, start.revision, recorded
+            if key not in bases and (not check or Path(start.base).exists()):
+                bases[key] = base_model(start)
+            run, step = Path(path).parent.parent, STEP.fullmatch(Path(path).name)
+            found.append(
+                EvaluatedModel(
+                    name=name,
+                    path=path,
+                    start=start,
+                    base=bases.get(key),
+                    tokenisation=tokenisations.of(tokenizer, template),
+                    is_reward_model=is_reward_model(str(start.adapter or start.base), start.revision),
+                    series=entry if recipes.is_pattern(pattern) else None,
+                    step=int(step[1]) if step else None,
+                    beta=_own_beta(start, run if step else None) if recipe.beta is None else recipe.beta,
+                    origin=_origin(run) if step else None,
+                )
+            )
     return found
-
-
-def recipe_of(loaded: Loaded) -> recipes.EvalRecipe:
-    assert isinstance(loaded.recipe, recipes.EvalRecipe)
-    return loaded.recipe
 
 
 def _expand(name: str, path: str, place: str) -> Iterator[tuple[str, str]]:
@@ -117,60 +144,18 @@ def _expand(name: str, path: str, place: str) -> Iterator[tuple[str, str]]:
         yield f"{name}/{Path(folder).name}", folder
 
 
-Bases = dict[tuple[str, str | None, str | None], BaseModel]
-"""Path, revision and a parent's record of the weights → the base: many checkpoints sit on one, which is read through once."""
-
-
-def _candidate(
-    recipe: recipes.EvalRecipe,
-    name: str,
-    path: str,
-    series: str | None,
-    place: str,
-    tokenisations: Tokenisations,
-    bases: Bases,
-    check: bool,
-) -> EvaluatedModel:
-    trust = recipe.trust_remote_code
-    start = resolve_start(path, None, place, stages=TRAINING_STAGES)
-    tokenizer = load_tokenizer(start.tokenizer, start.revision, trust)
-    if recipe.chat_template is None:
-        template = recorded_template(start, tokenizer, path, place)
-    else:
-        template = choose_template(tokenizer, recipe.chat_template)
-    step = STEP.fullmatch(Path(path).name)
-    return EvaluatedModel(
-        name=name,
-        path=path,
-        start=start,
-        base=_base(start, bases) if not check or Path(start.base).exists() else None,
-        tokenisation=tokenisations.of(tokenizer, template),
-        scores=is_reward_model(str(start.adapter or start.base), start.revision),
-        series=series,
-        step=int(step[1]) if step else None,
-        beta=recipe.beta if recipe.beta is not None else _own_beta(start, path),
-        origin=_origin(Path(path).parent.parent / INPUTS) if step else None,
-    )
-
-
-def _base(start: Start, bases: Bases) -> BaseModel:
-    recorded = start.manifest["base_model"]["weights_hash"] if start.adapter and start.manifest else None
-    key = start.base, start.revision, recorded
-    if key not in bases:
-        bases[key] = base_model(start)
-    return bases[key]
-
-
-def _origin(inputs: Path) -> Origin | None:
+def _origin(run: Path) -> Origin | None:
+    inputs = run / INPUTS
     if not inputs.exists():
         return None
     recorded = read_json(inputs)
     return recorded.get("base"), recorded.get("parent")
 
 
-def _own_beta(start: Start, path: str) -> float:
-    """β of the objective that a run was trained with, its checkpoints alike."""
-    run = Path(path).parent.parent / "manifest.json"
-    manifest = start.manifest or (read_json(run) if STEP.fullmatch(Path(path).name) and run.exists() else {})
+def _own_beta(start: Start, run: Path | None) -> float:
+    """β of the objective that a model was trained with; `run`: of a checkpoint."""
+    manifest = start.manifest or {}
+    if not manifest and run is not None and (run / "manifest.json").exists():
+        manifest = read_json(run / "manifest.json")
     beta = manifest.get("objective", {}).get("beta")
     return BETA if beta is None else float(beta)

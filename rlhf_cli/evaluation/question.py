@@ -5,12 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from rlhf_cli.evaluation.samples import Prompt
 
 PROMPT = """\
 Two responses to the same prompt follow. Decide which of them serves the person who wrote the prompt better: helpful, correct,
@@ -45,11 +41,6 @@ class Question:
 
     def swapped(self) -> Question:
         return Question(self.prompt, self.b, self.a)
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt as a judge reads it: a conversation as lines of "role: content"."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def read_template(path: Path) -> str:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 
+from rlhf_cli.evaluation.compare import ModelPair, scores_of
 from rlhf_cli.evaluation.eval_json import About, Agreed, EndpointJudge, EvaluationResult
 from rlhf_cli.evaluation.generation import figures, log_ratios
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
 from rlhf_cli.evaluation.overoptimisation import BEST_OF_N, Point, best_of_points, fit_series, run_point
 from rlhf_cli.evaluation.ratings import ratings
-from rlhf_cli.evaluation.samples import Samples, same_texts
-from rlhf_cli.evaluation.winrate import WinRate, outcomes, win_rate
+from rlhf_cli.evaluation.samples import Samples
+from rlhf_cli.evaluation.winrate import WinRate, win_rate
 from rlhf_cli.figures import Interval
 from rlhf_cli.recipe import recipes
-from rlhf_cli.recipe.rewards import term_names
-
-ModelPair = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -34,36 +31,10 @@ class Measured:
     series: dict[str, tuple[str, int]]  # checkpoint → (its run's name, step)
 
 
-def scores_of(samples: Samples, judge: str, recipe: recipes.EvalRecipe) -> np.ndarray | None:
-    """(P, K) by which a judge that gives numbers compares: `reward` the score, `gold` the sum of its terms, or one term.
-
-    A name that both have is the reward's. None where the recipe has no such judge.
-    """
-    rewards, golds = map(term_names, recipe.terms)
-    if judge == "reward":
-        return samples.table(lambda sample: sample.score or 0.0) if rewards else None
-    names = [f"gold/{name}" for name in golds] if judge == "gold" else [f"{'reward' if judge in rewards else 'gold'}/{judge}"]
-    if not names:
-        return None
-    return samples.table(lambda sample: sum(sample.terms[name] for name in names))
-
-
-def judged_by_scores(samples: Mapping[str, Samples], judge: str, recipe: recipes.EvalRecipe) -> dict[ModelPair, np.ndarray]:
-    """(one, other) → (P, K) outcomes of every pair of models."""
-    tables = {name: scores_of(own, judge, recipe) for name, own in samples.items()}
-    found = {}
-    for one, other in combinations(samples, 2):
-        mine, theirs = tables[one], tables[other]
-        assert mine is not None
-        assert theirs is not None
-        found[one, other] = outcomes(mine, theirs, same_texts(samples[one], samples[other]))
-    return found
-
-
 def summarise(
-    recipe: recipes.EvalRecipe, measured: Measured, judged: Mapping[ModelPair, np.ndarray], notes: Sequence[str]
+    recipe: recipes.EvalRecipe, measured: Measured, outcomes: Mapping[ModelPair, np.ndarray], notes: Sequence[str]
 ) -> EvaluationResult:
-    """What eval.json says. `judged`: (one, other) → (P, K) outcomes of the one's responses against the other's."""
+    """What eval.json says. `outcomes`: (one, other) → (P, K) outcomes of the one's responses against the other's."""
     equal = {name: own.first(recipe.rollout.responses_per_prompt) for name, own in measured.samples.items()}
     prompts = next((own.shape[0] for own in equal.values()), 0)
     counts = resamples(prompts, recipe.seed) if prompts else np.zeros((DRAWS, 0), np.int64)
@@ -71,8 +42,8 @@ def summarise(
     return EvaluationResult(
         about=_about(recipe, prompts, notes),
         models=_models(recipe, measured, equal, counts),
-        winrate=_win_rates(recipe, equal, judged, counts),
-        ratings=_ratings(recipe, equal, judged, counts),
+        winrate=_win_rates(recipe, equal, outcomes, counts),
+        ratings=_ratings(recipe, equal, outcomes, counts),
         preferences=measured.agreed,
         overoptimisation=points,
         fits=fit_series(points, counts),
@@ -112,27 +83,27 @@ def _exp(nll: float) -> float:
 
 
 def _win_rates(
-    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[ModelPair, np.ndarray], counts: np.ndarray
+    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray], counts: np.ndarray
 ) -> dict[str, WinRate]:
     if recipe.winrate is None:
         return {}
     baseline, found = recipe.winrate.baseline, {}
     for name in (name for name in samples if name != baseline):
-        outcome = judged[name, baseline] if (name, baseline) in judged else 1 - judged[baseline, name]
+        outcome = outcomes[name, baseline] if (name, baseline) in outcomes else 1 - outcomes[baseline, name]
         longer = samples[name].table(_tokens) - samples[baseline].table(_tokens)
         found[name] = win_rate(outcome, longer, counts)
     return found
 
 
 def _ratings(
-    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], judged: Mapping[ModelPair, np.ndarray], counts: np.ndarray
+    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray], counts: np.ndarray
 ) -> dict[str, Interval]:
     if recipe.winrate is None or len(samples) < 2:
         return {}
     names = list(samples)
     place = {name: number for number, name in enumerate(names)}
-    outcomes_of = {(place[one], place[other]): outcome for (one, other), outcome in judged.items()}
-    return ratings(names, outcomes_of, place[recipe.winrate.baseline], counts)
+    numbered = {(place[one], place[other]): outcome for (one, other), outcome in outcomes.items()}
+    return ratings(names, numbered, place[recipe.winrate.baseline], counts)
 
 
 def _points(recipe: recipes.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray) -> list[Point]:

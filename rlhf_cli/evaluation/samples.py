@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-Prompt = str | list[dict[str, str]]
+from rlhf_cli.data.records import PlainPrompt
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Sample:
     row: int  # the prompt's number, the same for every model
     number: int  # of the response among the model's to this prompt
     where: str  # file and line of the prompt
-    prompt: Prompt  # a text, or a conversation
+    prompt: PlainPrompt  # a text, or a conversation
     response: str
     ended: bool  # False: cut off at rollout.max_new_tokens
     tokens: int  # its end included

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rlhf_cli import sections
-from rlhf_cli.data.records import Message, Record
+from rlhf_cli.data.records import PlainPrompt, Record, plain_prompt
 from rlhf_cli.errors import RunError, UsageError
 from rlhf_cli.files import sha256_file
 from rlhf_cli.models.placement import FrozenModels
@@ -25,8 +25,7 @@ from rlhf_cli.models.scoring import Ranks
 from rlhf_cli.rollout.rewards import Answers, PolicyText, RewardTerm, check_finite, shortened, shown_answer
 from rlhf_cli.suggest import closest
 
-Prompt = str | list[dict[str, str]]
-Function = Callable[[list[Prompt], list[str]], Any]
+Function = Callable[[list[PlainPrompt], list[str]], Any]
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class RewardFunction(RewardTerm):
 
     def _call(self, pairs: Sequence[tuple[Record, str]]) -> Any:
         try:
-            return self.function([as_given(record.prompt) for record, _ in pairs], [text for _, text in pairs])
+            return self.function([plain_prompt(record.prompt) for record, _ in pairs], [text for _, text in pairs])
         except RunError:  # a signal's
             raise
         except (Exception, SystemExit) as error:
@@ -108,15 +107,6 @@ class RewardFunction(RewardTerm):
     def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
         scores = self.score(rows)
         return np.split(scores, np.cumsum([len(own) for own in rows.texts])[:-1])
-
-
-def as_given(prompt: str | tuple[Message, ...]) -> Prompt:
-    """A prompt as a reward function sees it."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1 and prompt[0].role == "user":
-        return prompt[0].content
-    return [message._asdict() for message in prompt]
 
 
 def load_function(reference: str, place: str) -> Function:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 from rlhf_cli import sections
-from rlhf_cli.data.dataset import question
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.templates import Template
 from rlhf_cli.data.trees import Tree
@@ -133,7 +132,7 @@ def check_finite(scores: np.ndarray, pairs: Sequence[tuple[Record, str]], what: 
 def shown_answer(pair: tuple[Record, str]) -> str:
     """A prompt and a response in a message, with their place."""
     record, text = pair
-    return f"{record.where}: prompt {shortened(question(record))!r}, response {shortened(text)!r}"
+    return f"{record.where}: prompt {shortened(record.question)!r}, response {shortened(text)!r}"
 
 
 def shortened(text: str) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.data.dataset import data_report, question
+from rlhf_cli.data.dataset import data_report
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import MachineError, NumberError, Stopped, UsageError
 from rlhf_cli.files import disk_errors, write_json
@@ -241,6 +241,6 @@ def _samples(job: TrainingJob, backbone: Backbone) -> list[dict[str, Any]]:
     for tree, ((ids, ended),) in zip(trees, drawn, strict=True):
         record, shown = records[tree.row], ids[: len(ids) - ended]
         response = job.tokenizer.decode(shown.tolist(), skip_special_tokens=True)
-        line = {"prompt": question(record), "response": response, "ended": ended, "tokens": len(shown), "where": record.where}
+        line = {"prompt": record.question, "response": response, "ended": ended, "tokens": len(shown), "where": record.where}
         lines.append(line)
     return lines

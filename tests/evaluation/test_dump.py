@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_cli.data.records import PlainPrompt
 from rlhf_cli.evaluation.dump import pair_rows, ranked_rows
-from rlhf_cli.evaluation.samples import Prompt, Sample, Samples
+from rlhf_cli.evaluation.samples import Sample, Samples
 
 TALK: list[dict[str, str]] = [
     {"role": "system", "content": "be brief"},
@@ -18,7 +19,7 @@ TALK: list[dict[str, str]] = [
 ]
 
 
-def table(model: str, *rows: list[str], prompts: tuple[Prompt, ...] = ("p0", "p1", "p2"), cut: str = "") -> Samples:
+def table(model: str, *rows: list[str], prompts: tuple[PlainPrompt, ...] = ("p0", "p1", "p2"), cut: str = "") -> Samples:
     """Responses to p0, p1, …; those that are `cut` did not end."""
     return Samples(
         model,

@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
+from rlhf_cli.data.records import prompt_lines
 from rlhf_cli.errors import MachineError, RunError, Stopped, UsageError
 from rlhf_cli.evaluation import endpoint, judge
 from rlhf_cli.evaluation.judge import Judged, Verdicts, judge_all
-from rlhf_cli.evaluation.question import PROMPT, Question, filled, prompt_text, read_verdict
+from rlhf_cli.evaluation.question import PROMPT, Question, filled, read_verdict
 from rlhf_cli.sections import Endpoint
 
 SECRET = "sk-proj-0123456789abcdefWXYZ"
@@ -285,8 +286,8 @@ class TestQuestion:
 
     def test_a_conversation(self) -> None:
         turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\nyou"}]
-        assert prompt_text(turns) == "system: Be brief.\nuser: Hi\nyou"
-        assert prompt_text("as it stands") == "as it stands"
+        assert prompt_lines(turns) == "system: Be brief.\nuser: Hi\nyou"
+        assert prompt_lines("as it stands") == "as it stands"
 
     def test_a_template_of_ones_own(self, serve: Serve, path: Path, tmp_path: Path) -> None:
         file = tmp_path / "ask.txt"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_cli.data.sources import read_data
-from rlhf_cli.evaluation import measure
+from rlhf_cli.evaluation import responses
 from rlhf_cli.evaluation.eval_json import EvaluationResult
 from rlhf_cli.models import placement
 from rlhf_cli.recipe import recipes
@@ -434,6 +434,6 @@ def test_rows_that_training_has_seen(
 def test_a_model_that_takes_its_time(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure, "TOLD", 0.0)
+    monkeypatch.setattr(responses, "PATIENCE", 0.0)
     assert rlhf("eval", write_eval(tmp_path / "ev.yaml", home, **SAMPLED, models=BOTH)) == 0
     assert "bare: drawing and scoring, 0 s so far\n" in capsys.readouterr().out

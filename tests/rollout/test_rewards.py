@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_cli.data.records import Message, Record
+from rlhf_cli.data.records import Message, Record, plain_prompt
 from rlhf_cli.data.templates import choose_template, encode_prompt, read_format
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.recipe.rewards import default_name, term_names
-from rlhf_cli.rollout.reward_functions import RewardFunction, as_given
+from rlhf_cli.rollout.reward_functions import RewardFunction
 from rlhf_cli.rollout.reward_models import Reader, RewardModelScorer
 from rlhf_cli.rollout.rewards import Answers, PolicyText, combine
 from rlhf_cli.sections import Reward
@@ -81,7 +81,7 @@ class TestFunctions:
         ],
     )
     def test_a_single_user_turn_is_a_text(self, prompt: Any, seen: Any) -> None:
-        assert as_given(prompt) == seen
+        assert plain_prompt(prompt) == seen
 
     @pytest.mark.parametrize(
         "returned",

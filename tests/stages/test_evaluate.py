@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_cli.data.sources import read_data
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.evaluation import measure, visits
+from rlhf_cli.evaluation import measure, responses
 from rlhf_cli.models import placement
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe import recipes
@@ -68,7 +68,7 @@ def trees() -> dict[str, list[Tree]]:
 @pytest.fixture(scope="module")
 def whole(home: Path, tmp_path_factory: pytest.TempPathFactory, trees: dict[str, list[Tree]]) -> Path:
     """An evaluation with every section."""
-    original = measure._samples
+    original = responses._samples
 
     def noting(model: str, rollout: Rollout, *others: Any) -> Iterator[Any]:
         trees[model] = rollout.trees
@@ -90,7 +90,7 @@ def whole(home: Path, tmp_path_factory: pytest.TempPathFactory, trees: dict[str,
     }
     path = write_eval(tmp_path_factory.mktemp("whole") / "ev.yaml", home, **sections)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_samples", noting)
+        patch.setattr(responses, "_samples", noting)
         assert rlhf("eval", path) == 0
     return path.with_suffix("")
 
@@ -422,13 +422,13 @@ def test_policies_on_one_base_cost_one_model(
 ) -> None:
     """Six adapters visit it one by one, and are gone; its own bits are as they were."""
     hosts: list[FrozenModels] = []
-    original = visits._load_frozen
+    original = measure._load_frozen
 
     def noting(job: Any) -> FrozenModels:
         hosts.append(original(job))
         return hosts[-1]
 
-    monkeypatch.setattr(visits, "_load_frozen", noting)
+    monkeypatch.setattr(measure, "_load_frozen", noting)
     models = {"sft": "HOME/sft", "dpo": "HOME/dpo", "pushed": "HOME/ppo/checkpoints/*", "bare": "HOME/base", "rm": "HOME/rm"}
     run(models=models, preferences=PROMPTS, **COMPARED)
     assert loads == [("base", 1)]

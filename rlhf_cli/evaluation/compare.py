@@ -1,0 +1,85 @@
+"""Whose response is better: the models of an evaluation compared by their scores, or by a judge behind an endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_cli.data.records import prompt_lines
+from rlhf_cli.evaluation.job import EvaluationJob
+from rlhf_cli.evaluation.judge import Verdicts, judge_all
+from rlhf_cli.evaluation.question import Question
+from rlhf_cli.evaluation.samples import Samples, same_texts
+from rlhf_cli.evaluation.winrate import outcomes
+from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe.rewards import term_names
+from rlhf_cli.sections import Endpoint
+
+ModelPair = tuple[str, str]
+
+
+def compare_models(
+    job: EvaluationJob, samples: Mapping[str, Samples], verdicts: Path
+) -> tuple[dict[ModelPair, np.ndarray], list[str]]:
+    """(one, other) → (P, K) outcomes of the one's responses against the other's, and what the report is to say of them.
+
+    By scores of all pairs of models; by an endpoint, which is dear enough, of each against the baseline. `verdicts`: where its
+    answers are kept.
+
+    Raises:
+        MachineError: the endpoint gives no verdict; what it has given is kept.
+    """
+    winrate = job.recipe.winrate
+    if winrate is None:
+        return {}, []
+    if not isinstance(winrate.judge, str):
+        return _asked(job, winrate.judge, samples, winrate.baseline, verdicts)
+    found, tables = {}, {name: scores_of(own, winrate.judge, job.recipe) for name, own in samples.items()}
+    for one, other in combinations(samples, 2):
+        mine, theirs = tables[one], tables[other]
+        assert mine is not None
+        assert theirs is not None
+        found[one, other] = outcomes(mine, theirs, same_texts(samples[one], samples[other]))
+    return found, []
+
+
+def scores_of(samples: Samples, judge: str, recipe: recipes.EvalRecipe) -> np.ndarray | None:
+    """(P, K) by which a judge that gives numbers compares: `reward` the score, `gold` the sum of its terms, or one term.
+
+    A name that both have is the reward's. None where the recipe has no such judge.
+    """
+    rewards, golds = map(term_names, recipe.terms)
+    if judge == "reward":
+        return samples.table(lambda sample: sample.score or 0.0) if rewards else None
+    names = [f"gold/{name}" for name in golds] if judge == "gold" else [f"{'reward' if judge in rewards else 'gold'}/{judge}"]
+    if not names:
+        return None
+    return samples.table(lambda sample: sum(sample.terms[name] for name in names))
+
+
+def _asked(
+    job: EvaluationJob, endpoint: Endpoint, samples: Mapping[str, Samples], baseline: str, path: Path
+) -> tuple[dict[ModelPair, np.ndarray], list[str]]:
+    names = [name for name in samples if name != baseline]
+    questions = [
+        Question(prompt_lines(mine.prompt), mine.response, other.response)
+        for name in names
+        for own, others in zip(samples[name].own, samples[baseline].own, strict=True)
+        for mine, other in zip(own, others, strict=True)
+    ]
+
+    def say(done: int, total: int) -> None:
+        job.console.say(f"the judge has answered {done:,} of {total:,} questions")
+
+    job.signals.say("while the judge was asked; its verdicts are kept, continue with --resume")
+    with Verdicts(path) as verdicts:
+        found = judge_all(endpoint, questions, verdicts, say)
+    note = (
+        f"The judge contradicted itself in {found.contradicting:,} of {found.asked:,} comparisons when the responses changed "
+        "places; those count as ties."
+    )
+    tables = found.outcomes.reshape(len(names), *samples[baseline].shape)
+    return {(name, baseline): table for name, table in zip(names, tables, strict=True)}, [note]

@@ -1,0 +1,229 @@
+"""What an evaluation is before any weights are loaded: its models, its rows, the terms that score, and how it is to run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from rlhf_cli import sections
+from rlhf_cli.console import Console
+from rlhf_cli.data.dataset import data_report
+from rlhf_cli.errors import UsageError
+from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
+from rlhf_cli.evaluation.models import EvaluatedModel, Tokenisation, Tokenisations, find_models, recipe_of
+from rlhf_cli.evaluation.notes import comparability, trained_on
+from rlhf_cli.evaluation.rows import SECTIONS, Rows, SectionRows, own_keys, read_rows
+from rlhf_cli.files import sha256_file
+from rlhf_cli.models.load import load_config, quiet_libraries, resolve_dtype
+from rlhf_cli.models.memory import auto_budget, estimate
+from rlhf_cli.ranks import Ranks
+from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.rollout.rewards import PolicyText
+from rlhf_cli.rollout.terms import RewardTerms, find_terms
+from rlhf_cli.runs.folder import RunFolder
+from rlhf_cli.runs.resume import recorded_recipe
+from rlhf_cli.signals import StopSignals
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """An evaluation before any weights are loaded."""
+
+    loaded: Loaded
+    recipe: recipes.EvalRecipe  # every `auto` replaced by the value in force
+    models: list[EvaluatedModel]
+    terms_of: dict[Tokenisation, RewardTerms]  # as they read responses in this tokenisation
+    rows: dict[str, SectionRows]  # by section of the recipe
+    tokenisations: Tokenisations
+    notes: list[str]  # for the report
+    ranks: Ranks
+    console: Console
+    signals: StopSignals
+    started: float
+
+    @property
+    def budget(self) -> int:
+        return int(self.recipe.tokens_per_device)
+
+    @property
+    def reference(self) -> EvaluatedModel | None:
+        return next((model for model in self.models if model.name == self.recipe.reference), None)
+
+    @property
+    def terms(self) -> RewardTerms:
+        """The terms of the reward and of gold, as they read the first policy's responses; no other one gives other scores."""
+        return next(iter(self.terms_of.values()))
+
+    def rows_of(self, section: str, model: EvaluatedModel) -> Rows:
+        return self.rows[section].by_tokenisation[model.tokenisation]
+
+    def responses_of(self, model: EvaluatedModel) -> int:
+        """How many responses to each prompt are drawn from a model."""
+        most = max(self.recipe.best_of_n, default=1) if model is self.reference else 1
+        return max(self.recipe.rollout.responses_per_prompt, most)
+
+    def shares_tokens(self, model: EvaluatedModel) -> bool:
+        """Can the reference's log-probabilities be compared with the model's?"""
+        return self.reference is not None and self.reference.tokenisation == model.tokenisation
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What a resumed evaluation must have in common with the one before, where it names the same things."""
+        found = {f"model {model.name}": json.dumps(model.record) for model in self.models}
+        for name, term in self.terms.named.items():
+            own = {key: value for key, value in term.identity.items() if key != "reads"}  # which differs by tokenisation
+            found[name.replace("/", " ", 1)] = json.dumps(own)
+        return found | self.fingerprints
+
+    @property
+    def code(self) -> dict[str, str]:
+        """What may be mended before an evaluation goes on, but makes a finished one another: functions, the judge's prompt."""
+        found = {what: hash_of for term in self.terms for what, hash_of in term.code.items()}
+        endpoint = self.recipe.winrate and self.recipe.winrate.judge
+        if isinstance(endpoint, sections.Endpoint) and endpoint.prompt is not None:
+            found["winrate.judge.prompt"] = sha256_file(Path(endpoint.prompt))
+        return found
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {path: print for rows in self.rows.values() for path, print in rows.dataset.fingerprints.items()}
+
+
+def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> EvaluationJob:
+    """Find every model, read and tokenise the rows, settle every value.
+
+    Raises:
+        UsageError: the recipe, the data or what it names is wrong.
+    """
+    signals = StopSignals()
+    signals.install()
+    quiet_libraries()
+    started, recipe = time.monotonic(), recipe_of(loaded)
+    signals.say("before the first model; nothing was drawn")
+    console, ranks = Console(os.environ.get("RANK", "0") == "0"), Ranks(expected=not check)
+    tokenisations = Tokenisations()
+    models = find_models(loaded, tokenisations, check)
+    _check_roles(loaded, models)
+    if recipe.winrate is not None and not isinstance(recipe.winrate.judge, str):
+        prepare_endpoint(recipe.winrate.judge)
+    _check_dump(loaded, resume, force)
+    writing = list(dict.fromkeys(model.tokenisation for model in models if not model.is_reward_model))
+    writing = writing or [models[0].tokenisation]
+    terms_of = {
+        each: find_terms(loaded, PolicyText(each.tokenizer, each.template, recipe.trust_remote_code, check)) for each in writing
+    }
+    reading = [model.tokenisation for model in models]
+    reading += [tokenisations.of(*term.text_form) for terms in terms_of.values() for term in terms if term.text_form]
+    reading = list(dict.fromkeys([*writing, *reading]))
+    rows = {
+        section: read_rows(loaded, section, reading if section == "preferences" else writing)
+        for section in SECTIONS
+        if vars(recipe)[section] is not None
+    }
+    recipe = _resolved(recipe, models, rows, ranks)
+    lost, seen = sum(own.left_out for own in rows.values()), list(trained_on(recipe, models))
+    for note in seen:
+        console.warn(note)
+    left_out = [f"{lost} prompts do not fit the tokens of some model, and are left out for all."] if lost else []
+    return EvaluationJob(
+        loaded=loaded,
+        recipe=recipe,
+        models=models,
+        terms_of=terms_of,
+        rows=rows,
+        tokenisations=tokenisations,
+        notes=[*left_out, *comparability(recipe, models), *seen],
+        ranks=ranks,
+        console=console,
+        signals=signals,
+        started=started,
+    )
+
+
+def _check_roles(loaded: Loaded, models: Sequence[EvaluatedModel]) -> None:
+    recipe = recipe_of(loaded)
+    scoring = {each.name for each in models if each.is_reward_model}
+    roles = {"reference": recipe.reference, "winrate.baseline": recipe.winrate and recipe.winrate.baseline}
+    for key, name in roles.items():
+        if name in scoring:
+            raise UsageError(f"{loaded.named(key)}: {name} is a reward model, and writes nothing; name a policy")
+    if recipe.prompts is not None and len(scoring) == len(models):
+        raise UsageError(f"{loaded.named('prompts')}: all models are reward models, which answer no prompts. remove prompts")
+    for name in scoring:
+        if recipe.preferences is None:
+            raise UsageError(f"{loaded.named('models')}: {name} is a reward model: name preferences to measure it on")
+
+
+def _check_dump(loaded: Loaded, resume: bool, force: bool) -> None:
+    """The file to write is no folder, nothing that is read, by --resume either, and nobody else's."""
+    recipe = recipe_of(loaded)
+    if recipe.dump_pairs is None:
+        return
+    path, place = Path(recipe.dump_pairs), loaded.named("dump_pairs")
+    if path.is_dir():
+        raise UsageError(f"{place}: {path} is a folder. name a file")
+    folder = RunFolder(Path(recipe.output))
+    read = (*map(Path, recipe.paths), folder.samples, folder.verdicts)
+    if path.resolve() in {each.resolve() for each in read}:
+        raise UsageError(f"{place}: {path} is read by this evaluation, and would be overwritten. name another file")
+    own = resume and recipe.dump_pairs == recorded_recipe(Path(recipe.output)).get("dump_pairs")
+    if path.exists() and not (force or own):
+        raise UsageError(f"{place}: {path} exists already. name another file, or --force to move it to {path}.old-<n>")
+
+
+def _resolved(
+    recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel], rows: Mapping[str, SectionRows], ranks: Ranks
+) -> recipes.EvalRecipe:
+    """The recipe with the dtype and the budget in force: that of the model which takes the most memory."""
+    dtype = resolve_dtype(recipe.dtype, ranks.device)
+    budget = recipe.tokens_per_device
+    if budget == "auto":
+        trust = recipe.trust_remote_code
+        drawn = max(recipe.rollout.responses_per_prompt, *recipe.best_of_n, 1) * recipe.rollout.max_new_tokens
+        longest = max(own.dataset.longest + drawn * (section == "prompts") for section, own in rows.items())
+        fitting = []
+        for base, revision in dict.fromkeys((model.start.base, model.start.revision) for model in models):
+            config = load_config(base, revision, trust)
+            memory = estimate(config, rank=1, dtype=dtype, checkpointing=False, trust_remote_code=trust)
+            fitting.append(auto_budget(memory, longest, ranks.device))
+        budget = ranks.min(min(fitting))
+    return dataclasses.replace(recipe, tokens_per_device=budget, dtype=cast(Any, str(dtype).removeprefix("torch.")))
+
+
+def plan_evaluation(job: EvaluationJob) -> list[tuple[str, list[tuple[str, object]]]]:
+    """What is shown before anything is loaded."""
+    recipe = job.recipe
+    models: list[tuple[str, object]] = [
+        (model.name, model.path + (" (a reward model)" if model.is_reward_model else "")) for model in job.models
+    ]
+    rows: list[tuple[str, object]] = []
+    for section, own in job.rows.items():
+        count = len(next(iter(own.by_tokenisation.values())).trees)
+        report = data_report(own.dataset)["train"]
+        lost = "; ".join(f"{number} {own_keys(reason)}" for reason, number in Counter(report["dropped"]).items())
+        rows.append((section, f"{count:,} rows" + (f" (dropped: {lost})" if lost else "")))
+    settings: list[tuple[str, object]] = [
+        ("dtype", recipe.dtype),
+        ("forward passes", f"of at most {job.budget:,} tokens (tokens_per_device)"),
+        ("devices", f"{job.ranks.size} × {job.ranks.device.type}"),
+    ]
+    if recipe.prompts is not None:
+        drawn = f"{recipe.rollout.responses_per_prompt} to each prompt, of up to {recipe.rollout.max_new_tokens} tokens, at "
+        drawn += f"temperature {recipe.rollout.temperature:g}"
+        most = max(recipe.best_of_n, default=0)
+        more = f"; {most} of {recipe.reference}, for best of n" if most > recipe.rollout.responses_per_prompt else ""
+        settings.insert(0, ("responses", drawn + more))
+    if recipe.winrate is not None:
+        judge = recipe.winrate.judge
+        asked = judge if isinstance(judge, str) else f"{judge.model} at {judge.endpoint}"
+        settings.append(("judge", f"{asked}, against {recipe.winrate.baseline}"))
+    words: list[tuple[str, object]] = [("terms", text) for text in job.terms.words]
+    return [("models", models), ("rows", rows), ("evaluation", [*settings, *words])]

@@ -1,0 +1,186 @@
+"""What the policies of an evaluation say: drawn once, kept in samples.jsonl, and scored by every term."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_cli.data.batches import derive_seed
+from rlhf_cli.data.records import Record, plain_prompt
+from rlhf_cli.errors import RunError, Stopped, UsageError
+from rlhf_cli.evaluation.job import EvaluationJob
+from rlhf_cli.evaluation.models import EvaluatedModel
+from rlhf_cli.evaluation.samples import Sample, read_samples
+from rlhf_cli.files import to_json, write_atomic
+from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.placement import FrozenModels
+from rlhf_cli.models.sampling import stop_ids
+from rlhf_cli.rollout.experience import Rollout, Sampler
+from rlhf_cli.rollout.generate import TransformersEngine
+from rlhf_cli.rollout.rewards import Answers, combine
+from rlhf_cli.rollout.source import HELD_OUT
+from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
+from rlhf_cli.signals import Pause
+
+PATIENCE = 30.0
+"""Seconds between two words on a model that takes its time."""
+
+
+def kept_responses(job: EvaluationJob, folder: RunFolder) -> tuple[dict[str, list[Sample]], MetricsLog | None]:
+    """Those that an earlier start drew, of models that are complete; and on rank 0 the file that holds them and takes more.
+
+    Raises:
+        UsageError: a line of the file is no response.
+    """
+    kept: dict[str, list[Sample]] = {}
+    log = None
+    if job.ranks.main and "prompts" in job.rows:
+        try:
+            found = read_samples(read_metrics(folder.samples))
+        except TypeError as error:
+            what = f"{folder.samples}: a line is no response of an evaluation ({error})"
+            raise UsageError(f"{what}\n  start anew with --force") from error
+        for model in (model for model in job.models if not model.is_reward_model):
+            trees, count = job.rows_of("prompts", model).trees, job.responses_of(model)
+            own = [sample for sample in found if sample.model == model.name and sample.number < count]
+            places = set(product((tree.row for tree in trees), range(count)))
+            if len(own) == len(places) and {(sample.row, sample.number) for sample in own} == places:
+                kept[model.name] = own
+        write_samples(folder.samples, [sample for own in kept.values() for sample in own])
+        log = MetricsLog(folder.samples)
+        if kept:
+            job.console.say(f"the responses of {', '.join(kept)} are there already")
+    return job.ranks.gather(kept)[0], log
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    write_atomic(path, b"".join(to_json(sample.line()) + b"\n" for sample in samples))
+
+
+def draw_responses(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, frozen: FrozenModels) -> list[Sample]:
+    """The policy's responses to every prompt, scored by the terms that need weights; the same on every rank.
+
+    The randomness is that of held-out prompts while training: at equal prompts, seed and temperature a checkpoint says the same
+    here as it said there. Of two models the k-th responses to a prompt come from the same random numbers.
+
+    Raises:
+        RunError: a reward model cannot read a response, or memory ran out.
+    """
+    rows, terms, own = job.rows_of("prompts", model), job.terms_of[model.tokenisation], model.tokenisation
+    reward, gold = terms.load(frozen, job.budget)
+    sampler = Sampler(
+        backbone=backbone,
+        engine=TransformersEngine(backbone, "policy"),
+        tokenizer=own.tokenizer,
+        ends=tuple(stop_ids(backbone, own.tokenizer, own.template)),
+        settings=job.recipe.rollout,
+        records=rows.records,
+        terms=[scorer for term, scorer in zip(terms.reward, reward, strict=True) if term.needs_weights],
+        gold=[scorer for term, scorer in zip(terms.gold, gold, strict=True) if term.needs_weights],
+        combine="sum",  # not used: `score_responses` combines, with the terms that need no weights among them
+        budget=job.budget,
+        ranks=job.ranks,
+        compared=job.shares_tokens(model),
+        pause=_progress(job, model),
+    )
+    rollout = sampler.rollout(list(rows.trees), derive_seed(job.recipe.seed, HELD_OUT), samples=job.responses_of(model))
+    return list(_samples(model.name, rollout, sampler, rows.records))
+
+
+def keep_responses(job: EvaluationJob, model: EvaluatedModel, samples: Sequence[Sample], log: MetricsLog | None) -> None:
+    """Add a model's responses to the file: all or none of them, but for a kill. A signal that came meanwhile is obeyed then."""
+    if log is not None:
+        job.signals.defer()
+        for sample in samples:
+            log.append(sample.line())
+        job.signals.obey_at_once(f"after {model.name}; what was drawn is kept, continue with --resume")
+
+
+def _progress(job: EvaluationJob, model: EvaluatedModel) -> Pause:
+    """Says from time to time how long the work has taken between whose passes it is called."""
+    started = told = time.monotonic()
+
+    def tell() -> None:
+        nonlocal told
+        if time.monotonic() - told > PATIENCE:
+            told = time.monotonic()
+            job.console.say(f"{model.name}: drawing and scoring, {told - started:.0f} s so far")
+
+    return tell
+
+
+def _samples(model: str, rollout: Rollout, sampler: Sampler, records: Sequence[Record]) -> Iterator[Sample]:
+    starts = np.concatenate([[0], np.cumsum(rollout.lengths)[:-1]])
+    logps, reference = (np.add.reduceat(values, starts) for values in (rollout.plain, rollout.plain_reference))
+    terms = {f"reward/{name}": values for name, values in rollout.terms.items()}
+    terms |= {f"gold/{name}": values for name, values in rollout.gold.items()}
+    at = 0
+    for tree in rollout.trees:
+        record = records[tree.row]
+        for number, ids in enumerate(tree.responses):
+            ended = bool(rollout.ended[at])
+            yield Sample(
+                model=model,
+                row=tree.row,
+                number=number,
+                where=record.where,
+                prompt=plain_prompt(record.prompt),
+                response=sampler.text(ids, ended),
+                ended=ended,
+                tokens=len(ids),
+                logp=float(logps[at]),
+                reference_logp=float(reference[at]) if sampler.compared else None,
+                terms={name: float(values[at]) for name, values in terms.items()},
+            )
+            at += 1
+
+
+def score_samples(job: EvaluationJob, model: EvaluatedModel, samples: list[Sample], frozen: FrozenModels) -> list[Sample]:
+    """The samples with the terms that need texts alone, such as Python functions, and with the score, on rank 0.
+
+    A function sees a model's responses all at once, prompt by prompt. The other terms are those that the samples have.
+
+    Raises:
+        UsageError: a function fails, or returns something else than numbers.
+        NumberError: one of its numbers is not finite.
+    """
+    if not job.ranks.main:
+        return samples
+    recipe, records, terms = job.recipe, job.rows_of("prompts", model).records, job.terms_of[model.tokenisation]
+    reward, gold = terms.load(frozen, job.budget)
+    scorers = {f"gold/{scorer.name}": scorer for scorer in gold} | {f"reward/{scorer.name}": scorer for scorer in reward}
+    answers = Answers(
+        trees=[],
+        records=[records[sample.row] for sample in samples],
+        texts=[[sample.response] for sample in samples],
+        ended=[[sample.ended] for sample in samples],
+    )
+    try:
+        found = {
+            name: np.array([sample.terms[name] for sample in samples])
+            if terms.named[name].needs_weights
+            else scorer.score(answers)
+            for name, scorer in scorers.items()
+        }
+    except Stopped:
+        raise
+    except RunError as error:
+        raise type(error)(f"{error}\n  the responses are kept: mend it, then continue with --resume") from error
+    scores = None
+    if reward:
+        weighted = np.stack([scorer.weight * found[f"reward/{scorer.name}"] for scorer in reward])
+        ended = np.array([sample.ended for sample in samples])
+        scores = combine(weighted, recipe.reward_combine) - recipe.rollout.missing_eos_penalty * ~ended
+    return [
+        dataclasses.replace(
+            sample,
+            terms={name: float(values[at]) for name, values in found.items()},
+            score=None if scores is None else float(scores[at]),
+        )
+        for at, sample in enumerate(samples)
+    ]

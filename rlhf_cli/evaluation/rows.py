@@ -1,0 +1,109 @@
+"""The rows that models are evaluated on, in the tokens of each model that reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_cli import sections
+from rlhf_cli.data.dataset import Dataset, prepare
+from rlhf_cli.data.detect import Purpose
+from rlhf_cli.data.formats import ANSWERS, COMPARISONS, PROMPTS, Use
+from rlhf_cli.data.records import Record
+from rlhf_cli.data.sources import RowRequest
+from rlhf_cli.data.trees import Tree
+from rlhf_cli.errors import UsageError
+from rlhf_cli.evaluation.models import Tokenisation, recipe_of
+from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.rollout.rewards import Answers
+
+SECTIONS: dict[str, Use] = {"prompts": PROMPTS, "preferences": COMPARISONS, "text": ANSWERS}
+"""Section of the recipe → what its rows are read for."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one section of the recipe in one tokenisation."""
+
+    trees: Sequence[Tree]
+    records: Sequence[Record]  # that the trees name by their row
+    training: Sequence[Tree]  # beside held-out rows: those that training saw
+
+    @property
+    def locations(self) -> list[str]:
+        """File and line of every tree."""
+        return [self.records[tree.row].where for tree in self.trees]
+
+    @property
+    def answers(self) -> Answers:
+        """The responses that the data give, as if a policy had written them."""
+        records = [self.records[tree.row] for tree in self.trees]
+        texts = [list(record.responses) for record in records]
+        return Answers(list(self.trees), records, texts, [[True] * len(own) for own in texts])
+
+
+@dataclass(frozen=True)
+class SectionRows:
+    """The rows of one section of the recipe."""
+
+    dataset: Dataset  # as the first tokenisation has it
+    by_tokenisation: dict[Tokenisation, Rows]  # of prompts those that fit into the tokens of all
+    left_out: int  # prompts that do not
+
+
+def read_rows(loaded: Loaded, section: str, tokenisations: Sequence[Tokenisation]) -> SectionRows:
+    """The rows of a section in every tokenisation.
+
+    Raises:
+        UsageError: files, rows or columns are wrong, or too few are left for an interval.
+    """
+    datasets = {tokenisation: _read(loaded, section, tokenisation) for tokenisation in tokenisations}
+    rows = {
+        tokenisation: Rows(list(dataset.train.trees), dataset.reading.train, [])
+        if dataset.held_out is None
+        else Rows(list(dataset.held_out.trees), dataset.reading.held_out, list(dataset.train.trees))
+        for tokenisation, dataset in datasets.items()
+    }
+    lost = 0
+    if section == "prompts":
+        known = [{tree.row for tree in own.trees} for own in rows.values()]
+        shared = known[0].intersection(*known)
+        lost = len(known[0].union(*known)) - len(shared)
+        rows = {
+            tokenisation: dataclasses.replace(own, trees=[tree for tree in own.trees if tree.row in shared])
+            for tokenisation, own in rows.items()
+        }
+    if section != "preferences" and min(len(own.trees) for own in rows.values()) < 2:
+        raise UsageError(f"{loaded.named(section)}: fewer than 2 rows are left, which is too few for any interval")
+    return SectionRows(datasets[tokenisations[0]], rows, lost)
+
+
+def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
+    recipe = recipe_of(loaded)
+    sources: list[sections.EvalSource] = vars(recipe)[section]
+    data = sections.SftData(
+        train=[sections.Source(**{k: v for k, v in vars(source).items() if k != "holdout"}) for source in sources],
+        holdout=sources[0].holdout,
+        max_length=recipe.max_length,
+        overlong=recipe.overlong,
+        control_tokens=recipe.control_tokens,
+        max_lost=recipe.max_lost,
+        train_on="all" if section == "text" else "last",
+    )
+
+    def where(key: str) -> str:
+        return loaded.named(key.replace("data.train", section, 1).removeprefix("data."))
+
+    reserve = recipe.rollout.max_new_tokens if section == "prompts" else 0
+    request = RowRequest(Purpose(section, SECTIONS[section], SECTIONS), recipe.seed, where, reserve=reserve)
+    try:
+        return prepare(data, request, tokenisation.tokenizer, tokenisation.template)
+    except UsageError as error:
+        raise UsageError(own_keys(str(error))) from error
+
+
+def own_keys(text: str) -> str:
+    """The reader names the keys of stages that train, where these stand in `data`."""
+    return re.sub(r"\bdata\.(?=(max_lost|max_length|overlong|control_tokens)\b)", "", text)
