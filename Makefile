@@ -1,12 +1,21 @@
 # Every target installs what it needs into .venv first, and does only what is left to do.
 #
 #   PYTHON=python3.12      the Python (3.11 or later) that makes .venv
-#   TORCH_INDEX=URL        another place to look for torch, e.g. https://download.pytorch.org/whl/cpu
+#   TORCH_INDEX=URL        another place to look for torch; empty: PyPI alone. Where it is not given and there is no NVIDIA
+#                          device, the index of torch's CPU build is taken if it answers within 3 s
+#   JOBS=1                 runs the stages of the quickstart one after another; else two at a time, with half of the cores each
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.14,$(shell $(p) -c $(NEW_ENOUGH) 2>/dev/null && echo $(p))))
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11))'
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NVIDIA ?= $(wildcard /dev/nvidia*)$(shell command -v nvidia-smi)
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+ANSWERS = $(shell timeout 3 $(BIN)/python -c 'import urllib.request; urllib.request.urlopen("$(CPU_TORCH)/torch/")' 2>/dev/null && echo yes)
+ifeq ($(origin TORCH_INDEX),undefined)
+# Looked for once, and only by what installs.
+FOUND = $(eval FOUND := $(if $(NVIDIA),,$(if $(ANSWERS),$(CPU_TORCH))))$(FOUND)
+endif
 DEV := .venv/.installed-dev
 REAL_RUNS := sft rm dpo ipo kto ppo online-dpo eval
 QUICK_RUNS := $(filter-out eval,$(REAL_RUNS)) pushed samples dpo-again eval
@@ -19,6 +28,10 @@ COMMAND_pushed := ppo
 COMMAND_online-dpo := dpo
 COMMAND_dpo-again := dpo
 COMMAND_samples := eval
+JOBS ?= 2
+CORES = $(shell getconf _NPROCESSORS_ONLN)
+# The matrices are small, and much runs on one thread: two stages with half of the cores each waste less than one with all.
+THREADS = $(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),$(shell echo $$(( ($(CORES) + $(JOBS) - 1) / $(JOBS) )))))
 QUICK := $(QUICK_RUNS:%=runs/quickstart/%/manifest.json)
 MORE := $(MORE_RUNS:%=runs/quickstart/%/manifest.json)
 # A run of eval prints its table; where there is nothing left to do it is printed again.
@@ -41,7 +54,7 @@ SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/
 NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
 .PRECIOUS: $(QUICK) $(MORE) $(SMOLLM2_RUNS) $(BASE)
-.PHONY: help quickstart test lint check smollm2 bench always
+.PHONY: help quickstart quickstart-stages quickstart-eval test lint check smollm2 bench always
 
 help:
 	@echo "make quickstart   make a tiny model and its data; every stage from sft to eval: some minutes on a CPU"
@@ -65,7 +78,16 @@ runs/quickstart/dpo-again/manifest.json: runs/quickstart/samples/manifest.json
 runs/quickstart/eval/manifest.json: $(filter-out %/eval/manifest.json,$(QUICK))
 runs/smollm2/eval/manifest.json: $(filter-out %/eval/manifest.json,$(SMOLLM2_RUNS))
 
-quickstart: runs/quickstart/eval/manifest.json
+AFTER_SFT := $(filter-out %/sft/manifest.json %/eval/manifest.json,$(QUICK))
+quickstart: runs/quickstart/sft/manifest.json
+	$(if $(filter-out $(wildcard $(AFTER_SFT)),$(AFTER_SFT)),@echo "now the stages that start from it; each one's lines come when it is finished")
+	@$(THREADS) $(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync quickstart-stages
+	@$(MAKE) --no-print-directory quickstart-eval
+
+quickstart-stages: $(AFTER_SFT)
+	@:
+
+quickstart-eval: runs/quickstart/eval/manifest.json
 	$(TABLE)
 	@printf 'report: %s\n' $(patsubst %manifest.json,%report.html,$(filter-out %/eval/manifest.json,$(QUICK)) $<)
 
@@ -120,7 +142,8 @@ bench: $(SMOLLM2)/config.json .venv/trl-ppo/trl/__init__.py | $(DEV) .venv/.inst
 
 .venv/.installed-%: pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "installing the requirements ($*) into .venv"
-	@$(PIP) -c constraints.txt -e '.[$*]'
+	$(if $(FOUND),@echo "torch without CUDA: there is no NVIDIA device (TORCH_INDEX= takes the usual one)")
+	@$(PIP) $(addprefix --extra-index-url ,$(TORCH_INDEX) $(FOUND)) -c constraints.txt -e '.[$*]'
 	@touch $@
 
 .venv/bin/pip:

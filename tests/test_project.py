@@ -311,10 +311,17 @@ case "$*" in
     mkdir -p data/quickstart models/quickstart-base
     for name in sft pairs ranked unpaired prompts eval_prompts; do touch data/quickstart/$name.jsonl; done
     touch models/quickstart-base/tokenizer_config.json ;;
+  *urlopen*) if [ -e offline ]; then exit 1; fi ;;
   scripts/fetch_smollm2.py*) mkdir -p models/smollm2-135m-instruct; touch models/smollm2-135m-instruct/config.json ;;
   *" recipes/"*)
     folder=runs/$(basename $(dirname $2))/$(basename $2 .yaml)
     mkdir -p $folder; touch $folder/recipe.yaml
+    if [ -e threads ]; then
+      echo "$(basename $2 .yaml) ${OMP_NUM_THREADS:-all}" >> threads
+      case $folder in *t/rm) other=dpo ;; *t/dpo) other=rm ;; *) other=$(basename $folder) ;; esac
+      for i in $(seq 100); do [ -e runs/quickstart/$other/recipe.yaml ] || sleep 0.1; done
+      [ -e runs/quickstart/$other/recipe.yaml ] || exit 1
+    fi
     if [ "$1 $3" = "eval --resume" ] && [ -e $folder/manifest.json ]; then echo "the table"; fi
     if [ -e stop ]; then rm stop; exit 1; fi
     touch $folder/manifest.json ;;
@@ -387,9 +394,13 @@ class TestMakefile:
         path.touch()
 
     @staticmethod
-    def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    def run(folder: Path, *words: str, index: str | None = "") -> subprocess.CompletedProcess[str]:
+        """One stage at a time, unless the words say otherwise; index is TORCH_INDEX, None: it is not given."""
         (folder / "calls").write_text("")
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        env = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "OMP_", "TORCH_INDEX"))
+        }
+        env |= {"JOBS": "1"} | ({} if index is None else {"TORCH_INDEX": index})
         return subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
 
     def make(self, folder: Path, *words: str) -> list[str]:
@@ -430,6 +441,33 @@ class TestMakefile:
         assert said[-len(CHAIN) :] == reports
         assert "the table" not in said  # a new evaluation has printed it itself
         assert self.run(folder, "quickstart").stdout.splitlines() == ["the table", *reports]
+
+    def test_quickstart_runs_two_stages_at_a_time_with_half_of_the_cores_each(self, folder: Path) -> None:
+        """The stand-ins of rm and dpo wait for each other."""
+        (folder / "threads").touch()
+        done = self.run(folder, "quickstart", "JOBS=2", "CORES=6")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert sorted((folder / "calls").read_text().splitlines()[2:]) == sorted(calls("quickstart", CHAIN, "--resume"))
+        first, *between, last = (folder / "threads").read_text().splitlines()
+        assert (first, last) == ("sft all", "eval all")
+        assert sorted(between) == sorted(f"{name} 3" for name in CHAIN if name not in ("sft", "eval"))
+
+    def test_torch_without_cuda_where_there_is_no_device(self, folder: Path) -> None:
+        """NVIDIA holds what was found of a device; a file `offline` makes the index unreachable."""
+        usual, said = INSTALL.format("dev"), "torch without CUDA: there is no NVIDIA device (TORCH_INDEX= takes the usual one)"
+        small = usual.replace("-c ", "--extra-index-url https://download.pytorch.org/whl/cpu -c ", 1)
+        for device, offline, index, wanted in [
+            ("", False, None, small),
+            ("", True, None, usual),
+            ("/dev/nvidia0", False, None, usual),
+            ("", False, "", usual),
+            ("", False, "https://mine", usual.replace("-c ", "--extra-index-url https://mine -c ", 1)),
+        ]:
+            self.change(folder / "constraints.txt")
+            (folder / "offline").touch() if offline else (folder / "offline").unlink(missing_ok=True)
+            done = self.run(folder, "quickstart", f"NVIDIA={device}", index=index)
+            installs = [line for line in (folder / "calls").read_text().splitlines() if "pip install" in line]
+            assert (done.stderr, installs, said in done.stdout.splitlines()) == ("", [wanted], wanted == small)
 
     def test_a_recipe_outside_the_quickstart_has_a_target(self, folder: Path) -> None:
         self.make(folder, "quickstart")
