@@ -58,6 +58,20 @@ class Lora:
     merge_parent: bool = key(False, "merge the parent's adapter into the base when its settings differ")
 
 
+RowFormat = Literal[
+    "auto",
+    "messages",
+    "prompt-completion",
+    "text",
+    "preference",
+    "hh",
+    "ranked",
+    "unpaired",
+    "prompt",
+]
+"""The names of data/formats.FORMATS, and auto: the one that the rows have."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of a file, a folder or the hub."""
@@ -65,9 +79,7 @@ class Rows:
     path: str = key(help="hub id, .jsonl[.gz] | .json | .csv | .parquet file, glob or folder", path=True)
     name: str | None = key(None, "hub configuration (data_dir included)")
     split: str = key("train", "hub split")
-    format: Literal["auto", "messages", "prompt-completion", "text", "preference", "hh", "ranked", "unpaired", "prompt"] = key(
-        "auto", "row format"
-    )
+    format: RowFormat = key("auto", "row format")
     columns: dict[str, str] = key({}, "ours: theirs")
     limit: int | None = key(None, "first N rows after a seeded shuffle", low=1)
 

@@ -123,8 +123,15 @@ class TrainRmRecipe(TrainingRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DirectRecipe(TrainingRecipe):
+class ReferenceRecipe(TrainingRecipe):
     """The keys of every stage that compares the policy with a reference."""
+
+    reference: PolicyReference = field(default_factory=PolicyReference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectRecipe(ReferenceRecipe):
+    """The keys of every stage that learns from preferences, of its data or of a reward."""
 
     reference: Reference = field(default_factory=Reference)
     rollout: OnlineSampling | None = key(None, "draw the responses from the policy while it trains, and rank them by `reward`")
@@ -141,15 +148,16 @@ class DirectRecipe(TrainingRecipe):
         return self.reward or [], self.gold or []
 
 
+DpoLoss = Dpo | Robust | Hinge | Squared | Slic | Simpo | Orpo | Odpo | CalDpo | Rebel | Bco | PlackettLuce
+
+
 @dataclass(frozen=True, kw_only=True)
 class DpoRecipe(DirectRecipe):
     """`rlhf dpo`."""
 
     stage: ClassVar[str] = "dpo"
 
-    objective: Dpo | Robust | Hinge | Squared | Slic | Simpo | Orpo | Odpo | CalDpo | Rebel | Bco | PlackettLuce = field(
-        default_factory=Dpo
-    )
+    objective: DpoLoss = field(default_factory=Dpo)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,13 +179,12 @@ class KtoRecipe(DirectRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoRecipe(TrainingRecipe):
+class PpoRecipe(ReferenceRecipe):
     """`rlhf ppo`."""
 
     stage: ClassVar[str] = "ppo"
 
     objective: Ppo | Reinforce | Rloo | Grpo | Bandit = field(default_factory=Ppo)
-    reference: PolicyReference = field(default_factory=PolicyReference)
     rollout: PolicySampling = field(default_factory=PolicySampling)
     reward: list[Reward] = key(help="a list of terms: {model: …} or {function: file.py:name}")
     reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")

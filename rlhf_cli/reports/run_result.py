@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rlhf_cli.evaluation.agreement import Card
 from rlhf_cli.files import read_json
+from rlhf_cli.recipe.rewards import KINDS
 from rlhf_cli.runs.folder import RunFolder, read_metrics
 from rlhf_cli.runs.manifest import BaseModel, Parent
 
@@ -133,8 +134,8 @@ class Used:
     """A reference, or a term of the reward or of gold, that the run did not start from."""
 
     role: Literal["reference", "reward", "gold"]
-    what: str  # a model, or a function
-    identity: str  # hash of its weights, or of its code
+    what: str  # a model, a function
+    identity: str  # hash of its weights, or of its code; empty where it is all in its name
     is_model: bool
 
 
@@ -206,8 +207,9 @@ def _lineage(manifest: Mapping[str, Any]) -> Lineage:
     roles: tuple[Literal["reward", "gold"], ...] = ("reward", "gold")
     for role in roles:
         for term in manifest.get(role, ()):
-            identity = term.get("adapter") or term.get("base") or term["hash"]
-            used.append(Used(role, term.get("model") or term["function"], identity, "model" in term))
+            what = next(term[kind] for kind in KINDS if kind in term)
+            identity = term.get("adapter") or term.get("base") or term.get("hash") or ""
+            used.append(Used(role, what, identity, "model" in term))
     return Lineage(
         base=BaseModel(**manifest["base_model"]),
         parents=tuple(Parent(**parent) for parent in manifest["parents"]),

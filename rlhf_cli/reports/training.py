@@ -239,7 +239,8 @@ def _lineage(result: RunResult) -> Iterator[Block]:
     lines = [f"base model `{base.path}`{revision}, weights {base.weights_hash}"]
     lines += [f"earlier run `{parent.path}`, manifest {parent.manifest_hash}" for parent in lineage.parents]
     for each in lineage.used:
-        lines.append(f"{each.role} `{each.what}`, {'weights ' if each.role == 'reference' else ''}{each.identity}")
+        identity = f", {'weights ' if each.role == 'reference' else ''}{each.identity}" if each.identity else ""
+        lines.append(f"{each.role} `{each.what}`{identity}")
     lines.append(f"seed {lineage.seed}" + (f", git commit {lineage.git_commit}" if lineage.git_commit else ""))
     lines.append(", ".join(f"{name} {version}" for name, version in lineage.versions.items()))
     yield Items(tuple(lines))

@@ -50,7 +50,7 @@ def find_reference(job: TrainingJob, check: bool, *, needed: bool = True) -> Ref
     Raises:
         UsageError: it cannot be told what it names, its base has changed, or its tokenizer is another one.
     """
-    assert isinstance(job.recipe, recipes.DirectRecipe | recipes.PpoRecipe)
+    assert isinstance(job.recipe, recipes.ReferenceRecipe)
     path, place = job.recipe.reference.model, job.loaded.named("reference.model")
     if not needed:
         return None

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rlhf_cli.data.formats import COMPARISONS, LABELS
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.objectives.base import Objective
@@ -54,7 +55,7 @@ UNPAIRED_KINDS: dict[str, Any] = {"kto": Kto(beta=0.3, lambda_u=1.5), "unpaired 
 ALL: dict[str, Objective] = PAIR_KINDS | REWARD_KINDS | UNPAIRED_KINDS
 
 assert {type(objective) for objective in ALL.values()} == {
-    kind for name, stage in TRAINING_STAGES.items() if name not in ("sft", "ppo") for kind in stage.objectives
+    kind for stage in TRAINING_STAGES.values() if stage.rows in (COMPARISONS, LABELS) for kind in stage.objectives
 }
 
 SHAPE = [[2, 3], [4, 1, 2], [1, 1], [3, 2], [2, 5, 1, 3]]
