@@ -26,10 +26,10 @@ class Interval(NamedTuple):
         return cls(entry[key], entry["low"], entry["high"])
 
 
-def figure(value: float, sign: str = "") -> str:
+def short(value: float, sign: str = "") -> str:
     """A number that stands alone: four digits; rounding noise is 0.
 
-    >>> figure(0.123456), figure(-3e-9), figure(2.0, "+")
+    >>> short(0.123456), short(-3e-9), short(2.0, "+")
     ('0.1235', '0', '+2')
     """
     return f"{value:{sign}.4g}" if abs(value) >= NOISE else "0"
@@ -117,13 +117,13 @@ def percent_with_interval(own: Interval) -> str:
     return f"{percent(own.mean)} ({100 * own.low:.1f} to {percent(own.high)})"
 
 
-def count(number: int, what: str) -> str:
+def count(amount: int, what: str) -> str:
     """How many of what.
 
     >>> count(1, "step"), count(1200, "step")
     ('1 step', '1,200 steps')
     """
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    return f"{amount:,} {what}{'' if amount == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

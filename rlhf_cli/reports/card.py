@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf_cli.evaluation.agreement import Agreement, Card, Rate
-from rlhf_cli.figures import Interval, percent
+from rlhf_cli.figures import Interval, percent, short
 from rlhf_cli.reports.document import Block, Column, Finding, Paragraph, Picture, Section, Table
 
 
@@ -19,8 +19,8 @@ def model_card(card: Card, pictures: list[Picture]) -> Section:
         blocks.append(Finding("warning", "No pairs were held out: how well it judges is not known.", said))
     blocks.append(
         Paragraph(
-            f"Scores of {card.score_responses:,} training responses have mean {card.score_mean:.4g} and standard deviation "
-            f"{card.score_std:.4g}. Only scores of one prompt's responses compare: the preferences say nothing of the rest."
+            f"Scores of {card.score_responses:,} training responses have mean {short(card.score_mean)} and standard deviation "
+            f"{short(card.score_std)}. Only scores of one prompt's responses compare: the preferences say nothing of the rest."
         )
     )
     return Section("card", "Model card", tuple(blocks))

@@ -175,7 +175,7 @@ def _preference_row(name: str, agreed: Agreed) -> tuple[Cell, ...]:
         own.rate.accuracy if own.rate else "no pairs",
         length.accuracy if length else "",
         length.lead if length else "",
-        *(f"{number:,}" for number in (own.pairs, own.prompts, own.ties)),
+        *(f"{each:,}" for each in (own.pairs, own.prompts, own.ties)),
         "" if own.ece is None else f"{own.ece:.3f}",
         "" if own.confidence is None else f"{own.confidence:.3f}",
     )
@@ -220,7 +220,7 @@ def _side_by_side(result: EvaluationResult, samples: Sequence[Sample]) -> list[B
 
 def _examples(about: About, own: Mapping[Place, Sample], base: Mapping[Place, Sample] | None) -> tuple[Example, ...]:
     if base is None or own is base:
-        first = [sample for (_, number), sample in sorted(own.items()) if number == 0][: 2 * EXAMPLES]
+        first = [sample for (_, at), sample in sorted(own.items()) if at == 0][: 2 * EXAMPLES]
         return tuple(Example(_prompt(sample), (_response(sample),)) for sample in first)
     pairs = [(own[key], base[key]) for key in sorted(own) if key in base and own[key].response != base[key].response]
     gains = [_gain(mine, theirs, about) for mine, theirs in pairs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from rlhf_cli.figures import NOISE, figure, percent
+from rlhf_cli.figures import NOISE, percent, short
 from rlhf_cli.reports.document import Finding
 from rlhf_cli.reports.run_result import Ends, History, window
 
@@ -37,7 +37,7 @@ def _score(history: History) -> Iterator[Finding]:
     if not known:
         yield Finding("note", "", "Too few steps to say how the score moved.")
         return
-    said = " and ".join(f"from {figure(first)} to {figure(last)} on {where} prompts" for where, (first, last) in known.items())
+    said = " and ".join(f"from {short(first)} to {short(last)} on {where} prompts" for where, (first, last) in known.items())
     rose = [last > first for first, last in known.values()]
     if all(rose):
         yield Finding("better", "", f"The score rose {said}.")
@@ -52,7 +52,7 @@ def _score(history: History) -> Iterator[Finding]:
 
 def _distance(history: History) -> Iterator[Finding]:
     if kl := history.moved("objective/kl"):
-        said = f"The policy is {figure(kl[1])} nats a response from its reference (KL, on its own responses)."
+        said = f"The policy is {short(kl[1])} nats a response from its reference (KL, on its own responses)."
         yield Finding("note", "", said)
 
 
@@ -68,7 +68,7 @@ def _yardstick(history: History) -> Iterator[Finding]:
         return
     if kl and kl[1] > KL_HIGH and length and abs(length[1] - length[0]) > LENGTH_MOVED * length[0]:
         said = (
-            f"the policy moved {figure(kl[1])} nats away, and {_lengths(length)}. Nothing "
+            f"the policy moved {short(kl[1])} nats away, and {_lengths(length)}. Nothing "
             "measured whether it is better by another yardstick: add `gold:`, and read the samples."
         )
         yield Finding("warning", "This may be reward hacking:", said)
@@ -79,11 +79,11 @@ def _yardstick(history: History) -> Iterator[Finding]:
 
 def _gold(history: History, name: str, gold: Ends) -> Finding:
     score, kl, length = map(history.moved, ("objective/scores", "objective/kl", "response/length"))
-    said = f"`{name}`, which nothing was trained on, went from {figure(gold[0])} to {figure(gold[1])}"
+    said = f"`{name}`, which nothing was trained on, went from {short(gold[0])} to {short(gold[1])}"
     fell = gold[0] - gold[1] > GOLD_FELL * max(map(abs, gold))
     if not (fell and score and kl and score[1] > score[0] and kl[1] > kl[0]):
         return Finding("better" if gold[1] > gold[0] else "note", "", f"{said}.")
-    how = f"the score rose and the policy moved {figure(kl[1])} nats away"
+    how = f"the score rose and the policy moved {short(kl[1])} nats away"
     if length and length[1] > length[0]:
         how += f", {_lengths(length)}"
     return Finding(
@@ -103,7 +103,7 @@ def _peak(history: History, name: str) -> Iterator[Finding]:
     gained, lost = best[name] - lines[0][name], best[name] - lines[-1][name]
     if gained > NOISE and lost > GOLD_LOST * gained:
         keep = f"`train.keep_best: {{metric: {name}, mode: max}}` keeps that checkpoint"
-        yield Finding("open", "", f"`{name}` was highest after step {best['step']} ({figure(best[name])}): {keep}.")
+        yield Finding("open", "", f"`{name}` was highest after step {best['step']} ({short(best[name])}): {keep}.")
 
 
 def _lengths(length: Ends) -> str:
@@ -118,7 +118,7 @@ def _collapse(history: History) -> Iterator[Finding]:
     first, last = (nats / tokens for nats, tokens in zip(of_response, length, strict=True))
     if first > NOISE and last < (1 - COLLAPSE) * first:
         said = (
-            f"the entropy fell from {figure(first)} to {figure(last)} nats a token "
+            f"the entropy fell from {short(first)} to {short(last)} nats a token "
             f"({percent(last / first - 1, '+')}), so that each prompt has nearly one response: "
             f"{CLOSER}, or lower `train.learning_rate`."
         )
@@ -138,7 +138,7 @@ def _value(history: History) -> Iterator[Finding]:
     explained = history.in_training("value/explained_variance")
     if explained and explained[1] < 0:
         said = (
-            f"at the end its explained variance is {figure(explained[1])}, worse than one number "
+            f"at the end its explained variance is {short(explained[1])}, worse than one number "
             "for all. Raise `value.learning_rate`, or use a kind without values (rloo, grpo)."
         )
         yield Finding("warning", "The value was not learned:", said)

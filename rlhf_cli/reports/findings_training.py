@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf_cli.evaluation.intervals import wilson
-from rlhf_cli.figures import figure, percent
+from rlhf_cli.figures import percent, short
 from rlhf_cli.reports.document import Finding
 from rlhf_cli.reports.run_result import Ends, History, TrainingSample, ends, window
 
@@ -31,9 +31,9 @@ def _training_loss(history: History) -> Iterator[Finding]:
     size = window(len(train))
     over = f" (means of the first and the last {size} steps)" if size > 1 else ""
     if last < first:
-        yield Finding("better", "", f"Training loss fell from {first:.4g} to {last:.4g}{over}.")
+        yield Finding("better", "", f"Training loss fell from {short(first)} to {short(last)}{over}.")
     else:
-        said = f"{first:.4g} at the start, {last:.4g} at the end{over}. Is the learning rate right? Is the run too short?"
+        said = f"{short(first)} at the start, {short(last)} at the end{over}. Is the learning rate right? Is the run too short?"
         yield Finding("warning", "Training loss did not fall:", said)
 
 
@@ -46,9 +46,13 @@ def _held_out_loss(history: History) -> Iterator[Finding]:
         return
     first, last = held_out[0]["loss"], held_out[-1]["loss"]
     if len(held_out) == 1:
-        yield Finding("note", "", f"Held-out loss was measured once, after step {held_out[0]['step']}: {last:.4g}.")
+        yield Finding("note", "", f"Held-out loss was measured once, after step {held_out[0]['step']}: {short(last)}.")
         return
-    moved = f"from {first:.4g} to {last:.4g}, {percent((last - first) / abs(first), '+')}" if first else f"from 0 to {last:.4g}"
+    moved = (
+        f"from {short(first)} to {short(last)}, {percent((last - first) / abs(first), '+')}"
+        if first
+        else f"from 0 to {short(last)}"
+    )
     if last < first:
         yield Finding("better", "", f"Held-out loss fell {moved}: the model is better on rows it has not seen.")
     else:
@@ -58,8 +62,8 @@ def _held_out_loss(history: History) -> Iterator[Finding]:
     since = _loss_since(history, best["step"])
     if last - best["loss"] > (RISE - 1) * abs(best["loss"]) and since and since[1] < since[0]:
         said = (
-            f"held-out loss was lowest after step {best['step']} ({best['loss']:.4g}) and rose to {last:.4g}, "
-            f"while training loss fell from {since[0]:.4g} to {since[1]:.4g}. Train for fewer steps, "
+            f"held-out loss was lowest after step {best['step']} ({short(best['loss'])}) and rose to {short(last)}, "
+            f"while training loss fell from {short(since[0])} to {short(since[1])}. Train for fewer steps, "
             "or keep the best checkpoint with `train.keep_best: {metric: loss, mode: min}`."
         )
         yield Finding("warning", "Overfitting:", said)
@@ -100,7 +104,9 @@ def _accuracy(share: float, where: str, rows: int) -> Finding:
 
 
 def _classes(desirable: float, undesirable: float, where: str) -> Finding:
-    said = f"the mean implicit reward of {where} desirable responses is {desirable:.4g}, of undesirable ones {undesirable:.4g}"
+    said = (
+        f"the mean implicit reward of {where} desirable responses is {short(desirable)}, of undesirable ones {short(undesirable)}"
+    )
     if desirable > undesirable:
         return Finding("better", "", f"At the end {said}.")
     return Finding("warning", "The policy does not tell desirable from undesirable responses:", f"at the end {said}.")
@@ -110,25 +116,25 @@ def _displacement(classes: tuple[str, str], logps: Ends, margins: Ends, where: s
     (better, worse), (first, last) = classes, logps
     said = f"the log-probability of the {where} {better} responses"
     if last >= first - DISPLACED * abs(first):
-        return Finding("note", "", f"No displacement: {said} went from {first:.4g} to {last:.4g} nats.")
-    fell = f"{said} fell by {first - last:.4g} nats, from {first:.4g} to {last:.4g}"
+        return Finding("note", "", f"No displacement: {said} went from {short(first)} to {short(last)} nats.")
+    fell = f"{said} fell by {short(first - last)} nats, from {short(first)} to {short(last)}"
     if margins[1] <= margins[0]:
         return Finding("warning", f"The {better} responses became less likely:", f"{fell}, and the margin did not grow.")
     hold = ", `objective.sft_weight` holds the chosen responses up" if better == "chosen" else ""
     return Finding(
         "warning",
         "Displacement:",
-        f"{fell}, although the margin grew from {figure(margins[0])} to {figure(margins[1])}. The policy tells "
+        f"{fell}, although the margin grew from {short(margins[0])} to {short(margins[1])}. The policy tells "
         f"the responses apart by making the {worse} ones unlikely, and what both lost went to responses that nobody has judged. "
         f"Read the samples; a lower learning rate or fewer steps limit it{hold}.",
     )
 
 
 def _distance_to_target(reached: float, target: float, where: str) -> Finding:
-    said = f"The mean difference that IPO compares is {reached:.4g} on {where} pairs, its target {target:.4g}"
+    said = f"The mean difference that IPO compares is {short(reached)} on {where} pairs, its target {short(target)}"
     if reached > target:
-        return Finding("note", "", f"{said}: {reached - target:.4g} beyond it.")
-    return Finding("note", "", f"{said}: {target - reached:.4g} short of it, {percent(reached / target)} of the way.")
+        return Finding("note", "", f"{said}: {short(reached - target)} beyond it.")
+    return Finding("note", "", f"{said}: {short(target - reached)} short of it, {percent(reached / target)} of the way.")
 
 
 def _saturation(share: float, where: str) -> Finding:

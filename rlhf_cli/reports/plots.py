@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.evaluation.agreement import Bin, Histogram
+from rlhf_cli.figures import short
 from rlhf_cli.files import disk_error, write_atomic
 from rlhf_cli.reports.document import Picture
 
@@ -77,5 +78,5 @@ def margins_picture(margins: Histogram, judge: str, file: str) -> Picture:
     colours = [TRAIN if low >= 0 else HELD_OUT for low in edges[:-1]]
     axes.bar(edges[:-1], margins.counts, width=edges[1] - edges[0], align="edge", color=colours, edgecolor="white")
     axes.axvline(0, color="#444444", linewidth=1.0)
-    alt = f"Histogram of {judge}'s margins between the better and the worse response; mean {margins.mean:.4g}."
+    alt = f"Histogram of {judge}'s margins between the better and the worse response; mean {short(margins.mean)}."
     return Picture(f"Margins of {judge}", file, alt, png(figure))

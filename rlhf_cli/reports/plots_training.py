@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rlhf_cli.figures import figure as digits
+from rlhf_cli.figures import short
 from rlhf_cli.metrics import Metric, Plot, in_order
 from rlhf_cli.reports.document import Picture
 from rlhf_cli.reports.plots import CHOSEN, HELD_OUT, REJECTED, TRAIN, canvases, margins_picture, png, reliability_picture, save
@@ -106,7 +106,7 @@ def _picture(file: str, title: str, plot: Plot, curves: list[Curve]) -> Picture:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(curves) > 1 or curves[0].smoothed:
         axes.legend(frameon=False)
-    shown = (f"{curve.label} from {digits(curve.values[0])} to {digits(curve.values[-1])}" for curve in curves)
+    shown = (f"{curve.label} from {short(curve.values[0])} to {short(curve.values[-1])}" for curve in curves)
     return Picture(title, f"{file}.png", f"{title} over the steps, in {plot.unit}: {'; '.join(shown)}.", png(figure))
 
 

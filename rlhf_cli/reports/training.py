@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.figures import NOISE, count, duration, figure, percent
+from rlhf_cli.figures import NOISE, count, duration, percent, short
 from rlhf_cli.metrics import in_order
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.reports.card import model_card
@@ -93,7 +93,7 @@ def _table_of_online(result: RunResult) -> Iterator[Table]:
     for row, name in in_order(result.history.names - {"loss"}):
         both = result.history.in_training(name), result.history.on_held_out(name)
         if row.label and any(both):
-            rows.append((row.labelled(name), *(text for own in both for text in (map(figure, own) if own else ("", "")))))
+            rows.append((row.labelled(name), *(text for own in both for text in (map(short, own) if own else ("", "")))))
     heads = ("metric", "training, start", "training, end", "held-out, start", "held-out, end")
     if rows:
         yield Table("From the first steps to the last", tuple(map(Column, heads)), tuple(rows))
@@ -116,8 +116,8 @@ def _change(name: str, own: Ends) -> tuple[str, ...]:
     first, last = own
     # Of a quantity that may be 0 or negative, a share says nothing.
     shares = name.endswith(("loss", "perplexity")) and first > NOISE and last > 0
-    change = percent((last - first) / first, "+") if shares else figure(last - first, "+")
-    return name, figure(first), figure(last), change
+    change = percent((last - first) / first, "+") if shares else short(last - first, "+")
+    return name, short(first), short(last), change
 
 
 def _samples(result: RunResult) -> Iterator[Block]:
