@@ -92,9 +92,7 @@ METRICS: tuple[Metric, ...] = (
         progress="{name} {:.3f}",
         plot=Plot("gold", "Gold reward", "score"),
         column=Column(
-            "Gold",
-            "Reward",
-            "what people really want, where it can be computed; before its weight; mean over the responses",
+            "Gold", "Reward", "what people really want, where it can be computed; before its weight; mean over the responses"
         ),
     ),
     Metric(
@@ -113,13 +111,7 @@ METRICS: tuple[Metric, ...] = (
         "objective/kl_per_token",
         column=Column("KL per token", "Distance", "the same, summed over all responses and divided by their tokens"),
     ),
-    Metric(
-        "objective/entropy",
-        "entropy",
-        NATS,
-        progress="entropy {:.3f}",
-        plot=Plot("entropy", "Entropy", NATS),
-    ),
+    Metric("objective/entropy", "entropy", NATS, progress="entropy {:.3f}", plot=Plot("entropy", "Entropy", NATS)),
     Metric(
         "response/length",
         "length of a response",
@@ -141,9 +133,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "response/distinct_2",
         column=Column(
-            "Distinct pairs",
-            "Form",
-            "the same of neighbouring pairs of words; compare only at equal numbers of responses",
+            "Distinct pairs", "Form", "the same of neighbouring pairs of words; compare only at equal numbers of responses"
         ),
     ),
     Metric(
@@ -168,9 +158,7 @@ METRICS: tuple[Metric, ...] = (
         progress="perplexity {:.4g}",
         held_out_only=True,
         column=Column(
-            "Perplexity",
-            "Distance",
-            "e to the mean negative log-likelihood of a token of the texts' responses; lower is better",
+            "Perplexity", "Distance", "e to the mean negative log-likelihood of a token of the texts' responses; lower is better"
         ),
     ),
     Metric("token_accuracy", "token accuracy", progress="accuracy {:.3f}", held_out_only=True),
@@ -203,9 +191,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("grad_norm/value"),
     Metric("tokens"),
     Metric(
-        "tokens_per_second",
-        progress="{:,.0f} tok/s",
-        plot=Plot("tokens_per_second", "Speed", "tokens per second", of_step=True),
+        "tokens_per_second", progress="{:,.0f} tok/s", plot=Plot("tokens_per_second", "Speed", "tokens per second", of_step=True)
     ),
     Metric("epoch"),
     Metric("time/rollout"),

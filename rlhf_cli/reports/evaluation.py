@@ -48,10 +48,7 @@ TERMS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "overoptimisation": (
         ("Proxy", "the score that is optimised; gold is what it stands for"),
-        (
-            "Best of n",
-            "of n responses the best by score, mean over all subsets; its KL is log n − (n − 1)/n, an upper bound",
-        ),
+        ("Best of n", "of n responses the best by score, mean over all subsets; its KL is log n − (n − 1)/n, an upper bound"),
     ),
 }
 """Part of a result → (term, what it is) of all that its tables name."""
