@@ -22,7 +22,7 @@ class StepBatches:
     first: int  # the step that the first of the batches is for
     batches: tuple[list[Tree], ...]
     locations: tuple[list[str], ...]  # file and line of every tree
-    memory: dict[str, float] = field(default_factory=dict)  # the objective's own numbers, as the draw left them
+    memory: dict[str, float] = field(default_factory=dict)  # the objective's own numbers after making them
     given: dict[str, float] = field(default_factory=dict)  # constants of the objective's terms
     metrics: dict[str, float] = field(default_factory=dict)  # of what was drawn; logged with the first step
 
@@ -43,8 +43,8 @@ class DatasetSource:
     _order: object = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        draw = lru_cache(2)(lambda epoch: epoch_order(self.sizes, self.shares, self.seed, epoch, self.shuffle))
-        object.__setattr__(self, "_order", draw)
+        order = lru_cache(2)(lambda epoch: epoch_order(self.sizes, self.shares, self.seed, epoch, self.shuffle))
+        object.__setattr__(self, "_order", order)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from rlhf_cli.data.records import Facts
 
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
-class Recorded(NamedTuple):
-    """What a rollout recorded of each token of a response, before any update; the columns of `Tree.recorded`."""
 
-    old: torch.Tensor  # (N,) log π_old at the rollout's temperature
-    reference: torch.Tensor  # (N,) log π_ref at the rollout's temperature
-    advantage: torch.Tensor  # (N,)
-    value: torch.Tensor  # (N,) V before the token; NaN for kinds without a value
-    target: torch.Tensor  # (N,) what V is to become; NaN where no value is learned
+class Recorded(NamedTuple, Generic[Array]):
+    """What a rollout recorded of each of N tokens, before any update; (N,) float32 each."""
+
+    old: Array  # log π_old at the rollout's temperature
+    reference: Array  # log π_ref at the rollout's temperature
+    advantage: Array
+    value: Array  # V before the token; NaN for kinds without a value
+    target: Array  # what V is to become; NaN where no value is learned
 
 
 class Tree(NamedTuple):
@@ -39,7 +41,7 @@ class Tree(NamedTuple):
     row: int  # index of the record it came from
     facts: Facts = Facts()
     reference: tuple[np.ndarray, ...] | None = None  # the reference's log-probability of every token, as `responses`, float32
-    recorded: tuple[np.ndarray, ...] | None = None  # of every response (T, 5) float32, the columns of Recorded
+    recorded: tuple[Recorded[np.ndarray], ...] | None = None  # of every response's tokens
 
 
 class Piece(NamedTuple):
@@ -86,7 +88,7 @@ class Batch:
     owner: torch.Tensor  # (N,) int64: its response, counted through the pass; earlier turns belong to their tree's first
     last: torch.Tensor  # (M,) int64: flat index of the last token of each of the pass's responses, in the order of `owner`
     reference: torch.Tensor | None  # (N,) float32: the reference's log-probabilities, where the trees bring them
-    recorded: torch.Tensor | None  # (5, N) float32: the rows of Recorded, where the trees bring them
+    recorded: Recorded[torch.Tensor] | None  # of the N tokens, where the trees bring it
     shared: torch.Tensor  # (R,) int64: the first so many tokens of a row begin the prompts of all its trees
     segments: tuple[Segment, ...]
     trees: tuple[int, ...]  # the trees of the pass, as indices into the global batch; their responses follow each other
@@ -98,7 +100,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
         tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if torch.is_tensor(value)}
-        return Batch(**(vars(self) | tensors))
+        recorded = self.recorded and Recorded(*(value.to(device, non_blocking=True) for value in self.recorded))
+        return Batch(**(vars(self) | tensors | {"recorded": recorded}))
 
 
 def tree_length(tree: Tree) -> int:
@@ -198,7 +201,7 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[PackedRow]) -> Batch:
     target: list[np.ndarray] = []
     owner: list[np.ndarray] = []
     reference: list[np.ndarray] = []
-    recorded: list[np.ndarray] = []
+    recorded: list[Recorded[np.ndarray]] = []
     last: list[int] = []
     segments: list[Segment] = []
     numbers = {index: n for n, index in enumerate(dict.fromkeys(p.tree for row in rows for p in row))}
@@ -241,7 +244,7 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[PackedRow]) -> Batch:
                 known = None if tree.reference is None else tree.reference[b][first:]
                 supervise(sources[first:], response[first:], known)
                 if tree.recorded is not None:
-                    recorded.append(tree.recorded[b][first:])
+                    recorded.append(Recorded(*(values[first:] for values in tree.recorded[b])))
                 at += len(response)
                 last.append(r * length + at - 1)
             counts[piece.tree] += len(piece.branches)
@@ -259,7 +262,7 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[PackedRow]) -> Batch:
         owner=_join(owner),
         last=torch.tensor(last),
         reference=torch.from_numpy(np.concatenate(reference)) if reference else None,
-        recorded=torch.from_numpy(np.concatenate(recorded).T.copy()) if recorded else None,
+        recorded=Recorded(*(torch.from_numpy(np.concatenate(own)) for own in zip(*recorded, strict=True))) if recorded else None,
         shared=torch.tensor(shares),
         segments=tuple(segments),
         trees=tuple(numbers),

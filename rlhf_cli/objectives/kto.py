@@ -61,7 +61,7 @@ class Kto(UnpairedObjective):
             return {"kl": (read_responses(backbone, batch, self.reference).logratio.sum(), "trees")}
 
     def loss(self, logratio: torch.Tensor, desirable: torch.Tensor, given: Mapping[str, float]) -> torch.Tensor:
-        assert self.lambda_ is None, "call settled() first"
+        assert self.lambda_ is None, "call with_class_counts() first"
         gain = self.beta * (logratio - max(given["kl"], 0.0))
         return self.lambda_d * desirable * (-gain).sigmoid() + self.lambda_u * ~desirable * gain.sigmoid()
 

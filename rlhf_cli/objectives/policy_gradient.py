@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
+    import torch
 
     from rlhf_cli.data.trees import Batch, Recorded, Tree
     from rlhf_cli.models.backbone import Backbone
@@ -83,14 +84,13 @@ class PolicyGradient(Objective):
         """Response tokens, responses and tokens with a value target of the rollout's trees, supervised tokens of the ptx rows."""
         import numpy as np
 
-        from rlhf_cli.data.trees import Recorded, supervised_tokens
+        from rlhf_cli.data.trees import supervised_tokens
 
         drawn, ptx = _split(trees)
-        target = Recorded._fields.index("target")
         return {
             "tokens": sum(map(supervised_tokens, drawn)),
             "responses": sum(len(tree.responses) for tree in drawn),
-            "valued": sum(int(np.isfinite(known[:, target]).sum()) for tree in drawn for known in tree.recorded or ()),
+            "valued": sum(int(np.isfinite(known.target).sum()) for tree in drawn for known in tree.recorded or ()),
             "ptx_tokens": sum(map(supervised_tokens, ptx)),
         }
 
@@ -196,9 +196,9 @@ def _split(trees: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:
     return [tree for tree in trees if tree.recorded is not None], [tree for tree in trees if tree.recorded is None]
 
 
-def _recorded(batch: Batch) -> Recorded:
+def _recorded(batch: Batch) -> Recorded[torch.Tensor]:
     """What the rollout recorded of a pass's tokens, float64."""
     from rlhf_cli.data.trees import Recorded
 
     assert batch.recorded is not None
-    return Recorded(*batch.recorded.double())
+    return Recorded(*(values.double() for values in batch.recorded))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,16 @@ from rlhf_cli.rollout.rewards import Answers, Scorer, combine
 from rlhf_cli.signals import Pause, no_pause
 
 T = TypeVar("T")
+
+
+class TokenFigures(NamedTuple):
+    """What the roles make of N response tokens; (N,) float64 each."""
+
+    old: np.ndarray  # log π at the rollout's temperature
+    reference: np.ndarray  # log π_ref at the rollout's temperature
+    plain: np.ndarray  # log π at temperature 1
+    plain_reference: np.ndarray  # log π_ref at temperature 1
+    value: np.ndarray  # V before the token; NaN where no value is asked for
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class Sampler:
         tokens = together(self.ranks, lambda: self._tokens(trees, values))
         found = _merge(self.ranks.gather(dict(zip(share, zip(trees, own, worth, tokens, strict=True), strict=True))))
         whole = np.concatenate([scores for _, _, scores, _ in found], 1)
-        old, reference, plain, plain_reference, value = np.concatenate([numbers for *_, numbers in found], 1)
+        known = TokenFigures(*(np.concatenate(own) for own in zip(*(figures for *_, figures in found), strict=True)))
         names, gold = [term.name for term in self.terms], [term.name for term in self.gold]
         scores, gold_scores = whole[: len(names)], whole[len(names) :]
         ended = np.array([response.ended for _, responses, _, _ in found for response in responses])
@@ -123,11 +133,11 @@ class Sampler:
             terms=dict(zip(names, scores, strict=True)),
             gold=dict(zip(gold, gold_scores, strict=True)),
             scores=combine(weighted, self.combine) - self.settings.missing_eos_penalty * ~ended,
-            old=old,
-            reference=reference,
-            plain=plain,
-            plain_reference=plain_reference,
-            values=value if values else None,
+            old=known.old,
+            reference=known.reference,
+            plain=known.plain,
+            plain_reference=known.plain_reference,
+            values=known.value if values else None,
             seconds={"rollout": drawn_at - started, "score": time.monotonic() - drawn_at},
         )
 
@@ -168,27 +178,23 @@ class Sampler:
         scores = np.array([term.score(answers) for term in (*self.terms, *self.gold)], np.float64).reshape(-1, ends[-1])
         return np.split(scores, ends[:-1], 1)
 
-    def _tokens(self, trees: list[Tree], values: bool) -> list[np.ndarray]:
-        """(5, n) of every tree's response tokens: `old`, `reference`, `plain`, `plain_reference`, and the value or NaN."""
+    def _tokens(self, trees: list[Tree], values: bool) -> list[TokenFigures]:
+        """Of the response tokens of every tree."""
         warm = self.settings.temperature
 
-        def logps(role: str) -> Callable[[Backbone, Batch], tuple[torch.Tensor, ...]]:
-            return lambda host, batch: host.tempered_logps(role, batch, (warm, 1.0))[0]
+        def read(role: str) -> list[np.ndarray]:
+            def rows(host: Backbone, batch: Batch) -> tuple[torch.Tensor, ...]:
+                return (host.values(role, batch),) if role == "value" else host.tempered_logps(role, batch, (warm, 1.0))[0]
 
-        def per_tree(host: Backbone, read: Callable[[Backbone, Batch], tuple[torch.Tensor, ...]]) -> list[np.ndarray]:
-            found = token_figures(host, trees, self.budget, read, self.pause)
+            found = token_figures(self.backbone.at(role), trees, self.budget, rows, self.pause)
             return [np.concatenate(responses, 1) for responses in found]
 
-        policy = per_tree(self.backbone, logps("policy"))
-        reference = [np.full_like(part, np.nan) for part in policy]
-        if self.compared:
-            reference = per_tree(self.backbone.at("reference"), logps("reference"))
-        value = [np.full((1, part.shape[1]), np.nan) for part in policy]
-        if values:
-            value = per_tree(self.backbone.at("value"), lambda own, batch: (own.values("value", batch),))
+        policy = read("policy")
+        unknown = [np.full_like(part, np.nan) for part in policy]
+        reference, value = read("reference") if self.compared else unknown, read("value") if values else unknown
         return [
-            np.concatenate([mine[:1], theirs[:1], mine[1:], theirs[1:], worth])
-            for mine, theirs, worth in zip(policy, reference, value, strict=True)
+            TokenFigures(old=own[0], reference=other[0], plain=own[1], plain_reference=other[1], value=worth[0])
+            for own, other, worth in zip(policy, reference, value, strict=True)
         ]
 
 
@@ -199,20 +205,20 @@ def _merge(shares: list[dict[int, T]]) -> list[T]:
 
 def together(ranks: Ranks, work: Callable[[], T]) -> T:
     """`work` on this rank; what it raises on any rank ends the run on all, in order."""
-    fault: RunError | None = None
+    error: RunError | None = None
     result: T | None = None
     try:
         result = work()
     except Stopped:
         raise
-    except RunError as error:
-        fault = error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except RunError as own:
+        error = own
+    except (RuntimeError, MemoryError) as own:
+        if not is_out_of_memory(own):
             raise
         advice = "set tokens_per_device lower, or draw fewer or shorter responses, then --resume"
-        fault = MachineError(f"out of memory while responses were drawn and judged; {advice}")
-    for found in ranks.gather(fault and (type(fault), str(fault))):
+        error = MachineError(f"out of memory while responses were drawn and judged; {advice}")
+    for found in ranks.gather(error and (type(error), str(error))):
         if found is not None:
-            raise found[0](found[1]) from fault
+            raise found[0](found[1]) from error
     return result  # type: ignore[return-value]

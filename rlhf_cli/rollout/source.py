@@ -10,9 +10,9 @@ import numpy as np
 from rlhf_cli import sections
 from rlhf_cli.data.batches import DatasetSource, StepBatches, derive_seed
 from rlhf_cli.data.records import Facts
-from rlhf_cli.data.trees import Tree
+from rlhf_cli.data.trees import Recorded, Tree
 from rlhf_cli.objectives.kl import next_coef
-from rlhf_cli.objectives.policy_gradient import PolicyGradient
+from rlhf_cli.objectives.policy_gradient import Advantages, PolicyGradient
 from rlhf_cli.rollout.experience import Rollout, Sampler, together
 
 KL_COEF = "kl_coef"
@@ -73,21 +73,21 @@ class PolicySource:
         rollout = self.sampler.rollout(prompts, seed, values=self.objective.values)
         coef = memory.get(KL_COEF, self.kl.coef)
         experience = rollout.experience
-        lesson = self.objective.estimate_advantages(experience, coef if self.kl.estimator == "k1" else 0.0, memory)
+        advantages = self.objective.estimate_advantages(experience, coef if self.kl.estimator == "k1" else 0.0, memory)
         figures = rollout.figures(coef)
         metrics = {
             **figures,
             "kl_coef": coef,
-            **lesson.metrics,
+            **advantages.metrics,
             **{f"time/{name}": seconds for name, seconds in rollout.seconds.items()},
         }
-        after = dict(lesson.memory)
+        after = dict(advantages.memory)
         if self.kl.target is not None:
             after[KL_COEF] = next_coef(coef, figures["objective/kl"], self.kl.target, self.kl.horizon, len(rollout.ended))
         given = {"temperature": self.sampler.settings.temperature}
         if self.kl.estimator != "k1":
             given[f"{self.kl.estimator}_coef"] = coef
-        trees, locations = _recorded(rollout, lesson.advantages, lesson.targets), self.prompts.locations(step)
+        trees, locations = with_recorded(rollout, advantages), self.prompts.locations(step)
         if self.ptx is not None:
             given["ptx_coef"] = self.ptx_coef
             offset = len(self.sampler.records)
@@ -96,13 +96,18 @@ class PolicySource:
         return StepBatches(step, (trees,), (locations,), after, given, metrics)
 
 
-def _recorded(rollout: Rollout, advantages: np.ndarray, targets: np.ndarray | None) -> list[Tree]:
-    """The trees with the columns of `Recorded` for every token."""
-    unknown = np.full(len(rollout.old), np.nan)
-    values = unknown if rollout.values is None else rollout.values
-    columns = [rollout.old, rollout.reference, advantages, values, unknown if targets is None else targets]
-    parts = iter(np.split(np.stack(columns, 1).astype(np.float32), np.cumsum(rollout.lengths)[:-1]))
-    return [tree._replace(recorded=tuple(next(parts) for _ in tree.responses)) for tree in rollout.trees]
+def with_recorded(rollout: Rollout, advantages: Advantages) -> list[Tree]:
+    """The trees with what is known of every token of their responses."""
+    unknown, ends = np.full(len(rollout.old), np.nan), np.cumsum(rollout.lengths)[:-1]
+    known = Recorded(
+        old=rollout.old,
+        reference=rollout.reference,
+        advantage=advantages.advantages,
+        value=unknown if rollout.values is None else rollout.values,
+        target=unknown if advantages.targets is None else advantages.targets,
+    )
+    parts = zip(*(np.split(values.astype(np.float32), ends) for values in known), strict=True)
+    return [tree._replace(recorded=tuple(Recorded(*next(parts)) for _ in tree.responses)) for tree in rollout.trees]
 
 
 Shape = Callable[[list[Tree], int], list[Tree]]

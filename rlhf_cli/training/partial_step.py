@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_cli.data.batches import StepBatches
 from rlhf_cli.data.records import Facts
-from rlhf_cli.data.trees import Tree
+from rlhf_cli.data.trees import Recorded, Tree
 from rlhf_cli.files import read_json, write_json
 from rlhf_cli.training.step import Sums
 
@@ -80,6 +80,7 @@ class _Arrays:
     def add(self, tree: Tree) -> dict[str, Any]:
         """The tree as JSON, its arrays by their numbers."""
         fields = tree._asdict()
+        fields["recorded"] = tree.recorded and [np.stack(known, 1) for known in tree.recorded]
         parts = {name: fields[name] and [self.one(array) for array in fields[name]] for name in PARTS}
         prompt = {"prompt": self.one(tree.prompt), "supervised": self.one(tree.supervised)}
         return {**prompt, **parts, "row": tree.row, "facts": tree.facts._asdict()}
@@ -87,5 +88,6 @@ class _Arrays:
 
 def _tree(arrays: Any, saved: dict[str, Any]) -> Tree:
     parts: dict[str, Any] = {name: saved[name] and tuple(arrays[number] for number in saved[name]) for name in PARTS}
+    parts["recorded"] = parts["recorded"] and tuple(Recorded(*known.T.copy()) for known in parts["recorded"])
     facts: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["facts"].items()}
     return Tree(arrays[saved["prompt"]], arrays[saved["supervised"]], row=saved["row"], facts=Facts(**facts), **parts)

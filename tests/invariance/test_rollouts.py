@@ -18,7 +18,7 @@ from rlhf_cli import sections
 from rlhf_cli.data.batches import DatasetSource
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
-from rlhf_cli.data.trees import Recorded, Tree
+from rlhf_cli.data.trees import Tree
 from rlhf_cli.models.backbone import BASE, Backbone, lora_config
 from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.rollout import source
@@ -188,7 +188,7 @@ def test_a_score_stands_on_the_last_token_of_its_response(budget: int) -> None:
     ragged, penalties = set(), []
     for tree, own in zip(draw.batches[0], drawn, strict=True):
         for (ids, ended), known in zip(own, tree.recorded or (), strict=True):
-            old, reference, advantage, value, target = Recorded(*torch.from_numpy(known).double().T)
+            old, reference, advantage, value, target = (torch.from_numpy(values).double() for values in known)
             score = 2 * (10 + len(ids) - ended) - 3 * (not ended)
             penalty = -0.4 * (old - reference)
             rewards = advantage - torch.cat((advantage[1:], torch.zeros(1, dtype=torch.float64)))

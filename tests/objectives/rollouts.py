@@ -35,15 +35,15 @@ def experience(
     )
 
 
-def recorded(trees: Sequence[Tree], seen: Experience, lesson: Advantages) -> list[Tree]:
+def recorded(trees: Sequence[Tree], seen: Experience, advantages: Advantages) -> list[Tree]:
     """The rollout's trees with what was seen and learned of their tokens."""
     unknown = np.full(len(seen.old), np.nan)
     columns = Recorded(
-        old=seen.old,  # type: ignore[arg-type]
-        reference=seen.reference,  # type: ignore[arg-type]
-        advantage=lesson.advantages,  # type: ignore[arg-type]
-        value=unknown if seen.values is None else seen.values,  # type: ignore[arg-type]
-        target=unknown if lesson.targets is None else lesson.targets,  # type: ignore[arg-type]
+        old=seen.old,
+        reference=seen.reference,
+        advantage=advantages.advantages,
+        value=unknown if seen.values is None else seen.values,
+        target=unknown if advantages.targets is None else advantages.targets,
     )
-    rows = iter(np.split(np.stack(columns, axis=1).astype(np.float32), np.cumsum(seen.lengths)[:-1]))
-    return [tree._replace(recorded=tuple(next(rows) for _ in tree.responses)) for tree in trees]
+    parts = zip(*(np.split(values.astype(np.float32), np.cumsum(seen.lengths)[:-1]) for values in columns), strict=True)
+    return [tree._replace(recorded=tuple(Recorded(*next(parts)) for _ in tree.responses)) for tree in trees]

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_cli.data.batches import StepBatches
 from rlhf_cli.data.records import Facts
-from rlhf_cli.data.trees import Tree
+from rlhf_cli.data.trees import Recorded, Tree
 from rlhf_cli.training.partial_step import PartialStep, load_partial_step, save_partial_step
 from rlhf_cli.training.step import Sums
 
@@ -27,17 +27,21 @@ def _tree(row: int, lengths: tuple[int, ...], **known: Any) -> Tree:
     return Tree(prompt, random.random(len(prompt)) < 0.5, responses, row, **known)
 
 
-def _floats(lengths: tuple[int, ...], *width: int) -> tuple[np.ndarray, ...]:
+def _floats(lengths: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, ...]:
     """Random ones, with a NaN, an infinity and the smallest among them."""
-    random = np.random.default_rng(len(lengths))
-    found = tuple(random.standard_normal((n, *width)).astype(np.float32) for n in lengths)
-    found[0].flat[:3] = np.nan, -np.inf, np.float32(1e-45)
+    random = np.random.default_rng([len(lengths), seed])
+    found = tuple(random.standard_normal(n).astype(np.float32) for n in lengths)
+    found[0][:3] = np.nan, -np.inf, np.float32(1e-45)
     return found
 
 
+def _recorded(lengths: tuple[int, ...]) -> tuple[Recorded[np.ndarray], ...]:
+    return tuple(Recorded(*known) for known in zip(*(_floats(lengths, seed) for seed in range(5)), strict=True))
+
+
 ROLLOUT = [
-    _tree(0, (4, 1), recorded=_floats((4, 1), 5)),
-    _tree(7, (3,), recorded=_floats((3,), 5)),
+    _tree(0, (4, 1), recorded=_recorded((4, 1))),
+    _tree(7, (3,), recorded=_recorded((3,))),
     _tree(12, (2,)),  # a ptx row
 ]
 RANKED = [
