@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
+from rlhf_cli.data.trees import Batch, Tree
+from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.signals import Pause, no_pause
-
-if TYPE_CHECKING:
-    from rlhf_cli.data.trees import Batch, Tree
-    from rlhf_cli.models.backbone import Backbone
-
-
-class Ranks(Protocol):
-    """The processes of a run, as far as scoring and drawing need them."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def gather(self, value: Any) -> list[Any]: ...
 
 
 @torch.no_grad()

@@ -104,7 +104,9 @@ class TransformersEngine:
         """All rows of (prompt, sample), longest prompts first, cut into the fewest waves of about equal size that fit."""
         lengths = np.array([len(prompt) for prompt in request.prompts])
         logits = LOGITS * 4 * self.backbone.model.get_output_embeddings().weight.shape[0]
-        room = _room(self.backbone.device)
+        device, room = self.backbone.device, float(CPU_CACHE)
+        if device.type == "cuda":
+            room = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
         for together in self.decoder.apart(np.argsort(-lengths, kind="stable"), lengths):
             rows = np.stack((np.repeat(together, request.samples), np.tile(np.arange(request.samples), len(together))), 1)
             row = self.fixed + self.per_token * (lengths[together[0]] + request.max_new_tokens) + logits
@@ -274,11 +276,6 @@ def _cache_bytes(backbone: Backbone) -> tuple[float, float]:
         sizes.append(sum(value.nbytes for value in held if torch.is_tensor(value)))
     per_token = (sizes[1] - sizes[0]) / 4
     return sizes[0] - 4 * per_token, per_token
-
-
-def _room(device: torch.device) -> float:
-    """Bytes that a wave may take."""
-    return GPU_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else CPU_CACHE
 
 
 def cut_prompts(lengths: Sequence[int]) -> list[slice]:

@@ -21,7 +21,7 @@ from rlhf_cli.data.records import PlainPrompt, Record, plain_prompt
 from rlhf_cli.errors import RunError, UsageError
 from rlhf_cli.files import sha256_file
 from rlhf_cli.models.placement import FrozenModels
-from rlhf_cli.models.scoring import Ranks
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.rollout.rewards import Answers, PolicyText, RewardTerm, check_finite, shortened, shown_answer
 from rlhf_cli.suggest import closest
 

@@ -20,7 +20,8 @@ from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer
 from rlhf_cli.models.placement import FrozenModels, Head
-from rlhf_cli.models.scoring import Ranks, score_responses, score_trees
+from rlhf_cli.models.scoring import score_responses, score_trees
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.stages import REWARD_STAGES, TRAINING_STAGES
 from rlhf_cli.rollout.rewards import Answers, PolicyText, RewardTerm, check_finite
 from rlhf_cli.runs.manifest import BaseModel, Parent, weights_hash

@@ -15,7 +15,7 @@ from rlhf_cli.data.templates import Template
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError
 from rlhf_cli.models.placement import FrozenModels, Head
-from rlhf_cli.models.scoring import Ranks
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.runs.manifest import Parent
 from rlhf_cli.runs.parents import Start
 

@@ -44,8 +44,8 @@ def set_up_rollouts(job: TrainingJob, reward_terms: RewardTerms, placement: Plac
         UsageError: a reward model's weights do not fit.
         MachineError: the engine is not installed.
     """
-    backbone, settings = placement.policy, job.recipe.draws
-    assert settings is not None
+    recipe, backbone, settings = job.recipe, placement.policy, job.recipe.draws
+    assert settings is not None and isinstance(recipe, recipes.PpoRecipe | recipes.DirectRecipe)
     terms, gold = reward_terms.load(placement, job.budget)
     engine = _engine(job, backbone, base)
 
@@ -59,7 +59,7 @@ def set_up_rollouts(job: TrainingJob, reward_terms: RewardTerms, placement: Plac
             records=records,
             terms=terms,
             gold=gold,
-            combine=_combine(job.recipe),
+            combine=recipe.reward_combine,
             budget=job.budget,
             ranks=job.ranks,
             pause=job.signals.pause,
@@ -69,12 +69,13 @@ def set_up_rollouts(job: TrainingJob, reward_terms: RewardTerms, placement: Plac
     own = sampler(reading.train)
     measure: Measure | None = None
     if held_out is not None:
-        unseen = HeldOut(sampler(reading.held_out), list(held_out.trees), job.recipe.seed, _kl_coef(job.recipe))
+        kl_coef = recipe.kl.coef if isinstance(recipe, recipes.PpoRecipe) else None
+        unseen = HeldOut(sampler(reading.held_out), list(held_out.trees), recipe.seed, kl_coef)
 
         def measure(state: State) -> dict[str, float]:
             return unseen.measure(state.memory)
 
-    return RolloutSetup(own, measure, probe(own, job.source.batch(1), job.recipe.seed))
+    return RolloutSetup(own, measure, probe(own, job.source.batch(1), recipe.seed))
 
 
 def _engine(job: TrainingJob, backbone: Backbone, base: Weights) -> Engine:
@@ -87,15 +88,6 @@ def _engine(job: TrainingJob, backbone: Backbone, base: Weights) -> Engine:
     from rlhf_cli.rollout.vllm import VllmEngine
 
     return VllmEngine(base.base, base.revision, job.recipe.model.dtype, partial(backbone.save, "policy"))
-
-
-def _combine(recipe: recipes.TrainingRecipe) -> str:
-    assert isinstance(recipe, recipes.PpoRecipe | recipes.DirectRecipe)
-    return recipe.reward_combine
-
-
-def _kl_coef(recipe: recipes.TrainingRecipe) -> float | None:
-    return recipe.kl.coef if isinstance(recipe, recipes.PpoRecipe) else None
 
 
 def as_unpaired(trees: list[Tree], seed: int, records: Sequence[Record], max_length: int, mismatches: bool) -> list[Tree]:

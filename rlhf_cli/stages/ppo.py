@@ -129,16 +129,10 @@ def _add_value(job: TrainingJob, terms: RewardTerms, placement: Placement, base:
         placement.add_value(weights, lora, Head(torch.zeros(1, width), 0.0))
         why = "" if recipe.value.init == "policy" else ": no reward model reads its tokens"
         job.console.say(f"value: starts as 0, on the policy's weights{why}")
-    return {"value": _value_rate(job)}
-
-
-def _value_rate(job: TrainingJob) -> float:
-    """The recipe's; else the policy's, and beside a policy that trains all weights what an adapter wants by default."""
-    recipe, objective = _parts(job)
-    assert isinstance(job.loaded.recipe, recipes.PpoRecipe)
-    asked = job.loaded.recipe.train.learning_rate
     if recipe.value.learning_rate is not None:
-        return recipe.value.learning_rate
-    if asked is None:
-        return TRAINING_STAGES[job.loaded.stage].default_learning_rate(objective, "lora")
-    return asked
+        return {"value": recipe.value.learning_rate}
+    # The policy's or, beside a policy that trains all weights, what an adapter wants by default.
+    assert isinstance(job.loaded.recipe, recipes.PpoRecipe)
+    default = TRAINING_STAGES[job.loaded.stage].default_learning_rate(objective, "lora")
+    asked = job.loaded.recipe.train.learning_rate
+    return {"value": default if asked is None else asked}

@@ -116,7 +116,8 @@ def save_checkpoint(
             write_state(part / STATE, state)
             hashes = hash_tree(part)
             for name in hashes:
-                _sync(part / name)
+                with (part / name).open("rb") as file:
+                    os.fsync(file.fileno())
             write_json(part / HASHES, hashes)
             if not is_intact(part):
                 raise MachineError(f"{part}: what was written reads back differently; the disk or the memory is faulty")
@@ -201,11 +202,3 @@ def remove_leftovers(folder: Path) -> None:
     """Clear what a killed process left half-written or half-removed."""
     for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

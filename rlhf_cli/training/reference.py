@@ -110,7 +110,9 @@ def reference_logps(
             f"{WHAT}: those in {shards} are not this model's (they differ by {difference:.2g} nats per token); "
             "they are set aside and all are computed again"
         )
-        _set_aside(read)
+        for path in read:
+            with contextlib.suppress(OSError):  # another process was first, or the folder cannot be written
+                path.replace(path.with_suffix(".wrong"))
         values[:] = np.nan
         known[:] = False
 
@@ -321,12 +323,6 @@ def _write(shards: Path, table: _Table, values: np.ndarray, numbers: list[int]) 
         "values": np.concatenate(parts),
     }
     return cache.write(shards / f"rows-{blake2b(digests, digest_size=16).hexdigest()}.safetensors", cache.Stored(arrays, {}))
-
-
-def _set_aside(paths: Iterable[Path]) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError):  # another process was first, or the folder cannot be written
-            path.replace(path.with_suffix(".wrong"))
 
 
 def _fill(dataset: Trees, numbers: list[int], table: _Table, values: np.ndarray) -> Trees:

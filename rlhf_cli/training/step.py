@@ -109,36 +109,25 @@ def optimise(passes: Passes, objective: Objective, optimizer: torch.optim.Optimi
     norms = {role: float(torch.nn.utils.get_total_norm(_gradients(own))) for role, own in roles.items()}
     sums = Sums(statistics.totals) + _summed(found, counts, ranks)
     means = sums.means
-    refusal: NumberError | None = None
-    if not all(map(math.isfinite, (*norms.values(), *means.values()))):
-        refusal = _refusal(update.step, means, norms, found, {n: p.grad for n, p in parameters.items()}, ranks)
-    elif first and not backbone.has_dropout and (start_error := objective.start_error(means)):
-        refusal = NumberError(f"step 1: {start_error}; nothing was trained")
-    if refusal is None:
-        _change_weights(optimizer, roles, norms, update)
-    optimizer.zero_grad(set_to_none=True)
-    if refusal is not None:
-        raise refusal
+    try:
+        if not all(map(math.isfinite, (*norms.values(), *means.values()))):
+            raise _refusal(update.step, means, norms, found, {n: p.grad for n, p in parameters.items()}, ranks)
+        if first and not backbone.has_dropout and (start_error := objective.start_error(means)):
+            raise NumberError(f"step 1: {start_error}; nothing was trained")
+        for role, own in roles.items():
+            total = torch.tensor(norms[role], device=next(iter(own.values())).device)
+            torch.nn.utils.clip_grads_with_norm_(list(own.values()), update.max_grad_norm, total)
+        for group in optimizer.param_groups:
+            group["lr"] = update.rates[group["role"]]
+        optimizer.step()
+    finally:
+        optimizer.zero_grad(set_to_none=True)
     for role in roles:
         suffix = "" if role == objective.role else f"/{role}"
-        own = {("grad_norm" + suffix, UPDATES): norms[role], ("learning_rate" + suffix, UPDATES): update.rates[role]}
-        sums = Sums(sums.totals | own, sums.counts | {UPDATES: 1})
+        named = {("grad_norm" + suffix, UPDATES): norms[role], ("learning_rate" + suffix, UPDATES): update.rates[role]}
+        sums = Sums(sums.totals | named, sums.counts | {UPDATES: 1})
     tokens = sum(map(tree_length, update.trees))
     return StepResult(sums, objective.metrics(sums.means), tokens, passes.budget, objective.remember(update.memory, means))
-
-
-def _change_weights(
-    optimizer: torch.optim.Optimizer,
-    roles: Mapping[str, Mapping[str, torch.nn.Parameter]],
-    norms: Mapping[str, float],
-    update: Update,
-) -> None:
-    for role, own in roles.items():
-        total = torch.tensor(norms[role], device=next(iter(own.values())).device)
-        torch.nn.utils.clip_grads_with_norm_(list(own.values()), update.max_grad_norm, total)
-    for group in optimizer.param_groups:
-        group["lr"] = update.rates[group["role"]]
-    optimizer.step()
 
 
 def _gradients(parameters: Mapping[str, torch.nn.Parameter]) -> list[torch.Tensor]:

@@ -87,13 +87,13 @@ def test_at_the_start_the_policy_is_its_reference(temperature: float, lora: Any,
 def test_logged_figures_are_those_of_plain_transformers(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """KL at temperature 1; the recorded numbers and the penalty in the reward at the rollout's."""
     rollouts: list[Rollout] = []
-    original = source._recorded
+    original = source.with_recorded
 
     def noting(rollout: Rollout, *others: Any) -> list[Tree]:
         rollouts.append(rollout)
         return original(rollout, *others)
 
-    monkeypatch.setattr(source, "_recorded", noting)
+    monkeypatch.setattr(source, "with_recorded", noting)
     run = tmp_path / "run"
     settings: dict[str, Any] = {"train": {"steps": 1, "eval_every": None}, "rollout": {"temperature": 0.7}, "kl": {"coef": 0.3}}
     assert rlhf("ppo", recipe(home, run, reference={"model": "base"}, **settings)) == 0
