@@ -346,10 +346,7 @@ def _probe_trees(vocabulary: int) -> list[Tree]:
     def draw(length: int) -> np.ndarray:
         return random.integers(0, vocabulary, length).astype(np.int32)
 
-    return [
-        Tree(draw(7), np.zeros(7, bool), (draw(5), draw(6)), 0),
-        Tree(draw(4), np.zeros(4, bool), (draw(3),), 1),
-    ]
+    return [Tree(draw(7), np.zeros(7, bool), (draw(5), draw(6)), 0), Tree(draw(4), np.zeros(4, bool), (draw(3),), 1)]
 
 
 def lora_config(settings: sections.Lora, base: str, revision: str | None) -> LoraConfig:

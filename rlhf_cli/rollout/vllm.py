@@ -84,12 +84,7 @@ class VllmEngine:
 
     def _start(self, model: str, revision: str | None, **more: Any) -> Any:
         return self.vllm.LLM(
-            model=model,
-            revision=revision,
-            dtype=self.dtype,
-            skip_tokenizer_init=True,
-            gpu_memory_utilization=GPU_SHARE,
-            **more,
+            model=model, revision=revision, dtype=self.dtype, skip_tokenizer_init=True, gpu_memory_utilization=GPU_SHARE, **more
         )
 
     def _sampling(self, request: Request, number: int) -> Any:

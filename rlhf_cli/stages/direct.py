@@ -86,10 +86,7 @@ def _online(job: TrainingJob, rollouts: RolloutSetup) -> OnPolicy:
     shape: Shape | None = None
     if job.objective.rows is LABELS:
         shape = partial(
-            as_unpaired,
-            records=rollouts.sampler.records,
-            max_length=recipe.data.max_length,
-            mismatches=job.objective.mismatches,
+            as_unpaired, records=rollouts.sampler.records, max_length=recipe.data.max_length, mismatches=job.objective.mismatches
         )
     refresh, ties = recipe.rollout.refresh, job.objective.ties
     source = PreferenceSource(rollouts.sampler, job.source, refresh, job.steps, ties, shape, recipe.seed)

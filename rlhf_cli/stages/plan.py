@@ -51,14 +51,8 @@ def plan(
                 ("tokens a step", words),
                 ("forward passes", f"about {passes:.0f} {often} of at most {budget:,} tokens (tokens_per_device)"),
                 ("learning rate", f"{recipe.train.learning_rate:g}, {recipe.train.schedule}"),
-                (
-                    "memory",
-                    f"about {memory.total(budget) / 2**30:.1f} GiB a device beside the libraries",
-                ),
-                (
-                    "trained",
-                    f"{memory.trained:,} parameters",
-                ),
+                ("memory", f"about {memory.total(budget) / 2**30:.1f} GiB a device beside the libraries"),
+                ("trained", f"{memory.trained:,} parameters"),
             ],
         )
     )

@@ -73,7 +73,7 @@ def _check_numbers(passes: Passes, objective: Objective, trees: list[Tree], refe
 
 
 def _noise(backbone: Backbone, role: str, trees: list[Tree], packed: Values) -> float:
-    """What is no fault: in float32 a constant, else four times what another cut of the same rows changes."""
+    """What counts as rounding: in float32 a constant, else four times what another cut of the same rows changes."""
     if backbone.compute_dtype == torch.float32:
         return TOLERANCE
     other = _packed(backbone, role, trees, 1)

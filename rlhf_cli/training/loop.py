@@ -205,7 +205,7 @@ class Trainer:
         return self.partial
 
     def _kept(self, error: RunError, when: str) -> RunError:
-        """What responses that cannot be drawn or judged end a run with: nothing of what was trained is lost."""
+        """What responses that cannot be drawn or scored end a run with: nothing of what was trained is lost."""
         if not self.state.step or error.one_rank:
             return error
         if self._is_unsaved():

@@ -84,7 +84,7 @@ def optimise(passes: Passes, objective: Objective, optimizer: torch.optim.Optimi
 
     Raises:
         NonFinite: a loss or gradient is not finite; nothing was changed.
-        NumberError: the objective finds fault with the run's first batch; nothing was changed.
+        NumberError: the objective says that the run's first batch is wrong; nothing was changed.
         MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
     """
     backbone, ranks = passes.backbone, passes.ranks
