@@ -76,12 +76,12 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     backbone, base = load_trained(
         settings, lora, Weights(options.model, None, None), device=CPU, seed=0, merged=Path(options.out)
     )
-    homes = Placement(backbone, settings, base, CPU)
-    homes.add("reference", base)
+    placement = Placement(backbone, settings, base, CPU)
+    placement.add("reference", base)
     width = backbone.model.config.hidden_size
-    homes.add("reward", base)
+    placement.add("reward", base)
     backbone.at("reward").add_head("reward", None, trained=False)
-    homes.add_value(base, sections.Lora(), Head(torch.zeros(1, width), 0.0))
+    placement.add_value(base, sections.Lora(), Head(torch.zeros(1, width), 0.0))
     records = [Record(str(n), (), str(n)) for n in range(options.iterations * EPISODES)]
     prompts = read_prompts(tokenizer, options.data, len(records))
     trees = [Tree(np.array(ids, np.int32), np.zeros(len(ids), bool), (), n) for n, ids in enumerate(prompts)]
