@@ -18,9 +18,9 @@ FOUND = $(eval FOUND := $(if $(NVIDIA),,$(if $(ANSWERS),$(CPU_TORCH))))$(FOUND)
 endif
 DEV := .venv/.installed-dev
 REAL_RUNS := sft rm dpo ipo kto ppo online-dpo eval
-QUICK_RUNS := $(filter-out eval,$(REAL_RUNS)) pushed samples dpo-again eval
-# Recipes that make quickstart leaves out: make runs/quickstart/rloo/manifest.json
-MORE_RUNS := rloo
+# What deepens the story, but is not needed to tell it: make quickstart-more
+MORE_RUNS := ipo rloo
+QUICK_RUNS := $(filter-out $(MORE_RUNS) eval,$(REAL_RUNS)) pushed samples dpo-again eval
 # The command of a run that is not called after it.
 COMMAND_rm := train-rm
 COMMAND_rloo := ppo
@@ -54,10 +54,11 @@ SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/
 NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
 .PRECIOUS: $(QUICK) $(MORE) $(SMOLLM2_RUNS) $(BASE)
-.PHONY: help quickstart quickstart-stages quickstart-eval test lint check smollm2 bench always
+.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval test lint check smollm2 bench always
 
 help:
 	@echo "make quickstart   make a tiny model and its data; every stage from sft to eval: some minutes on a CPU"
+	@echo "make quickstart-more  two more of its policies: ipo and rloo"
 	@echo "make test         every test: some minutes on two cores"
 	@echo "make check        linters, types and the fast tests"
 	@echo "make lint         linters and types"
@@ -71,7 +72,7 @@ $(QUICK) $(MORE) $(SMOLLM2_RUNS): runs/%/manifest.json: recipes/%.yaml | $(DEV)
 $(filter-out %/sft/manifest.json,$(QUICK) $(MORE)): runs/quickstart/sft/manifest.json
 $(filter-out %/sft/manifest.json,$(SMOLLM2_RUNS)): runs/smollm2/sft/manifest.json
 JUDGED := ppo online-dpo
-$(foreach run,$(JUDGED) $(MORE_RUNS) pushed samples,runs/quickstart/$(run)/manifest.json): runs/quickstart/rm/manifest.json
+$(foreach run,$(JUDGED) rloo pushed samples,runs/quickstart/$(run)/manifest.json): runs/quickstart/rm/manifest.json
 $(JUDGED:%=runs/smollm2/%/manifest.json): runs/smollm2/rm/manifest.json
 runs/quickstart/samples/manifest.json: runs/quickstart/dpo/manifest.json
 runs/quickstart/dpo-again/manifest.json: runs/quickstart/samples/manifest.json
@@ -83,6 +84,9 @@ quickstart: runs/quickstart/sft/manifest.json
 	$(if $(filter-out $(wildcard $(AFTER_SFT)),$(AFTER_SFT)),@echo "now the stages that start from it; each one's lines come when it is finished")
 	@$(THREADS) $(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync quickstart-stages
 	@$(MAKE) --no-print-directory quickstart-eval
+
+quickstart-more: $(MORE)
+	@printf 'report: %s\n' $(^:%manifest.json=%report.md)
 
 quickstart-stages: $(AFTER_SFT)
 	@:

@@ -330,8 +330,13 @@ esac
 INSTALL = "python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[{}]"
 REAL_CHAIN = ("sft", "rm", "dpo", "ipo", "kto", "ppo", "online-dpo", "eval")
 """The recipes of smollm2, in the order of the Makefile; the first one's run is where the others start."""
-CHAIN = {name: STAGE_OF.get(name, name) for name in (*REAL_CHAIN[:-1], "pushed", "samples", "dpo-again", "eval")}
+CHAIN = {
+    name: STAGE_OF.get(name, name)
+    for name in ("sft", "rm", "dpo", "kto", "ppo", "online-dpo", "pushed", "samples", "dpo-again", "eval")
+}
 """Those of the quickstart that `make quickstart` runs → their commands."""
+MORE = ("ipo", "rloo")
+"""Those that `make quickstart-more` runs."""
 FOLLOW = {
     "sft": [name for name in CHAIN if name != "sft"],
     "rm": ["ppo", "online-dpo", "pushed", "samples", "dpo-again", "eval"],
@@ -346,7 +351,7 @@ SHOW = "rlhf eval recipes/quickstart/eval.yaml --resume"
 
 def calls(folder: str, names: Iterable[str], how: str, *more: str) -> list[str]:
     """The commands that run these recipes of a folder."""
-    return [" ".join(["rlhf", CHAIN[name], f"recipes/{folder}/{name}.yaml", how, *more]) for name in names]
+    return [" ".join(["rlhf", STAGE_OF.get(name, name), f"recipes/{folder}/{name}.yaml", how, *more]) for name in names]
 
 
 FEW_ROWS = [
@@ -469,9 +474,12 @@ class TestMakefile:
             installs = [line for line in (folder / "calls").read_text().splitlines() if "pip install" in line]
             assert (done.stderr, installs, said in done.stdout.splitlines()) == ("", [wanted], wanted == small)
 
-    def test_a_recipe_outside_the_quickstart_has_a_target(self, folder: Path) -> None:
+    def test_the_other_recipes_have_a_target(self, folder: Path) -> None:
         self.make(folder, "quickstart")
-        assert self.make(folder, "runs/quickstart/rloo/manifest.json") == ["rlhf ppo recipes/quickstart/rloo.yaml --resume"]
+        assert self.make(folder, "quickstart-more") == calls("quickstart", MORE, "--resume")
+        assert self.run(folder, "quickstart-more").stdout.splitlines() == [
+            f"report: runs/quickstart/{name}/report.md" for name in MORE
+        ]
 
     def test_a_stopped_run_goes_on(self, folder: Path) -> None:
         assert self.stop_after(folder, "quickstart")[-1:] == calls("quickstart", ["sft"], "--resume")
@@ -536,7 +544,7 @@ class TestMakefile:
 
     @pytest.mark.parametrize("name", REAL_CHAIN[:-1])
     def test_smollm2_overrides_fit_its_recipes(self, name: str) -> None:
-        recipe = load_recipe(CHAIN[name], ROOT / f"recipes/smollm2/{name}.yaml", FEW_ROWS).recipe
+        recipe = load_recipe(STAGE_OF.get(name, name), ROOT / f"recipes/smollm2/{name}.yaml", FEW_ROWS).recipe
         assert isinstance(recipe, TrainingRecipe)
         (source,) = recipe.data.train
         assert (source.path, source.name, source.limit, source.format) == ("my rows.jsonl.gz", None, 9, "hh")
@@ -560,7 +568,7 @@ class TestChain:
         assert {(recipe.data.holdout, recipe.seed) for recipe in trained.values()} == {(share, 0)}
         starts = {name: recipe.model.path for name, recipe in trained.items() if name not in ("sft", "dpo-again")}
         assert starts == dict.fromkeys(starts, recipes["sft"].output)
-        assert recipes.keys() == ({*CHAIN, "rloo"} if folder == "quickstart" else set(REAL_CHAIN))
+        assert recipes.keys() == ({*CHAIN, *MORE} if folder == "quickstart" else set(REAL_CHAIN))
         judges = {term.model for recipe in recipes.values() for terms in recipe.terms for term in terms if term.model}
         assert judges == {recipes["rm"].output}
 
@@ -578,7 +586,8 @@ class TestChain:
         assert known
         assert [source.path for source in known if (source.holdout, source.limit) not in split[source.path]] == []
         assert evaluation.seed == 0
-        outputs = {recipe.output for name, recipe in recipes.items() if name not in ("rm", "samples", "eval", "rloo")}
+        left_out = {"rm", "samples", "eval"} | (set(MORE) if folder == "quickstart" else set())
+        outputs = {recipe.output for name, recipe in recipes.items() if name not in left_out}
         assert {path.removesuffix("/checkpoints/*") for path in evaluation.models.values()} == outputs
 
     def test_iterative_dpo_learns_from_what_was_sampled(self) -> None:
