@@ -330,11 +330,8 @@ esac
 INSTALL = "python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[{}]"
 REAL_CHAIN = ("sft", "rm", "dpo", "ipo", "kto", "ppo", "online-dpo", "eval")
 """The recipes of smollm2, in the order of the Makefile; the first one's run is where the others start."""
-CHAIN = {
-    name: STAGE_OF.get(name, name)
-    for name in ("sft", "rm", "dpo", "kto", "ppo", "online-dpo", "pushed", "samples", "dpo-again", "eval")
-}
-"""Those of the quickstart that `make quickstart` runs → their commands."""
+CHAIN = ("sft", "rm", "dpo", "kto", "ppo", "online-dpo", "pushed", "samples", "dpo-again", "eval")
+"""Those of the quickstart that `make quickstart` runs."""
 MORE = ("ipo", "rloo")
 """Those that `make quickstart-more` runs."""
 FOLLOW = {
