@@ -11,10 +11,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ class Launched:
 
 def launch(*words: str | Path, ranks: int = 1, function: Callable[..., int] | None = None) -> Launched:
     """`rlhf` with these words, or a function of a module with them, in so many processes; more than one meet over gloo."""
-    folder = Path(mkdtemp(prefix="rlhf-ranks-", dir=os.environ["RLHF_CACHE"]))
+    folder = Path(mkdtemp(dir=_outputs().name))
     settings, place = os.environ | {"ACCELERATE_USE_CPU": "1"}, Path.cwd()
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
     context = _context()
@@ -97,6 +98,12 @@ def wait_for(path: Path, launched: Launched, timeout: float = 120) -> None:
     while not path.exists() and launched.running and time.monotonic() < deadline:
         time.sleep(0.01)
     assert path.exists() and launched.running, launched.errors
+
+
+@cache
+def _outputs() -> TemporaryDirectory[str]:
+    """Where processes write what they say; removed with this one."""
+    return TemporaryDirectory(prefix="rlhf-ranks-")
 
 
 def _context() -> Any:

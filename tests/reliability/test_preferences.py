@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_cli.cli import main
 from rlhf_cli.data import cache
 from rlhf_cli.models import scoring
 from rlhf_cli.models.backbone import Backbone
@@ -334,6 +335,20 @@ def test_judgements_of_one_kind(
     assert not (tmp_path / "run").exists()
 
 
+def say_when_computing(*words: str) -> int:
+    """`rlhf`, which makes a file in the cache once the reference has made three passes."""
+    forward, calls = reference._Work._forward, [0]
+
+    def counting(self: Any, wanted: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 4:
+            Path(os.environ["RLHF_CACHE"], f"computing-{os.environ.get('RANK', '0')}").touch()
+        return forward(self, wanted)
+
+    reference._Work._forward = counting
+    return main(words)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -343,11 +358,11 @@ def test_a_process_that_computes_the_reference(
     """Stopped when it has computed for a while, long before its end: nobody is left behind, and the work is in the store."""
     write_pairs(tmp_path / "many.jsonl", 6000)
     path = recipe(home, tmp_path, data={"train": str(tmp_path / "many.jsonl")})
-    stopped = launch("dpo", path, ranks=ranks)
-    wait_for(tmp_path / "run" / "inputs.json", stopped)
-    time.sleep(2.5)
+    stopped = launch("dpo", path, ranks=ranks, function=say_when_computing)
+    for rank in range(ranks):
+        wait_for(store.parent / f"computing-{rank}", stopped)
     stopped.send_signal(number)
-    code, errors = stopped.wait(30)
+    code, errors = stopped.wait()
     if ranks == 1:
         message = f"stopped by {number.name} {KEPT}"
         assert (code, errors.splitlines()[-1]) == (128 + number, message)
