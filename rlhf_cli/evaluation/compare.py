@@ -39,24 +39,19 @@ def compare_models(
         return _asked(job, winrate.judge, samples, winrate.baseline, verdicts)
     found, tables = {}, {name: scores_of(own, winrate.judge, job.recipe) for name, own in samples.items()}
     for one, other in combinations(samples, 2):
-        mine, theirs = tables[one], tables[other]
-        assert mine is not None
-        assert theirs is not None
-        found[one, other] = outcomes(mine, theirs, same_texts(samples[one], samples[other]))
+        found[one, other] = outcomes(tables[one], tables[other], same_texts(samples[one], samples[other]))
     return found, []
 
 
-def scores_of(samples: Samples, judge: str, recipe: recipes.EvalRecipe) -> np.ndarray | None:
+def scores_of(samples: Samples, judge: str, recipe: recipes.EvalRecipe) -> np.ndarray:
     """(P, K) by which a judge that gives numbers compares: `reward` the score, `gold` the sum of its terms, or one term.
 
-    A name that both have is the reward's. None where the recipe has no such judge.
+    A name that both have is the reward's.
     """
     rewards, golds = map(term_names, recipe.terms)
     if judge == "reward":
-        return samples.table(lambda sample: sample.score or 0.0) if rewards else None
+        return samples.table(lambda sample: sample.score or 0.0)
     names = [f"gold/{name}" for name in golds] if judge == "gold" else [f"{'reward' if judge in rewards else 'gold'}/{judge}"]
-    if not names:
-        return None
     return samples.table(lambda sample: sum(sample.terms[name] for name in names))
 
 

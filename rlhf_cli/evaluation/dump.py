@@ -25,8 +25,7 @@ def dump_pairs(job: EvaluationJob, path: Path, samples: Mapping[str, Samples], o
     """
     judge = job.recipe.winrate.judge if job.recipe.winrate else "reward"
     if isinstance(judge, str):
-        tables = {name: scores_of(own, judge, job.recipe) for name, own in samples.items()}
-        rows = ranked_rows(samples, {name: table for name, table in tables.items() if table is not None})
+        rows = ranked_rows(samples, {name: scores_of(own, judge, job.recipe) for name, own in samples.items()})
         words = f"the responses of {', '.join(samples)} to {len(rows):,} prompts, ranked by {judge}"
     else:
         rows = pair_rows(samples, outcomes)

@@ -114,8 +114,8 @@ def run_point(
     log_ratios None: the starting policy itself, whose KL is 0; every series begins with it, at step 0. counts: (B, P).
     """
     kl = Interval(0.0, 0.0, 0.0) if log_ratios is None else mean_interval(log_ratios, counts)
-    prompt_gold = None if gold is None else gold.mean(1)
-    return _point(series, model, step, None, kl, scores.mean(1), prompt_gold, counts)
+    worth = _worth(scores.mean(1), None if gold is None else gold.mean(1), counts)
+    return Point(series, model, step, None, kl, *worth)
 
 
 def best_of_points(
@@ -129,24 +129,17 @@ def best_of_points(
     points = []
     for n in sorted({1, *ns}):
         kl = best_of_kl(n)
-        chosen = None if gold is None else best_of(scores, gold, n)
-        points.append(_point(series, model, None, n, Interval(kl, kl, kl), best_of(scores, scores, n), chosen, counts))
+        worth = _worth(best_of(scores, scores, n), None if gold is None else best_of(scores, gold, n), counts)
+        points.append(Point(series, model, None, n, Interval(kl, kl, kl), *worth))
     return points
 
 
-def _point(
-    series: str,
-    model: str,
-    step: int | None,
-    n: int | None,
-    kl: Interval,
-    prompt_proxy: np.ndarray,
-    prompt_gold: np.ndarray | None,
-    counts: np.ndarray,
-) -> Point:
-    proxy = mean_interval(prompt_proxy[:, None], counts)
+def _worth(
+    prompt_proxy: np.ndarray, prompt_gold: np.ndarray | None, counts: np.ndarray
+) -> tuple[Interval, Interval | None, np.ndarray | None]:
+    """The last three fields of a point, from (P,) means of each prompt."""
     gold = None if prompt_gold is None else mean_interval(prompt_gold[:, None], counts)
-    return Point(series, model, step, n, kl, proxy, gold, prompt_gold)
+    return mean_interval(prompt_proxy[:, None], counts), gold, prompt_gold
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -74,12 +73,10 @@ def _models(
         found[name] = figures(equal[name], counts) if name in equal else {}
         if name in measured.text:
             nll, tokens = measured.text[name].T
-            found[name]["perplexity"] = ratio_interval(nll, tokens, resamples(len(nll), recipe.seed), _exp)
+            # As while training: a perplexity above e^700 is no float.
+            perplexity = ratio_interval(nll, tokens, resamples(len(nll), recipe.seed), lambda value: math.exp(min(value, 700.0)))
+            found[name]["perplexity"] = perplexity
     return found
-
-
-def _exp(nll: float) -> float:
-    return math.exp(min(nll, 700.0))  # as while training: a perplexity above it is no float
 
 
 def _win_rates(
@@ -88,10 +85,10 @@ def _win_rates(
     if recipe.winrate is None:
         return {}
     baseline, found = recipe.winrate.baseline, {}
+    lengths = {name: own.table(lambda sample: sample.tokens) for name, own in samples.items()}
     for name in (name for name in samples if name != baseline):
         outcome = outcomes[name, baseline] if (name, baseline) in outcomes else 1 - outcomes[baseline, name]
-        longer = samples[name].table(_tokens) - samples[baseline].table(_tokens)
-        found[name] = win_rate(outcome, longer, counts)
+        found[name] = win_rate(outcome, lengths[name] - lengths[baseline], counts)
     return found
 
 
@@ -112,27 +109,19 @@ def _points(recipe: recipes.EvalRecipe, measured: Measured, equal: Mapping[str, 
     if reference is None or reference not in equal or not recipe.reward:
         return []
     points: list[Point] = []
-    start = measured.samples[reference]
-    at_start = _scores(start, recipe), scores_of(start, "gold", recipe)
+
+    def worth(samples: Samples) -> tuple[np.ndarray, np.ndarray | None]:
+        return scores_of(samples, "reward", recipe), scores_of(samples, "gold", recipe) if recipe.gold else None
+
+    at_start = worth(measured.samples[reference])
     for series in dict.fromkeys(name for name, _ in measured.series.values()):
         own = []
         for model, (name, step) in measured.series.items():
             ratios = log_ratios(equal[model]) if name == series and model in equal else None
             if ratios is not None:
-                figures_of = _scores(equal[model], recipe), scores_of(equal[model], "gold", recipe)
-                own.append(run_point(series, model, step, ratios, *figures_of, counts))
+                own.append(run_point(series, model, step, ratios, *worth(equal[model]), counts))
         if own:  # the tokens of a series may be others than the reference's
             points += [run_point(series, reference, 0, None, *at_start, counts), *own]
     if recipe.best_of_n:
         points += best_of_points(BEST_OF_N, reference, *at_start, recipe.best_of_n, counts)
     return points
-
-
-def _scores(samples: Samples, recipe: recipes.EvalRecipe) -> np.ndarray:
-    found = scores_of(samples, "reward", recipe)
-    assert found is not None
-    return found
-
-
-def _tokens(sample: Any) -> float:
-    return float(sample.tokens)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,16 +20,14 @@ from rlhf_cli import sections
 from rlhf_cli.data.records import PlainPrompt, Record, plain_prompt
 from rlhf_cli.errors import RunError, UsageError
 from rlhf_cli.files import sha256_file
-from rlhf_cli.models.placement import FrozenModels
-from rlhf_cli.ranks import Ranks
-from rlhf_cli.rollout.rewards import Answers, PolicyText, RewardTerm, check_finite, shortened, shown_answer
+from rlhf_cli.rollout.rewards import Answers, PolicyText, TextTerm, check_finite, shortened, shown_answer
 from rlhf_cli.suggest import closest
 
 Function = Callable[[list[PlainPrompt], list[str]], Any]
 
 
 @dataclass(frozen=True)
-class RewardFunction(RewardTerm):
+class RewardFunction(TextTerm):
     """A Python function of lists of prompts and responses, which returns a number for each response.
 
     A prompt is a str where it is one text or one user turn, else its conversation as a list of {"role", "content"}.
@@ -37,8 +35,6 @@ class RewardFunction(RewardTerm):
 
     reference: str  # file.py:name
     function: Function
-
-    kind: ClassVar[str] = "term"
 
     @classmethod
     def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> Self:
@@ -49,9 +45,6 @@ class RewardFunction(RewardTerm):
         """
         assert reward.function is not None
         return cls(name, reward.weight, place, reward.function, load_function(reward.function, place))
-
-    def load(self, models: FrozenModels, role: str, budget: int) -> Self:
-        return self
 
     @property
     def source(self) -> dict[str, Any]:
@@ -103,10 +96,6 @@ class RewardFunction(RewardTerm):
                 f"{self.place}: {self.reference} failed on {len(pairs)} responses\n"
                 f"{_raised(error, self.reference.rpartition(':')[0])}\nthe first: {shown_answer(pairs[0])}"
             ) from error
-
-    def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
-        scores = self.score(rows)
-        return np.split(scores, np.cumsum([len(own) for own in rows.texts])[:-1])
 
 
 def load_function(reference: str, place: str) -> Function:

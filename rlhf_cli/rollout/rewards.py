@@ -122,6 +122,23 @@ class RewardTerm(ABC):
         return None
 
 
+@dataclass(frozen=True)
+class TextTerm(RewardTerm):
+    """A term that sees texts alone."""
+
+    kind: ClassVar[str] = "term"
+
+    def load(self, models: FrozenModels, role: str, budget: int) -> Self:
+        return self
+
+    @abstractmethod
+    def score(self, answers: Answers) -> np.ndarray:
+        """(M,) float64 of all responses, tree by tree, before the weight. Raises RunError."""
+
+    def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
+        return np.split(self.score(rows), np.cumsum([len(own) for own in rows.texts])[:-1])
+
+
 def check_finite(scores: np.ndarray, pairs: Sequence[tuple[Record, str]], what: str) -> None:
     """NumberError with the first response whose score is NaN or infinite."""
     bad = np.flatnonzero(~np.isfinite(scores))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -143,10 +144,11 @@ def _lock(folder: Path) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The former owner may have removed or moved the file between our open and our lock.
-            if _is_at(handle, path):
-                os.ftruncate(handle, 0)
-                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return handle
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                    return handle
             os.close(handle)
         except BlockingIOError as error:
             holder = _read_holder(handle)
@@ -155,13 +157,6 @@ def _lock(folder: Path) -> int:
         except BaseException:
             os.close(handle)
             raise
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _unlock(folder: Path, lock: int) -> None:
@@ -216,7 +211,8 @@ class MetricsLog:
             while rest:
                 rest = rest[self._file.write(rest) or 0 :]
         except OSError as error:
-            _cut(self._file.fileno(), self.position)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), self.position)  # takes back a half-written line where the file allows it
             raise disk_error(self.path, error) from error
         self.position += len(line)
 
@@ -230,7 +226,7 @@ class MetricsLog:
 
     def truncate_after(self, position: int) -> None:
         """Keep the first `position` bytes, which end with a line: what a resumed run had written by its checkpoint."""
-        if position > self.position or (position and not _ends_a_line(self.path, position)):
+        if position > self.position or (position and self.path.read_bytes()[position - 1 : position] != b"\n"):
             raise MachineError(
                 f"{self.path} is not the file the checkpoint was written with: no line ends at byte {position:,}\n"
                 "  put the original back, or start anew with --force"
@@ -240,20 +236,6 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _cut(handle: int, position: int) -> None:
-    """Take back a half-written line where the file allows it."""
-    try:
-        os.ftruncate(handle, position)
-    except OSError:
-        return
-
-
-def _ends_a_line(path: Path, position: int) -> bool:
-    with path.open("rb") as handle:
-        handle.seek(position - 1)
-        return handle.read(1) == b"\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -106,12 +106,12 @@ def read_manifest(folder: Path, *, stages: Collection[str] = (), verify: bool = 
 
 def _verify(folder: Path, model: Path, recorded: dict[str, str]) -> None:
     found = hash_tree(model)
-    faults = [f"{name} is missing" for name in recorded if name not in found]
-    faults += [f"{name} has changed" for name in recorded if name in found and found[name] != recorded[name]]
-    faults += [f"{name} was added" for name in found if name not in recorded]
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        first = f"model/{faults[0]}{more}"
+    changes = [f"{name} is missing" for name in recorded if name not in found]
+    changes += [f"{name} has changed" for name in recorded if name in found and found[name] != recorded[name]]
+    changes += [f"{name} was added" for name in found if name not in recorded]
+    if changes:
+        more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+        first = f"model/{changes[0]}{more}"
         raise UsageError(
             f"{folder} is not as it was when it finished: {first}\n  put the original back, or run that stage again with --force"
         )
