@@ -7,7 +7,7 @@ into rows without padding between them; `visible` says which token sees which.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -95,7 +95,6 @@ class Batch:
     counts: tuple[int, ...]  # responses of each tree
     facts: tuple[Facts, ...]  # of each tree
     tokens: int  # without padding
-    padded: bool  # alone layout: plain rows with padding at their right end
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -187,98 +186,108 @@ def _cut(units: list[_Unit], budget: int) -> list[list[PackedRow]]:
     return passes
 
 
+@dataclass
+class _PassBuilder:
+    """What grows while pieces are laid into the rows of a pass; indices and arrays are flat, (R·L,)."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    branch: np.ndarray
+    tree: np.ndarray
+    source: list[np.ndarray] = field(default_factory=list)
+    target: list[np.ndarray] = field(default_factory=list)
+    owner: list[np.ndarray] = field(default_factory=list)
+    reference: list[np.ndarray] = field(default_factory=list)
+    recorded: list[Recorded[np.ndarray]] = field(default_factory=list)
+    last: list[int] = field(default_factory=list)
+
+    def supervise(self, source: np.ndarray, target: np.ndarray, reference: np.ndarray | None) -> None:
+        self.source.append(source)
+        self.target.append(target)
+        self.owner.append(np.full(len(target), len(self.last)))
+        if reference is not None:
+            self.reference.append(reference)
+
+    def lay(self, tree: Tree, piece: Piece, number: int, start: int, beginning: range) -> int:
+        """The piece from index `start`, less what `beginning` already holds of its prompt; where it ends."""
+        prompt, shared = len(tree.prompt), len(beginning)
+        at = start + prompt - shared
+        self.ids[start:at] = tree.prompt[shared:]
+        self.positions[start:at] = np.arange(shared, prompt)
+        if 0 in piece.branches:
+            earlier = np.flatnonzero(tree.supervised)
+            earlier = earlier[earlier > 0]
+            before = earlier - 1
+            unknown = None if tree.reference is None else np.full(len(earlier), np.nan, np.float32)
+            self.supervise(before + np.where(before < shared, beginning.start, start - shared), tree.prompt[earlier], unknown)
+        first = 0 if prompt else 1  # nothing predicts a text's first token
+        for k, b in enumerate(piece.branches, 1):
+            response = tree.responses[b]
+            end = at + len(response)
+            self.ids[at:end] = response
+            self.branch[at:end] = k
+            self.positions[at:end] = np.arange(prompt, prompt + len(response))
+            source = np.arange(at - 1, end - 1)
+            source[:1] = start + prompt - shared - 1
+            self.supervise(source[first:], response[first:], None if tree.reference is None else tree.reference[b][first:])
+            if tree.recorded is not None:
+                self.recorded.append(Recorded(*(values[first:] for values in tree.recorded[b])))
+            self.last.append(end - 1)
+            at = end
+        self.tree[start:at] = number
+        return at
+
+
 def build_batch(trees: Sequence[Tree], rows: Sequence[PackedRow]) -> Batch:
     """Lay the pieces of one pass into tensors; `rows` index into `trees`."""
-    shares = [_shared([trees[p.tree] for p in row]) for row in rows]
-    length = max(
-        sum(_piece_length(trees[p.tree], p) for p in row) - shared * (len(row) - 1)
-        for row, shared in zip(rows, shares, strict=True)
-    )
-    shape = (len(rows), length)
-    ids, positions, branch = (np.zeros(shape, np.int64) for _ in range(3))
-    tree_of = np.full(shape, -1, np.int64)
-    source: list[np.ndarray] = []
-    target: list[np.ndarray] = []
-    owner: list[np.ndarray] = []
-    reference: list[np.ndarray] = []
-    recorded: list[Recorded[np.ndarray]] = []
-    last: list[int] = []
+    sizes = [[_sizes(trees[piece.tree], piece) for piece in row] for row in rows]
+    shares = [_shared([trees[piece.tree] for piece in row]) for row in rows]
+    length = max(sum(map(sum, own)) - shared * (len(own) - 1) for own, shared in zip(sizes, shares, strict=True))
+    ids, positions, branch = (np.zeros(len(rows) * length, np.int64) for _ in range(3))
+    laid = _PassBuilder(ids, positions, branch, tree=np.full(len(rows) * length, -1, np.int64))
     segments: list[Segment] = []
-    numbers = {index: n for n, index in enumerate(dict.fromkeys(p.tree for row in rows for p in row))}
+    numbers = {index: n for n, index in enumerate(dict.fromkeys(piece.tree for row in rows for piece in row))}
     counts = dict.fromkeys(numbers, 0)
-
-    def supervise(sources: np.ndarray, targets: np.ndarray, known: np.ndarray | None) -> None:
-        source.append(sources)
-        target.append(targets)
-        owner.append(np.full(len(targets), len(last)))
-        if known is not None:
-            reference.append(known)
-
     for r, row in enumerate(rows):
-        start = 0
-        for place, piece in enumerate(row):
-            tree = trees[piece.tree]
-            shared = shares[r] if place else 0
-            prompt = len(tree.prompt)
-            end = start + _piece_length(tree, piece) - shared
-            tree_of[r, start:end] = numbers[piece.tree]
-            at = start + prompt - shared
-            ids[r, start:at] = tree.prompt[shared:]
-            positions[r, start:at] = np.arange(shared, prompt)
-            if 0 in piece.branches:
-                earlier = np.flatnonzero(tree.supervised)
-                earlier = earlier[earlier > 0]
-                unknown = None if tree.reference is None else np.full(len(earlier), np.nan, np.float32)
-                before = earlier - 1
-                supervise(r * length + before + (start - shared) * (before >= shared), tree.prompt[earlier], unknown)
-            for k, b in enumerate(piece.branches, 1):
-                response = tree.responses[b]
-                here = slice(at, at + len(response))
-                ids[r, here] = response
-                branch[r, here] = k
-                positions[r, here] = prompt + np.arange(len(response))
-                sources = np.arange(at - 1, at + len(response) - 1) + r * length
-                if prompt:
-                    sources[:1] = r * length + start + prompt - shared - 1
-                first = 0 if prompt else 1
-                known = None if tree.reference is None else tree.reference[b][first:]
-                supervise(sources[first:], response[first:], known)
-                if tree.recorded is not None:
-                    recorded.append(Recorded(*(values[first:] for values in tree.recorded[b])))
-                at += len(response)
-                last.append(r * length + at - 1)
-            counts[piece.tree] += len(piece.branches)
-            branches = tuple(len(tree.responses[b]) for b in piece.branches)
-            segments.append(Segment(r, start, prompt - shared, branches, shared))
-            start = end
-        positions[r, start:] = np.arange(length - start)
+        start = row_start = r * length
+        beginning = range(row_start, row_start)
+        for piece, (prompt, *branches) in zip(row, sizes[r], strict=True):
+            shared = len(beginning)
+            segments.append(Segment(r, start - row_start, prompt - shared, tuple(branches), shared))
+            start = laid.lay(trees[piece.tree], piece, numbers[piece.tree], start, beginning)
+            counts[piece.tree] += len(branches)
+            beginning = range(row_start, row_start + shares[r])
+        positions[start : row_start + length] = np.arange(row_start + length - start)
+
+    def shaped(flat: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(flat.reshape(len(rows), length))
+
+    def joined(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    recorded = [torch.from_numpy(np.concatenate(values)) for values in zip(*laid.recorded, strict=True)]
     return Batch(
-        ids=torch.from_numpy(ids),
-        positions=torch.from_numpy(positions),
-        tree=torch.from_numpy(tree_of),
-        branch=torch.from_numpy(branch),
-        source=_join(source),
-        target=_join(target),
-        owner=_join(owner),
-        last=torch.tensor(last),
-        reference=torch.from_numpy(np.concatenate(reference)) if reference else None,
-        recorded=Recorded(*(torch.from_numpy(np.concatenate(own)) for own in zip(*recorded, strict=True))) if recorded else None,
+        ids=shaped(ids),
+        positions=shaped(positions),
+        tree=shaped(laid.tree),
+        branch=shaped(branch),
+        source=joined(laid.source),
+        target=joined(laid.target),
+        owner=joined(laid.owner),
+        last=torch.tensor(laid.last),
+        reference=torch.from_numpy(np.concatenate(laid.reference)) if laid.reference else None,
+        recorded=Recorded(*recorded) if recorded else None,
         shared=torch.tensor(shares),
         segments=tuple(segments),
         trees=tuple(numbers),
         counts=tuple(counts.values()),
         facts=tuple(trees[index].facts for index in numbers),
-        tokens=int((tree_of >= 0).sum()),
-        padded=all(len(row) == 1 and len(row[0].branches) == 1 for row in rows),
+        tokens=int((laid.tree >= 0).sum()),
     )
 
 
-def _join(parts: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-
-def _piece_length(tree: Tree, piece: Piece) -> int:
-    return len(tree.prompt) + sum(len(tree.responses[b]) for b in piece.branches)
+def _sizes(tree: Tree, piece: Piece) -> list[int]:
+    return [len(tree.prompt), *(len(tree.responses[b]) for b in piece.branches)]
 
 
 def visible(batch: Batch, window: int | None = None) -> torch.Tensor:

@@ -44,7 +44,7 @@ def test_the_example_of_the_docstring() -> None:
     assert batch.last.tolist() == [4, 6]
     assert (batch.counts, batch.facts, batch.reference) == ((2,), (Facts(),), None)
     assert batch.segments == (Segment(0, 0, 3, (2, 2)),)
-    assert (batch.trees, batch.tokens, batch.padded) == ((0,), 7, False)
+    assert (batch.trees, batch.tokens) == ((0,), 7)
 
 
 def test_two_rows_with_padding() -> None:
@@ -79,7 +79,7 @@ def test_earlier_turns_have_a_loss_once() -> None:
     apart = build_batch([chat], [[Piece(0, (0,))], [Piece(0, (1,))]])
     assert apart.target.tolist() == [6, 1, 4, 1, 3]
     assert apart.source.tolist() == [1, 2, 4, 5, 11]
-    assert (apart.trees, apart.padded) == ((0,), True)
+    assert apart.trees == (0,)
     assert supervised_tokens(chat) == 5
 
 
@@ -147,9 +147,9 @@ def test_every_response_has_one_place(ranks: int, budget: int, layout: Layout) -
     for share in plan:
         for rows in share:
             batch = build_batch(trees, rows)
+            assert layout != "alone" or all(len(row) == 1 and len(row[0].branches) == 1 for row in rows)
             assert batch.ids.numel() <= budget or len(batch.trees) == 1
             assert batch.tokens >= batch.ids.shape[1]
-            assert batch.padded is False or layout != "alone" or all(len(row) == 1 for row in rows)
             assert len(batch.target) == sum(supervised_tokens(trees[i]) for i in batch.trees)
 
 
