@@ -57,13 +57,13 @@ NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 .PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval test lint check smollm2 bench always
 
 help:
-	@echo "make quickstart   make a tiny model and its data; every stage from sft to eval: some minutes on a CPU"
+	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: some minutes on a CPU"
 	@echo "make quickstart-more  two more of its policies: ipo and rloo"
-	@echo "make test         every test: some minutes on two cores"
-	@echo "make check        linters, types and the fast tests"
-	@echo "make lint         linters and types"
-	@echo "make smollm2      the same stages of SmolLM2-135M-Instruct on HH-RLHF; HH=rows.jsonl.gz to use a file, LIMIT=n for fewer rows"
-	@echo "make bench        compare with another trainer on the same rows; HH=rows.jsonl.gz"
+	@echo "make test             every test: some minutes on two cores"
+	@echo "make check            linters, types and the fast tests"
+	@echo "make lint             linters and types"
+	@echo "make smollm2          the same stages of SmolLM2-135M-Instruct on HH-RLHF; HH=rows.jsonl.gz to use a file, LIMIT=n for fewer rows"
+	@echo "make bench            compare with another trainer on the same rows; HH=rows.jsonl.gz"
 
 # runs/x/y is what the recipe x/y.yaml makes. The stages after sft start from its run.
 $(QUICK) $(MORE) $(SMOLLM2_RUNS): runs/%/manifest.json: recipes/%.yaml | $(DEV)
@@ -81,7 +81,7 @@ runs/smollm2/eval/manifest.json: $(filter-out %/eval/manifest.json,$(SMOLLM2_RUN
 
 AFTER_SFT := $(filter-out %/sft/manifest.json %/eval/manifest.json,$(QUICK))
 quickstart: runs/quickstart/sft/manifest.json
-	$(if $(filter-out $(wildcard $(AFTER_SFT)),$(AFTER_SFT)),@echo "now the stages that start from it; each one's lines come when it is finished")
+	$(if $(filter-out $(wildcard $(AFTER_SFT)),$(AFTER_SFT)),@echo "now the stages that start from runs/quickstart/sft; each one's lines come when it is finished")
 	@$(THREADS) $(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync quickstart-stages
 	@$(MAKE) --no-print-directory quickstart-eval
 
