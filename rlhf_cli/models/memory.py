@@ -22,9 +22,6 @@ LONG_PASS = 384
 """Tokens of a pass behind which freed memory is given back before another role's activations come: it takes some per cent of the
 time, and 0.4 GiB less at 514 tokens of a 135 M model. Shorter passes need it less."""
 
-PROCESS = 0.55 * 2**30
-"""Python, torch and the libraries, resident."""
-
 
 @dataclass(frozen=True)
 class Memory:

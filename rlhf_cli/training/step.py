@@ -66,7 +66,6 @@ class Update:
 class StepResult:
     sums: Sums
     metrics: dict[str, float]
-    tokens: int  # of all ranks, padding not counted
     budget: int  # tokens_per_device in force, smaller than before if memory ran out
     memory: dict[str, float]  # the objective's own numbers after the step
 
@@ -126,8 +125,7 @@ def optimise(passes: Passes, objective: Objective, optimizer: torch.optim.Optimi
         suffix = "" if role == objective.role else f"/{role}"
         named = {("grad_norm" + suffix, UPDATES): norms[role], ("learning_rate" + suffix, UPDATES): update.rates[role]}
         sums = Sums(sums.totals | named, sums.counts | {UPDATES: 1})
-    tokens = sum(map(tree_length, update.trees))
-    return StepResult(sums, objective.metrics(sums.means), tokens, passes.budget, objective.remember(update.memory, means))
+    return StepResult(sums, objective.metrics(sums.means), passes.budget, objective.remember(update.memory, means))
 
 
 def _gradients(parameters: Mapping[str, torch.nn.Parameter]) -> list[torch.Tensor]:

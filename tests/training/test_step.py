@@ -86,7 +86,6 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(lora: bool, tmp_path
     assert largest_difference(moved, gradients) < 1e-6 * max(1.0, norm)
     assert result.metrics["loss"] == pytest.approx(float(loss), abs=1e-6)
     assert result.metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    assert result.tokens == sum(map(tree_length, BATCHES[0]))
 
 
 @pytest.mark.parametrize("lora", [True, False])
