@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +73,36 @@ class StageCommand(TyperCommand):
         super().format_epilog(ctx, formatter)
 
 
+@dataclass(frozen=True)
+class StageCall:
+    """A parsed command line of a stage."""
+
+    stage: str
+    recipe: Path
+    overrides: list[str]
+    output: str | None
+    check: bool
+    resume: bool
+    force: bool
+
+    def __call__(self) -> None:
+        from rlhf_cli.data.hub import is_offline
+        from rlhf_cli.recipe.load import load_recipe
+        from rlhf_cli.runs.folder import refuse_occupied
+
+        if self.resume and self.force:
+            raise UsageError("--resume continues a run and --force starts a new one. give one of the two")
+        loaded = load_recipe(self.stage, self.recipe, self.overrides, self.output)
+        if not self.check and not self.force and os.environ.get("RANK", "0") == "0":
+            refuse_occupied(Path(loaded.recipe.output), self.resume)  # again when the run is opened; here it costs no imports
+        if not all(Path(path).exists() for path in loaded.recipe.paths) and is_offline():
+            # Before anything imports huggingface_hub: it reads the variable once, and would otherwise retry for a minute.
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        _leave_on_signals()
+        module = _import_for_good(STAGES[self.stage].module)
+        module.run(loaded, check=self.check, resume=self.resume, force=self.force)
+
+
 def _stage_command(name: str, stage: Stage) -> None:
     def command(
         recipe: Recipe,
@@ -82,7 +113,7 @@ def _stage_command(name: str, stage: Stage) -> None:
         force: Force = False,
         debug: Debug = False,
     ) -> Action:
-        return _stage_action(name, recipe, overrides or [], output, check, resume, force)
+        return StageCall(name, recipe, overrides or [], output, check, resume, force)
 
     def evaluation(
         recipe: Recipe,
@@ -94,37 +125,13 @@ def _stage_command(name: str, stage: Stage) -> None:
         force: Force = False,
         debug: Debug = False,
     ) -> Action:
+        """An argument for every option, of which typer makes the command line."""
         from rlhf_cli.recipe.dump import one_line
 
         more = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
-        return _stage_action(name, recipe, [*(overrides or []), *more], output, check, resume, force)
+        return StageCall(name, recipe, [*(overrides or []), *more], output, check, resume, force)
 
     app.command(name, cls=StageCommand, help=stage.help)(evaluation if name == "eval" else command)
-
-
-def _stage_action(
-    name: str, recipe: Path, overrides: list[str], output: str | None, check: bool, resume: bool, force: bool
-) -> Action:
-    if resume and force:
-        raise UsageError("--resume continues a run and --force starts a new one. give one of the two")
-    return partial(_run_stage, name, STAGES[name], recipe, overrides, output, check, resume, force)
-
-
-def _run_stage(
-    name: str, stage: Stage, recipe: Path, overrides: list[str], output: str | None, check: bool, resume: bool, force: bool
-) -> None:
-    from rlhf_cli.data.hub import is_offline
-    from rlhf_cli.recipe.load import load_recipe
-    from rlhf_cli.runs.folder import refuse_occupied
-
-    loaded = load_recipe(name, recipe, overrides, output)
-    if not check and not force and os.environ.get("RANK", "0") == "0":
-        refuse_occupied(Path(loaded.recipe.output), resume)  # again when the run is opened; here it costs no imports
-    if not all(Path(path).exists() for path in loaded.recipe.paths) and is_offline():
-        # Before anything imports huggingface_hub: it reads the variable once, and would otherwise retry for a minute.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    _leave_on_signals()
-    _import_for_good(stage.module).run(loaded, check=check, resume=resume, force=force)
 
 
 def _import_for_good(module: str) -> ModuleType:

@@ -134,11 +134,19 @@ class StopRule:
 
 
 @dataclass(frozen=True)
-class Train:
+class Batches:
+    """How long a run is, and what a step sees."""
+
     epochs: float = key(1.0, "passes over the data", low=0.0)
     steps: int | None = key(None, "overrides epochs", low=1)
     batch_size: int = key(32, "prompts (with all their responses) per optimiser step, over all devices", low=1)
     tokens_per_device: int | Literal["auto"] = key("auto", "packing budget of one forward pass; never changes the result", low=1)
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What a step makes of its gradients."""
+
     learning_rate: float | None = key(None, "default per stage and per LoRA or full", low=0.0)
     schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up")
     warmup: float = key(0.03, "share of steps if below 1, else a number of steps", low=0.0)
@@ -146,12 +154,23 @@ class Train:
     betas: tuple[float, float] = key((0.9, 0.999), "AdamW's", low=0.0, high=0.99999)
     weight_decay: float = key(0.0, "decoupled", low=0.0)
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm", low=0.0)
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """What happens now and then."""
+
     log_every: int = key(1, "steps between two printed lines", low=1)
     eval_every: float | None = key(0.25, "below 1: share of the run; else steps; null: at the end alone", low=0.0)
     save_every: float | None = key(0.25, "the same, for checkpoints", low=0.0)
     keep_checkpoints: int = key(2, "the newest N are kept", low=1)
     keep_best: KeepBest | None = key(None, "also keep the best checkpoint by an evaluation metric")
     stop_if: dict[str, StopRule] = key({}, "metric: {above | below | falls: x} ends the run cleanly")
+
+
+@dataclass(frozen=True)
+class Train(Cadence, Updates, Batches):
+    """How a run trains."""
 
 
 @dataclass(frozen=True)

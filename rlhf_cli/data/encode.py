@@ -21,7 +21,7 @@ from rlhf_cli.data.formats import Taken
 from rlhf_cli.data.overlong import span
 from rlhf_cli.data.records import Facts, Record
 from rlhf_cli.data.sandbox import TookTooLong, memory_limit, time_limit
-from rlhf_cli.data.templates import Format, Template, tokenise, with_prefix
+from rlhf_cli.data.templates import ChatFormat, Template, tokenise, with_prefix
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.data.turns import Letters, Rendered, check_text, read_letters, render_row, supervised
 from rlhf_cli.errors import UsageError
@@ -189,7 +189,7 @@ def same_tokens(tree: Tree) -> str | None:
 
 
 def _encode(records: Sequence[Record], tokenizer: Any, template: Template, rules: _Rules) -> store.Stored:
-    form = templates.read_format(tokenizer, template)
+    form = templates.read_chat_format(tokenizer, template)
     letters = read_letters(tokenizer)
     tally = _Tally()
     for start in range(0, len(records), CHUNK):
@@ -212,7 +212,7 @@ def _counts(lost: Counter[str]) -> str:
     return ", ".join(f"{reason} ({count})" for reason, count in lost.most_common())
 
 
-def _render(form: Format, records: Sequence[Record], rows: range, rules: _Rules, tally: _Tally) -> list[tuple[int, Rendered]]:
+def _render(form: ChatFormat, records: Sequence[Record], rows: range, rules: _Rules, tally: _Tally) -> list[tuple[int, Rendered]]:
     rendered = []
     with memory_limit():
         for row in rows:
@@ -236,7 +236,7 @@ def _check_parts(record: Record, rules: _Rules) -> None:
         raise BadRow("no response")
 
 
-def _tokenise(form: Format, letters: Letters, rendered: Sequence[tuple[int, Rendered]]) -> list[Tree]:
+def _tokenise(form: ChatFormat, letters: Letters, rendered: Sequence[tuple[int, Rendered]]) -> list[Tree]:
     """Prompts and responses are tokenised apart, each in one batch."""
     prompts = _tokenise_prompts(form, letters, [text for _, text in rendered])
     anchors = [form.anchor if text.prompt else "" for _, text in rendered for _ in text.responses]
@@ -248,7 +248,7 @@ def _tokenise(form: Format, letters: Letters, rendered: Sequence[tuple[int, Rend
     return trees
 
 
-def _tokenise_prompts(form: Format, letters: Letters, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _tokenise_prompts(form: ChatFormat, letters: Letters, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, supervised) of each prompt; offsets, which are slow, are asked for only where there are turns to find."""
     plain = iter(tokenise(form.tokenizer, [text.prompt for text in rendered if not text.turns]))
     spoken = [text.prompt for text in rendered if text.turns]
@@ -268,7 +268,7 @@ def _tokenise_prompts(form: Format, letters: Letters, rendered: Sequence[Rendere
     return prompts
 
 
-def _continue(form: Format, anchors: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+def _continue(form: ChatFormat, anchors: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text as it reads after its anchor."""
     if not form.anchor:
         return tokenise(form.tokenizer, list(texts))
@@ -277,7 +277,7 @@ def _continue(form: Format, anchors: Sequence[str], texts: Sequence[str]) -> lis
     return [ids[len(newline) :] if anchor else ids for anchor, ids in zip(anchors, together, strict=True)]
 
 
-def _take(tree: Tree, record: Record, form: Format, letters: Letters, rules: _Rules, tally: _Tally) -> None:
+def _take(tree: Tree, record: Record, form: ChatFormat, letters: Letters, rules: _Rules, tally: _Tally) -> None:
     """Adds the tree to the tally, fitted to max_length. Raises BadRow if it cannot be used."""
 
     def encode_one(shorter: Record) -> Tree:
@@ -314,7 +314,7 @@ def _take(tree: Tree, record: Record, form: Format, letters: Letters, rules: _Ru
         tally.truncated.append(tree.row)
 
 
-def _summary(tally: _Tally, form: Format, records: Sequence[Record], rules: _Rules) -> store.Stored:
+def _summary(tally: _Tally, form: ChatFormat, records: Sequence[Record], rules: _Rules) -> store.Stored:
     trees = flatten(tally.trees, records)
     is_response = np.ones(len(trees.segments) - 1, bool)
     is_response[trees.first[:-1]] = False

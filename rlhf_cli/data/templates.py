@@ -79,7 +79,7 @@ def _checked(tokenizer: Any, template: Template) -> Template:
     except TemplateSyntaxError as error:
         raise UsageError(f"chat template ({template.source}): line {error.lineno}: {error.message}: not valid Jinja") from None
     except BadRow:
-        pass  # it may want more turns than one; `read_format` tries those
+        pass  # it may want more turns than one; `read_chat_format` tries those
     return template
 
 
@@ -89,7 +89,7 @@ def _render_probe(tokenizer: Any, template: Template, messages: Sequence[Message
         return render(tokenizer, template.text, messages, generation=generation)
 
 
-class Format(NamedTuple):
+class ChatFormat(NamedTuple):
     """What is the same in every row under one tokenizer and template, found by rendering a small conversation.
 
     ChatML under SmolLM2's tokenizer: tail "<|im_end|>\\n", close "", end "<|im_end|>", end_ids (2,), prefix ().
@@ -107,14 +107,14 @@ class Format(NamedTuple):
     control: re.Pattern[str] | None  # strings that would become control tokens
 
 
-def read_format(tokenizer: Any, template: Template) -> Format:
+def read_chat_format(tokenizer: Any, template: Template) -> ChatFormat:
     """Renders the probe and reads the turn's end off it. Raises UsageError if the template cannot write it."""
     if tokenizer.eos_token_id is None:
         raise UsageError("the tokenizer has no EOS token, so a model could never learn to stop: use one that has")
     added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     tail, dialogue = ("", "") if template.text is None else _read_turn(tokenizer, template)
     close, end = _split_tail(tail, dialogue.partition(MARK)[2], [token.content for token in added])
-    return Format(
+    return ChatFormat(
         tokenizer=tokenizer,
         template=template,
         prefix=special_prefix(tokenizer),
@@ -200,7 +200,7 @@ def tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 def end_of_turn(tokenizer: Any, template: Template) -> list[int]:
     """The tokens that end an assistant turn: sampling stops at the last of them."""
-    form = read_format(tokenizer, template)
+    form = read_chat_format(tokenizer, template)
     return [*tokenise(tokenizer, [form.close])[0], *form.end_ids]
 
 

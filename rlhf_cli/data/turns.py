@@ -9,7 +9,7 @@ import numpy as np
 from rlhf_cli.data.dialogue import BadRow
 from rlhf_cli.data.records import Message, Record
 from rlhf_cli.data.sandbox import render
-from rlhf_cli.data.templates import Format, as_messages, prompt_text, shared_length
+from rlhf_cli.data.templates import ChatFormat, as_messages, prompt_text, shared_length
 from rlhf_cli.errors import UsageError
 
 
@@ -22,7 +22,7 @@ class Rendered(NamedTuple):
     end_ids: tuple[int, ...]  # which follows each of them
 
 
-def check_text(form: Format, record: Record) -> None:
+def check_text(form: ChatFormat, record: Record) -> None:
     """Raises BadRow for text that would forge a control token."""
     if form.control is None:
         return
@@ -31,7 +31,7 @@ def check_text(form: Format, record: Record) -> None:
             raise BadRow("a control token in the text", repr(found.group()))
 
 
-def render_row(form: Format, record: Record, *, find_turns: bool) -> Rendered:
+def render_row(form: ChatFormat, record: Record, *, find_turns: bool) -> Rendered:
     """Renders the prompt, each response, and (find_turns) where earlier assistant turns lie.
 
     Raises BadRow if the template cannot write the row, UsageError if it rewrites a text once more turns follow.
@@ -48,7 +48,7 @@ def render_row(form: Format, record: Record, *, find_turns: bool) -> Rendered:
     return Rendered(prompt, turns, responses, form.end_ids)
 
 
-def added_turn(form: Format, before: str, messages: tuple[Message, ...], where: str) -> str:
+def added_turn(form: ChatFormat, before: str, messages: tuple[Message, ...], where: str) -> str:
     """What the last of `messages` adds to the rendered text `before`, without the turn's end."""
     assert form.template.text is not None
     after = render(form.tokenizer, form.template.text, messages, generation=False)
@@ -64,7 +64,7 @@ def added_turn(form: Format, before: str, messages: tuple[Message, ...], where: 
     return added[: len(added) - len(form.tail)]
 
 
-def _find_turn(form: Format, prompt: str, messages: tuple[Message, ...], k: int, where: str) -> tuple[int, int]:
+def _find_turn(form: ChatFormat, prompt: str, messages: tuple[Message, ...], k: int, where: str) -> tuple[int, int]:
     """Where assistant turn k lies in the rendered prompt: from the end of its header to the end of its end-of-turn token."""
     header = prompt_text(form.tokenizer, form.template, messages[:k])
     written = header + added_turn(form, header, messages[: k + 1], where) + form.close + form.end

@@ -211,10 +211,8 @@ class PpoRecipe(ReferenceRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalRecipe(Recipe):
-    """`rlhf eval`."""
-
-    stage: ClassVar[str] = "eval"
+class Evaluated:
+    """What an evaluation compares, and on which rows."""
 
     models: dict[str, str] = key(
         help="a path to each name: runs, checkpoints (runs/ppo/checkpoints/*: all of that run), adapters, plain models",
@@ -226,6 +224,12 @@ class EvalRecipe(Recipe):
         None, "the same: how often reward models, and policies' implicit rewards, agree with the data"
     )
     text: list[EvalSource] | None = key(None, "the same: perplexity of its responses")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What an evaluation asks of responses."""
+
     rollout: Sampling = field(default_factory=Sampling)
     reward: list[Reward] | None = key(None, "a list of terms: {model: …} or {function: file.py:name}")
     reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
@@ -236,6 +240,12 @@ class EvalRecipe(Recipe):
     dump_pairs: str | None = key(
         None, "a .jsonl file to write: the responses, ranked by the judge, as preference data", path=True
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How an evaluation reads models and rows."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of weights and of compute; auto: bfloat16 on a GPU")
     attention: Literal["auto", "sdpa", "flex", "flash", "eager"] = key("auto", "attention kernel, as in training")
     chat_template: str | None = key(None, "null: each model's own; a Jinja file; none", path=True)
@@ -245,6 +255,13 @@ class EvalRecipe(Recipe):
     control_tokens: Literal["reject", "keep"] = key("reject", "text that contains the tokenizer's control tokens")
     max_lost: float = key(0.05, "exit 2 if more than this share of rows is dropped or truncated", low=0.0, high=1.0)
     tokens_per_device: int | Literal["auto"] = key("auto", "packing budget of one forward pass; never changes the result", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecipe(Reading, Scoring, Evaluated, Recipe):
+    """`rlhf eval`."""
+
+    stage: ClassVar[str] = "eval"
 
     @property
     def terms(self) -> tuple[list[Reward], list[Reward]]:

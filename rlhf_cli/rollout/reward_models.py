@@ -14,7 +14,7 @@ from rlhf_cli import sections
 from rlhf_cli.data.encode import encode
 from rlhf_cli.data.overlong import span
 from rlhf_cli.data.records import Record
-from rlhf_cli.data.templates import Format, Template, choose_template, read_format, tokenise
+from rlhf_cli.data.templates import ChatFormat, Template, choose_template, read_chat_format, tokenise
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.models.backbone import Backbone
@@ -76,7 +76,7 @@ class RewardModel(RewardTerm):
                 _ = start.head
         config = load_config(start.base, start.revision, policy.trust_remote_code).get_text_config().to_dict()
         positions = next((int(config[key]) for key in POSITION_KEYS if config.get(key)), None)
-        form = None if same and template.hash == policy.template.hash else read_format(tokenizer, template)
+        form = None if same and template.hash == policy.template.hash else read_chat_format(tokenizer, template)
         reader = Reader(place, positions, form)
         return cls(name, reward.weight, place, start, base, mean, std, tokenizer, template, reader)
 
@@ -168,7 +168,7 @@ class Reader:
 
     place: str  # begins every message
     positions: int | None  # tokens that it can take at most, where it has such a limit
-    form: Format | None  # its tokenizer and template; None: it reads the policy's tokens
+    form: ChatFormat | None  # its tokenizer and template; None: it reads the policy's tokens
 
     def __call__(self, answers: Answers) -> list[Tree]:
         """Trees of the same prompts and responses, in the same order.
@@ -185,7 +185,7 @@ class Reader:
                 )
         return trees
 
-    def _rewritten(self, form: Format, answers: Answers) -> list[Tree]:
+    def _rewritten(self, form: ChatFormat, answers: Answers) -> list[Tree]:
         records = [
             Record(record.prompt, tuple(texts), record.where)
             for record, texts in zip(answers.records, answers.texts, strict=True)

@@ -12,7 +12,7 @@ from rlhf_cli.data.templates import (
     choose_template,
     encode_prompt,
     end_of_turn,
-    read_format,
+    read_chat_format,
     render_prompt,
 )
 from rlhf_cli.errors import UsageError
@@ -121,7 +121,7 @@ def test_dates_are_fixed() -> None:
 def test_control_strings_include_what_the_template_writes_though_it_is_not_special() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<turn>", "<think>"])
-    control = read_format(tokenizer, file("{% for m in messages %}<turn>{{ m.content }}{% endfor %}")).control
+    control = read_chat_format(tokenizer, file("{% for m in messages %}<turn>{{ m.content }}{% endfor %}")).control
     assert control is not None
     assert [bool(control.search(text)) for text in ("a <turn> b", "<think>", "<s>", "plain <|im_en")] == [
         True,

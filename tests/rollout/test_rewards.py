@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_cli.data.records import Message, Record, plain_prompt
-from rlhf_cli.data.templates import choose_template, encode_prompt, read_format
+from rlhf_cli.data.templates import choose_template, encode_prompt, read_chat_format
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
@@ -335,7 +335,7 @@ class TestText:
 
     def test_is_encoded_as_by_hand(self) -> None:
         judge = tiny_tokenizer(eos="<|eot_id|>", adds_bos=True, template=LLAMA3)
-        trees = Reader("ppo.yaml:9", None, read_format(judge, choose_template(judge, None)))(self.drawn())
+        trees = Reader("ppo.yaml:9", None, read_chat_format(judge, choose_template(judge, None)))(self.drawn())
         raw = judge.backend_tokenizer
         for tree, prompt, texts in zip(trees, self.WRITTEN, self.ANSWERS, strict=True):
             assert tree.prompt.tolist() == raw.encode(prompt, add_special_tokens=False).ids
@@ -345,7 +345,7 @@ class TestText:
     def test_scores_are_those_of_the_rewritten_tokens(self) -> None:
         judge = tiny_tokenizer(eos="<|eot_id|>", adds_bos=True, template=LLAMA3)
         backbone = make_backbone(make(vocab_size=len(judge)), role="reward")
-        reader = Reader("ppo.yaml:9", None, read_format(judge, choose_template(judge, None)))
+        reader = Reader("ppo.yaml:9", None, read_chat_format(judge, choose_template(judge, None)))
         found = RewardModelScorer("rm", 1.0, backbone, "reward", 0.0, 1.0, 64, reader).score(self.drawn())
         backbone.activate("reward")
         encode = judge.backend_tokenizer.encode
@@ -362,7 +362,7 @@ class TestText:
     def test_what_is_written_before_the_end_of_a_turn_is_no_part_of_a_cut_response(self) -> None:
         closing = CHATML.replace("+ '<|im_end|>", "+ ' //<|im_end|>")
         judge = tiny_tokenizer(eos="<|im_end|>", template=closing)
-        trees = Reader("ppo.yaml:9", None, read_format(judge, choose_template(judge, None)))(self.drawn())
+        trees = Reader("ppo.yaml:9", None, read_chat_format(judge, choose_template(judge, None)))(self.drawn())
         assert [judge.decode(ids) for tree in trees for ids in tree.responses] == [
             "It is four //<|im_end|>",
             " //<|im_end|>",
@@ -375,12 +375,12 @@ class TestText:
         judge = tiny_tokenizer(eos="<|eot_id|>", template=LLAMA3)
         asked = self.drawn()
         asked.texts[1][0] = ""
-        trees = Reader("ppo.yaml:9", None, read_format(judge, choose_template(judge, None)))(asked)
+        trees = Reader("ppo.yaml:9", None, read_chat_format(judge, choose_template(judge, None)))(asked)
         assert trees[1].responses[0].tolist() == [judge.eos_token_id]
 
     def test_a_prompt_that_the_model_cannot_be_shown_is_told(self) -> None:
         judge = tiny_tokenizer(eos="</s>")
-        reader = Reader("ppo.yaml:9", None, read_format(judge, choose_template(judge, "none")))
+        reader = Reader("ppo.yaml:9", None, read_chat_format(judge, choose_template(judge, "none")))
         with pytest.raises(UsageError, match=r"^ppo.yaml:9: the reward model's text: rows.jsonl:2: a conversation needs a chat"):
             reader(self.drawn())
         with pytest.raises(UsageError, match=r"^ppo.yaml:9: the reward model's text: none of 1 rows can be used"):
@@ -388,7 +388,7 @@ class TestText:
 
     def test_what_the_model_cannot_take_is_told(self) -> None:
         judge = tiny_tokenizer(eos="<|eot_id|>", template=LLAMA3)
-        form = read_format(judge, choose_template(judge, None))
+        form = read_chat_format(judge, choose_template(judge, None))
         longest = max(len(tree.prompt) + max(map(len, tree.responses)) for tree in Reader("", None, form)(self.drawn()))
         assert len(Reader("ppo.yaml:9", longest, form)(self.drawn())) == 2
         with pytest.raises(UsageError, match=rf"prompt and response have {longest} tokens, the reward model takes {longest - 1}"):
