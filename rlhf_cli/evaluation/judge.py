@@ -101,7 +101,7 @@ class Verdicts:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Comparisons:
     """Outcomes of comparisons, and how often the judge contradicted itself."""
 
     outcomes: np.ndarray  # (N,) float64: 1 where a is better, 0 where b is, else 1/2
@@ -115,7 +115,7 @@ def _quiet(done: int, total: int) -> None:
 
 def judge_all(
     settings: Endpoint, comparisons: Sequence[Question], verdicts: Verdicts, say: Callable[[int, int], None] = _quiet
-) -> Judged:
+) -> Comparisons:
     """Ask about every comparison in both orders.
 
     A response wins if it is better in both orders; everything else is a tie, also a win in one order and a tie in the other
@@ -137,7 +137,7 @@ def judge_all(
     own = np.stack([given[:, 0], 1 - given[:, 1]])  # (2, pairs): of a in both orders
     outcomes = np.full(len(comparisons), 0.5)
     outcomes[[each.a != each.b for each in comparisons]] = np.where(own[0] == own[1], own[0], 0.5)
-    return Judged(outcomes, len(pairs), int((np.abs(own[0] - own[1]) == 1).sum()))
+    return Comparisons(outcomes, len(pairs), int((np.abs(own[0] - own[1]) == 1).sum()))
 
 
 VALUE = {"A": 1.0, "B": 0.0, "TIE": 0.5}

@@ -63,16 +63,16 @@ def win_rate(outcome: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> Win
     Raises:
         ValueError: fewer than 2 prompts were judged.
     """
-    judged = ~np.isnan(outcome)
-    prompt, _ = np.nonzero(judged)
-    won, prompts = outcome[judged], int(judged.any(1).sum())
+    known = ~np.isnan(outcome)
+    prompt, _ = np.nonzero(known)
+    won, prompts = outcome[known], int(known.any(1).sum())
     if prompts < 2:
         raise ValueError(f"a win rate needs at least 2 judged prompts, not {prompts}")
     prior = len(won) / prompts * jeffreys(len(counts))[:, 0]
-    wins = counts @ np.where(judged, outcome, 0.0).sum(1) + prior[:, 0]
-    draws = wins / (counts @ judged.sum(1) + prior.sum(1))
+    wins = counts @ np.where(known, outcome, 0.0).sum(1) + prior[:, 0]
+    draws = wins / (counts @ known.sum(1) + prior.sum(1))
     raw = _share(float(won.mean()), draws, prompts)
-    controlled = _length_controlled(won, _length(longer[judged]), counts, prompt, prior, prompts)
+    controlled = _length_controlled(won, _length(longer[known]), counts, prompt, prior, prompts)
     return WinRate(raw, float((won == 0.5).mean()), len(won), controlled)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_cli import sections
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import kinds_of, name_of
@@ -67,7 +68,7 @@ def find_terms(loaded: Loaded, policy: PolicyText) -> RewardTerms:
         UsageError: a term's source is not there, or is no reward.
     """
 
-    def find(key: str, term: Any) -> RewardTerm:
+    def find(key: str, term: sections.Reward) -> RewardTerm:
         (kind,) = kinds_of(term)
         return TERMS[kind].find(term, name_of(term), loaded.named(f"{key}.{kind}"), policy)
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_cli.errors import NumberError, UsageError
-from rlhf_cli.files import disk_error
+from rlhf_cli.files import disk_errors
 from rlhf_cli.models.heads import classifier_class, save_full_reward
-from rlhf_cli.models.load import is_reward_model, load_tokenizer, read_adapter, read_head
+from rlhf_cli.models.load import is_reward_model, load_tokenizer, quiet_libraries, read_adapter, read_head
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.parents import Start, resolve_start
@@ -38,9 +36,7 @@ def export(run: Path, dest: Path, merge: bool) -> str:
         UsageError: `run` is no finished run, `dest` exists, or transformers has no classifier for a reward model's architecture.
         NumberError: the exported model gives other log-probabilities or scores than the run; nothing is left at `dest`.
     """
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     if os.path.lexists(dest):
         raise UsageError(f"{dest} exists; export to a new folder")
     start = resolve_start(str(run), None, "export", TRAINING_STAGES)
@@ -49,39 +45,35 @@ def export(run: Path, dest: Path, merge: bool) -> str:
         raise UsageError(f"{run} is not a run: it has no model/")
     model, head = _load_run(start)
     pad_id = None if head is None else _pad_id(run, start, model)
-    try:
+    with disk_errors(dest):
         dest.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent))
-    except OSError as error:
-        raise disk_error(dest, error) from error
-    try:
-        ids = _draw_ids(start, model)
-        wanted = _logps(model, ids) if head is None else _scores_of_run(model, head, ids)
-        if start.adapter is None or not merge:
-            shutil.copytree(source, part, dirs_exist_ok=True)
-        else:
-            merged = model.merge_and_unload()
-            if head is None:
-                merged.save_pretrained(str(part))
+        try:
+            ids = _probe(start, model)
+            wanted = _logps(model, ids) if head is None else _scores_of_run(model, head, ids)
+            if start.adapter is None or not merge:
+                shutil.copytree(source, part, dirs_exist_ok=True)
             else:
-                save_full_reward(merged, head, pad_id, part)
-            for file in source.iterdir():
-                if not file.name.endswith(WEIGHTS) and file.name not in MODEL_FILES:
-                    shutil.copy2(file, part / file.name)
-        if head is None:
-            what, found = "log-probabilities", _logps(_load_export(AutoModelForCausalLM, start, part), ids)
-        else:
-            options = {"num_labels": 1, "pad_token_id": pad_id}
-            what, found = "scores", _scores(_load_export(AutoModelForSequenceClassification, start, part, options), ids)
-        difference = float((found - wanted).abs().max())
-        if not difference <= TOLERANCE:
-            raise NumberError(f"{dest}: {what} differ from the run's by {difference:.2g}; nothing was exported")
-        part.chmod(0o755)
-        part.rename(dest)
-    except OSError as error:
-        raise disk_error(dest, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+                merged = model.merge_and_unload()
+                if head is None:
+                    merged.save_pretrained(str(part))
+                else:
+                    save_full_reward(merged, head, pad_id, part)
+                for file in source.iterdir():
+                    if not file.name.endswith(WEIGHTS) and file.name not in MODEL_FILES:
+                        shutil.copy2(file, part / file.name)
+            if head is None:
+                what, found = "log-probabilities", _logps(_load_export(AutoModelForCausalLM, start, part), ids)
+            else:
+                options = {"num_labels": 1, "pad_token_id": pad_id}
+                what, found = "scores", _scores(_load_export(AutoModelForSequenceClassification, start, part, options), ids)
+            difference = float((found - wanted).abs().max())
+            if not difference <= TOLERANCE:
+                raise NumberError(f"{dest}: {what} differ from the run's by {difference:.2g}; nothing was exported")
+            part.chmod(0o755)
+            part.rename(dest)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     kind = "adapter" if (dest / "adapter_config.json").exists() else "model"
     return f"{kind} in {dest}: {what} within {difference:.1e} of the run's"
 
@@ -120,7 +112,7 @@ def _pad_id(run: Path, start: Start, model: Any) -> int | None:
     return pad_id
 
 
-def _draw_ids(start: Start, model: Any) -> torch.Tensor:
+def _probe(start: Start, model: Any) -> torch.Tensor:
     """Two fixed texts of random tokens, (2, 24), that end as responses do: a classifier must not take their end for padding."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,7 @@ import pytest
 from rlhf_cli.data.records import prompt_lines
 from rlhf_cli.errors import MachineError, RunError, Stopped, UsageError
 from rlhf_cli.evaluation import endpoint, judge
-from rlhf_cli.evaluation.judge import Judged, Verdicts, judge_all
+from rlhf_cli.evaluation.judge import Comparisons, Verdicts, judge_all
 from rlhf_cli.evaluation.question import PROMPT, Question, filled, read_verdict
 from rlhf_cli.sections import Endpoint
 
@@ -143,7 +143,7 @@ def settings(server: Model | str, **changed: Any) -> Endpoint:
     return Endpoint(**{"endpoint": url, "model": "judge-7b", "timeout": 10.0, "retries": 2, "parallel": 2, **changed})
 
 
-def judged(chosen: Endpoint, comparisons: list[Question], path: Path, **given: Any) -> Judged:
+def judged(chosen: Endpoint, comparisons: list[Question], path: Path, **given: Any) -> Comparisons:
     with Verdicts(path) as verdicts:
         return judge_all(chosen, comparisons, verdicts, **given)
 
