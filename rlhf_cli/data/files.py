@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rlhf_cli.data.dialogue import BadRow, kind_of
 from rlhf_cli.errors import MachineError, UsageError
@@ -22,25 +22,11 @@ RawRow = tuple[int, dict[str, Any] | BadRow]
 MAX_LINE = 8 * 2**20
 """Bytes of one row; a longer one is a bad row, and is never held in memory as a whole."""
 
-FILE_SUFFIXES = (
-    ".jsonl",
-    ".jsonl.gz",
-    ".json",
-    ".csv",
-    ".parquet",
-    ".txt",
-    ".tsv",
-    ".gz",
-    ".zip",
-    ".zst",
-    ".arrow",
-    ".pkl",
-    ".yaml",
-    ".py",
-)
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".tsv", ".gz", ".zip", ".zst", ".arrow", ".pkl", ".yaml", ".py")
 """A path that ends so means a file, also when it does not exist."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+BOM = b"\xef\xbb\xbf"
 SPACE = re.compile(r"[ \t\n\r]*")
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
@@ -92,7 +78,9 @@ def read_file(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[
     line = 0
     try:
         for line, row in reader(path):
-            yield line, row if reader is not _csv or isinstance(row, BadRow) else _typed(row, columns or {})
+            if reader is _csv and not isinstance(row, BadRow):
+                row = {name: CELLS.get((columns or {}).get(name, name), str)(cell) for name, cell in row.items()}
+            yield line, row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         what = f"cut off or damaged after line {line}" if line else "not a gzip file, or cut off"
         raise UsageError(f"{path}: {what} ({error}); copy or write it again") from None
@@ -101,21 +89,14 @@ def read_file(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[
 
 
 def _jsonl(path: Path) -> Iterator[RawRow]:
-    with path.open("rb") as stream:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
         yield from _lines(stream)
 
 
-def _jsonl_gz(path: Path) -> Iterator[RawRow]:
-    with gzip.open(path, "rb") as stream:
-        yield from _lines(io.BufferedReader(stream))
-
-
-def _lines(stream: BinaryIO) -> Iterator[RawRow]:
-    number = 0
-    while line := stream.readline(MAX_LINE):
-        number += 1
+def _lines(stream: BufferedIOBase) -> Iterator[RawRow]:
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), start=1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.removeprefix(BOM)
         if len(line) >= MAX_LINE and not line.endswith(b"\n"):
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MAX_LINE)
@@ -140,9 +121,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | BadRow:
 
 
 def _object(value: Any) -> dict[str, Any] | BadRow:
-    if type(value) is dict:
-        return value
-    return BadRow(f"the row is {kind_of(value)}, expected an object")
+    return value if type(value) is dict else BadRow(f"the row is {kind_of(value)}, expected an object")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -163,9 +142,9 @@ LENIENT = json.JSONDecoder()
 
 def _json(path: Path) -> Iterator[RawRow]:
     """A list of objects; a file that begins otherwise is read as JSON Lines, which often bear this name too."""
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    data = path.read_bytes().removeprefix(BOM)
     if not data.lstrip().startswith(b"["):
-        yield from _lines(io.BytesIO(data))
+        yield from _lines(BytesIO(data))
         return
     try:
         yield from _elements(data.decode(), path)
@@ -173,10 +152,8 @@ def _json(path: Path) -> Iterator[RawRow]:
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        what = error.msg.removesuffix(" at")
-        raise UsageError(
-            f"{path}:{error.lineno}: not JSON ({what}, column {error.colno}); expected one list of objects"
-        ) from None
+        what = f"{error.msg.removesuffix(' at')}, column {error.colno}"
+        raise UsageError(f"{path}:{error.lineno}: not JSON ({what}); expected one list of objects") from None
     except RecursionError:
         raise UsageError(f"{path}: nested too deeply; expected one list of objects") from None
 
@@ -187,8 +164,12 @@ def _elements(text: str, path: Path) -> Iterator[RawRow]:
     while text[position : position + 1] != "]":
         line += text.count("\n", counted, position)
         counted = position
-        row, position = _element(text, position)
-        yield line, row
+        try:
+            value, position = STRICT.raw_decode(text, position)
+            yield line, _object(value)
+        except BadRow as bad:
+            position = LENIENT.raw_decode(text, position)[1]
+            yield line, bad
         position = _skip(text, position)
         if text[position : position + 1] == ",":
             position = _skip(text, position + 1)
@@ -197,14 +178,6 @@ def _elements(text: str, path: Path) -> Iterator[RawRow]:
     end = _skip(text, position + 1)
     if end != len(text):
         raise json.JSONDecodeError("Extra data after the list", text, end)
-
-
-def _element(text: str, position: int) -> tuple[dict[str, Any] | BadRow, int]:
-    try:
-        value, end = STRICT.raw_decode(text, position)
-        return _object(value), end
-    except BadRow as bad:
-        return bad, LENIENT.raw_decode(text, position)[1]
 
 
 def _skip(text: str, position: int) -> int:
@@ -217,7 +190,12 @@ def _csv(path: Path) -> Iterator[RawRow]:
     csv.field_size_limit(MAX_LINE)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, strict=True)
-        header = _header(reader, path)
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise UsageError(f"{path}:1: the header is not CSV ({error})") from None
+        if len(set(header)) != len(header):
+            raise UsageError(f"{path}:1: the header names a column twice: {', '.join(header)}")
         while True:
             line = reader.line_num + 1
             try:
@@ -233,16 +211,6 @@ def _csv(path: Path) -> Iterator[RawRow]:
                 yield line, _cells(header, cells)
 
 
-def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
-    try:
-        header = next(reader, [])
-    except csv.Error as error:
-        raise UsageError(f"{path}:1: the header is not CSV ({error})") from None
-    if len(set(header)) != len(header):
-        raise UsageError(f"{path}:1: the header names a column twice: {', '.join(header)}")
-    return header
-
-
 def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
     if len(cells) != len(header):
         return BadRow("another number of cells than the header", f"{len(cells)}, expected {len(header)}")
@@ -251,20 +219,12 @@ def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
     return dict(zip(header, cells, strict=True))
 
 
-def _typed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    return {name: CELLS.get(columns.get(name, name), str)(cell) for name, cell in row.items()}
-
-
 def _json_cell(cell: str) -> Any:
     """Lists and labels are written as JSON in a cell; what is none stays text, and is then a bad row by its type."""
     try:
         return STRICT.decode(cell)
     except (ValueError, RecursionError, BadRow):
         return cell
-
-
-def _label_cell(cell: str) -> Any:
-    return {"true": True, "false": False}.get(cell.strip().lower(), cell)
 
 
 def _number_cell(cell: str) -> Any:
@@ -276,15 +236,9 @@ def _number_cell(cell: str) -> Any:
 
 
 CELLS: dict[str, Callable[[str], Any]] = {
-    "messages": _json_cell,
-    "responses": _json_cell,
-    "ranks": _json_cell,
-    "scores": _json_cell,
-    "label": _label_cell,
-    "score_chosen": _number_cell,
-    "score_rejected": _number_cell,
-    "probability": _number_cell,
-    "margin": _number_cell,
+    **dict.fromkeys(("messages", "responses", "ranks", "scores"), _json_cell),
+    **dict.fromkeys(("score_chosen", "score_rejected", "probability", "margin"), _number_cell),
+    "label": lambda cell: {"true": True, "false": False}.get(cell.strip().lower(), cell),
 }
 
 
@@ -305,15 +259,10 @@ def _parquet(path: Path) -> Iterator[RawRow]:
         raise UsageError(f"{path}: {what} ({str(error).splitlines()[0]})") from None
 
 
-READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
-    ".jsonl": _jsonl,
-    ".jsonl.gz": _jsonl_gz,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+Reader = Callable[[Path], Iterator[RawRow]]
+READERS: dict[str, Reader] = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
-def reader_of(path: Path) -> Callable[[Path], Iterator[RawRow]] | None:
+def reader_of(path: Path) -> Reader | None:
     """The reader for a file name."""
     return next((reader for suffix, reader in READERS.items() if path.name.lower().endswith(suffix)), None)
