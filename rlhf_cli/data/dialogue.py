@@ -5,20 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rlhf_cli.data.records import Message
-
-Prompt = str | tuple[Message, ...]
+from rlhf_cli.data.records import Message, Prompt
 
 ROLES = ("system", "user", "assistant")
-KINDS = {
-    str: "text",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
+KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 TURN_MARK = re.compile(r"\n\n(Human|Assistant):")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -33,7 +23,7 @@ class BadRow(Exception):
 
 def kind_of(value: Any) -> str:
     """The type of a JSON value in words."""
-    return KINDS.get(type(value), type(value).__name__)
+    return "null" if value is None else KINDS.get(type(value), type(value).__name__)
 
 
 def a_text(value: Any, name: str, detail: str = "") -> str:
@@ -68,9 +58,8 @@ def messages(value: Any, name: str) -> tuple[Message, ...]:
         at = f"turn {i}"
         if type(turn) is not dict:
             raise BadRow(f"a turn of {name} is {kind_of(turn)}, expected an object with role and content", at)
-        for part in ("role", "content"):
-            if part not in turn:
-                raise BadRow(f"a turn of {name} has no '{part}'", at)
+        if missing := [part for part in ("role", "content") if part not in turn]:
+            raise BadRow(f"a turn of {name} has no '{missing[0]}'", at)
         role = turn["role"]
         if role not in ROLES:
             raise BadRow(f"a role of {name} is not system, user or assistant", f"{at}: {shortened(role)}")
@@ -107,6 +96,11 @@ def conversation(turns: tuple[Message, ...], name: str) -> tuple[tuple[Message, 
 def as_turns(prompt: Prompt) -> tuple[Message, ...]:
     """A prompt as messages: a string is one user turn."""
     return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def shared_length(one: str, other: str) -> int:
+    """Characters at the beginning that two texts have in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def transcript(value: Any, name: str) -> tuple[tuple[Message, ...], str]:

@@ -5,22 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal
 
-from rlhf_cli.data.dialogue import (
-    BadRow,
-    Prompt,
-    a_list,
-    a_text,
-    as_turns,
-    check_order,
-    conversation,
-    kind_of,
-    messages,
-    transcript,
-)
-from rlhf_cli.data.records import Facts, Record
+from rlhf_cli.data import dialogue
+from rlhf_cli.data.dialogue import BadRow, a_list, a_text, as_turns, conversation, kind_of, messages, transcript
+from rlhf_cli.data.records import Facts, Prompt, Record
 
 Row = Mapping[str, Any]
 Converter = Callable[[Row, str], Record]
@@ -34,11 +24,14 @@ def _field(row: Row, name: str) -> Any:
     return row[name]
 
 
-def _numbers(value: Any, name: str, count: int) -> list[float]:
-    numbers = a_list(value, name)
+def _numbers(row: Row, name: str, count: int) -> list[float] | None:
+    """One number a response; None if the row says nothing."""
+    if row.get(name) is None:
+        return None
+    numbers = a_list(row[name], f"'{name}'")
     if len(numbers) != count:
-        raise BadRow(f"{name} and 'responses' differ in number", f"{len(numbers)} and {count}")
-    return [_number(number, f"an entry of {name}") for number in numbers]
+        raise BadRow(f"'{name}' and 'responses' differ in number", f"{len(numbers)} and {count}")
+    return [_number(number, f"an entry of '{name}'") for number in numbers]
 
 
 def _number(value: Any, name: str) -> float:
@@ -54,7 +47,7 @@ def _prompt(row: Row) -> Prompt:
     if type(value) is not list:
         return a_text(value, "'prompt'")
     turns = messages(value, "'prompt'")
-    check_order(turns, "'prompt'")
+    dialogue.check_order(turns, "'prompt'")
     if turns[-1].role != "user":
         raise BadRow("'prompt' does not end in a user turn")
     return turns
@@ -77,17 +70,14 @@ def _response(prompt: Prompt, value: Any, name: str) -> tuple[Prompt, str]:
     return (prompt if earlier == start else earlier), response
 
 
-def _pair(row: Row, prompts: tuple[Prompt, Prompt], responses: tuple[str, str], where: str) -> Record:
-    if as_turns(prompts[0]) != as_turns(prompts[1]):
+def _pair(row: Row, chosen: tuple[Prompt, str], rejected: tuple[Prompt, str], where: str) -> Record:
+    """Two responses, each with its prompt."""
+    if as_turns(chosen[0]) != as_turns(rejected[0]):
         raise BadRow("the prompts of 'chosen' and 'rejected' differ")
-    if responses[0].strip() == responses[1].strip():
+    if chosen[1].strip() == rejected[1].strip():
         raise BadRow("'chosen' and 'rejected' are the same")
-    return Record(prompts[0], responses, where, _pair_facts(row))
-
-
-def _pair_facts(row: Row) -> Facts:
     names = ("score_chosen", "score_rejected")
-    scores = [_number(row[name], f"'{name}'") for name in names if row.get(name) is not None]
+    scores = tuple(_number(row[name], f"'{name}'") for name in names if row.get(name) is not None)
     if len(scores) == 1:
         raise BadRow("one of 'score_chosen' and 'score_rejected' is missing")
     if scores and scores[0] < scores[1]:
@@ -95,7 +85,7 @@ def _pair_facts(row: Row) -> Facts:
     probability = _number(row["probability"], "'probability'") if row.get("probability") is not None else None
     if probability is not None and not 0.5 <= probability <= 1:
         raise BadRow("'probability' is not between 0.5 and 1", "that of the chosen response; where it is lower, swap the two")
-    return Facts(scores=tuple(scores) or None, probability=probability)
+    return Record(chosen[0], (chosen[1], rejected[1]), where, Facts(scores=scores or None, probability=probability))
 
 
 def _from_messages(row: Row, where: str) -> Record:
@@ -117,31 +107,22 @@ def _from_preference(row: Row, where: str) -> Record:
     if "prompt" not in row and all(type(value) is list for value in values):
         return _from_whole_pair(row, where)
     prompt = _prompt(row)
-    first, chosen = _response(prompt, values[0], "'chosen'")
-    second, rejected = _response(prompt, values[1], "'rejected'")
-    return _pair(row, (first, second), (chosen, rejected), where)
+    return _pair(row, _response(prompt, values[0], "'chosen'"), _response(prompt, values[1], "'rejected'"), where)
 
 
 def _from_whole_pair(row: Row, where: str) -> Record:
     """Two whole conversations: messages, or texts, whose shared words are the prompt."""
     chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
     if type(chosen) is list or type(rejected) is list:
-        first, best = conversation(messages(chosen, "'chosen'"), "'chosen'")
-        second, worst = conversation(messages(rejected, "'rejected'"), "'rejected'")
-        return _pair(row, (first, second), (best, worst), where)
-    return _split_texts(row, a_text(chosen, "'chosen'"), a_text(rejected, "'rejected'"), where)
-
-
-def _split_texts(row: Row, chosen: str, rejected: str, where: str) -> Record:
-    if chosen.strip() == rejected.strip():
+        best = conversation(messages(chosen, "'chosen'"), "'chosen'")
+        return _pair(row, best, conversation(messages(rejected, "'rejected'"), "'rejected'"), where)
+    if a_text(chosen, "'chosen'").strip() == a_text(rejected, "'rejected'").strip():
         raise BadRow("'chosen' and 'rejected' are the same")
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-    cut = _last_boundary(chosen[:shared])
-    if not chosen[:cut].strip():
+    prompt = chosen[: _last_boundary(chosen[: dialogue.shared_length(chosen, rejected)])]
+    if not prompt.strip():
         raise BadRow("the prompts of 'chosen' and 'rejected' differ")
-    responses = a_text(chosen[cut:], "the response in 'chosen'"), a_text(rejected[cut:], "the response in 'rejected'")
-    return _pair(row, (chosen[:cut], chosen[:cut]), responses, where)
+    best = prompt, a_text(chosen[len(prompt) :], "the response in 'chosen'")
+    return _pair(row, best, (prompt, a_text(rejected[len(prompt) :], "the response in 'rejected'")), where)
 
 
 def _last_boundary(text: str) -> int:
@@ -154,9 +135,8 @@ def _last_boundary(text: str) -> int:
 
 
 def _from_hh(row: Row, where: str) -> Record:
-    first, chosen = transcript(_field(row, "chosen"), "'chosen'")
-    second, rejected = transcript(_field(row, "rejected"), "'rejected'")
-    return _pair(row, (first, second), (chosen, rejected), where)
+    chosen = transcript(_field(row, "chosen"), "'chosen'")
+    return _pair(row, chosen, transcript(_field(row, "rejected"), "'rejected'"), where)
 
 
 def _from_ranked(row: Row, where: str) -> Record:
@@ -169,30 +149,17 @@ def _from_ranked(row: Row, where: str) -> Record:
     responses = [response for _, response in found]
     if len({response.strip() for response in responses}) == 1:
         raise BadRow("all 'responses' are the same")
-    ranks = _numbers(row["ranks"], "'ranks'", len(values)) if row.get("ranks") is not None else None
-    scores = _numbers(row["scores"], "'scores'", len(values)) if row.get("scores") is not None else None
-    order = _best_first(len(values), ranks, scores)
+    ranks, scores = (_numbers(row, name, len(values)) for name in ("ranks", "scores"))
+    keys = ranks or [-score for score in scores or ()]
+    order = sorted(range(len(values)), key=keys.__getitem__ if keys else None)  # ties stay in the order of the row
+    if ranks and scores and any(scores[a] < scores[b] for a, b in pairwise(order)):
+        raise BadRow("'ranks' and 'scores' contradict each other")
     ordered = tuple(responses[i] for i in order)
-    facts = Facts(
-        ranks=tuple(ranks[i] for i in order) if ranks else tuple(-scores[i] for i in order) if scores else None,
-        scores=tuple(scores[i] for i in order) if scores else None,
-    )
+    facts = Facts(tuple(keys[i] for i in order) if keys else None, tuple(scores[i] for i in order) if scores else None)
     texts = [response.strip() for response in ordered]
     if len(set(zip(texts, facts.ranks or range(len(texts)), strict=True))) > len(set(texts)):
         raise BadRow("the same response has two ranks")
     return Record(found[0][0], ordered, where, facts)
-
-
-def _best_first(count: int, ranks: list[float] | None, scores: list[float] | None) -> list[int]:
-    """Indices best first; ties stay in the order of the row."""
-    order = list(range(count))
-    if ranks:
-        order.sort(key=lambda i: ranks[i])
-    elif scores:
-        order.sort(key=lambda i: -scores[i])
-    if ranks and scores and any(scores[a] < scores[b] for a, b in pairwise(order)):
-        raise BadRow("'ranks' and 'scores' contradict each other")
-    return order
 
 
 def _from_unpaired(row: Row, where: str) -> Record:
@@ -224,10 +191,7 @@ class Format:
     recognise: Callable[[Row], bool] | None = None  # is a row, without its nulls, one of these? None: if it has all columns
 
     def converter(self, rows: Sequence[Row]) -> Converter:
-        """How the rows of a source are read, given its first ones.
-
-        This is decided once for a source: in a source that has prompts, a row that lacks its own is a bad row.
-        """
+        """How the rows of a source are read, given its first ones: where these have prompts, a row without one is a bad row."""
         if self.without_prompts is not None and all(row.get("prompt") is None for row in rows):
             return self.without_prompts
         return self.convert
@@ -277,15 +241,8 @@ FORMATS: dict[str, Format] = {
     )
 }
 
-KNOWN_COLUMNS = tuple(
-    dict.fromkeys(
-        [
-            *(name for format in FORMATS.values() for name in format.columns),
-            *(name for format in FORMATS.values() for name in format.optional),
-            "subset",
-        ]
-    )
-)
+_COLUMNS = (*(format.columns for format in FORMATS.values()), *(format.optional for format in FORMATS.values()), ("subset",))
+KNOWN_COLUMNS = tuple(dict.fromkeys(chain(*_COLUMNS)))
 """`subset` of any row is the group it is counted in."""
 
 

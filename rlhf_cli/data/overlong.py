@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlhf_cli.data.dialogue import BadRow
-from rlhf_cli.data.records import Message, Record
+from rlhf_cli.data.records import Message, Prompt, Record
 from rlhf_cli.data.trees import Tree
 
 TRIES = 8
@@ -51,7 +51,7 @@ def cut_prompt(record: Record, encode_one: Callable[[Record], Tree], tokenizer: 
     raise too_long(span(tree, reserve))
 
 
-def without_oldest(prompt: str | tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
+def without_oldest(prompt: Prompt) -> Iterator[tuple[Message, ...]]:
     """Ever shorter prompts that begin at a later user turn, after the system turns that stood first."""
     if isinstance(prompt, str):
         return
@@ -61,13 +61,11 @@ def without_oldest(prompt: str | tuple[Message, ...]) -> Iterator[tuple[Message,
             yield prompt[:systems] + prompt[k:]
 
 
-def _without_beginning(prompt: str | tuple[Message, ...], tokens: int, tokenizer: Any, total: int) -> str | tuple[Message, ...]:
+def _without_beginning(prompt: Prompt, tokens: int, tokenizer: Any, total: int) -> Prompt:
     """The last user turn loses that many tokens at its beginning."""
     text = prompt if isinstance(prompt, str) else prompt[-1].content if prompt and prompt[-1].role == "user" else ""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    if tokens >= len(offsets):
-        raise too_long(total, ", too many even without the prompt's text")
-    rest = text[max(1, offsets[tokens][0]) :]
+    rest = text[max(1, offsets[tokens][0]) :] if tokens < len(offsets) else ""
     if not rest.strip():
         raise too_long(total, ", too many even without the prompt's text")
     return rest if isinstance(prompt, str) else (*prompt[:-1], prompt[-1]._replace(content=rest))

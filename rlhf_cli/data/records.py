@@ -12,11 +12,14 @@ class Message(NamedTuple):
     content: str
 
 
+Prompt = str | tuple[Message, ...]
+"""A text stands for itself under `chat_template: none`, else for one user turn."""
+
 PlainPrompt = str | list[dict[str, str]]
 """A prompt as files and Python functions have it: a text, or a conversation as a list of {"role", "content"}."""
 
 
-def plain_prompt(prompt: str | tuple[Message, ...]) -> PlainPrompt:
+def plain_prompt(prompt: Prompt) -> PlainPrompt:
     """A prompt without our types; a single user turn is a text."""
     if isinstance(prompt, str):
         return prompt
@@ -44,14 +47,14 @@ class Facts(NamedTuple):
 class Record(NamedTuple):
     """A prompt and the responses that belong to it, best first when they are ranked.
 
-    A str stands for itself under `chat_template: none`, else for one user turn. A row of the text format has an
-    empty prompt. Earlier assistant turns of a conversation stay in the prompt; responses hold last turns only.
+    A row of the text format has an empty prompt. Earlier assistant turns of a conversation stay in the prompt; responses hold
+    last turns only.
 
     >>> Record("2+2?", ("4", "5"), "pairs.jsonl:7").responses[0]
     '4'
     """
 
-    prompt: str | tuple[Message, ...]
+    prompt: Prompt
     responses: tuple[str, ...]  # empty for prompt-only rows
     where: str  # file:line, or hub-id[split]:row, both counted from 1
     facts: Facts = Facts()

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateSyntaxError
 
-from rlhf_cli.data.dialogue import BadRow
-from rlhf_cli.data.records import Message
+from rlhf_cli.data.dialogue import BadRow, as_turns, shared_length
+from rlhf_cli.data.records import Message, Prompt
 from rlhf_cli.data.sandbox import memory_limit, render, time_limit
 from rlhf_cli.errors import UsageError
 
@@ -51,7 +51,14 @@ def choose_template(tokenizer: Any, setting: str | None) -> Template:
     if setting == "none":
         return Template("none", "none: prompt and response as they stand", None)
     if setting is not None:
-        return _checked(tokenizer, Template("file", setting, _read(Path(setting))))
+        try:
+            text = Path(setting).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UsageError(
+                f"model.chat_template: {Path(setting)}: {reason}; give a Jinja file, none, or null for the tokenizer's own"
+            ) from None
+        return _checked(tokenizer, Template("file", setting, text))
     if not tokenizer.chat_template:
         return _checked(tokenizer, Template("built-in", "a plain built-in one (the tokenizer has none)", BUILT_IN))
     try:
@@ -61,16 +68,6 @@ def choose_template(tokenizer: Any, setting: str | None) -> Template:
             "the tokenizer has several chat templates and none of them is its default: set model.chat_template to a Jinja file"
         ) from None
     return _checked(tokenizer, Template("tokenizer", "the tokenizer's own", text))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(
-            f"model.chat_template: {path}: {reason}; give a Jinja file, none, or null for the tokenizer's own"
-        ) from None
 
 
 def _checked(tokenizer: Any, template: Template) -> Template:
@@ -155,11 +152,6 @@ def _split_tail(tail: str, midway: str, added: list[str]) -> tuple[str, str]:
     return (tail[: found.start()], found.group()) if found else (tail.rstrip(), "")
 
 
-def shared_length(one: str, other: str) -> int:
-    """Characters at the beginning that two texts have in common."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
 def _any_of(strings: Iterable[str]) -> re.Pattern[str] | None:
     longest_first = sorted(set(strings), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -204,38 +196,20 @@ def end_of_turn(tokenizer: Any, template: Template) -> list[int]:
     return [*tokenise(tokenizer, [form.close])[0], *form.end_ids]
 
 
-def as_messages(prompt: str | tuple[Message, ...]) -> tuple[Message, ...]:
-    """A string stands for one user turn."""
-    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+def prompt_text(tokenizer: Any, template: Template, prompt: Prompt) -> str:
+    """The text a model continues: generation prompt on; an empty string and template `none` stand for themselves.
 
-
-def prompt_text(tokenizer: Any, template: Template, prompt: str | tuple[Message, ...]) -> str:
-    """As `render_prompt`, for callers that set the limits themselves."""
+    The caller sets the limits of memory and time. Raises BadRow if the template cannot write this prompt.
+    """
     if template.text is None or prompt == "":
         if not isinstance(prompt, str):
             raise BadRow("a conversation needs a chat template")
         return prompt
-    messages = as_messages(prompt)
-    if not messages:
+    if not prompt:
         raise BadRow("nothing comes before the response")
-    return render(tokenizer, template.text, messages, generation=True)
-
-
-def render_prompt(tokenizer: Any, template: Template, prompt: str | tuple[Message, ...]) -> str:
-    """The text a model continues: generation prompt on; an empty string and template `none` stand for themselves.
-
-    Raises BadRow if the template cannot write this prompt.
-    """
-    with memory_limit(), time_limit():
-        return prompt_text(tokenizer, template, prompt)
+    return render(tokenizer, template.text, as_turns(prompt), generation=True)
 
 
 def with_prefix(prefix: tuple[int, ...], ids: list[int]) -> list[int]:
     """Puts the tokenizer's prefix before a prompt that does not already begin with it: never two BOS."""
     return ids if tuple(ids[: len(prefix)]) == prefix else [*prefix, *ids]
-
-
-def encode_prompt(tokenizer: Any, template: Template, prompt: str | tuple[Message, ...]) -> list[int]:
-    """A prompt's tokens, in training, sampling and evaluation alike. Raises BadRow as `render_prompt` does."""
-    text = render_prompt(tokenizer, template, prompt)
-    return with_prefix(special_prefix(tokenizer), tokenise(tokenizer, [text])[0])

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_cli.data.dialogue import BadRow
+from rlhf_cli.data.dialogue import BadRow, as_turns, shared_length
 from rlhf_cli.data.records import Message, Record
 from rlhf_cli.data.sandbox import render
-from rlhf_cli.data.templates import ChatFormat, as_messages, prompt_text, shared_length
+from rlhf_cli.data.templates import ChatFormat, prompt_text
 from rlhf_cli.errors import UsageError
 
 
@@ -26,7 +26,7 @@ def check_text(form: ChatFormat, record: Record) -> None:
     """Raises BadRow for text that would forge a control token."""
     if form.control is None:
         return
-    for text in (*(message.content for message in as_messages(record.prompt)), *record.responses):
+    for text in (*(message.content for message in as_turns(record.prompt)), *record.responses):
         if found := form.control.search(text):
             raise BadRow("a control token in the text", repr(found.group()))
 
@@ -39,7 +39,7 @@ def render_row(form: ChatFormat, record: Record, *, find_turns: bool) -> Rendere
     prompt = prompt_text(form.tokenizer, form.template, record.prompt)
     if form.template.text is None or record.prompt == "":
         return Rendered(prompt, (), record.responses, (form.eos_id,))
-    messages = as_messages(record.prompt)
+    messages = as_turns(record.prompt)
     responses = tuple(
         added_turn(form, prompt, (*messages, Message("assistant", text)), record.where) + form.close for text in record.responses
     )

@@ -9,10 +9,10 @@ import pytest
 from rlhf_cli import sections
 from rlhf_cli.data.encode import Encoded, checked, encode, same_tokens, show_example
 from rlhf_cli.data.records import Facts, Message, Record
-from rlhf_cli.data.templates import Template, encode_prompt
+from rlhf_cli.data.templates import Template
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
-from tests.data.tiny_tokenizer import CHATML, ENDLESS_TURNS, FORGETS, LLAMA3, PHI3, THINK, ZEPHYR, tiny_tokenizer
+from tests.data.tiny_tokenizer import CHATML, ENDLESS_TURNS, FORGETS, LLAMA3, PHI3, THINK, ZEPHYR, encode_prompt, tiny_tokenizer
 
 NONE = Template("none", "none", None)
 LEADING_BOS = "{{ bos_token }}" + CHATML

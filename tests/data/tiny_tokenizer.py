@@ -5,6 +5,10 @@ from __future__ import annotations
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_cli.data.records import Prompt
+from rlhf_cli.data.sandbox import memory_limit, time_limit
+from rlhf_cli.data.templates import Template, prompt_text, special_prefix, tokenise, with_prefix
+
 TEXT = ["What is two plus two? It is four, of course. Hello there, how are you today? I am well, thank you.\n\n"] * 4
 
 CHATML = (
@@ -56,3 +60,14 @@ def tiny_tokenizer(
     elif not metaspace:
         core.post_processor = processors.ByteLevel(trim_offsets=True)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=eos, pad_token=eos, chat_template=template)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerFast, template: Template, prompt: Prompt) -> str:
+    with memory_limit(), time_limit():
+        return prompt_text(tokenizer, template, prompt)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, template: Template, prompt: Prompt) -> list[int]:
+    """A prompt's tokens, one prompt at a time."""
+    text = render_prompt(tokenizer, template, prompt)
+    return with_prefix(special_prefix(tokenizer), tokenise(tokenizer, [text])[0])

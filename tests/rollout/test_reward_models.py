@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from rlhf_cli import sections
 from rlhf_cli.data.records import Record
-from rlhf_cli.data.templates import choose_template, encode_prompt
+from rlhf_cli.data.templates import choose_template
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.load import load_tokenizer
@@ -23,7 +23,7 @@ from rlhf_cli.rollout.reward_models import RewardModel
 from rlhf_cli.rollout.rewards import Answers, PolicyText, Scorer
 from rlhf_cli.runs.manifest import weights_hash
 from rlhf_cli.sections import Reward
-from tests.data.tiny_tokenizer import CHATML, LLAMA3, tiny_tokenizer
+from tests.data.tiny_tokenizer import CHATML, LLAMA3, encode_prompt, tiny_tokenizer
 from tests.tiny import make_model, rlhf, write_pairs, write_recipe
 
 PLACE = "ppo.yaml:9: reward.0.model"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_cli.data.records import Message, Record, plain_prompt
-from rlhf_cli.data.templates import choose_template, encode_prompt, read_chat_format
+from rlhf_cli.data.templates import choose_template, read_chat_format
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
@@ -22,7 +22,7 @@ from rlhf_cli.rollout.reward_functions import RewardFunction
 from rlhf_cli.rollout.reward_models import Reader, RewardModelScorer
 from rlhf_cli.rollout.rewards import Answers, PolicyText, combine
 from rlhf_cli.sections import Reward
-from tests.data.tiny_tokenizer import CHATML, LLAMA3, tiny_tokenizer
+from tests.data.tiny_tokenizer import CHATML, LLAMA3, encode_prompt, tiny_tokenizer
 from tests.models.tiny_backbone import draw_trees, make, make_backbone, sequences
 
 DIALOGUE = (Message("user", "Hi"), Message("assistant", "Yes?"), Message("user", "How are you?"))
