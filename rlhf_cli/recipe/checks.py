@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_cli.data.files import is_hub_id
-from rlhf_cli.recipe.metrics import metrics_of, training_metrics_of
 from rlhf_cli.recipe.recipes import DirectRecipe, EvalRecipe, KtoRecipe, PpoRecipe, Recipe, TrainingRecipe
 from rlhf_cli.recipe.rewards import KINDS, kinds_of, name_of
 from rlhf_cli.sections import Kl, Reference, Reward, Rows, Source, Value
@@ -104,9 +103,9 @@ def _quantised(recipe: TrainingRecipe) -> Iterator[Finding]:
 
 
 def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
-    held_out = metrics_of(recipe)
+    held_out = recipe.held_out_metrics
     keep = recipe.train.keep_best
-    either = tuple(dict.fromkeys((*training_metrics_of(recipe), *held_out)))
+    either = tuple(dict.fromkeys((*recipe.training_metrics, *held_out)))
     watched: dict[str, tuple[str, tuple[str, ...]]] = {f"train.stop_if.{name}": (name, either) for name in recipe.train.stop_if}
     if keep is not None:
         watched["train.keep_best.metric"] = (keep.metric, held_out)

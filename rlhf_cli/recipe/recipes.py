@@ -30,6 +30,7 @@ from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.objectives.squared import Squared
+from rlhf_cli.recipe.rewards import term_names
 from rlhf_cli.sections import (
     Data,
     EvalSource,
@@ -49,6 +50,8 @@ from rlhf_cli.sections import (
     Winrate,
     key,
 )
+
+DRAWN_METRICS = ("objective/scores", "objective/kl", "objective/entropy", "response/length", "response/eos_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,25 @@ class TrainingRecipe(Recipe):
     def metric_names(self) -> tuple[str, ...]:
         """The metrics of its own updates: those of its objective, and of what it learns beside it."""
         return self.objective.metric_names
+
+    @property
+    def drawn_metrics(self) -> tuple[str, ...]:
+        """What is measured of the responses that are drawn from the policy; empty where none are."""
+        if self.draws is None:
+            return ()
+        rewards, golds = map(term_names, self.terms)
+        return (*DRAWN_METRICS, *(f"reward/{name}" for name in rewards), *(f"gold/{name}" for name in golds))
+
+    @property
+    def held_out_metrics(self) -> tuple[str, ...]:
+        """The metrics of held-out lines, what `keep_best` can watch."""
+        return self.drawn_metrics or self.metric_names
+
+    @property
+    def training_metrics(self) -> tuple[str, ...]:
+        """The metrics of training lines, what `stop_if` can watch. Those of drawn responses stand where some are drawn."""
+        drawn = (*self.drawn_metrics, "time/rollout", "time/score", "time/update") if self.draws else ()
+        return (*self.metric_names, *drawn, "grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch")
 
     @property
     def paths(self) -> list[str]:
@@ -204,6 +226,10 @@ class PpoRecipe(ReferenceRecipe):
     @property
     def metric_names(self) -> tuple[str, ...]:
         return (*super().metric_names, "kl_coef", *(("loss/ptx",) if self.ptx else ()))
+
+    @property
+    def drawn_metrics(self) -> tuple[str, ...]:
+        return ("objective/rlhf_reward", *super().drawn_metrics)
 
     @property
     def paths(self) -> list[str]:

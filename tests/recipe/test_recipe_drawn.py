@@ -11,7 +11,6 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.metrics import metrics_of, training_metrics_of
 from rlhf_cli.recipe.rewards import default_name, name_of
 from rlhf_cli.sections import OnlineSampling, Reward
 
@@ -90,14 +89,14 @@ REFUSALS = {
     ("ppo", "ptx={data: {path: y.jsonl, weight: 2}}"): "ptx.data.weight: has no effect with one source. remove it",
     # metrics
     ("ppo", "train.keep_best={metric: loss, mode: min}"): "train.keep_best.metric: no metric is named loss. there are "
-    "objective/scores, objective/kl, objective/entropy, response/length, response/eos_rate, objective/rlhf_reward, reward/rm",
+    "objective/rlhf_reward, objective/scores, objective/kl, objective/entropy, response/length, response/eos_rate, reward/rm",
     ("ppo", "train.keep_best={metric: rewrad/rm, mode: max}"): "train.keep_best.metric: no metric is named rewrad/rm. "
     "did you mean reward/rm?",
     ("ppo", "train.stop_if={policy/clipfarc: {above: 0.5}}"): "train.stop_if.policy/clipfarc: no metric is named "
     "policy/clipfarc. did you mean policy/clipfrac?",
     ("ppo", RLOO + "train.stop_if={loss/value: {above: 9}}"): "train.stop_if.loss/value: no metric is named loss/value. there "
     "are loss, loss/policy, policy/clipfrac, policy/approxkl, policy/ratio, kl_coef, "
-    "objective/scores, objective/kl, objective/entropy, response/length, response/eos_rate, objective/rlhf_reward, reward/rm, "
+    "objective/rlhf_reward, objective/scores, objective/kl, objective/entropy, response/length, response/eos_rate, reward/rm, "
     "time/rollout, time/score, time/update, grad_norm, learning_rate, tokens, tokens_per_second, epoch",
     # direct objectives
     ("dpo", ""): "reward: has no effect without rollout. add `rollout: {}` to draw responses, or remove it",
@@ -182,24 +181,24 @@ COMMON = {"grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch"}
 def test_metrics_of_ppo(tmp_path: Path) -> None:
     recipe = load(tmp_path, "ppo", "reward.0.name=a", "gold.0.function=g.py:b").recipe
     held_out = DRAWN | {"objective/rlhf_reward", "reward/a", "gold/b"}
-    assert set(metrics_of(recipe)) == held_out
+    assert set(recipe.held_out_metrics) == held_out
     training = {"loss", "loss/policy", "kl_coef", "policy/clipfrac", "policy/approxkl", "policy/ratio"}
     training |= TIMES
     values = {"loss/value", "value/explained_variance", "grad_norm/value", "learning_rate/value"}
-    assert set(training_metrics_of(recipe)) == held_out | training | values | COMMON
-    assert len(training_metrics_of(recipe)) == len(set(training_metrics_of(recipe)))
+    assert set(recipe.training_metrics) == held_out | training | values | COMMON
+    assert len(recipe.training_metrics) == len(set(recipe.training_metrics))
     for kind, more in (("ppo", values), ("bandit", values), ("reinforce", set()), ("rloo", set()), ("grpo", set())):
         of_kind = load(tmp_path, "ppo", f"objective.kind={kind}", "rollout.responses_per_prompt=2").recipe
-        assert set(training_metrics_of(of_kind)) - set(metrics_of(of_kind)) == training | COMMON | more, kind
+        assert set(of_kind.training_metrics) - set(of_kind.held_out_metrics) == training | COMMON | more, kind
     mixed = load(tmp_path, "ppo", "ptx.data=y.jsonl").recipe
-    assert set(training_metrics_of(mixed)) - set(training_metrics_of(recipe)) == {"loss/ptx", "reward/rm"}
+    assert set(mixed.training_metrics) - set(recipe.training_metrics) == {"loss/ptx", "reward/rm"}
 
 
 def test_metrics_of_online_direct_objectives(tmp_path: Path) -> None:
     online, offline = load(tmp_path, "dpo", "rollout={}").recipe, load(tmp_path, "dpo", text=PLAIN).recipe
-    assert set(metrics_of(online)) == DRAWN | {"reward/rm"}
-    assert set(training_metrics_of(online)) - set(training_metrics_of(offline)) == DRAWN | TIMES | {"reward/rm"}
-    assert set(metrics_of(offline)) == set(training_metrics_of(offline)) - COMMON
+    assert set(online.held_out_metrics) == DRAWN | {"reward/rm"}
+    assert set(online.training_metrics) - set(offline.training_metrics) == DRAWN | TIMES | {"reward/rm"}
+    assert set(offline.held_out_metrics) == set(offline.training_metrics) - COMMON
     load(tmp_path, "dpo", "rollout={}", "train.stop_if={objective/kl: {above: 20}, rewards/margins: {above: 9}}")
     load(tmp_path, "ppo", "train.keep_best={metric: reward/rm, mode: max}", "train.stop_if={kl_coef: {above: 9}}")
 

@@ -19,7 +19,6 @@ from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.metrics import metrics_of
 from rlhf_cli.recipe.stages import (
     POLICY_STAGES,
     REWARD_STAGES,
@@ -196,15 +195,15 @@ def test_a_resumed_run_may_change_the_cache_and_nothing_else_of_the_reference(tm
 
 
 def test_metrics(tmp_path: Path) -> None:
-    assert metrics_of(load(tmp_path, "train-rm").recipe) == ("loss", "accuracy", "margin", "score_mean", "score_std")
-    ipo = set(metrics_of(load(tmp_path, "ipo").recipe)) - set(metrics_of(load(tmp_path, "dpo").recipe))
+    assert load(tmp_path, "train-rm").recipe.held_out_metrics == ("loss", "accuracy", "margin", "score_mean", "score_std")
+    ipo = set(load(tmp_path, "ipo").recipe.held_out_metrics) - set(load(tmp_path, "dpo").recipe.held_out_metrics)
     assert ipo == {"margin/target", "margin/logratio"}
-    assert "rewards/saturated" in metrics_of(load(tmp_path, "dpo").recipe)
-    usual = {stage: set(metrics_of(load(tmp_path, stage).recipe)) for stage in ("sft", "train-rm", "dpo", "ipo", "kto")}
+    assert "rewards/saturated" in load(tmp_path, "dpo").recipe.held_out_metrics
+    usual = {stage: set(load(tmp_path, stage).recipe.held_out_metrics) for stage in ("sft", "train-rm", "dpo", "ipo", "kto")}
     for stage, kind in EVERY_KIND:
         if stage == "ppo":
             continue
-        missing = usual[stage] - set(metrics_of(load(tmp_path, stage, f"objective.kind={kind}").recipe))
+        missing = usual[stage] - set(load(tmp_path, stage, f"objective.kind={kind}").recipe.held_out_metrics)
         absent = {"logratio/mean"} if (stage, kind) in REFERENCE_FREE else {"kl"} if (stage, kind) == ("kto", "bco") else set()
         if stage == "dpo" and kind not in ("dpo", "robust", "hinge", "odpo", "simpo"):
             absent |= {"rewards/saturated"}

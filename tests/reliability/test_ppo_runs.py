@@ -21,7 +21,7 @@ from rlhf_cli import sections
 from rlhf_cli.cli import main
 from rlhf_cli.errors import NumberError
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.recipe import metrics, recipes
+from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
 from rlhf_cli.rollout import generate, rewards
 from rlhf_cli.rollout.source import PolicySource
@@ -169,7 +169,7 @@ def test_its_lines_have_the_metrics_it_names(name: str, finished: Finished) -> N
     """Those of drawn responses stand where some were drawn; held-out lines have nothing else."""
     run, own = finished(name)
     common = {"step", "split", "time"}
-    trained, drawn = set(metrics.training_metrics_of(own)), set(metrics.metrics_of(own))
+    trained, drawn = set(own.training_metrics), set(own.held_out_metrics)
     times = {"time/rollout", "time/score", "time/update"}
     refresh = KINDS[name][1].get("rollout", {}).get("refresh", 1)
     for line in split_lines(run, "train"):
