@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from rlhf_cli.objectives.advantages import explained_variance, first_tokens, response_returns, spread, token_rewards, whiten
 from rlhf_cli.objectives.policy_gradient import ActorCritic, Advantages, Experience
 from rlhf_cli.sections import key
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -23,12 +20,15 @@ class Bandit(ActorCritic):
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         import numpy as np
 
+        from rlhf_cli.objectives.advantages import explained_variance, first_tokens, response_returns, whiten
+
         values, lengths = experience.values, experience.lengths
         assert values is not None
-        returns = response_returns(token_rewards(experience, kl_coef), lengths)
+        returns = response_returns(experience, kl_coef)
         first = first_tokens(lengths)
         advantages = returns - values[first]
         targets = np.full(len(values), np.nan)
         targets[first] = returns
         metrics = {"value/explained_variance": explained_variance(values, targets)}
-        return Advantages(spread(whiten(advantages) if self.whiten else advantages, lengths), targets, dict(memory), metrics)
+        advantages = np.repeat(whiten(advantages) if self.whiten else advantages, lengths)
+        return Advantages(advantages, targets, dict(memory), metrics)

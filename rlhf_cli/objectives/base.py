@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
 
 from rlhf_cli.data.formats import COMPARISONS, Use
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rlhf_cli.data.trees import Batch, Tree
     from rlhf_cli.models.backbone import Backbone
 
+Tensor: TypeAlias = "torch.Tensor"
+"""Named without importing torch, which reading a recipe does not need."""
+
 Trained = Literal["lora", "full"]
 """Which weights learn: an adapter's, or all."""
 
@@ -22,8 +25,8 @@ Trained = Literal["lora", "full"]
 class LossTerm:
     """One role's share of the loss in one forward pass, not yet divided."""
 
-    losses: dict[str, torch.Tensor]  # unit → (), a sum over the pass; divided by that count of Objective.counts, and added up
-    sums: dict[str, tuple[torch.Tensor, str]]  # metric → (sum over the pass, unit)
+    losses: dict[str, Tensor]  # unit → (), a sum over the pass; divided by that count of Objective.counts, and added up
+    sums: dict[str, tuple[Tensor, str]]  # metric → (sum over the pass, unit)
 
 
 @dataclass(frozen=True)
@@ -32,26 +35,16 @@ class Objective:
 
     kind: str = ""
 
-    role: ClassVar[Literal["policy", "reward"]] = "policy"
-    """Whose weights it trains."""
-    rows: ClassVar[Use] = COMPARISONS
-    """The rows that it learns from; of PROMPTS the responses are the policy's own, drawn while it trains."""
-    of_first_update: ClassVar[frozenset[str]] = frozenset()
-    """Metrics that say something only before a step's first update, where a step makes several."""
-    reference: ClassVar[bool] = False
-    """Does it need the reference's log-probabilities?"""
-    soft_labels: ClassVar[bool] = False
-    """Does it use the probability that the chosen response is the better one, where the data have one?"""
-    mismatches: ClassVar[bool] = False
-    """Does it compare each response with one that was written for another prompt?"""
-    ties: ClassVar[bool] = True
-    """Can it learn from responses of which some are tied?"""
-    saturates: ClassVar[bool] = False
-    """Does its gradient fade for pairs that are far apart? Then it logs rewards/saturated."""
-    values: ClassVar[bool] = False
-    """Does it learn a value, a role of its own?"""
-    learning_rate: ClassVar[Mapping[Trained, float]] = {}
-    """The default, where it wants another than its stage."""
+    role: ClassVar[Literal["policy", "reward"]] = "policy"  # whose weights it trains
+    rows: ClassVar[Use] = COMPARISONS  # what it learns from; of PROMPTS the responses are the policy's own, drawn while it trains
+    of_first_update: ClassVar[frozenset[str]] = frozenset()  # metrics with a meaning only before a step's first update of several
+    reference: ClassVar[bool] = False  # does it need the reference's log-probabilities?
+    soft_labels: ClassVar[bool] = False  # does it use the probability that the chosen response is better, if the data have one?
+    mismatches: ClassVar[bool] = False  # does it compare each response with one that was written for another prompt?
+    ties: ClassVar[bool] = True  # can it learn from responses of which some are tied?
+    saturates: ClassVar[bool] = False  # does its gradient fade for pairs that are far apart? Then it logs rewards/saturated
+    values: ClassVar[bool] = False  # does it learn a value, a role of its own?
+    learning_rate: ClassVar[Mapping[Trained, float]] = {}  # the default, where it wants another than its stage
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -81,7 +74,7 @@ class Objective:
         """What the means of a run's first update say is wrong, before its weights change."""
         return None
 
-    def statistics(self, backbone: Backbone, batch: Batch) -> dict[str, tuple[torch.Tensor, str]]:
+    def statistics(self, backbone: Backbone, batch: Batch) -> dict[str, tuple[Tensor, str]]:
         """Name → (sum over one pass, unit), without gradient. Their global means come before the first `terms`, as `given`."""
         return {}
 

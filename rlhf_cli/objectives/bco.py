@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import LogRatioPair, Pair
 from rlhf_cli.objectives.unpaired import UnpairedObjective
 from rlhf_cli.sections import key
-
-if TYPE_CHECKING:
-    import torch
 
 DECAY = "share of the running mean rewards that a step keeps; their mid-point δ shifts the rewards"
 
@@ -23,7 +21,7 @@ class Bco(LogRatioPair):
     kind: Literal["bco"] = "bco"
     decay: float = key(0.9, DECAY, low=0.0, high=1.0)
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
         from torch.nn.functional import softplus
 
         delta = midpoint(given)
@@ -43,7 +41,7 @@ class UnpairedBco(UnpairedObjective):
     kind: Literal["bco"] = "bco"
     decay: float = key(0.9, DECAY, low=0.0, high=1.0)
 
-    def loss(self, logratio: torch.Tensor, desirable: torch.Tensor, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, logratio: Tensor, desirable: Tensor, given: Mapping[str, float]) -> Tensor:
         from torch.nn.functional import softplus
 
         excess = self.beta * logratio - midpoint(given)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import PairIndices
 from rlhf_cli.objectives.reward import RewardObjective
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
-    import torch
-
     from rlhf_cli.data.trees import Batch, Tree
 
 
@@ -35,7 +34,7 @@ class BradleyTerry(RewardObjective):
     def margin_from(self) -> str | None:
         return self.margin_column
 
-    def losses(self, scores: torch.Tensor, pairs: PairIndices, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, scores: Tensor, pairs: PairIndices, batch: Batch) -> dict[str, Tensor]:
         import torch
         from torch.nn.functional import logsigmoid
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import LogRatioPair, Pair
 from rlhf_cli.sections import key
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -22,12 +20,12 @@ class Dpo(LogRatioPair):
 
     saturates: ClassVar[bool] = True
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
         from torch.nn.functional import logsigmoid
 
         z = self.margin(pair)
         return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
 
-    def gradient_left(self, pair: Pair) -> torch.Tensor:
+    def gradient_left(self, pair: Pair) -> Tensor:
         """|σ(−z) − ε| / (½ − ε)."""
         return ((-self.margin(pair)).sigmoid() - self.label_smoothing).abs() / (0.5 - self.label_smoothing)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from rlhf_cli.objectives.advantages import prompt_means, response_returns, spread, token_rewards
 from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation: a prompt whose returns are all equal has advantages of 0."""
@@ -26,7 +23,9 @@ class Grpo(PolicyGradient):
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         import numpy as np
 
-        returns = response_returns(token_rewards(experience, kl_coef), experience.lengths)
+        from rlhf_cli.objectives.advantages import prompt_means, response_returns
+
+        returns = response_returns(experience, kl_coef)
         centred = returns - prompt_means(returns, experience.prompt)
         std = np.sqrt(prompt_means(centred**2, experience.prompt))
-        return Advantages(spread(centred / (std + STD_EPSILON), experience.lengths), None, dict(memory), {})
+        return Advantages(np.repeat(centred / (std + STD_EPSILON), experience.lengths), None, dict(memory), {})

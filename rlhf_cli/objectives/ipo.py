@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import LogRatioPair, Pair
 from rlhf_cli.sections import key
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -37,15 +35,15 @@ class Ipo(LogRatioPair):
         unit = "nats" if self.normalize == "sum" else "nats per token"
         return f"ipo at beta {self.beta:g} ({self.normalize}) asks for a log-ratio margin of {self.target:g} {unit}"
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
         chosen, rejected = self._logratios(pair)
         return (chosen - rejected - self.target) ** 2
 
-    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
         chosen, rejected = self._logratios(pair)
         return self.beta * chosen, self.beta * rejected
 
-    def _logratios(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logratios(self, pair: Pair) -> tuple[Tensor, Tensor]:
         if self.normalize == "sum":
             return pair.chosen_ratio, pair.rejected_ratio
         return pair.chosen_ratio / pair.chosen_length, pair.rejected_ratio / pair.rejected_length

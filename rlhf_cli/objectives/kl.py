@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+from rlhf_cli.objectives.base import Tensor
 
 
-def k1(logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def k1(logps: Tensor, reference: Tensor) -> Tensor:
     """log π − log π_ref of every token: unbiased. It belongs in the reward: as a loss its mean gradient is 0."""
     return logps - reference
 
 
-def k2(logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def k2(logps: Tensor, reference: Tensor) -> Tensor:
     """½(log π − log π_ref)² of every token: biased, but on π's own samples its mean gradient is exactly that of KL(π‖π_ref).
 
     Of each token's own KL, that is: what a token does to the KL of later ones is seen in the reward alone (k1).
@@ -21,7 +18,7 @@ def k2(logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return (logps - reference) ** 2 / 2
 
 
-def k3(logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def k3(logps: Tensor, reference: Tensor) -> Tensor:
     """π_ref/π − 1 − log(π_ref/π) of every token: unbiased and never below 0, but as a loss it descends KL(π_ref‖π).
 
     Schulman 2020, "Approximating KL divergence", whose names these are.

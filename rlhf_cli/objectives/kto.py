@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from rlhf_cli.errors import UsageError
+from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import read_responses
 from rlhf_cli.objectives.unpaired import UnpairedObjective, only
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
-    import torch
-
     from rlhf_cli.data.trees import Batch, Tree
     from rlhf_cli.models.backbone import Backbone
 
@@ -54,13 +53,13 @@ class Kto(UnpairedObjective):
     def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[list[Tree]]]:
         return [only(tree, 1) for tree in trees], [[only(tree, 0) for tree in trees]]
 
-    def statistics(self, backbone: Backbone, batch: Batch) -> dict[str, tuple[torch.Tensor, str]]:
+    def statistics(self, backbone: Backbone, batch: Batch) -> dict[str, tuple[Tensor, str]]:
         import torch
 
         with torch.no_grad():
             return {"kl": (read_responses(backbone, batch, self.reference).logratio.sum(), "trees")}
 
-    def loss(self, logratio: torch.Tensor, desirable: torch.Tensor, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, logratio: Tensor, desirable: Tensor, given: Mapping[str, float]) -> Tensor:
         assert self.lambda_ is None, "call with_class_counts() first"
         gain = self.beta * (logratio - max(given["kl"], 0.0))
         return self.lambda_d * desirable * (-gain).sigmoid() + self.lambda_u * ~desirable * gain.sigmoid()

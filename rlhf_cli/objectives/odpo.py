@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import LogRatioPair, Pair, ordered_pairs
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
-    import torch
-
     from rlhf_cli.data.trees import Tree
 
 
@@ -26,17 +25,17 @@ class Odpo(LogRatioPair):
     needs_scores: ClassVar[bool] = True
     saturates: ClassVar[bool] = True
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
         from torch.nn.functional import softplus
 
         return softplus(self._offset(pair) - self.margin(pair))
 
-    def gradient_left(self, pair: Pair) -> torch.Tensor:
+    def gradient_left(self, pair: Pair) -> Tensor:
         """σ(Δ − z) / σ(Δ)."""
         offset = self._offset(pair)
         return (offset - self.margin(pair)).sigmoid() / offset.sigmoid()
 
-    def _offset(self, pair: Pair) -> torch.Tensor:
+    def _offset(self, pair: Pair) -> Tensor:
         return self.alpha * (pair.score_gap.log() if self.f == "log" else pair.score_gap)
 
     def check_tree(self, tree: Tree) -> str | None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from rlhf_cli.objectives.base import Trained
+from rlhf_cli.objectives.base import Tensor, Trained
 from rlhf_cli.objectives.preference import Pair, PairObjective
 from rlhf_cli.sections import key
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -27,17 +24,17 @@ class Orpo(PairObjective):
     reference: ClassVar[bool] = False
     learning_rate: ClassVar[Mapping[Trained, float]] = {"lora": 8e-5, "full": 8e-6}  # the paper's: it is SFT as well
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
         from torch.nn.functional import softplus
 
         chosen, rejected = self.rewards(pair)
         return -chosen + self.lambda_ * softplus(log_odds(rejected) - log_odds(chosen))
 
-    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
         return pair.chosen / pair.chosen_length, pair.rejected / pair.rejected_length
 
 
-def log_odds(logp: torch.Tensor) -> torch.Tensor:
+def log_odds(logp: Tensor) -> Tensor:
     """log(p / (1 − p)) of log p ≤ 0, which is kept below 0 by what float32 can tell from it, so that 1 − p > 0."""
     logp = logp.clamp(max=-1e-7)
     return logp - (-logp.expm1()).log()

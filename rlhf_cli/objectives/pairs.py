@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import PairIndices
 from rlhf_cli.objectives.reward import RewardObjective
 
 if TYPE_CHECKING:
-    import torch
-
     from rlhf_cli.data.trees import Batch
 
 
@@ -20,7 +19,7 @@ class AllPairs(RewardObjective):
 
     kind: Literal["pairs"] = "pairs"
 
-    def losses(self, scores: torch.Tensor, pairs: PairIndices, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, scores: Tensor, pairs: PairIndices, batch: Batch) -> dict[str, Tensor]:
         from torch.nn.functional import softplus
 
         pairs_of_tree = pairs.tree.bincount()[pairs.tree]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -12,16 +13,11 @@ from rlhf_cli.objectives.kl import k2, k3
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
     import numpy as np
     import torch
 
     from rlhf_cli.data.trees import Batch, Recorded, Tree
     from rlhf_cli.models.backbone import Backbone
-
-KL_LOSSES = {"k2_coef": k2, "k3_coef": k3}
-"""Weight in `given` → what it weighs, a sum over the response tokens."""
 
 RATIO_TOLERANCE = 5e-2
 """How far the first mean ratio may be from 1: a bf16 log-probability moves by 1e-2 or so when its row is packed otherwise, and
@@ -61,7 +57,6 @@ class PolicyGradient(Objective):
     is supervised. Trees without are ptx rows, whose weighted negative log-likelihood is added (Ouyang et al. 2022, eq. 2).
     """
 
-    kind: str = ""
     epochs: int = key(4, "passes over a rollout's responses", low=1)
     minibatches: int = key(1, "updates a pass: a rollout's prompts are dealt to so many", low=1)
     clip: float = key(0.2, "ε: token ratios are clipped to 1 − ε … 1 + ε", low=1e-9)
@@ -69,8 +64,7 @@ class PolicyGradient(Objective):
     rows: ClassVar[Use] = PROMPTS
     of_first_update: ClassVar[frozenset[str]] = frozenset({"policy/ratio"})
     reference: ClassVar[bool] = True
-    least_samples: ClassVar[int] = 1
-    """Responses per prompt that it needs."""
+    least_samples: ClassVar[int] = 1  # responses per prompt that it needs
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -116,18 +110,17 @@ class PolicyGradient(Objective):
         return [], [part for part in _split(trees) if part]
 
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
-        """`given`: "temperature"; "k2_coef" or "k3_coef", κ of a KL loss term; "ptx_coef" where there are ptx rows."""
+        """The clipped loss and the KL loss. policy/approxkl is the mean of ½(log π − log π_old)², k2 of KL(π_old‖π).
+
+        `given`: "temperature"; "k2_coef" or "k3_coef", κ of a KL loss term; "ptx_coef" where there are ptx rows.
+        """
+        import torch
+
         if batch.recorded is None:
             logps, _ = backbone.logps("policy", batch)
             loss = -logps.double().sum()
             yield LossTerm({"ptx_tokens": given["ptx_coef"] * loss}, {"loss/ptx": (loss.detach(), "ptx_tokens")})
-        else:
-            yield self._policy_term(backbone, batch, given)
-
-    def _policy_term(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> LossTerm:
-        """The clipped loss and the KL loss. policy/approxkl is the mean of ½(log π − log π_old)², k2 of KL(π_old‖π)."""
-        import torch
-
+            return
         recorded = _recorded(batch)
         new = backbone.logps("policy", batch, given["temperature"])[0].double()
         difference = new - recorded.old
@@ -136,7 +129,7 @@ class PolicyGradient(Objective):
         clipped = -recorded.advantage * ratio.clamp(1 - self.clip, 1 + self.clip)
         policy = torch.maximum(plain, clipped).sum()
         loss = policy
-        for name, estimate in KL_LOSSES.items():
+        for name, estimate in (("k2_coef", k2), ("k3_coef", k3)):
             if weight := given.get(name, 0.0):
                 loss = loss + weight * estimate(new, recorded.reference).sum()
         sums = {
@@ -145,7 +138,7 @@ class PolicyGradient(Objective):
             "policy/approxkl": (difference**2 / 2).sum(),
             "policy/ratio": ratio.sum(),
         }
-        return LossTerm({"tokens": loss}, {name: (value.detach(), "tokens") for name, value in sums.items()})
+        yield LossTerm({"tokens": loss}, {name: (value.detach(), "tokens") for name, value in sums.items()})
 
     def start_error(self, means: Mapping[str, float]) -> str | None:
         ratio, size = means["policy/ratio"], math.sqrt(2 * means["policy/approxkl"])
@@ -175,20 +168,18 @@ class ActorCritic(PolicyGradient):
         return (*super().metric_names, *of_value)
 
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
-        yield from super().terms(backbone, batch, given)
-        if batch.recorded is not None:
-            yield self._value_term(backbone, batch)
-
-    def _value_term(self, backbone: Backbone, batch: Batch) -> LossTerm:
         import torch
 
+        yield from super().terms(backbone, batch, given)
+        if batch.recorded is None:
+            return
         recorded = _recorded(batch)
         learned = recorded.target.isfinite()
         old, target = recorded.value[learned], recorded.target[learned]
         values = backbone.values("value", batch)[learned].double()
         clipped = old + (values - old).clamp(-self.value_clip, self.value_clip)
         loss = torch.maximum((values - target) ** 2, (clipped - target) ** 2).sum() / 2
-        return LossTerm({"valued": self.value_coef * loss}, {"loss/value": (loss.detach(), "valued")})
+        yield LossTerm({"valued": self.value_coef * loss}, {"loss/value": (loss.detach(), "valued")})
 
 
 def _split(trees: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:

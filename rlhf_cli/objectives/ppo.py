@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from rlhf_cli.objectives.advantages import explained_variance, gae, token_rewards, whiten
 from rlhf_cli.objectives.policy_gradient import ActorCritic, Advantages, Experience
 from rlhf_cli.sections import key
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -23,6 +20,8 @@ class Ppo(ActorCritic):
     whiten: bool = key(True, "advantages get mean 0 and standard deviation 1 over the rollout's tokens")
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
+        from rlhf_cli.objectives.advantages import explained_variance, gae, token_rewards, whiten
+
         values = experience.values
         assert values is not None
         advantages, targets = gae(token_rewards(experience, kl_coef), values, experience.lengths, self.gamma, self.lam)

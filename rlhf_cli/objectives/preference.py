@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from rlhf_cli.objectives.base import LossTerm, Objective
+from rlhf_cli.objectives.base import LossTerm, Objective, Tensor
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
-    import torch
-
     from rlhf_cli.data.records import Facts
     from rlhf_cli.data.trees import Batch, Tree
     from rlhf_cli.models.backbone import Backbone
@@ -29,20 +27,20 @@ SATURATED = 0.05
 class Responses:
     """The M responses of one pass, tree by tree, in the order of their ranks. Sums over its tokens, in nats, float64."""
 
-    logps: torch.Tensor  # (M,) log π(y|x)
-    reference: torch.Tensor | None  # (M,) log π_ref(y|x)
-    lengths: torch.Tensor  # (M,) tokens
+    logps: Tensor  # (M,) log π(y|x)
+    reference: Tensor | None  # (M,) log π_ref(y|x)
+    lengths: Tensor  # (M,) tokens
     counts: tuple[int, ...]  # responses of each tree; their sum is M
     facts: tuple[Facts, ...]  # of each tree
 
     @cached_property
-    def logratio(self) -> torch.Tensor:
+    def logratio(self) -> Tensor:
         """ρ = log π(y|x) − log π_ref(y|x), (M,)."""
         assert self.reference is not None
         return self.logps - self.reference
 
     @cached_property
-    def means(self) -> torch.Tensor:
+    def means(self) -> Tensor:
         """Log-probability per token, (M,)."""
         return self.logps / self.lengths
 
@@ -54,15 +52,13 @@ def read_responses(backbone: Backbone, batch: Batch, reference: bool) -> Respons
     """
     import torch
 
-    known = None
-    if reference:
-        known = batch.reference
-        if known is None:
-            with torch.no_grad():
-                known = backbone.logps("reference", batch)[0]
+    known = batch.reference if reference else None
+    if reference and known is None:
+        with torch.no_grad():
+            known, _ = backbone.logps("reference", batch)
     logps, _ = backbone.logps("policy", batch)
 
-    def total(values: torch.Tensor) -> torch.Tensor:
+    def total(values: Tensor) -> Tensor:
         return torch.zeros(len(batch.last), dtype=torch.float64, device=values.device).index_add(0, batch.owner, values.double())
 
     lengths = total(torch.ones_like(logps))
@@ -83,67 +79,70 @@ def ordered_pairs(count: int, facts: Facts) -> list[tuple[int, int]]:
 class PairIndices(NamedTuple):
     """The P pairs of one pass as indices into its M responses."""
 
-    chosen: torch.Tensor  # (P,) int64
-    rejected: torch.Tensor  # (P,) int64
-    tree: torch.Tensor  # (P,) int64: which tree of the pass
+    chosen: Tensor  # (P,) int64
+    rejected: Tensor  # (P,) int64
+    tree: Tensor  # (P,) int64: which tree of the pass
 
 
-def pairs_of(counts: Sequence[int], facts: Sequence[Facts], device: torch.device) -> PairIndices:
+def pairs_of(batch: Batch) -> PairIndices:
     """All ordered pairs of a pass, tree by tree."""
-    import torch
-
     found: list[tuple[int, int, int]] = []
     start = 0
-    for tree, (count, fact) in enumerate(zip(counts, facts, strict=True)):
+    for tree, (count, fact) in enumerate(zip(batch.counts, batch.facts, strict=True)):
         found += [(start + a, start + b, tree) for a, b in ordered_pairs(count, fact)]
         start += count
-    table = torch.tensor(found, dtype=torch.int64, device=device).reshape(-1, 3)
-    return PairIndices(table[:, 0], table[:, 1], table[:, 2])
+    return PairIndices(*batch.owner.new_tensor(found).reshape(-1, 3).unbind(1))
 
 
-def accuracy(margin: torch.Tensor) -> torch.Tensor:
+def accuracy(margin: Tensor) -> Tensor:
     """1 where a margin has the right sign, ½ where it is 0; float64."""
     return (margin > 0).double() + (margin == 0).double() / 2
 
 
-def check_order(tree: Tree) -> str | None:
-    """Why a tree gives no pair, if it gives none."""
-    if ordered_pairs(len(tree.responses), tree.facts):
+@dataclass(frozen=True)
+class PreferenceObjective(Objective):
+    """A loss on ordered responses, of a policy or of a reward model."""
+
+    kind_for_ties: ClassVar[str] = ""  # the kind to take where `ties` is False and some are tied
+
+    def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
+        """Trees, responses and ordered pairs, and the tokens of each tree's first response."""
+        return {
+            "trees": len(trees),
+            "responses": sum(len(tree.responses) for tree in trees),
+            "pairs": sum(len(ordered_pairs(len(tree.responses), tree.facts)) for tree in trees),
+            "tokens": sum(len(tree.responses[0]) - (len(tree.prompt) == 0) for tree in trees),
+        }
+
+    def check_tree(self, tree: Tree) -> str | None:
+        if not ordered_pairs(len(tree.responses), tree.facts):
+            return "needs two responses" if len(tree.responses) < 2 else "its responses are all tied"
+        ranks = tree.facts.ranks or ()
+        if not self.ties and len(set(ranks)) < len(ranks):
+            return f"kind {self.kind} takes no ties; kind {self.kind_for_ties} does"
         return None
-    return "needs two responses" if len(tree.responses) < 2 else "its responses are all tied"
-
-
-def count_preferences(trees: Sequence[Tree]) -> dict[str, int]:
-    """Trees, responses and ordered pairs, and the tokens of each tree's first response."""
-    return {
-        "trees": len(trees),
-        "responses": sum(len(tree.responses) for tree in trees),
-        "pairs": sum(len(ordered_pairs(len(tree.responses), tree.facts)) for tree in trees),
-        "tokens": sum(len(tree.responses[0]) - (len(tree.prompt) == 0) for tree in trees),
-    }
 
 
 @dataclass(frozen=True)
 class Pair:
     """The P pairs of a pass as a loss sees them. All (P,), sums over tokens in nats, float64."""
 
-    chosen: torch.Tensor  # log π(y_w|x)
-    rejected: torch.Tensor
-    chosen_ratio: torch.Tensor  # ρ(y_w); NaN where the objective needs no reference
-    rejected_ratio: torch.Tensor
-    chosen_length: torch.Tensor  # tokens
-    rejected_length: torch.Tensor
-    score_gap: torch.Tensor  # s_w − s_l of the data; NaN where they have none
+    chosen: Tensor  # log π(y_w|x)
+    rejected: Tensor
+    chosen_ratio: Tensor  # ρ(y_w); NaN where the objective needs no reference
+    rejected_ratio: Tensor
+    chosen_length: Tensor  # tokens
+    rejected_length: Tensor
+    score_gap: Tensor  # s_w − s_l of the data; NaN where they have none
 
 
 @dataclass(frozen=True)
-class PairObjective(Objective):
+class PairObjective(PreferenceObjective):
     """A loss on pairs of responses. A ranking counts as all its ordered pairs, each with the same weight.
 
     `sft_weight` adds the negative log-likelihood of the best response, a mean over the tokens of the global batch.
     """
 
-    kind: str = ""
     sft_weight: float = key(0.0, "adds this much of the chosen responses' negative log-likelihood per token", low=0.0)
 
     reference: ClassVar[bool] = True
@@ -156,31 +155,32 @@ class PairObjective(Objective):
         logratio = ("logratio/mean",) if self.reference else ()
         return ("loss", *rewards, *saturated, "logps/chosen", "logps/rejected", *logratio)
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
         """The loss of every pair, (P,)."""
         raise NotImplementedError
 
-    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Implicit rewards of chosen and rejected responses, (P,) each, in the units in which the loss compares them."""
         raise NotImplementedError
 
-    def gradient_left(self, pair: Pair) -> torch.Tensor:
+    def gradient_left(self, pair: Pair) -> Tensor:
         """The size of ∂loss/∂margin as a share of its size at log-ratio 0, (P,); for losses that saturate."""
         raise NotImplementedError
 
-    def losses(self, responses: Responses, pair: Pair, given: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    def losses(self, responses: Responses, pair: Pair, given: Mapping[str, float]) -> dict[str, Tensor]:
         """Unit → sum over the pass, without the `sft_weight` term."""
         return {"pairs": self.loss(pair, given).sum()}
 
-    def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
-        return count_preferences(trees)
-
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         responses = read_responses(backbone, batch, self.reference)
-        pair = _pair(responses, pairs_of(responses.counts, responses.facts, responses.logps.device))
-        yield LossTerm(self.losses(responses, pair, given) | sft_losses(self.sft_weight, responses), self._sums(pair))
+        pair = _pair(responses, pairs_of(batch))
+        losses = self.losses(responses, pair, given)
+        if self.sft_weight:
+            best = list(accumulate(responses.counts[:-1], initial=0))
+            losses["tokens"] = -self.sft_weight * responses.logps[best].sum()
+        yield LossTerm(losses, self._sums(pair))
 
-    def _sums(self, pair: Pair) -> dict[str, tuple[torch.Tensor, str]]:
+    def _sums(self, pair: Pair) -> dict[str, tuple[Tensor, str]]:
         chosen, rejected = self.rewards(pair)
         sums = {
             "rewards/chosen": chosen,
@@ -199,7 +199,7 @@ class PairObjective(Objective):
     def check_tree(self, tree: Tree) -> str | None:
         if self.needs_scores and tree.facts.scores is None:
             return f"kind {self.kind} needs scores: score_chosen and score_rejected, or the scores of a ranking"
-        return check_order(tree)
+        return super().check_tree(tree)
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,10 @@ class LogRatioPair(PairObjective):
 
     beta: float = key(0.1, BETA, low=1e-9)
 
-    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
         return self.beta * pair.chosen_ratio, self.beta * pair.rejected_ratio
 
-    def margin(self, pair: Pair) -> torch.Tensor:
+    def margin(self, pair: Pair) -> Tensor:
         """z = β(ρ_w − ρ_l), (P,)."""
         return self.beta * (pair.chosen_ratio - pair.rejected_ratio)
 
@@ -234,13 +234,3 @@ def _pair(responses: Responses, pairs: PairIndices) -> Pair:
         rejected_length=responses.lengths[pairs.rejected],
         score_gap=scores[pairs.chosen] - scores[pairs.rejected],
     )
-
-
-def sft_losses(weight: float, responses: Responses) -> dict[str, torch.Tensor]:
-    """`sft_weight` times the negative log-likelihood of every tree's first response, a sum over tokens."""
-    import torch
-
-    if not weight:
-        return {}
-    first = torch.tensor([0, *responses.counts[:-1]], device=responses.logps.device).cumsum(0)
-    return {"tokens": -weight * responses.logps[first].sum()}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import Pair, PairObjective
 from rlhf_cli.sections import key
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,8 @@ class Rebel(PairObjective):
 
     needs_scores: ClassVar[bool] = True
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
         return ((pair.chosen_ratio - pair.rejected_ratio) / self.eta - pair.score_gap) ** 2
 
-    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
         return pair.chosen_ratio / self.eta, pair.rejected_ratio / self.eta

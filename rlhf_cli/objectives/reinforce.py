@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from rlhf_cli.objectives.advantages import response_returns, spread, token_rewards, whiten
 from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
 from rlhf_cli.sections import key
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 DECAY = 0.9
 """Share of the running mean that stays after a rollout."""
@@ -30,14 +27,19 @@ class Reinforce(PolicyGradient):
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         """The running mean is kept as "baseline"."""
-        returns = response_returns(token_rewards(experience, kl_coef), experience.lengths)
+        import numpy as np
+
+        from rlhf_cli.objectives.advantages import response_returns, whiten
+
+        returns = response_returns(experience, kl_coef)
         baseline = mean = float(returns.mean())
         kept = dict(memory)
         if self.baseline == "ema":
             baseline = memory.get("baseline", mean)
             kept["baseline"] = DECAY * baseline + (1 - DECAY) * mean
         advantages = returns - baseline
-        return Advantages(spread(whiten(advantages) if self.whiten else advantages, experience.lengths), None, kept, {})
+        advantages = np.repeat(whiten(advantages) if self.whiten else advantages, experience.lengths)
+        return Advantages(advantages, None, kept, {})
 
     @property
     def announcement(self) -> str:

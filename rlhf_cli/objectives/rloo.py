@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from rlhf_cli.objectives.advantages import means_of_others, response_returns, spread, token_rewards
 from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -21,6 +18,10 @@ class Rloo(PolicyGradient):
     least_samples: ClassVar[int] = 2
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
-        returns = response_returns(token_rewards(experience, kl_coef), experience.lengths)
-        advantages = returns - means_of_others(returns, experience.prompt)
-        return Advantages(spread(advantages, experience.lengths), None, dict(memory), {})
+        import numpy as np
+
+        from rlhf_cli.objectives.advantages import response_returns
+
+        returns, prompt = response_returns(experience, kl_coef), experience.prompt
+        means_of_others = (np.bincount(prompt, returns)[prompt] - returns) / (np.bincount(prompt)[prompt] - 1)
+        return Advantages(np.repeat(returns - means_of_others, experience.lengths), None, dict(memory), {})

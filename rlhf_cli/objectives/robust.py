@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import LogRatioPair, Pair
 from rlhf_cli.sections import key
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -22,13 +20,13 @@ class Robust(LogRatioPair):
 
     saturates: ClassVar[bool] = True
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
         from torch.nn.functional import logsigmoid
 
         z, flipped = self.margin(pair), self.label_smoothing
         return (-(1 - flipped) * logsigmoid(z) + flipped * logsigmoid(-z)) / (1 - 2 * flipped)
 
-    def gradient_left(self, pair: Pair) -> torch.Tensor:
+    def gradient_left(self, pair: Pair) -> Tensor:
         """2 [(1 − ε) σ(−z) + ε σ(z)]."""
         doubt = (-self.margin(pair)).sigmoid()
         return 2 * ((1 - self.label_smoothing) * doubt + self.label_smoothing * (1 - doubt))

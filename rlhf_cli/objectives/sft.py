@@ -22,10 +22,7 @@ class Sft(Objective):
     kind: Literal["sft"] = "sft"
 
     rows: ClassVar[Use] = ANSWERS
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return ("loss", "perplexity", "token_accuracy")
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
 
     def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
         from rlhf_cli.data.trees import supervised_tokens

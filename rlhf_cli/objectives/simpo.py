@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from rlhf_cli.objectives.base import Trained
+from rlhf_cli.objectives.base import Tensor, Trained
 from rlhf_cli.objectives.preference import Pair, PairObjective
 from rlhf_cli.sections import key
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -27,18 +24,16 @@ class Simpo(PairObjective):
     saturates: ClassVar[bool] = True
     learning_rate: ClassVar[Mapping[Trained, float]] = {"lora": 5e-6, "full": 5e-7}  # the paper searched 3e-7 … 1e-6
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
         from torch.nn.functional import softplus
 
-        return softplus(self.gamma - self._margin(pair))
+        chosen, rejected = self.rewards(pair)
+        return softplus(self.gamma - (chosen - rejected))
 
-    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
         return self.beta * pair.chosen / pair.chosen_length, self.beta * pair.rejected / pair.rejected_length
 
-    def gradient_left(self, pair: Pair) -> torch.Tensor:
+    def gradient_left(self, pair: Pair) -> Tensor:
         """σ(γ − m) / σ(γ): there is no log-ratio, so the size at equal rewards is the measure."""
-        return (self.gamma - self._margin(pair)).sigmoid() * (1 + math.exp(-self.gamma))
-
-    def _margin(self, pair: Pair) -> torch.Tensor:
         chosen, rejected = self.rewards(pair)
-        return chosen - rejected
+        return (self.gamma - (chosen - rejected)).sigmoid() * (1 + math.exp(-self.gamma))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import Pair, PairObjective
 from rlhf_cli.sections import key
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,8 @@ class Slic(PairObjective):
 
     reference: ClassVar[bool] = False
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
         return (self.delta - pair.chosen + pair.rejected).relu() - self.lambda_ * pair.chosen
 
-    def rewards(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
         return pair.chosen, pair.rejected

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import LogRatioPair, Pair
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -18,5 +16,5 @@ class Squared(LogRatioPair):
 
     kind: Literal["squared"] = "squared"
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
         return (self.margin(pair) - 1) ** 2

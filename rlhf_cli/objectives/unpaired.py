@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_cli.data.formats import LABELS, Use
-from rlhf_cli.objectives.base import LossTerm, Objective
+from rlhf_cli.objectives.base import LossTerm, Objective, Tensor
 from rlhf_cli.objectives.preference import BETA, read_responses
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
-    import torch
-
     from rlhf_cli.data.trees import Batch, Tree
     from rlhf_cli.models.backbone import Backbone
 
@@ -25,7 +23,6 @@ class UnpairedObjective(Objective):
     A tree may bring a second response, one that was written for another prompt: `terms` never sees it.
     """
 
-    kind: str = ""
     beta: float = key(0.1, BETA, low=1e-9)
 
     rows: ClassVar[Use] = LABELS
@@ -36,7 +33,7 @@ class UnpairedObjective(Objective):
         rewards = ("rewards/desirable", "rewards/undesirable", "rewards/margins")
         return ("loss", *rewards, "logps/desirable", "logps/undesirable", "logratio/mean")
 
-    def loss(self, logratio: torch.Tensor, desirable: torch.Tensor, given: Mapping[str, float]) -> torch.Tensor:
+    def loss(self, logratio: Tensor, desirable: Tensor, given: Mapping[str, float]) -> Tensor:
         """The loss of every response, (M,), from its ρ (M,) float64 and its mark (M,) bool."""
         raise NotImplementedError
 

@@ -109,7 +109,7 @@ def drawn(returns: list[float]) -> Experience:
 def test_advantages_of_a_response(name: str) -> None:
     """They stand at each of its tokens."""
     seen = drawn(ONE_PROMPT["R"])
-    assert response_returns(token_rewards(seen, 0.5), seen.lengths) == pytest.approx(ONE_PROMPT["R"], abs=1e-12)
+    assert response_returns(seen, 0.5) == pytest.approx(ONE_PROMPT["R"], abs=1e-12)
     wanted = [advantage for advantage, length in zip(ONE_PROMPT[name], LENGTHS, strict=True) for _ in range(length)]
     assert KINDS[name].estimate_advantages(seen, 0.5, {}).advantages == pytest.approx(wanted, abs=1e-9)
 
