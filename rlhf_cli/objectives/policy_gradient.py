@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from rlhf_cli.data.formats import PROMPTS, Use
-from rlhf_cli.objectives.base import LossTerm, Objective
+from rlhf_cli.objectives.base import LossTerm, Objective, Tensor
 from rlhf_cli.objectives.kl import k2, k3
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from rlhf_cli.data.trees import Batch, Recorded, Tree
     from rlhf_cli.models.backbone import Backbone
@@ -187,7 +186,7 @@ def _split(trees: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:
     return [tree for tree in trees if tree.recorded is not None], [tree for tree in trees if tree.recorded is None]
 
 
-def _recorded(batch: Batch) -> Recorded[torch.Tensor]:
+def _recorded(batch: Batch) -> Recorded[Tensor]:
     """What the rollout recorded of a pass's tokens, float64."""
     from rlhf_cli.data.trees import Recorded
 
