@@ -19,6 +19,7 @@ from rlhf_cli.cli import main
 from rlhf_cli.data import cache
 from rlhf_cli.models import scoring
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.passes import Passes
 from rlhf_cli.objectives.base import LossTerm
 from rlhf_cli.objectives.kto import Kto
 from rlhf_cli.recipe.stages import TRAINING_STAGES
@@ -107,16 +108,16 @@ def nan_z0(patch: pytest.MonkeyPatch, stage: str) -> None:
 
 def infinite_gradient(patch: pytest.MonkeyPatch, stage: str) -> None:
     """One element of one gradient is infinite at the refused step, of a reward model in its head; every loss is finite."""
-    now, accumulate = note_steps(patch), step._accumulate
+    now, backward = note_steps(patch), step._backward
 
-    def broken(backbone: Backbone, *arguments: Any) -> Any:
-        passes = accumulate(backbone, *arguments)
-        gradient = list(backbone.trained_parameters().values())[-1].grad
+    def broken(passes: Passes, *arguments: Any) -> Any:
+        found = backward(passes, *arguments)
+        gradient = list(passes.backbone.trained_parameters().values())[-1].grad
         if now[0] == REFUSED and gradient is not None:
             gradient[0, 0] = float("inf")
-        return passes
+        return found
 
-    patch.setattr(step, "_accumulate", broken)
+    patch.setattr(step, "_backward", broken)
 
 
 @pytest.mark.parametrize(
