@@ -23,7 +23,7 @@ from rlhf_cli.errors import NumberError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import load_recipe
-from rlhf_cli.rollout import generate, rewards
+from rlhf_cli.rollout import generate, reward_models
 from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.runs.manifest import weights_hash
 from rlhf_cli.stages import ppo, training
@@ -474,7 +474,7 @@ def test_the_value_may_learn_alone(home: Path, tmp_path: Path) -> None:
     ("module", "function"),
     [
         (Backbone, "tempered_logps"),
-        pytest.param(rewards, "score_trees", marks=pytest.mark.slow),
+        pytest.param(reward_models, "score_trees", marks=pytest.mark.slow),
         pytest.param(generate, "choose", marks=pytest.mark.slow),
     ],
 )
