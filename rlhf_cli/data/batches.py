@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,9 +89,3 @@ def kept_sizes(rows: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[
     bounds = np.cumsum((0, *sizes))
     found: np.ndarray = np.histogram(rows, bounds)[0] if len(sizes) > 1 else np.array([len(rows)])
     return tuple(int(n) for n in found)
-
-
-def derive_seed(*parts: int) -> int:
-    """A 63-bit seed from a tuple of integers: what is random in a step depends on nothing else, so there is no state to save."""
-    text = ",".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

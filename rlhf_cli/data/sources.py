@@ -20,6 +20,7 @@ from rlhf_cli.data.files import RawRow, find_files, is_hub_id, read_file
 from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, Converter, Format, Row, Use, convert, with_margin
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.records import Record
+from rlhf_cli.data.streams import DataStream
 from rlhf_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -309,7 +310,7 @@ def epoch_order(sizes: Sequence[int], shares: Sequence[float], seed: int, epoch:
     drawn = [starts[i] + _draw(size, counts[i], seed, i, epoch, shuffle) for i, size in enumerate(sizes)]
     rows = np.concatenate(drawn)
     if shuffle:
-        return rows[np.random.default_rng([seed, 1, epoch]).permutation(len(rows))]
+        return rows[np.random.default_rng([seed, DataStream.EPOCH, epoch]).permutation(len(rows))]
     position = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
     return rows[np.argsort(position, kind="stable")]
 
@@ -329,6 +330,6 @@ def _draw(size: int, count: int, seed: int, source: int, epoch: int, shuffle: bo
     begin, end = epoch * count, (epoch + 1) * count
     pieces = [np.empty(0, dtype=np.int64)]
     for cycle in range(begin // size, -(-end // size)) if count else ():
-        order = np.random.default_rng([seed, 2, source, cycle]).permutation(size) if shuffle else np.arange(size)
+        order = np.random.default_rng([seed, DataStream.SOURCE, source, cycle]).permutation(size) if shuffle else np.arange(size)
         pieces.append(order[max(begin - cycle * size, 0) : end - cycle * size])
     return np.concatenate(pieces)

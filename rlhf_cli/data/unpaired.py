@@ -10,10 +10,8 @@ import numpy as np
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.flat import Trees, regroup
 from rlhf_cli.data.records import Facts
+from rlhf_cli.data.streams import DataStream
 from rlhf_cli.errors import UsageError
-
-STREAM = 3
-"""Tells the draw of mismatches from the others that the same seed begins."""
 
 TRIES = 64
 """Partners that are tried at random for a tree before all are looked at."""
@@ -95,7 +93,7 @@ def mismatch(texts: np.ndarray, prompts: np.ndarray, seed: int) -> np.ndarray:
     trees: then the responses of the others are used several times. No prompt meets itself where no text and no prompt has more
     than a quarter of the trees, and hardly any beyond that. A pure function of its arguments.
     """
-    drawn = np.random.default_rng([seed, STREAM])
+    drawn = np.random.default_rng([seed, DataStream.MISMATCHES])
     sigma = _other_texts(texts, drawn)
     _part_prompts(sigma, texts, prompts, random.Random(int(drawn.integers(2**63))))
     return sigma

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_cli.data.batches import derive_seed
 from rlhf_cli.data.records import Record, plain_prompt
+from rlhf_cli.data.streams import Stream
 from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.models import EvaluatedModel
@@ -23,7 +23,6 @@ from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.rollout.experience import Rollout, Sampler
 from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.rollout.rewards import Answers, combine
-from rlhf_cli.rollout.source import HELD_OUT
 from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
 from rlhf_cli.signals import Pause
 
@@ -88,7 +87,7 @@ def draw_responses(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone
         compared=job.shares_tokens(model),
         pause=_progress(job, model),
     )
-    rollout = sampler.rollout(list(rows.trees), derive_seed(job.recipe.seed, HELD_OUT), samples=job.responses_of(model))
+    rollout = sampler.rollout(list(rows.trees), Stream.HELD_OUT.seed(job.recipe.seed), samples=job.responses_of(model))
     return list(_samples(model.name, rollout, sampler, rows.records))
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf_cli import sections
-from rlhf_cli.data.batches import DatasetSource, StepBatches, derive_seed
+from rlhf_cli.data.batches import DatasetSource, StepBatches
 from rlhf_cli.data.records import Facts
+from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Recorded, Tree
 from rlhf_cli.objectives.kl import next_coef
 from rlhf_cli.objectives.policy_gradient import Advantages, PolicyGradient
@@ -17,9 +18,6 @@ from rlhf_cli.rollout.experience import Rollout, Sampler, together
 
 KL_COEF = "kl_coef"
 """The name of an adapted κ among the objective's own numbers."""
-
-DRAWN, HELD_OUT, PROBED = 2, 3, 4
-"""Tell the seeds of training, held-out and probing responses from each other and from those of updates."""
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 16
 """Responses that are drawn to check the start of a run with."""
@@ -36,7 +34,7 @@ class HeldOut:
 
     def measure(self, memory: Mapping[str, float]) -> dict[str, float]:
         """Figures of one response to every prompt. The same random numbers each time: two measurements differ by the policy."""
-        rollout = self.sampler.rollout(self.prompts, derive_seed(self.seed, HELD_OUT), samples=1)
+        rollout = self.sampler.rollout(self.prompts, Stream.HELD_OUT.seed(self.seed), samples=1)
         return rollout.figures(None if self.kl_coef is None else memory.get(KL_COEF, self.kl_coef))
 
 
@@ -44,7 +42,7 @@ def probe(sampler: Sampler, prompts: Sequence[Tree], seed: int) -> list[Tree]:
     """A few prompts with short responses, to check what must hold before the first step."""
     few = list(prompts[:PROBE_PROMPTS])
     numbers, count = range(len(few)), sampler.settings.responses_per_prompt
-    drawn = together(sampler.ranks, lambda: sampler.respond(few, numbers, derive_seed(seed, PROBED), count, PROBE_TOKENS))
+    drawn = together(sampler.ranks, lambda: sampler.respond(few, numbers, Stream.PROBE.seed(seed), count, PROBE_TOKENS))
     return [
         tree._replace(responses=tuple(response.ids for response in responses)) for tree, responses in zip(few, drawn, strict=True)
     ]
@@ -69,7 +67,7 @@ class PolicySource:
     def collect(self, step: int, memory: Mapping[str, float]) -> StepBatches:
         """The rollout of `step` with what it teaches."""
         prompts = self.prompts.batch(step)
-        seed = derive_seed(self.seed, DRAWN, step)
+        seed = Stream.ROLLOUT.seed(self.seed, step)
         rollout = self.sampler.rollout(prompts, seed, values=self.objective.values)
         coef = memory.get(KL_COEF, self.kl.coef)
         experience = rollout.experience
@@ -138,12 +136,12 @@ class PreferenceSource:
         steps = range(step, min(step + self.refresh, self.steps + 1))
         batches = [self.prompts.batch(k) for k in steps]
         prompts = [tree for batch in batches for tree in batch]
-        rollout = self.sampler.rollout(prompts, derive_seed(self.seed, DRAWN, step))
+        rollout = self.sampler.rollout(prompts, Stream.ROLLOUT.seed(self.seed, step))
         trees = iter(ranked(rollout) if self.ties else map(untied, ranked(rollout)))
         shaped = []
         for k, batch in zip(steps, batches, strict=True):
             own = [tree for tree in (next(trees) for _ in batch) if len(set(tree.facts.ranks or ())) > 1]
-            shaped.append(self.shape(own, derive_seed(self.seed, DRAWN, step, k)) if self.shape and own else own)
+            shaped.append(self.shape(own, Stream.MISMATCHES.seed(self.seed, step, k)) if self.shape and own else own)
         locations = tuple([self.sampler.records[tree.row].where for tree in own] for own in shaped)
         times = {f"time/{name}": seconds for name, seconds in rollout.seconds.items()}
         return StepBatches(step, tuple(shaped), locations, dict(memory), {}, rollout.figures() | times)

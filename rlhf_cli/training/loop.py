@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from rlhf_cli.console import Console, Progress, peak_memory_gib
-from rlhf_cli.data.batches import StepBatches, derive_seed, due_steps
+from rlhf_cli.data.batches import StepBatches, due_steps
+from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageError
 from rlhf_cli.files import write_json
@@ -48,9 +49,6 @@ class BatchSource(Protocol):
         """What `step` learns from."""
         ...
 
-
-DEALT = 1
-"""Tells the seed that deals a step's batch to its updates from the others."""
 
 Samples = Callable[[], list[dict[str, Any]]]
 """Gives the lines for samples.jsonl without their step."""
@@ -169,7 +167,7 @@ class Trainer:
         batches = partial.batches
         trees = batches.batches[step - batches.first]
         # Responses that are all tied teach nothing; an update without a gradient would still move weights by its momentum.
-        updates = self.objective.updates(trees, derive_seed(self.schedule.seed, step, DEALT)) if trees else []
+        updates = self.objective.updates(trees, Stream.UPDATES.seed(self.schedule.seed, step)) if trees else []
         while partial.updates < len(updates):
             partial = self._update(step, partial, updates[partial.updates], started)
             if partial.updates < len(updates):

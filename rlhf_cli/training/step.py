@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlhf_cli.data.batches import derive_seed
+from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Batch, Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
@@ -187,7 +187,7 @@ def _measure(passes: Passes, objective: Objective, trees: list[Tree]) -> Iterato
 def _backward(passes: Passes, objective: Objective, update: Update, counts: dict[str, int]) -> tuple[Sums, list[_Pass]]:
     """The statistics of an update, and all its passes forward and backward. Dropout is on for these, and off elsewhere."""
     backbone, ranks = passes.backbone, passes.ranks
-    torch.manual_seed(derive_seed(update.seed, update.step, update.number, ranks.rank))
+    torch.manual_seed(Stream.DROPOUT.seed(update.seed, update.step, update.number, ranks.rank))
     seen, parts = objective.phases(update.trees)
     measured = list(_measure(passes, objective, seen))
     statistics = _summed(measured, counts, ranks)

@@ -17,7 +17,7 @@ from rlhf_cli.models.passes import Passes
 from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.optim import build_optimizer
-from rlhf_cli.training.step import NonFinite, StepResult, Update, derive_seed, evaluate, is_out_of_memory, optimise
+from rlhf_cli.training.step import NonFinite, StepResult, Update, evaluate, is_out_of_memory, optimise
 from tests.models.tiny_backbone import draw_trees, largest_difference, make, make_backbone, plain_logps, sequences, weights
 
 ALONE = Ranks(expected=False)
@@ -271,9 +271,3 @@ def test_an_adapter_that_is_cut_off_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     layer.forward = layer.base_layer.forward
     with pytest.raises(NumberError, match=r"2 trained tensors have no gradient, the first is model\.layers\.1\.mlp\.down_proj"):
         train(backbone, BATCHES[:1])
-
-
-def test_seeds_of_steps_and_ranks_differ() -> None:
-    seeds = {derive_seed(seed, step, rank) for seed in range(3) for step in range(20) for rank in range(4)}
-    assert len(seeds) == 240
-    assert all(0 <= seed < 2**63 for seed in seeds)
