@@ -355,6 +355,3 @@ def show_example(tree: Tree, tokenizer: Any) -> list[tuple[str, bool]]:
         return shown
     first = len(shown) - len(tree.responses)
     return [*shown[:first], *(part for piece in shown[first:] for part in (("\n", False), piece))]
-
-
-__all__ = ["Encoded", "Trees", "checked", "encode", "same_tokens", "show_example"]
