@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -32,10 +33,9 @@ def default_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
         return Path(given)
     if given := environment.get("XDG_CACHE_HOME"):
         return Path(given) / "rlhf"
-    try:
+    with contextlib.suppress(RuntimeError):
         return Path.home() / ".cache" / "rlhf"
-    except RuntimeError:
-        return None
+    return None
 
 
 def key(parts: Iterable[str]) -> str:
@@ -50,25 +50,7 @@ def key(parts: Iterable[str]) -> str:
 
 def source_hash(*files: str) -> str:
     """Of the code itself: another version of it never reads what this one wrote."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(Path(file).read_bytes())
-    return digest.hexdigest()
-
-
-def path_of(folder: Path, name: str) -> Path:
-    """Where the token arrays with this key lie."""
-    return folder / f"tokens-{name}.safetensors"
-
-
-def load(folder: Path, name: str) -> Stored | None:
-    """The token arrays under this key, as `read` gives them."""
-    return read(path_of(folder, name))
-
-
-def store(folder: Path, name: str, stored: Stored) -> bool:
-    """`write` for the token arrays with this key."""
-    return write(path_of(folder, name), stored)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def read(path: Path) -> Stored | None:

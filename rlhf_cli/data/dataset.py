@@ -97,14 +97,11 @@ def data_report(dataset: Dataset) -> dict[str, Any]:
 
 
 def _split(encoded: Encoded, reports: list[SourceReport]) -> dict[str, Any]:
-    dropped = Counter(encoded.lost)
-    for report in reports:
-        dropped.update(report.bad)
     return {
         "read": sum(report.read for report in reports) or encoded.read,
         "kept": encoded.kept,
         **_contents(encoded.trees),
-        "dropped": dict(dropped),
+        "dropped": dict(sum((Counter(report.bad) for report in reports), Counter(encoded.lost))),
         "unused": dict(sum((Counter(report.unused) for report in reports), Counter())),
         "truncated": encoded.truncated,
         "eos_share": encoded.eos_share,

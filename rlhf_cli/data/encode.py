@@ -69,22 +69,6 @@ class _Rules:
         return self.responses == "first" and self.data.train_on == "all"
 
 
-@dataclass
-class _Tally:
-    """Grows while rows are encoded."""
-
-    trees: list[Tree] = field(default_factory=list)
-    lost: Counter[str] = field(default_factory=Counter)
-    examples: list[tuple[int, str]] = field(default_factory=list)
-    sizes: list[tuple[int, int, int]] = field(default_factory=list)
-    truncated: list[int] = field(default_factory=list)
-
-    def lose(self, row: int, bad: BadRow) -> None:
-        self.lost[bad.reason] += 1
-        if len(self.examples) < EXAMPLES:
-            self.examples.append((row, str(bad)))
-
-
 def encode(
     records: Sequence[Record],
     tokenizer: Any,
@@ -101,30 +85,23 @@ def encode(
     `none`: trees without responses, whose prompts leave `reserve` tokens of max_length free; facts about responses are dropped.
     Raises UsageError if the template or every row is unusable, or (overlong: error) a row is too long.
     """
-    taken = [_taken(record, responses) for record in records]
+    if responses == "first":
+        records = [record._replace(responses=record.responses[:1]) for record in records]
+    elif responses == "none":
+        records = [record._replace(responses=(), facts=Facts(subset=record.facts.subset)) for record in records]
     rules = _Rules(data, responses, reserve)
     if cache is None:
-        return _restore(_encode(taken, tokenizer, template, rules), taken, ())
-    name = store.key(_key_parts(taken, tokenizer, template, rules))
+        return _restore(_encode(records, tokenizer, template, rules), records, ())
+    path = cache / f"tokens-{store.key(_key_parts(records, tokenizer, template, rules))}.safetensors"
     notices: tuple[str, ...] = ()
     try:
-        stored = store.load(cache, name)
+        stored = store.read(path)
     except store.Damaged as damaged:
         stored, notices = None, (f"{damaged}: damaged; its tokens are made again",)
     if stored is None:
-        stored = _encode(taken, tokenizer, template, rules)
-        store.store(cache, name, stored)
-    return _restore(stored, taken, notices)
-
-
-def _taken(record: Record, responses: Taken) -> Record:
-    match responses:
-        case "first":
-            return record._replace(responses=record.responses[:1])
-        case "none":
-            return record._replace(responses=(), facts=Facts(subset=record.facts.subset))
-        case "all":
-            return record
+        stored = _encode(records, tokenizer, template, rules)
+        store.write(path, stored)
+    return _restore(stored, records, notices)
 
 
 def _key_parts(records: Sequence[Record], tokenizer: Any, template: Template, rules: _Rules) -> Iterator[str]:
@@ -160,6 +137,10 @@ def _restore(stored: store.Stored, records: Sequence[Record], notices: tuple[str
     )
 
 
+def _counts(lost: Counter[str]) -> str:
+    return ", ".join(f"{reason} ({count})" for reason, count in lost.most_common())
+
+
 def checked(encoded: Encoded, check: Callable[[Tree], str | None]) -> Encoded:
     """Without the trees that `check` has a reason against: these rows are lost. Raises UsageError if none is left."""
     faults = [check(tree) for tree in encoded.trees]
@@ -189,152 +170,143 @@ def same_tokens(tree: Tree) -> str | None:
 
 
 def _encode(records: Sequence[Record], tokenizer: Any, template: Template, rules: _Rules) -> store.Stored:
-    form = templates.read_chat_format(tokenizer, template)
-    letters = read_letters(tokenizer)
-    tally = _Tally()
+    encoder = _Encoder(templates.read_chat_format(tokenizer, template), read_letters(tokenizer), records, rules)
     for start in range(0, len(records), CHUNK):
-        rendered = _render(form, records, range(start, min(start + CHUNK, len(records))), rules, tally)
-        for tree in _tokenise(form, letters, rendered):
-            record = records[tree.row]
+        for tree in encoder.tokenise(encoder.render(range(start, min(start + CHUNK, len(records))))):
             try:
-                _take(tree, record, form, letters, rules, tally)
+                encoder.add(tree)
             except BadRow as bad:
-                tally.lose(tree.row, bad)
-    if records and not tally.trees:
-        row, text = tally.examples[0]
+                encoder.lose(tree.row, bad)
+    if records and not encoder.trees:
+        row, text = encoder.examples[0]
         raise UsageError(
-            f"none of {len(records)} rows can be used: {_counts(tally.lost)}\nthe first: {records[row].where}: {text}"
+            f"none of {len(records)} rows can be used: {_counts(encoder.lost)}\nthe first: {records[row].where}: {text}"
         )
-    return _summary(tally, form, records, rules)
+    return encoder.stored()
 
 
-def _counts(lost: Counter[str]) -> str:
-    return ", ".join(f"{reason} ({count})" for reason, count in lost.most_common())
+@dataclass
+class _Encoder:
+    """Makes trees of records, and counts what becomes of them."""
 
+    form: ChatFormat
+    letters: Letters
+    records: Sequence[Record]
+    rules: _Rules
+    trees: list[Tree] = field(default_factory=list)
+    lost: Counter[str] = field(default_factory=Counter)
+    examples: list[tuple[int, str]] = field(default_factory=list)
+    sizes: list[tuple[int, int, int]] = field(default_factory=list)  # tokens of the prompt, of the longest response, of both
+    truncated: list[int] = field(default_factory=list)
 
-def _render(form: ChatFormat, records: Sequence[Record], rows: range, rules: _Rules, tally: _Tally) -> list[tuple[int, Rendered]]:
-    rendered = []
-    with memory_limit():
-        for row in rows:
-            try:
-                _check_parts(records[row], rules)
-                if rules.data.control_tokens == "reject":
-                    check_text(form, records[row])
-                with time_limit():
-                    rendered.append((row, render_row(form, records[row], find_turns=rules.find_turns)))
-            except BadRow as bad:
-                tally.lose(row, bad)
-                if isinstance(bad, TookTooLong) and tally.lost[bad.reason] == TIMEOUTS:
-                    raise UsageError(f"chat template ({form.template.source}): {records[row].where}: {bad}") from None
-    return rendered
+    def lose(self, row: int, bad: BadRow) -> None:
+        self.lost[bad.reason] += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append((row, str(bad)))
 
+    def render(self, rows: range) -> list[tuple[int, Rendered]]:
+        rendered = []
+        with memory_limit():
+            for row in rows:
+                record = self.records[row]
+                try:
+                    if self.rules.responses == "none" and not record.prompt:
+                        raise BadRow("no prompt")
+                    if self.rules.responses != "none" and not record.responses:
+                        raise BadRow("no response")
+                    if self.rules.data.control_tokens == "reject":
+                        check_text(self.form, record)
+                    with time_limit():
+                        rendered.append((row, render_row(self.form, record, find_turns=self.rules.find_turns)))
+                except BadRow as bad:
+                    self.lose(row, bad)
+                    if isinstance(bad, TookTooLong) and self.lost[bad.reason] == TIMEOUTS:
+                        raise UsageError(f"chat template ({self.form.template.source}): {record.where}: {bad}") from None
+        return rendered
 
-def _check_parts(record: Record, rules: _Rules) -> None:
-    if rules.responses == "none" and not record.prompt:
-        raise BadRow("no prompt")
-    if rules.responses != "none" and not record.responses:
-        raise BadRow("no response")
+    def tokenise(self, rendered: Sequence[tuple[int, Rendered]]) -> list[Tree]:
+        """Prompts and responses are tokenised apart, each in one batch; a response as it reads after its anchor."""
+        tokenizer, anchor = self.form.tokenizer, self.form.anchor
+        prompts = self._tokenise_prompts([text for _, text in rendered])
+        anchors = [anchor if text.prompt else "" for _, text in rendered for _ in text.responses]
+        responses = [response for _, text in rendered for response in text.responses]
+        anchored = tokenise(tokenizer, [before + response for before, response in zip(anchors, responses, strict=True)])
+        length = len(tokenise(tokenizer, [anchor])[0])
+        answers = iter([ids[length:] if before else ids for before, ids in zip(anchors, anchored, strict=True)])
+        return [
+            Tree(prompt, mask, tuple(np.array([*next(answers), *text.end_ids], np.int32) for _ in text.responses), row)
+            for (row, text), (prompt, mask) in zip(rendered, prompts, strict=True)
+        ]
 
+    def _tokenise_prompts(self, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, supervised) of each prompt; offsets, which are slow, are asked for only where there are turns to find."""
+        tokenizer, prompts = self.form.tokenizer, []
+        plain = iter(tokenise(tokenizer, [text.prompt for text in rendered if not text.turns]))
+        spoken = [text.prompt for text in rendered if text.turns]
+        batch = tokenizer(spoken, add_special_tokens=False, return_offsets_mapping=True, verbose=False) if spoken else {}
+        located = zip(batch.get("input_ids", []), batch.get("offset_mapping", []), strict=True)
+        for text in rendered:
+            mask = np.zeros(0, bool)
+            if text.turns:
+                ids, offsets = next(located)
+                mask = supervised(self.letters, np.array(ids), np.array(offsets), text.turns)
+            else:
+                ids = next(plain)
+            full = with_prefix(self.form.prefix, ids)
+            prompts.append((np.array(full, np.int32), np.concatenate([np.zeros(len(full) - len(mask), bool), mask])))
+        return prompts
 
-def _tokenise(form: ChatFormat, letters: Letters, rendered: Sequence[tuple[int, Rendered]]) -> list[Tree]:
-    """Prompts and responses are tokenised apart, each in one batch."""
-    prompts = _tokenise_prompts(form, letters, [text for _, text in rendered])
-    anchors = [form.anchor if text.prompt else "" for _, text in rendered for _ in text.responses]
-    answers = iter(_continue(form, anchors, [response for _, text in rendered for response in text.responses]))
-    trees = []
-    for (row, text), (prompt, mask) in zip(rendered, prompts, strict=True):
-        responses = tuple(np.array([*next(answers), *text.end_ids], np.int32) for _ in text.responses)
-        trees.append(Tree(prompt, mask, responses, row))
-    return trees
+    def add(self, tree: Tree) -> None:
+        """Adds the tree, fitted to max_length. Raises BadRow if it cannot be used."""
 
+        def encode_one(shorter: Record) -> Tree:
+            with memory_limit(), time_limit():
+                rendered = render_row(self.form, shorter, find_turns=self.rules.find_turns)
+            return self.tokenise([(tree.row, rendered)])[0]
 
-def _tokenise_prompts(form: ChatFormat, letters: Letters, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, supervised) of each prompt; offsets, which are slow, are asked for only where there are turns to find."""
-    plain = iter(tokenise(form.tokenizer, [text.prompt for text in rendered if not text.turns]))
-    spoken = [text.prompt for text in rendered if text.turns]
-    batch = form.tokenizer(spoken, add_special_tokens=False, return_offsets_mapping=True, verbose=False) if spoken else {}
-    located = zip(batch.get("input_ids", []), batch.get("offset_mapping", []), strict=True)
-    prompts = []
-    for text in rendered:
-        mask = np.zeros(0, bool)
-        if text.turns:
-            ids, offsets = next(located)
-            mask = supervised(letters, np.array(ids), np.array(offsets), text.turns)
-        else:
-            ids = next(plain)
-        full = with_prefix(form.prefix, ids)
-        unsupervised = np.zeros(len(full) - len(mask), bool)
-        prompts.append((np.array(full, np.int32), np.concatenate([unsupervised, mask])))
-    return prompts
+        data, reserve, record = self.rules.data, self.rules.reserve, self.records[tree.row]
+        tokens, alone = span(tree, reserve), self.rules.responses == "none"
+        response = max(map(len, tree.responses), default=0)
+        self.sizes.append((len(tree.prompt), response, len(tree.prompt) + response))
+        fitted = tree
+        if tokens > data.max_length:
+            free = f", {reserve} of them for the response" if reserve else ""
+            match data.overlong:
+                case "drop":
+                    raise overlong.too_long(tokens, free)
+                case "error":
+                    choices = "drop or truncate-prompt" if alone else "drop, truncate-prompt or truncate-response"
+                    raise UsageError(
+                        f"{record.where}: {tokens} tokens{free}, but data.max_length is {data.max_length}\n"
+                        f"raise it, or set data.overlong to {choices}"
+                    )
+                case "truncate-prompt":
+                    fitted = overlong.cut_prompt(record, encode_one, self.form.tokenizer, data.max_length, reserve)
+                case "truncate-response":
+                    fitted = overlong.cut_responses(tree, data.max_length - reserve)
+        if alone and not len(fitted.prompt):
+            raise BadRow("no prompt", "its text is nothing to the tokenizer")
+        if not alone and not len(fitted.prompt) and max(map(len, fitted.responses)) < 2:
+            raise BadRow("no supervised token", "one token alone has nothing to be predicted from")
+        self.trees.append(fitted)
+        if fitted is not tree:
+            self.truncated.append(tree.row)
 
-
-def _continue(form: ChatFormat, anchors: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text as it reads after its anchor."""
-    if not form.anchor:
-        return tokenise(form.tokenizer, list(texts))
-    newline = tokenise(form.tokenizer, [form.anchor])[0]
-    together = tokenise(form.tokenizer, [anchor + text for anchor, text in zip(anchors, texts, strict=True)])
-    return [ids[len(newline) :] if anchor else ids for anchor, ids in zip(anchors, together, strict=True)]
-
-
-def _take(tree: Tree, record: Record, form: ChatFormat, letters: Letters, rules: _Rules, tally: _Tally) -> None:
-    """Adds the tree to the tally, fitted to max_length. Raises BadRow if it cannot be used."""
-
-    def encode_one(shorter: Record) -> Tree:
-        with memory_limit(), time_limit():
-            rendered = render_row(form, shorter, find_turns=rules.find_turns)
-        return _tokenise(form, letters, [(tree.row, rendered)])[0]
-
-    data, reserve = rules.data, rules.reserve
-    tokens = span(tree, reserve)
-    response = max(map(len, tree.responses), default=0)
-    tally.sizes.append((len(tree.prompt), response, len(tree.prompt) + response))
-    fitted = tree
-    if tokens > data.max_length:
-        free = f", {reserve} of them for the response" if reserve else ""
-        match data.overlong:
-            case "drop":
-                raise overlong.too_long(tokens, free)
-            case "error":
-                choices = "drop or truncate-prompt" if rules.responses == "none" else "drop, truncate-prompt or truncate-response"
-                raise UsageError(
-                    f"{record.where}: {tokens} tokens{free}, but data.max_length is {data.max_length}\n"
-                    f"raise it, or set data.overlong to {choices}"
-                )
-            case "truncate-prompt":
-                fitted = overlong.cut_prompt(record, encode_one, form.tokenizer, data.max_length, reserve)
-            case "truncate-response":
-                fitted = overlong.cut_responses(tree, data.max_length - reserve)
-    if rules.responses == "none" and not len(fitted.prompt):
-        raise BadRow("no prompt", "its text is nothing to the tokenizer")
-    if rules.responses != "none" and not len(fitted.prompt) and max(map(len, fitted.responses)) < 2:
-        raise BadRow("no supervised token", "one token alone has nothing to be predicted from")
-    tally.trees.append(fitted)
-    if fitted is not tree:
-        tally.truncated.append(tree.row)
-
-
-def _summary(tally: _Tally, form: ChatFormat, records: Sequence[Record], rules: _Rules) -> store.Stored:
-    trees = flatten(tally.trees, records)
-    is_response = np.ones(len(trees.segments) - 1, bool)
-    is_response[trees.first[:-1]] = False
-    last = trees.ids[trees.segments[1:][is_response] - 1]
-    names = ("prompt", "response", "total") if rules.responses != "none" else ("prompt",)
-    facts = {
-        "lost": dict(tally.lost),
-        "truncated": tally.truncated,
-        "examples": tally.examples,
-        "eos_share": float(np.isin(last, [form.end_ids[-1], form.eos_id]).mean()) if len(last) else None,
-        "percentiles": {name: _percentiles([size[k] for size in tally.sizes]) for k, name in enumerate(names)},
-    }
-    arrays = {
-        "ids": trees.ids,
-        "supervised": trees.supervised,
-        "segments": trees.segments,
-        "first": trees.first,
-        "rows": trees.rows,
-    }
-    return store.Stored(arrays, facts)
+    def stored(self) -> store.Stored:
+        """The trees and the counts, as the cache keeps them."""
+        trees = flatten(self.trees, self.records)
+        last = np.array([response[-1] for tree in self.trees for response in tree.responses])
+        ended = np.isin(last, [self.form.end_ids[-1], self.form.eos_id])
+        names = ("prompt", "response", "total") if self.rules.responses != "none" else ("prompt",)
+        facts = {
+            "lost": dict(self.lost),
+            "truncated": self.truncated,
+            "examples": self.examples,
+            "eos_share": float(ended.mean()) if len(last) else None,
+            "percentiles": {name: _percentiles([size[k] for size in self.sizes]) for k, name in enumerate(names)},
+        }
+        columns = {"ids": trees.ids, "supervised": trees.supervised, "segments": trees.segments}
+        return store.Stored({**columns, "first": trees.first, "rows": trees.rows}, facts)
 
 
 def _percentiles(sizes: list[int]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import overload
@@ -51,9 +51,6 @@ class Trees(Sequence[Tree]):
             self.facts[at],
             None if self.reference is None else tuple(self.reference[part] for part in responses),
         )
-
-    def __iter__(self) -> Iterator[Tree]:
-        return (self[i] for i in range(len(self)))
 
     def where(self, index: int) -> str:
         """File and line of tree `index`."""

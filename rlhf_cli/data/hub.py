@@ -24,12 +24,9 @@ def read_hub(path: str, name: str | None, split: str, place: str) -> Iterator[tu
         # Before the import: both libraries read it once, and would otherwise retry for half a minute.
         os.environ["HF_HUB_OFFLINE"] = "1"
     rows = _load(path, name, split, place, offline)
-    number = 0
-    for batch in rows.iter(batch_size=1000):
-        columns = list(batch)
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield number, dict(zip(columns, values, strict=True))
+    batches = rows.iter(batch_size=1000)
+    found = (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
+    yield from enumerate(found, start=1)
 
 
 def is_offline() -> bool:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 DETECT_ROWS = 100
 EXAMPLES = 10
-
-
 BEYOND_LIMIT = "beyond the limit"
 
 
@@ -96,26 +94,20 @@ def read_data(data: sections.Data, request: RowRequest) -> Reading:
 
     Raises UsageError for what the recipe or a file has wrong, MachineError for a hub that cannot be reached.
     """
-    train, reports = _read_all(data.train, "data.train", data.shuffle, request)
-    held_out, eval_reports = _read_all(data.eval or [], "data.eval", data.shuffle, request)
+    read = [_read_source(source, f"data.train.{i}", data.shuffle, request) for i, source in enumerate(data.train)]
+    apart = [_read_source(source, f"data.eval.{i}", data.shuffle, request) for i, source in enumerate(data.eval or [])]
+    train, held_out = [records for records, _ in read], [records for records, _ in apart]
     if data.holdout > 0:
         train, held_out = _hold_out(train, data.holdout, request.seed, request.where("data.holdout"))
     total = math.fsum(source.weight for source in data.train)
     return Reading(
         list(chain(*train)),
         list(chain(*held_out)),
-        reports,
-        eval_reports,
+        [report for _, report in read],
+        [report for _, report in apart],
         sizes=tuple(map(len, train)),
         shares=tuple(source.weight / total for source in data.train),
     )
-
-
-def _read_all(
-    sources: Sequence[sections.Source], key: str, shuffle: bool, request: RowRequest
-) -> tuple[list[list[Record]], list[SourceReport]]:
-    read = [_read_source(source, f"{key}.{i}", shuffle, request) for i, source in enumerate(sources)]
-    return [records for records, _ in read], [report for _, report in read]
 
 
 def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowRequest) -> tuple[list[Record], SourceReport]:
@@ -124,7 +116,11 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
     name, rows = files[0]
     head, objects = _peek(rows)
     if not objects:
-        raise _no_good_row(name, _tally_of(name, head), f"one of {purpose.needs}")
+        tally = _Tally(len(head))
+        for line, bad_row in head:
+            assert isinstance(bad_row, BadRow)
+            tally.add_bad(f"{name}:{line}", bad_row)
+        raise _no_good_row(name, tally, f"one of {purpose.needs}")
     renamed = _rename_all(objects, source.columns, where(f"{key}.columns"))
     if source.format == "auto":
         format = detect(renamed, purpose, f"{where(f'{key}.path')}: {name}")
@@ -145,12 +141,11 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
     chosen = _limited(records, source, request.seed, shuffle)
     if len(chosen) < len(records):
         tally.unused[BEYOND_LIMIT] = len(records) - len(chosen)
-    return chosen, _report(source.path, format.name, len(chosen), tally)
-
-
-def _report(path: str, format: str, kept: int, tally: _Tally) -> SourceReport:
     bad, unused = dict(tally.bad.most_common()), dict(tally.unused.most_common())
-    return SourceReport(path, format, tally.read, kept, bad, unused, tuple(tally.examples), tally.digest.hexdigest())
+    report = SourceReport(
+        source.path, format.name, tally.read, len(chosen), bad, unused, tuple(tally.examples), tally.digest.hexdigest()
+    )
+    return chosen, report
 
 
 def _check_margin(column: str, objects: Sequence[Row], format: Format, place: str) -> None:
@@ -215,7 +210,11 @@ class _Conversion:
             place = f"{name}:{line}"
             own.read += 1
             try:
-                record = self._record(row, place)
+                if isinstance(row, BadRow):
+                    raise row
+                record = convert(_renamed(row, self.columns) if self.columns else row, place, self.converter)
+                if self.margin is not None:
+                    record = with_margin(record, row, self.margin)
             except BadRow as bad:
                 own.add_bad(place, bad)
                 continue
@@ -228,22 +227,6 @@ class _Conversion:
         if own.read == own.bad.total():
             raise _no_good_row(name, own, f"{self.format.name} rows ({self.format})")
         tally.merge(own)
-
-    def _record(self, row: Row | BadRow, place: str) -> Record:
-        """The record of a row, with its `subset` and its margin; raises BadRow."""
-        if isinstance(row, BadRow):
-            raise row
-        record = convert(_renamed(row, self.columns) if self.columns else row, place, self.converter)
-        return record if self.margin is None else with_margin(record, row, self.margin)
-
-
-def _tally_of(name: str, rows: Iterable[RawRow]) -> _Tally:
-    tally = _Tally()
-    for line, row in rows:
-        assert isinstance(row, BadRow)
-        tally.read += 1
-        tally.add_bad(f"{name}:{line}", row)
-    return tally
 
 
 def _no_good_row(name: str, tally: _Tally, expected: str) -> UsageError:

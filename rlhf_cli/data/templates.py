@@ -52,25 +52,22 @@ def choose_template(tokenizer: Any, setting: str | None) -> Template:
         return Template("none", "none: prompt and response as they stand", None)
     if setting is not None:
         try:
-            text = Path(setting).read_text(encoding="utf-8")
+            template = Template("file", setting, Path(setting).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise UsageError(
                 f"model.chat_template: {Path(setting)}: {reason}; give a Jinja file, none, or null for the tokenizer's own"
             ) from None
-        return _checked(tokenizer, Template("file", setting, text))
-    if not tokenizer.chat_template:
-        return _checked(tokenizer, Template("built-in", "a plain built-in one (the tokenizer has none)", BUILT_IN))
-    try:
-        text = tokenizer.get_chat_template()
-    except ValueError:
-        raise UsageError(
-            "the tokenizer has several chat templates and none of them is its default: set model.chat_template to a Jinja file"
-        ) from None
-    return _checked(tokenizer, Template("tokenizer", "the tokenizer's own", text))
-
-
-def _checked(tokenizer: Any, template: Template) -> Template:
+    elif not tokenizer.chat_template:
+        template = Template("built-in", "a plain built-in one (the tokenizer has none)", BUILT_IN)
+    else:
+        try:
+            template = Template("tokenizer", "the tokenizer's own", tokenizer.get_chat_template())
+        except ValueError:
+            raise UsageError(
+                "the tokenizer has several chat templates and none of them is its default: "
+                "set model.chat_template to a Jinja file"
+            ) from None
     try:
         _render_probe(tokenizer, template, (QUESTION,), generation=True)
     except TemplateSyntaxError as error:

@@ -26,14 +26,19 @@ def unpaired_dataset(dataset: Dataset, place: str, seed: int, max_length: int, *
     Raises UsageError if all training responses have the same label, or all responses the same text (see `with_mismatches`).
     """
     dataset = dataset.map_trees(unpaired)
-    _check_classes(dataset.train.trees, place)
-    if mismatches and dataset.held_out is not None and _is_one_text(dataset.held_out.trees):
-        held_out = dataset.held_out.trees
+    labels = {facts.label for facts in dataset.train.trees.facts}
+    if len(labels) == 1:
+        has, lacks = ("desirable", "undesirable") if True in labels else ("undesirable", "desirable")
+        raise UsageError(f"{place}: every response is {has}; without {lacks} ones there is nothing to tell apart")
+    if not mismatches:
+        return dataset
+    held_out = dataset.held_out.trees if dataset.held_out is not None else None
+    if held_out is not None and not _classes(held_out, held_out.first[:-1] + 1).any():
         raise UsageError(
             f"{place}: the {len(held_out)} held-out responses are one text ({held_out.where(0)}), and KTO compares each "
             "with another one; hold out more rows (data.holdout or data.eval)"
         )
-    return dataset.map_trees(partial(with_mismatches, seed=seed, max_length=max_length)) if mismatches else dataset
+    return dataset.map_trees(partial(with_mismatches, seed=seed, max_length=max_length))
 
 
 def unpaired(trees: Trees) -> Trees:
@@ -49,17 +54,6 @@ def unpaired(trees: Trees) -> Trees:
     response = np.where(label, trees.first[tree] + 1, trees.first[tree + 1] - 1)
     parts = np.stack([trees.first[tree], response], axis=1).ravel()
     return regroup(trees, tree, np.full(len(tree), 2), parts, facts)
-
-
-def _is_one_text(trees: Trees) -> bool:
-    return not _classes(trees, trees.first[:-1] + 1).any()
-
-
-def _check_classes(trees: Trees, place: str) -> None:
-    labels = {facts.label for facts in trees.facts}
-    if len(labels) == 1:
-        has, lacks = ("desirable", "undesirable") if True in labels else ("undesirable", "desirable")
-        raise UsageError(f"{place}: every response is {has}; without {lacks} ones there is nothing to tell apart")
 
 
 def with_mismatches(trees: Trees, seed: int, max_length: int) -> Trees:

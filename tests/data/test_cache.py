@@ -113,7 +113,7 @@ def test_a_damaged_file_is_replaced_with_a_notice(tmp_path: Path, damage: str) -
 def test_a_folder_that_takes_no_files_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert same(run(tmp_path / "file" / "cache"), run(None))
-    assert cache.store(tmp_path / "file" / "cache", "k", cache.Stored({"a": np.zeros(1)}, {})) is False
+    assert cache.write(tmp_path / "file" / "cache" / "k", cache.Stored({"a": np.zeros(1)}, {})) is False
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
