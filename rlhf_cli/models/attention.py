@@ -34,8 +34,8 @@ def tree_attention(
 ) -> tuple[torch.Tensor, None]:
     """Exact attention of the tree layout; query (R, H, L, D), key and value (R, H_kv, L, D) → (R, L, H, D).
 
-    Equal to a dense softmax under `visible`, at the cost of the visible part alone. Padding gets zeros. The many arguments are
-    those that transformers hands to every attention.
+    Equal to a dense softmax under `visible`, at the cost of the visible part alone. Padding gets zeros. It has ten arguments
+    because transformers calls it so, as it does every attention.
 
     Raises:
         NotImplementedError: for attention with dropout or a softcap, or an asymmetric window: the caller falls back to a mask.
@@ -57,9 +57,8 @@ def tree_attention(
         begins = next(split) if shared else None
         parts: list[torch.Tensor] = []
         for segment in mine:
-            pieces = [next(split) for _ in _sizes(segment)]
-            for n, out in enumerate(_attend(begins, pieces, scaling, sliding_window)):
-                parts.append(out[segment.shared :] if n == 0 else out)
+            prompt, *branches = _attend(begins, [next(split) for _ in _sizes(segment)], scaling, sliding_window)
+            parts += [prompt[segment.shared :], *branches]
         if rest:
             parts.append(query.new_zeros(rest, query.shape[1], value.shape[3]))
         rows.append(torch.cat(parts))
@@ -134,13 +133,12 @@ class Kernel:
             return {}
         if self.name == TREES:
             return {"position_ids": batch.positions, "segments": batch.segments}
-
-        def mask(limit: int | None) -> Any:
-            return block_mask(batch, limit) if self.mask == "block" else dense_mask(batch, limit, additive)
-
-        additive = dtype if self.mask == "additive" else None
         windows = {kind: window if kind == "sliding_attention" else None for kind in layer_types} or {"": window}
-        masks = {kind: mask(limit) for kind, limit in windows.items()}
+        if self.mask == "block":
+            masks = {kind: block_mask(batch, limit) for kind, limit in windows.items()}
+        else:
+            additive = dtype if self.mask == "additive" else None
+            masks = {kind: dense_mask(batch, limit, additive) for kind, limit in windows.items()}
         # Models with one kind of layer take one mask, models with two a dict of them.
         return {"position_ids": batch.positions, "attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from rlhf_cli.models.logps import token_logps
 
 BASE = "base"
 """The role of the bare base model, whatever adapters sit on it."""
-
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of a token's packed and separate hidden states, relative to their norm."""
@@ -45,7 +45,7 @@ class Backbone:
         self.compute_dtype = compute_dtype
         self.device: torch.device = model.device
         self.active: str | None = None
-        self.trained: dict[str, frozenset[str]] = {}
+        self.trained: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
         self.heads: dict[str, torch.nn.Linear] = {}
         self.alias: dict[str, str] = {}  # roles that are another role's weights, e.g. reference → base
         self.elsewhere: dict[str, Backbone] = {}  # roles whose frozen weights are another model's
@@ -75,10 +75,9 @@ class Backbone:
             raise UsageError(f"lora: {str(error).splitlines()[0]}") from error
         if state is not None:
             self._set_adapter_weights(role, state)
-        # Only behind the name of a LoRA part: a layer of the base may have the role's name.
-        mine = frozenset(n for n, _ in self.model.named_parameters() if role in n.partition(".lora_")[2].split("."))
         if trained:
-            self.trained[role] = self.trained.get(role, frozenset()) | mine
+            # Only behind the name of a LoRA part: a layer of the base may have the role's name.
+            self.trained[role] |= {n for n, _ in self.model.named_parameters() if role in n.partition(".lora_")[2].split(".")}
         self.active = None
         self.activate(role)
         if any(n.startswith("lora_") for n, _ in self.model.get_output_embeddings().named_parameters()):
@@ -90,8 +89,7 @@ class Backbone:
         if role in self.heads and not self.model.config.get_text_config().tie_word_embeddings:
             head = self.model.get_output_embeddings()
             unused = {name for name, p in self.model.named_parameters() if any(p is q for q in head.parameters())}
-        own = frozenset(name for name, _ in self.model.named_parameters() if name not in unused)
-        self.trained[role] = self.trained.get(role, frozenset()) | own
+        self.trained[role] |= {name for name, _ in self.model.named_parameters() if name not in unused}
         self.activate(role)
 
     def add_head(self, role: str, weight: torch.Tensor | None, bias: float | None = None, *, trained: bool = True) -> None:
@@ -107,8 +105,7 @@ class Backbone:
                 head.bias.fill_(bias)
         self.heads[role] = head.requires_grad_(trained)
         if trained:
-            names = frozenset(f"{role}.score.{name}" for name, _ in head.named_parameters())
-            self.trained[role] = self.trained.get(role, frozenset()) | names
+            self.trained[role] |= {f"{role}.score.{name}" for name, _ in head.named_parameters()}
 
     def remove(self, role: str) -> None:
         """Take away a frozen role: its adapter, its head, or its name for the base."""
@@ -170,9 +167,6 @@ class Backbone:
     def hidden(self, role: str, batch: Batch) -> torch.Tensor:
         """Last hidden states, (R·L, D), of a batch that is on the backbone's device."""
         self.activate(role)
-        return self._forward(batch)
-
-    def _forward(self, batch: Batch) -> torch.Tensor:
         arguments = self.kernel.arguments(batch, self.layer_types, self.window, self.compute_dtype)
         with self.autocast():
             out = self.model.base_model(input_ids=batch.ids, use_cache=False, **arguments)
@@ -190,10 +184,9 @@ class Backbone:
         self, role: str, batch: Batch, temperatures: Sequence[float]
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """`logps` at several temperatures from one forward pass."""
-        if role in self.elsewhere:
-            return self.elsewhere[role].tempered_logps(role, batch, temperatures)
-        states = self.hidden(role, batch)[batch.source]
-        found = {temperature: self._head(states, batch.target, temperature) for temperature in temperatures}
+        host = self.at(role)
+        states = host.hidden(role, batch)[batch.source]
+        found = {temperature: host._head(states, batch.target, temperature) for temperature in temperatures}
         return tuple(found[temperature][0] for temperature in temperatures), found[temperatures[0]][1]
 
     def scores(self, role: str, batch: Batch) -> torch.Tensor:
@@ -205,11 +198,10 @@ class Backbone:
         return self._scalars(role, batch, batch.source)
 
     def _scalars(self, role: str, batch: Batch, places: torch.Tensor) -> torch.Tensor:
-        if role in self.elsewhere:
-            return self.elsewhere[role]._scalars(role, batch, places)
-        states = self.hidden(role, batch)[places].float()
+        host = self.at(role)
+        states = host.hidden(role, batch)[places].float()
         with torch.autocast(self.device.type, enabled=False):
-            found: torch.Tensor = self.heads[role](states)[:, 0]
+            found: torch.Tensor = host.heads[role](states)[:, 0]
         return found
 
     def load(self, role: str, folder: Path) -> None:
@@ -291,7 +283,9 @@ class Backbone:
 
     def _choose_kernel(self, setting: str, headless: bool) -> Kernel:
         """The first candidate that gives the same hidden states packed as alone, by a probe with two branches."""
-        trees = _probe_trees(self.model.config.get_text_config().vocab_size)
+        random = np.random.default_rng(0)
+        ids = [random.integers(0, self.model.config.get_text_config().vocab_size, n).astype(np.int32) for n in (7, 5, 6, 4, 3)]
+        trees = [Tree(ids[0], np.zeros(7, bool), (ids[1], ids[2]), 0), Tree(ids[3], np.zeros(4, bool), (ids[4],), 1)]
         self.kernel = KERNELS["alone"]
         wanted = self._probe(trees)
         if not headless:
@@ -316,7 +310,7 @@ class Backbone:
         found: dict[tuple[int, int], torch.Tensor] = {}
         for rows in plan_passes(trees, 1, 256, self.kernel.layout)[0]:
             batch = self.batch(trees, rows)
-            states = self._forward(batch)[batch.source]
+            states = self.hidden(BASE, batch)[batch.source]
             names = [(piece.tree, b) for row in rows for piece in row for b in piece.branches]
             found |= {name: states[batch.owner == number].float() for number, name in enumerate(names)}
         return torch.cat([found[name] for name in sorted(found)])
@@ -338,15 +332,6 @@ class Backbone:
                     f"the model's logits are not its head times its hidden states (they differ by {difference:.0%}; "
                     "soft-capping or scaling?): this model is not supported"
                 )
-
-
-def _probe_trees(vocabulary: int) -> list[Tree]:
-    random = np.random.default_rng(0)
-
-    def draw(length: int) -> np.ndarray:
-        return random.integers(0, vocabulary, length).astype(np.int32)
-
-    return [Tree(draw(7), np.zeros(7, bool), (draw(5), draw(6)), 0), Tree(draw(4), np.zeros(4, bool), (draw(3),), 1)]
 
 
 def lora_config(settings: sections.Lora, base: str, revision: str | None) -> LoraConfig:

@@ -32,7 +32,11 @@ class Weights:
     @property
     def head(self) -> torch.Tensor:
         """A reward model's scalar head (1, D). Raises UsageError if there is none."""
-        return read_head(self.adapter or local_folder(self.base, self.revision))
+        from huggingface_hub import snapshot_download
+
+        if self.adapter is not None or Path(self.base).exists():
+            return read_head(self.adapter or Path(self.base))
+        return read_head(Path(snapshot_download(self.base, revision=self.revision, local_files_only=True)))
 
 
 class Adapter(NamedTuple):
@@ -130,13 +134,6 @@ def is_reward_model(path: str, revision: str | None) -> bool:
     if labels != 1:
         raise UsageError(f"{path}: a classifier with {labels} labels is no reward model; one has a single label")
     return True
-
-
-def local_folder(path: str, revision: str | None) -> Path:
-    """Where the files of a folder or of a fetched hub id lie."""
-    from huggingface_hub import snapshot_download
-
-    return Path(path) if Path(path).exists() else Path(snapshot_download(path, revision=revision, local_files_only=True))
 
 
 def save_adapter(folder: Path, state: dict[str, torch.Tensor], config: Any) -> None:

@@ -48,11 +48,9 @@ class _TokenLogps(torch.autograd.Function):
             (slope,) = ctx.saved_tensors
             return slope * grad[:, None].to(slope.dtype), None, None, None
         hidden, weight, bias, target = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
         # Summed in float32 over the chunks, whatever the dtype of the products.
-        grad_hidden, grad_weight = (
-            torch.empty_like(hidden),
-            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)),
-        )
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=grad_weight.dtype)
         for part in _chunks(len(hidden), len(weight)):
             slope = F.linear(hidden[part], weight, bias).float().softmax(-1).neg_()

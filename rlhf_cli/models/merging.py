@@ -1,9 +1,9 @@
-"""A role's adapter folded into copies of the base's weights while it samples; the originals stay and are put back."""
+"""A role's adapter folded into copies of the base's weights while it samples, and weights packed for many small products."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,13 @@ from peft.tuners.lora import Linear, LoraLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.models.backbone import BASE, Backbone
-from rlhf_cli.models.packed import Folds, can_pack, packed
+
+ROWS = 8
+"""How many rows the packing is chosen for; the same one serves 3 to 64 rows 1.3 to 2.4 × as fast as F.linear, which packs anew
+for every product (576 × 1536 in float32, AVX-512)."""
+
+Folds = Mapping[torch.nn.Module, Callable[[], torch.Tensor]]
+"""Layer → a function that makes another weight for it, one adapter folded in."""
 
 
 @contextlib.contextmanager
@@ -33,9 +39,42 @@ def merged(backbone: Backbone, role: str) -> Iterator[None]:
         with _swapped(folds):
             yield
         return
-    rest = {layer: fold for layer, fold in folds.items() if not can_pack(layer)}
+    rest = {layer: fold for layer, fold in folds.items() if not _can_pack(layer)}
     with _swapped(rest), packed(backbone.model, folds):
         yield
+
+
+@contextlib.contextmanager
+def packed(model: Any, folds: Folds) -> Iterator[None]:
+    """Inside, the float32 linear layers of a model on a CPU multiply by packed copies of their weights, or of those of `folds`.
+
+    By oneDNN, through the operator that torch.compile uses for frozen models; nothing can be learned through it. Elsewhere
+    nothing changes. The layers' own weights are not touched.
+    """
+    layers = [layer for layer in model.modules() if _can_pack(layer)]
+    try:
+        for layer in layers:
+            weight = folds[layer]() if layer in folds else layer.weight.detach()
+            copy = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+            # On the instance, where it comes before the method of its class.
+            vars(layer)["forward"] = partial(_multiply, copy, layer.bias)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _can_pack(layer: torch.nn.Module) -> bool:
+    """Is it a float32 linear layer on a CPU, and has torch oneDNN?"""
+    if type(layer) is not torch.nn.Linear or layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
+        return False
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def _multiply(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
 
 
 @contextlib.contextmanager

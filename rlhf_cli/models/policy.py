@@ -23,16 +23,14 @@ def resolve_lora(setting: sections.Lora | str | None, parent: sections.Lora | No
     Raises:
         UsageError: the recipe asks for another shape than the parent's, and not for a merge.
     """
-    if setting is None or isinstance(setting, sections.Lora):
-        if setting is None or parent is None or setting.merge_parent:
-            return setting
-        if _shape(setting) != _shape(parent):
-            raise UsageError(
-                f"{place}: lora: the parent's adapter has r {parent.r}, alpha {parent.alpha:g}, modules {parent.target_modules}; "
-                "the recipe asks for others. use lora: auto, or lora.merge_parent: true to start anew on the merged parent"
-            )
-        return setting
-    return parent or sections.Lora()
+    if isinstance(setting, str):
+        return parent or sections.Lora()
+    if setting is not None and parent is not None and not setting.merge_parent and _shape(setting) != _shape(parent):
+        raise UsageError(
+            f"{place}: lora: the parent's adapter has r {parent.r}, alpha {parent.alpha:g}, modules {parent.target_modules}; "
+            "the recipe asks for others. use lora: auto, or lora.merge_parent: true to start anew on the merged parent"
+        )
+    return setting
 
 
 def parent_lora(adapter: Path | None, recorded: dict[str, Any] | None) -> sections.Lora | None:

@@ -170,16 +170,16 @@ def test_evaluation_says_what_a_step_says(batch_size: int) -> None:
 def limit_memory(backbone: Backbone, tokens: int, monkeypatch: pytest.MonkeyPatch, error: Any) -> list[int]:
     """Passes of more than `tokens` tokens fail after they were computed; the sizes of all that were tried."""
     tried: list[int] = []
-    forward = backbone._forward
+    hidden = backbone.hidden
 
-    def limited(batch: Batch) -> torch.Tensor:
+    def limited(role: str, batch: Batch) -> torch.Tensor:
         tried.append(batch.ids.numel())
-        hidden = forward(batch)
+        found = hidden(role, batch)
         if batch.ids.numel() > tokens:
             raise error("no more memory")
-        return hidden
+        return found
 
-    monkeypatch.setattr(backbone, "_forward", limited)
+    monkeypatch.setattr(backbone, "hidden", limited)
     return tried
 
 
@@ -199,14 +199,14 @@ def test_out_of_memory_halves_the_budget_and_replays_the_step(error: Any, monkey
 def test_a_failure_in_the_second_pass_leaves_no_gradient_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     straight, limited = make_backbone(make()), make_backbone(make())
     train(straight, BATCHES[:1], budget=20)
-    forward, calls = limited._forward, iter(range(100))
+    hidden, calls = limited.hidden, iter(range(100))
 
-    def fails_once(batch: Batch) -> torch.Tensor:
+    def fails_once(role: str, batch: Batch) -> torch.Tensor:
         if next(calls) == 1:
             raise torch.OutOfMemoryError("no more memory")
-        return forward(batch)
+        return hidden(role, batch)
 
-    monkeypatch.setattr(limited, "_forward", fails_once)
+    monkeypatch.setattr(limited, "hidden", fails_once)
     result = train(limited, BATCHES[:1], budget=40)[0]
     assert result.budget == 20
     assert largest_difference(weights(limited), weights(straight)) == 0
