@@ -1,8 +1,7 @@
-"""What the repository says about itself: the README's commands, the docs, the recipes, the Makefile, who imports whom."""
+"""What the repository says about itself: the README's commands, the docs, the recipes, the Makefile."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -11,8 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -206,108 +204,6 @@ class TestShippedRecipes:
     def test_every_key_has_a_comment(self, path: Path) -> None:
         bare = [line for line in path.read_text().splitlines() if re.match(r"\s*(- )?\w+: *[^ #]", line) and "#" not in line]
         assert bare == []
-
-
-FLOORS = (
-    ("errors", "__version__"),
-    ("figures", "files", "metrics", "sections", "suggest"),
-    ("console", "signals", "ranks"),
-    ("data",),
-    ("models",),
-    ("objectives",),
-    ("recipe",),
-    ("runs",),
-    ("training", "rollout"),
-    ("evaluation",),
-    ("reports",),
-    ("stages",),
-    ("cli",),
-    ("__main__",),
-)
-"""The parts of the package, the lowest floor first. A part imports from lower floors and from itself, be it for types alone."""
-FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
-
-
-MODULES = sorted((ROOT / "rlhf_cli").rglob("*.py"))
-OWN = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES}
-"""The names of our modules."""
-
-
-def imports(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """(line, dotted module, runs when the module is imported) of every import in a file; a name of our package is a module."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    lazy = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            module = str(node.module)
-            inner = [f"{module}.{alias.name}" for alias in node.names]
-            names = [name if name in OWN or module == "rlhf_cli" else module for name in inner]
-            yield from ((node.lineno, name, node not in lazy) for name in names)
-        elif isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name, node not in lazy) for alias in node.names)
-
-
-def part_of(path: Path) -> str:
-    return path.relative_to(ROOT / "rlhf_cli").parts[0].removesuffix(".py")
-
-
-def own_imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, module of ours) of every import in a file, those in functions and for types alone included."""
-    for line, module, _ in imports(path):
-        if module.split(".")[0] == "rlhf_cli":
-            yield line, module
-
-
-def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-class TestImports:
-    def test_go_down(self) -> None:
-        """Type-only imports and those inside functions count: who names a type knows what it is."""
-        wrong = [
-            f"{path.relative_to(ROOT)}:{line}: {part_of(path)} imports {module}"
-            for path in MODULES
-            if part_of(path) != "__init__"
-            for line, module in own_imports(path)
-            if (part := module.split(".")[1]) != part_of(path) and FLOOR[part] >= FLOOR[part_of(path)]
-        ]
-        assert wrong == []
-
-    def test_files_form_no_circle(self) -> None:
-        edges = {(module_of(path), module) for path in MODULES for _, module in own_imports(path)}
-        assert len(edges) > 300
-        while leaves := {b for _, b in edges} - {a for a, _ in edges}:
-            edges = {(a, b) for a, b in edges if b not in leaves}
-        assert edges == set()
-
-    def test_reading_a_recipe_needs_nothing_heavy(self) -> None:
-        """Nor does anything that is imported by what reads it, however many imports away."""
-        rooms = {"recipe", "cli", "__main__", *(part for floor in FLOORS[:3] for part in floor)} - {"ranks"}
-        imported = {module_of(path): {m for _, m, at_import in imports(path) if at_import} for path in MODULES}
-        light: set[str] = set()
-        reached = {module_of(path) for path in MODULES if part_of(path) in rooms}
-        while reached:
-            light |= reached
-            reached = {module for name in reached for module in imported[name] if module in imported} - light
-        assert light >= {"rlhf_cli.objectives.dpo", "rlhf_cli.objectives.ppo", "rlhf_cli.data.formats"}
-        heavy = {"torch", "transformers", "datasets", "numpy", "accelerate", "peft", "pyarrow"}
-        assert [(name, m) for name in light for m in imported[name] if m.split(".")[0] in heavy] == []
-
-    def test_third_parties_are_declared(self) -> None:
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        declared = {re.split(r"[>=]", line)[0].replace("-", "_") for line in project["dependencies"]}
-        extras = {"bitsandbytes": None, "vllm": None}  # imported when they are asked for
-        distribution = {"yaml": "pyyaml", **extras}
-        used = {module.split(".")[0] for path in MODULES for _, module, _ in imports(path)}
-        third = used - set(sys.stdlib_module_names) - {"rlhf_cli"}
-        assert {distribution.get(name, name) for name in third} - {None} == declared
 
 
 TOOL = """#!/bin/sh
