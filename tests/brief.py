@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 import pytest
-
-from rlhf_cli.reports.plots_training import Pictures
 
 
 @dataclass(frozen=True)
@@ -18,12 +14,11 @@ class Drawing:
     name: str
     home: str
     caller: str
-    nothing: Callable[[], Any]  # what is returned where nothing is drawn
 
 
 DRAWINGS = (
-    Drawing("draw_training", "rlhf_cli.reports.plots_training", "rlhf_cli.reports.training", lambda: Pictures([], [])),
-    Drawing("draw_evaluation", "rlhf_cli.reports.plots_evaluation", "rlhf_cli.reports.evaluation", lambda: defaultdict(list)),
+    Drawing("draw_training", "rlhf_cli.reports.plots_training", "rlhf_cli.reports.training"),
+    Drawing("draw_evaluation", "rlhf_cli.reports.plots_evaluation", "rlhf_cli.reports.evaluation"),
 )
 """The functions that draw: the module that has each, and the one that calls it."""
 
@@ -34,7 +29,7 @@ SAMPLES = {"SHOWN_PROMPTS": 3, "SHOWN_TOKENS": 6}
 def be_brief(patch: pytest.MonkeyPatch) -> None:
     """From now on runs leave out the pictures of their reports, and say little in their samples."""
     for drawing in DRAWINGS:
-        patch.setattr(f"{drawing.caller}.{drawing.name}", lambda *_, nothing=drawing.nothing: nothing())
+        patch.setattr(f"{drawing.caller}.{drawing.name}", lambda _: defaultdict(list))
     for name, few in SAMPLES.items():
         patch.setattr(f"rlhf_cli.stages.training.{name}", few)
 

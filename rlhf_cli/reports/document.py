@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from rlhf_cli.figures import Interval
 
@@ -22,7 +22,6 @@ STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 class Paragraph:
     """Sentences."""
 
-    block: ClassVar = "paragraph"
     text: str
 
 
@@ -39,7 +38,6 @@ class Column:
 class Table:
     """Rows under the heads of columns."""
 
-    block: ClassVar = "table"
     caption: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]  # the first cell is the row's name
@@ -49,7 +47,6 @@ class Table:
 class Picture:
     """A PNG, in its file and in the page itself."""
 
-    block: ClassVar = "picture"
     title: str
     name: str  # of the file in plots/
     alt: str  # what there is to see, for those who cannot
@@ -60,7 +57,6 @@ class Picture:
 class Finding:
     """A sentence that says what a figure means; the head is its gist, or empty."""
 
-    block: ClassVar = "finding"
     kind: Kind
     head: str
     text: str
@@ -88,7 +84,6 @@ class Example:
 class Examples:
     """Prompts with as many responses each; with a title they are folded in until somebody wants to see them."""
 
-    block: ClassVar = "examples"
     title: str
     own: tuple[Example, ...]
 
@@ -97,7 +92,6 @@ class Examples:
 class Items:
     """A list of sentences."""
 
-    block: ClassVar = "items"
     own: tuple[str, ...]
 
 
@@ -105,7 +99,6 @@ class Items:
 class Definitions:
     """What the terms of a report mean."""
 
-    block: ClassVar = "definitions"
     own: tuple[tuple[str, str], ...]  # (term, what it is)
 
 
@@ -113,7 +106,6 @@ class Definitions:
 class Code:
     """Lines of Python."""
 
-    block: ClassVar = "code"
     lines: tuple[str, ...]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rlhf_cli.evaluation.eval_json import About, Agreed, EndpointJudge, EvaluationResult
 from rlhf_cli.evaluation.samples import Sample
@@ -19,7 +19,6 @@ from rlhf_cli.reports.document import (
     Finding,
     Items,
     Paragraph,
-    Picture,
     Response,
     Section,
     Table,
@@ -58,15 +57,9 @@ Place = tuple[int, int]
 
 
 def write_report(folder: RunFolder, result: EvaluationResult, samples: Sequence[Sample]) -> None:
-    """Write plots/*.png, report.md and report.html. Can be repeated at any time."""
-    write(folder, document(folder.path.resolve().name, result, samples, draw_evaluation(folder.plots, result)))
-
-
-def document(
-    name: str, result: EvaluationResult, samples: Sequence[Sample], pictures: Mapping[str, Sequence[Picture]]
-) -> Document:
-    """Everything there is to say, the most important first; what was not measured is left out. pictures: by section."""
+    """Write everything there is to say, the most important first; what was not measured is left out."""
     found = findings(result) or [Finding("note", "Nothing to compare:", "the tables have all there is.")]
+    pictures = draw_evaluation(result)
     sections = (
         Section("findings", "Findings", tuple(found)),
         Section("winrates", "Win rates", (*_win_rates(result), *pictures["winrates"])),
@@ -78,7 +71,8 @@ def document(
         Section("notes", "Notes", (Items(tuple(result.about.notes)),) if result.about.notes else ()),
         Section("methods", "Methods", tuple(_methods(result))),
     )
-    return Document(f"{name}: evaluation", _lead(result), tuple(section for section in sections if section.blocks))
+    title = f"{folder.path.resolve().name}: evaluation"
+    write(folder, Document(title, _lead(result), tuple(section for section in sections if section.blocks)))
 
 
 def _lead(result: EvaluationResult) -> str:
@@ -99,44 +93,41 @@ def _drawn(about: About) -> str:
     return f"{count(about.responses, 'response')} to each of {count(about.prompts, 'prompt')}"
 
 
-def _win_rates(result: EvaluationResult) -> list[Block]:
+def _win_rates(result: EvaluationResult) -> Iterator[Block]:
     if not result.winrate:
-        return []
+        return
     rate, equal = Column("Win rate", CHANCE, SHARE), Column("At equal length", CHANCE, SHARE)
     columns = Column("Model"), rate, equal, Column("Ties"), Column("Comparisons")
     rows = tuple((name, own.rate, own.length_controlled, f"{own.ties:.3f}", f"{own.n:,}") for name, own in result.winrate.items())
-    return [Table(f"Preferred to {result.about.baseline} by {judge_of(result.about)}", columns, rows)]
+    yield Table(f"Preferred to {result.about.baseline} by {judge_of(result.about)}", columns, rows)
 
 
-def _ratings(result: EvaluationResult) -> list[Block]:
+def _ratings(result: EvaluationResult) -> Iterator[Block]:
     own, standard = result.ratings, result.standard
-    if not own:
-        return []
     columns = Column("Model"), Column("Elo", own[standard].mean if standard in own else None)
-    order = sorted(own, key=lambda name: -own[name].mean)
-    return [Table("Elo ratings from all comparisons", columns, tuple((name, own[name]) for name in order))]
+    rows = tuple(sorted(own.items(), key=lambda rating: -rating[1].mean))
+    if rows:
+        yield Table("Elo ratings from all comparisons", columns, rows)
 
 
-def _metrics(result: EvaluationResult) -> list[Block]:
+def _metrics(result: EvaluationResult) -> Iterator[Block]:
     """A table for each kind of metric; the lines through the bars are the baseline's means."""
     marks = result.models[result.standard] if result.standard else {}
     tables: dict[str, list[str]] = {row.column.table: [] for row in METRICS if row.column} | {OTHER: []}
     for name in result.metrics:
         column = metric(name).column
         tables[column.table if column else OTHER].append(name)
-    blocks: list[Block] = []
     for table, names in tables.items():
         if names:
             heads = (Column(metric(name).titled(name), marks[name].mean if name in marks else None) for name in names)
             rows = tuple((model, *(own.get(name, "") for name in names)) for model, own in result.models.items())
-            blocks.append(Table(table, (Column("Model"), *heads), rows))
-    return blocks
+            yield Table(table, (Column("Model"), *heads), rows)
 
 
-def _preferences(result: EvaluationResult) -> list[Block]:
+def _preferences(result: EvaluationResult) -> Iterator[Block]:
     judges = result.preferences
     if not judges:
-        return []
+        return
     columns = (
         Column("Judge"),
         Column("Kind"),
@@ -145,13 +136,12 @@ def _preferences(result: EvaluationResult) -> list[Block]:
         Column("Ahead of length", 0.0),
         *(Column(head) for head in ("Pairs", "Prompts", "Ties", "ECE", "Mean confidence")),
     )
+    for name, each in judges.items():
+        if (rate := each.agreement.rate) and each.weaknesses:
+            said = f"its accuracy, {percent_with_interval(rate.accuracy)}, {' and '.join(each.weaknesses)}."
+            yield Finding("warning", f"{name}:", said)
     rows = tuple(_preference_row(name, each) for name, each in judges.items())
-    blocks: list[Block] = [
-        Finding("warning", f"{name}:", f"its accuracy, {percent_with_interval(rate.accuracy)}, {' and '.join(each.weaknesses)}.")
-        for name, each in judges.items()
-        if (rate := each.agreement.rate) and each.weaknesses
-    ]
-    blocks.append(Table("Agreement with preference data", columns, rows))
+    yield Table("Agreement with preference data", columns, rows)
     subsets = tuple(
         (f"{name}: {subset}", rate.accuracy, f"{rate.pairs:,}", f"{rate.prompts:,}")
         for name, each in judges.items()
@@ -159,8 +149,7 @@ def _preferences(result: EvaluationResult) -> list[Block]:
     )
     if subsets:
         of_subsets = Column("Judge: subset"), Column("Accuracy", CHANCE, SHARE), Column("Pairs"), Column("Prompts")
-        blocks.append(Table("The same by subset", of_subsets, subsets))
-    return blocks
+        yield Table("The same by subset", of_subsets, subsets)
 
 
 def _preference_row(name: str, agreed: Agreed) -> tuple[Cell, ...]:
@@ -178,12 +167,11 @@ def _preference_row(name: str, agreed: Agreed) -> tuple[Cell, ...]:
     )
 
 
-def _optimisation(result: EvaluationResult) -> list[Block]:
-    columns = Column("Model"), Column("At"), Column("KL, nats"), Column("Proxy"), Column("Gold")
-    blocks: list[Block] = []
+def _optimisation(result: EvaluationResult) -> Iterator[Block]:
+    columns = tuple(map(Column, ("Model", "At", "KL, nats", "Proxy", "Gold")))
     for series, points in result.series.items():
         rows = tuple((point.model, step_of(point), point.kl, point.proxy, point.gold or "") for point in points)
-        blocks.append(Table(f"Points of {series}", columns, rows))
+        yield Table(f"Points of {series}", columns, rows)
     fitted = tuple(
         (series, of, form, number(fit.alpha), number(fit.beta), f"{fit.r2:.3f}")
         for series, own in result.fits.items()
@@ -194,25 +182,22 @@ def _optimisation(result: EvaluationResult) -> list[Block]:
     )
     if fitted:
         heads = ("Series", "Of", "Gain over the start at d = √KL", "α", "β", "R²")
-        blocks.append(Table("Fits (Gao, Schulman & Hilton 2023)", tuple(map(Column, heads)), fitted))
-    return blocks
+        yield Table("Fits (Gao, Schulman & Hilton 2023)", tuple(map(Column, heads)), fitted)
 
 
-def _side_by_side(result: EvaluationResult, samples: Sequence[Sample]) -> list[Block]:
+def _side_by_side(result: EvaluationResult, samples: Sequence[Sample]) -> Iterator[Block]:
     """Each model's responses beside the baseline's: by the judge's scores those that gain most and lose most, else the first."""
     by_model: dict[str, dict[Place, Sample]] = {}
     for sample in samples:
         by_model.setdefault(sample.model, {})[sample.row, sample.number] = sample
-    if not by_model:
-        return []
-    standard = result.standard
-    base = by_model.get(standard) if standard else None
-    groups = [
-        Examples(name if base is None else f"{name} beside {standard}", _examples(result.about, own, base))
-        for name, own in by_model.items()
-        if base is None or name != standard or len(by_model) == 1
-    ]
-    return [Paragraph("All responses of all models: `samples.jsonl`."), *(group for group in groups if group.own)]
+    if by_model:
+        yield Paragraph("All responses of all models: `samples.jsonl`.")
+    base = by_model.get(result.standard) if result.standard else None
+    for name, own in by_model.items():
+        if own is not base or len(by_model) == 1:
+            title = name if base is None else f"{name} beside {result.standard}"
+            if examples := _examples(result.about, own, base):
+                yield Examples(title, examples)
 
 
 def _examples(about: About, own: Mapping[Place, Sample], base: Mapping[Place, Sample] | None) -> tuple[Example, ...]:
@@ -220,7 +205,8 @@ def _examples(about: About, own: Mapping[Place, Sample], base: Mapping[Place, Sa
         first = [sample for (_, at), sample in sorted(own.items()) if at == 0][: 2 * EXAMPLES]
         return tuple(Example(_prompt(sample), (_response(sample),)) for sample in first)
     pairs = [(own[key], base[key]) for key in sorted(own) if key in base and own[key].response != base[key].response]
-    gains = [_gain(mine, theirs, about) for mine, theirs in pairs]
+    worths = [(_worth(mine, about), _worth(theirs, about)) for mine, theirs in pairs]
+    gains = [None if mine is None or theirs is None else mine - theirs for mine, theirs in worths]
     known = sorted(((gain, at) for at, gain in enumerate(gains) if gain is not None), key=lambda each: (-each[0], each[1]))
     up = _of_each_prompt([at for gain, at in known if gain > 0], pairs)
     down = _of_each_prompt([at for gain, at in reversed(known) if gain < 0], pairs)
@@ -241,11 +227,6 @@ def _of_each_prompt(order: Iterable[int], pairs: Sequence[tuple[Sample, Sample]]
 def _example(mine: Sample, theirs: Sample, gain: float | None) -> Example:
     note = "" if gain is None else f"{'Gain' if gain > 0 else 'Loss'} of {number(abs(gain))}"
     return Example(_prompt(mine), (_response(theirs), _response(mine)), note)
-
-
-def _gain(mine: Sample, theirs: Sample, about: About) -> float | None:
-    own, other = _worth(mine, about), _worth(theirs, about)
-    return None if own is None or other is None else own - other
 
 
 def _worth(sample: Sample, about: About) -> float | None:
@@ -275,7 +256,7 @@ def _response(sample: Sample) -> Response:
     return Response(sample.model, sample.response, ", ".join(facts))
 
 
-def _methods(result: EvaluationResult) -> list[Block]:
+def _methods(result: EvaluationResult) -> Iterator[Block]:
     """How it was measured, and what each figure is."""
     about = result.about
     said = []
@@ -296,11 +277,10 @@ def _methods(result: EvaluationResult) -> list[Block]:
         said.append("Distinct words and pairs, and duplicates: jackknife over prompts, since a resample repeats prompts.")
     if result.preferences:
         said.append("Agreement with preference data: Wilson's interval, all pairs of a prompt being one observation.")
-    terms = [_definition(name) for name in result.metrics]
+    if said:
+        yield Items(tuple(said))
+    columns = [(metric(name).titled(name), metric(name).column) for name in result.metrics]
+    terms = [(title, column.meaning if column else "not described") for title, column in columns]
     terms += [term for part, own in TERMS.items() if vars(result)[part] for term in own]
-    return [*([Items(tuple(said))] if said else []), *([Definitions(tuple(terms))] if terms else [])]
-
-
-def _definition(name: str) -> tuple[str, str]:
-    row = metric(name)
-    return row.titled(name), row.column.meaning if row.column else "not described"
+    if terms:
+        yield Definitions(tuple(terms))

@@ -34,7 +34,8 @@ def step_of(point: Point | Peak) -> str:
 
 def findings(result: EvaluationResult) -> list[Finding]:
     """What a person wants to know first."""
-    return [said for part in PARTS for said in part(result)]
+    parts = (_compared, _length, _golds, _optimised, _variety, _endings, _text, _preferences)
+    return [said for part in parts for said in part(result)]
 
 
 def _leaning(rate: Interval) -> Kind:
@@ -130,29 +131,27 @@ def _golds(result: EvaluationResult) -> Iterator[Finding]:
 def _optimised(result: EvaluationResult) -> Iterator[Finding]:
     """Where training, or choosing, began to fool the reward; Gao, Schulman & Hilton 2023."""
     for series, points in result.series.items():
-        fits = result.fits.get(series)
-        if fits and fits.peak:
-            yield _peak(series, points, fits.peak)
-
-
-def _peak(series: str, points: list[Point], top: Peak) -> Finding:
-    last = points[-1]
-    where = f"highest at {step_of(top)} ({number(top.gold)}, KL {number(top.kl)} nats)"
-    if top.place == last.place:
-        said = f"It is {where}, the last point: no sign that the reward is fooled."
-        return Finding("note", f"{series}: gold did not fall.", said)
-    if top.fall.low <= 0:
-        said = f"Gold is {where}, the last point is lower by {with_interval(top.fall)}, an interval that includes 0."
-        return Finding("open", f"{series}: whether gold fell cannot be told.", said)
-    proxy = next(point for point in points if point.place == top.place).proxy.mean
-    rose = last.proxy.mean > proxy
-    said = (
-        f"gold is {where} and falls by {with_interval(top.fall)} to {step_of(last)}, while the proxy "
-        f"{'rises' if rose else 'goes'} from {number(proxy)} to {number(last.proxy.mean)}. The peak was chosen by the numbers "
-        "that the fall is measured with, so the fall is, if anything, overstated."
-    )
-    head = f"{series} fools the reward after {step_of(top)}:" if rose else f"{series}: gold fell after {step_of(top)}:"
-    return Finding("warning", head, said)
+        fits, last = result.fits.get(series), points[-1]
+        if fits is None or fits.peak is None:
+            continue
+        top = fits.peak
+        where = f"highest at {step_of(top)} ({number(top.gold)}, KL {number(top.kl)} nats)"
+        if top.place == last.place:
+            said = f"It is {where}, the last point: no sign that the reward is fooled."
+            yield Finding("note", f"{series}: gold did not fall.", said)
+        elif top.fall.low <= 0:
+            said = f"Gold is {where}, the last point is lower by {with_interval(top.fall)}, an interval that includes 0."
+            yield Finding("open", f"{series}: whether gold fell cannot be told.", said)
+        else:
+            proxy = next(point for point in points if point.place == top.place).proxy.mean
+            rose = last.proxy.mean > proxy
+            said = (
+                f"gold is {where} and falls by {with_interval(top.fall)} to {step_of(last)}, while the proxy "
+                f"{'rises' if rose else 'goes'} from {number(proxy)} to {number(last.proxy.mean)}. The peak was chosen by the "
+                "numbers that the fall is measured with, so the fall is, if anything, overstated."
+            )
+            head = f"{series} fools the reward after {step_of(top)}:" if rose else f"{series}: gold fell after {step_of(top)}:"
+            yield Finding("warning", head, said)
 
 
 def _variety(result: EvaluationResult) -> Iterator[Finding]:
@@ -217,15 +216,3 @@ def _preferences(result: EvaluationResult) -> Iterator[Finding]:
             yield Finding("note", "Preferences:", f"{said}{by_length or ''}.")
     if policies:
         yield Finding("note", "Implicit rewards", f"agree with the data in these shares of the pairs: {'; '.join(policies)}.")
-
-
-PARTS: tuple[Callable[[EvaluationResult], Iterator[Finding]], ...] = (
-    _compared,
-    _length,
-    _golds,
-    _optimised,
-    _variety,
-    _endings,
-    _text,
-    _preferences,
-)

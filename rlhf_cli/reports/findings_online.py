@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rlhf_cli.figures import NOISE, percent, short
 from rlhf_cli.reports.document import Finding
@@ -27,7 +27,8 @@ CLOSER = "hold it closer to its reference (`kl.coef`; direct objectives: `object
 
 def online_findings(history: History) -> list[Finding]:
     """Whether the score rose, at what price, and what went wrong on the way."""
-    return [said for part in PARTS for said in part(history)]
+    parts = (_score, _distance, _yardstick, _collapse, _clipping, _value, _endings)
+    return [said for part in parts for said in part(history)]
 
 
 def _score(history: History) -> Iterator[Finding]:
@@ -149,14 +150,3 @@ def _endings(history: History) -> Iterator[Finding]:
     if rate and rate[1] < ENDED:
         said = "the others are cut off. Raise `rollout.max_new_tokens`, or set `rollout.missing_eos_penalty`."
         yield Finding("warning", f"Only {percent(rate[1])} of the responses end:", said)
-
-
-PARTS: tuple[Callable[[History], Iterator[Finding]], ...] = (
-    _score,
-    _distance,
-    _yardstick,
-    _collapse,
-    _clipping,
-    _value,
-    _endings,
-)

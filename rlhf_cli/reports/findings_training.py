@@ -59,21 +59,17 @@ def _held_out_loss(history: History) -> Iterator[Finding]:
         said = f"({moved}): on rows it has not seen, the model is not better than at the start."
         yield Finding("warning", "Held-out loss did not fall", said)
     best = min(held_out, key=lambda line: line["loss"])
-    since = _loss_since(history, best["step"])
-    if last - best["loss"] > (RISE - 1) * abs(best["loss"]) and since and since[1] < since[0]:
+    later = [line["loss"] for line in history.train if line["step"] > best["step"]]
+    size = window(len(history.train))
+    since, until = sum(later[:size]) / size, sum(later[-size:]) / size
+    # The training loss just after the best step and at the end, where those share no steps.
+    if last - best["loss"] > (RISE - 1) * abs(best["loss"]) and len(later) >= 2 * size and until < since:
         said = (
             f"held-out loss was lowest after step {best['step']} ({short(best['loss'])}) and rose to {short(last)}, "
-            f"while training loss fell from {short(since[0])} to {short(since[1])}. Train for fewer steps, "
+            f"while training loss fell from {short(since)} to {short(until)}. Train for fewer steps, "
             "or keep the best checkpoint with `train.keep_best: {metric: loss, mode: min}`."
         )
         yield Finding("warning", "Overfitting:", said)
-
-
-def _loss_since(history: History, step: float) -> Ends | None:
-    """Mean training loss just after `step` updates and at the end; None when those would share steps."""
-    later = [line["loss"] for line in history.train if line["step"] > step]
-    size = window(len(history.train))
-    return (sum(later[:size]) / size, sum(later[-size:]) / size) if len(later) >= 2 * size else None
 
 
 def _preferences(history: History, rows: int) -> Iterator[Finding]:
@@ -82,14 +78,29 @@ def _preferences(history: History, rows: int) -> Iterator[Finding]:
     if accuracies := of("rewards/accuracies"):
         yield _accuracy(accuracies[1], where, rows if history.held_out else 0)
     if (desirable := of("rewards/desirable")) and (undesirable := of("rewards/undesirable")):
-        yield _classes(desirable[1], undesirable[1], where)
+        means = f"is {short(desirable[1])}, of undesirable ones {short(undesirable[1])}"
+        said = f"the mean implicit reward of {where} desirable responses {means}"
+        if desirable[1] > undesirable[1]:
+            yield Finding("better", "", f"At the end {said}.")
+        else:
+            yield Finding("warning", "The policy does not tell desirable from undesirable responses:", f"at the end {said}.")
     for better, worse in (("chosen", "rejected"), ("desirable", "undesirable")):
         if (margins := of("rewards/margins")) and (logps := of(f"logps/{better}")):
             yield _displacement((better, worse), logps, margins, where)
     if (logratio := of("margin/logratio")) and (target := of("margin/target")):
-        yield _distance_to_target(logratio[1], target[1], where)
+        said = f"The mean difference that IPO compares is {short(logratio[1])} on {where} pairs, its target {short(target[1])}"
+        if logratio[1] > target[1]:
+            yield Finding("note", "", f"{said}: {short(logratio[1] - target[1])} beyond it.")
+        else:
+            share = percent(logratio[1] / target[1])
+            yield Finding("note", "", f"{said}: {short(target[1] - logratio[1])} short of it, {share} of the way.")
     elif saturated := of("rewards/saturated"):
-        yield _saturation(saturated[1], where)
+        said = f"{percent(saturated[1])} of the {where} pairs are saturated: "
+        said += "the loss has less than 5 % of its gradient at equal rewards there."
+        if saturated[1] <= 0.5:
+            yield Finding("note", "", said)
+        else:
+            yield Finding("warning", said, "More steps teach little and move the policy on: train for fewer epochs.")
 
 
 def _accuracy(share: float, where: str, rows: int) -> Finding:
@@ -101,15 +112,6 @@ def _accuracy(share: float, where: str, rows: int) -> Finding:
     if low <= 0.5:
         return Finding("warning", f"{said}: that cannot be told from guessing.", "")
     return Finding("better", "", f"{said}.")
-
-
-def _classes(desirable: float, undesirable: float, where: str) -> Finding:
-    said = (
-        f"the mean implicit reward of {where} desirable responses is {short(desirable)}, of undesirable ones {short(undesirable)}"
-    )
-    if desirable > undesirable:
-        return Finding("better", "", f"At the end {said}.")
-    return Finding("warning", "The policy does not tell desirable from undesirable responses:", f"at the end {said}.")
 
 
 def _displacement(classes: tuple[str, str], logps: Ends, margins: Ends, where: str) -> Finding:
@@ -128,22 +130,6 @@ def _displacement(classes: tuple[str, str], logps: Ends, margins: Ends, where: s
         f"the responses apart by making the {worse} ones unlikely, and what both lost went to responses that nobody has judged. "
         f"Read the samples; a lower learning rate or fewer steps limit it{hold}.",
     )
-
-
-def _distance_to_target(reached: float, target: float, where: str) -> Finding:
-    said = f"The mean difference that IPO compares is {short(reached)} on {where} pairs, its target {short(target)}"
-    if reached > target:
-        return Finding("note", "", f"{said}: {short(reached - target)} beyond it.")
-    return Finding("note", "", f"{said}: {short(target - reached)} short of it, {percent(reached / target)} of the way.")
-
-
-def _saturation(share: float, where: str) -> Finding:
-    said = (
-        f"{percent(share)} of the {where} pairs are saturated: the loss has less than 5 % of its gradient at equal rewards there."
-    )
-    if share <= 0.5:
-        return Finding("note", "", said)
-    return Finding("warning", said, "More steps teach little and move the policy on: train for fewer epochs.")
 
 
 def length_findings(samples: list[TrainingSample]) -> Iterator[Finding]:

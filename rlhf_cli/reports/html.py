@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rlhf_cli.figures import Interval, mean_and_bounds
-from rlhf_cli.reports.document import Block, Cell, Column, Document, Kind, Table, pieces, visible
+from rlhf_cli.reports.document import Block, Document, Kind, Table, pieces, visible
 
 SIGNS: dict[Kind, str] = {"better": "▲", "worse": "▼", "open": "≈", "warning": "!", "note": "i"}
 """What stands before a finding, so that nothing is said by colour alone."""
@@ -41,20 +41,14 @@ def _template() -> Template:
     )
     environment.filters |= {
         "grouped": _grouped,
-        "pieces": _unbroken,
+        "pieces": lambda text: pieces(text.replace(" %", "\u00a0%")),  # a percent sign stays with its number
         "scales": _scales,
         "mean_and_bounds": mean_and_bounds,
         "base64": lambda data: base64.b64encode(data).decode(),
     }
     environment.tests["number"] = lambda text: re.fullmatch(r"[-+]?[\d.,e+-]+( %)?|", text) is not None
-    environment.globals |= {
-        "bar": bar,
-        "signs": SIGNS,
-        "shown": SHOWN,
-        "longest": LONGEST,
-        "width": BAR_WIDTH,
-        "height": BAR_HEIGHT,
-    }
+    environment.globals |= {"bar": bar, "signs": SIGNS, "shown": SHOWN, "longest": LONGEST}
+    environment.globals |= {"width": BAR_WIDTH, "height": BAR_HEIGHT}
     return environment.get_template("page.html.jinja")
 
 
@@ -64,28 +58,20 @@ def _shown(value: Any) -> Any:
 
 
 def _grouped(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
-    """Neighbours of one kind stand in one list."""
-    return [(kind, list(own)) for kind, own in groupby(blocks, key=lambda block: block.block)]
-
-
-def _unbroken(text: str) -> list[str]:
-    """The pieces of a sentence, in which a percent sign stays with its number."""
-    return pieces(text.replace(" %", "\u00a0%"))
+    """Neighbours of one class stand in one list, under its name."""
+    return [(kind, list(own)) for kind, own in groupby(blocks, key=lambda block: type(block).__name__)]
 
 
 def _scales(table: Table) -> list[tuple[float, float]]:
-    return [_scale(column, [row[at] for row in table.rows]) for at, column in enumerate(table.columns)]
-
-
-def _scale(column: Column, cells: Sequence[Cell]) -> tuple[float, float]:
-    """From where to where the bars of a column reach."""
-    if column.scale:
-        return column.scale
-    marks = [] if column.mark is None else [column.mark]
-    values = [value for cell in cells if isinstance(cell, Interval) for value in cell] + marks
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    around = 0.0 if high > low else max(1.0, abs(low))
-    return low - around, high + around
+    """From where to where the bars of each column reach."""
+    scales = []
+    for at, column in enumerate(table.columns):
+        marks = [] if column.mark is None else [column.mark]
+        values = [value for row in table.rows if isinstance(cell := row[at], Interval) for value in cell] + marks
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        around = 0.0 if high > low else max(1.0, abs(low))
+        scales.append(column.scale or (low - around, high + around))
+    return scales
 
 
 class Bar(NamedTuple):

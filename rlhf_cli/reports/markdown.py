@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import assert_never
 
 from rlhf_cli.figures import Interval, with_interval
 from rlhf_cli.reports.document import (
     Block,
-    Cell,
     Code,
     Definitions,
     Document,
+    Example,
     Examples,
     Finding,
     Items,
@@ -62,7 +61,8 @@ def _block(block: Block) -> str:
             return " ".join(part for part in (f"**{_escaped(head)}**" if head else "", prose(text)) if part)
         case Table(caption, columns, rows):
             heads = [literal(column.name) for column in columns]
-            return f"**{literal(caption)}**\n\n{_table(heads, ([_cell(each) for each in row] for row in rows))}"
+            cells = ([with_interval(own) if isinstance(own, Interval) else literal(own) for own in row] for row in rows)
+            return f"**{literal(caption)}**\n\n{_table(heads, cells)}"
         case Picture(title, name):
             return f"![{literal(title)}](plots/{name})"
         case Items(own):
@@ -72,26 +72,18 @@ def _block(block: Block) -> str:
         case Code(lines):
             return "\n".join(["```python", *lines, "```"])
         case Examples(title, own):
-            return f"### {literal(title)}\n\n{_examples(block)}" if title else _examples(block)
-        case _:
-            assert_never(block)
+            return f"### {literal(title)}\n\n{_examples(own)}" if title else _examples(own)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
-def _cell(own: Cell) -> str:
-    return with_interval(own) if isinstance(own, Interval) else literal(own)
-
-
-def _examples(examples: Examples) -> str:
-    own = examples.own
+def _examples(own: Sequence[Example]) -> str:
     noted = any(example.note for example in own)
-    rows = []
-    for example in own:
-        said = map(_response, example.responses)
-        rows.append([literal(example.prompt, PROMPT_LENGTH), *said, *([example.note] if noted else [])])
+    rows = [
+        [literal(each.prompt, PROMPT_LENGTH), *map(_response, each.responses), *([each.note] if noted else [])] for each in own
+    ]
     heads = ["prompt", *(literal(each.by) for each in own[0].responses), *(["difference"] if noted else [])]
     return _table(heads, rows)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.evaluation.agreement import Bin, Histogram
 from rlhf_cli.figures import short
-from rlhf_cli.files import disk_error, write_atomic
 from rlhf_cli.reports.document import Picture
 
 if TYPE_CHECKING:
@@ -19,16 +17,6 @@ if TYPE_CHECKING:
 
 TRAIN, HELD_OUT = "#4878a8", "#c44e52"
 CHOSEN, REJECTED = "#4878a8", "#b8860b"
-
-
-def save(folder: Path, pictures: Sequence[Picture]) -> None:
-    """Write the pictures' files."""
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise disk_error(folder, error) from error
-    for picture in pictures:
-        write_atomic(folder / picture.name, picture.png)
 
 
 def canvases(title: str, across: str, ups: Sequence[str], height: float = 4.0) -> tuple[Figure, list[Axes]]:

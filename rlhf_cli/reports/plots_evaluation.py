@@ -6,8 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.evaluation.eval_json import EvaluationResult
 from rlhf_cli.evaluation.overoptimisation import Fit, Peak, Point, SeriesFits
@@ -15,7 +14,7 @@ from rlhf_cli.evaluation.winrate import WinRate
 from rlhf_cli.figures import Interval
 from rlhf_cli.reports.document import Picture, visible
 from rlhf_cli.reports.findings_evaluation import step_of
-from rlhf_cli.reports.plots import CHOSEN, HELD_OUT, REJECTED, TRAIN, canvases, margins_picture, png, reliability_picture, save
+from rlhf_cli.reports.plots import CHOSEN, HELD_OUT, REJECTED, TRAIN, canvases, margins_picture, png, reliability_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,15 +28,14 @@ FORMS: dict[str, Callable[[float, float, float], float]] = {
 """Gain over the start at d = √KL; Gao, Schulman & Hilton 2023."""
 
 
-def draw_evaluation(folder: Path, result: EvaluationResult) -> dict[str, list[Picture]]:
-    """Write the PNGs for which there are numbers; section's anchor → its pictures."""
+def draw_evaluation(result: EvaluationResult) -> dict[str, list[Picture]]:
+    """Section's anchor → its pictures, those for which there are numbers."""
     found: dict[str, list[Picture]] = {"winrates": [], "ratings": [], "preferences": [], "overoptimisation": []}
     # A name may have characters that matplotlib's font lacks: they are drawn as boxes.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         for anchor, picture in _pictures(result):
             found[anchor].append(picture)
-    save(folder, [picture for own in found.values() for picture in own])
     return found
 
 
@@ -61,8 +59,7 @@ def _pictures(result: EvaluationResult) -> Iterator[tuple[str, Picture]]:
     for number, (name, points) in enumerate((runs or chosen).items(), 1):
         together = {name: points, **chosen}
         alt = f"Proxy and gold against the square root of the KL for {' and '.join(together)}; the table has the numbers."
-        drawn = _overoptimisation_png(together, result.fits)
-        file = _file("overoptimisation", number, name)
+        file, drawn = _file("overoptimisation", number, name), _overoptimisation_png(together, result.fits)
         yield "overoptimisation", Picture(f"Over-optimisation: {name}", file, alt, drawn)
 
 
@@ -140,8 +137,8 @@ def _points(axes: Axes, points: Sequence[Point], value: str, colour: str, label:
     known = [(point.kl, own) for point in points if (own := _value(point, value))]
     across, up = [_root(kl.mean) for kl, _ in known], [own.mean for _, own in known]
     axes.vlines(across, [own.low for _, own in known], [own.high for _, own in known], color=colour, linewidth=1.4, alpha=0.7)
-    sides = [_root(kl.low) for kl, _ in known], [_root(kl.high) for kl, _ in known]
-    axes.hlines(up, *sides, color=colour, linewidth=1.4, alpha=0.7)
+    left, right = [_root(kl.low) for kl, _ in known], [_root(kl.high) for kl, _ in known]
+    axes.hlines(up, left, right, color=colour, linewidth=1.4, alpha=0.7)
     axes.plot(across, up, color=colour, marker="o", markersize=5, linestyle="", label=label)
 
 
@@ -160,14 +157,12 @@ def _peak(panels: Sequence[Axes], values: list[str], top: Peak) -> None:
     at = _root(top.kl)
     for axes in panels:
         axes.axvline(at, color=HELD_OUT, linewidth=1.0, linestyle="--")
-    panels[values.index("gold")].plot(
-        [at],
-        [top.gold],
-        marker="o",
-        linestyle="",
-        label=f"gold's peak ({step_of(top) if top.place else 'start'})",
-        markersize=11,
-        markerfacecolor="none",
-        markeredgecolor=HELD_OUT,
-        markeredgewidth=1.6,
-    )
+    ring: dict[str, Any] = {
+        "marker": "o",
+        "markersize": 11,
+        "markerfacecolor": "none",
+        "markeredgecolor": HELD_OUT,
+        "markeredgewidth": 1.6,
+    }
+    label = f"gold's peak ({step_of(top) if top.place else 'start'})"
+    panels[values.index("gold")].plot([at], [top.gold], linestyle="", label=label, **ring)

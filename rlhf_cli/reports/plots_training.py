@@ -5,17 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_cli.figures import short
 from rlhf_cli.metrics import Metric, Plot, in_order
 from rlhf_cli.reports.document import Picture
-from rlhf_cli.reports.plots import CHOSEN, HELD_OUT, REJECTED, TRAIN, canvases, margins_picture, png, reliability_picture, save
-from rlhf_cli.reports.run_result import History, Line, RunResult
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from rlhf_cli.reports.plots import CHOSEN, HELD_OUT, REJECTED, TRAIN, canvases, margins_picture, png, reliability_picture
+from rlhf_cli.reports.run_result import History, RunResult
 
 SMOOTH_FROM = 40
 """From this many points on a line is drawn pale, with its moving average over it."""
@@ -27,13 +22,6 @@ COLOURS: dict[str, tuple[str, str]] = {
     "undesirable": (REJECTED, "#6b4a00"),
 }
 """Which curve of a picture → its colours of training and of held-out rows."""
-
-
-class Pictures(NamedTuple):
-    """Of a run's report."""
-
-    learned: list[Picture]
-    card: list[Picture]
 
 
 @dataclass(frozen=True)
@@ -48,20 +36,18 @@ class Curve:
     dots: bool  # measured now and then
 
 
-def draw_training(folder: Path, result: RunResult) -> Pictures:
-    """Write the PNGs for which there are numbers, in the order of reading."""
-    learned = [_picture(*own) for own in _plots(result.history)]
-    card = []
+def draw_training(result: RunResult) -> dict[str, list[Picture]]:
+    """Section's anchor → its pictures, those for which there are numbers, in the order of reading."""
+    pictures = {"learned": [_picture(*key, *own) for key, own in _plots(result.history).items()], "card": []}
     if result.card and result.card.agreement.margins:
         own = result.card.agreement
-        margins = margins_picture(result.card.agreement.margins, "held-out pairs", "margins.png")
-        card = [reliability_picture(own.reliability, "the reward model", "reliability.png"), margins]
-    save(folder, [*learned, *card])
-    return Pictures(learned, card)
+        pictures["card"].append(reliability_picture(own.reliability, "the reward model", "reliability.png"))
+        pictures["card"].append(margins_picture(result.card.agreement.margins, "held-out pairs", "margins.png"))
+    return pictures
 
 
-def _plots(history: History) -> Iterator[tuple[str, str, Plot, list[Curve]]]:
-    """(file, title, plot, curves) of every picture; metrics with the same plot share a picture, each term has its own."""
+def _plots(history: History) -> dict[tuple[str, str], tuple[Plot, list[Curve]]]:
+    """(file, title) of every picture → what is in it; metrics with the same plot share a picture, each term has its own."""
     names = [(row, name) for row, name in in_order(history.names) if row.plot]
     if len([name for row, name in names if row.name == "reward/"]) < 2:
         names = [(row, name) for row, name in names if row.name != "reward/"]  # the score is its only term
@@ -73,27 +59,20 @@ def _plots(history: History) -> Iterator[tuple[str, str, Plot, list[Curve]]]:
         if row.is_term:
             file, title = re.sub(r"[^\w.-]", "_", name), f"{title}: {name.removeprefix(row.name)}"
         pictures.setdefault((file, title), (plot, []))[1].extend(_curves(row, name, plot, history))
-    for (file, title), (plot, curves) in pictures.items():
-        yield file, title, plot, curves
+    return pictures
 
 
 def _curves(row: Metric, name: str, plot: Plot, history: History) -> Iterator[Curve]:
     """On the batches of the training and on held-out rows; a line that lacks the metric (a batch of one class) is a step over."""
-    prefix = f"{row.curve}, " if row.curve else ""
-    train = [line for line in history.train if name in line]
     before = 0 if plot.of_step else 1  # a train line's figure is of the weights before its update, an eval line's of those after
-    if train:
-        smoothed = plot.smooth and len(train) >= SMOOTH_FROM
-        steps, values = _points(train, name, before)
-        yield Curve(f"{prefix}training", COLOURS[row.curve][0], steps, values, smoothed, len(train) == 1)
-    held_out = [line for line in history.held_out if name in line]
-    if held_out:
-        steps, values = _points(held_out, name, 0)
-        yield Curve(f"{prefix}held-out rows", COLOURS[row.curve][1], steps, values, False, True)
-
-
-def _points(lines: list[Line], name: str, before: int) -> tuple[list[float], list[float]]:
-    return [line["step"] - before for line in lines], [line[name] for line in lines]
+    splits = (("training", history.train, before), ("held-out rows", history.held_out, 0))
+    for (split, lines, back), colour in zip(splits, COLOURS[row.curve], strict=True):
+        known = [line for line in lines if name in line]
+        if known:
+            label = f"{row.curve}, {split}" if row.curve else split
+            smoothed = split == "training" and plot.smooth and len(known) >= SMOOTH_FROM
+            dots = split == "held-out rows" or len(known) == 1
+            yield Curve(label, colour, [line["step"] - back for line in known], [line[name] for line in known], smoothed, dots)
 
 
 def _picture(file: str, title: str, plot: Plot, curves: list[Curve]) -> Picture:
@@ -101,24 +80,19 @@ def _picture(file: str, title: str, plot: Plot, curves: list[Curve]) -> Picture:
 
     figure, (axes,) = canvases(title, "steps", [plot.unit])
     for curve in curves:
-        _draw(axes, curve)
+        label, values, width = curve.label, curve.values, 1.6
+        if curve.smoothed:
+            reach = len(values) // 40
+            axes.plot(curve.steps, values, color=curve.colour, alpha=0.3, linewidth=1.2)
+            label, values, width = f"{label} (mean of {2 * reach + 1} steps)", moving_average(values, reach), 1.8
+        marker = "o" if curve.dots else ""
+        axes.plot(curve.steps, values, color=curve.colour, linewidth=width, marker=marker, markersize=4, label=label)
     axes.ticklabel_format(axis="y", scilimits=(-3, 5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(curves) > 1 or curves[0].smoothed:
         axes.legend(frameon=False)
     shown = (f"{curve.label} from {short(curve.values[0])} to {short(curve.values[-1])}" for curve in curves)
     return Picture(title, f"{file}.png", f"{title} over the steps, in {plot.unit}: {'; '.join(shown)}.", png(figure))
-
-
-def _draw(axes: Axes, curve: Curve) -> None:
-    if curve.smoothed:
-        reach = len(curve.values) // 40
-        axes.plot(curve.steps, curve.values, color=curve.colour, alpha=0.3, linewidth=1.2)
-        label = f"{curve.label} (mean of {2 * reach + 1} steps)"
-        axes.plot(curve.steps, moving_average(curve.values, reach), color=curve.colour, linewidth=1.8, label=label)
-    else:
-        marker = "o" if curve.dots else ""
-        axes.plot(curve.steps, curve.values, color=curve.colour, linewidth=1.6, marker=marker, markersize=4, label=curve.label)
 
 
 def moving_average(values: list[float], reach: int) -> list[float]:

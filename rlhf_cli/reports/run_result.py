@@ -175,14 +175,17 @@ def read_run(run: RunFolder, manifest: Mapping[str, Any]) -> RunResult:
     """The result of a run whose files are all there but, perhaps, the manifest itself."""
     data = read_json(run.data)
     config = run.model / "adapter_config.json"
-    objective = dict(manifest["objective"])
+    lines, objective = read_metrics(run.metrics), dict(manifest["objective"])
     return RunResult(
         run=run,
         stage=manifest["stage"],
         status=manifest["status"],
         settings=Settings(objective.pop("kind"), objective, manifest["learning_rate"], manifest["batch_size"]),
         lora_rank=read_json(config)["r"] if config.exists() else None,
-        history=_history(read_metrics(run.metrics)),
+        history=History(
+            train=[line for line in lines if line["split"] == "train"],
+            held_out=[line for line in lines if line["split"] == "eval"],
+        ),
         samples=[TrainingSample(**line) for line in read_metrics(run.samples)],
         train=SplitCounts.from_json(data["train"]),
         held_out=SplitCounts.from_json(data["eval"]) if data["eval"] else None,
@@ -192,13 +195,6 @@ def read_run(run: RunFolder, manifest: Mapping[str, Any]) -> RunResult:
         card=Card.from_json(manifest["reward_model"]) if "reward_model" in manifest else None,
         load=tuple(manifest.get("load", ())),
     )
-
-
-def _history(lines: list[dict[str, Any]]) -> History:
-    splits: dict[str, list[Line]] = {"train": [], "eval": []}
-    for line in lines:
-        splits[line["split"]].append({name: value for name, value in line.items() if name not in ("split", "time")})
-    return History(splits["train"], splits["eval"])
 
 
 def _lineage(manifest: Mapping[str, Any]) -> Lineage:

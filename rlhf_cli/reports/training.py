@@ -27,34 +27,30 @@ from rlhf_cli.reports.document import (
 )
 from rlhf_cli.reports.findings_online import online_findings
 from rlhf_cli.reports.findings_training import length_findings, training_findings
-from rlhf_cli.reports.plots_training import Pictures, draw_training
-from rlhf_cli.reports.run_result import Ends, RunResult, SourceCounts, SplitCounts, TrainingSample, ends, read_run
+from rlhf_cli.reports.plots_training import draw_training
+from rlhf_cli.reports.run_result import Ends, History, RunResult, SplitCounts, TrainingSample, ends, read_run
 from rlhf_cli.reports.write import write
 from rlhf_cli.runs.folder import RunFolder
 
 
 def write_report(run: RunFolder, manifest: Mapping[str, Any]) -> None:
-    """Write plots/*.png, report.md and report.html. Can be repeated at any time with the manifest of a finished run."""
+    """Write everything there is to say, the most important first; what a run does not have is left out."""
     result = read_run(run, manifest)
-    write(run, document(result, draw_training(run.plots, result)))
-
-
-def document(result: RunResult, pictures: Pictures) -> Document:
-    """Everything there is to say, the most important first; what a run does not have is left out."""
+    pictures = draw_training(result)
     stage = TRAINING_STAGES[result.stage].title
     if result.history.online and result.stage != "ppo":
         stage = f"online {stage}"
     sections = (
-        Section("learned", "Did it learn?", (*_learned(result), *pictures.learned)),
-        *([model_card(result.card, pictures.card)] if result.card else []),
+        Section("learned", "Did it learn?", (*_learned(result), *pictures["learned"])),
+        *([model_card(result.card, pictures["card"])] if result.card else []),
         Section("samples", "Samples", tuple(_samples(result))),
         Section("data", "Data", tuple(_data(result))),
         Section("cost", "Cost", tuple(_cost(result))),
         Section("model", "The model", tuple(_model(result))),
         Section("lineage", "Where it comes from", tuple(_lineage(result))),
     )
-    title = f"{result.run.path.resolve().name}: {stage}, {result.status}"
-    return Document(title, _lead(result), tuple(section for section in sections if section.blocks))
+    title = f"{run.path.resolve().name}: {stage}, {result.status}"
+    write(run, Document(title, _lead(result), tuple(section for section in sections if section.blocks)))
 
 
 def _lead(result: RunResult) -> str:
@@ -81,35 +77,31 @@ def _learned(result: RunResult) -> Iterator[Block]:
     history = result.history
     if history.online:
         yield from online_findings(history)
-        yield from _table_of_online(result)
+        heads, rows = ["metric", "training, start", "training, end", "held-out, start", "held-out, end"], _online_rows(history)
     else:
         yield from training_findings(history, result.held_out.kept if result.held_out else 0)
-        yield from _table_of_rows(result)
-
-
-def _table_of_online(result: RunResult) -> Iterator[Table]:
-    """The loss is left out: it says nothing of progress, since the responses change with the policy."""
-    rows = []
-    for row, name in in_order(result.history.names - {"loss"}):
-        both = result.history.in_training(name), result.history.on_held_out(name)
-        if row.label and any(both):
-            rows.append((row.labelled(name), *(text for own in both for text in (map(short, own) if own else ("", "")))))
-    heads = ("metric", "training, start", "training, end", "held-out, start", "held-out, end")
+        heads, rows = ["metric", "start", "end", "change"], _rows(history)
     if rows:
         yield Table("From the first steps to the last", tuple(map(Column, heads)), tuple(rows))
 
 
-def _table_of_rows(result: RunResult) -> Iterator[Table]:
-    history = result.history
+def _online_rows(history: History) -> list[tuple[str, ...]]:
+    """The loss is left out: it says nothing of progress, since the responses change with the policy."""
     rows = []
-    if history.train:
-        rows.append(_change("training loss", ends([line["loss"] for line in history.train])))
+    for row, name in in_order(history.names - {"loss"}):
+        both = history.in_training(name), history.on_held_out(name)
+        if row.label and any(both):
+            rows.append((row.labelled(name), *(text for own in both for text in (map(short, own) if own else ("", "")))))
+    return rows
+
+
+def _rows(history: History) -> list[tuple[str, ...]]:
+    rows = [_change("training loss", ends([line["loss"] for line in history.train]))] if history.train else []
     where = "held-out" if history.held_out else "training"
     for row, name in in_order(history.names - (set() if history.held_out else {"loss"})):
         if row.label and (own := history.moved(name)):
             rows.append(_change(f"{where} {row.labelled(name)}", own))
-    if rows:
-        yield Table("From the first steps to the last", tuple(map(Column, ("metric", "start", "end", "change"))), tuple(rows))
+    return rows
 
 
 def _change(name: str, own: Ends) -> tuple[str, ...]:
@@ -164,7 +156,11 @@ def _data(result: RunResult) -> Iterator[Block]:
     for kind in (kind for kind in ("prompt", "response", "total") if any(kind in part.lengths for part in parts)):
         rows.append((f"tokens, {kind}: median / 90 % / 99 % / longest", *(_lengths(part, kind) for part in parts)))
     yield Table("Rows and their lengths", (Column("quantity"), *map(Column, splits)), tuple(rows))
-    yield Items(tuple(_source(name, source) for name, part in splits.items() for source in part.sources))
+    sources = []
+    for split, source in ((split, source) for split, part in splits.items() for source in part.sources):
+        left_out = "".join(f", {number:,} {reason}" for reason, number in source.left_out.items())
+        sources.append(f"{split}: `{source.path}` ({source.format}), {source.kept:,} of {source.read:,} rows kept{left_out}")
+    yield Items(tuple(sources))
     eos = result.train.eos_share
     if eos is not None and eos < 1:
         head = f"{percent(1 - eos)} of the training responses have no end:"
@@ -178,11 +174,6 @@ def _counts(label: str, counts: list[int]) -> tuple[str, ...]:
 def _lengths(part: SplitCounts, kind: str) -> str:
     own = part.lengths.get(kind)
     return " / ".join(f"{own[key]:,.0f}" for key in ("p50", "p90", "p99", "max")) if own else "n/a"
-
-
-def _source(split: str, source: SourceCounts) -> str:
-    left_out = "".join(f", {number:,} {reason}" for reason, number in source.left_out.items())
-    return f"{split}: `{source.path}` ({source.format}), {source.kept:,} of {source.read:,} rows kept{left_out}"
 
 
 def _cost(result: RunResult) -> Iterator[Block]:
@@ -200,9 +191,8 @@ def _model(result: RunResult) -> Iterator[Block]:
     where = f"It is in `{run.model.as_posix()}`."
     if best not in (None, steps):
         path = (run.checkpoints / f"step-{best:08d}").as_posix()
-        where += (
-            f" It is that of step {steps}, the last one. The best by held-out figures is `{path}`: a stage can start from it."
-        )
+        where += f" It is that of step {steps}, the last one. The best by held-out figures is `{path}`: "
+        where += "a stage can start from it."
     yield Paragraph(f"{where} To load it:")
     yield Code(result.load or tuple(_policy_lines(result)))
     onward = f"In the recipe of the next stage: `model: {{path: {run.path.as_posix()}}}`."
@@ -222,12 +212,9 @@ def _policy_lines(result: RunResult) -> list[str]:
     revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if result.lora_rank:
-        lines = [
-            "from peft import PeftModel",
-            *lines,
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base.path)}{revision})",
-            f"model = PeftModel.from_pretrained(base, {model})",
-        ]
+        lines.insert(0, "from peft import PeftModel")
+        lines.append(f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base.path)}{revision})")
+        lines.append(f"model = PeftModel.from_pretrained(base, {model})")
     else:
         lines.append(f"model = AutoModelForCausalLM.from_pretrained({model})")
     return [*lines, f"tokenizer = AutoTokenizer.from_pretrained({model})"]
