@@ -43,8 +43,7 @@ def key(parts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode()
-        digest.update(b"%d:" % len(data))
-        digest.update(data)
+        digest.update(b"%d:%b" % (len(data), data))
     return digest.hexdigest()
 
 

@@ -36,8 +36,7 @@ class Dataset:
 
     @property
     def longest(self) -> int:
-        parts = [self.train] + ([self.held_out] if self.held_out else [])
-        return max(int(part.trees.lengths.max()) for part in parts)
+        return max(int(part.trees.lengths.max()) for part in (self.train, self.held_out) if part is not None)
 
     def map_trees(self, change: Callable[[Trees], Trees]) -> Dataset:
         """The same rows as other trees, whose `rows` still name their records; what was counted stays."""
@@ -72,10 +71,8 @@ def _check_lost(dataset: Dataset, max_lost: float) -> None:
     """Bad rows, dropped ones and truncated ones together, training and evaluation apart."""
     reading = dataset.reading
     shared = [e for e in (dataset.train, dataset.held_out) if e is not None]
-    groups = [(reading.reports, shared)]
-    if reading.eval_reports:
-        groups = [(reading.reports, shared[:1]), (reading.eval_reports, shared[1:])]
-    for reports, encoded in groups:
+    split = [(reading.reports, shared[:1]), (reading.eval_reports, shared[1:])]
+    for reports, encoded in split if reading.eval_reports else [(reading.reports, shared)]:
         bad = sum(sum(r.bad.values()) for r in reports)
         used = sum(e.read for e in encoded)
         # Reading sees the whole file, encoding what `limit` left of it: its losses count as if it had seen all.

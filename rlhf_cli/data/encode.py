@@ -26,14 +26,9 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.data.turns import Letters, Rendered, check_text, read_letters, render_row, supervised
 from rlhf_cli.errors import UsageError
 
-CHUNK = 1000
-"""Rows that are rendered and tokenised at a time."""
-
-EXAMPLES = 5
-"""Lost rows that are named one by one."""
-
-TIMEOUTS = 3
-"""Rows on which a template may use up its time before it is refused."""
+CHUNK = 1000  # rows that are rendered and tokenised at a time
+EXAMPLES = 5  # lost rows that are named one by one
+TIMEOUTS = 3  # rows on which a template may use up its time before it is refused
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from rlhf_cli.errors import MachineError, UsageError
 RawRow = tuple[int, dict[str, Any] | BadRow]
 """(line or row number from 1, the row or why it is none)"""
 
-MAX_LINE = 8 * 2**20
-"""Bytes of one row; a longer one is a bad row, and is never held in memory as a whole."""
+MAX_LINE = 8 * 2**20  # bytes of one row; a longer one is a bad row, and is never held in memory as a whole
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".tsv", ".gz", ".zip", ".zst", ".arrow", ".pkl", ".yaml", ".py")
 """A path that ends so means a file, also when it does not exist."""
@@ -137,7 +136,6 @@ def _constant(name: str) -> float:
 
 
 STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
-LENIENT = json.JSONDecoder()
 
 
 def _json(path: Path) -> Iterator[RawRow]:
@@ -168,7 +166,7 @@ def _elements(text: str, path: Path) -> Iterator[RawRow]:
             value, position = STRICT.raw_decode(text, position)
             yield line, _object(value)
         except BadRow as bad:
-            position = LENIENT.raw_decode(text, position)[1]
+            position = json.JSONDecoder().raw_decode(text, position)[1]
             yield line, bad
         position = _skip(text, position)
         if text[position : position + 1] == ",":

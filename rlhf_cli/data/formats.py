@@ -242,8 +242,7 @@ FORMATS: dict[str, Format] = {
 }
 
 _COLUMNS = (*(format.columns for format in FORMATS.values()), *(format.optional for format in FORMATS.values()), ("subset",))
-KNOWN_COLUMNS = tuple(dict.fromkeys(chain(*_COLUMNS)))
-"""`subset` of any row is the group it is counted in."""
+KNOWN_COLUMNS = tuple(dict.fromkeys(chain(*_COLUMNS)))  # `subset` of any row is the group it is counted in
 
 
 @dataclass(frozen=True)

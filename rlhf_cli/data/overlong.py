@@ -9,8 +9,7 @@ from rlhf_cli.data.dialogue import BadRow
 from rlhf_cli.data.records import Message, Prompt, Record
 from rlhf_cli.data.trees import Tree
 
-TRIES = 8
-"""Cutting n tokens' worth of text may save a few less: the cut is repeated until the row fits."""
+TRIES = 8  # cutting n tokens' worth of text may save a few less: the cut is repeated until the row fits
 
 
 def span(tree: Tree, reserve: int = 0) -> int:

@@ -16,14 +16,9 @@ from jinja2 import TemplateSyntaxError
 from rlhf_cli.data.dialogue import BadRow
 from rlhf_cli.data.records import Message
 
-SECONDS = 2.0
-"""Of CPU time for one row; a long conversation needs milliseconds."""
-
-HEADROOM = 1 << 30
-"""Bytes of address space that rendering may add to the process."""
-
-SLACK, FACTOR = 1_000_000, 4
-"""A rendered text has at most SLACK + FACTOR · (characters of its messages) characters."""
+SECONDS = 2.0  # of CPU time for one row; a long conversation needs milliseconds
+HEADROOM = 1 << 30  # bytes of address space that rendering may add to the process
+SLACK, FACTOR = 1_000_000, 4  # a rendered text has at most SLACK + FACTOR · (characters of its messages) characters
 
 CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 """Templates that ask for today's date get a fixed one (Llama 3's own default): tokens must not depend on the day of the run."""

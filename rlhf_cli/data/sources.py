@@ -240,9 +240,7 @@ def _counts(counter: Counter[str]) -> str:
 
 
 def _limited(records: list[Record], source: sections.Source, seed: int, shuffle: bool) -> list[Record]:
-    if source.limit is None or source.limit >= len(records):
-        return records
-    if not shuffle:
+    if source.limit is None or source.limit >= len(records) or not shuffle:
         return records[: source.limit]
     key = int.from_bytes(blake2b(source.path.encode(), digest_size=8).digest())
     chosen = np.random.default_rng([seed, key]).permutation(len(records))[: source.limit]

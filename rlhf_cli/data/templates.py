@@ -176,13 +176,7 @@ def tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(
-        texts,
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
     return ids
 

@@ -13,11 +13,8 @@ from rlhf_cli.data.records import Facts
 from rlhf_cli.data.streams import DataStream
 from rlhf_cli.errors import UsageError
 
-TRIES = 64
-"""Partners that are tried at random for a tree before all are looked at."""
-
-HOPELESS = 100
-"""Trees without any partner after which the rest are left as they are."""
+TRIES = 64  # partners that are tried at random for a tree before all are looked at
+HOPELESS = 100  # trees without any partner after which the rest are left as they are
 
 
 def unpaired_dataset(dataset: Dataset, place: str, seed: int, max_length: int, *, mismatches: bool) -> Dataset:
