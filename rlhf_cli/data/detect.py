@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlhf_cli.data.dialogue import shortened
 from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, Format, Row, Use
+from rlhf_cli.data.records import shortened
 from rlhf_cli.errors import UsageError
 
 ALIASES = {"prompt": ("instruction", "question", "query"), "completion": ("response", "output", "answer")}

@@ -15,11 +15,10 @@ import numpy as np
 from rlhf_cli import sections
 from rlhf_cli.data import cache as store
 from rlhf_cli.data import overlong, sandbox, templates, turns
-from rlhf_cli.data.dialogue import BadRow
 from rlhf_cli.data.flat import Trees, flatten, select
 from rlhf_cli.data.formats import Taken
 from rlhf_cli.data.overlong import span
-from rlhf_cli.data.records import Facts, Record
+from rlhf_cli.data.records import BadRow, Facts, Record
 from rlhf_cli.data.sandbox import TookTooLong, memory_limit, time_limit
 from rlhf_cli.data.templates import ChatFormat, Template, tokenise, with_prefix
 from rlhf_cli.data.trees import Tree

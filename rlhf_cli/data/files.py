@@ -13,7 +13,7 @@ from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.data.dialogue import BadRow, kind_of
+from rlhf_cli.data.records import BadRow, kind_of
 from rlhf_cli.errors import MachineError, UsageError
 
 RawRow = tuple[int, dict[str, Any] | BadRow]

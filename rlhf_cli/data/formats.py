@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, Literal
 
-from rlhf_cli.data import dialogue
-from rlhf_cli.data.dialogue import BadRow, a_list, a_text, as_turns, conversation, kind_of, messages, transcript
-from rlhf_cli.data.records import Facts, Prompt, Record
+from rlhf_cli.data import records
+from rlhf_cli.data.records import BadRow, Facts, Prompt, Record, a_list, a_text, as_turns, messages
 
 Row = Mapping[str, Any]
 Converter = Callable[[Row, str], Record]
@@ -36,7 +35,7 @@ def _numbers(row: Row, name: str, count: int) -> list[float] | None:
 
 def _number(value: Any, name: str) -> float:
     if type(value) not in (int, float):
-        raise BadRow(f"{name} is {kind_of(value)}, expected a number")
+        raise BadRow(f"{name} is {records.kind_of(value)}, expected a number")
     if not abs(value) <= sys.float_info.max:  # also integers that no float can hold
         raise BadRow(f"{name} is not finite")
     return float(value)
@@ -47,7 +46,7 @@ def _prompt(row: Row) -> Prompt:
     if type(value) is not list:
         return a_text(value, "'prompt'")
     turns = messages(value, "'prompt'")
-    dialogue.check_order(turns, "'prompt'")
+    records.check_order(turns, "'prompt'")
     if turns[-1].role != "user":
         raise BadRow("'prompt' does not end in a user turn")
     return turns
@@ -62,9 +61,9 @@ def _response(prompt: Prompt, value: Any, name: str) -> tuple[Prompt, str]:
         return prompt, a_text(value, name)
     turns, start = messages(value, name), as_turns(prompt)
     if turns[0].role == "assistant":
-        earlier, response = conversation((*start, *turns), name)
+        earlier, response = records.conversation((*start, *turns), name)
     else:
-        earlier, response = conversation(turns, name)
+        earlier, response = records.conversation(turns, name)
         if earlier[: len(start)] != start:
             raise BadRow(f"{name} does not begin with 'prompt'")
     return (prompt if earlier == start else earlier), response
@@ -89,7 +88,7 @@ def _pair(row: Row, chosen: tuple[Prompt, str], rejected: tuple[Prompt, str], wh
 
 
 def _from_messages(row: Row, where: str) -> Record:
-    prompt, response = conversation(messages(_field(row, "messages"), "'messages'"), "'messages'")
+    prompt, response = records.conversation(messages(_field(row, "messages"), "'messages'"), "'messages'")
     return Record(prompt, (response,), where)
 
 
@@ -114,11 +113,11 @@ def _from_whole_pair(row: Row, where: str) -> Record:
     """Two whole conversations: messages, or texts, whose shared words are the prompt."""
     chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
     if type(chosen) is list or type(rejected) is list:
-        best = conversation(messages(chosen, "'chosen'"), "'chosen'")
-        return _pair(row, best, conversation(messages(rejected, "'rejected'"), "'rejected'"), where)
+        best = records.conversation(messages(chosen, "'chosen'"), "'chosen'")
+        return _pair(row, best, records.conversation(messages(rejected, "'rejected'"), "'rejected'"), where)
     if a_text(chosen, "'chosen'").strip() == a_text(rejected, "'rejected'").strip():
         raise BadRow("'chosen' and 'rejected' are the same")
-    prompt = chosen[: _last_boundary(chosen[: dialogue.shared_length(chosen, rejected)])]
+    prompt = chosen[: _last_boundary(chosen[: records.shared_length(chosen, rejected)])]
     if not prompt.strip():
         raise BadRow("the prompts of 'chosen' and 'rejected' differ")
     best = prompt, a_text(chosen[len(prompt) :], "the response in 'chosen'")
@@ -135,8 +134,8 @@ def _last_boundary(text: str) -> int:
 
 
 def _from_hh(row: Row, where: str) -> Record:
-    chosen = transcript(_field(row, "chosen"), "'chosen'")
-    return _pair(row, chosen, transcript(_field(row, "rejected"), "'rejected'"), where)
+    chosen = records.transcript(_field(row, "chosen"), "'chosen'")
+    return _pair(row, chosen, records.transcript(_field(row, "rejected"), "'rejected'"), where)
 
 
 def _from_ranked(row: Row, where: str) -> Record:
@@ -165,7 +164,7 @@ def _from_ranked(row: Row, where: str) -> Record:
 def _from_unpaired(row: Row, where: str) -> Record:
     label = _field(row, "label")
     if type(label) is not bool:
-        raise BadRow(f"'label' is {kind_of(label)}, expected true or false")
+        raise BadRow(f"'label' is {records.kind_of(label)}, expected true or false")
     return _from_completion(row, where)._replace(facts=Facts(label=label))
 
 

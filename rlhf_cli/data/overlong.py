@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlhf_cli.data.dialogue import BadRow
-from rlhf_cli.data.records import Message, Prompt, Record
+from rlhf_cli.data.records import BadRow, Message, Prompt, Record
 from rlhf_cli.data.trees import Tree
 
 TRIES = 8  # cutting n tokens' worth of text may save a few less: the cut is repeated until the row fits

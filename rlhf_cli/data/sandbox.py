@@ -13,8 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
-from rlhf_cli.data.dialogue import BadRow
-from rlhf_cli.data.records import Message
+from rlhf_cli.data.records import BadRow, Message
 
 SECONDS = 2.0  # of CPU time for one row; a long conversation needs milliseconds
 HEADROOM = 1 << 30  # bytes of address space that rendering may add to the process

@@ -15,11 +15,10 @@ import numpy as np
 
 from rlhf_cli import sections
 from rlhf_cli.data.detect import Purpose, detect, shown_columns
-from rlhf_cli.data.dialogue import BadRow, as_turns
 from rlhf_cli.data.files import RawRow, find_files, is_hub_id, read_file
 from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, Converter, Format, Row, Use, convert, with_margin
 from rlhf_cli.data.hub import read_hub
-from rlhf_cli.data.records import Record
+from rlhf_cli.data.records import BadRow, Record, as_turns
 from rlhf_cli.data.streams import DataStream
 from rlhf_cli.errors import UsageError
 

@@ -11,8 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateSyntaxError
 
-from rlhf_cli.data.dialogue import BadRow, as_turns, shared_length
-from rlhf_cli.data.records import Message, Prompt
+from rlhf_cli.data.records import BadRow, Message, Prompt, as_turns, shared_length
 from rlhf_cli.data.sandbox import memory_limit, render, time_limit
 from rlhf_cli.errors import UsageError
 

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_cli.data.dialogue import BadRow, as_turns, shared_length
-from rlhf_cli.data.records import Message, Record
+from rlhf_cli.data.records import BadRow, Message, Record, as_turns, shared_length
 from rlhf_cli.data.sandbox import render
 from rlhf_cli.data.templates import ChatFormat, prompt_text
 from rlhf_cli.errors import UsageError

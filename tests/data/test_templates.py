@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.data.dialogue import BadRow
-from rlhf_cli.data.records import Message
+from rlhf_cli.data.records import BadRow, Message
 from rlhf_cli.data.templates import BUILT_IN, Template, choose_template, end_of_turn, read_chat_format
 from rlhf_cli.errors import UsageError
 from tests.data.tiny_tokenizer import CHATML, ENDLESS_TURNS, LLAMA3, PHI3, ZEPHYR, encode_prompt, render_prompt, tiny_tokenizer
