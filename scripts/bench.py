@@ -28,8 +28,8 @@ import torch
 from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.dataset import prepare
-from rlhf_cli.data.detect import Purpose
 from rlhf_cli.data.flat import Trees, select
+from rlhf_cli.data.formats import Purpose
 from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.data.templates import choose_template
 from rlhf_cli.data.trees import Tree, supervised_tokens, tree_length

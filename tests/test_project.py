@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli import cli
-from rlhf_cli.data.detect import Purpose, detect
-from rlhf_cli.data.formats import ANSWERS, FORMATS, PROMPTS
+from rlhf_cli.data.formats import ANSWERS, FORMATS, PROMPTS, Purpose, detect
 from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.recipe.recipes import EvalRecipe, Recipe, TrainingRecipe

@@ -120,15 +120,8 @@ def _restore(stored: store.Stored, records: Sequence[Record], notices: tuple[str
     examples = tuple(f"{records[row].where}: {text}" for row, text in facts.pop("examples"))
     locations = tuple(records[row].where for row in stored.arrays["rows"])
     trees = Trees(**stored.arrays, locations=locations, facts=tuple(records[row].facts for row in stored.arrays["rows"]))
-    return Encoded(
-        trees=trees,
-        read=len(records),
-        kept=len(trees),
-        truncated_rows=tuple(facts.pop("truncated")),
-        examples=examples,
-        notices=notices,
-        **facts,
-    )
+    truncated = tuple(facts.pop("truncated"))
+    return Encoded(trees, len(records), len(trees), truncated_rows=truncated, examples=examples, notices=notices, **facts)
 
 
 def _counts(lost: Counter[str]) -> str:
@@ -240,12 +233,8 @@ class _Encoder:
         batch = tokenizer(spoken, add_special_tokens=False, return_offsets_mapping=True, verbose=False) if spoken else {}
         located = zip(batch.get("input_ids", []), batch.get("offset_mapping", []), strict=True)
         for text in rendered:
-            mask = np.zeros(0, bool)
-            if text.turns:
-                ids, offsets = next(located)
-                mask = supervised(self.letters, np.array(ids), np.array(offsets), text.turns)
-            else:
-                ids = next(plain)
+            ids, offsets = next(located) if text.turns else (next(plain), [])
+            mask = supervised(self.letters, np.array(ids), np.array(offsets), text.turns) if text.turns else np.zeros(0, bool)
             full = with_prefix(self.form.prefix, ids)
             prompts.append((np.array(full, np.int32), np.concatenate([np.zeros(len(full) - len(mask), bool), mask])))
         return prompts

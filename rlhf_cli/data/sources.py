@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_cli import sections
-from rlhf_cli.data.detect import Purpose, detect, shown_columns
+from rlhf_cli.data import formats
 from rlhf_cli.data.files import RawRow, find_files, is_hub_id, read_file
-from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, Converter, Format, Row, Use, convert, with_margin
+from rlhf_cli.data.formats import FORMATS, Converter, Format, Purpose, Row, Use, shown_columns
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.records import BadRow, Record, as_turns
 from rlhf_cli.data.streams import DataStream
@@ -122,7 +122,7 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
         raise _no_good_row(name, tally, f"one of {purpose.needs}")
     renamed = _rename_all(objects, source.columns, where(f"{key}.columns"))
     if source.format == "auto":
-        format = detect(renamed, purpose, f"{where(f'{key}.path')}: {name}")
+        format = formats.detect(renamed, purpose, f"{where(f'{key}.path')}: {name}")
     elif source.format in purpose.use.formats:
         format = FORMATS[source.format]
     else:
@@ -178,8 +178,8 @@ def _peek(rows: Iterator[RawRow]) -> tuple[list[RawRow], list[Row]]:
 def _rename_all(rows: Sequence[Row], columns: Mapping[str, str], place: str) -> list[Row]:
     found = dict.fromkeys(name for row in rows for name in row)
     for ours, theirs in columns.items():
-        if ours not in KNOWN_COLUMNS:
-            raise UsageError(f"{place}: '{ours}' is none of our columns: {', '.join(KNOWN_COLUMNS)}")
+        if ours not in formats.KNOWN_COLUMNS:
+            raise UsageError(f"{place}: '{ours}' is none of our columns: {', '.join(formats.KNOWN_COLUMNS)}")
         if theirs not in found:
             raise UsageError(f"{place}: the data has no column '{theirs}'; found {shown_columns(rows)}")
     return [_renamed(row, columns) for row in rows]
@@ -211,9 +211,9 @@ class _Conversion:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                record = convert(_renamed(row, self.columns) if self.columns else row, place, self.converter)
+                record = formats.convert(_renamed(row, self.columns) if self.columns else row, place, self.converter)
                 if self.margin is not None:
-                    record = with_margin(record, row, self.margin)
+                    record = formats.with_margin(record, row, self.margin)
             except BadRow as bad:
                 own.add_bad(place, bad)
                 continue

@@ -85,14 +85,8 @@ def mismatch(texts: np.ndarray, prompts: np.ndarray, seed: int) -> np.ndarray:
     than a quarter of the trees, and hardly any beyond that. A pure function of its arguments.
     """
     drawn = np.random.default_rng([seed, DataStream.MISMATCHES])
-    sigma = _other_texts(texts, drawn)
-    _part_prompts(sigma, texts, prompts, random.Random(int(drawn.integers(2**63))))
-    return sigma
-
-
-def _other_texts(texts: np.ndarray, drawn: np.random.Generator) -> np.ndarray:
-    """Trees in random order, those of one text side by side, the largest text first: each takes from the one that stands as
-    many places on as that text has trees, which is of another text."""
+    # Trees in random order, those of one text side by side, the largest text first: each takes from the one that stands as many
+    # places on as that text has trees, which is of another text.
     sizes = np.bincount(texts)
     largest, count, total = int(sizes.argmax()), int(sizes.max()), len(texts)
     turn = drawn.permutation(len(sizes))
@@ -104,6 +98,7 @@ def _other_texts(texts: np.ndarray, drawn: np.random.Generator) -> np.ndarray:
     target = (at + count) % total if count <= others else np.where(at < count, count + at % others, at - count)
     sigma = np.empty(total, np.int64)
     sigma[order] = order[target]
+    _part_prompts(sigma, texts, prompts, random.Random(int(drawn.integers(2**63))))
     return sigma
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
-from rlhf_cli.data.detect import Purpose
-from rlhf_cli.data.formats import ANSWERS, COMPARISONS, PROMPTS, Use
+from rlhf_cli.data.formats import ANSWERS, COMPARISONS, PROMPTS, Purpose, Use
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.data.trees import Tree

@@ -9,8 +9,7 @@ import torch
 
 from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
-from rlhf_cli.data.detect import Purpose
-from rlhf_cli.data.formats import ANSWERS
+from rlhf_cli.data.formats import ANSWERS, Purpose
 from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.models.load import Weights
 from rlhf_cli.models.placement import Head, Placement

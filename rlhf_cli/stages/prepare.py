@@ -14,9 +14,8 @@ from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.batches import DatasetSource, total_steps
 from rlhf_cli.data.dataset import Dataset, prepare
-from rlhf_cli.data.detect import Purpose
 from rlhf_cli.data.encode import show_example
-from rlhf_cli.data.formats import PROMPTS
+from rlhf_cli.data.formats import PROMPTS, Purpose
 from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
