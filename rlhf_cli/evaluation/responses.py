@@ -22,7 +22,7 @@ from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.rollout.experience import Rollout, Sampler
 from rlhf_cli.rollout.generate import TransformersEngine
-from rlhf_cli.rollout.rewards import Answers, combine
+from rlhf_cli.rollout.rewards import COMBINE, Answers
 from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
 from rlhf_cli.signals import Pause
 
@@ -115,9 +115,7 @@ def _progress(job: EvaluationJob, model: EvaluatedModel) -> Pause:
 
 def _samples(model: str, rollout: Rollout, sampler: Sampler, records: Sequence[Record]) -> Iterator[Sample]:
     starts = np.concatenate([[0], np.cumsum(rollout.lengths)[:-1]])
-    logps, reference = (np.add.reduceat(values, starts) for values in (rollout.plain, rollout.plain_reference))
-    terms = {f"reward/{name}": values for name, values in rollout.terms.items()}
-    terms |= {f"gold/{name}": values for name, values in rollout.gold.items()}
+    logps, reference = (np.add.reduceat(values, starts) for values in (rollout.tokens.plain, rollout.tokens.plain_reference))
     at = 0
     for tree in rollout.trees:
         record = records[tree.row]
@@ -134,7 +132,7 @@ def _samples(model: str, rollout: Rollout, sampler: Sampler, records: Sequence[R
                 tokens=len(ids),
                 logp=float(logps[at]),
                 reference_logp=float(reference[at]) if sampler.compared else None,
-                terms={name: float(values[at]) for name, values in terms.items()},
+                terms={name: float(values[at]) for name, values in rollout.terms.items()},
             )
             at += 1
 
@@ -174,7 +172,7 @@ def score_samples(job: EvaluationJob, model: EvaluatedModel, samples: list[Sampl
     if reward:
         weighted = np.stack([scorer.weight * found[f"reward/{scorer.name}"] for scorer in reward])
         ended = np.array([sample.ended for sample in samples])
-        scores = combine(weighted, recipe.reward_combine) - recipe.rollout.missing_eos_penalty * ~ended
+        scores = COMBINE[recipe.reward_combine](weighted) - recipe.rollout.missing_eos_penalty * ~ended
     return [
         dataclasses.replace(
             sample,

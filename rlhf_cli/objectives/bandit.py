@@ -23,7 +23,6 @@ class Bandit(ActorCritic):
         from rlhf_cli.objectives.advantages import explained_variance, first_tokens, response_returns, whiten
 
         values, lengths = experience.values, experience.lengths
-        assert values is not None
         returns = response_returns(experience, kl_coef)
         first = first_tokens(lengths)
         advantages = returns - values[first]

@@ -36,7 +36,7 @@ class Experience:
     scores: np.ndarray  # (M,) combined reward, penalties taken off
     old: np.ndarray  # (N,) log π at the rollout's temperature
     reference: np.ndarray  # (N,) log π_ref at the rollout's temperature
-    values: np.ndarray | None  # (N,) V before each token; None for kinds without a value
+    values: np.ndarray  # (N,) V before each token; NaN for kinds without a value
 
 
 class Advantages(NamedTuple):

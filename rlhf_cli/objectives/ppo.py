@@ -23,7 +23,6 @@ class Ppo(ActorCritic):
         from rlhf_cli.objectives.advantages import explained_variance, gae, token_rewards, whiten
 
         values = experience.values
-        assert values is not None
         advantages, targets = gae(token_rewards(experience, kl_coef), values, experience.lengths, self.gamma, self.lam)
         metrics = {"value/explained_variance": explained_variance(values, targets)}
         return Advantages(whiten(advantages) if self.whiten else advantages, targets, dict(memory), metrics)

@@ -20,7 +20,7 @@ from rlhf_cli.models.scoring import token_figures
 from rlhf_cli.objectives.policy_gradient import Experience
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.rollout.generate import Engine, Request, Response
-from rlhf_cli.rollout.rewards import Answers, Scorer, combine
+from rlhf_cli.rollout.rewards import COMBINE, Answers, Scorer
 from rlhf_cli.signals import Pause, no_pause
 
 T = TypeVar("T")
@@ -42,14 +42,9 @@ class Rollout:
 
     trees: list[Tree]  # prompts with their responses
     ended: np.ndarray  # (M,) bool
-    terms: dict[str, np.ndarray]  # reward term → (M,) float64, before its weight
-    gold: dict[str, np.ndarray]  # gold term → (M,)
+    terms: dict[str, np.ndarray]  # reward/NAME and gold/NAME → (M,) float64, before its weight
     scores: np.ndarray  # (M,) combined, penalties taken off
-    old: np.ndarray  # (N,) float64 log π at the rollout's temperature
-    reference: np.ndarray  # (N,) log π_ref at the rollout's temperature
-    plain: np.ndarray  # (N,) log π at temperature 1
-    plain_reference: np.ndarray  # (N,) log π_ref at temperature 1
-    values: np.ndarray | None  # (N,)
+    tokens: TokenFigures
     seconds: dict[str, float]  # rollout: drawing; score: rewards and log-probabilities
 
     @property
@@ -60,25 +55,23 @@ class Rollout:
     @property
     def experience(self) -> Experience:
         prompt = np.repeat(np.arange(len(self.trees)), [len(tree.responses) for tree in self.trees])
-        return Experience(self.lengths, prompt, self.scores, self.old, self.reference, self.values)
+        return Experience(self.lengths, prompt, self.scores, self.tokens.old, self.tokens.reference, self.tokens.value)
 
     def figures(self, kl_coef: float | None = None) -> dict[str, float]:
         """Means over the responses. KL (at temperature 1) and entropy are sums over tokens, Σ log π/π_ref and −Σ log π.
 
         `kl_coef`: κ, for the reward that is left when the log-ratio at the rollout's temperature is taken off.
         """
-        starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
-        named = {f"reward/{name}": values for name, values in self.terms.items()}
-        named |= {f"gold/{name}": values for name, values in self.gold.items()}
-        named |= {
+        starts, tokens = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]), self.tokens
+        named = self.terms | {
             "objective/scores": self.scores,
-            "objective/kl": np.add.reduceat(self.plain - self.plain_reference, starts),
-            "objective/entropy": -np.add.reduceat(self.old, starts),
+            "objective/kl": np.add.reduceat(tokens.plain - tokens.plain_reference, starts),
+            "objective/entropy": -np.add.reduceat(tokens.old, starts),
             "response/length": self.lengths,
             "response/eos_rate": self.ended,
         }
         if kl_coef is not None:
-            named["objective/rlhf_reward"] = self.scores - kl_coef * np.add.reduceat(self.old - self.reference, starts)
+            named["objective/rlhf_reward"] = self.scores - kl_coef * np.add.reduceat(tokens.old - tokens.reference, starts)
         return {name: float(values.mean()) for name, values in named.items()}
 
 
@@ -113,32 +106,27 @@ class Sampler:
         own = together(self.ranks, lambda: self.respond(mine, share, seed, count, self.settings.max_new_tokens))
         return_freed()  # the copies of the weights that sampling used
         drawn_at = time.monotonic()
-        trees = [
-            tree._replace(responses=tuple(response.ids for response in responses))
-            for tree, responses in zip(mine, own, strict=True)
-        ]
-        answers = self._answers(trees, own)
+        trees = with_responses(mine, own)
+        answers = Answers(
+            trees=trees,
+            records=[self.records[tree.row] for tree in trees],
+            texts=[[self.text(*response) for response in responses] for responses in own],
+            ended=[[response.ended for response in responses] for responses in own],
+        )
         worth = together(self.ranks, lambda: self._worth(answers))
         self.pause()
         tokens = together(self.ranks, lambda: self._tokens(trees, values))
         found = _merge(self.ranks.gather(dict(zip(share, zip(trees, own, worth, tokens, strict=True), strict=True))))
         whole = np.concatenate([scores for _, _, scores, _ in found], 1)
-        known = TokenFigures(*(np.concatenate(own) for own in zip(*(figures for *_, figures in found), strict=True)))
-        names, gold = [term.name for term in self.terms], [term.name for term in self.gold]
-        scores, gold_scores = whole[: len(names)], whole[len(names) :]
+        names = [f"reward/{term.name}" for term in self.terms] + [f"gold/{term.name}" for term in self.gold]
         ended = np.array([response.ended for _, responses, _, _ in found for response in responses])
-        weighted = scores * np.array([term.weight for term in self.terms])[:, None]
+        weighted = whole[: len(self.terms)] * np.array([term.weight for term in self.terms])[:, None]
         return Rollout(
             trees=[tree for tree, *_ in found],
             ended=ended,
-            terms=dict(zip(names, scores, strict=True)),
-            gold=dict(zip(gold, gold_scores, strict=True)),
-            scores=combine(weighted, self.combine) - self.settings.missing_eos_penalty * ~ended,
-            old=known.old,
-            reference=known.reference,
-            plain=known.plain,
-            plain_reference=known.plain_reference,
-            values=known.value if values else None,
+            terms=dict(zip(names, whole, strict=True)),
+            scores=COMBINE[self.combine](weighted) - self.settings.missing_eos_penalty * ~ended,
+            tokens=TokenFigures(*(np.concatenate(own) for own in zip(*(figures for *_, figures in found), strict=True))),
             seconds={"rollout": drawn_at - started, "score": time.monotonic() - drawn_at},
         )
 
@@ -162,14 +150,6 @@ class Sampler:
     def text(self, ids: np.ndarray, ended: bool) -> str:
         """What a response says, without the token that ended it."""
         return str(self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
-
-    def _answers(self, trees: list[Tree], drawn: list[list[Response]]) -> Answers:
-        return Answers(
-            trees=trees,
-            records=[self.records[tree.row] for tree in trees],
-            texts=[[self.text(*response) for response in responses] for responses in drawn],
-            ended=[[response.ended for response in responses] for responses in drawn],
-        )
 
     def _worth(self, answers: Answers) -> list[np.ndarray]:
         """(terms, K) of every tree's responses, gold after the reward."""
@@ -197,6 +177,14 @@ class Sampler:
             TokenFigures(old=own[0], reference=other[0], plain=own[1], plain_reference=other[1], value=worth[0])
             for own, other, worth in zip(policy, reference, value, strict=True)
         ]
+
+
+def with_responses(prompts: Sequence[Tree], drawn: Sequence[Sequence[Response]]) -> list[Tree]:
+    """The prompts with what was drawn to each."""
+    return [
+        tree._replace(responses=tuple(response.ids for response in responses))
+        for tree, responses in zip(prompts, drawn, strict=True)
+    ]
 
 
 def _merge(shares: list[dict[int, T]]) -> list[T]:

@@ -26,22 +26,16 @@ from rlhf_cli.signals import Pause, no_pause
 
 PROMPT_TOKENS = 4096
 """Tokens of a forward pass over prompts, padding included; a longer prompt has one of its own."""
-
 PASS_COST = 32
 """Padding tokens that are cheaper than another pass over prompts."""
-
 CPU_CACHE = 2 * 2**30
 """Bytes that the keys, values and logits of a wave may take on a CPU."""
-
 GPU_SHARE = 0.2
 """The same on a GPU, as a share of all its memory: of what is free a resumed run would find another one, and cut other waves."""
-
 LOGITS = 4
 """Vectors of the vocabulary's length, in float32, that a row takes while its next token is chosen."""
-
 BLOCK = 256
 """Tokens whose probabilities are summed before they are searched one by one."""
-
 CACHE_NAMES = ("past_key_values", "cache_params")
 """What models call the cache that they take and return; the second one's have no attention."""
 
@@ -65,9 +59,14 @@ class Request:
     ends: Sequence[int]  # ids that end a response
     seed: int  # of this draw alone: it says which step it is, too
 
+    def __post_init__(self) -> None:
+        """UsageError: a prompt is empty."""
+        if not all(map(len, self.prompts)):
+            raise UsageError("an empty prompt: there is no token to continue; give every prompt at least one")
+
 
 class Engine(Protocol):
-    """Whatever draws responses."""
+    """What draws responses."""
 
     def generate(self, request: Request, pause: Pause = no_pause) -> list[list[Response]]:
         """The responses, [prompt][sample]; pauses where it can be left, such as between two tokens."""
@@ -87,12 +86,8 @@ class TransformersEngine:
     def generate(self, request: Request, pause: Pause = no_pause) -> list[list[Response]]:
         """The responses, [prompt][sample]; pauses after every token, and leaves the backbone as it was also then.
 
-        Raises:
-            UsageError: a prompt is empty.
-            NumberError: the logits are not finite.
+        NumberError: the logits are not finite.
         """
-        if not all(map(len, request.prompts)):
-            raise UsageError("an empty prompt: there is no token to continue; give every prompt at least one")
         self.backbone.train(False)
         drawn = [[Response(np.empty(0, np.int32), False)] * request.samples for _ in request.prompts]
         with merged(self.backbone, self.role), self.backbone.plain_attention():
@@ -123,7 +118,9 @@ class TransformersEngine:
         states = decoder.begin()
         for t in range(request.max_new_tokens):
             chances = torch.from_numpy(uniforms[rows, t]).to(states.device)
-            tokens = choose(self._logits(states), request.temperature, chances)
+            with self.backbone.autocast():
+                logits = self.backbone.model.get_output_embeddings()(states.to(self.backbone.compute_dtype)).float()
+            tokens = choose(logits, request.temperature, chances)
             ids[rows, t] = tokens.cpu().numpy()
             ended = np.isin(ids[rows, t], request.ends)
             last = t + 1 == request.max_new_tokens
@@ -138,12 +135,6 @@ class TransformersEngine:
                 order = decoder.keep(~ended)
                 rows, tokens = rows[order], tokens[torch.from_numpy(order).to(tokens.device)]
             states = decoder.append(tokens)
-
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The output head alone, (B, V) float32."""
-        with self.backbone.autocast():
-            logits: torch.Tensor = self.backbone.model.get_output_embeddings()(states.to(self.backbone.compute_dtype))
-        return logits.float()
 
 
 class _Aligned:
@@ -220,7 +211,7 @@ class _Aligned:
 
 
 class _Alike:
-    """Rows whose prompts are equally long, with the model's own cache: for models that take no mask."""
+    """The same for rows whose prompts are equally long, with the model's own cache: for models that take no mask."""
 
     @staticmethod
     def apart(order: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
@@ -235,17 +226,14 @@ class _Alike:
         self.cache: dict[str, Any] = {}
 
     def begin(self) -> torch.Tensor:
-        """As of `_Aligned`."""
         states = self._forward(torch.from_numpy(np.stack(self.prompts).astype(np.int64)).to(self.backbone.device))
         rows = torch.repeat_interleave(torch.arange(len(states), device=states.device), self.copies)
         return states[self._select(rows)]
 
     def append(self, tokens: torch.Tensor) -> torch.Tensor:
-        """As of `_Aligned`."""
         return self._forward(tokens[:, None])
 
     def keep(self, live: np.ndarray) -> np.ndarray:
-        """As of `_Aligned`."""
         order = np.flatnonzero(live)
         self._select(torch.from_numpy(order).to(self.backbone.device))
         return order

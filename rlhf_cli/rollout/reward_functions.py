@@ -7,7 +7,7 @@ import importlib.util
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rlhf_cli import sections
-from rlhf_cli.data.records import PlainPrompt, Record, plain_prompt
+from rlhf_cli.data.records import PlainPrompt, plain_prompt
 from rlhf_cli.errors import RunError, UsageError
 from rlhf_cli.files import sha256_file
 from rlhf_cli.rollout.rewards import Answers, PolicyText, TextTerm, check_finite, shortened, shown_answer
@@ -38,11 +38,7 @@ class RewardFunction(TextTerm):
 
     @classmethod
     def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> Self:
-        """The function of `reward.function`, its file imported.
-
-        Raises:
-            UsageError: no such file, one that cannot be imported, or no such function in it.
-        """
+        """The function of `reward.function`. UsageError: see `load_function`."""
         assert reward.function is not None
         return cls(name, reward.weight, place, reward.function, load_function(reward.function, place))
 
@@ -57,8 +53,7 @@ class RewardFunction(TextTerm):
 
     @property
     def record(self) -> dict[str, Any]:
-        (hash_of_file,) = self.code.values()
-        return self.identity | {"hash": hash_of_file}
+        return self.identity | {"hash": next(iter(self.code.values()))}
 
     def score(self, answers: Answers) -> np.ndarray:
         """(M,) float64, tree by tree.
@@ -71,7 +66,17 @@ class RewardFunction(TextTerm):
         if not pairs:
             return np.zeros(0)
         what, first = f"{self.place}: {self.reference}", f"the first: {shown_answer(pairs[0])}"
-        values = _listed(self._call(pairs))
+        try:
+            values = self.function([plain_prompt(record.prompt) for record, _ in pairs], [text for _, text in pairs])
+        except RunError:  # a signal's
+            raise
+        except (Exception, SystemExit) as error:
+            said = _raised(error, self.reference.rpartition(":")[0])
+            raise UsageError(f"{what} failed on {len(pairs)} responses\n{said}\n{first}") from error
+        if isinstance(values, (np.ndarray, torch.Tensor)):
+            values = values.tolist()
+        if isinstance(values, tuple):
+            values = list(values)
         if not isinstance(values, list):
             raise UsageError(
                 f"{what} returned {_shown(values)}, expected a list of numbers, one for each of {len(pairs)} responses\n{first}"
@@ -85,17 +90,6 @@ class RewardFunction(TextTerm):
         scores = np.array(numbers, np.float64)
         check_finite(scores, pairs, what)
         return scores
-
-    def _call(self, pairs: Sequence[tuple[Record, str]]) -> Any:
-        try:
-            return self.function([plain_prompt(record.prompt) for record, _ in pairs], [text for _, text in pairs])
-        except RunError:  # a signal's
-            raise
-        except (Exception, SystemExit) as error:
-            raise UsageError(
-                f"{self.place}: {self.reference} failed on {len(pairs)} responses\n"
-                f"{_raised(error, self.reference.rpartition(':')[0])}\nthe first: {shown_answer(pairs[0])}"
-            ) from error
 
 
 def load_function(reference: str, place: str) -> Function:
@@ -111,9 +105,9 @@ def load_function(reference: str, place: str) -> Function:
     if name not in members:
         near = closest(name, [own for own, value in members.items() if callable(value)])
         raise UsageError(f"{place}: {file} has no function {name}. {f'did you mean {near}?' if near else 'define it there'}")
-    if not callable(members[name]):
-        raise UsageError(f"{place}: {name} in {file} is {_shown(members[name])}, no function")
     function: Function = members[name]
+    if not callable(function):
+        raise UsageError(f"{place}: {name} in {file} is {_shown(function)}, no function")
     return function
 
 
@@ -150,13 +144,6 @@ def _raised(error: BaseException, file: str) -> str:
         lines = [error.lineno]
     words = str(error).strip().splitlines()[:1]
     return ": ".join([f"{file}:{lines[-1]}" if lines else file, type(error).__name__, *(word[:200] for word in words)])
-
-
-def _listed(result: Any) -> Any:
-    """Lists, tuples, arrays and tensors as a list, anything else as it is."""
-    if isinstance(result, (np.ndarray, torch.Tensor)):
-        return result.tolist()
-    return list(result) if isinstance(result, tuple) else result
 
 
 def _number(value: Any) -> float | None:

@@ -29,10 +29,8 @@ from rlhf_cli.runs.parents import Start, base_model, resolve_start
 
 RECORDED = " or ".join(REWARD_STAGES)
 """The stage whose manifests record the mean and the standard deviation of a reward model's scores."""
-
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names under which configurations keep the longest sequence; models without one of them have no limit."""
-
 AS_DRAWN = sections.Data(train=[], max_length=sys.maxsize, control_tokens="keep")
 """How drawn text is encoded: whatever the policy wrote, and however long it is, has to get its score."""
 
@@ -62,7 +60,14 @@ class RewardModel(RewardTerm):
         """
         assert reward.model is not None
         start = resolve_start(reward.model, reward.revision, place, stages=TRAINING_STAGES)
-        _refuse_policy(start, reward.model, place)
+        remedy = f"a reward is judged by a run of {RECORDED}, or by a sequence classifier with one label"
+        if start.manifest is not None and start.manifest["stage"] not in REWARD_STAGES:
+            stage = start.manifest["stage"]
+            raise UsageError(f"{place}: {reward.model} is a run of {stage}, a policy and not a reward model; {remedy}")
+        with prefixed(place):
+            scores = is_reward_model(str(start.adapter or start.base), start.revision)
+        if not scores:
+            raise UsageError(f"{place}: {reward.model} is a language model, a policy and not a reward model; {remedy}")
         mean, std = _figures(start, reward, place)
         with prefixed(place):
             tokenizer = load_tokenizer(start.tokenizer, start.revision, policy.trust_remote_code)
@@ -108,8 +113,7 @@ class RewardModel(RewardTerm):
 
     @property
     def words(self) -> str:
-        as_they_are = self.std == 1 and not self.mean
-        scores = "as they are" if as_they_are else f"less {self.mean:.4g}, over {self.std:.4g}"
+        scores = "as they are" if (self.mean, self.std) == (0, 1) else f"less {self.mean:.4g}, over {self.std:.4g}"
         return f"scores {scores}; it reads the policy's {self.reads}"
 
     @property
@@ -216,30 +220,18 @@ def _without_end(response: np.ndarray, ends: Sequence[Sequence[int]]) -> np.ndar
     return response
 
 
-def _refuse_policy(start: Start, path: str, place: str) -> None:
-    remedy = f"a reward is judged by a run of {RECORDED}, or by a sequence classifier with one label"
-    if start.manifest is not None and start.manifest["stage"] not in REWARD_STAGES:
-        raise UsageError(f"{place}: {path} is a run of {start.manifest['stage']}, a policy and not a reward model; {remedy}")
-    with prefixed(place):
-        scores = is_reward_model(str(start.adapter or start.base), start.revision)
-    if not scores:
-        raise UsageError(f"{place}: {path} is a language model, a policy and not a reward model; {remedy}")
-
-
 def _figures(start: Start, reward: sections.Reward, place: str) -> tuple[float, float]:
     """(mean, standard deviation) that its scores are normalised with; (0, 1) where they are not.
 
     Raises:
         UsageError: `normalize: true` without figures, or a deviation of 0.
     """
-    if start.manifest is None:
-        if reward.normalize:
-            raise UsageError(
-                f"{place}: normalize: {reward.model} records no mean and deviation of its scores; set normalize: false, "
-                f"or name the folder of a run of {RECORDED}"
-            )
-        return 0.0, 1.0
-    if reward.normalize is False:
+    if start.manifest is None and reward.normalize:
+        raise UsageError(
+            f"{place}: normalize: {reward.model} records no mean and deviation of its scores; set normalize: false, "
+            f"or name the folder of a run of {RECORDED}"
+        )
+    if start.manifest is None or reward.normalize is False:
         return 0.0, 1.0
     card = start.manifest["reward_model"]
     if card["score_std"] == 0:

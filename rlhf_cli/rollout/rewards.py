@@ -156,15 +156,10 @@ def shortened(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
-COMBINATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+COMBINE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda weighted: weighted.sum(0),
     "min": lambda weighted: weighted.min(0),
     "mean_minus_std": lambda weighted: weighted.mean(0) - weighted.std(0),
 }
-"""How the (terms, M) weighted terms make one score; min and mean less the population deviation are pessimistic ensembles
+"""How (terms, M) terms times their weights make (M,) scores; min and mean less the population deviation are pessimistic ensembles
 (Coste et al. 2024, "Reward model ensembles help mitigate overoptimization"; Eisenstein et al. 2023, "Helping or herding?")."""
-
-
-def combine(weighted: np.ndarray, how: str) -> np.ndarray:
-    """(terms, M) terms times their weights → (M,) scores."""
-    return COMBINATIONS[how](weighted)

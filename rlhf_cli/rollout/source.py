@@ -14,7 +14,7 @@ from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Recorded, Tree
 from rlhf_cli.objectives.kl import next_coef
 from rlhf_cli.objectives.policy_gradient import Advantages, PolicyGradient
-from rlhf_cli.rollout.experience import Rollout, Sampler, together
+from rlhf_cli.rollout.experience import Rollout, Sampler, together, with_responses
 
 KL_COEF = "kl_coef"
 """The name of an adapted κ among the objective's own numbers."""
@@ -40,12 +40,10 @@ class HeldOut:
 
 def probe(sampler: Sampler, prompts: Sequence[Tree], seed: int) -> list[Tree]:
     """A few prompts with short responses, to check what must hold before the first step."""
-    few = list(prompts[:PROBE_PROMPTS])
-    numbers, count = range(len(few)), sampler.settings.responses_per_prompt
+    few, count = prompts[:PROBE_PROMPTS], sampler.settings.responses_per_prompt
+    numbers = range(len(few))
     drawn = together(sampler.ranks, lambda: sampler.respond(few, numbers, Stream.PROBE.seed(seed), count, PROBE_TOKENS))
-    return [
-        tree._replace(responses=tuple(response.ids for response in responses)) for tree, responses in zip(few, drawn, strict=True)
-    ]
+    return with_responses(few, drawn)
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,10 @@ class PolicySource:
 
     def collect(self, step: int, memory: Mapping[str, float]) -> StepBatches:
         """The rollout of `step` with what it teaches."""
-        prompts = self.prompts.batch(step)
-        seed = Stream.ROLLOUT.seed(self.seed, step)
-        rollout = self.sampler.rollout(prompts, seed, values=self.objective.values)
-        coef = memory.get(KL_COEF, self.kl.coef)
-        experience = rollout.experience
-        advantages = self.objective.estimate_advantages(experience, coef if self.kl.estimator == "k1" else 0.0, memory)
+        seed, coef = Stream.ROLLOUT.seed(self.seed, step), memory.get(KL_COEF, self.kl.coef)
+        rollout = self.sampler.rollout(self.prompts.batch(step), seed, values=self.objective.values)
+        kl_coef = coef if self.kl.estimator == "k1" else 0.0
+        advantages = self.objective.estimate_advantages(rollout.experience, kl_coef, memory)
         figures = rollout.figures(coef)
         metrics = {
             **figures,
@@ -96,14 +92,9 @@ class PolicySource:
 
 def with_recorded(rollout: Rollout, advantages: Advantages) -> list[Tree]:
     """The trees with what is known of every token of their responses."""
-    unknown, ends = np.full(len(rollout.old), np.nan), np.cumsum(rollout.lengths)[:-1]
-    known = Recorded(
-        old=rollout.old,
-        reference=rollout.reference,
-        advantage=advantages.advantages,
-        value=unknown if rollout.values is None else rollout.values,
-        target=unknown if advantages.targets is None else advantages.targets,
-    )
+    tokens, ends = rollout.tokens, np.cumsum(rollout.lengths)[:-1]
+    targets = np.full(len(tokens.old), np.nan) if advantages.targets is None else advantages.targets
+    known = Recorded(tokens.old, tokens.reference, advantages.advantages, tokens.value, targets)
     parts = zip(*(np.split(values.astype(np.float32), ends) for values in known), strict=True)
     return [tree._replace(recorded=tuple(Recorded(*next(parts)) for _ in tree.responses)) for tree in rollout.trees]
 
@@ -135,8 +126,7 @@ class PreferenceSource:
         """
         steps = range(step, min(step + self.refresh, self.steps + 1))
         batches = [self.prompts.batch(k) for k in steps]
-        prompts = [tree for batch in batches for tree in batch]
-        rollout = self.sampler.rollout(prompts, Stream.ROLLOUT.seed(self.seed, step))
+        rollout = self.sampler.rollout([tree for batch in batches for tree in batch], Stream.ROLLOUT.seed(self.seed, step))
         trees = iter(ranked(rollout) if self.ties else map(untied, ranked(rollout)))
         shaped = []
         for k, batch in zip(steps, batches, strict=True):
@@ -149,30 +139,29 @@ class PreferenceSource:
 
 def ranked(rollout: Rollout) -> list[Tree]:
     """The trees with their responses best first, ties marked as such, and the reference's log-probabilities of each."""
-    known = iter(np.split(rollout.plain_reference, np.cumsum(rollout.lengths)[:-1]))
+    known = iter(np.split(rollout.tokens.plain_reference, np.cumsum(rollout.lengths)[:-1]))
     scores = iter(rollout.scores.tolist())
     found = []
     for tree in rollout.trees:
-        own = [next(scores) for _ in tree.responses]
-        reference = [next(known).astype(np.float32) for _ in tree.responses]
-        order = sorted(range(len(own)), key=lambda k: -own[k])
-        better = sorted(set(own), reverse=True)
-        found.append(
-            tree._replace(
-                responses=tuple(tree.responses[k] for k in order),
-                facts=Facts(ranks=tuple(float(better.index(own[k])) for k in order), scores=tuple(own[k] for k in order)),
-                reference=tuple(reference[k] for k in order),
-            )
-        )
+        own = tuple(next(scores) for _ in tree.responses)
+        descending = sorted(set(own), reverse=True)
+        facts = Facts(ranks=tuple(float(descending.index(score)) for score in own), scores=own)
+        reference = tuple(next(known).astype(np.float32) for _ in own)
+        found.append(_select(tree._replace(facts=facts, reference=reference), sorted(range(len(own)), key=lambda k: -own[k])))
     return found
 
 
 def untied(tree: Tree) -> Tree:
     """The tree with one response of each rank: a ranking of all of them would put some order into a tie."""
+    ranks = tree.facts.ranks or ()
+    return _select(tree, [k for k, rank in enumerate(ranks) if rank not in ranks[:k]])
+
+
+def _select(tree: Tree, responses: Sequence[int]) -> Tree:
+    """A ranked tree with these of its responses, in this order."""
     ranks, scores = tree.facts.ranks or (), tree.facts.scores or ()
-    kept = [k for k, rank in enumerate(ranks) if rank not in ranks[:k]]
     return tree._replace(
-        responses=tuple(tree.responses[k] for k in kept),
-        facts=tree.facts._replace(ranks=tuple(ranks[k] for k in kept), scores=tuple(scores[k] for k in kept)),
-        reference=tree.reference and tuple(tree.reference[k] for k in kept),
+        responses=tuple(tree.responses[k] for k in responses),
+        facts=tree.facts._replace(ranks=tuple(ranks[k] for k in responses), scores=tuple(scores[k] for k in responses)),
+        reference=tree.reference and tuple(tree.reference[k] for k in responses),
     )

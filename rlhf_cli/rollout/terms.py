@@ -47,8 +47,7 @@ class RewardTerms:
     @property
     def words(self) -> list[str]:
         """What the recipe does not show."""
-        named = [("reward", term) for term in self.reward] + [("gold", term) for term in self.gold]
-        return [f"{what} {term.name}: {term.words}" for what, term in named if term.words]
+        return [f"{name.replace('/', ' ', 1)}: {term.words}" for name, term in self.named.items() if term.words]
 
     def load(self, models: FrozenModels, budget: int) -> tuple[list[Scorer], list[Scorer]]:
         """Those of the reward and of gold with their weights, each base loaded once; budget: tokens of one forward pass.

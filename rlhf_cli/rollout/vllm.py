@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.errors import MachineError
 from rlhf_cli.files import read_json
 from rlhf_cli.rollout.generate import Request, Response
 from rlhf_cli.signals import Pause, no_pause
 
 GPU_SHARE = 0.4
 """Of the GPU's memory, that vLLM takes for itself; the rest is for training."""
-
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as the largest rank of an adapter."""
 
@@ -46,13 +45,7 @@ class VllmEngine:
         self.draws = 0
 
     def generate(self, request: Request, pause: Pause = no_pause) -> list[list[Response]]:
-        """The responses; pauses before, for a draw that has begun is not left. Reproducible as far as vLLM's seeds are.
-
-        Raises:
-            UsageError: a prompt is empty.
-        """
-        if not all(map(len, request.prompts)):
-            raise UsageError("an empty prompt: there is no token to continue; give every prompt at least one")
+        """The responses; pauses before, for a draw that has begun is not left. Reproducible as far as vLLM's seeds are."""
         pause()
         self.draws += 1
         with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +59,10 @@ class VllmEngine:
             )
         # Greedy samples are all the same, and vLLM draws one only.
         times = 1 if request.temperature else request.samples
-        return [[_drawn(found.token_ids, request) for found in output.outputs] * times for output in outputs]
+        found = [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
+        return [
+            [Response(np.array(ids, np.int32), bool(ids) and ids[-1] in request.ends) for ids in own] * times for own in found
+        ]
 
     def _load(self, folder: Path) -> Any:
         """Have the saved weights in force; an adapter's name for this draw, else None."""
@@ -99,7 +95,3 @@ class VllmEngine:
             detokenize=False,
             skip_special_tokens=False,
         )
-
-
-def _drawn(ids: Any, request: Request) -> Response:
-    return Response(np.array(ids, np.int32), len(ids) > 0 and ids[-1] in request.ends)

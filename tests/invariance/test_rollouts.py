@@ -107,8 +107,8 @@ def test_logged_figures_are_those_of_plain_transformers(home: Path, tmp_path: Pa
     assert line["objective/kl"] == pytest.approx(kl[1.0].mean(), abs=1e-5)
     assert line["objective/scores"] - line["objective/rlhf_reward"] == pytest.approx(0.3 * kl[0.7].mean(), abs=1e-5)
     assert line["objective/entropy"] == pytest.approx(np.mean([-float(one.sum()) for one in mine[0.7]]), abs=1e-4)
-    assert np.abs(rollout.old - torch.cat(mine[0.7]).numpy()).max() < 1e-5
-    assert np.abs(rollout.reference - torch.cat(theirs[0.7]).numpy()).max() < 1e-5
+    assert np.abs(rollout.tokens.old - torch.cat(mine[0.7]).numpy()).max() < 1e-5
+    assert np.abs(rollout.tokens.reference - torch.cat(theirs[0.7]).numpy()).max() < 1e-5
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.recipe.rewards import default_name, term_names
 from rlhf_cli.rollout.reward_functions import RewardFunction
 from rlhf_cli.rollout.reward_models import Reader, RewardModelScorer
-from rlhf_cli.rollout.rewards import Answers, PolicyText, combine
+from rlhf_cli.rollout.rewards import COMBINE, Answers, PolicyText
 from rlhf_cli.sections import Reward
 from tests.data.tiny_tokenizer import CHATML, LLAMA3, encode_prompt, tiny_tokenizer
 from tests.models.tiny_backbone import draw_trees, make, make_backbone, sequences
@@ -201,11 +201,11 @@ class TestFiles:
 )
 def test_terms_are_combined(how: str, wanted: list[float]) -> None:
     """By hand: (1, 3): mean 2, deviation 1; (−4, 2): −1 and 3; (4, 2): 3 and 1."""
-    assert combine(np.array([[1.0, -4.0, 4.0], [3.0, 2.0, 2.0]]), how).tolist() == wanted
+    assert COMBINE[how](np.array([[1.0, -4.0, 4.0], [3.0, 2.0, 2.0]])).tolist() == wanted
 
 
 def test_mean_minus_std_of_three_terms_uses_the_population_deviation() -> None:
-    assert combine(np.array([[0.0], [3.0], [6.0]]), "mean_minus_std")[0] == pytest.approx(3 - 6**0.5)
+    assert COMBINE["mean_minus_std"](np.array([[0.0], [3.0], [6.0]]))[0] == pytest.approx(3 - 6**0.5)
 
 
 @pytest.mark.parametrize(
