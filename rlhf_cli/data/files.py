@@ -8,6 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
@@ -219,18 +220,16 @@ def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
 
 def _json_cell(cell: str) -> Any:
     """Lists and labels are written as JSON in a cell; what is none stays text, and is then a bad row by its type."""
-    try:
+    with suppress(ValueError, RecursionError, BadRow):
         return STRICT.decode(cell)
-    except (ValueError, RecursionError, BadRow):
-        return cell
+    return cell
 
 
 def _number_cell(cell: str) -> Any:
     """An empty cell has no number."""
-    try:
+    with suppress(ValueError):
         return float(cell) if cell.strip() else None
-    except ValueError:
-        return cell
+    return cell
 
 
 CELLS: dict[str, Callable[[str], Any]] = {

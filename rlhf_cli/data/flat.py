@@ -43,14 +43,9 @@ class Trees(Sequence[Tree]):
         at = range(len(self))[index]
         bounds = self.segments[self.first[at] : self.first[at + 1] + 1]
         prompt, *responses = (slice(a, b) for a, b in pairwise(bounds))
-        return Tree(
-            self.ids[prompt],
-            self.supervised[prompt],
-            tuple(self.ids[part] for part in responses),
-            int(self.rows[at]),
-            self.facts[at],
-            None if self.reference is None else tuple(self.reference[part] for part in responses),
-        )
+        texts = tuple(self.ids[part] for part in responses)
+        reference = None if self.reference is None else tuple(self.reference[part] for part in responses)
+        return Tree(self.ids[prompt], self.supervised[prompt], texts, int(self.rows[at]), self.facts[at], reference)
 
     def where(self, index: int) -> str:
         """File and line of tree `index`."""
@@ -66,10 +61,9 @@ class Trees(Sequence[Tree]):
     def supervised_counts(self) -> np.ndarray:
         """(N,) tokens that can be predicted: where there is no prompt, nothing comes before a response's first token."""
         totals = np.concatenate([[0], np.cumsum(self.supervised)])
-        counts = np.diff(totals[self.segments[self.first]])
         prompts = np.diff(self.segments)[self.first[:-1]]
         unpredicted = np.where(prompts == 0, np.diff(self.first) - 1, 0)
-        predicted: np.ndarray = counts - unpredicted
+        predicted: np.ndarray = np.diff(totals[self.segments[self.first]]) - unpredicted
         return predicted
 
 

@@ -119,20 +119,14 @@ def _from_whole_pair(row: Row, where: str) -> Record:
         return _pair(row, best, records.conversation(messages(rejected, "'rejected'"), "'rejected'"), where)
     if a_text(chosen, "'chosen'").strip() == a_text(rejected, "'rejected'").strip():
         raise BadRow("'chosen' and 'rejected' are the same")
-    prompt = chosen[: _last_boundary(chosen[: records.shared_length(chosen, rejected)])]
+    shared = chosen[: records.shared_length(chosen, rejected)]
+    # The prompt ends where the last whole word does, so that the cut splits no word and hardly a token.
+    prompt = shared.rstrip() if shared[-1:].isspace() else "".join(shared.rsplit(maxsplit=1)[:-1])
     if not prompt.strip():
         raise BadRow("the prompts of 'chosen' and 'rejected' differ")
-    best = prompt, a_text(chosen[len(prompt) :], "the response in 'chosen'")
-    return _pair(row, best, (prompt, a_text(rejected[len(prompt) :], "the response in 'rejected'")), where)
-
-
-def _last_boundary(text: str) -> int:
-    """Where the last whole word ends, so that a cut there splits no word and hardly a token."""
-    whole = text.rstrip()
-    if whole != text:
-        return len(whole)
-    words = text.rsplit(maxsplit=1)
-    return len(words[0]) if len(words) == 2 else 0
+    first = a_text(chosen[len(prompt) :], "the response in 'chosen'")
+    second = a_text(rejected[len(prompt) :], "the response in 'rejected'")
+    return _pair(row, (prompt, first), (prompt, second), where)
 
 
 def _from_hh(row: Row, where: str) -> Record:

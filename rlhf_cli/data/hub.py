@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -44,11 +45,9 @@ def _answers(host: str, port: int) -> bool:
     answered = threading.Event()
 
     def connect() -> None:
-        try:
+        with suppress(OSError):
             socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
             answered.set()
-        except OSError:
-            pass
 
     # In a thread because looking up a name cannot be given a time limit.
     thread = threading.Thread(target=connect, daemon=True)

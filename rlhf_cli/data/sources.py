@@ -176,7 +176,7 @@ def _peek(rows: Iterator[RawRow]) -> tuple[list[RawRow], list[Row]]:
 
 
 def _rename_all(rows: Sequence[Row], columns: Mapping[str, str], place: str) -> list[Row]:
-    found = dict.fromkeys(name for row in rows for name in row)
+    found = {name for row in rows for name in row}
     for ours, theirs in columns.items():
         if ours not in formats.KNOWN_COLUMNS:
             raise UsageError(f"{place}: '{ours}' is none of our columns: {', '.join(formats.KNOWN_COLUMNS)}")
@@ -187,8 +187,7 @@ def _rename_all(rows: Sequence[Row], columns: Mapping[str, str], place: str) -> 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """The row under our names; a column that was renamed is gone under its own."""
-    theirs = set(columns.values())
-    kept = {name: value for name, value in row.items() if name not in theirs}
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
     return kept | {ours: row[name] for ours, name in columns.items() if name in row}
 
 

@@ -215,11 +215,9 @@ class _PassBuilder:
         self.ids[start:at] = tree.prompt[shared:]
         self.positions[start:at] = np.arange(shared, prompt)
         if 0 in piece.branches:
-            earlier = np.flatnonzero(tree.supervised)
-            earlier = earlier[earlier > 0]
-            before = earlier - 1
-            unknown = None if tree.reference is None else np.full(len(earlier), np.nan, np.float32)
-            self.supervise(before + np.where(before < shared, beginning.start, start - shared), tree.prompt[earlier], unknown)
+            before = np.flatnonzero(tree.supervised[1:])
+            unknown = None if tree.reference is None else np.full(len(before), np.nan, np.float32)
+            self.supervise(before + np.where(before < shared, beginning.start, start - shared), tree.prompt[before + 1], unknown)
         first = 0 if prompt else 1  # nothing predicts a text's first token
         for k, b in enumerate(piece.branches, 1):
             response = tree.responses[b]
@@ -293,9 +291,8 @@ def _sizes(tree: Tree, piece: Piece) -> list[int]:
 def visible(batch: Batch, window: int | None = None) -> torch.Tensor:
     """(R, 1, L, L) bool: token i sees token j of the same tree, j not after i, in the prompt or in i's own branch.
 
-    What begins all prompts of a row belongs to each of its trees.
-
-    `window` limits the distance in positions, not in row indices. Padding sees padding, so that no row of the softmax is empty.
+    What begins all prompts of a row belongs to each of its trees. `window` limits the distance in positions, not in row
+    indices. Padding sees padding, so that no row of the softmax is empty.
     """
     index = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     begins_all = (index < batch.shared[:, None])[:, None, :] & (batch.tree >= 0)[:, :, None]

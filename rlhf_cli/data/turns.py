@@ -23,10 +23,8 @@ class Rendered(NamedTuple):
 
 def check_text(form: ChatFormat, record: Record) -> None:
     """Raises BadRow for text that would forge a control token."""
-    if form.control is None:
-        return
     for text in (*(message.content for message in as_turns(record.prompt)), *record.responses):
-        if found := form.control.search(text):
+        if form.control is not None and (found := form.control.search(text)):
             raise BadRow("a control token in the text", repr(found.group()))
 
 
