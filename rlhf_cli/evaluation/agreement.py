@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from rlhf_cli.figures import Interval, percent
@@ -87,9 +87,13 @@ class Agreement:
         """Those that have a pair."""
         return self.rate.prompts if self.rate else 0
 
-    def to_json(self) -> dict[str, Any]:
-        """What eval.json and a card have in common, the accuracy left out."""
+    def to_json(self, low: str = "low", high: str = "high") -> dict[str, Any]:
+        """What eval.json and a card have in common; `low`, `high`: keys of the accuracy's bounds. Null without a pair."""
+        accuracy = self.rate.accuracy if self.rate else (None, None, None)
         return {
+            **dict(zip(("accuracy", low, high), accuracy, strict=True)),
+            "pairs": self.pairs,
+            "prompts": self.prompts,
             "ece": self.ece,
             "confidence": self.confidence,
             "reliability": [asdict(each) for each in self.reliability],
@@ -100,7 +104,6 @@ class Agreement:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any], low: str = "low", high: str = "high") -> Agreement:
-        """`low`, `high`: the keys of the bounds of the accuracy."""
         margins, length = entry["margins"], entry["length_baseline"]
         accuracy = Interval(entry["accuracy"], entry[low], entry[high]) if entry["accuracy"] is not None else None
         return cls(
@@ -128,27 +131,13 @@ class Card:
 
     def to_json(self) -> dict[str, Any]:
         """Figures of pairs are null where nothing was held out."""
-        own, rate = self.agreement, self.agreement.rate
-        return {
-            "accuracy": rate and rate.accuracy.mean,
-            "accuracy_low": rate and rate.accuracy.low,
-            "accuracy_high": rate and rate.accuracy.high,
-            "pairs": own.pairs,
-            "prompts": own.prompts,
-            "constant": self.constant,
-            **own.to_json(),
-            "score_mean": self.score_mean,
-            "score_std": self.score_std,
-            "score_responses": self.score_responses,
-            "warning": self.warning,
-        }
+        scores = {key: value for key, value in vars(self).items() if key != "agreement"}
+        return self.agreement.to_json("accuracy_low", "accuracy_high") | scores
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Card:
-        return cls(
-            agreement=Agreement.from_json(entry, "accuracy_low", "accuracy_high"),
-            **{key: entry[key] for key in ("score_mean", "score_std", "score_responses", "warning", "constant")},
-        )
+        scores = {own.name: entry[own.name] for own in fields(cls) if own.name != "agreement"}
+        return cls(agreement=Agreement.from_json(entry, "accuracy_low", "accuracy_high"), **scores)
 
 
 def weaknesses(model: Rate, baseline: LengthBaseline | None) -> list[str]:
@@ -169,13 +158,9 @@ def weaknesses(model: Rate, baseline: LengthBaseline | None) -> list[str]:
 
 def beats_length(model: Rate, baseline: LengthBaseline) -> str | None:
     """A warning where the model is hardly better than a look at the length, or than a guess; else None."""
-    found = weaknesses(model, baseline)
-    if not found:
-        return None
-    return (
-        f"The reward model's held-out accuracy, {_with_interval(model.accuracy)}, {' and '.join(found)}. "
-        "Train on more pairs, or hold out more of them to be sure."
-    )
+    found = " and ".join(weaknesses(model, baseline))
+    remedy = "Train on more pairs, or hold out more of them to be sure."
+    return f"The reward model's held-out accuracy, {_with_interval(model.accuracy)}, {found}. {remedy}" if found else None
 
 
 def _with_interval(share: Interval) -> str:

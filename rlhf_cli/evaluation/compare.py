@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from itertools import combinations
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def _asked(
         job.console.say(f"the judge has answered {done:,} of {total:,} questions")
 
     job.signals.say("while the judge was asked; its verdicts are kept, continue with --resume")
-    with Verdicts(path) as verdicts:
+    with closing(Verdicts(path)) as verdicts:
         found = judge_all(endpoint, questions, verdicts, say)
     note = (
         f"The judge contradicted itself in {found.contradicting:,} of {found.asked:,} comparisons when the responses changed "

@@ -59,20 +59,8 @@ class Agreed:
         return weaknesses(own.rate, own.length_baseline) if own.rate and self.kind != "policy" else []
 
     def to_json(self) -> dict[str, Any]:
-        """Accuracy and interval are null without a pair."""
-        own, rate = self.agreement, self.agreement.rate
-        return {
-            "kind": self.kind,
-            "accuracy": rate and rate.accuracy.mean,
-            "low": rate and rate.accuracy.low,
-            "high": rate and rate.accuracy.high,
-            "ties": own.ties,
-            "pairs": own.pairs,
-            "prompts": own.prompts,
-            **own.to_json(),
-            "beta": self.beta,
-            "faults": self.weaknesses,
-        }
+        own = self.agreement
+        return {"kind": self.kind, **own.to_json(), "ties": own.ties, "beta": self.beta, "faults": self.weaknesses}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Agreed:

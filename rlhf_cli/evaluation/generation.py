@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_cli.evaluation.intervals import jackknife, ratio_interval
+from rlhf_cli.evaluation.intervals import jackknife, ratio_interval, within_shares
 from rlhf_cli.evaluation.samples import Samples
 from rlhf_cli.figures import Interval
 
@@ -37,7 +37,7 @@ def figures(samples: Samples, counts: np.ndarray) -> dict[str, Interval]:
         found["objective/kl"] = mean_interval(ratios, counts)
         found["objective/kl_per_token"] = ratio_interval(ratios.sum(1), lengths.sum(1), counts)
     found["response/length"] = mean_interval(lengths, counts)
-    found["response/eos_rate"] = _within(mean_interval(samples.table(lambda sample: sample.ended), counts))
+    found["response/eos_rate"] = within_shares(mean_interval(samples.table(lambda sample: sample.ended), counts))
     texts = samples.texts()
     for size in (1, 2):
         share = distinct(texts, size)
@@ -115,10 +115,4 @@ def _repeated(count: int) -> int:
 
 def _share(above: int, below: int, lost_above: Sequence[int], lost_below: Sequence[int]) -> Interval:
     """above / below, and its jackknife from what either loses by leaving out each prompt."""
-    found = jackknife(above / below, (above - np.array(lost_above)) / (below - np.array(lost_below)))
-    return _within(found)
-
-
-def _within(share: Interval) -> Interval:
-    """The interval of a share, which of few prompts may reach beyond all shares."""
-    return Interval(share.mean, max(share.low, 0.0), min(share.high, 1.0))
+    return within_shares(jackknife(above / below, (above - np.array(lost_above)) / (below - np.array(lost_below))))

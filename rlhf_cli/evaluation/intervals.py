@@ -51,6 +51,11 @@ def interval(point: float, draws: np.ndarray, prompts: int) -> Interval:
     return Interval(point, point + longer * min(low - point, 0.0), point + longer * max(high - point, 0.0))
 
 
+def within_shares(found: Interval) -> Interval:
+    """The interval of a share, which of few prompts may reach beyond all shares."""
+    return Interval(found.mean, max(found.low, 0.0), min(found.high, 1.0))
+
+
 def ratio_interval(
     above: np.ndarray, below: np.ndarray, counts: np.ndarray, transform: Callable[[float], float] | None = None
 ) -> Interval:

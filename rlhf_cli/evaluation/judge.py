@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -93,12 +92,6 @@ class Verdicts:
     def close(self) -> None:
         self._log.close()
 
-    def __enter__(self) -> Verdicts:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
 
 @dataclass(frozen=True)
 class Comparisons:
@@ -109,12 +102,8 @@ class Comparisons:
     contradicting: int  # of them: the response in the same place was better in both orders
 
 
-def _quiet(done: int, total: int) -> None:
-    """Tell nobody."""
-
-
 def judge_all(
-    settings: Endpoint, comparisons: Sequence[Question], verdicts: Verdicts, say: Callable[[int, int], None] = _quiet
+    settings: Endpoint, comparisons: Sequence[Question], verdicts: Verdicts, say: Callable[[int, int], None]
 ) -> Comparisons:
     """Ask about every comparison in both orders.
 
@@ -170,7 +159,14 @@ def _ask_all(judge: Judge, questions: Mapping[str, Question], verdicts: Verdicts
                 say(done, total)
     finally:
         stop.set()
-        _keep_rest(threads, answers, verdicts)
+        deadline = time.monotonic() + GRACE  # the requests that hang are left to their timeout
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        while not answers.empty():
+            key, answer = answers.get()
+            if isinstance(answer, Answer):
+                verdicts.keep(key, answer)
     if isinstance(failure, Failure):
         kept = sum(verdicts.get(key) is not None for key in questions)
         raise MachineError(
@@ -179,20 +175,6 @@ def _ask_all(judge: Judge, questions: Mapping[str, Question], verdicts: Verdicts
         )
     if failure is not None:
         raise failure
-
-
-def _keep_rest(
-    threads: Sequence[threading.Thread], answers: SimpleQueue[tuple[str, Answer | Exception]], verdicts: Verdicts
-) -> None:
-    """Keep what was answered meanwhile; the requests that hang are left to their timeout."""
-    deadline = time.monotonic() + GRACE
-    for thread in threads:
-        if thread.ident is not None:
-            thread.join(max(0.0, deadline - time.monotonic()))
-    while not answers.empty():
-        key, answer = answers.get()
-        if isinstance(answer, Answer):
-            verdicts.keep(key, answer)
 
 
 def _work(

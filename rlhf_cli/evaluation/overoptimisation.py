@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -114,8 +114,7 @@ def run_point(
     log_ratios None: the starting policy itself, whose KL is 0; every series begins with it, at step 0. counts: (B, P).
     """
     kl = Interval(0.0, 0.0, 0.0) if log_ratios is None else mean_interval(log_ratios, counts)
-    worth = _worth(scores.mean(1), None if gold is None else gold.mean(1), counts)
-    return Point(series, model, step, None, kl, *worth)
+    return Point(series, model, step, None, kl, *_worth(scores.mean(1), None if gold is None else gold.mean(1), counts))
 
 
 def best_of_points(
@@ -151,18 +150,16 @@ class Fit:
     r2: float  # 1 − Σ residual² / Σ (gain − mean gain)²; of gains that are all the same, 1 if met, else 0
 
 
-class Fits(NamedTuple):
+@dataclass(frozen=True)
+class Fits:
     """Both forms, for gains R(d) over the start at d = √KL; None: fewer than three points, or all at one KL."""
 
     bon: Fit | None  # d (α − β d), found for best of n
     rl: Fit | None  # d (α − β log d), found for reinforcement learning
 
-    def to_json(self) -> dict[str, Any]:
-        return {name: each and asdict(each) for name, each in self._asdict().items()}
-
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Fits:
-        return cls(*(each and Fit(**each) for each in (entry["bon"], entry["rl"])))
+        return cls(**{name: each and Fit(**each) for name, each in entry.items()})
 
 
 def fit(kl: Sequence[float], values: Sequence[float]) -> Fits:
@@ -209,7 +206,7 @@ class Peak:
         return (self.step if self.n is None else self.n) or 0
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "fall": self.fall.to_json()}
+        return asdict(self) | {"fall": self.fall.to_json()}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Peak:
@@ -242,7 +239,7 @@ class SeriesFits:
     peak: Peak | None
 
     def to_json(self) -> dict[str, Any]:
-        return {name: each and each.to_json() for name, each in (("proxy", self.proxy), ("gold", self.gold), ("peak", self.peak))}
+        return asdict(self) | {"peak": self.peak and self.peak.to_json()}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> SeriesFits:

@@ -32,13 +32,12 @@ class Margins(NamedTuple):
 
 def margins(trees: Sequence[Tree], figures: Iterable[Sequence[float] | np.ndarray]) -> Margins:
     """All ordered pairs of `trees`; `figures` has one number per response of every tree, in the order of its responses."""
-    values: list[float] = []
-    index: list[int] = []
-    for number, (tree, own) in enumerate(zip(trees, figures, strict=True)):
-        for better, worse in ordered_pairs(len(tree.responses), tree.facts):
-            values.append(float(own[better]) - float(own[worse]))
-            index.append(number)
-    return Margins(np.array(values, np.float64), np.array(index, np.int64))
+    found = [
+        (float(own[better]) - float(own[worse]), number)
+        for number, (tree, own) in enumerate(zip(trees, figures, strict=True))
+        for better, worse in ordered_pairs(len(tree.responses), tree.facts)
+    ]
+    return Margins(np.array([value for value, _ in found], np.float64), np.array([number for _, number in found], np.int64))
 
 
 def rate(pairs: Margins) -> Rate | None:
@@ -51,11 +50,11 @@ def rate(pairs: Margins) -> Rate | None:
         return None
     _, weights = np.unique(pairs.tree, return_counts=True)
     share = float(hits(pairs.values).mean())
-    return Rate(Interval(share, *wilson(share, _observations(weights))), len(pairs.values), len(weights))
+    return Rate(Interval(share, *_wilson(share, weights)), len(pairs.values), len(weights))
 
 
-def _observations(weights: np.ndarray) -> float:
-    return float(weights.sum() ** 2 / (weights**2).sum())
+def _wilson(share: float, weights: np.ndarray) -> tuple[float, float]:
+    return wilson(share, float(weights.sum() ** 2 / (weights**2).sum()))
 
 
 def hits(values: np.ndarray) -> np.ndarray:
@@ -106,7 +105,7 @@ def lead(first: Margins, second: Margins) -> Interval:
     means = [float(np.average(each, weights=weights)) for each in (ours, theirs)]
     (up, between), (_, down) = np.cov(ours, theirs, aweights=weights, ddof=0).tolist()
     alike = between / math.sqrt(up * down) if up and down else 0.0
-    (low, high), (base_low, base_high) = (wilson(mean, _observations(weights)) for mean in means)
+    (low, high), (base_low, base_high) = (_wilson(mean, weights) for mean in means)
 
     def distance(own: float, other: float) -> float:
         return math.sqrt(max(own**2 + other**2 - 2 * alike * own * other, 0.0))
@@ -116,19 +115,14 @@ def lead(first: Margins, second: Margins) -> Interval:
     return Interval(gap, gap - below, gap + above)
 
 
-def length_margins(trees: Sequence[Tree]) -> Margins:
-    """Differences of the responses' lengths in tokens, their ends included."""
-    return margins(trees, ([len(response) for response in tree.responses] for tree in trees))
-
-
 def length_baseline(pairs: Margins, held_out: Sequence[Tree], training: Sequence[Tree]) -> LengthBaseline | None:
     """Longer or shorter is decided on the training pairs and measured on the held-out ones; None where those have no pair.
 
     `pairs`: a model's margins of the held-out pairs.
     """
-    learned = rate(length_margins(training))
+    seen, lengths = (margins(trees, [[*map(len, tree.responses)] for tree in trees]) for trees in (training, held_out))
+    learned = rate(seen)
     sign = -1 if learned and learned.accuracy.mean < 0.5 else 1
-    lengths = length_margins(held_out)
     lengths = lengths._replace(values=sign * lengths.values)
     found = rate(lengths)
     if found is None:
@@ -199,9 +193,5 @@ def _subsets(pairs: Margins, trees: Sequence[Tree]) -> dict[str, Rate]:
     if not any(names):
         return {}
     of_pair = np.array([names[index] or NO_SUBSET for index in pairs.tree.tolist()])
-    found: dict[str, Rate] = {}
-    for name in sorted(set(of_pair.tolist())):
-        own = rate(Margins(pairs.values[of_pair == name], pairs.tree[of_pair == name]))
-        assert own is not None
-        found[name] = own
-    return found
+    rates = {name: rate(Margins(*(own[of_pair == name] for own in pairs))) for name in sorted(set(of_pair.tolist()))}
+    return {name: own for name, own in rates.items() if own}

@@ -18,6 +18,7 @@ from rlhf_cli.evaluation.samples import Samples
 from rlhf_cli.evaluation.winrate import WinRate, win_rate
 from rlhf_cli.figures import Interval
 from rlhf_cli.recipe import recipes
+from rlhf_cli.sections import Endpoint
 
 
 @dataclass(frozen=True)
@@ -38,30 +39,27 @@ def summarise(
     prompts = next((own.shape[0] for own in equal.values()), 0)
     counts = resamples(prompts, recipe.seed) if prompts else np.zeros((DRAWS, 0), np.int64)
     points = _points(recipe, measured, equal, counts)
+    winrate, drawn = recipe.winrate, recipe.rollout
+    judge = winrate.judge if winrate else None
     return EvaluationResult(
-        about=_about(recipe, prompts, notes),
+        about=About(
+            reference=recipe.reference,
+            baseline=winrate.baseline if winrate else None,
+            judge=EndpointJudge(judge.endpoint, judge.model) if isinstance(judge, Endpoint) else judge,
+            prompts=prompts,
+            responses=drawn.responses_per_prompt,
+            temperature=drawn.temperature,
+            max_new_tokens=drawn.max_new_tokens,
+            seed=recipe.seed,
+            resamples=DRAWS,
+            notes=list(notes),
+        ),
         models=_models(recipe, measured, equal, counts),
-        winrate=_win_rates(recipe, equal, outcomes, counts),
-        ratings=_ratings(recipe, equal, outcomes, counts),
+        winrate=_win_rates(winrate.baseline, equal, outcomes, counts) if winrate else {},
+        ratings=_ratings(winrate.baseline, equal, outcomes, counts) if winrate and len(equal) > 1 else {},
         preferences=measured.agreed,
         overoptimisation=points,
         fits=fit_series(points, counts),
-    )
-
-
-def _about(recipe: recipes.EvalRecipe, prompts: int, notes: Sequence[str]) -> About:
-    judge = recipe.winrate.judge if recipe.winrate else None
-    return About(
-        reference=recipe.reference,
-        baseline=recipe.winrate.baseline if recipe.winrate else None,
-        judge=judge if judge is None or isinstance(judge, str) else EndpointJudge(judge.endpoint, judge.model),
-        prompts=prompts,
-        responses=recipe.rollout.responses_per_prompt,
-        temperature=recipe.rollout.temperature,
-        max_new_tokens=recipe.rollout.max_new_tokens,
-        seed=recipe.seed,
-        resamples=DRAWS,
-        notes=list(notes),
     )
 
 
@@ -80,11 +78,9 @@ def _models(
 
 
 def _win_rates(
-    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray], counts: np.ndarray
+    baseline: str, samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray], counts: np.ndarray
 ) -> dict[str, WinRate]:
-    if recipe.winrate is None:
-        return {}
-    baseline, found = recipe.winrate.baseline, {}
+    found = {}
     lengths = {name: own.table(lambda sample: sample.tokens) for name, own in samples.items()}
     for name in (name for name in samples if name != baseline):
         outcome = outcomes[name, baseline] if (name, baseline) in outcomes else 1 - outcomes[baseline, name]
@@ -93,14 +89,11 @@ def _win_rates(
 
 
 def _ratings(
-    recipe: recipes.EvalRecipe, samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray], counts: np.ndarray
+    baseline: str, samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray], counts: np.ndarray
 ) -> dict[str, Interval]:
-    if recipe.winrate is None or len(samples) < 2:
-        return {}
-    names = list(samples)
-    place = {name: number for number, name in enumerate(names)}
+    place = {name: number for number, name in enumerate(samples)}
     numbered = {(place[one], place[other]): outcome for (one, other), outcome in outcomes.items()}
-    return ratings(names, numbered, place[recipe.winrate.baseline], counts)
+    return ratings(list(samples), numbered, place[baseline], counts)
 
 
 def _points(recipe: recipes.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray) -> list[Point]:

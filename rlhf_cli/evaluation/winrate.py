@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cli.evaluation.intervals import interval, jeffreys
+from rlhf_cli.evaluation.intervals import interval, jeffreys, within_shares
 from rlhf_cli.figures import Interval
 
 SAME_SCORE = 1e-5
@@ -43,13 +43,11 @@ class WinRate:
     length_controlled: Interval
 
     def to_json(self) -> dict[str, Any]:
-        controlled = self.length_controlled.to_json()
-        return {**self.rate.to_json(), "ties": self.ties, "n": self.n, "length_controlled": controlled}
+        return self.rate.to_json() | {"ties": self.ties, "n": self.n, "length_controlled": self.length_controlled.to_json()}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> WinRate:
-        controlled = Interval.from_json(entry["length_controlled"])
-        return cls(Interval.from_json(entry), entry["ties"], entry["n"], controlled)
+        return cls(Interval.from_json(entry), entry["ties"], entry["n"], Interval.from_json(entry["length_controlled"]))
 
 
 def win_rate(outcome: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> WinRate:
@@ -71,20 +69,12 @@ def win_rate(outcome: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> Win
     prior = len(won) / prompts * jeffreys(len(counts))[:, 0]
     wins = counts @ np.where(known, outcome, 0.0).sum(1) + prior[:, 0]
     draws = wins / (counts @ known.sum(1) + prior.sum(1))
-    raw = _share(float(won.mean()), draws, prompts)
-    controlled = _length_controlled(won, _length(longer[known]), counts, prompt, prior, prompts)
-    return WinRate(raw, float((won == 0.5).mean()), len(won), controlled)
-
-
-def _share(point: float, draws: np.ndarray, prompts: int) -> Interval:
-    found = interval(point, draws, prompts)
-    return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0))
-
-
-def _length(longer: np.ndarray) -> np.ndarray:
-    """tanh(Δ/std Δ); its limit, the sign, where all differ in length by the same."""
+    raw = within_shares(interval(float(won.mean()), draws, prompts))
+    longer = longer[known]
     spread = float(longer.std())
-    return np.tanh(longer / spread) if spread else np.sign(longer)
+    # tanh(Δ/std Δ); its limit, the sign, where all differ in length by the same.
+    length = np.tanh(longer / spread) if spread else np.sign(longer)
+    return WinRate(raw, float((won == 0.5).mean()), len(won), _length_controlled(won, length, counts, prompt, prior, prompts))
 
 
 def _length_controlled(
@@ -105,7 +95,7 @@ def _length_controlled(
         logistic(length, won, np.concatenate([counts[at : at + rows, prompt], prior[at : at + rows]], 1))[:, 0]
         for at in range(0, len(counts), rows)
     ]
-    return _share(float(_sigmoid(point[0])), _sigmoid(np.concatenate(intercepts)), prompts)
+    return within_shares(interval(float(_sigmoid(point[0])), _sigmoid(np.concatenate(intercepts)), prompts))
 
 
 def logistic(feature: np.ndarray, outcome: np.ndarray, weights: np.ndarray) -> np.ndarray:

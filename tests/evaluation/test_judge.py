@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -144,8 +145,8 @@ def settings(server: Model | str, **changed: Any) -> Endpoint:
 
 
 def judged(chosen: Endpoint, comparisons: list[Question], path: Path, **given: Any) -> Comparisons:
-    with Verdicts(path) as verdicts:
-        return judge_all(chosen, comparisons, verdicts, **given)
+    with contextlib.closing(Verdicts(path)) as verdicts:
+        return judge_all(chosen, comparisons, verdicts, **{"say": lambda *_: None, **given})
 
 
 def refused(kind: type[RunError], chosen: Endpoint, comparisons: list[Question], path: Path) -> str:

@@ -12,6 +12,7 @@ from rlhf_cli.evaluation.intervals import Interval, ratio_interval, resamples
 from rlhf_cli.evaluation.overoptimisation import (
     BEST_OF_N,
     Fit,
+    Fits,
     Point,
     SeriesFits,
     best_of,
@@ -136,10 +137,10 @@ def test_points_at_the_start_and_below_it_say_nothing():
 
 
 def test_too_few_points_and_points_at_one_kl_have_no_fit():
-    assert fit([0, 1, 4], [0, 1, 2]) == (None, None)
-    assert fit([0, 1, 4, -0.1], [0, 1, 2, 3]) == (None, None)
-    assert fit([0], [1]) == (None, None)
-    assert fit([0, 2, 2, 2], [0, 1, 2, 3]) == (None, None)
+    assert fit([0, 1, 4], [0, 1, 2]) == Fits(None, None)
+    assert fit([0, 1, 4, -0.1], [0, 1, 2, 3]) == Fits(None, None)
+    assert fit([0], [1]) == Fits(None, None)
+    assert fit([0, 2, 2, 2], [0, 1, 2, 3]) == Fits(None, None)
     assert all(fit([0, 1, 4, 9], [0, 1, 2, 0]))
 
 
