@@ -131,7 +131,7 @@ def train_job(
         run=folder,
         console=job.console,
         signals=job.signals,
-        trackers=start_trackers(job.recipe, folder.path, job.ranks.main),
+        trackers=start_trackers(job.recipe, folder.path) if job.ranks.main else None,
     )
     try:
         # Before a checkpoint is taken up: every process checks the start it was given, also one that goes on later.
@@ -149,7 +149,8 @@ def train_job(
         advice = f"set train.tokens_per_device below {job.budget}, then --resume"
         raise MachineError(f"out of memory outside of a step; {advice}").on_one_rank() from error
     finally:
-        trainer.trackers.close()
+        if trainer.trackers is not None:
+            trainer.trackers.end_training()
     return trainer
 
 

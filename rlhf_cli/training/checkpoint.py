@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -86,7 +85,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: State,
     partial: PartialStep | None = None,
-) -> Path:
+) -> None:
     """Write step-<n> beside its place, sync it, read it back against its hashes, and rename it into place.
 
     `save_model` writes the weights of `role`, as they are handed on; those of other trained roles lie beside them.
@@ -129,14 +128,12 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         raise
     remove_leftovers(folder)
-    return final
 
 
 def is_intact(checkpoint: Path) -> bool:
     """Does every file match its hash, with none missing and none added?"""
     try:
-        recorded = read_json(checkpoint / HASHES)
-        found = hash_tree(checkpoint)
+        recorded, found = read_json(checkpoint / HASHES), hash_tree(checkpoint)
     except (OSError, UsageError):
         return False
     found.pop(HASHES, None)
@@ -144,11 +141,12 @@ def is_intact(checkpoint: Path) -> bool:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest intact checkpoint, and the damaged ones that are newer.
+    """The newest intact checkpoint, and the damaged ones that are newer; leftovers of a killed process are cleared.
 
     Raises:
         MachineError: there are checkpoints, and all are damaged: a silent restart would lose work.
     """
+    remove_leftovers(folder)
     damaged: list[Path] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         if is_intact(path):
@@ -180,8 +178,7 @@ def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.op
         with torch.no_grad():
             for name, parameter in others.items():
                 parameter.copy_(saved[name])
-    numbers: dict[str, Any] = read_json(checkpoint / NUMBERS)
-    restore_optimizer(optimizer, parameters, load_file(checkpoint / OPTIMIZER), numbers)
+    restore_optimizer(optimizer, parameters, load_file(checkpoint / OPTIMIZER), read_json(checkpoint / NUMBERS))
     return load_partial_step(checkpoint)
 
 

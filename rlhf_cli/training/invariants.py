@@ -54,7 +54,14 @@ def check_start(passes: Passes, objective: Objective, trees: list[Tree], *, refe
     if errors := [words for words in passes.ranks.gather(error) if words]:
         raise NumberError(errors[0])
     if objective.reference and reference_is_start and objective.rows.responses != "none":
-        _check_metrics(passes, objective, trees, noise)
+        metrics = evaluate(passes, objective, trees)
+        for name in ZERO_AT_START:
+            if abs(metrics.get(name, 0.0)) > 1e3 * noise:  # a coarse bound, for beta scales rounding
+                raise NumberError(
+                    f"before step 1: {name} is {metrics[name]:.3g}, where 0 is right: is the reference another model?"
+                )
+        if not math.isfinite(metrics["loss"]):
+            raise NumberError(f"before step 1: the loss is {metrics['loss']}")
 
 
 @torch.no_grad()
@@ -63,7 +70,9 @@ def _check_numbers(passes: Passes, objective: Objective, trees: list[Tree], refe
     backbone, budget = passes.backbone, passes.budget
     few = sorted(trees, key=tree_length)[:COMPARED]
     packed = _packed(backbone, objective.role, few, budget)
-    noise = _noise(backbone, objective.role, few, packed)
+    noise = TOLERANCE
+    if backbone.compute_dtype != torch.float32:  # four times what another cut of the same rows changes
+        noise = max(1e-2, 4 * _difference(packed, _packed(backbone, objective.role, few, 1)))
     _same(packed, _packed(backbone, objective.role, few, budget), noise, "two passes over the same rows", "dropout is on?")
     alone = _alone(backbone, objective.role, few)
     _same(packed, alone, noise, "packed rows and single ones", "the mask, the positions or the targets of packed rows are wrong")
@@ -72,21 +81,16 @@ def _check_numbers(passes: Passes, objective: Objective, trees: list[Tree], refe
     return noise
 
 
-def _noise(backbone: Backbone, role: str, trees: list[Tree], packed: Values) -> float:
-    """What counts as rounding: in float32 a constant, else four times what another cut of the same rows changes."""
-    if backbone.compute_dtype == torch.float32:
-        return TOLERANCE
-    other = _packed(backbone, role, trees, 1)
-    return max(1e-2, 4 * max(float(((packed[name] - other[name]).abs() / (1 + other[name].abs())).max()) for name in packed))
+def _difference(found: Values, wanted: Values) -> float:
+    """The largest, relative to 1 + the size of what is wanted."""
+    return float(torch.cat([(found[name] - values).abs() / (1 + values.abs()) for name, values in wanted.items()]).max())
 
 
 def _same(found: Values, wanted: Values, tolerance: float, what: str, why: str) -> None:
-    for name, values in wanted.items():
-        worst = float(((found[name] - values).abs() / (1 + values.abs())).max())
-        if not worst <= tolerance:
-            raise NumberError(
-                f"before step 1: {what} give different numbers, by up to {worst:.2g} where {tolerance:.2g} is rounding\n  {why}"
-            )
+    if not (worst := _difference(found, wanted)) <= tolerance:
+        raise NumberError(
+            f"before step 1: {what} give different numbers, by up to {worst:.2g} where {tolerance:.2g} is rounding\n  {why}"
+        )
 
 
 def _packed(backbone: Backbone, role: str, trees: list[Tree], budget: int) -> Values:
@@ -127,16 +131,14 @@ def _check_reference(passes: Passes, trees: list[Tree], noise: float) -> None:
     for batch in passes.over(trees):
         policy = backbone.logps("policy", batch)[0]
         known = batch.reference if batch.reference is not None else backbone.logps("reference", batch)[0]
-        again = batch.reference if batch.reference is not None else backbone.logps("reference", batch)[0]
         sums = torch.zeros(3, len(batch.last), dtype=torch.float64, device=policy.device)
         sums.index_add_(1, batch.owner, torch.stack((policy - known, policy.abs(), torch.ones_like(policy))).double())
         ratio, size, length = sums
         of_sums = (ratio.abs() / (1 + size / length) / length.sqrt()).max()
         of_tokens = ((policy - known).abs() / (1 + policy.abs())).max()
-        worst = max(float(of_sums), float(of_tokens))
-        if worst <= noise:
+        if max(float(of_sums), float(of_tokens)) <= noise:
             continue
-        if not torch.equal(known, again):
+        if batch.reference is None and not torch.equal(known, backbone.logps("reference", batch)[0]):
             why = "the reference gives other numbers every time: is dropout on in it?"
         elif backbone.peft is not None and float((backbone.logps(BASE, batch)[0] - known).abs().max()) <= noise:
             why = "the reference is the bare base model, without the adapter that the policy starts from"
@@ -147,13 +149,3 @@ def _check_reference(passes: Passes, trees: list[Tree], noise: float) -> None:
             f"before step 1: the policy and its reference differ: log-ratios of up to {token:.3g} nats a token "
             f"and {response:.3g} a response, where 0 is right\n  {why}"
         )
-
-
-def _check_metrics(passes: Passes, objective: Objective, trees: list[Tree], noise: float) -> None:
-    """Implicit rewards, margins and the KL estimate of the first batch are 0; the bound is coarse, for beta scales rounding."""
-    metrics = evaluate(passes, objective, trees)
-    for name in ZERO_AT_START:
-        if abs(metrics.get(name, 0.0)) > 1e3 * noise:
-            raise NumberError(f"before step 1: {name} is {metrics[name]:.3g}, where 0 is right: is the reference another model?")
-    if not math.isfinite(metrics["loss"]):
-        raise NumberError(f"before step 1: the loss is {metrics['loss']}")

@@ -29,7 +29,6 @@ from rlhf_cli.training.checkpoint import (
     load_state,
     newest_checkpoint,
     prune,
-    remove_leftovers,
     restore,
     save_checkpoint,
     set_aside,
@@ -37,7 +36,6 @@ from rlhf_cli.training.checkpoint import (
 from rlhf_cli.training.optim import Schedule, build_optimizer, learning_rate
 from rlhf_cli.training.partial_step import PartialStep
 from rlhf_cli.training.step import NonFinite, Update, optimise
-from rlhf_cli.training.trackers import Trackers
 
 
 class BatchSource(Protocol):
@@ -50,9 +48,6 @@ class BatchSource(Protocol):
         ...
 
 
-Samples = Callable[[], list[dict[str, Any]]]
-"""Gives the lines for samples.jsonl without their step."""
-
 Measure = Callable[[State], dict[str, float]]
 """Gives the held-out metrics; the state holds the budget and the objective's own numbers."""
 
@@ -63,7 +58,7 @@ class Hooks:
 
     source: BatchSource
     measure: Measure | None  # None: nothing is held out
-    sample: Samples
+    sample: Callable[[], list[dict[str, Any]]]  # gives the lines for samples.jsonl without their step
     save_model: Callable[[Path], None]  # writes what is trained, and its tokenizer, into a folder
 
 
@@ -78,7 +73,7 @@ class Trainer:
     run: RunFolder
     console: Console
     signals: StopSignals
-    trackers: Trackers
+    trackers: Any  # accelerate's, None where nothing is tracked
     state: State = field(init=False)
     partial: PartialStep | None = field(init=False, default=None)
 
@@ -89,10 +84,9 @@ class Trainer:
         self.optimizer = build_optimizer(self.backbone.trained_roles, self.settings)
 
     def resume(self) -> None:
-        """Take up the newest intact checkpoint, if there is one; leftovers of a killed process are cleared."""
+        """Take up the newest intact checkpoint, if there is one."""
         checkpoint: Path | None = None
         if self.ranks.main:
-            remove_leftovers(self.run.checkpoints)
             checkpoint, damaged = newest_checkpoint(self.run.checkpoints)
             for path in damaged:
                 self.console.warn(f"{path} is damaged; it is set aside as {set_aside(path).name} and the one before it is used")
@@ -103,10 +97,7 @@ class Trainer:
         self.partial = restore(checkpoint, self.backbone, self.objective.role, self.optimizer)
         within = f" and {self.partial.updates} updates of the next" if self.partial and self.partial.updates else ""
         self.console.say(f"resuming after step {self.state.step}{within} from {checkpoint}")
-        self._take_up_changes()
-
-    def _take_up_changes(self) -> None:
-        """What a resumed run may change: the budget, where the recipe names another, and the number of steps."""
+        # What a resumed run may change: the budget, where the recipe names another, and the number of steps.
         done, planned = self.state.step, self.state.planned
         rates = [[learning_rate(self.settings, k, steps) for k in range(1, done + 1)] for steps in (planned, self.steps)]
         if rates[0] != rates[1]:
@@ -187,8 +178,7 @@ class Trainer:
         self._advance(step=step, usage=usage)
         self.partial = PartialStep(batches) if batches.serves(step + 1) else None
         self._log("train", metrics)
-        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-        progress.update(step, self.steps, metrics, memory)
+        progress.update(step, self.steps, metrics, peak_memory())
 
     def _collect(self, step: int) -> PartialStep:
         """What is known of the step: batches that were made for it before, or those that are made now."""
@@ -262,7 +252,8 @@ class Trainer:
         """Write a line and note its best values; a new best checkpoint is saved by the loop once all of the step is logged."""
         if self.ranks.main:
             self.metrics.append({"step": self.state.step, "split": split, "time": round(time.time(), 3)} | metrics)
-            self.trackers.log({f"{split}/{name}": value for name, value in metrics.items()}, self.state.step)
+            if self.trackers is not None:
+                self.trackers.log({f"{split}/{name}": value for name, value in metrics.items()}, step=self.state.step)
         self._advance(watched=self.state.watched.with_line(self.state.step, split, metrics, self.settings))
 
     def _advance(self, **changes: Any) -> None:
@@ -274,8 +265,7 @@ class Trainer:
         Raises:
             NumberError: a trained weight is not finite; nothing is written.
         """
-        broken = [name for name, p in self.backbone.trained_parameters().items() if not torch.isfinite(p).all()]
-        if broken:
+        if broken := [name for name, p in self.backbone.trained_parameters().items() if not torch.isfinite(p).all()]:
             raise NumberError(f"step {self.state.step}: {broken[0]} is not finite after the update; no checkpoint is written")
         if self.ranks.main:
             usage = dataclasses.replace(self.state.usage, peak_memory=self.peak_memory)
@@ -300,8 +290,7 @@ class Trainer:
 
     def _obey_signal(self) -> None:
         """Raises Stopped on all ranks if a signal is here on one."""
-        received = max(s or 0 for s in self.ranks.gather(self.signals.received))
-        if received:
+        if received := max(s or 0 for s in self.ranks.gather(self.signals.received)):
             raise Stopped("", received)
 
     def _keep_evidence(self, error: NonFinite, step: int, batches: StepBatches) -> NumberError:

@@ -68,15 +68,9 @@ def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state per parameter name: tensors under "name|entry", and plain numbers under the same keys."""
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for name, parameter in parameters.items():
-        for entry, value in optimizer.state[parameter].items():
-            if torch.is_tensor(value):
-                tensors[f"{name}|{entry}"] = value.detach().cpu().contiguous()
-            else:
-                numbers[f"{name}|{entry}"] = value
-    return tensors, numbers
+    state = {f"{name}|{entry}": value for name, p in parameters.items() for entry, value in optimizer.state[p].items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items() if torch.is_tensor(value)}
+    return tensors, {key: value for key, value in state.items() if key not in tensors}
 
 
 def restore_optimizer(
@@ -88,5 +82,5 @@ def restore_optimizer(
     """The inverse of `optimizer_state`. The fused AdamW keeps its step counter on the device too."""
     for key, value in {**tensors, **numbers}.items():
         name, entry = key.rsplit("|", 1)
-        parameter = parameters[name]
-        optimizer.state[parameter][entry] = value.to(parameter.device) if torch.is_tensor(value) else value
+        p = parameters[name]
+        optimizer.state[p][entry] = value.to(p.device) if torch.is_tensor(value) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,11 @@ class PartialStep:
 
 def save_partial_step(folder: Path, partial: PartialStep) -> None:
     """Write it into a checkpoint; numbers come back bit for bit."""
-    made, arrays = partial.batches, _Arrays()
-    trees = [[arrays.add(tree) for tree in batch] for batch in made.batches]
-    np.savez(folder / ARRAYS, **arrays.found)  # type: ignore[arg-type]
+    made = partial.batches
+    arrays: list[np.ndarray] = []
     numbers = {
         "first": made.first,
-        "batches": trees,
+        "batches": [[_to_json(tree, arrays) for tree in batch] for batch in made.batches],
         "wheres": made.locations,
         "memory": made.memory,
         "given": made.given,
@@ -46,6 +46,7 @@ def save_partial_step(folder: Path, partial: PartialStep) -> None:
         "first_means": partial.first,
         "seconds": partial.seconds,
     }
+    np.savez(folder / ARRAYS, **{str(number): array for number, array in enumerate(arrays)})  # type: ignore[arg-type]
     write_json(folder / NUMBERS, numbers)
 
 
@@ -55,9 +56,10 @@ def load_partial_step(folder: Path) -> PartialStep | None:
         return None
     numbers: dict[str, Any] = read_json(folder / NUMBERS)
     with np.load(folder / ARRAYS) as arrays:
-        batches = tuple([_tree(arrays, one) for one in batch] for batch in numbers["batches"])
-    locations = tuple(numbers["wheres"])
-    made = StepBatches(numbers["first"], batches, locations, numbers["memory"], numbers["given"], numbers["metrics"])
+        batches = tuple([_from_json(saved, arrays) for saved in batch] for batch in numbers["batches"])
+    made = StepBatches(
+        numbers["first"], batches, tuple(numbers["wheres"]), numbers["memory"], numbers["given"], numbers["metrics"]
+    )
     sums = Sums({(name, unit): total for name, unit, total in numbers["totals"]}, numbers["counts"])
     return PartialStep(made, numbers["updates"], sums, numbers["first_means"], numbers["seconds"])
 
@@ -66,27 +68,20 @@ PARTS = ("responses", "reference", "recorded")
 """The fields of a tree that are one array for each response, where they are there."""
 
 
-class _Arrays:
-    """Arrays by number."""
+def _to_json(tree: Tree, arrays: list[np.ndarray]) -> dict[str, Any]:
+    """The tree with a number for each of its arrays, which are added to `arrays`."""
 
-    def __init__(self) -> None:
-        self.found: dict[str, np.ndarray] = {}
+    def number(array: np.ndarray) -> str:
+        arrays.append(array)
+        return str(len(arrays) - 1)
 
-    def one(self, array: np.ndarray) -> str:
-        name = str(len(self.found))
-        self.found[name] = array
-        return name
-
-    def add(self, tree: Tree) -> dict[str, Any]:
-        """The tree as JSON, its arrays by their numbers."""
-        fields = tree._asdict()
-        fields["recorded"] = tree.recorded and [np.stack(known, 1) for known in tree.recorded]
-        parts = {name: fields[name] and [self.one(array) for array in fields[name]] for name in PARTS}
-        prompt = {"prompt": self.one(tree.prompt), "supervised": self.one(tree.supervised)}
-        return {**prompt, **parts, "row": tree.row, "facts": tree.facts._asdict()}
+    fields = tree._asdict() | {"recorded": tree.recorded and [np.stack(known, 1) for known in tree.recorded]}
+    parts = {name: fields[name] and [number(array) for array in fields[name]] for name in PARTS}
+    prompt = {"prompt": number(tree.prompt), "supervised": number(tree.supervised)}
+    return {**prompt, **parts, "row": tree.row, "facts": tree.facts._asdict()}
 
 
-def _tree(arrays: Any, saved: dict[str, Any]) -> Tree:
+def _from_json(saved: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Tree:
     parts: dict[str, Any] = {name: saved[name] and tuple(arrays[number] for number in saved[name]) for name in PARTS}
     parts["recorded"] = parts["recorded"] and tuple(Recorded(*known.T.copy()) for known in parts["recorded"])
     facts: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["facts"].items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.signals import Pause, no_pause
 
+T = TypeVar("T")
+
 FLOAT16_LOSS_SCALE = 1024.0
 """Keeps small gradients above float16's smallest number on their way back; taken out again before the update."""
 
@@ -30,10 +33,9 @@ class Sums:
     counts: dict[str, int] = field(default_factory=dict)  # unit → count
 
     def __add__(self, other: Sums) -> Sums:
-        totals = {key: self.totals.get(key, 0.0) + other.totals.get(key, 0.0) for key in {**self.totals, **other.totals}}
-        return Sums(
-            totals, {unit: self.counts.get(unit, 0) + other.counts.get(unit, 0) for unit in {**self.counts, **other.counts}}
-        )
+        totals = {key: self.totals.get(key, 0.0) + other.totals.get(key, 0.0) for key in self.totals | other.totals}
+        counts = {unit: self.counts.get(unit, 0) + other.counts.get(unit, 0) for unit in self.counts | other.counts}
+        return Sums(totals, counts)
 
     @property
     def means(self) -> dict[str, float]:
@@ -89,16 +91,12 @@ def optimise(passes: Passes, objective: Objective, optimizer: torch.optim.Optimi
     backbone, ranks = passes.backbone, passes.ranks
     roles, parameters = backbone.trained_roles, backbone.trained_parameters()
     counts = objective.counts(update.trees)
-    while True:
+
+    def backward(passes: Passes) -> tuple[Sums, list[_Pass]]:
         optimizer.zero_grad(set_to_none=True)
-        try:
-            statistics, found = _backward(passes, objective, update, counts)
-            break
-        except (RuntimeError, MemoryError) as error:
-            passes = passes.at_most(smaller_budget(error, passes.budget, update.trees, ranks))
-        # Out here the error, and with it the pass's tensors, is gone.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return _backward(passes, objective, update, counts)
+
+    passes, (statistics, found) = within_memory(passes, update.trees, backward)
     first = update.step == 1 and update.number == 0
     if first:
         _check_gradients_exist(backbone, ranks)
@@ -232,10 +230,10 @@ def _run_pass(
 
 def _summed(passes: Sequence[_Pass], counts: dict[str, int], ranks: Ranks) -> Sums:
     """Sums over all passes and ranks. Ranks without a pass learn the names from the others."""
-    mine = {key: 0.0 for p in passes for key in p.sums}
+    mine: dict[tuple[str, str], float] = {}
     for p in passes:
         for key, value in p.sums.items():
-            mine[key] += float(value)
+            mine[key] = mine.get(key, 0.0) + float(value)
     keys = sorted({key for keys in ranks.gather(list(mine)) for key in keys})
     totals = ranks.sum(mine.get(key, 0.0) for key in keys)
     return Sums(dict(zip(keys, totals, strict=True)), counts)
@@ -245,17 +243,30 @@ def _loss_scale(backbone: Backbone) -> float:
     return FLOAT16_LOSS_SCALE if backbone.compute_dtype == torch.float16 else 1.0
 
 
-def smaller_budget(error: BaseException, budget: int, trees: list[Tree], ranks: Ranks) -> int:
-    """Half the budget if `error` says that memory ran out; else the error goes on."""
-    if not is_out_of_memory(error):
-        raise error
-    longest = max(map(tree_length, trees))
-    advice = f"set train.tokens_per_device below {budget}, shorten data.max_length or set model.gradient_checkpointing: true"
-    if ranks.size > 1:
-        raise MachineError(f"out of memory on rank {ranks.rank}; {advice}, then --resume").on_one_rank() from error
-    if budget <= longest:
-        raise MachineError(f"out of memory with one tree of {longest} tokens in the pass; {advice}") from error
-    return max(budget // 2, 1)
+def within_memory(passes: Passes, trees: Sequence[Tree], run: Callable[[Passes], T]) -> tuple[Passes, T]:
+    """What `run` gives for `trees`, after the passes that it fitted in: their budget is halved whenever memory runs out.
+
+    Raises:
+        MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
+    """
+    while True:
+        budget, ranks = passes.budget, passes.ranks
+        try:
+            return passes, run(passes)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = (
+                f"set train.tokens_per_device below {budget}, shorten data.max_length or set model.gradient_checkpointing: true"
+            )
+            if ranks.size > 1:
+                raise MachineError(f"out of memory on rank {ranks.rank}; {advice}, then --resume").on_one_rank() from error
+            if budget <= (longest := max(map(tree_length, trees))):
+                raise MachineError(f"out of memory with one tree of {longest} tokens in the pass; {advice}") from error
+            passes = passes.at_most(max(budget // 2, 1))
+        # Out here the error, and with it the pass's tensors, is gone.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _check_gradients_exist(backbone: Backbone, ranks: Ranks) -> None:

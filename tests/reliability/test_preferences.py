@@ -204,8 +204,8 @@ def spoil_reference(patch: pytest.MonkeyPatch, value: float) -> None:
     """The reference gives `value` for one token of one response."""
     forward = reference._Work._forward
 
-    def broken(self: Any, wanted: Any) -> dict[int, np.ndarray]:
-        found = forward(self, wanted)
+    def broken(self: Any, *given: Any) -> dict[int, np.ndarray]:
+        found = forward(self, *given)
         found[0][0] = value
         return found
 
@@ -263,11 +263,11 @@ def test_a_signal_while_the_reference_is_computed_keeps_the_work(
     with monkeypatch.context() as patch:
         calls, forward = [0], reference._Work._forward
 
-        def signalled(self: Any, wanted: Any) -> Any:
+        def signalled(self: Any, *given: Any) -> Any:
             calls[0] += 1
             if calls[0] == 3:
                 signal.raise_signal(number)
-            return forward(self, wanted)
+            return forward(self, *given)
 
         patch.setattr(reference._Work, "_forward", signalled)
         assert rlhf("dpo", path) == 128 + number
@@ -340,11 +340,11 @@ def say_when_computing(*words: str) -> int:
     """`rlhf`, which makes a file in the cache once the reference has made three passes."""
     forward, calls = reference._Work._forward, [0]
 
-    def counting(self: Any, wanted: Any) -> Any:
+    def counting(self: Any, *given: Any) -> Any:
         calls[0] += 1
         if calls[0] == 4:
             Path(os.environ["RLHF_CACHE"], f"computing-{os.environ.get('RANK', '0')}").touch()
-        return forward(self, wanted)
+        return forward(self, *given)
 
     reference._Work._forward = counting
     return main(words)

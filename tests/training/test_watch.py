@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_cli.sections import KeepBest, StopRule, Train
-from rlhf_cli.training.watch import kept_by, note_best, reason_to_stop
+from rlhf_cli.training.watch import Watched
 
 
 @pytest.mark.parametrize(
@@ -23,19 +23,20 @@ from rlhf_cli.training.watch import kept_by, note_best, reason_to_stop
     ],
 )
 def test_reason_to_stop(rule: StopRule, value: float, best: float | None, wanted: str | None) -> None:
-    noted = {} if best is None else {"train/objective/kl": best}
-    assert reason_to_stop({"objective/kl": rule}, "train", {"objective/kl": value, "loss": 1e9}, noted) == wanted
+    noted = Watched({} if best is None else {"train/objective/kl": best})
+    train = Train(stop_if={"objective/kl": rule})
+    assert noted.with_line(1, "train", {"objective/kl": value, "loss": 1e9}, train).stopped_by == wanted
 
 
 def test_a_metric_that_is_not_there_breaks_no_rule() -> None:
-    assert reason_to_stop({"score": StopRule(falls=0.1)}, "train", {"loss": 1.0}, {}) is None
-    assert reason_to_stop({}, "train", {"loss": 1.0}, {}) is None
+    for rules in ({"score": StopRule(falls=0.1)}, {}):
+        assert Watched().with_line(1, "train", {"loss": 1.0}, Train(stop_if=rules)) == Watched()
 
 
 def test_best_values() -> None:
     """A `falls` rule follows the highest value of each split, keep_best its own mode on held-out lines; others are not noted."""
     train = Train(stop_if={"score": StopRule(falls=0.1), "kl": StopRule(above=1)}, keep_best=KeepBest("loss", "min"))
-    best: dict[str, float] = {}
+    watched = Watched()
     lines = (
         ("train", {"score": 1.0, "kl": 9.0, "loss": 1.0}),
         ("eval", {"score": 0.5, "loss": 3.0}),
@@ -43,16 +44,19 @@ def test_best_values() -> None:
         ("eval", {"score": 0.4, "loss": 2.0}),
         ("eval", {"loss": 4.0}),
     )
-    for split, metrics in lines:
-        best = note_best(best, split, metrics, train)
-    assert best == {"train/score": 2.0, "eval/score": 0.5, "keep_best": 2.0}
+    for step, (split, metrics) in enumerate(lines):
+        watched = watched.with_line(step, split, metrics, train)
+    assert watched.best == {"train/score": 2.0, "eval/score": 0.5, "keep_best": 2.0}
+    assert watched.best_step == 3
 
 
 def test_a_metric_that_may_not_fall_says_which_checkpoint_is_the_best() -> None:
     """Unless the recipe names another one: what stops the run for having fallen has a best checkpoint to go back to."""
     train = Train(stop_if={"objective/kl": StopRule(above=9), "gold/true": StopRule(falls=0.1)})
-    best: dict[str, float] = {}
-    for split, gold in (("eval", 0.4), ("train", 0.9), ("eval", 0.6), ("eval", 0.5)):
-        best = note_best(best, split, {"gold/true": gold, "objective/kl": 1.0}, train)
-    assert best == {"train/gold/true": 0.9, "eval/gold/true": 0.6, "keep_best": 0.6}
-    assert kept_by(Train(stop_if=train.stop_if, keep_best=KeepBest("loss", "min"))) == KeepBest("loss", "min")
+    watched = Watched()
+    for step, (split, gold) in enumerate((("eval", 0.4), ("train", 0.9), ("eval", 0.6), ("eval", 0.5))):
+        watched = watched.with_line(step, split, {"gold/true": gold, "objective/kl": 1.0}, train)
+    assert watched.best == {"train/gold/true": 0.9, "eval/gold/true": 0.6, "keep_best": 0.6}
+    assert (watched.best_step, watched.stopped_by) == (2, "gold/true 0.5 has lost more than 10% of its best, 0.6")
+    named = Train(stop_if=train.stop_if, keep_best=KeepBest("loss", "min"))
+    assert Watched().with_line(1, "eval", {"gold/true": 0.4, "loss": 2.0}, named).best["keep_best"] == 2.0
