@@ -116,7 +116,7 @@ def _with_reference(
         place_reference(job, reference, placement, base)
     if not cached:
         return job
-    parts = [part for part in (job.dataset.train, job.dataset.held_out) if part is not None]
+    parts = [part.trees for part in (job.dataset.train, job.dataset.held_out) if part is not None]
     # Before its first update the policy is the start: no second copy of anything is needed.
     role = "policy" if reference.is_start else "reference"
     weights, adapter = reference.base.weights_hash, reference.start.adapter
@@ -128,13 +128,13 @@ def _with_reference(
     filled = reference_logps(
         job.passes(backbone),
         role,
-        [part.trees for part in parts],
+        parts,
         key=weights_key(backbone.at(role), weights, adapter),
         console=job.console,
         folder=default_folder(),
     )
     job.signals.say(BEFORE)
     backbone.elsewhere.pop(role, None)
-    known = dict(zip(map(id, (part.trees for part in parts)), filled, strict=True))
+    known = dict(zip(map(id, parts), filled, strict=True))
     dataset = job.dataset.map_trees(lambda trees: known[id(trees)])
     return dataclasses.replace(job, dataset=dataset, source=dataclasses.replace(job.source, trees=dataset.train.trees))

@@ -6,14 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.data.unpaired import unpaired, with_mismatches
 from rlhf_cli.errors import NumberError, UsageError
-from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import Weights
 from rlhf_cli.models.placement import Placement
 from rlhf_cli.models.sampling import stop_ids
@@ -47,7 +45,14 @@ def set_up_rollouts(job: TrainingJob, reward_terms: RewardTerms, placement: Plac
     recipe, backbone, settings = job.recipe, placement.policy, job.recipe.draws
     assert settings is not None and isinstance(recipe, recipes.PpoRecipe | recipes.DirectRecipe)
     terms, gold = reward_terms.load(placement, job.budget)
-    engine = _engine(job, backbone, base)
+    engine: Engine = TransformersEngine(backbone, "policy")
+    if settings.engine != "transformers":
+        if job.ranks.size > 1:
+            place = job.loaded.named("rollout.engine")
+            raise UsageError(f"{place}: vllm draws on one device, and there are {job.ranks.size}; use engine: transformers")
+        from rlhf_cli.rollout.vllm import VllmEngine
+
+        engine = VllmEngine(base.base, base.revision, recipe.model.dtype, partial(backbone.save, "policy"))
 
     def sampler(records: Sequence[Record]) -> Sampler:
         return Sampler(
@@ -78,18 +83,6 @@ def set_up_rollouts(job: TrainingJob, reward_terms: RewardTerms, placement: Plac
     return RolloutSetup(own, measure, probe(own, job.source.batch(1), recipe.seed))
 
 
-def _engine(job: TrainingJob, backbone: Backbone, base: Weights) -> Engine:
-    assert job.recipe.draws is not None
-    if job.recipe.draws.engine == "transformers":
-        return TransformersEngine(backbone, "policy")
-    if job.ranks.size > 1:
-        place = job.loaded.named("rollout.engine")
-        raise UsageError(f"{place}: vllm draws on one device, and there are {job.ranks.size}; use engine: transformers")
-    from rlhf_cli.rollout.vllm import VllmEngine
-
-    return VllmEngine(base.base, base.revision, job.recipe.model.dtype, partial(backbone.save, "policy"))
-
-
 def as_unpaired(trees: list[Tree], seed: int, records: Sequence[Record], max_length: int, mismatches: bool) -> list[Tree]:
     """Ranked responses one by one, the best of a prompt as desirable and its worst as undesirable.
 
@@ -107,8 +100,6 @@ def as_unpaired(trees: list[Tree], seed: int, records: Sequence[Record], max_len
 
 def recorded(reference: ReferenceModel, reward_terms: RewardTerms) -> dict[str, str]:
     """What a resumed run must have in common beside its data."""
-    named: dict[str, Any] = {"reference": reference.record}
-    for what, terms in (("reward", reward_terms.reward), ("gold", reward_terms.gold)):
-        if terms:
-            named[what] = [term.identity for term in terms]
-    return {name: json.dumps(records) for name, records in named.items()}
+    scores = {"reward": reward_terms.reward, "gold": reward_terms.gold}
+    identities = {name: json.dumps([term.identity for term in terms]) for name, terms in scores.items() if terms}
+    return {"reference": json.dumps(reference.record), **identities}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rlhf_cli.data.batches import DatasetSource
@@ -27,36 +28,27 @@ def plan(
     lengths = source.trees.lengths
     per_step = min(recipe.train.batch_size, len(lengths))
     tokens, words = _tokens_a_step(recipe, source, per_step)
-    sections: list[Section] = [("model", list(facts.items()))]
-    sections.append(("training rows", _rows(dataset.train, [r for r in dataset.reading.reports])))
+    sections: list[Section] = [("model", list(facts.items())), ("training rows", _rows(dataset.train, dataset.reading.reports))]
     if dataset.held_out is not None:
         sections.append(("held-out rows", _rows(dataset.held_out, dataset.reading.eval_reports)))
     if len(source.sizes) > 1:
-        shares: list[tuple[str, object]] = []
-        for report, size, share in zip(dataset.reading.reports, source.sizes, source.shares, strict=True):
-            shares.append(
-                (
-                    report.path,
-                    f"{share:.1%} of an epoch, each of its {size:,} rows {share * len(lengths) / max(1, size):.2f} times",
-                )
-            )
-        sections.append(("mix", shares))
+        shares = zip(dataset.reading.reports, source.sizes, source.shares, strict=True)
+        mix: list[tuple[str, object]] = [
+            (r.path, f"{share:.1%} of an epoch, each of its {size:,} rows {share * len(lengths) / max(1, size):.2f} times")
+            for r, size, share in shares
+        ]
+        sections.append(("mix", mix))
     passes, often = max(1.0, tokens / budget), "for all of these, each" if recipe.draws else "a step"
-    sections.append(
-        (
-            "training",
-            [
-                ("steps", f"{steps:,} ({source.steps_per_epoch:,} an epoch, {steps / source.steps_per_epoch:.3g} epochs)"),
-                ("batch", f"{per_step} {_unit(recipe, source)} a step, over all devices"),
-                ("tokens a step", words),
-                ("forward passes", f"about {passes:.0f} {often} of at most {budget:,} tokens (tokens_per_device)"),
-                ("learning rate", f"{recipe.train.learning_rate:g}, {recipe.train.schedule}"),
-                ("memory", f"about {memory.total(budget) / 2**30:.1f} GiB a device beside the libraries"),
-                ("trained", f"{memory.trained:,} parameters"),
-            ],
-        )
-    )
-    return sections
+    training: list[tuple[str, object]] = [
+        ("steps", f"{steps:,} ({source.steps_per_epoch:,} an epoch, {steps / source.steps_per_epoch:.3g} epochs)"),
+        ("batch", f"{per_step} {_unit(recipe, source)} a step, over all devices"),
+        ("tokens a step", words),
+        ("forward passes", f"about {passes:.0f} {often} of at most {budget:,} tokens (tokens_per_device)"),
+        ("learning rate", f"{recipe.train.learning_rate:g}, {recipe.train.schedule}"),
+        ("memory", f"about {memory.total(budget) / 2**30:.1f} GiB a device beside the libraries"),
+        ("trained", f"{memory.trained:,} parameters"),
+    ]
+    return [*sections, ("training", training)]
 
 
 def _tokens_a_step(recipe: recipes.TrainingRecipe, source: DatasetSource, per_step: int) -> tuple[float, str]:
@@ -81,13 +73,9 @@ def _unit(recipe: recipes.TrainingRecipe, source: DatasetSource) -> str:
 
 def _rows(encoded: Encoded, reports: list[Any]) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [(f"from {r.path}", f"{r.read:,} rows read as {r.format}") for r in reports]
-    fates = {"kept": encoded.kept}
-    for report in reports:
-        for reasons in (report.bad, report.unused):
-            for reason, count in reasons.items():
-                fates[reason] = fates.get(reason, 0) + count
-    for reason, count in encoded.lost.items():
-        fates[reason] = fates.get(reason, 0) + count
+    fates = Counter(kept=encoded.kept)
+    for reasons in (*(reasons for report in reports for reasons in (report.bad, report.unused)), encoded.lost):
+        fates.update(reasons)
     rows += [(name, f"{count:,}") for name, count in fates.items()]
     rows.append(("truncated", f"{encoded.truncated:,}"))
     if encoded.eos_share is not None:

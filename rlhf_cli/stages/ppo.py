@@ -33,11 +33,9 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
     job = prepare_job(loaded, check=check, resume=resume)
-    reference, terms, ptx = (
-        find_reference(job, check),
-        find_terms(loaded, PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check)),
-        _ptx_rows(job),
-    )
+    reference = find_reference(job, check)
+    terms = find_terms(loaded, PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check))
+    ptx = _ptx_rows(job)
     assert reference is not None
     for words in (reference.words, *terms.words, *_announce(job)):
         job.console.say(words)
@@ -52,12 +50,8 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         placement = Placement(backbone, job.recipe.model, base, job.ranks.device)
         place_reference(job, reference, placement, base)
         rollouts = set_up_rollouts(job, terms, placement, base)
-        on_policy = OnPolicy(
-            source=_source(job, rollouts, ptx),
-            measure=rollouts.measure,
-            first=rollouts.probe,
-            learning_rates=_add_value(job, terms, placement, base),
-        )
+        rates = _add_value(job, terms, placement, base)
+        on_policy = OnPolicy(_source(job, rollouts, ptx), rollouts.measure, rollouts.probe, rates)
         trainer = train_job(job, folder, backbone, reference_is_start=reference.is_start, on_policy=on_policy)
         parents = (*reference.parents(job), *terms.parents)
         extra = {"reference": reference.record, **terms.record}

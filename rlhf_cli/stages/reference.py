@@ -67,14 +67,10 @@ def find_reference(job: TrainingJob, check: bool, *, needed: bool = True) -> Ref
         tokenizer = load_tokenizer(found.tokenizer, found.revision, job.recipe.model.trust_remote_code)
         if tokenizer.get_vocab() != job.tokenizer.get_vocab():
             raise UsageError(f"{place}: {path} has another tokenizer than {job.recipe.model.path}; a reference must share it")
-    is_start = _same(found.base, job.start.base) and _same(found.adapter, job.start.adapter)
+    # The same folders, however they are written, or the same hub id.
+    weights = [(Path(s.base).resolve(), s.adapter and s.adapter.resolve(), s.revision) for s in (found, job.start)]
     base = base_model(found) if not check or Path(found.base).exists() else None
-    return ReferenceModel(found, base, is_start and found.revision == job.start.revision)
-
-
-def _same(one: str | Path | None, other: str | Path | None) -> bool:
-    """Do both name the same folder, however it is written, or the same hub id?"""
-    return (one and Path(one).resolve()) == (other and Path(other).resolve())
+    return ReferenceModel(found, base, weights[0] == weights[1])
 
 
 def place_reference(job: TrainingJob, reference: ReferenceModel, placement: Placement, base: Weights) -> None:

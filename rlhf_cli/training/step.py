@@ -91,12 +91,9 @@ def optimise(passes: Passes, objective: Objective, optimizer: torch.optim.Optimi
     backbone, ranks = passes.backbone, passes.ranks
     roles, parameters = backbone.trained_roles, backbone.trained_parameters()
     counts = objective.counts(update.trees)
-
-    def backward(passes: Passes) -> tuple[Sums, list[_Pass]]:
-        optimizer.zero_grad(set_to_none=True)
-        return _backward(passes, objective, update, counts)
-
-    passes, (statistics, found) = within_memory(passes, update.trees, backward)
+    passes, (statistics, found) = within_memory(
+        passes, update.trees, lambda fitting: _backward(fitting, objective, optimizer, update, counts)
+    )
     first = update.step == 1 and update.number == 0
     if first:
         _check_gradients_exist(backbone, ranks)
@@ -182,9 +179,12 @@ def _measure(passes: Passes, objective: Objective, trees: list[Tree]) -> Iterato
             yield _Pass(found, tuple(some[tree].row for tree in batch.trees))
 
 
-def _backward(passes: Passes, objective: Objective, update: Update, counts: dict[str, int]) -> tuple[Sums, list[_Pass]]:
+def _backward(
+    passes: Passes, objective: Objective, optimizer: torch.optim.Optimizer, update: Update, counts: dict[str, int]
+) -> tuple[Sums, list[_Pass]]:
     """The statistics of an update, and all its passes forward and backward. Dropout is on for these, and off elsewhere."""
     backbone, ranks = passes.backbone, passes.ranks
+    optimizer.zero_grad(set_to_none=True)
     torch.manual_seed(Stream.DROPOUT.seed(update.seed, update.step, update.number, ranks.rank))
     seen, parts = objective.phases(update.trees)
     measured = list(_measure(passes, objective, seen))
