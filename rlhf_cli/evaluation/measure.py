@@ -21,8 +21,8 @@ from rlhf_cli.evaluation.result import Measured
 from rlhf_cli.evaluation.samples import grouped
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import resolve_dtype
+from rlhf_cli.models.passes import score_responses, token_figures
 from rlhf_cli.models.placement import FrozenModels
-from rlhf_cli.models.scoring import score_responses, token_figures
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.rollout.experience import together
 from rlhf_cli.runs.folder import RunFolder

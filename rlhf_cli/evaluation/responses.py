@@ -19,7 +19,6 @@ from rlhf_cli.evaluation.samples import Sample, read_samples
 from rlhf_cli.files import to_json, write_atomic
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.placement import FrozenModels
-from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.rollout.experience import Rollout, Sampler
 from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.rollout.rewards import COMBINE, Answers
@@ -76,7 +75,7 @@ def draw_responses(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone
         backbone=backbone,
         engine=TransformersEngine(backbone, "policy"),
         tokenizer=own.tokenizer,
-        ends=tuple(stop_ids(backbone, own.tokenizer, own.template)),
+        ends=tuple(backbone.stop_ids(own.tokenizer, own.template)),
         settings=job.recipe.rollout,
         records=rows.records,
         terms=[scorer for term, scorer in zip(terms.reward, reward, strict=True) if term.needs_weights],

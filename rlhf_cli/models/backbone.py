@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from rlhf_cli import sections
+from rlhf_cli.data.templates import Template, end_of_turn
 from rlhf_cli.data.trees import Batch, PackedRow, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, Kernel
@@ -113,6 +114,12 @@ class Backbone:
         if self.alias.pop(role, None) is None:
             self.peft.delete_adapter(role)
         self.active = None
+
+    def stop_ids(self, tokenizer: Any, template: Template) -> list[int]:
+        """The ids that end a response under a template: those of the generation config, of the turn's end, and the EOS."""
+        own = self.model.generation_config.eos_token_id
+        named = own if isinstance(own, list) else [own] if own is not None else []
+        return sorted({*named, *end_of_turn(tokenizer, template)[-1:], tokenizer.eos_token_id})
 
     def enable_gradient_checkpointing(self) -> None:
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

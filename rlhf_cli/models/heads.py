@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from rlhf_cli.errors import UsageError
 
@@ -17,8 +18,6 @@ SCORE = "score.weight"
 
 def classifier_class(config: Any) -> Any:
     """The sequence classifier of transformers for a model's configuration; None where it has none."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-
     return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
 
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
 from rlhf_cli import sections
@@ -32,8 +34,6 @@ class Weights:
     @property
     def head(self) -> torch.Tensor:
         """A reward model's scalar head (1, D). Raises UsageError if there is none."""
-        from huggingface_hub import snapshot_download
-
         if self.adapter is not None or Path(self.base).exists():
             return read_head(self.adapter or Path(self.base))
         return read_head(Path(snapshot_download(self.base, revision=self.revision, local_files_only=True)))
@@ -138,8 +138,6 @@ def is_reward_model(path: str, revision: str | None) -> bool:
 
 def save_adapter(folder: Path, state: dict[str, torch.Tensor], config: Any) -> None:
     """adapter_model.safetensors and adapter_config.json, as plain PEFT reads them."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -177,8 +175,6 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         UsageError: a file is damaged.
     """
-    from safetensors.torch import load_file
-
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -194,8 +190,6 @@ def read_head(folder: Path) -> torch.Tensor:
     Raises:
         UsageError: it has none, or one of several labels.
     """
-    from safetensors import safe_open
-
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in (SCORE, f"base_model.model.{SCORE}"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from rlhf_cli.errors import UsageError
 
@@ -42,8 +43,6 @@ def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing
     Activations: 12 hidden and 4 intermediate vectors a layer and token, as was measured for Llama layers with LoRA in float32;
     with gradient checkpointing one hidden vector a layer, and one layer in full.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -1,13 +1,17 @@
-"""Forward passes over some trees: whose, how large, and which share of them is this rank's."""
+"""Forward passes over some trees: whose, how large, which share of them is this rank's, and what a role makes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
 
 from rlhf_cli.data.trees import Batch, Tree
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.ranks import Ranks
+from rlhf_cli.signals import Pause, no_pause
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,47 @@ class Passes:
 
     def at_most(self, budget: int) -> Passes:
         return replace(self, budget=budget)
+
+
+@torch.no_grad()
+def score_responses(
+    backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks | None, batch_size: int = 64
+) -> list[np.ndarray]:
+    """The scores of every tree's responses, (K,) float64 each; of `ranks` each scores a share of the trees, and all get all.
+
+    `backbone` holds the role's weights. `batch_size` trees at a time are cut into passes of at most `budget` tokens, as held-out
+    rows are while training, so that the accuracy is the logged one.
+    """
+    backbone.model.eval()
+    rank, size = (ranks.rank, ranks.size) if ranks else (0, 1)
+    found: dict[int, np.ndarray] = {}
+    for start in range(0, len(trees), batch_size):
+        for batch in backbone.batches(list(trees[start : start + batch_size]), budget, rank, size):
+            scores = backbone.scores(role, batch).double().cpu().numpy()
+            own = np.split(scores, np.cumsum(batch.counts)[:-1])
+            found |= {start + tree: part for tree, part in zip(batch.trees, own, strict=True)}
+    if ranks:
+        found = {tree: part for share in ranks.gather(found) for tree, part in share.items()}
+    return [found[tree] for tree in range(len(trees))]
+
+
+def token_figures(
+    host: Backbone,
+    trees: Sequence[Tree],
+    budget: int,
+    read: Callable[[Backbone, Batch], tuple[torch.Tensor, ...]],
+    pause: Pause = no_pause,
+) -> list[list[np.ndarray]]:
+    """(rows of `read`, n) float64 for the n supervised tokens of every response, [tree][response]; pauses after each pass."""
+    host.train(False)
+    found: dict[int, list[np.ndarray]] = {}
+    for batch in host.batches(list(trees), budget):
+        with torch.no_grad():
+            rows = torch.stack(read(host, batch)).double().cpu().numpy()
+        owner = batch.owner.cpu().numpy()
+        first = 0
+        for tree, count in zip(batch.trees, batch.counts, strict=True):
+            found[tree] = [rows[:, owner == response] for response in range(first, first + count)]
+            first += count
+        pause()
+    return [found[tree] for tree in range(len(trees))]

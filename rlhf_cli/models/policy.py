@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import get_peft_model, set_peft_model_state_dict
 
 from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
@@ -128,8 +129,6 @@ def _save_merged(
 
 def merge_adapter(model: Any, adapter: Adapter) -> Any:
     """The model with an adapter folded into its weights, in the model's dtype."""
-    from peft import get_peft_model, set_peft_model_state_dict
-
     adapted = get_peft_model(model, adapter.config)
     set_peft_model_state_dict(adapted, adapter.state)
     return adapted.merge_and_unload()

@@ -16,7 +16,7 @@ from rlhf_cli.data.trees import Batch, Tree
 from rlhf_cli.errors import MachineError, RunError, Stopped
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.memory import is_out_of_memory, return_freed
-from rlhf_cli.models.scoring import token_figures
+from rlhf_cli.models.passes import token_figures
 from rlhf_cli.objectives.policy_gradient import Experience
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.rollout.generate import Engine, Request, Response

@@ -19,8 +19,8 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer
+from rlhf_cli.models.passes import score_responses
 from rlhf_cli.models.placement import FrozenModels, Head
-from rlhf_cli.models.scoring import score_responses, score_trees
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.stages import REWARD_STAGES, TRAINING_STAGES
 from rlhf_cli.rollout.rewards import Answers, PolicyText, RewardTerm, check_finite
@@ -155,8 +155,7 @@ class RewardModelScorer:
         if not answers.trees:
             return np.zeros(0)
         trees = self.reader(answers)
-        found = score_trees(self.backbone.at(self.role), self.role, trees, self.budget)
-        scores = np.concatenate([found[tree] for tree in range(len(trees))])
+        scores = np.concatenate(score_responses(self.backbone.at(self.role), self.role, trees, self.budget, None))
         check_finite(scores, answers.pairs, f"{self.reader.place}: reward model {self.name}")
         normalised: np.ndarray = (scores - self.mean) / self.std
         return normalised

@@ -14,7 +14,6 @@ from rlhf_cli.data.unpaired import unpaired, with_mismatches
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.load import Weights
 from rlhf_cli.models.placement import Placement
-from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.recipe import recipes
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.generate import Engine, TransformersEngine
@@ -59,7 +58,7 @@ def set_up_rollouts(job: TrainingJob, reward_terms: RewardTerms, placement: Plac
             backbone=backbone,
             engine=engine,
             tokenizer=job.tokenizer,
-            ends=tuple(stop_ids(backbone, job.tokenizer, job.template)),
+            ends=tuple(backbone.stop_ids(job.tokenizer, job.template)),
             settings=settings,
             records=records,
             terms=terms,

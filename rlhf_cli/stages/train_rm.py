@@ -13,7 +13,7 @@ from rlhf_cli.evaluation.preference import reward_card
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import classifier_class
 from rlhf_cli.models.load import Weights, load_config
-from rlhf_cli.models.scoring import score_responses
+from rlhf_cli.models.passes import score_responses
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.stages.prepare import TrainingJob, prepare_job

@@ -20,7 +20,6 @@ from rlhf_cli.models.heads import choose_pad_id
 from rlhf_cli.models.load import Weights
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.models.policy import load_trained
-from rlhf_cli.models.sampling import stop_ids
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.reports.training import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
@@ -87,7 +86,7 @@ def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
     backbone, base = load_trained(
         recipe.model, job.lora, job.start, device=job.ranks.device, seed=recipe.seed, merged=merged, role=role
     )
-    backbone.pad_id = choose_pad_id(job.tokenizer, stop_ids(backbone, job.tokenizer, job.template))
+    backbone.pad_id = choose_pad_id(job.tokenizer, backbone.stop_ids(job.tokenizer, job.template))
     job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")
     return backbone, base
 
@@ -236,7 +235,7 @@ def _samples(job: TrainingJob, backbone: Backbone) -> list[dict[str, Any]]:
         return []
     engine = TransformersEngine(backbone, job.objective.role)
     prompts = [tree.prompt for tree in trees]
-    ends = stop_ids(backbone, job.tokenizer, job.template)
+    ends = backbone.stop_ids(job.tokenizer, job.template)
     drawn = engine.generate(Request(prompts, range(len(prompts)), 1, SHOWN_TOKENS, 0.0, ends, 0), job.signals.pause)
     lines = []
     for tree, ((ids, ended),) in zip(trees, drawn, strict=True):

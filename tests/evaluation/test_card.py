@@ -26,8 +26,7 @@ from rlhf_cli.evaluation.preference import (
 )
 from rlhf_cli.figures import Interval
 from rlhf_cli.models.backbone import Backbone, lora_config
-from rlhf_cli.models.passes import Passes
-from rlhf_cli.models.scoring import score_responses
+from rlhf_cli.models.passes import Passes, score_responses
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.step import evaluate

@@ -21,7 +21,7 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError
 from rlhf_cli.models import placement, policy
 from rlhf_cli.models.backbone import Backbone, lora_config
-from rlhf_cli.models.scoring import score_trees
+from rlhf_cli.models.passes import score_responses
 from rlhf_cli.rollout.reward_models import RewardModelScorer
 from rlhf_cli.rollout.rewards import Answers
 from rlhf_cli.stages import ppo
@@ -144,8 +144,7 @@ def value_off(ready: Ready) -> float:
 
 
 def values_at_the_end(backbone: Backbone) -> np.ndarray:
-    found = score_trees(backbone.at("value"), "value", TREES, 4096)
-    return np.concatenate([found[n] for n in range(len(TREES))])
+    return np.concatenate(score_responses(backbone.at("value"), "value", TREES, 4096, None))
 
 
 def values_before(backbone: Backbone, trees: list[Tree]) -> torch.Tensor:

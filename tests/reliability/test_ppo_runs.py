@@ -474,7 +474,7 @@ def test_the_value_may_learn_alone(home: Path, tmp_path: Path) -> None:
     ("module", "function"),
     [
         (Backbone, "tempered_logps"),
-        pytest.param(reward_models, "score_trees", marks=pytest.mark.slow),
+        pytest.param(reward_models, "score_responses", marks=pytest.mark.slow),
         pytest.param(generate, "choose", marks=pytest.mark.slow),
     ],
 )

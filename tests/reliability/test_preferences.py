@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 
 from rlhf_cli.cli import main
 from rlhf_cli.data import cache
-from rlhf_cli.models import scoring
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.passes import Passes
+from rlhf_cli.models.passes import Passes, score_responses
 from rlhf_cli.objectives.base import LossTerm
 from rlhf_cli.objectives.kto import Kto
 from rlhf_cli.recipe.stages import TRAINING_STAGES
@@ -188,7 +187,7 @@ def test_a_score_of_the_card_that_is_not_finite(
     with monkeypatch.context() as patch:
 
         def broken(*arguments: Any) -> list[np.ndarray]:
-            found = scoring.score_responses(*arguments)
+            found = score_responses(*arguments)
             found[0][1] = np.nan
             return found
 
@@ -289,7 +288,7 @@ def test_a_signal_while_the_card_is_made(
 
         def signalled(*arguments: Any) -> Any:
             signal.raise_signal(signal.SIGTERM)
-            return scoring.score_responses(*arguments)
+            return score_responses(*arguments)
 
         patch.setattr(train_rm, "score_responses", signalled)
         assert rlhf("train-rm", path) == 143
