@@ -212,11 +212,7 @@ class Backbone:
         return found
 
     def load(self, role: str, folder: Path) -> None:
-        """Put back the weights that `save` wrote, bit for bit.
-
-        Raises:
-            UsageError: the folder's tensors are not those of this model.
-        """
+        """Put back what `save` wrote, bit for bit. Raises UsageError if the folder's tensors are not those of this model."""
         found = read_tensors(folder)
         own = {SCORE: self.heads[role].weight} if role in self.heads else {}
         if self._has_adapter(role):

@@ -170,11 +170,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files.
-
-    Raises:
-        UsageError: a file is damaged.
-    """
+    """All tensors of a folder's safetensors files. Raises UsageError if a file is damaged."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -185,11 +181,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_head(folder: Path) -> torch.Tensor:
-    """The scalar head (1, D) of a reward model's folder, adapter or full.
-
-    Raises:
-        UsageError: it has none, or one of several labels.
-    """
+    """The scalar head (1, D) of a reward model's folder. Raises UsageError if it has none, or one of several labels."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in (SCORE, f"base_model.model.{SCORE}"):

@@ -23,12 +23,10 @@ class BradleyTerry(RewardObjective):
     """
 
     kind: Literal["bradley_terry"] = "bradley_terry"
-
-    soft_labels: ClassVar[bool] = True
-
     margin_column: str | None = key(None, "column of the margin by which the chosen score is to lead")
     label_smoothing: float = key(0.0, "ε: share of labels taken to be wrong", low=0.0, high=0.499)
     center_coef: float = key(0.0, "c: weight of (r_w + r_l)², which keeps scores around 0", low=0.0)
+    soft_labels: ClassVar[bool] = True
 
     @property
     def margin_from(self) -> str | None:

@@ -17,7 +17,6 @@ class Dpo(LogRatioPair):
 
     kind: Literal["dpo"] = "dpo"
     label_smoothing: float = key(0.0, "ε: share of labels taken to be wrong", low=0.0, high=0.499)
-
     saturates: ClassVar[bool] = True
 
     def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:

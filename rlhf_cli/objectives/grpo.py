@@ -17,7 +17,6 @@ class Grpo(PolicyGradient):
     """(return − mean)/(population std + 1e-4) over the responses of a prompt; Shao et al. 2024."""
 
     kind: Literal["grpo"] = "grpo"
-
     least_samples: ClassVar[int] = 2
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:

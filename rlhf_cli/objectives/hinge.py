@@ -15,7 +15,6 @@ class Hinge(LogRatioPair):
     """max(0, 1 − z), z = β(ρ_w − ρ_l); Tang et al. 2024 (GPO), table 1."""
 
     kind: Literal["hinge"] = "hinge"
-
     saturates: ClassVar[bool] = True
 
     def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:

@@ -26,12 +26,10 @@ class Kto(UnpairedObjective):
     """
 
     kind: Literal["kto"] = "kto"
-
-    mismatches: ClassVar[bool] = True
-
     lambda_d: float = key(1.0, "λ_D: weight of a desirable response", low=0.0)
     lambda_u: float = key(1.0, "λ_U: weight of an undesirable response", low=0.0)
     lambda_: Literal["auto"] | None = key(None, "auto: λ_D and λ_U balance the classes, the smaller one is 1")
+    mismatches: ClassVar[bool] = True
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -21,7 +21,6 @@ class Odpo(LogRatioPair):
     kind: Literal["odpo"] = "odpo"
     alpha: float = key(1.0, "α: weight of the offset", low=0.0)
     f: Literal["log", "identity"] = key("log", "of the difference of scores; log needs it above 0")
-
     needs_scores: ClassVar[bool] = True
     saturates: ClassVar[bool] = True
 

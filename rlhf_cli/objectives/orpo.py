@@ -20,7 +20,6 @@ class Orpo(PairObjective):
 
     kind: Literal["orpo"] = "orpo"
     lambda_: float = key(0.1, "λ: weight of the odds ratio beside the negative log-likelihood per token", low=0.0)
-
     reference: ClassVar[bool] = False
     learning_rate: ClassVar[Mapping[Trained, float]] = {"lora": 8e-5, "full": 8e-6}  # the paper's: it is SFT as well
 

@@ -19,7 +19,6 @@ class PlackettLuce(LogRatioPair):
     """Plackett–Luce with r = βρ over K ranked responses; Rafailov et al. 2023, app. A.3. With K = 2 it is dpo. No ties."""
 
     kind: Literal["plackett_luce"] = "plackett_luce"
-
     ties: ClassVar[bool] = False
     kind_for_ties: ClassVar[str] = "dpo"
 
@@ -32,7 +31,6 @@ class PlackettLuceReward(RewardObjective):
     """Plackett–Luce with r the reward model's scores; Zhu et al. 2023 (K-wise). With K = 2 it is Bradley–Terry. No ties."""
 
     kind: Literal["plackett_luce"] = "plackett_luce"
-
     ties: ClassVar[bool] = False
     kind_for_ties: ClassVar[str] = "pairs"
 

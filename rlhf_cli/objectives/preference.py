@@ -39,11 +39,6 @@ class Responses:
         assert self.reference is not None
         return self.logps - self.reference
 
-    @cached_property
-    def means(self) -> Tensor:
-        """Log-probability per token, (M,)."""
-        return self.logps / self.lengths
-
 
 def read_responses(backbone: Backbone, batch: Batch, reference: bool) -> Responses:
     """The policy's and, where asked for, the reference's log-probabilities of a pass's responses.

@@ -20,7 +20,6 @@ class Rebel(PairObjective):
 
     kind: Literal["rebel"] = "rebel"
     eta: float = key(1.0, "η: nats of log-ratio for a score difference of 1", low=1e-9)
-
     needs_scores: ClassVar[bool] = True
 
     def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:

@@ -14,7 +14,6 @@ class Rloo(PolicyGradient):
     """Return less the mean of the prompt's other responses; Ahmadian et al. 2024."""
 
     kind: Literal["rloo"] = "rloo"
-
     least_samples: ClassVar[int] = 2
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:

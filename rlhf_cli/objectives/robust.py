@@ -17,7 +17,6 @@ class Robust(LogRatioPair):
 
     kind: Literal["robust"] = "robust"
     label_smoothing: float = key(0.0, "ε: share of labels that are flipped", low=0.0, high=0.499)
-
     saturates: ClassVar[bool] = True
 
     def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:

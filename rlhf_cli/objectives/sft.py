@@ -20,7 +20,6 @@ class Sft(Objective):
     """−Σ log π(y_t | …) over the supervised tokens, divided by their number in the global batch."""
 
     kind: Literal["sft"] = "sft"
-
     rows: ClassVar[Use] = ANSWERS
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
 

@@ -19,7 +19,6 @@ class Simpo(PairObjective):
     kind: Literal["simpo"] = "simpo"
     beta: float = key(2.0, "β: weight of the log-probability per token", low=1e-9)
     gamma: float = key(1.0, "γ: margin that the rewards are asked to have", low=0.0)
-
     reference: ClassVar[bool] = False
     saturates: ClassVar[bool] = True
     learning_rate: ClassVar[Mapping[Trained, float]] = {"lora": 5e-6, "full": 5e-7}  # the paper searched 3e-7 … 1e-6

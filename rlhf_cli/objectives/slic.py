@@ -21,7 +21,6 @@ class Slic(PairObjective):
     kind: Literal["slic"] = "slic"
     delta: float = key(1.0, "δ: log-probability by which the chosen response is to lead, in nats", low=0.0)
     lambda_: float = key(0.1, "λ: weight of the chosen response's negative log-likelihood", low=0.0)
-
     reference: ClassVar[bool] = False
 
     def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
