@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.backbone import Backbone, end_ids
 from rlhf_cli.models.load import load_tokenizer
-from rlhf_cli.models.sampling import end_ids
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 
 SMOLLM2: dict[str, Any] = {

@@ -116,10 +116,8 @@ class Backbone:
         self.active = None
 
     def stop_ids(self, tokenizer: Any, template: Template) -> list[int]:
-        """The ids that end a response under a template: those of the generation config, of the turn's end, and the EOS."""
-        own = self.model.generation_config.eos_token_id
-        named = own if isinstance(own, list) else [own] if own is not None else []
-        return sorted({*named, *end_of_turn(tokenizer, template)[-1:], tokenizer.eos_token_id})
+        """The ids that end a response of this model under a template."""
+        return end_ids(self.model, *end_of_turn(tokenizer, template)[-1:], tokenizer.eos_token_id)
 
     def enable_gradient_checkpointing(self) -> None:
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -335,6 +333,12 @@ class Backbone:
                     f"the model's logits are not its head times its hidden states (they differ by {difference:.0%}; "
                     "soft-capping or scaling?): this model is not supported"
                 )
+
+
+def end_ids(model: Any, *more: int) -> list[int]:
+    """The ids that end a response: those of the model's generation config, which may be a list, and `more`."""
+    own = model.generation_config.eos_token_id
+    return sorted({*(own if isinstance(own, list) else [own] if own is not None else []), *more})
 
 
 def lora_config(settings: sections.Lora, base: str, revision: str | None) -> LoraConfig:
