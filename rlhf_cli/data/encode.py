@@ -288,8 +288,7 @@ class _Encoder:
             "eos_share": float(ended.mean()) if len(last) else None,
             "percentiles": {name: _percentiles([size[k] for size in self.sizes]) for k, name in enumerate(names)},
         }
-        columns = {"ids": trees.ids, "supervised": trees.supervised, "segments": trees.segments}
-        return store.Stored({**columns, "first": trees.first, "rows": trees.rows}, facts)
+        return store.Stored({name: value for name, value in vars(trees).items() if isinstance(value, np.ndarray)}, facts)
 
 
 def _percentiles(sizes: list[int]) -> dict[str, int]:
