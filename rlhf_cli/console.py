@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -54,7 +55,7 @@ class Console:
     def say(self, line: str) -> None:
         """A line on stdout."""
         if self.enabled:
-            self._print(clean(line))
+            self._write(self.out, clean(line))
 
     def warn(self, message: str) -> None:
         """A line on stderr: the run goes on, but someone should know."""
@@ -71,9 +72,11 @@ class Console:
         if not self.enabled:
             return
         opened, closed = (LEARNED, RESET) if _has_colour(self.out) else ("⟦", "⟧")
-        shown = [(_shorten(clean(text)), supervised) for text, supervised in _merge(pieces)]
-        example = "".join(f"{opened}{text}{closed}" if supervised else text for text, supervised in shown)
-        self._print(f"First example; {opened}this{closed} {marked}:\n{example}\n")
+        example = ""
+        for supervised, neighbours in groupby((piece for piece in pieces if piece[0]), key=lambda piece: piece[1]):
+            text = _shorten(clean("".join(text for text, _ in neighbours)))
+            example += f"{opened}{text}{closed}" if supervised else text
+        self._write(self.out, f"First example; {opened}this{closed} {marked}:\n{example}\n")
 
     def plan(self, sections: list[tuple[str, list[tuple[str, object]]]]) -> None:
         """Titled lists of (label, value), the values aligned over all of them."""
@@ -82,16 +85,13 @@ class Console:
         width = max((len(label) for _, rows in sections for label, _ in rows), default=0) + 4
         columns = shutil.get_terminal_size().columns if self.live else None
         for title, rows in sections:
-            self._print(_paint(self.out, BOLD, clean(title)))
+            self._write(self.out, _paint(self.out, BOLD, clean(title)))
             for label, value in rows:
-                self._print(_fit(f"  {clean(label)}".ljust(width), clean(str(value)), columns))
+                self._write(self.out, _fit(f"  {clean(label)}".ljust(width), clean(str(value)), columns))
 
     def progress(self, total: int, log_every: int = 1) -> Progress:
         """Progress over `total` steps, as a context manager."""
         return Progress(self, total, log_every)
-
-    def _print(self, text: str) -> None:
-        self._write(self.out, text)
 
     def _write(self, stream: TextIO, text: str) -> None:
         try:
@@ -231,16 +231,6 @@ def _paint(stream: TextIO, code: str, text: str) -> str:
 
 def _void() -> TextIO:
     return Path(os.devnull).open("w", encoding="utf-8")
-
-
-def _merge(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    merged: list[tuple[str, bool]] = []
-    for text, supervised in pieces:
-        if merged and merged[-1][1] == supervised:
-            merged[-1] = (merged[-1][0] + text, supervised)
-        elif text:
-            merged.append((text, supervised))
-    return merged
 
 
 def _shorten(text: str) -> str:

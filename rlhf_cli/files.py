@@ -27,8 +27,6 @@ ADVICE = {
     errno.ENOLCK: ("the file system has no locks", "choose an output on another file system"),
     errno.EOPNOTSUPP: ("the file system has no locks", "choose an output on another file system"),
 }
-
-
 ELSE = "mend the cause or choose another output, then continue with --resume"
 
 

@@ -7,7 +7,6 @@ from difflib import SequenceMatcher
 
 LONGEST = 60
 """Longer words are no typos of ours, and would take long to compare."""
-
 ALIKE = 0.6
 """The least likeness of a suggestion, difflib's own; of a word of two letters one is enough."""
 

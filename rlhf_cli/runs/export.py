@@ -65,8 +65,8 @@ def export(run: Path, dest: Path, merge: bool) -> str:
             if head is None:
                 what, found = "log-probabilities", _logps(_load_export(AutoModelForCausalLM, start, part), ids)
             else:
-                options = {"num_labels": 1, "pad_token_id": pad_id}
-                what, found = "scores", _scores(_load_export(AutoModelForSequenceClassification, start, part, options), ids)
+                loader = AutoModelForSequenceClassification
+                what, found = "scores", _scores(_load_export(loader, start, part, num_labels=1, pad_token_id=pad_id), ids)
             difference = float((found - wanted).abs().max())
             if not difference <= TOLERANCE:
                 raise NumberError(f"{dest}: {what} differ from the run's by {difference:.2g}; nothing was exported")
@@ -93,10 +93,10 @@ def _load_run(start: Start) -> tuple[Any, torch.Tensor | None]:
     return model, head
 
 
-def _load_export(loader: Any, start: Start, folder: Path, options: dict[str, Any] | None = None) -> Any:
+def _load_export(loader: Any, start: Start, folder: Path, **options: Any) -> Any:
     """As a user would: the folder alone, or the adapter on its base, which takes `options`."""
     if (folder / "adapter_config.json").exists():
-        return PeftModel.from_pretrained(_load(loader, start.base, start.revision, **(options or {})), str(folder))
+        return PeftModel.from_pretrained(_load(loader, start.base, start.revision, **options), str(folder))
     return _load(loader, str(folder))
 
 
@@ -105,9 +105,8 @@ def _pad_id(run: Path, start: Start, model: Any) -> int | None:
     if start.manifest is None:
         raise UsageError(f"{run}: only a finished run of a reward model can be exported")
     if classifier_class(model.config) is None:
-        raise UsageError(
-            f"{run}: transformers has no sequence classifier for {model.config.model_type}, so only rlhf can load it"
-        )
+        kind = model.config.model_type
+        raise UsageError(f"{run}: transformers has no sequence classifier for {kind}, so only rlhf can load it")
     pad_id: int | None = start.manifest["pad_token_id"]
     return pad_id
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from rlhf_cli.errors import MachineError, NumberError, UsageError
-from rlhf_cli.files import disk_error, non_finite, to_json
+from rlhf_cli.files import disk_error, disk_errors, non_finite, to_json
 
 LOCK = ".lock"
 OWN_FILES = {"recipe.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "data.json", "report.md", "report.html"}
@@ -63,13 +63,12 @@ def open_run(output: Path, *, resume: bool, force: bool) -> RunFolder:
     if resume and force:
         raise UsageError("--resume continues a run, --force starts it anew: give one of them")
     try:
-        if force and _content(output):
-            _move_aside(output)
-        refuse_occupied(output, resume)
-        output.mkdir(parents=True, exist_ok=True)
-        run = RunFolder(output, _lock(output))
-    except OSError as error:
-        raise disk_error(output, error) from error
+        with disk_errors(output):
+            if force and _content(output):
+                _move_aside(output)
+            refuse_occupied(output, resume)
+            output.mkdir(parents=True, exist_ok=True)
+            run = RunFolder(output, _lock(output))
     except ValueError as error:
         raise MachineError(f"{str(output)!r} cannot be the name of a folder ({error})\n  choose another output") from error
     try:
@@ -115,8 +114,8 @@ def refuse_occupied(output: Path, resume: bool) -> None:
     raise UsageError(f"{output} {what}\n  --resume continues it, --force moves it to {output}.old-<n>, --output writes elsewhere")
 
 
-def _move_aside(output: Path) -> Path:
-    """Rename the folder to the first free <output>.old-<n>."""
+def _move_aside(output: Path) -> None:
+    """Rename the folder, which nobody else may have."""
     old = output.absolute()  # not resolved: of a link, the link is moved
     if Path.cwd().is_relative_to(old.resolve()):
         raise UsageError(f"--force would move {output}, which is or contains the working directory\n  choose another output")
@@ -127,7 +126,6 @@ def _move_aside(output: Path) -> Path:
         _unlock(output, lock)
         raise
     _unlock(new, lock)
-    return new
 
 
 def move_aside(path: Path) -> Path:
@@ -172,10 +170,9 @@ def _holder(folder: Path) -> str | None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
     except OSError:
         return _read_holder(handle)
-    else:
-        return None
     finally:
         os.close(handle)
 
@@ -193,10 +190,8 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with disk_errors(path):
             self._file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise disk_error(path, error) from error
         self.position = self._file.tell()
         """Bytes so far."""
 
@@ -218,10 +213,8 @@ class MetricsLog:
 
     def sync(self) -> int:
         """Bring the lines to the disk; the position that a checkpoint may then record."""
-        try:
+        with disk_errors(self.path):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise disk_error(self.path, error) from error
         return self.position
 
     def truncate_after(self, position: int) -> None:

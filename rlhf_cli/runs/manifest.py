@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_cli import __version__
 from rlhf_cli.errors import UsageError
-from rlhf_cli.files import hash_tree, sha256_file, write_json
+from rlhf_cli.files import hash_tree
 from rlhf_cli.runs.folder import RunFolder, read_metrics
 
 LIBRARIES = ("torch", "transformers", "datasets", "peft", "accelerate")
@@ -71,18 +71,16 @@ def build_manifest(run: RunFolder, outcome: Outcome) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 3),
         "tokens_per_second": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds else 0.0,
         "peak_memory": round(outcome.peak_memory, 3),
-        "final_metrics": final_metrics(read_metrics(run.metrics)),
+        "final_metrics": {
+            line["split"]: {key: value for key, value in line.items() if key not in ("split", "time")}
+            for line in read_metrics(run.metrics)
+        },  # the last line of each split
         **outcome.extra,
         "model_files": hash_tree(run.model),
     }
 
 
-def write_manifest(run: RunFolder, manifest: dict[str, Any]) -> None:
-    """Declare the run finished: the last write of every stage."""
-    write_json(run.manifest, manifest)
-
-
-def read_manifest(folder: Path, *, stages: Collection[str] = (), verify: bool = True) -> dict[str, Any]:
+def read_manifest(folder: Path, *, stages: Collection[str] = ()) -> dict[str, Any]:
     """The manifest of an earlier run, its model files compared with their hashes.
 
     UsageError: no such run, unfinished, broken, not of one of `stages` (if any are given), or changed since.
@@ -94,38 +92,22 @@ def read_manifest(folder: Path, *, stages: Collection[str] = (), verify: bool = 
         raise UsageError(f"{folder} is an unfinished run (no manifest.json)\n  finish it: the same command with --resume")
     try:
         manifest = json.loads(run.manifest.read_bytes())
-        stage, model_files = str(manifest["stage"]), dict(manifest["model_files"])
+        stage, recorded = str(manifest["stage"]), dict(manifest["model_files"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run.manifest} is damaged ({error!r})\n  run that stage again with --force") from error
     if stages and stage not in stages:
         raise UsageError(f"{folder} is a run of {stage}, expected {' or '.join(sorted(stages))}")
-    if verify:
-        _verify(folder, run.model, model_files)
-    return dict(manifest)
-
-
-def _verify(folder: Path, model: Path, recorded: dict[str, str]) -> None:
-    found = hash_tree(model)
+    found = hash_tree(run.model)
     changes = [f"{name} is missing" for name in recorded if name not in found]
     changes += [f"{name} has changed" for name in recorded if name in found and found[name] != recorded[name]]
     changes += [f"{name} was added" for name in found if name not in recorded]
     if changes:
         more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
-        first = f"model/{changes[0]}{more}"
         raise UsageError(
-            f"{folder} is not as it was when it finished: {first}\n  put the original back, or run that stage again with --force"
+            f"{folder} is not as it was when it finished: model/{changes[0]}{more}\n"
+            "  put the original back, or run that stage again with --force"
         )
-
-
-def manifest_hash(folder: Path) -> str:
-    """What a child run records of its parent."""
-    return sha256_file(RunFolder(folder).manifest)
-
-
-def final_metrics(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last line of each split, without the time."""
-    last = {str(line["split"]): line for line in lines}
-    return {split: {key: value for key, value in line.items() if key not in ("split", "time")} for split, line in last.items()}
+    return dict(manifest)
 
 
 def versions() -> dict[str, str | None]:
@@ -157,11 +139,9 @@ def weights_hash(folder: Path) -> str:
     if not paths:
         raise UsageError(f"{folder} has no *.safetensors: weights in other formats are not read")
     digest = xxhash.xxh3_128()
-    buffer = bytearray(2**22)
-    view = memoryview(buffer)
     for path in paths:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb", buffering=0) as handle:
-            while size := handle.readinto(buffer):
-                digest.update(view[:size])
+            while part := handle.read(2**22):
+                digest.update(part)
     return digest.hexdigest()

@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from rlhf_cli.errors import MachineError, UsageError, prefixed
-from rlhf_cli.files import hash_tree, read_json
+from rlhf_cli.files import hash_tree, read_json, sha256_file
 from rlhf_cli.models.load import Weights, is_reward_model
 from rlhf_cli.recipe.stages import POLICY_STAGES, REWARD_STAGES
-from rlhf_cli.runs.manifest import BaseModel, Parent, manifest_hash, read_manifest, weights_hash
+from rlhf_cli.runs.manifest import BaseModel, Parent, read_manifest, weights_hash
 from rlhf_cli.suggest import closest
 
 
@@ -43,7 +43,7 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
     if (folder / "manifest.json").exists() or (folder / "recipe.yaml").exists():
         with prefixed(place):
             manifest = read_manifest(folder, stages=stages)
-        base, parent = manifest["base_model"], Parent(path, manifest_hash(folder))
+        base, parent = manifest["base_model"], Parent(path, sha256_file(folder / "manifest.json"))
         model = folder / "model"
         if (model / "adapter_config.json").exists():
             return Start(base["path"], base["revision"], model, str(model), parent, manifest)

@@ -64,12 +64,8 @@ def is_as_before(run: RunFolder, recipe: recipes.Recipe, inputs: dict[str, Any])
     """Are the recipe and all inputs those that the run was last started with, but for what has no effect on its results?"""
     if not run.recipe.exists():
         return False
-    changed = [
-        key
-        for key, _, _ in differences(run.recipe.read_text(encoding="utf-8"), recipe)
-        if key not in ("output", "tokens_per_device")
-    ]
-    return not changed and _recorded(run) == inputs
+    changed = {key for key, _, _ in differences(run.recipe.read_text(encoding="utf-8"), recipe)}
+    return changed <= {"output", "tokens_per_device"} and _recorded(run) == inputs
 
 
 def _recorded(run: RunFolder) -> dict[str, Any] | None:
@@ -87,11 +83,6 @@ def recorded_budget(run: RunFolder) -> int | None:
     """tokens_per_device that the run in this folder was started with: `auto` is resolved once."""
     recipe = recorded_recipe(run.path)
     return int(recipe["train"]["tokens_per_device"]) if recipe else None
-
-
-def reopen(run: RunFolder) -> None:
-    """A finished run goes on: its manifest would be untrue from now on."""
-    run.manifest.unlink(missing_ok=True)
 
 
 def finished_steps(run: RunFolder) -> int:

@@ -24,8 +24,8 @@ from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.reports.evaluation import write_report
 from rlhf_cli.reports.terminal import terminal_table
 from rlhf_cli.runs.folder import RunFolder, move_aside, open_run
-from rlhf_cli.runs.manifest import git_commit, versions, write_manifest
-from rlhf_cli.runs.resume import is_as_before, record_inputs, recorded_recipe, refuse_other_inputs, reopen
+from rlhf_cli.runs.manifest import git_commit, versions
+from rlhf_cli.runs.resume import is_as_before, record_inputs, recorded_recipe, refuse_other_inputs
 from rlhf_cli.stages.training import FINE
 from rlhf_cli.training.loop import peak_memory
 
@@ -73,7 +73,7 @@ def _open(job: EvaluationJob, resume: bool, force: bool) -> Iterator[RunFolder |
             if ranks.main:
                 if force and job.recipe.dump_pairs is not None and Path(job.recipe.dump_pairs).exists():
                     move_aside(Path(job.recipe.dump_pairs))
-                reopen(folder)
+                folder.manifest.unlink(missing_ok=True)  # of a finished run that goes on it would be untrue
                 record_inputs(folder, job.recipe, job.loaded.stage, job.inputs | job.code)
                 write_json(folder.data, {section: data_report(rows.dataset) for section, rows in job.rows.items()})
             yield folder
@@ -116,7 +116,7 @@ def _conclude(job: EvaluationJob, folder: RunFolder, measured: Measured) -> None
         dump_pairs(job, Path(recipe.dump_pairs), equal, outcomes)
     write_json(folder.result, result.to_json())
     write_report(folder, result, [sample for own in equal.values() for row in own.own for sample in row])
-    write_manifest(folder, _manifest(job))
+    write_json(folder.manifest, _manifest(job))  # the last write: the run is finished
     job.console.say(terminal_table(result))
     job.console.say(f"finished in {time.monotonic() - job.started:.0f} s: {folder.page}")
 

@@ -24,9 +24,9 @@ from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.reports.training import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 from rlhf_cli.runs.folder import RunFolder, open_run
-from rlhf_cli.runs.manifest import Outcome, Parent, build_manifest, write_manifest
+from rlhf_cli.runs.manifest import Outcome, Parent, build_manifest
 from rlhf_cli.runs.parents import merged_base
-from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, refuse_other_inputs, reopen
+from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, refuse_other_inputs
 from rlhf_cli.stages.prepare import TrainingJob
 from rlhf_cli.training.checkpoint import checkpoint_path
 from rlhf_cli.training.invariants import check_start
@@ -67,7 +67,7 @@ def open_job(job: TrainingJob, *, resume: bool, force: bool) -> Iterator[RunFold
         else:
             fresh = not folder.recipe.exists()
             if ranks.main:
-                reopen(folder)
+                folder.manifest.unlink(missing_ok=True)  # of a finished run that goes on it would be untrue
                 record_inputs(folder, job.recipe, job.loaded.stage, inputs)
                 write_json(folder.data, data_report(job.dataset))
             try:
@@ -194,7 +194,7 @@ def finish_job(
         )
         manifest = build_manifest(folder, outcome)
         write_report(folder, manifest)
-        write_manifest(folder, manifest)
+        write_json(folder.manifest, manifest)  # the last write: the run is finished
     best = trainer.state.watched.best_step
     if best is not None and best != trainer.state.step:
         job.console.say(f"the best checkpoint: {checkpoint_path(folder.checkpoints, best)}")
