@@ -21,22 +21,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-ASCII = str.maketrans(
-    {
-        "⟦": "[[",
-        "⟧": "]]",
-        "…": "...",
-        "·": ".",
-        "–": "-",
-        "—": "-",
-        "−": "-",
-        "→": "->",
-        "×": "x",
-        "≤": "<=",
-        "≥": ">=",
-        "’": "'",
-    }
-)
+ASCII = str.maketrans({"⟦": "[[", "⟧": "]]", "…": "...", "·": ".", "→": "->", "×": "x", "≤": "<=", "≥": ">=", "’": "'"})
+ASCII |= str.maketrans(dict.fromkeys("–—−", "-"))
 LEARNED, RESET, YELLOW, RED, BOLD = "\x1b[1;32m", "\x1b[0m", "\x1b[33m", "\x1b[31m", "\x1b[1m"
 SHOWN_PIECE = 2000
 """Characters of one piece of the first example that are shown."""
@@ -160,10 +146,6 @@ class Progress:
         self._console.say(" ".join([f"step {step}/{self._total} held-out", *describe(metrics)]))
         if self._since is None:
             self._started = time.monotonic()
-
-    def say(self, line: str) -> None:
-        """A line above the bar."""
-        self._console.say(line)
 
 
 def describe(metrics: Mapping[str, float]) -> list[str]:

@@ -200,14 +200,10 @@ METRICS: tuple[Metric, ...] = (
 )
 """A row for each metric, in the order in which people read them."""
 
-_EXACT = {row.name: row for row in METRICS if not row.is_term}
-_TERMS = tuple(row for row in METRICS if row.is_term)
-
 
 def metric(name: str) -> Metric:
     """The row of a metric; one without a label for a name that has none."""
-    found = _EXACT.get(name) or next((row for row in _TERMS if row.matches(name)), None)
-    return found or Metric(name)
+    return next((row for row in METRICS if row.matches(name)), Metric(name))
 
 
 def in_order(names: Iterable[str]) -> list[tuple[Metric, str]]:

@@ -20,7 +20,7 @@ console.example([("user: 2+2?", False), ("4", True)])
 with console.progress(3) as progress:
     for step in (1, 2, 3):
         progress.update(step, 3, {"loss": 1.0, "learning_rate": 1e-4, "tokens_per_second": 10.0}, 1.5)
-        progress.say(f"saved \\u2192 {step}")
+        console.say(f"saved \\u2192 {step}")
     progress.evaluated(3, {"loss": 0.5, "perplexity": 1.65, "token_accuracy": 0.9})
 console.warn("careful")
 import sys
@@ -98,7 +98,7 @@ def test_other_ranks_are_silent():
     console.plan([("a", [("b", "c")])])
     with console.progress(1) as progress:
         progress.update(1, 1, METRICS)
-        progress.say("a")
+        console.say("a")
     assert out.getvalue() + err.getvalue() == ""
 
 

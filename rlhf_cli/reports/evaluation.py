@@ -13,7 +13,6 @@ from rlhf_cli.reports.document import (
     Cell,
     Column,
     Definitions,
-    Document,
     Example,
     Examples,
     Finding,
@@ -57,7 +56,7 @@ Place = tuple[int, int]
 
 
 def write_report(folder: RunFolder, result: EvaluationResult, samples: Sequence[Sample]) -> None:
-    """Write everything there is to say, the most important first; what was not measured is left out."""
+    """Write the report, the most important first; what was not measured is left out."""
     found = findings(result) or [Finding("note", "Nothing to compare:", "the tables have all there is.")]
     pictures = draw_evaluation(result)
     sections = (
@@ -71,8 +70,7 @@ def write_report(folder: RunFolder, result: EvaluationResult, samples: Sequence[
         Section("notes", "Notes", (Items(tuple(result.about.notes)),) if result.about.notes else ()),
         Section("methods", "Methods", tuple(_methods(result))),
     )
-    title = f"{folder.path.resolve().name}: evaluation"
-    write(folder, Document(title, _lead(result), tuple(section for section in sections if section.blocks)))
+    write(folder, f"{folder.path.resolve().name}: evaluation", _lead(result), sections)
 
 
 def _lead(result: EvaluationResult) -> str:

@@ -27,7 +27,7 @@ CLOSER = "hold it closer to its reference (`kl.coef`; direct objectives: `object
 
 def online_findings(history: History) -> list[Finding]:
     """Whether the score rose, at what price, and what went wrong on the way."""
-    parts = (_score, _distance, _yardstick, _collapse, _clipping, _value, _endings)
+    parts = (_score, _yardstick, _collapse, _clipping, _value, _endings)
     return [said for part in parts for said in part(history)]
 
 
@@ -51,15 +51,12 @@ def _score(history: History) -> Iterator[Finding]:
         yield Finding("note", "", said)
 
 
-def _distance(history: History) -> Iterator[Finding]:
-    if kl := history.moved("objective/kl"):
+def _yardstick(history: History) -> Iterator[Finding]:
+    """How far it went, and reward hacking: the score goes up, and what it stands for does not; Gao et al. 2023."""
+    kl, length = history.moved("objective/kl"), history.moved("response/length")
+    if kl:
         said = f"The policy is {short(kl[1])} nats a response from its reference (KL, on its own responses)."
         yield Finding("note", "", said)
-
-
-def _yardstick(history: History) -> Iterator[Finding]:
-    """Reward hacking: the score goes up, and what it stands for does not; Gao et al. 2023."""
-    kl, length = history.moved("objective/kl"), history.moved("response/length")
     golds = sorted(name for name in history.names if name.startswith("gold/"))
     for name in golds:
         if gold := history.moved(name):

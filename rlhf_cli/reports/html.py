@@ -8,12 +8,13 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rlhf_cli.figures import Interval, mean_and_bounds
-from rlhf_cli.reports.document import Block, Document, Kind, Table, pieces, visible
+from rlhf_cli.reports.document import Block, Document, Kind, Table
+from rlhf_cli.reports.text import pieces, visible
 
 SIGNS: dict[Kind, str] = {"better": "▲", "worse": "▼", "open": "≈", "warning": "!", "note": "i"}
 """What stands before a finding, so that nothing is said by colour alone."""
@@ -33,7 +34,7 @@ def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        finalize=_shown,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # what Jinja has escaped is of another type
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -50,11 +51,6 @@ def _template() -> Template:
     environment.globals |= {"bar": bar, "signs": SIGNS, "shown": SHOWN, "longest": LONGEST}
     environment.globals |= {"width": BAR_WIDTH, "height": BAR_HEIGHT}
     return environment.get_template("page.html.jinja")
-
-
-def _shown(value: Any) -> Any:
-    """What Jinja is about to write; what it has escaped before is of another type."""
-    return visible(value) if type(value) is str else value
 
 
 def _grouped(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:

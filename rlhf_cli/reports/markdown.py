@@ -6,22 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from rlhf_cli.figures import Interval, with_interval
-from rlhf_cli.reports.document import (
-    Block,
-    Code,
-    Definitions,
-    Document,
-    Example,
-    Examples,
-    Finding,
-    Items,
-    Paragraph,
-    Picture,
-    Response,
-    Table,
-    pieces,
-    visible,
-)
+from rlhf_cli.reports.document import Block, Code, Definitions, Document, Examples, Finding, Items, Paragraph, Picture, Table
+from rlhf_cli.reports.text import pieces, visible
 
 NAME_LENGTH, PROMPT_LENGTH, RESPONSE_LENGTH, TEXT_LENGTH = 200, 400, 800, 4000
 """Characters that are shown of a name, of a prompt, of a response and of a sentence."""
@@ -72,21 +58,21 @@ def _block(block: Block) -> str:
         case Code(lines):
             return "\n".join(["```python", *lines, "```"])
         case Examples(title, own):
-            return f"### {literal(title)}\n\n{_examples(own)}" if title else _examples(own)
+            return f"### {literal(title)}\n\n{_examples(block)}" if title else _examples(block)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
-def _examples(own: Sequence[Example]) -> str:
+def _examples(examples: Examples) -> str:
+    own, rows = examples.own, []
     noted = any(example.note for example in own)
-    rows = [
-        [literal(each.prompt, PROMPT_LENGTH), *map(_response, each.responses), *([each.note] if noted else [])] for each in own
-    ]
+    for example in own:
+        said = [
+            literal(each.text, RESPONSE_LENGTH) + (f" _({literal(each.facts)})_" if each.facts else "")
+            for each in example.responses
+        ]
+        rows.append([literal(example.prompt, PROMPT_LENGTH), *said, *([example.note] if noted else [])])
     heads = ["prompt", *(literal(each.by) for each in own[0].responses), *(["difference"] if noted else [])]
     return _table(heads, rows)
-
-
-def _response(own: Response) -> str:
-    return literal(own.text, RESPONSE_LENGTH) + (f" _({literal(own.facts)})_" if own.facts else "")

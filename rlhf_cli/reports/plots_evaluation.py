@@ -12,9 +12,10 @@ from rlhf_cli.evaluation.eval_json import EvaluationResult
 from rlhf_cli.evaluation.overoptimisation import Fit, Peak, Point, SeriesFits
 from rlhf_cli.evaluation.winrate import WinRate
 from rlhf_cli.figures import Interval
-from rlhf_cli.reports.document import Picture, visible
+from rlhf_cli.reports.document import Picture
 from rlhf_cli.reports.findings_evaluation import step_of
 from rlhf_cli.reports.plots import CHOSEN, HELD_OUT, REJECTED, TRAIN, canvases, margins_picture, png, reliability_picture
+from rlhf_cli.reports.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

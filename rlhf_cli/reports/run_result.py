@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf_cli.data.sources import SourceReport
 from rlhf_cli.evaluation.agreement import Card
 from rlhf_cli.files import read_json
 from rlhf_cli.recipe.rewards import KINDS
@@ -75,17 +76,6 @@ class TrainingSample:
 
 
 @dataclass(frozen=True)
-class SourceCounts:
-    """What was read of one file."""
-
-    path: str
-    format: str
-    read: int
-    kept: int
-    left_out: dict[str, int]  # reason → rows
-
-
-@dataclass(frozen=True)
 class SplitCounts:
     """The rows that were trained on, or those that were held out."""
 
@@ -96,14 +86,11 @@ class SplitCounts:
     truncated: int
     eos_share: float | None  # of the responses
     lengths: dict[str, dict[str, float]]  # prompt, response, total → percentiles in tokens
-    sources: tuple[SourceCounts, ...]
+    sources: tuple[SourceReport, ...]
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> SplitCounts:
-        sources = tuple(
-            SourceCounts(own["path"], own["format"], own["read"], own["kept"], {**own["unused"], **own["bad"]})
-            for own in entry["sources"]
-        )
+        sources = tuple(SourceReport(**source) for source in entry["sources"])
         own = {key: entry[key] for key in ("read", "kept", "dropped", "truncated", "eos_share", "lengths")}
         return cls(**own, held_out=entry.get("held_out", 0), sources=sources)
 

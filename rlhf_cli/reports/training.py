@@ -11,20 +11,7 @@ from rlhf_cli.figures import NOISE, count, duration, percent, short
 from rlhf_cli.metrics import in_order
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.reports.card import model_card
-from rlhf_cli.reports.document import (
-    Block,
-    Code,
-    Column,
-    Document,
-    Example,
-    Examples,
-    Finding,
-    Items,
-    Paragraph,
-    Response,
-    Section,
-    Table,
-)
+from rlhf_cli.reports.document import Block, Code, Column, Example, Examples, Finding, Items, Paragraph, Response, Section, Table
 from rlhf_cli.reports.findings_online import online_findings
 from rlhf_cli.reports.findings_training import length_findings, training_findings
 from rlhf_cli.reports.plots_training import draw_training
@@ -34,7 +21,7 @@ from rlhf_cli.runs.folder import RunFolder
 
 
 def write_report(run: RunFolder, manifest: Mapping[str, Any]) -> None:
-    """Write everything there is to say, the most important first; what a run does not have is left out."""
+    """Write the report, the most important first; what a run does not have is left out."""
     result = read_run(run, manifest)
     pictures = draw_training(result)
     stage = TRAINING_STAGES[result.stage].title
@@ -49,8 +36,7 @@ def write_report(run: RunFolder, manifest: Mapping[str, Any]) -> None:
         Section("model", "The model", tuple(_model(result))),
         Section("lineage", "Where it comes from", tuple(_lineage(result))),
     )
-    title = f"{run.path.resolve().name}: {stage}, {result.status}"
-    write(run, Document(title, _lead(result), tuple(section for section in sections if section.blocks)))
+    write(run, f"{run.path.resolve().name}: {stage}, {result.status}", _lead(result), sections)
 
 
 def _lead(result: RunResult) -> str:
@@ -158,7 +144,7 @@ def _data(result: RunResult) -> Iterator[Block]:
     yield Table("Rows and their lengths", (Column("quantity"), *map(Column, splits)), tuple(rows))
     sources = []
     for split, source in ((split, source) for split, part in splits.items() for source in part.sources):
-        left_out = "".join(f", {number:,} {reason}" for reason, number in source.left_out.items())
+        left_out = "".join(f", {number:,} {reason}" for reason, number in {**source.unused, **source.bad}.items())
         sources.append(f"{split}: `{source.path}` ({source.format}), {source.kept:,} of {source.read:,} rows kept{left_out}")
     yield Items(tuple(sources))
     eos = result.train.eos_share
