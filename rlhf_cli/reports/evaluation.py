@@ -6,22 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rlhf_cli.evaluation.eval_json import About, Agreed, EndpointJudge, EvaluationResult
 from rlhf_cli.evaluation.samples import Sample
-from rlhf_cli.figures import count, number, percent_with_interval
+from rlhf_cli.figures import Interval, count, number, percent_with_interval
 from rlhf_cli.metrics import METRICS, metric
-from rlhf_cli.reports.document import (
-    Block,
-    Cell,
-    Column,
-    Definitions,
-    Example,
-    Examples,
-    Finding,
-    Items,
-    Paragraph,
-    Response,
-    Section,
-    Table,
-)
+from rlhf_cli.reports.document import Column, Definitions, Example, Examples, Finding, Items, Paragraph, Response, Section, Table
 from rlhf_cli.reports.findings_evaluation import CHANCE, findings, judge_of, step_of
 from rlhf_cli.reports.plots_evaluation import draw_evaluation
 from rlhf_cli.reports.write import write
@@ -91,7 +78,7 @@ def _drawn(about: About) -> str:
     return f"{count(about.responses, 'response')} to each of {count(about.prompts, 'prompt')}"
 
 
-def _win_rates(result: EvaluationResult) -> Iterator[Block]:
+def _win_rates(result: EvaluationResult) -> Iterator[Table]:
     if not result.winrate:
         return
     rate, equal = Column("Win rate", CHANCE, SHARE), Column("At equal length", CHANCE, SHARE)
@@ -100,7 +87,7 @@ def _win_rates(result: EvaluationResult) -> Iterator[Block]:
     yield Table(f"Preferred to {result.about.baseline} by {judge_of(result.about)}", columns, rows)
 
 
-def _ratings(result: EvaluationResult) -> Iterator[Block]:
+def _ratings(result: EvaluationResult) -> Iterator[Table]:
     own, standard = result.ratings, result.standard
     columns = Column("Model"), Column("Elo", own[standard].mean if standard in own else None)
     rows = tuple(sorted(own.items(), key=lambda rating: -rating[1].mean))
@@ -108,7 +95,7 @@ def _ratings(result: EvaluationResult) -> Iterator[Block]:
         yield Table("Elo ratings from all comparisons", columns, rows)
 
 
-def _metrics(result: EvaluationResult) -> Iterator[Block]:
+def _metrics(result: EvaluationResult) -> Iterator[Table]:
     """A table for each kind of metric; the lines through the bars are the baseline's means."""
     marks = result.models[result.standard] if result.standard else {}
     tables: dict[str, list[str]] = {row.column.table: [] for row in METRICS if row.column} | {OTHER: []}
@@ -122,7 +109,7 @@ def _metrics(result: EvaluationResult) -> Iterator[Block]:
             yield Table(table, (Column("Model"), *heads), rows)
 
 
-def _preferences(result: EvaluationResult) -> Iterator[Block]:
+def _preferences(result: EvaluationResult) -> Iterator[Finding | Table]:
     judges = result.preferences
     if not judges:
         return
@@ -150,7 +137,7 @@ def _preferences(result: EvaluationResult) -> Iterator[Block]:
         yield Table("The same by subset", of_subsets, subsets)
 
 
-def _preference_row(name: str, agreed: Agreed) -> tuple[Cell, ...]:
+def _preference_row(name: str, agreed: Agreed) -> tuple[str | Interval, ...]:
     own = agreed.agreement
     length = own.length_baseline
     return (
@@ -165,7 +152,7 @@ def _preference_row(name: str, agreed: Agreed) -> tuple[Cell, ...]:
     )
 
 
-def _optimisation(result: EvaluationResult) -> Iterator[Block]:
+def _optimisation(result: EvaluationResult) -> Iterator[Table]:
     columns = tuple(map(Column, ("Model", "At", "KL, nats", "Proxy", "Gold")))
     for series, points in result.series.items():
         rows = tuple((point.model, step_of(point), point.kl, point.proxy, point.gold or "") for point in points)
@@ -183,7 +170,7 @@ def _optimisation(result: EvaluationResult) -> Iterator[Block]:
         yield Table("Fits (Gao, Schulman & Hilton 2023)", tuple(map(Column, heads)), fitted)
 
 
-def _side_by_side(result: EvaluationResult, samples: Sequence[Sample]) -> Iterator[Block]:
+def _side_by_side(result: EvaluationResult, samples: Sequence[Sample]) -> Iterator[Paragraph | Examples]:
     """Each model's responses beside the baseline's: by the judge's scores those that gain most and lose most, else the first."""
     by_model: dict[str, dict[Place, Sample]] = {}
     for sample in samples:
@@ -254,7 +241,7 @@ def _response(sample: Sample) -> Response:
     return Response(sample.model, sample.response, ", ".join(facts))
 
 
-def _methods(result: EvaluationResult) -> Iterator[Block]:
+def _methods(result: EvaluationResult) -> Iterator[Items | Definitions]:
     """How it was measured, and what each figure is."""
     about = result.about
     said = []

@@ -39,10 +39,10 @@ class Curve:
 def draw_training(result: RunResult) -> dict[str, list[Picture]]:
     """Section's anchor → its pictures, those for which there are numbers, in the order of reading."""
     pictures = {"learned": [_picture(*key, *own) for key, own in _plots(result.history).items()], "card": []}
-    if result.card and result.card.agreement.margins:
-        own = result.card.agreement
-        pictures["card"].append(reliability_picture(own.reliability, "the reward model", "reliability.png"))
-        pictures["card"].append(margins_picture(result.card.agreement.margins, "held-out pairs", "margins.png"))
+    if result.card and (margins := result.card.agreement.margins):
+        reliability = result.card.agreement.reliability
+        pictures["card"].append(reliability_picture(reliability, "the reward model", "reliability.png"))
+        pictures["card"].append(margins_picture(margins, "held-out pairs", "margins.png"))
     return pictures
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_cli.data.sources import SourceReport
 from rlhf_cli.evaluation.agreement import Card
@@ -120,7 +120,7 @@ class Cost:
 class Used:
     """A reference, or a term of the reward or of gold, that the run did not start from."""
 
-    role: Literal["reference", "reward", "gold"]
+    role: str  # reference, reward or gold
     what: str  # a model, a function
     identity: str  # hash of its weights, or of its code; empty where it is all in its name
     is_model: bool
@@ -187,8 +187,7 @@ def read_run(run: RunFolder, manifest: Mapping[str, Any]) -> RunResult:
 def _lineage(manifest: Mapping[str, Any]) -> Lineage:
     reference = manifest.get("reference")
     used = [Used("reference", reference["model"], reference["adapter"] or reference["base"], True)] if reference else []
-    roles: tuple[Literal["reward", "gold"], ...] = ("reward", "gold")
-    for role in roles:
+    for role in ("reward", "gold"):
         for term in manifest.get(role, ()):
             what = next(term[kind] for kind in KINDS if kind in term)
             identity = term.get("adapter") or term.get("base") or term.get("hash") or ""

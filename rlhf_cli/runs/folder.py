@@ -23,7 +23,7 @@ LEAST_SPACE = 64 * 2**20
 """Bytes that must be free before a run starts; the logs and the report alone want a few MiB."""
 
 
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     """The paths of a run, and the lock on it where `open_run` took one."""
 
     def __init__(self, path: Path, lock: int | None = None) -> None:
@@ -47,9 +47,6 @@ class RunFolder:
         if self._lock is not None:
             _unlock(self.path, self._lock)
             self._lock = None
-
-    def __enter__(self) -> RunFolder:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()

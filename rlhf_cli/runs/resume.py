@@ -45,9 +45,8 @@ def refuse_other_inputs(run: RunFolder, recipe: recipes.Recipe, inputs: dict[str
     changed = [key for key in {**old, **inputs} if key in keys and old.get(key) != inputs.get(key)]
     if changed:
         rows = [f"  {key}: {_differing(old.get(key), inputs.get(key))}" for key in changed]
-        raise UsageError(
-            "\n".join(["--resume: what the run was started with has changed. start another run with --output", *rows])
-        )
+        said = "--resume: what the run was started with has changed. start another run with --output"
+        raise UsageError("\n".join([said, *rows]))
 
 
 def _differing(old: Any, new: Any) -> str:

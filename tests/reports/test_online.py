@@ -155,7 +155,16 @@ def test_which_runs_are_online() -> None:
 
 
 LENGTHS = {"p50": 10, "p90": 20, "p99": 30, "max": 40}
-SOURCE = {"path": "p.jsonl", "format": "prompt", "read": 90, "kept": 90, "bad": {}, "unused": {}}
+SOURCE = {
+    "path": "p.jsonl",
+    "format": "prompt",
+    "read": 90,
+    "kept": 90,
+    "bad": {},
+    "unused": {},
+    "bad_examples": [],
+    "fingerprint": "f",
+}
 SPLIT = {
     "read": 90,
     "kept": 90,
