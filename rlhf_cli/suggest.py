@@ -23,3 +23,9 @@ def closest(word: str, names: Iterable[str]) -> str | None:
     found = [(likeness(word, name), name) for name in names]
     ratio, best = max(found, key=lambda pair: pair[0], default=(0.0, ""))
     return best if ratio >= (ALIKE if len(word) > 2 else 0.5) else None
+
+
+def did_you_mean(word: str, names: Iterable[str], otherwise: str) -> str:
+    """The advice on a name that is none of these: the closest one, or `otherwise`."""
+    near = closest(word, names)
+    return f"did you mean {near}?" if near else otherwise

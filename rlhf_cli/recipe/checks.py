@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 from rlhf_cli.data.files import is_hub_id
+from rlhf_cli.recipe.keys import keys_of
 from rlhf_cli.recipe.recipes import DirectRecipe, EvalRecipe, KtoRecipe, PpoRecipe, Recipe, TrainingRecipe
-from rlhf_cli.recipe.rewards import KINDS, kinds_of, name_of
-from rlhf_cli.sections import Kl, Reference, Reward, Rows, Source, Value
-from rlhf_cli.suggest import closest
+from rlhf_cli.recipe.rewards import KINDS, kinds_of, term_names
+from rlhf_cli.sections import Reward, Rows, Source
+from rlhf_cli.suggest import did_you_mean
 
 Finding = tuple[str, str]
 """(dotted key, what is wrong and what to do)"""
@@ -20,10 +22,18 @@ class Check(NamedTuple):
     test: Callable[[Any], Iterator[Finding]]  # of the recipe
 
 
+def no_effect(section: Any, prefix: str, names: Sequence[str], why: str) -> Iterator[Finding]:
+    """A finding for each of these keys that has another value than its default, where none has an effect."""
+    keys = keys_of(type(section))
+    for name in names:
+        if vars(section)[keys[name].field] != keys[name].default:
+            yield f"{prefix}{name}", f"has no effect {why}"
+
+
 def _length(recipe: TrainingRecipe) -> Iterator[Finding]:
     train = recipe.train
-    if train.steps is not None and train.epochs != 1.0:
-        yield "train.epochs", "has no effect beside train.steps. keep one of the two"
+    if train.steps is not None:
+        yield from no_effect(train, "train.", ("epochs",), "beside train.steps. keep one of the two")
     if train.epochs == 0:
         yield "train.epochs", "expected more than 0, found 0. use --check to train nothing"
 
@@ -40,31 +50,30 @@ def _intervals(recipe: TrainingRecipe) -> Iterator[Finding]:
 
 
 def _optimizer(recipe: TrainingRecipe) -> Iterator[Finding]:
-    if recipe.train.optimizer == "sgd" and recipe.train.betas != (0.9, 0.999):
-        yield "train.betas", "has no effect with optimizer: sgd. remove it"
+    if recipe.train.optimizer == "sgd":
+        yield from no_effect(recipe.train, "train.", ("betas",), "with optimizer: sgd. remove it")
     if recipe.train.max_grad_norm == 0:
         yield "train.max_grad_norm", "0 would erase every gradient. give a large number to clip nothing"
 
 
 def _held_out(recipe: TrainingRecipe) -> Iterator[Finding]:
-    if recipe.data.eval is not None and recipe.data.holdout:
-        yield "data.holdout", "has no effect beside data.eval. keep one of the two"
+    if recipe.data.eval is not None:
+        yield from no_effect(recipe.data, "data.", ("holdout",), "beside data.eval. keep one of the two")
 
 
 def _evaluation(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.data.eval is not None or recipe.data.holdout:
         return
-    if recipe.train.eval_every not in (0, 0.25):
-        yield "train.eval_every", "has no effect without data.eval or data.holdout. set one of them, or remove it"
+    if recipe.train.eval_every != 0:
+        why = "without data.eval or data.holdout. set one of them, or remove it"
+        yield from no_effect(recipe.train, "train.", ("eval_every",), why)
     if recipe.train.keep_best is not None:
         yield "train.keep_best", "needs an evaluation. set data.eval or data.holdout"
 
 
 def _stop_rules(recipe: TrainingRecipe) -> Iterator[Finding]:
     for metric, rule in recipe.train.stop_if.items():
-        given = [
-            name for name, limit in (("above", rule.above), ("below", rule.below), ("falls", rule.falls)) if limit is not None
-        ]
+        given = [name for name, limit in vars(rule).items() if limit is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none"
             yield f"train.stop_if.{metric}", f"expected exactly one of above, below, falls; found {found}. keep one"
@@ -73,8 +82,7 @@ def _stop_rules(recipe: TrainingRecipe) -> Iterator[Finding]:
 def _sources(recipe: TrainingRecipe) -> Iterator[Finding]:
     yield from _mixture("data.train", recipe.data.train)
     for index, source in enumerate(recipe.data.eval or []):
-        if source.weight != 1.0:
-            yield f"data.eval.{index}.weight", "has no effect on held-out rows: each counts once. remove it"
+        yield from no_effect(source, f"data.eval.{index}.", ("weight",), "on held-out rows: each counts once. remove it")
         yield from hub_keys(f"data.eval.{index}", source)
 
 
@@ -83,18 +91,16 @@ def _mixture(key: str, sources: list[Source]) -> Iterator[Finding]:
     for index, source in enumerate(sources):
         if source.weight == 0:
             yield f"{key}.{index}.weight", f"0 never draws from {source.path}. remove the source"
-        elif source.weight != 1.0 and len(sources) == 1:
-            yield f"{key}.{index}.weight", "has no effect with one source. remove it"
+        elif len(sources) == 1:
+            yield from no_effect(source, f"{key}.{index}.", ("weight",), "with one source. remove it")
         yield from hub_keys(f"{key}.{index}", source)
 
 
 def hub_keys(key: str, source: Rows) -> Iterator[Finding]:
     """Of a hub's keys on a local file."""
     if not is_hub_id(source.path):
-        if source.name is not None:
-            yield f"{key}.name", "has no effect on a local file, it chooses a hub configuration. remove it"
-        if source.split != "train":
-            yield f"{key}.split", "has no effect on a local file, it chooses a hub split. remove it"
+        for name, what in {"name": "configuration", "split": "split"}.items():
+            yield from no_effect(source, f"{key}.", (name,), f"on a local file, it chooses a hub {what}. remove it")
 
 
 def _quantised(recipe: TrainingRecipe) -> Iterator[Finding]:
@@ -104,24 +110,20 @@ def _quantised(recipe: TrainingRecipe) -> Iterator[Finding]:
 
 def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
     held_out = recipe.held_out_metrics
-    keep = recipe.train.keep_best
     either = tuple(dict.fromkeys((*recipe.training_metrics, *held_out)))
-    watched: dict[str, tuple[str, tuple[str, ...]]] = {f"train.stop_if.{name}": (name, either) for name in recipe.train.stop_if}
-    if keep is not None:
-        watched["train.keep_best.metric"] = (keep.metric, held_out)
-    for key, (name, known) in watched.items():
+    watched = [(f"train.stop_if.{name}", name, either) for name in recipe.train.stop_if]
+    if recipe.train.keep_best is not None:
+        watched.append(("train.keep_best.metric", recipe.train.keep_best.metric, held_out))
+    for key, name, known in watched:
         if name not in known:
-            near = closest(name, known)
-            yield key, f"no metric is named {name}. " + (f"did you mean {near}?" if near else f"there are {', '.join(known)}")
+            there = f"there are {', '.join(known)}"
+            yield key, f"no metric is named {name}. {did_you_mean(name, known, there)}"
 
 
 def _reference(recipe: DirectRecipe) -> Iterator[Finding]:
-    if recipe.objective.reference:
-        return
-    default = Reference()
-    given = {"model": recipe.reference.model != default.model, "cache": recipe.reference.cache != default.cache}
-    for name in (name for name, differs in given.items() if differs):
-        yield f"reference.{name}", f"has no effect with kind: {recipe.objective.kind}, which needs no reference. remove it"
+    if not recipe.objective.reference:
+        why = f"with kind: {recipe.objective.kind}, which needs no reference. remove it"
+        yield from no_effect(recipe.reference, "reference.", ("model", "cache"), why)
 
 
 def _balance(recipe: KtoRecipe) -> Iterator[Finding]:
@@ -130,26 +132,20 @@ def _balance(recipe: KtoRecipe) -> Iterator[Finding]:
         return
     if objective.lambda_d == objective.lambda_u == 0:
         yield "objective.lambda_d", "0 beside lambda_u: 0 leaves nothing to learn. give one class a weight"
-    if objective.lambda_ is None:
-        return
-    for name, weight in {"lambda_d": objective.lambda_d, "lambda_u": objective.lambda_u}.items():
-        if weight != 1.0:
-            yield f"objective.{name}", "has no effect beside objective.lambda: auto. keep one of the two"
+    if objective.lambda_ is not None:
+        why = "beside objective.lambda: auto. keep one of the two"
+        yield from no_effect(objective, "objective.", ("lambda_d", "lambda_u"), why)
 
 
-def _terms(key: str, terms: list[Reward] | None) -> Iterator[Finding]:
+def _terms(key: str, terms: list[Reward]) -> Iterator[Finding]:
     """The terms of the reward or of what is only measured."""
-    if terms is None:
-        return
     if not terms:
         yield key, "the list is empty. name a term: {model: …} or {function: file.py:name}"
-    names: set[str] = set()
-    for index, term in enumerate(terms):
+    names = term_names(terms)
+    for index, (name, term) in enumerate(zip(names, terms, strict=True)):
         yield from _term(f"{key}.{index}", term)
-        name = name_of(term)
-        if name in names:
+        if name in names[:index]:
             yield f"{key}.{index}.name", f"a second term would be logged as {key}/{name}. give one of them another name"
-        names.add(name)
 
 
 def _term(key: str, term: Reward) -> Iterator[Finding]:
@@ -170,16 +166,17 @@ def _term(key: str, term: Reward) -> Iterator[Finding]:
 
 
 def _reward(recipe: PpoRecipe | DirectRecipe | EvalRecipe) -> Iterator[Finding]:
-    yield from _terms("reward", recipe.reward)
-    yield from _terms("gold", recipe.gold)
+    if recipe.reward is not None:
+        yield from _terms("reward", recipe.reward)
+    if recipe.gold is not None:
+        yield from _terms("gold", recipe.gold)
     for index, term in enumerate(recipe.reward or []):
         if term.weight == 0:
             yield f"reward.{index}.weight", "0 leaves the term out of the score. move it to gold, where it is only measured"
     for index, term in enumerate(recipe.gold or []):
-        if term.weight != 1.0:
-            yield f"gold.{index}.weight", "has no effect on a term that is only measured. remove it"
-    if recipe.reward is not None and len(recipe.reward) == 1 and recipe.reward_combine != "sum":
-        yield "reward_combine", "has no effect on one term. remove it, or add a term to reward"
+        yield from no_effect(term, f"gold.{index}.", ("weight",), "on a term that is only measured. remove it")
+    if recipe.reward is not None and len(recipe.reward) == 1:
+        yield from no_effect(recipe, "", ("reward_combine",), "on one term. remove it, or add a term to reward")
 
 
 def _drawn(recipe: TrainingRecipe) -> Iterator[Finding]:
@@ -205,24 +202,19 @@ def _samples(recipe: PpoRecipe) -> Iterator[Finding]:
 
 
 def _value(recipe: PpoRecipe) -> Iterator[Finding]:
-    if recipe.objective.values:
-        return
-    default = Value()
-    given = {"init": recipe.value.init != default.init, "learning_rate": recipe.value.learning_rate != default.learning_rate}
-    for name in (name for name, differs in given.items() if differs):
-        yield f"value.{name}", f"has no effect with kind: {recipe.objective.kind}, which learns no value. remove it"
+    if not recipe.objective.values:
+        why = f"with kind: {recipe.objective.kind}, which learns no value. remove it"
+        yield from no_effect(recipe.value, "value.", ("init", "learning_rate"), why)
 
 
 def _kl(recipe: PpoRecipe) -> Iterator[Finding]:
-    kl, default = recipe.kl, Kl()
-    if kl.target is None and kl.horizon != default.horizon:
-        yield "kl.horizon", "has no effect without kl.target. set one, or remove it"
-    if kl.coef:
-        return
-    if kl.target is not None:
-        yield "kl.target", "has no effect with kl.coef: 0, which stays 0 whatever it is multiplied by. give coef a start"
-    if kl.estimator != default.estimator:
-        yield "kl.estimator", "has no effect with kl.coef: 0. remove it, or give coef a weight"
+    kl = recipe.kl
+    if kl.target is None:
+        yield from no_effect(kl, "kl.", ("horizon",), "without kl.target. set one, or remove it")
+    if kl.coef == 0:
+        why = "with kl.coef: 0, which stays 0 whatever it is multiplied by. give coef a start"
+        yield from no_effect(kl, "kl.", ("target",), why)
+        yield from no_effect(kl, "kl.", ("estimator",), "with kl.coef: 0. remove it, or give coef a weight")
 
 
 def _ptx(recipe: PpoRecipe) -> Iterator[Finding]:
@@ -235,18 +227,14 @@ def _ptx(recipe: PpoRecipe) -> Iterator[Finding]:
 
 def _online(recipe: DirectRecipe) -> Iterator[Finding]:
     if recipe.rollout is None:
-        given = {
-            "reward": recipe.reward is not None,
-            "reward_combine": recipe.reward_combine != "sum",
-            "gold": recipe.gold is not None,
-        }
-        for name in (name for name, there in given.items() if there):
-            yield name, "has no effect without rollout. add `rollout: {}` to draw responses, or remove it"
+        why = "without rollout. add `rollout: {}` to draw responses, or remove it"
+        yield from no_effect(recipe, "", ("reward", "reward_combine", "gold"), why)
         return
     if recipe.reward is None:
         yield "rollout", "needs a reward to rank what is drawn. add reward: [{model: …}] or [{function: file.py:name}]"
-    if recipe.objective.reference and not recipe.reference.cache:
-        yield "reference.cache", "has no effect with rollout: responses are new, so nothing can be kept. remove it"
+    if recipe.objective.reference:
+        why = "with rollout: responses are new, so nothing can be kept. remove it"
+        yield from no_effect(recipe.reference, "reference.", ("cache",), why)
 
 
 TRAINING = (
@@ -286,9 +274,6 @@ PPO = (
 def findings(checks: Sequence[Check], recipe: Recipe, bad: set[str]) -> Iterator[Finding]:
     """What the recipe's keys disagree on; checks that read a key in `bad` are left out."""
     for check in checks:
-        if not any(_touches(read, key) for read in check.reads for key in bad):
+        pairs = product((f"{read}." for read in check.reads), (f"{key}." for key in bad))
+        if not any(read.startswith(key) or key.startswith(read) for read, key in pairs):
             yield from check.test(recipe)
-
-
-def _touches(read: str, key: str) -> bool:
-    return read == key or read.startswith(f"{key}.") or key.startswith(f"{read}.")

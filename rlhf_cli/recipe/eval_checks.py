@@ -5,19 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from rlhf_cli.recipe.checks import REWARD, Check, Finding, hub_keys
+from rlhf_cli.recipe.checks import REWARD, Check, Finding, hub_keys, no_effect
 from rlhf_cli.recipe.recipes import EvalRecipe, is_pattern
 from rlhf_cli.recipe.rewards import term_names
-from rlhf_cli.sections import EvalSource, Sampling, Winrate
-from rlhf_cli.suggest import closest
+from rlhf_cli.sections import Endpoint
+from rlhf_cli.suggest import did_you_mean
 
 
 def _rows(recipe: EvalRecipe) -> Iterator[Finding]:
-    sections: dict[str, list[EvalSource] | None] = {
-        "prompts": recipe.prompts,
-        "preferences": recipe.preferences,
-        "text": recipe.text,
-    }
+    sections = {"prompts": recipe.prompts, "preferences": recipe.preferences, "text": recipe.text}
     if not any(sections.values()):
         yield "prompts", "there is nothing to evaluate on. name prompts, preferences or text"
     for name, sources in sections.items():
@@ -45,33 +41,22 @@ def _known(key: str, name: str, recipe: EvalRecipe) -> Iterator[Finding]:
     if is_pattern(recipe.models.get(entry, "")):
         yield key, f"{entry} is several models, {recipe.models[entry]}. give the one a name of its own in models"
     elif name not in recipe.models:
-        near = closest(name, tuple(recipe.models))
-        yield key, f"no model is named {name}. " + (f"did you mean {near}?" if near else f"there are {', '.join(recipe.models)}")
+        there = f"there are {', '.join(recipe.models)}"
+        yield key, f"no model is named {name}. {did_you_mean(name, recipe.models, there)}"
 
 
 def _drawn_or_compared(recipe: EvalRecipe) -> Iterator[Finding]:
     """What has no effect where nothing is drawn, compared or scored."""
     if recipe.reward is None:
-        given = {
-            "reward_combine": recipe.reward_combine != "sum",
-            "rollout.missing_eos_penalty": recipe.rollout.missing_eos_penalty != 0,
-        }
-        for name in (name for name, there in given.items() if there):
-            yield name, "has no effect without reward. add one, or remove it"
+        why = "without reward. add one, or remove it"
+        yield from no_effect(recipe, "", ("reward_combine",), why)
+        yield from no_effect(recipe.rollout, "rollout.", ("missing_eos_penalty",), why)
     if recipe.prompts is None:
-        default = Sampling()
-        given = {
-            "rollout": recipe.rollout != default,
-            "winrate": recipe.winrate is not None,
-            "best_of_n": bool(recipe.best_of_n),
-            "dump_pairs": recipe.dump_pairs is not None,
-        }
-        for name in (name for name, there in given.items() if there):
-            yield name, "has no effect without prompts. name some, or remove it"
+        drawn = ("rollout", "winrate", "best_of_n", "dump_pairs")
+        yield from no_effect(recipe, "", drawn, "without prompts. name some, or remove it")
         if recipe.preferences is None:
-            for name, value in {"reference": recipe.reference, "reward": recipe.reward, "gold": recipe.gold}.items():
-                if value is not None:
-                    yield name, "has no effect without prompts or preferences. name some, or remove it"
+            why = "without prompts or preferences. name some, or remove it"
+            yield from no_effect(recipe, "", ("reference", "reward", "gold"), why)
     elif recipe.rollout.max_new_tokens >= recipe.max_length:
         what = f"leaves no room for a prompt in max_length ({recipe.max_length}). lower it, or raise max_length"
         yield "rollout.max_new_tokens", what
@@ -82,14 +67,14 @@ def _winrate(recipe: EvalRecipe) -> Iterator[Finding]:
     if winrate is None:
         return
     yield from _known("winrate.baseline", winrate.baseline, recipe)
-    yield from _judge("winrate.judge", winrate, recipe)
+    yield from _judge(winrate.judge, recipe)
     ranks_one = recipe.dump_pairs is not None and isinstance(winrate.judge, str)
     if recipe.models and not _several(recipe) and not ranks_one:
         yield "winrate", "there is no other model to compare with the baseline. add one to models"
 
 
-def _judge(key: str, winrate: Winrate, recipe: EvalRecipe) -> Iterator[Finding]:
-    judge = winrate.judge
+def _judge(judge: str | Endpoint, recipe: EvalRecipe) -> Iterator[Finding]:
+    key = "winrate.judge"
     if not isinstance(judge, str):
         if not judge.endpoint.startswith(("http://", "https://")):
             yield f"{key}.endpoint", f"expected a URL, found {judge.endpoint}. write http:// or https:// before it"
@@ -103,10 +88,8 @@ def _judge(key: str, winrate: Winrate, recipe: EvalRecipe) -> Iterator[Finding]:
     names = list(dict.fromkeys((*(name for name, terms in whole.items() if terms), *rewards, *golds)))
     if judge in names:
         return
-    near = closest(judge, names or tuple(whole))
-    there = ", ".join(names) or "no reward and no gold to name"
-    advice = f"did you mean {near}?" if near else f"there is {there}; a server is {{endpoint: http://…, model: …}}"
-    yield key, f"no term is named {judge}. {advice}"
+    there = f"there is {', '.join(names) or 'no reward and no gold to name'}; a server is {{endpoint: http://…, model: …}}"
+    yield key, f"no term is named {judge}. {did_you_mean(judge, names or whole, there)}"
 
 
 def _best_of(recipe: EvalRecipe) -> Iterator[Finding]:
