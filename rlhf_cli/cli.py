@@ -14,9 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -26,11 +24,10 @@ from typer.exceptions import TyperException
 from rlhf_cli import __version__
 from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.recipe.stages import STAGES, Stage
-from rlhf_cli.suggest import closest
+from rlhf_cli.suggest import did_you_mean
 
 Action = Callable[[], None]
 """What a parsed command line asks for. It runs outside typer, which would swallow Ctrl-C and broken pipes."""
-
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, suggest_commands=False)
 
@@ -99,8 +96,15 @@ class StageCall:
             # Before anything imports huggingface_hub: it reads the variable once, and would otherwise retry for a minute.
             os.environ["HF_HUB_OFFLINE"] = "1"
         _leave_on_signals()
-        module = _import_for_good(STAGES[self.stage].module)
-        module.run(loaded, check=self.check, resume=self.resume, force=self.force)
+        module = STAGES[self.stage].module
+        if module not in sys.modules:
+            gc.disable()  # it would search the libraries' million objects again and again, and free none
+            try:
+                importlib.import_module(module)
+            finally:
+                gc.freeze()
+                gc.enable()
+        sys.modules[module].run(loaded, check=self.check, resume=self.resume, force=self.force)
 
 
 def _stage_command(name: str, stage: Stage) -> None:
@@ -125,25 +129,13 @@ def _stage_command(name: str, stage: Stage) -> None:
         force: Force = False,
         debug: Debug = False,
     ) -> Action:
-        """An argument for every option, of which typer makes the command line."""
+        """Eight arguments, one for each option: typer reads them from the signature."""
         from rlhf_cli.recipe.dump import one_line
 
-        more = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
-        return StageCall(name, recipe, [*(overrides or []), *more], output, check, resume, force)
+        dump = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
+        return command(recipe, [*(overrides or []), *dump], output, check, resume, force, debug)
 
     app.command(name, cls=StageCommand, help=stage.help)(evaluation if name == "eval" else command)
-
-
-def _import_for_good(module: str) -> ModuleType:
-    """Imports without the garbage collector: it would search the libraries' million objects again and again, and free none."""
-    if module not in sys.modules:
-        gc.disable()
-        try:
-            importlib.import_module(module)
-        finally:
-            gc.freeze()
-            gc.enable()
-    return sys.modules[module]
 
 
 for _name, _stage in STAGES.items():
@@ -158,13 +150,13 @@ def _export(
     debug: Debug = False,
 ) -> Action:
     """Write a run as a plain transformers or PEFT folder."""
-    return partial(_run_export, run, dest, merge)
 
+    def write() -> None:
+        from rlhf_cli.runs.export import export
 
-def _run_export(run: Path, dest: Path, merge: bool) -> None:
-    from rlhf_cli.runs.export import export
+        typer.echo(export(run, dest, merge))
 
-    typer.echo(export(run, dest, merge))
+    return write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,8 +164,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     _end_with_launcher()
-    _spin_briefly()
-    _fill_descriptors()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Before torch is loaded: idle OpenMP threads would spin so long that a second busy process on the same cores slows small
+        # steps more than twentyfold; 1,000 rounds keep a lone process within a sixth of its best speed, and two at a fair half.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a closed stdin, stdout or stderr is opened on nothing, or the next file opened would receive stray prints
+    os.close(descriptor)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal must not end a run
     try:
@@ -197,8 +194,7 @@ def _run(arguments: list[str]) -> int:
     command = next((word for word in arguments if not word.startswith("-")), None)
     names = [*STAGES, "export"]
     if command is not None and command not in names:
-        near = closest(command, names)
-        hint = f"did you mean {near}?" if near else f"commands: {', '.join(names)}"
+        hint = did_you_mean(command, names, f"commands: {', '.join(names)}")
         raise UsageError(f"rlhf {command}: no such command. {hint}")
     result = app(arguments or ["--help"], prog_name="rlhf", standalone_mode=False)
     if callable(result):
@@ -278,23 +274,6 @@ def _leave_on_signals() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
-
-
-def _spin_briefly() -> None:
-    """Make idle OpenMP threads sleep soon; to be set before torch is loaded.
-
-    By its own default they spin so long that a second busy process on the same cores slows small steps more than twentyfold;
-    1,000 rounds keep a lone process within a sixth of its best speed, and two at once at a fair half.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
-def _fill_descriptors() -> None:
-    """A closed stdin, stdout or stderr is opened on nothing, or the next file opened would receive stray prints."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
 
 
 def _mute() -> None:

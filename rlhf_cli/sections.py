@@ -158,7 +158,7 @@ class Updates:
 
 @dataclass(frozen=True)
 class Cadence:
-    """What happens now and then."""
+    """What happens now and then; all of it may change when a run is resumed."""
 
     log_every: int = key(1, "steps between two printed lines", low=1)
     eval_every: float | None = key(0.25, "below 1: share of the run; else steps; null: at the end alone", low=0.0)

@@ -24,7 +24,7 @@ from rlhf_cli.recipe.keys import (
 from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
 from rlhf_cli.recipe.suggest import closest_key
 from rlhf_cli.recipe.yaml_reader import BAD, Node, Problem
-from rlhf_cli.suggest import closest
+from rlhf_cli.suggest import closest, did_you_mean
 
 SHOWN = 100
 """Problems are listed, and suggestions sought, up to here: a file with more of them is no recipe."""
@@ -49,15 +49,12 @@ def spell_out(node: Node, section: type) -> Node:
 
 
 def _spell_out_list(node: Node, short: str) -> Node:
-    if isinstance(node.value, list):
-        items = [_spell_out_item(item, short) for item in node.value]
-        return dataclasses.replace(node, value=items)
-    item = _spell_out_item(node, short)
-    return dataclasses.replace(node, value=[item], bare=True) if isinstance(item.value, dict) else node
-
-
-def _spell_out_item(node: Node, short: str) -> Node:
-    return Node({short: node}, node.line) if isinstance(node.value, str) else node
+    alone = not isinstance(node.value, list)
+    given = [node] if alone else node.value
+    items = [Node({short: item}, item.line) if isinstance(item.value, str) else item for item in given]
+    if alone and not isinstance(items[0].value, dict):
+        return node
+    return dataclasses.replace(node, value=items, bare=alone or node.bare)
 
 
 def lines_of(node: Node, key: str = "") -> dict[str, int]:
@@ -94,11 +91,10 @@ class Builder:
 
     def section(self, kind: type, node: Node, prefix: str, rivals: Sequence[type] = ()) -> Any:
         """The dataclass `kind` from a mapping node; `rivals` could stand in its place under another `kind:`."""
-        keys = keys_of(kind)
         self.carried_over(kind, node, prefix, rivals)
         meant = self.unknown(kind, node, prefix, rivals)
         values = {}
-        for name, key in keys.items():
+        for name, key in keys_of(kind).items():
             dotted = f"{prefix}{name}"
             if name in node.value:
                 value = self.value(key.kind, node.value[name], dotted, key)
@@ -121,9 +117,8 @@ class Builder:
                 self.report(node.value[name].line, f"{prefix}{name}", what)
 
     def missing(self, key: Key, node: Node, dotted: str) -> Any:
-        inner = key.kind if dataclasses.is_dataclass(key.kind) and isinstance(key.kind, type) else None
-        if inner is not None:
-            return self.section(inner, Node({}, node.line), f"{dotted}.")
+        if dataclasses.is_dataclass(key.kind) and isinstance(key.kind, type):
+            return self.section(key.kind, Node({}, node.line), f"{dotted}.")
         return self.report(max(node.line, 1), dotted, f"missing. add it: {key.help or describe(key.kind)}")
 
     def unknown(self, kind: type, node: Node, prefix: str, rivals: Sequence[type]) -> set[str]:
@@ -187,7 +182,9 @@ class Builder:
         if form is dict:
             inner = get_args(arm)[1]
             return {name: self.value(inner, child, f"{dotted}.{name}", key) for name, child in node.value.items()}
-        return self.leaf(form, node, dotted, key)
+        if form in (int, float):
+            return self.number(form, node, dotted, key)
+        return self.path(node, dotted) if form is str and key.path else node.value
 
     def by_kind(self, sections: Sequence[type], node: Node, dotted: str) -> Any:
         """Among several sections, the one whose `kind` the mapping names; the first when it names none."""
@@ -212,14 +209,6 @@ class Builder:
         pairs = enumerate(zip(inner, node.value, strict=True))
         return tuple(self.value(kind, child, f"{dotted}.{index}", key) for index, (kind, child) in pairs)
 
-    def leaf(self, form: Any, node: Node, dotted: str, key: Key) -> Any:
-        value = node.value
-        if form in (int, float):
-            return self.number(form, node, dotted, key)
-        if form is str and key.path:
-            return self.path(node, dotted)
-        return value
-
     def number(self, form: Any, node: Node, dotted: str, key: Key) -> Any:
         if not math.isfinite(node.value):
             return self.report(node.line, dotted, f"{node.text[:40]} is not a finite number. give a finite one")
@@ -237,9 +226,8 @@ class Builder:
             return self.report(node.line, dotted, "~ is not expanded. write ${HOME}" + node.value[1:])
         for name in re.findall(r"\$\{([^}]*)\}", node.value):
             if not os.environ.get(name):
-                return self.report(
-                    node.line, dotted, f"the environment variable {name} is not set. set it, or write the path out"
-                )
+                what = f"the environment variable {name} is not set. set it, or write the path out"
+                return self.report(node.line, dotted, what)
         return re.sub(r"\$\{([^}]*)\}", lambda match: os.environ[match[1]], node.value)
 
 
@@ -276,8 +264,7 @@ def _near_kind(names: list[str], value: Any) -> str:
     owner = next((name for name, stage in TRAINING_STAGES.items() if value in map(kind_of, stage.objectives)), None)
     if owner is not None:
         return f"{value} is a kind of rlhf {owner}"
-    near = closest(value, names)
-    return f"did you mean {near}?" if near is not None else "write one of these"
+    return did_you_mean(value, names, "write one of these")
 
 
 def _mismatch(kind: Any, node: Node, key: Key) -> str:

@@ -24,7 +24,8 @@ class Check(NamedTuple):
 
 def no_effect(section: Any, prefix: str, names: Sequence[str], why: str) -> Iterator[Finding]:
     """A finding for each of these keys that has another value than its default, where none has an effect."""
-    keys = keys_of(type(section))
+    kind: type = type(section)
+    keys = keys_of(kind)
     for name in names:
         if vars(section)[keys[name].field] != keys[name].default:
             yield f"{prefix}{name}", f"has no effect {why}"

@@ -13,32 +13,16 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.keys import keys_of, walk
 from rlhf_cli.recipe.recipes import Recipe
 from rlhf_cli.recipe.yaml_reader import SCALARS, Unreadable, plain, read
-
-MAY_CHANGE = (
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.keep_best",
-    "train.stop_if",
-    "train.tokens_per_device",
-    "train.steps",
-    "train.epochs",
-    "reference.cache",
-    "trackers",
-    "output",
-    "models",
-    "preferences",
-    "text",
-    "winrate",
-    "best_of_n",
-    "beta",
-    "dump_pairs",
-    "tokens_per_device",
-)
-"""Keys, with all below them, that may differ when a run is resumed. steps and epochs may only grow."""
+from rlhf_cli.sections import Cadence
 
 ONLY_GROW = ("train.steps", "train.epochs")
+
+MAY_CHANGE = (
+    *(f"train.{name}" for name in keys_of(Cadence)),
+    *("train.tokens_per_device", *ONLY_GROW, "reference.cache", "trackers", "output"),
+    *("models", "preferences", "text", "winrate", "best_of_n", "beta", "dump_pairs", "tokens_per_device"),
+)
+"""Keys, with all below them, that may differ when a run is resumed; those of ONLY_GROW may not shrink."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -88,9 +72,8 @@ def differences(old_text: str, new: Recipe) -> list[tuple[str, object, object]]:
     try:
         old = dict(_flat(plain(read(old_text, [])), ""))
     except Unreadable as error:
-        raise UsageError(
-            f"the earlier run's recipe.yaml cannot be read, line {error.problem.line}: {error.problem.what}"
-        ) from None
+        place = f"line {error.problem.line}: {error.problem.what}"
+        raise UsageError(f"the earlier run's recipe.yaml cannot be read, {place}") from None
     now = flatten(new)
     # A key that the old file does not know had its default.
     usual = {key for key, known in walk(type(new)) if key not in old and now.get(key) == known.default}

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from rlhf_cli.objectives.base import Objective
 from rlhf_cli.sections import SHORT_FORM
 
 
@@ -19,32 +18,22 @@ class Key(NamedTuple):
     field: str
     kind: Any  # the resolved annotation
     default: Any  # dataclasses.MISSING when the key is required
-    help: str
-    low: float | None
-    high: float | None
-    path: bool
+    help: str = ""
+    low: float | None = None
+    high: float | None = None
+    path: bool = False
+    last: bool = False
 
 
 @cache
 def keys_of(section: type) -> dict[str, Key]:
     """The keys of one section, in the schema's order, those marked `last` after the others."""
     hints = get_type_hints(section)
-    found = {}
-    for field in sorted(dataclasses.fields(section), key=lambda field: field.metadata.get("last", False)):
-        name = field.name.removesuffix("_")
+    found = []
+    for field in dataclasses.fields(section):
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        about = field.metadata
-        found[name] = Key(
-            name,
-            field.name,
-            hints[field.name],
-            default,
-            about.get("help", ""),
-            about.get("low"),
-            about.get("high"),
-            about.get("path", False),
-        )
-    return found
+        found.append(Key(field.name.removesuffix("_"), field.name, hints[field.name], default, **field.metadata))
+    return {key.name: key for key in sorted(found, key=lambda key: key.last)}
 
 
 def arms(kind: Any) -> tuple[Any, ...]:
@@ -69,17 +58,10 @@ def kind_of(section: type) -> str:
     return name
 
 
-def objectives_of(recipe: type) -> tuple[type[Objective], ...]:
-    """The kinds that the annotation of a recipe's `objective` names, the default first."""
-    return sections_in(keys_of(recipe)["objective"].kind)
-
-
 def source_list(kind: Any) -> tuple[type, str] | None:
     """(item, key of its short form) where the type is a list whose items have a short form."""
-    for arm in arms(kind):
-        if get_origin(arm) is list and get_args(arm)[0] in SHORT_FORM:
-            return get_args(arm)[0], SHORT_FORM[get_args(arm)[0]]
-    return None
+    items = (get_args(arm)[0] for arm in arms(kind) if get_origin(arm) is list)
+    return next(((item, SHORT_FORM[item]) for item in items if item in SHORT_FORM), None)
 
 
 def describe(kind: Any) -> str:

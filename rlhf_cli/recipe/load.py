@@ -49,11 +49,11 @@ class Loaded:
 def load_recipe(stage: str, path: Path, overrides: Sequence[str] = (), output: str | None = None) -> Loaded:
     """Reads and checks a recipe. Raises UsageError with one line for each problem."""
     problems: list[Problem] = []
+    section = STAGES[stage].recipe
     try:
-        root = _read_file(path, problems, tuple(required_keys(STAGES[stage].recipe)))
+        root = _read_file(path, problems, section)
     except Unreadable as error:
         raise UsageError(_render(path, [*problems, error.problem])) from None
-    section = STAGES[stage].recipe
     root = spell_out(root, section)
     for override in overrides:
         root = spell_out(_override(root, override, problems), section)
@@ -75,8 +75,8 @@ def load_recipe(stage: str, path: Path, overrides: Sequence[str] = (), output: s
     return Loaded(recipe, stage, path, lines)
 
 
-def _read_file(path: Path, problems: list[Problem], needed: Sequence[str]) -> Node:
-    """The tree of a file, which `needed` keys make a recipe."""
+def _read_file(path: Path, problems: list[Problem], section: type) -> Node:
+    """The tree of a file, which is to be a recipe of this type."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -87,20 +87,19 @@ def _read_file(path: Path, problems: list[Problem], needed: Sequence[str]) -> No
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file. {_near_file(path)}") from None
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path}: cannot be read: {error.strerror if isinstance(error, OSError) else error}. check the path"
-        ) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path}: cannot be read: {reason}. check the path") from None
     if len(data) > MAX_BYTES:
         raise UsageError(f"{path}: larger than 1 MB, which no recipe is. is it a data file? a recipe names those")
-    root = read(decode(data), problems)
+    root, needed = read(decode(data), problems), tuple(required_keys(section))
     if root.value is None:
         *most, last = needed
-        raise Unreadable(Problem(1, "", f"the file is empty. a recipe needs {', '.join(most)} and {last}"))
+        raise Unreadable(1, "", f"the file is empty. a recipe needs {', '.join(most)} and {last}")
     if not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else "text"
         first, second, *_ = dict.fromkeys(key.partition(".")[0] for key in needed)
         what = f"expected keys such as {first}: and {second}:, found {kind}. write `{first}:` at the start of a line"
-        raise Unreadable(Problem(root.line, "", what))
+        raise Unreadable(root.line, "", what)
     return root
 
 
@@ -143,13 +142,9 @@ def _put(node: Node, parts: Sequence[str], value: Node, key: str = "") -> Node:
         if node.bare and not head.isdecimal():
             return dataclasses.replace(node, value=[_put(node.value[0], parts, value, key)])
         if not head.isdecimal() or int(head) >= len(node.value):
-            last = len(node.value) - 1
-            what = (
-                f"no such position: {key} has {len(node.value)}, counted from 0. use 0 to {last}"
-                if last >= 0
-                else f"{key} is empty"
-            )
-            raise Unreadable(Problem(0, dotted, what))
+            count = len(node.value)
+            what = f"no such position: {key} has {count}, counted from 0. use 0 to {count - 1}" if count else f"{key} is empty"
+            raise Unreadable(0, dotted, what)
         items = list(node.value)
         items[int(head)] = _put(items[int(head)], rest, value, dotted)
         return dataclasses.replace(node, value=items)
@@ -203,13 +198,9 @@ def _render(path: Path, problems: Sequence[Problem]) -> str:
     ordered = sorted(dict.fromkeys(problems), key=lambda problem: problem.line if problem.line > 0 else float("inf"))
     lines = []
     for line, key, what in ordered[:SHOWN]:
-        place = _place(path, line, key)
-        lines.append(_printable(f"{place}: {key[:100]}: {what}" if key and line > 0 else f"{place}: {what}"))
+        text = f"{_place(path, line, key)}: {f'{key[:100]}: ' if key and line > 0 else ''}{what}"
+        # without control characters: what a recipe says must not steer the terminal
+        lines.append("".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text))
     if len(ordered) > SHOWN:
         lines.append(f"{path}: and {len(ordered) - SHOWN} more like these")
     return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    """One line without control characters: what a recipe says must not steer the terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)

@@ -54,15 +54,12 @@ def kinds_of(reward: Reward) -> list[str]:
     return [kind for kind in KINDS if vars(reward)[kind] is not None]
 
 
-def default_name(reward: Reward) -> str:
-    """Under which a term without a name of its own is logged."""
+def name_of(reward: Reward) -> str:
+    """The name under which a term is logged: its own, or the default of its kind."""
+    if reward.name is not None:
+        return reward.name
     kinds = kinds_of(reward)
     return KINDS[kinds[0]].default_name(vars(reward)[kinds[0]]) if kinds else ""
-
-
-def name_of(reward: Reward) -> str:
-    """The name under which a term is logged."""
-    return reward.name if reward.name is not None else default_name(reward)
 
 
 def term_names(rewards: Sequence[Reward]) -> list[str]:

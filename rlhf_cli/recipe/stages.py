@@ -10,7 +10,7 @@ from rlhf_cli.data.formats import Use
 from rlhf_cli.objectives.base import Objective, Trained
 from rlhf_cli.recipe.checks import DIRECT, KTO, PPO, TRAINING, Check
 from rlhf_cli.recipe.eval_checks import EVALUATION
-from rlhf_cli.recipe.keys import objectives_of
+from rlhf_cli.recipe.keys import keys_of, sections_in
 from rlhf_cli.recipe.recipes import (
     DpoRecipe,
     EvalRecipe,
@@ -45,8 +45,9 @@ class TrainingStage(Stage):
 
     @property
     def objectives(self) -> tuple[type[Objective], ...]:
-        """The kinds of its objective, the default first."""
-        return objectives_of(self.recipe)
+        """The kinds that the annotation of its recipe's objective names, the default first."""
+        recipe: type = self.recipe
+        return sections_in(keys_of(recipe)["objective"].kind)
 
     @property
     def role(self) -> Literal["policy", "reward"]:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple
 
 import yaml
 
@@ -38,9 +38,9 @@ class Problem(NamedTuple):
 class Unreadable(Exception):
     """The text is no YAML at all: reading stops at this one problem."""
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.what)
-        self.problem = problem
+    def __init__(self, line: int, key: str, what: str) -> None:
+        super().__init__(what)
+        self.problem = Problem(line, key, what)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def decode(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise Unreadable(Problem(line, "", f"byte 0x{data[error.start]:02x} is not UTF-8. save the file as UTF-8")) from None
+        raise Unreadable(line, "", f"byte 0x{data[error.start]:02x} is not UTF-8. save the file as UTF-8") from None
 
 
 def read(text: str, problems: list[Problem], line: int | None = None, key: str = "") -> Node:
@@ -96,14 +96,14 @@ def read(text: str, problems: list[Problem], line: int | None = None, key: str =
     except yaml.reader.ReaderError as error:
         at = line if line is not None else text.count("\n", 0, error.position) + 1
         char = f"the character U+{int(error.character):04X} is not allowed"
-        raise Unreadable(Problem(at, key, f"{char}. remove it")) from None
+        raise Unreadable(at, key, f"{char}. remove it") from None
     except yaml.MarkedYAMLError as error:
         began = any(words in str(error.problem) for words in ("stream end", "end of stream", "could not find expected ':'"))
         mark = error.context_mark if began and error.context_mark else error.problem_mark
         at = line if line is not None else (mark.line if mark else 0) + 1
-        raise Unreadable(Problem(at, key, _syntax(str(error.problem or error.context)))) from None
+        raise Unreadable(at, key, _syntax(str(error.problem or error.context))) from None
     except (ValueError, OverflowError):  # PyYAML's own, on escapes such as "\UFFFFFFFF"
-        raise Unreadable(Problem(line or 1, key, "a quoted text has an escape that is no character. remove it")) from None
+        raise Unreadable(line or 1, key, "a quoted text has an escape that is no character. remove it") from None
 
 
 def _syntax(problem: str) -> str:
@@ -146,63 +146,55 @@ class _Reader:
         next(self.events)  # document end
         after = next(self.events)
         if not isinstance(after, yaml.StreamEndEvent):
-            self.stop(self.at(after), self.key, "a second document starts here. keep one document in a file")
+            raise Unreadable(self.at(after), self.key, "a second document starts here. keep one document in a file")
         return root
 
     def at(self, event: yaml.Event) -> int:
         return event.start_mark.line + 1 if self.line is None else self.line  # type: ignore[union-attr]
 
-    def stop(self, line: int, key: str, what: str) -> NoReturn:
-        raise Unreadable(Problem(line, key, what))
-
-    def report(self, line: int, key: str, what: str) -> None:
-        self.problems.append(Problem(line, key, what))
-
     def node(self, event: yaml.Event, key: str, depth: int) -> Node:
         line = self.at(event)
         self.count += 1
         if depth > MAX_DEPTH or self.count > MAX_NODES:
-            self.stop(line, key, "too deep or too large for a recipe. put data in data files")
+            raise Unreadable(line, key, "too deep or too large for a recipe. put data in data files")
         if isinstance(event, yaml.AliasEvent):
-            self.report(line, key, f"aliases are not read. write out what *{event.anchor} stands for, or quote the text")
+            what = f"aliases are not read. write out what *{event.anchor} stands for, or quote the text"
+            self.problems.append(Problem(line, key, what))
             return Node(BAD, line)
         tagged = event.tag is not None  # type: ignore[attr-defined]
         if tagged:
-            self.report(line, key, _no_tags(event.tag))  # type: ignore[attr-defined]
+            self.problems.append(Problem(line, key, _no_tags(event.tag)))  # type: ignore[attr-defined]
         if isinstance(event, yaml.MappingStartEvent):
             found = self.mapping(line, key, depth)
         elif isinstance(event, yaml.SequenceStartEvent):
-            found = self.sequence(line, key, depth)
+            items: list[Node] = []
+            while not isinstance(item := next(self.events), yaml.SequenceEndEvent):
+                items.append(self.node(item, f"{key}.{len(items)}", depth + 1))
+            found = Node(items, line)
         else:
             text = str(event.value)  # type: ignore[attr-defined]
             if not _is_unicode(text):
-                self.stop(line, key, "a quoted text has an escape that is no character. remove it")
+                raise Unreadable(line, key, "a quoted text has an escape that is no character. remove it")
             quoted = event.style is not None  # type: ignore[attr-defined]
             found = Node(text if quoted else scalar(text), line, text)
         return Node(BAD, line) if tagged else found
-
-    def sequence(self, line: int, key: str, depth: int) -> Node:
-        items: list[Node] = []
-        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
-            items.append(self.node(event, f"{key}.{len(items)}", depth + 1))
-        return Node(items, line)
 
     def mapping(self, line: int, key: str, depth: int) -> Node:
         children: dict[str, Node] = {}
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             at = self.at(event)
             if not isinstance(event, yaml.ScalarEvent):
-                self.stop(at, key, "a key must be a plain word. quote values that start with [, { or *")
+                raise Unreadable(at, key, "a key must be a plain word. quote values that start with [, { or *")
             name = str(event.value)
             if not _is_unicode(name):
-                self.stop(at, key, "a key has an escape that is no character. remove it")
+                raise Unreadable(at, key, "a key has an escape that is no character. remove it")
             dotted = f"{key}.{name}" if key else name
             if event.tag is not None:
-                self.report(at, dotted, _no_tags(event.tag))
+                self.problems.append(Problem(at, dotted, _no_tags(event.tag)))
             child = self.node(next(self.events), dotted, depth + 1)
             if name in children:
                 first = f", first in line {children[name].line}" if at else ""
-                self.report(at, dotted, f"written twice{first}. keep one")
+                self.problems.append(Problem(at, dotted, f"written twice{first}. keep one"))
             else:
                 children[name] = dataclasses.replace(child, line=at)
         return Node(children, line)

@@ -17,7 +17,7 @@ from rlhf_cli.data.templates import choose_template, read_chat_format
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.recipe.rewards import default_name, term_names
+from rlhf_cli.recipe.rewards import name_of, term_names
 from rlhf_cli.rollout.reward_functions import RewardFunction
 from rlhf_cli.rollout.reward_models import Reader, RewardModelScorer
 from rlhf_cli.rollout.rewards import COMBINE, Answers, PolicyText
@@ -222,7 +222,7 @@ def test_mean_minus_std_of_three_terms_uses_the_population_deviation() -> None:
     ],
 )
 def test_a_term_is_called_by_what_gives_it(reward: Reward, name: str) -> None:
-    assert default_name(reward) == name
+    assert name_of(reward) == name
 
 
 def test_a_name_in_the_recipe_comes_first() -> None:
