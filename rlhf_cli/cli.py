@@ -247,9 +247,6 @@ def _say(lines: Sequence[str], every_rank: bool = False) -> None:
         _mute()
 
 
-PR_SET_PDEATHSIG = 1
-
-
 def _end_with_launcher() -> None:
     """A launcher that is killed leaves its trainers running, or waiting for each other: the kernel tells them instead.
 
@@ -260,7 +257,7 @@ def _end_with_launcher() -> None:
     import ctypes
 
     launcher = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() != launcher:
         raise SystemExit(128 + signal.SIGTERM)
 
