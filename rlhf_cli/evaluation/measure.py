@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -24,7 +24,7 @@ from rlhf_cli.models.load import resolve_dtype
 from rlhf_cli.models.passes import score_responses, token_figures
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.ranks import Ranks
-from rlhf_cli.rollout.experience import together
+from rlhf_cli.rollout.experience import gather_shares, together
 from rlhf_cli.runs.folder import RunFolder
 
 EVALUATED = "evaluated"
@@ -88,11 +88,9 @@ def _has_preferences(job: EvaluationJob, model: EvaluatedModel) -> bool:
 
 def _reference_logps(job: EvaluationJob, frozen: FrozenModels) -> list[np.ndarray]:
     """Σ log π_ref of the preferences' responses; empty where nothing is compared with them."""
-    reference = job.reference
-    if reference is None or not any(_has_preferences(job, model) and not model.is_reward_model for model in job.models):
+    if job.reference is None or not any(_has_preferences(job, model) and not model.is_reward_model for model in job.models):
         return []
-    trees = job.rows_of("preferences", reference).trees
-    return _response_logps(job, frozen.hosts["reference"], "reference", trees)
+    return _response_logps(job, frozen.hosts["reference"], "reference", job.rows_of("preferences", job.reference).trees)
 
 
 def _agreement(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, reference_logps: Sequence[np.ndarray]) -> Agreed:
@@ -104,8 +102,9 @@ def _agreement(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, re
         return Agreed("reward model", agreement(scores, rows.trees, rows.training))
     own = _response_logps(job, backbone, "policy", rows.trees)
     scores = [model.beta * (mine - other) for mine, other in zip(own, reference_logps, strict=True)]
-    remedy = f"{model.name} or {job.recipe.reference} is broken: evaluate an earlier checkpoint of it"
-    check_finite(scores, rows.locations, remedy)
+    check_finite(
+        scores, rows.locations, f"{model.name} or {job.recipe.reference} is broken: evaluate an earlier checkpoint of it"
+    )
     return Agreed("policy", agreement(scores, rows.trees, rows.training), model.beta)
 
 
@@ -137,8 +136,7 @@ def _text_figures(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone)
 
 def _response_logps(job: EvaluationJob, backbone: Backbone, role: str, trees: Sequence[Tree]) -> list[np.ndarray]:
     """Σ log π of every tree's responses, (K,) each, on every rank."""
-    logps = _logps(backbone, role, trees, job.budget, job.ranks)
-    return [np.array([part.sum() for part in responses]) for responses in logps]
+    return [np.array([part.sum() for part in own]) for own in _logps(backbone, role, trees, job.budget, job.ranks)]
 
 
 def _logps(backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks) -> list[list[np.ndarray]]:
@@ -147,9 +145,5 @@ def _logps(backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ra
     def read(own: Backbone, batch: Batch) -> tuple[Any, ...]:
         return (own.logps(role, batch)[0],)
 
-    share = range(ranks.rank, len(trees), ranks.size)
-    mine = together(ranks, lambda: token_figures(backbone, [trees[i] for i in share], budget, read))
-    found: Mapping[int, list[np.ndarray]] = {
-        i: part for own in ranks.gather(dict(zip(share, mine, strict=True))) for i, part in own.items()
-    }
-    return [found[i] for i in range(len(trees))]
+    own = trees[ranks.rank :: ranks.size]
+    return gather_shares(ranks, together(ranks, lambda: token_figures(backbone, own, budget, read)))

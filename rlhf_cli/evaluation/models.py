@@ -113,6 +113,7 @@ def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> li
             if key not in bases and (not check or Path(start.base).exists()):
                 bases[key] = base_model(start)
             run, step = Path(path).parent.parent, STEP.fullmatch(Path(path).name)
+            inputs = read_json(run / INPUTS) if step and (run / INPUTS).exists() else None
             found.append(
                 EvaluatedModel(
                     name=name,
@@ -124,7 +125,7 @@ def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> li
                     series=entry if recipes.is_pattern(pattern) else None,
                     step=int(step[1]) if step else None,
                     beta=_own_beta(start, run if step else None) if recipe.beta is None else recipe.beta,
-                    origin=_origin(run) if step else None,
+                    origin=None if inputs is None else (inputs.get("base"), inputs.get("parent")),
                 )
             )
     return found
@@ -142,14 +143,6 @@ def _expand(name: str, path: str, place: str) -> Iterator[tuple[str, str]]:
         raise UsageError(f"{place}: several folders that match {path} are called {twice[0]}. name each of them by itself")
     for folder in folders:
         yield f"{name}/{Path(folder).name}", folder
-
-
-def _origin(run: Path) -> Origin | None:
-    inputs = run / INPUTS
-    if not inputs.exists():
-        return None
-    recorded = read_json(inputs)
-    return recorded.get("base"), recorded.get("parent")
 
 
 def _own_beta(start: Start, run: Path | None) -> float:

@@ -15,7 +15,7 @@ from rlhf_cli.data.streams import Stream
 from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.models import EvaluatedModel
-from rlhf_cli.evaluation.samples import Sample, read_samples
+from rlhf_cli.evaluation.samples import Sample
 from rlhf_cli.files import to_json, write_atomic
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.placement import FrozenModels
@@ -39,10 +39,10 @@ def kept_responses(job: EvaluationJob, folder: RunFolder) -> tuple[dict[str, lis
     log = None
     if job.ranks.main and "prompts" in job.rows:
         try:
-            found = read_samples(read_metrics(folder.samples))
+            found = [Sample(**line) for line in read_metrics(folder.samples)]
         except TypeError as error:
-            what = f"{folder.samples}: a line is no response of an evaluation ({error})"
-            raise UsageError(f"{what}\n  start anew with --force") from error
+            what = f"a line is no response of an evaluation ({error})"
+            raise UsageError(f"{folder.samples}: {what}\n  start anew with --force") from error
         for model in (model for model in job.models if not model.is_reward_model):
             trees, count = job.rows_of("prompts", model).trees, job.responses_of(model)
             own = [sample for sample in found if sample.model == model.name and sample.number < count]
@@ -57,7 +57,7 @@ def kept_responses(job: EvaluationJob, folder: RunFolder) -> tuple[dict[str, lis
 
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    write_atomic(path, b"".join(to_json(sample.line()) + b"\n" for sample in samples))
+    write_atomic(path, b"".join(to_json(dataclasses.asdict(sample)) + b"\n" for sample in samples))
 
 
 def draw_responses(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, frozen: FrozenModels) -> list[Sample]:
@@ -95,7 +95,7 @@ def keep_responses(job: EvaluationJob, model: EvaluatedModel, samples: Sequence[
     if log is not None:
         job.signals.defer()
         for sample in samples:
-            log.append(sample.line())
+            log.append(dataclasses.asdict(sample))
         job.signals.obey_at_once(f"after {model.name}; what was drawn is kept, continue with --resume")
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from rlhf_cli.data.records import PlainPrompt
 
 @dataclass(frozen=True)
 class Sample:
-    """One response of a model to a prompt, and what it is worth."""
+    """One response of a model to a prompt, and what it is worth: a line of samples.jsonl."""
 
     model: str
     row: int  # the prompt's number, the same for every model
@@ -28,10 +27,6 @@ class Sample:
     reference_logp: float | None  # Σ log π_ref of the same tokens; None: no reference, or one with other tokens
     terms: dict[str, float] = field(default_factory=dict)  # reward/NAME and gold/NAME → before its weight
     score: float | None = None  # all terms of the reward together, penalties taken off
-
-    def line(self) -> dict[str, Any]:
-        """As it stands in samples.jsonl."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -76,8 +71,3 @@ def same_texts(one: Samples, other: Samples) -> np.ndarray:
     """(P, K) bool: do both say the same?"""
     pairs = zip(one.own, other.own, strict=True)
     return np.array([[a.response == b.response for a, b in zip(mine, theirs, strict=True)] for mine, theirs in pairs])
-
-
-def read_samples(lines: Sequence[dict[str, Any]]) -> list[Sample]:
-    """The lines of samples.jsonl."""
-    return [Sample(**line) for line in lines]

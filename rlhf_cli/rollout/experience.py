@@ -102,7 +102,7 @@ class Sampler:
         started = time.monotonic()
         share = range(self.ranks.rank, len(prompts), self.ranks.size)
         count = self.settings.responses_per_prompt if samples is None else samples
-        mine = [prompts[i] for i in share]
+        mine = prompts[self.ranks.rank :: self.ranks.size]
         own = together(self.ranks, lambda: self.respond(mine, share, seed, count, self.settings.max_new_tokens))
         return_freed()  # the copies of the weights that sampling used
         drawn_at = time.monotonic()
@@ -116,7 +116,7 @@ class Sampler:
         worth = together(self.ranks, lambda: self._worth(answers))
         self.pause()
         tokens = together(self.ranks, lambda: self._tokens(trees, values))
-        found = _merge(self.ranks.gather(dict(zip(share, zip(trees, own, worth, tokens, strict=True), strict=True))))
+        found = gather_shares(self.ranks, list(zip(trees, own, worth, tokens, strict=True)))
         whole = np.concatenate([scores for _, _, scores, _ in found], 1)
         names = [f"reward/{term.name}" for term in self.terms] + [f"gold/{term.name}" for term in self.gold]
         ended = np.array([response.ended for _, responses, _, _ in found for response in responses])
@@ -187,9 +187,10 @@ def with_responses(prompts: Sequence[Tree], drawn: Sequence[Sequence[Response]])
     ]
 
 
-def _merge(shares: list[dict[int, T]]) -> list[T]:
-    whole = {index: value for share in shares for index, value in share.items()}
-    return [whole[index] for index in range(len(whole))]
+def gather_shares(ranks: Ranks, own: Sequence[T]) -> list[T]:
+    """What all ranks found in their order, where a rank has every `ranks.size`-th from the one of its own number."""
+    shares = ranks.gather(own)
+    return [shares[number % ranks.size][number // ranks.size] for number in range(sum(map(len, shares)))]
 
 
 def together(ranks: Ranks, work: Callable[[], T]) -> T:

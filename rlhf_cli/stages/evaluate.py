@@ -62,7 +62,9 @@ def _open(job: EvaluationJob, resume: bool, force: bool) -> Iterator[RunFolder |
             if recipe and "models" not in recipe:
                 raise UsageError(f"--resume: {output} is a run of another command, not of eval. choose another output")
             refuse_other_inputs(folder, job.recipe, job.inputs, may_grow=True)
-            done = _is_finished(job, folder)
+            dump = job.recipe.dump_pairs
+            written = [folder.manifest, folder.result, folder.report, folder.page, *([Path(dump)] if dump is not None else [])]
+            done = all(path.exists() for path in written) and is_as_before(folder, job.recipe, job.inputs | job.code)
         ranks.barrier()
         if done:
             job.console.say(terminal_table(read_result(folder.result)))
@@ -78,14 +80,6 @@ def _open(job: EvaluationJob, resume: bool, force: bool) -> Iterator[RunFolder |
                 write_json(folder.data, {section: data_report(rows.dataset) for section, rows in job.rows.items()})
             yield folder
     ranks.close()
-
-
-def _is_finished(job: EvaluationJob, folder: RunFolder) -> bool:
-    """Is everything written, of the same inputs by the same code?"""
-    dump = job.recipe.dump_pairs
-    reports = [folder.result, folder.report, folder.page]
-    written = [folder.manifest, *reports, *([Path(dump)] if dump is not None else [])]
-    return all(path.exists() for path in written) and is_as_before(folder, job.recipe, job.inputs | job.code)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.eval_json import EvaluationResult, read_result
-from rlhf_cli.evaluation.samples import read_samples
+from rlhf_cli.evaluation.samples import Sample
 from rlhf_cli.reports import terminal
 from rlhf_cli.reports.document import Finding
 from rlhf_cli.reports.evaluation import write_report
@@ -49,7 +49,7 @@ def two_models(**rates: float | dict[str, float]) -> Result:
 
 
 def report(folder: Path, result: Result, lines: list[dict[str, Any]]) -> str:
-    write_report(RunFolder(folder), EvaluationResult.from_json(result), read_samples(lines))
+    write_report(RunFolder(folder), EvaluationResult.from_json(result), [Sample(**line) for line in lines])
     return (folder / "report.md").read_text("utf-8")
 
 
