@@ -18,11 +18,7 @@ DECIMALS = 5
 
 
 def dump_pairs(job: EvaluationJob, path: Path, samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray]) -> None:
-    """Write them, and say so; nothing is written where the judge sees no difference.
-
-    Raises:
-        MachineError: the file cannot be written.
-    """
+    """Write them, and say so; nothing is written where the judge sees no difference. MachineError: the file cannot be written."""
     judge = job.recipe.winrate.judge if job.recipe.winrate else "reward"
     if isinstance(judge, str):
         rows = ranked_rows(samples, {name: scores_of(own, judge, job.recipe) for name, own in samples.items()})

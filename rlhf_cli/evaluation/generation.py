@@ -40,8 +40,7 @@ def figures(samples: Samples, counts: np.ndarray) -> dict[str, Interval]:
     found["response/eos_rate"] = within_shares(mean_interval(samples.table(lambda sample: sample.ended), counts))
     texts = samples.texts()
     for size in (1, 2):
-        share = distinct(texts, size)
-        if share is not None:
+        if share := distinct(texts, size):
             found[f"response/distinct_{size}"] = share
     found["response/duplicates"] = duplicates(texts)
     return found
@@ -94,8 +93,7 @@ def _grams(responses: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
 def duplicates(texts: Sequence[Sequence[str]]) -> Interval:
     """Share of (P)(K) responses whose very text another one has, to any prompt. Jackknife interval, within [0, 1].
 
-    Raises:
-        ValueError: fewer than 2 prompts.
+    ValueError: fewer than 2 prompts.
     """
     own = [Counter(responses) for responses in texts]
     total: Counter[str] = Counter()

@@ -100,8 +100,7 @@ class EvaluationJob:
 def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> EvaluationJob:
     """Find every model, read and tokenise the rows, settle every value.
 
-    Raises:
-        UsageError: the recipe, the data or what it names is wrong.
+    UsageError: the recipe, the data or what it names is wrong.
     """
     signals = StopSignals()
     signals.install()
@@ -115,14 +114,13 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     if recipe.winrate is not None and not isinstance(recipe.winrate.judge, str):
         prepare_endpoint(recipe.winrate.judge)
     _check_dump(loaded, resume, force)
-    writing = list(dict.fromkeys(model.tokenisation for model in models if not model.is_reward_model))
-    writing = writing or [models[0].tokenisation]
+    policies = [model for model in models if not model.is_reward_model]
+    writing = list(dict.fromkeys(model.tokenisation for model in policies or models[:1]))
     terms_of = {
         each: find_terms(loaded, PolicyText(each.tokenizer, each.template, recipe.trust_remote_code, check)) for each in writing
     }
-    reading = [model.tokenisation for model in models]
-    reading += [tokenisations.of(*term.text_form) for terms in terms_of.values() for term in terms if term.text_form]
-    reading = list(dict.fromkeys([*writing, *reading]))
+    own = [tokenisations.of(*term.text_form) for terms in terms_of.values() for term in terms if term.text_form]
+    reading = list(dict.fromkeys([*writing, *(model.tokenisation for model in models), *own]))
     rows = {
         section: read_rows(loaded, section, reading if section == "preferences" else writing)
         for section in SECTIONS
@@ -198,19 +196,20 @@ def _resolved(
     return dataclasses.replace(recipe, tokens_per_device=budget, dtype=cast(Any, str(dtype).removeprefix("torch.")))
 
 
-def plan_evaluation(job: EvaluationJob) -> list[tuple[str, list[tuple[str, object]]]]:
+Titled = list[tuple[str, object]]
+
+
+def plan_evaluation(job: EvaluationJob) -> list[tuple[str, Titled]]:
     """What is shown before anything is loaded."""
     recipe = job.recipe
-    models: list[tuple[str, object]] = [
-        (model.name, model.path + (" (a reward model)" if model.is_reward_model else "")) for model in job.models
-    ]
-    rows: list[tuple[str, object]] = []
+    models: Titled = [(model.name, model.path + (" (a reward model)" if model.is_reward_model else "")) for model in job.models]
+    rows: Titled = []
     for section, own in job.rows.items():
         count = len(next(iter(own.by_tokenisation.values())).trees)
         report = data_report(own.dataset)["train"]
         lost = "; ".join(f"{number} {own_keys(reason)}" for reason, number in Counter(report["dropped"]).items())
         rows.append((section, f"{count:,} rows" + (f" (dropped: {lost})" if lost else "")))
-    settings: list[tuple[str, object]] = [
+    settings: Titled = [
         ("dtype", recipe.dtype),
         ("forward passes", f"of at most {job.budget:,} tokens (tokens_per_device)"),
         ("devices", f"{job.ranks.size} × {job.ranks.device.type}"),
@@ -225,5 +224,5 @@ def plan_evaluation(job: EvaluationJob) -> list[tuple[str, list[tuple[str, objec
         judge = recipe.winrate.judge
         asked = judge if isinstance(judge, str) else f"{judge.model} at {judge.endpoint}"
         settings.append(("judge", f"{asked}, against {recipe.winrate.baseline}"))
-    words: list[tuple[str, object]] = [("terms", text) for text in job.terms.words]
-    return [("models", models), ("rows", rows), ("evaluation", [*settings, *words])]
+    settings += [("terms", text) for text in job.terms.words]
+    return [("models", models), ("rows", rows), ("evaluation", settings)]

@@ -30,6 +30,8 @@ GRACE = 0.5
 """Seconds that answers under way may still take when the judging ends early."""
 KEPT = 2000
 """Characters of an answer that are kept, its end."""
+VALUE = {"A": 1.0, "B": 0.0, "TIE": 0.5}
+"""Of a verdict, for the response that stands first."""
 UPDATES = 20
 """How often the progress is told."""
 
@@ -127,10 +129,6 @@ def judge_all(
     outcomes = np.full(len(comparisons), 0.5)
     outcomes[[each.a != each.b for each in comparisons]] = np.where(own[0] == own[1], own[0], 0.5)
     return Comparisons(outcomes, len(pairs), int((np.abs(own[0] - own[1]) == 1).sum()))
-
-
-VALUE = {"A": 1.0, "B": 0.0, "TIE": 0.5}
-"""Of the response that stands first."""
 
 
 def _ask_all(judge: Judge, questions: Mapping[str, Question], verdicts: Verdicts, say: Callable[[int, int], None]) -> None:

@@ -34,8 +34,7 @@ EVALUATED = "evaluated"
 def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
     """All that needs weights. Responses are kept in the folder model by model, and those that are there are not drawn again.
 
-    Raises:
-        RunError: a model, a reward or the data is broken, or the run was stopped.
+    RunError: a model, a reward or the data is broken, or the run was stopped.
     """
     kept, log = kept_responses(job, folder)
     frozen = _load_frozen(job)

@@ -24,7 +24,6 @@ from rlhf_cli.runs.resume import INPUTS
 
 STEP = re.compile(r"step-(\d+)(-\d+)?")
 """Name of a checkpoint; the second number is of updates, in the middle of a step."""
-
 BETA = 0.1
 """Of the implicit rewards of a policy whose training had none."""
 

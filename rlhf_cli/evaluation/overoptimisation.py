@@ -122,8 +122,7 @@ def best_of_points(
 ) -> list[Point]:
     """Best of each n of `ns`, ascending, after the model itself (n = 1); scores, gold: (P, N); counts: (B, P).
 
-    Raises:
-        ValueError: an n is not from 1 to N.
+    ValueError: an n is not from 1 to N.
     """
     points = []
     for n in sorted({1, *ns}):

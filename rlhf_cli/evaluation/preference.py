@@ -138,6 +138,9 @@ def agreement(scores: Sequence[np.ndarray], trees: Sequence[Tree], training: Seq
     """
     pairs = margins(trees, scores)
     found, bins = rate(pairs), reliability(pairs.values)
+    names = [tree.facts.subset for tree in trees]
+    of_pair = np.array([names[tree] or NO_SUBSET for tree in pairs.tree.tolist()])
+    own = {name: rate(Margins(*(each[of_pair == name] for each in pairs))) for name in sorted(set(of_pair.tolist()))}
     return Agreement(
         rate=found,
         ties=int((pairs.values == 0).sum()),
@@ -146,7 +149,7 @@ def agreement(scores: Sequence[np.ndarray], trees: Sequence[Tree], training: Seq
         confidence=float(confidences(pairs.values).mean()) if found else None,
         reliability=bins,
         margins=histogram(pairs.values) if found else None,
-        subsets=_subsets(pairs, trees),
+        subsets={name: share for name, share in own.items() if share} if any(names) else {},
     )
 
 
@@ -186,12 +189,3 @@ def check_finite(scores: Sequence[np.ndarray], locations: Sequence[str], remedy:
         if not np.isfinite(own).all():
             number = int(np.flatnonzero(~np.isfinite(own))[0])
             raise NumberError(f"{where}: the score of response {number + 1} is {own[number]}\n{remedy}")
-
-
-def _subsets(pairs: Margins, trees: Sequence[Tree]) -> dict[str, Rate]:
-    names = [tree.facts.subset for tree in trees]
-    if not any(names):
-        return {}
-    of_pair = np.array([names[index] or NO_SUBSET for index in pairs.tree.tolist()])
-    rates = {name: rate(Margins(*(own[of_pair == name] for own in pairs))) for name in sorted(set(of_pair.tolist()))}
-    return {name: own for name, own in rates.items() if own}

@@ -32,8 +32,7 @@ PATIENCE = 30.0
 def kept_responses(job: EvaluationJob, folder: RunFolder) -> tuple[dict[str, list[Sample]], MetricsLog | None]:
     """Those that an earlier start drew, of models that are complete; and on rank 0 the file that holds them and takes more.
 
-    Raises:
-        UsageError: a line of the file is no response.
+    UsageError: a line of the file is no response.
     """
     kept: dict[str, list[Sample]] = {}
     log = None

@@ -55,8 +55,7 @@ class SectionRows:
 def read_rows(loaded: Loaded, section: str, tokenisations: Sequence[Tokenisation]) -> SectionRows:
     """The rows of a section in every tokenisation.
 
-    Raises:
-        UsageError: files, rows or columns are wrong, or too few are left for an interval.
+    UsageError: files, rows or columns are wrong, or too few are left for an interval.
     """
     datasets = {tokenisation: _read(loaded, section, tokenisation) for tokenisation in tokenisations}
     rows = {

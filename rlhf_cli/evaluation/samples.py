@@ -56,8 +56,7 @@ class Samples:
 def grouped(samples: Iterable[Sample]) -> Samples:
     """All samples of one model, in any order, as a table.
 
-    Raises:
-        ValueError: there are none, of several models, or not as many to each prompt.
+    ValueError: there are none, of several models, or not as many to each prompt.
     """
     ordered = sorted(samples, key=lambda sample: (sample.row, sample.number))
     own = tuple(tuple(responses) for _, responses in groupby(ordered, key=lambda sample: sample.row))

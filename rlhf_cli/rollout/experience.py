@@ -96,8 +96,7 @@ class Sampler:
     def rollout(self, prompts: Sequence[Tree], seed: int, *, samples: int | None = None, values: bool = False) -> Rollout:
         """Responses to all prompts, the same on every rank. `samples`: of each prompt, by default the recipe's number.
 
-        Raises:
-            RunError: a reward could not be computed.
+        RunError: a reward could not be computed.
         """
         started = time.monotonic()
         share = range(self.ranks.rank, len(prompts), self.ranks.size)

@@ -95,8 +95,7 @@ class RewardFunction(TextTerm):
 def load_function(reference: str, place: str) -> Function:
     """The function `file.py:name`; a file is imported once, however many of its functions are asked for.
 
-    Raises:
-        UsageError: no such file, one that cannot be imported, or no such function in it.
+    UsageError: no such file, one that cannot be imported, or no such function in it.
     """
     file, _, name = reference.rpartition(":")
     if not file or not name:

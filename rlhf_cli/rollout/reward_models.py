@@ -86,11 +86,7 @@ class RewardModel(RewardTerm):
         return cls(name, reward.weight, place, start, base, mean, std, tokenizer, template, reader)
 
     def load(self, models: FrozenModels, role: str, budget: int) -> RewardModelScorer:
-        """Its weights are loaded only where the role has none yet.
-
-        Raises:
-            UsageError: they do not fit.
-        """
+        """Its weights are loaded only where the role has none yet. UsageError: they do not fit."""
         if role not in models.hosts:
             models.add(role, self.start, head=True)
         return RewardModelScorer(self.name, self.weight, models.hosts[role], role, self.mean, self.std, budget, self.reader)
@@ -176,8 +172,7 @@ class Reader:
     def __call__(self, answers: Answers) -> list[Tree]:
         """Trees of the same prompts and responses, in the same order.
 
-        Raises:
-            UsageError: one is longer than what the model can take, or its chat template cannot write it.
+        UsageError: one is longer than what the model can take, or its chat template cannot write it.
         """
         trees = self._rewritten(self.form, answers) if self.form is not None and answers.records else answers.trees
         for tree, record in zip(trees, answers.records, strict=True):
@@ -222,8 +217,7 @@ def _without_end(response: np.ndarray, ends: Sequence[Sequence[int]]) -> np.ndar
 def _figures(start: Start, reward: sections.Reward, place: str) -> tuple[float, float]:
     """(mean, standard deviation) that its scores are normalised with; (0, 1) where they are not.
 
-    Raises:
-        UsageError: `normalize: true` without figures, or a deviation of 0.
+    UsageError: `normalize: true` without figures, or a deviation of 0.
     """
     if start.manifest is None and reward.normalize:
         raise UsageError(
@@ -248,11 +242,7 @@ def serialised(tokenizer: Any) -> tuple[str, str | None, str]:
 
 
 def recorded_template(start: Start, tokenizer: Any, path: str, place: str) -> Template:
-    """The chat template that a model was trained with.
-
-    Raises:
-        UsageError: its tokenizer has another one.
-    """
+    """The chat template that a model was trained with. UsageError: its tokenizer has another one."""
     with prefixed(f"{place}: {path}"):
         own = choose_template(tokenizer, None)
     if start.template_hash in (None, own.hash):

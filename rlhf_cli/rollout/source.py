@@ -18,7 +18,6 @@ from rlhf_cli.rollout.experience import Rollout, Sampler, together, with_respons
 
 KL_COEF = "kl_coef"
 """The name of an adapted κ among the objective's own numbers."""
-
 PROBE_PROMPTS, PROBE_TOKENS = 4, 16
 """Responses that are drawn to check the start of a run with."""
 

@@ -52,8 +52,7 @@ class RewardTerms:
     def load(self, models: FrozenModels, budget: int) -> tuple[list[Scorer], list[Scorer]]:
         """Those of the reward and of gold with their weights, each base loaded once; budget: tokens of one forward pass.
 
-        Raises:
-            UsageError: the weights do not fit.
+        UsageError: the weights do not fit.
         """
         reward = [term.load(models, f"reward{number or ''}", budget) for number, term in enumerate(self.reward)]
         gold = [term.load(models, f"gold{number or ''}", budget) for number, term in enumerate(self.gold)]
@@ -61,11 +60,7 @@ class RewardTerms:
 
 
 def find_terms(loaded: Loaded, policy: PolicyText) -> RewardTerms:
-    """What `reward` and `gold` name.
-
-    Raises:
-        UsageError: a term's source is not there, or is no reward.
-    """
+    """What `reward` and `gold` name. UsageError: a term's source is not there, or is no reward."""
 
     def find(key: str, term: sections.Reward) -> RewardTerm:
         (kind,) = kinds_of(term)

@@ -31,8 +31,7 @@ class VllmEngine:
     def __init__(self, base: str, revision: str | None, dtype: str, save: Callable[[Path], None]) -> None:
         """`base`: what an adapter sits on; `save`: writes the adapter, or else all weights, into a folder.
 
-        Raises:
-            MachineError: vLLM is not installed.
+        MachineError: vLLM is not installed.
         """
         try:
             import vllm

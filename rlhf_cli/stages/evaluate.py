@@ -33,8 +33,7 @@ from rlhf_cli.training.loop import peak_memory
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     """Evaluate the models of the recipe; nothing is trained.
 
-    Raises:
-        RunError: with its exit code; what was drawn and judged so far is kept, and --resume goes on.
+    RunError: with its exit code; what was drawn and judged so far is kept, and --resume goes on.
     """
     job = prepare_evaluation(loaded, check=check, resume=resume, force=force)
     job.console.plan(plan_evaluation(job))
