@@ -35,7 +35,7 @@ class ReferenceModel:
     @property
     def words(self) -> str:
         """What a run says of it."""
-        path = self.record["model"]
+        path = self.start.adapter or self.start.base
         return f"reference: the weights this run starts from, {path}" if self.is_start else f"reference: {path}"
 
     def parents(self, job: TrainingJob) -> tuple[Parent, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -143,13 +143,8 @@ def evaluate(
     """The objective's metrics on held-out trees, which are one global batch to its statistics; pauses after each pass."""
     counts = objective.counts(trees)
     seen, parts = objective.phases(trees)
-    measured: list[_Pass] = []
-    for one in _measure(passes, objective, seen):
-        measured.append(one)
-        pause()
-    statistics = _summed(measured, counts, passes.ranks).means
+    statistics = _summed(_measure(passes, objective, seen, pause), counts, passes.ranks).means
     given = {**(memory or {}), **statistics}
-    passes.backbone.train(False)
     found: list[_Pass] = []
     for learned in parts:
         for start in range(0, len(learned), batch_size):
@@ -167,16 +162,19 @@ class _Pass:
     rows: tuple[int, ...]  # the records of its trees
 
 
-def _measure(passes: Passes, objective: Objective, trees: list[Tree]) -> Iterator[_Pass]:
+def _measure(passes: Passes, objective: Objective, trees: list[Tree], pause: Pause = no_pause) -> list[_Pass]:
     """The objective's statistics, pass by pass, with dropout off."""
     passes.backbone.train(False)
+    measured: list[_Pass] = []
     for start in range(0, len(trees), EVALUATED):
         some = trees[start : start + EVALUATED]
         for batch in passes.over(some):
             with torch.no_grad():
                 sums = objective.statistics(passes.backbone, batch)
             found = {(name, unit): value.detach().double() for name, (value, unit) in sums.items()}
-            yield _Pass(found, tuple(some[tree].row for tree in batch.trees))
+            measured.append(_Pass(found, tuple(some[tree].row for tree in batch.trees)))
+            pause()
+    return measured
 
 
 def _backward(
@@ -187,7 +185,7 @@ def _backward(
     optimizer.zero_grad(set_to_none=True)
     torch.manual_seed(Stream.DROPOUT.seed(update.seed, update.step, update.number, ranks.rank))
     seen, parts = objective.phases(update.trees)
-    measured = list(_measure(passes, objective, seen))
+    measured = _measure(passes, objective, seen)
     statistics = _summed(measured, counts, ranks)
     if not all(map(math.isfinite, statistics.means.values())):
         raise _refusal(update.step, statistics.means, {}, measured, {}, ranks)
