@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,7 +102,7 @@ class RustError(Exception):
 @pytest.mark.parametrize(
     ("module", "name", "error"),
     [
-        (checkpoint, "_sync", OSError(errno.ENOSPC, "No space left on device")),
+        (checkpoint, "os", OSError(errno.ENOSPC, "No space left on device")),
         ("safetensors.torch", "save_file", RustError("I/O error: No space left on device (os error 28)")),
     ],
     ids=["fsync", "safetensors"],
@@ -118,7 +119,7 @@ def test_full_disk(
     import safetensors.torch
 
     module = safetensors.torch if module == "safetensors.torch" else module
-    run, original = tmp_path / "run", getattr(module, name)
+    run, original = tmp_path / "run", os.fsync if module is checkpoint else getattr(module, name)
 
     def full(*arguments: Any, **settings: Any) -> Any:
         if (run / "checkpoints" / "step-00000002").exists():
@@ -126,7 +127,7 @@ def test_full_disk(
         return original(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, full)
+        patch.setattr(module, name, SimpleNamespace(fsync=full) if module is checkpoint else full)
         assert rlhf("sft", path, "--output", run) == 4
     assert capsys.readouterr().err.splitlines()[-2:] == [
         f"error: cannot write {run / 'checkpoints' / 'step-00000003'}: the disk is full",

@@ -147,9 +147,9 @@ def test_a_number_that_is_not_finite(
         fault(patch, stage)
         saved = loop.save_checkpoint
 
-        def noting(folder: Path, backbone: Backbone, *arguments: Any) -> Path:
+        def noting(folder: Path, backbone: Backbone, *arguments: Any) -> None:
             written.append({name: p.detach().clone() for name, p in backbone.trained_parameters().items()})
-            return saved(folder, backbone, *arguments)
+            saved(folder, backbone, *arguments)
 
         patch.setattr(loop, "save_checkpoint", noting)
         keep_evidence = loop.Trainer._keep_evidence
