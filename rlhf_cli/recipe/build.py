@@ -254,17 +254,12 @@ def _found(node: Node) -> str:
 
 
 def _not_among(names: list[str], node: Node) -> str:
-    return f"expected {' | '.join(names)}, found {_found(node)}. {_near_kind(names, node.value)}"
-
-
-def _near_kind(names: list[str], value: Any) -> str:
-    """The stage whose kind it is, or which is meant."""
-    if not isinstance(value, str):
-        return "write one of these"
-    owner = next((name for name, stage in TRAINING_STAGES.items() if value in map(kind_of, stage.objectives)), None)
-    if owner is not None:
-        return f"{value} is a kind of rlhf {owner}"
-    return did_you_mean(value, names, "write one of these")
+    """What is wrong with a kind that is none of these, and the stage whose kind it is or the one that is meant."""
+    advice, value = "write one of these", node.value
+    if isinstance(value, str):
+        owner = next((name for name, stage in TRAINING_STAGES.items() if value in map(kind_of, stage.objectives)), None)
+        advice = f"{value} is a kind of rlhf {owner}" if owner else did_you_mean(value, names, advice)
+    return f"expected {' | '.join(names)}, found {_found(node)}. {advice}"
 
 
 def _mismatch(kind: Any, node: Node, key: Key) -> str:
