@@ -11,7 +11,6 @@ from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.formats import LABELS
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.unpaired import unpaired_dataset
-from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import Weights
 from rlhf_cli.models.placement import Placement
 from rlhf_cli.objectives.base import Objective
@@ -58,7 +57,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
             place_reference(job, reference, placement, base)
             on_policy = _online(job, set_up_rollouts(job, terms, placement, base))
         elif reference is not None:
-            job = _with_reference(job, reference, backbone, placement, base)
+            job = _with_reference(job, reference, placement, base)
         trainer = train_job(
             job, folder, backbone, reference_is_start=reference is not None and reference.is_start, on_policy=on_policy
         )
@@ -105,13 +104,11 @@ def _as_unpaired(loaded: Loaded, dataset: Dataset, recipe: recipes.TrainingRecip
     return changed, objective.with_class_counts(labels.count(True), labels.count(False))
 
 
-def _with_reference(
-    job: TrainingJob, reference: ReferenceModel, backbone: Backbone, placement: Placement, base: Weights
-) -> TrainingJob:
+def _with_reference(job: TrainingJob, reference: ReferenceModel, placement: Placement, base: Weights) -> TrainingJob:
     """The job with the reference's log-probabilities in its trees or, with `cache: false`, with the role "reference"."""
     assert isinstance(job.recipe, recipes.DirectRecipe)
     assert reference.base is not None
-    cached = job.recipe.reference.cache
+    cached, backbone = job.recipe.reference.cache, placement.policy
     if not (cached and reference.is_start):
         place_reference(job, reference, placement, base)
     if not cached:
@@ -125,14 +122,8 @@ def _with_reference(
     elif reference.is_start and job.lora is None and adapter is not None:
         weights += " merged"  # rounded once more than base and adapter apart
     job.signals.say("while the reference's log-probabilities were computed; what is done is kept, continue with --resume")
-    filled = reference_logps(
-        job.passes(backbone),
-        role,
-        parts,
-        key=weights_key(backbone.at(role), weights, adapter),
-        console=job.console,
-        folder=default_folder(),
-    )
+    key = weights_key(backbone.at(role), weights, adapter)
+    filled = reference_logps(job.passes(backbone), role, parts, key=key, console=job.console, folder=default_folder())
     job.signals.say(BEFORE)
     backbone.elsewhere.pop(role, None)
     known = dict(zip(map(id, parts), filled, strict=True))

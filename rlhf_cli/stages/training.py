@@ -212,8 +212,7 @@ def _measure(job: TrainingJob, backbone: Backbone) -> Measure | None:
     """The objective's metrics on the held-out rows."""
     if job.dataset.held_out is None:
         return None
-    trees = list(job.dataset.held_out.trees)
-    passes = job.passes(backbone)
+    trees, passes = list(job.dataset.held_out.trees), job.passes(backbone)
     return lambda state: evaluate(
         passes.at_most(state.budget), job.objective, trees, memory=state.memory, pause=job.signals.pause
     )
