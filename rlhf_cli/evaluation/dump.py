@@ -49,7 +49,7 @@ def ranked_rows(samples: Mapping[str, Samples], scores: Mapping[str, np.ndarray]
         for model, table in samples.items():
             for sample, score in zip(table.own[number], np.round(scores[model][number], DECIMALS).tolist(), strict=True):
                 if _usable(sample):
-                    own.setdefault(sample.response, (score, sample))
+                    own.setdefault(sample.response.strip(), (score, sample))  # as rows are read: white space around it is nothing
         ordered = sorted(own.values(), key=lambda each: -each[0])
         if len({score for score, _ in ordered}) > 1:
             found.append(
@@ -70,7 +70,7 @@ def pair_rows(samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.nd
         for mine, theirs, won in zip(samples[one].own, samples[other].own, outcome.tolist(), strict=True):
             for a, b, value in zip(mine, theirs, won, strict=True):
                 better, worse = (a, b) if value > 0.5 else (b, a)
-                if value in (0.0, 1.0) and _usable(a) and _usable(b):
+                if value in (0.0, 1.0) and _usable(a) and _usable(b) and a.response.strip() != b.response.strip():
                     found.append(
                         {
                             "prompt": better.prompt,

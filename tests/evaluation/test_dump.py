@@ -53,9 +53,17 @@ def test_a_response_that_no_stage_should_learn_from_is_left_out(other: str) -> N
     """Of three the other two are ranked; of two there is nothing to rank."""
     both = table("one", ["a", other, "b"], ["c", other, other], cut="cut off")
     assert ranked({"one": [[1, 9, 2], [1, 9, 0]]}, both) == [("p0", ["b", "a"], [2, 1], ["one", "one"])]
-    versus = table("two", [other, "a", "b"], ["d", other, "c"], cut="cut off")
+    versus = table("two", [other, "a", "e"], ["d", other, "c"], cut="cut off")
     rows = pair_rows({"one": both, "two": versus}, {("one", "two"): np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])})
-    assert [(row["chosen"], row["rejected"]) for row in rows] == [("b", "b"), ("c", "d")]
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("e", "b"), ("c", "d")]
+
+
+def test_texts_that_differ_in_white_space_around_them_are_one() -> None:
+    """Rows are read without it, and two ranks of one response would be refused."""
+    both = table("one", ["a", "a\n", "b"])
+    assert ranked({"one": [[1, 9, 2]]}, both) == [("p0", ["b", "a"], [2, 1], ["one", "one"])]
+    versus = table("two", [" a", "a", "b\x1c"])
+    assert pair_rows({"one": both, "two": versus}, {("one", "two"): np.array([[1.0, 0.0, 1.0]])}) == []
 
 
 def test_a_text_that_is_said_twice_stands_once() -> None:

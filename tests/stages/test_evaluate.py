@@ -590,8 +590,9 @@ def test_ranked_rows_are_what_dpo_reads(home: Path, tmp_path: Path, run: Callabl
     for row in rows:
         assert list(row) == ["prompt", "responses", "scores", "models"]
         assert row["scores"] == sorted(row["scores"], reverse=True) and row["scores"][0] > row["scores"][-1]
-        own = [line for line in known if line["prompt"] == row["prompt"] and line["ended"] and usable(line["response"])]
-        assert sorted(row["responses"]) == sorted({line["response"] for line in own})
+        said = [line for line in known if line["prompt"] == row["prompt"] and line["ended"] and usable(line["response"])]
+        own = list({line["response"].strip(): line for line in reversed(said)}.values())  # the first of those that say the same
+        assert sorted(row["responses"]) == sorted(line["response"] for line in own)
         best = max(own, key=lambda line: line["terms"]["gold/letters"])
         assert row["scores"][0] == best["terms"]["gold/letters"] == len(row["responses"][0]) / 10
         for response, model in zip(row["responses"], row["models"], strict=True):
