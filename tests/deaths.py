@@ -14,8 +14,8 @@ from rlhf_cli.stages import training
 from rlhf_cli.training import loop
 from tests.tiny import rlhf
 
-PLACES: dict[str, Any] = {"optimise": loop, "save_checkpoint": loop, "evaluate": training, "combine": experience}
-"""Function → the module whose name for it is called; `combine` is called once responses are drawn and judged."""
+PLACES: dict[str, Any] = {"optimise": loop, "save_checkpoint": loop, "evaluate": training, "gather_shares": experience}
+"""Function → the module whose name for it is called; `gather_shares` is called once responses are drawn and scored."""
 
 
 def die_before(patch: pytest.MonkeyPatch, name: str, call: int) -> None:

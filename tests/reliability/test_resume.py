@@ -140,7 +140,7 @@ def test_from_every_step(whole: Whole, tmp_path: Path, name: str, lora: Any) -> 
     words, uninterrupted = whole(name, lora)
     deaths = die_everywhere(words, tmp_path / "again")
     rollouts = 6 // {"online dpo": 2, "online kto": 3}.get(name, 1)
-    measured = {"combine": rollouts + 4} if STAGES[name][1].keys() >= DRAWN.keys() else {"evaluate": 4}
+    measured = {"gather_shares": rollouts + 4} if STAGES[name][1].keys() >= DRAWN.keys() else {"evaluate": 4}
     assert deaths == {"optimise": 24 if name == "ppo" else 6, "save_checkpoint": 6} | measured
     same_bytes(uninterrupted, tmp_path / "again")
 
