@@ -26,7 +26,7 @@ from rlhf_cli.evaluation.judge import Comparisons, Verdicts, judge_all
 from rlhf_cli.evaluation.question import PROMPT, Question, filled, read_verdict
 from rlhf_cli.sections import Endpoint
 
-SECRET = "sk-proj-0123456789abcdefWXYZ"
+SECRET = "sk-proj-ghijklmnopabcdefWXYZ"
 Reply = tuple[int, dict[str, str], bytes]
 Behaviour = Callable[["Model", str], Reply]
 
