@@ -1,0 +1,236 @@
+"""Do the tests notice? Each of these faults is put into a copy of the project, one line each, and its tests are run on it.
+
+Prints what caught each fault, and exits 1 if one survives. Some minutes; words on the command line choose faults that have them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Fault(NamedTuple):
+    what: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+FAULTS = (
+    Fault(
+        "dpo: label smoothing has the wrong sign",
+        "objectives/dpo.py",
+        "- self.label_smoothing * logsigmoid(-z)",
+        "+ self.label_smoothing * logsigmoid(-z)",
+        "objectives",
+    ),
+    Fault("ipo: the target is 1/β", "objectives/ipo.py", "return 1 / (2 * self.beta)", "return 1 / self.beta", "objectives"),
+    Fault(
+        "kto: z0 may be below 0", "objectives/kto.py", 'logratio - max(given["kl"], 0.0)', 'logratio - given["kl"]', "objectives"
+    ),
+    Fault(
+        "ppo: γ is forgotten between tokens",
+        "objectives/advantages.py",
+        "+= gamma * lam * sums[:, t + 1]",
+        "+= lam * sums[:, t + 1]",
+        "objectives",
+    ),
+    Fault(
+        "rloo: a response is in its own baseline",
+        "objectives/rloo.py",
+        "- returns) / (np.bincount(prompt)[prompt] - 1)",
+        ") / np.bincount(prompt)[prompt]",
+        "objectives",
+    ),
+    Fault("ppo: the upper clip is 1 + 2ε", "objectives/policy_gradient.py", "1 + self.clip)", "1 + 2 * self.clip)", "objectives"),
+    Fault(
+        "plackett_luce: the best of the wrong rest",
+        "objectives/plackett_luce.py",
+        "tree.flip(0).logcumsumexp(0).flip(0)",
+        "tree.logcumsumexp(0)",
+        "objectives",
+    ),
+    Fault(
+        "step: the loss is divided by its pass",
+        "training/step.py",
+        "scale / max(1, counts[unit])",
+        "scale / max(1, len(batch.trees))",
+        "training",
+    ),
+    Fault("step: no gradient is clipped", "training/step.py", "max_grad_norm, total)", "1e9, total)", "training"),
+    Fault(
+        "step: a metric of two units loses one",
+        "training/step.py",
+        "found[name] = found.get(name, 0.0) + total",
+        "found[name] = total",
+        "training objectives",
+    ),
+    Fault(
+        "step: every update has the same dropout",
+        "training/step.py",
+        "update.step, update.number, ranks.rank)",
+        "update.step, 0, ranks.rank)",
+        "training reliability",
+    ),
+    Fault("trees: branches see each other", "data/trees.py", "same_tree & reachable &", "same_tree &", "data models"),
+    Fault(
+        "trees: a branch starts one position late",
+        "data/trees.py",
+        "np.arange(prompt, prompt + len(response))",
+        "np.arange(prompt + 1, prompt + 1 + len(response))",
+        "data models",
+    ),
+    Fault("attention: the window is a token wider", "models/attention.py", "(age < window)", "(age <= window)", "models"),
+    Fault("sources: every epoch in one order", "data/sources.py", "DataStream.EPOCH, epoch]", "DataStream.EPOCH, 0]", "data"),
+    Fault(
+        "sources: a prompt's rows on both sides of the hold-out",
+        "data/sources.py",
+        "prompt_share(record, seed)",
+        "prompt_share(record._replace(prompt=record.where), seed)",
+        "data",
+    ),
+    Fault("sources: truncated rows are not lost", "data/dataset.py", " + e.truncated for e", " for e", "data stages"),
+    Fault(
+        "sources: the last short batch is dropped",
+        "data/batches.py",
+        "math.ceil(len(self.trees) / self.batch_size)",
+        "max(1, len(self.trees) // self.batch_size)",
+        "data",
+    ),
+    Fault(
+        "checkpoint: damage is not noticed",
+        "training/checkpoint.py",
+        "return bool(recorded == found)",
+        "return True",
+        "training reliability",
+    ),
+    Fault(
+        "checkpoint: the oldest counts as the newest",
+        "training/checkpoint.py",
+        'glob("step-*"), reverse=True)',
+        'glob("step-*"))',
+        "training reliability",
+    ),
+    Fault(
+        "checkpoint: one too few is kept", "training/checkpoint.py", "[:-keep]", "[: 1 - keep or None]", "training reliability"
+    ),
+    Fault(
+        "checkpoint: other roles' weights are not put back",
+        "training/checkpoint.py",
+        "parameter.copy_(saved[name])",
+        "saved[name]",
+        "training reliability",
+    ),
+    Fault(
+        "resume: lines after the checkpoint stay",
+        "training/loop.py",
+        "self.metrics.truncate_after(self.state.logs.metrics_bytes)",
+        "pass",
+        "reliability",
+    ),
+    Fault(
+        "resume: sums before the stop are lost",
+        "training/loop.py",
+        "partial.sums + result.sums",
+        "result.sums",
+        "reliability",
+    ),
+    Fault(
+        "resume: other data is taken without a word",
+        "runs/resume.py",
+        "if key in keys and old.get(key) != inputs.get(key)]",
+        "if key == 0]",
+        "reliability runs",
+    ),
+    Fault("rollout: a prompt's samples are alike", "rollout/generate.py", "{number},{sample}", "{number}", "rollout"),
+    Fault(
+        "rollout: the penalty is for those that ended",
+        "rollout/experience.py",
+        "missing_eos_penalty * ~ended",
+        "missing_eos_penalty * ended",
+        "rollout",
+    ),
+    Fault(
+        "rollout: scores times their deviation",
+        "rollout/reward_models.py",
+        "- self.mean) / self.std",
+        "- self.mean) * self.std",
+        "rollout",
+    ),
+    Fault("rollout: the worst response ranks best", "rollout/source.py", "lambda k: -own[k]", "lambda k: own[k]", "rollout"),
+    Fault(
+        "evaluation: equal texts are told apart by noise",
+        "evaluation/winrate.py",
+        "np.where(same, 0.0, own - other)",
+        "own - other",
+        "evaluation",
+    ),
+    Fault(
+        "evaluation: intervals of few prompts too narrow",
+        "evaluation/intervals.py",
+        "math.sqrt(prompts / (prompts - 1)) * student(prompts - 1)",
+        "student(prompts - 1)",
+        "evaluation",
+    ),
+    Fault(
+        "evaluation: best of n weighs ranks wrongly",
+        "evaluation/overoptimisation.py",
+        "((rank - n) / (rank - 1))",
+        "((rank - n) / rank)",
+        "evaluation",
+    ),
+    Fault(
+        "evaluation: a judge's second order is read as its first",
+        "evaluation/judge.py",
+        "1 - given[:, 1]",
+        "given[:, 1]",
+        "evaluation",
+    ),
+    Fault(
+        "evaluation: ratings without the prior", "evaluation/ratings.py", "met.sum(0) + 0.5", "met.sum(0) + 1e-9", "evaluation"
+    ),
+)
+
+
+def outcome(copy: Path, fault: Fault) -> str | None:
+    """The first test that fails on the copy with the fault; None where all pass."""
+    path = copy / "rlhf_cli" / fault.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(fault.right) != 1:
+        raise SystemExit(f"{fault.what}: {fault.file} has '{fault.right}' {text.count(fault.right)} times, not once")
+    path.write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
+    folders = [f"tests/{name}" for name in fault.tests.split()]
+    words = ["-m", "pytest", "-q", "-x", "-n", "2", "-m", "not slow", "-p", "no:cacheprovider", *folders]
+    env = {**os.environ, "PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *words], cwd=copy, env=env, capture_output=True, text=True)
+    path.write_text(text, encoding="utf-8")
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return (failed or [f"exit code {done.returncode}"])[0] if done.returncode else None
+
+
+def main() -> int:
+    chosen = [fault for fault in FAULTS if not sys.argv[1:] or any(word in fault.what for word in sys.argv[1:])]
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+        for fault in chosen:
+            caught = outcome(copy, fault)
+            survived += caught is None
+            print(f"{'caught  ' if caught else 'SURVIVED'}  {fault.what}{f': {caught}' if caught else ''}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} were caught")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
