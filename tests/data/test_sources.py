@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import pickle
 import socket
 import subprocess
@@ -478,7 +479,8 @@ def test_local_files_import_no_hub_library():
         "from tests.data.uses import request_of; read_data(Data([Source('x.jsonl')]), request_of('sft')); "
         "print({'datasets', 'torch', 'transformers', 'pyarrow'} & set(sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # of the tests, which are not installed
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_limit():
