@@ -10,6 +10,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow
