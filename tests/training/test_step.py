@@ -17,7 +17,7 @@ from rlhf_cli.models.passes import Passes
 from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.optim import build_optimizer
-from rlhf_cli.training.step import NonFinite, StepResult, Update, evaluate, is_out_of_memory, optimise
+from rlhf_cli.training.step import NonFinite, StepResult, Sums, Update, evaluate, is_out_of_memory, optimise
 from tests.models.tiny_backbone import draw_trees, largest_difference, make, make_backbone, plain_logps, sequences, weights
 
 ALONE = Ranks(expected=False)
@@ -271,3 +271,11 @@ def test_an_adapter_that_is_cut_off_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     layer.forward = layer.base_layer.forward
     with pytest.raises(NumberError, match=r"2 trained tensors have no gradient, the first is model\.layers\.1\.mlp\.down_proj"):
         train(backbone, BATCHES[:1])
+
+
+def test_a_metric_with_several_units_is_the_sum_of_its_means() -> None:
+    """2/2 of the pairs and 9/3 of the tokens; two updates add up before they are divided: (2 + 4)/(2 + 2) and (9 + 3)/(3 + 1)."""
+    one = Sums({("loss", "pairs"): 2.0, ("loss", "tokens"): 9.0}, {"pairs": 2, "tokens": 3})
+    other = Sums({("loss", "pairs"): 4.0, ("loss", "tokens"): 3.0}, {"pairs": 2, "tokens": 1})
+    assert one.means == {"loss": 4.0}
+    assert (one + other).means == {"loss": 4.5}
