@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,21 @@ import numpy as np
 
 from rlhf_cli import sections
 from rlhf_cli.data import cache as store
-from rlhf_cli.data import overlong, sandbox, templates, turns
+from rlhf_cli.data import sandbox, templates, turns
 from rlhf_cli.data.flat import Trees, flatten, select
 from rlhf_cli.data.formats import Taken
-from rlhf_cli.data.overlong import span
-from rlhf_cli.data.records import BadRow, Facts, Record
+from rlhf_cli.data.records import BadRow, Facts, Message, Prompt, Record
 from rlhf_cli.data.sandbox import TookTooLong, memory_limit, time_limit
 from rlhf_cli.data.templates import ChatFormat, Template, tokenise, with_prefix
-from rlhf_cli.data.trees import Tree
+from rlhf_cli.data.trees import Tree, span
 from rlhf_cli.data.turns import Letters, Rendered, check_text, read_letters, render_row, supervised
 from rlhf_cli.errors import UsageError
 
 CHUNK = 1000  # rows that are rendered and tokenised at a time
 EXAMPLES = 5  # lost rows that are named one by one
 TIMEOUTS = 3  # rows on which a template may use up its time before it is refused
+TRIES = 8  # cutting n tokens' worth of text may save a few less: the cut is repeated until the row fits
+WITH_OFFSETS = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,6 @@ class Encoded:
         return len(self.truncated_rows)
 
 
-@dataclass(frozen=True)
-class _Rules:
-    """What is made of a record."""
-
-    data: sections.Data
-    responses: Taken
-    reserve: int  # tokens of max_length that are kept free
-
-    @property
-    def find_turns(self) -> bool:
-        return self.responses == "first" and self.data.train_on == "all"
-
-
 def encode(
     records: Sequence[Record],
     tokenizer: Any,
@@ -83,49 +72,34 @@ def encode(
         records = [record._replace(responses=record.responses[:1]) for record in records]
     elif responses == "none":
         records = [record._replace(responses=(), facts=Facts(subset=record.facts.subset)) for record in records]
-    rules = _Rules(data, responses, reserve)
+    encoder = _Encoder(records, tokenizer, template, data, responses, reserve)
     if cache is None:
-        return _restore(_encode(records, tokenizer, template, rules), records, ())
-    path = cache / f"tokens-{store.key(_key_parts(records, tokenizer, template, rules))}.safetensors"
+        return _restore(encoder.run(), records)
+    path = cache / f"tokens-{store.key(encoder.key_parts())}.safetensors"
     notices: tuple[str, ...] = ()
     try:
         stored = store.read(path)
     except store.Damaged as damaged:
         stored, notices = None, (f"{damaged}: damaged; its tokens are made again",)
     if stored is None:
-        stored = _encode(records, tokenizer, template, rules)
+        stored = encoder.run()
         store.write(path, stored)
-    return _restore(stored, records, notices)
+    return replace(_restore(stored, records), notices=notices)
 
 
-def _key_parts(records: Sequence[Record], tokenizer: Any, template: Template, rules: _Rules) -> Iterator[str]:
-    import tokenizers
-    import transformers
-
-    yield store.source_hash(__file__, *(str(module.__file__) for module in (overlong, sandbox, templates, turns)))
-    yield json.dumps([transformers.__version__, tokenizers.__version__])
-    tokenise(tokenizer, [""])  # forgets padding and truncation left from other calls, which are part of the serialisation
-    yield tokenizer.backend_tokenizer.to_str()
-    yield json.dumps([tokenizer.special_tokens_map, template.text])
-    data = rules.data
-    drawn = rules.responses == "none"
-    yield json.dumps([data.max_length, data.overlong, data.control_tokens, rules.find_turns, drawn, rules.reserve])
-    for record in records:
-        yield json.dumps([record.prompt, record.responses])
-
-
-def _restore(stored: store.Stored, records: Sequence[Record], notices: tuple[str, ...]) -> Encoded:
+def _restore(stored: store.Stored, records: Sequence[Record]) -> Encoded:
     """Adds what the cache does not know: where rows stand and what is said of them, which may change while their text stays."""
     facts = dict(stored.facts)
     examples = tuple(f"{records[row].where}: {text}" for row, text in facts.pop("examples"))
     locations = tuple(records[row].where for row in stored.arrays["rows"])
     trees = Trees(**stored.arrays, locations=locations, facts=tuple(records[row].facts for row in stored.arrays["rows"]))
     truncated = tuple(facts.pop("truncated"))
-    return Encoded(trees, len(records), len(trees), truncated_rows=truncated, examples=examples, notices=notices, **facts)
+    return Encoded(trees, len(records), len(trees), truncated_rows=truncated, examples=examples, **facts)
 
 
-def _counts(lost: Counter[str]) -> str:
-    return ", ".join(f"{reason} ({count})" for reason, count in lost.most_common())
+def _unusable(rows: int, lost: Counter[str], first: str) -> UsageError:
+    counts = ", ".join(f"{reason} ({count})" for reason, count in lost.most_common())
+    return UsageError(f"none of {rows} rows can be used: {counts}\nthe first: {first}")
 
 
 def checked(encoded: Encoded, check: Callable[[Tree], str | None]) -> Encoded:
@@ -137,7 +111,7 @@ def checked(encoded: Encoded, check: Callable[[Tree], str | None]) -> Encoded:
     lost = Counter(encoded.lost) + Counter(fault for fault in faults if fault is not None)
     named = [f"{encoded.trees.where(i)}: {fault}" for i, fault in enumerate(faults) if fault is not None]
     if not len(kept):
-        raise UsageError(f"none of {encoded.read} rows can be used: {_counts(lost)}\nthe first: {named[0]}")
+        raise _unusable(encoded.read, lost, named[0])
     trees = select(encoded.trees, kept)
     return replace(
         encoded,
@@ -156,35 +130,77 @@ def same_tokens(tree: Tree) -> str | None:
     return "a better and a worse response are the same, cut and tokenised" if len(ranked) > len(set(responses)) else None
 
 
-def _encode(records: Sequence[Record], tokenizer: Any, template: Template, rules: _Rules) -> store.Stored:
-    encoder = _Encoder(templates.read_chat_format(tokenizer, template), read_letters(tokenizer), records, rules)
-    for start in range(0, len(records), CHUNK):
-        for tree in encoder.tokenise(encoder.render(range(start, min(start + CHUNK, len(records))))):
-            try:
-                encoder.add(tree)
-            except BadRow as bad:
-                encoder.lose(tree.row, bad)
-    if records and not encoder.trees:
-        row, text = encoder.examples[0]
-        raise UsageError(
-            f"none of {len(records)} rows can be used: {_counts(encoder.lost)}\nthe first: {records[row].where}: {text}"
-        )
-    return encoder.stored()
-
-
 @dataclass
 class _Encoder:
     """Makes trees of records, and counts what becomes of them."""
 
-    form: ChatFormat
-    letters: Letters
     records: Sequence[Record]
-    rules: _Rules
+    tokenizer: Any
+    template: Template
+    data: sections.Data
+    responses: Taken
+    reserve: int  # tokens of max_length that are kept free
     trees: list[Tree] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
     examples: list[tuple[int, str]] = field(default_factory=list)
     sizes: list[tuple[int, int, int]] = field(default_factory=list)  # tokens of the prompt, of the longest response, of both
     truncated: list[int] = field(default_factory=list)
+
+    @property
+    def find_turns(self) -> bool:
+        return self.responses == "first" and self.data.train_on == "all"
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt and its longest response."""
+        return self.data.max_length - self.reserve
+
+    @cached_property
+    def form(self) -> ChatFormat:
+        return templates.read_chat_format(self.tokenizer, self.template)
+
+    @cached_property
+    def letters(self) -> Letters:
+        return read_letters(self.tokenizer)
+
+    def key_parts(self) -> Iterator[str]:
+        """All that the tokens depend on."""
+        import tokenizers
+        import transformers
+
+        yield store.source_hash(__file__, *(str(module.__file__) for module in (sandbox, templates, turns)))
+        yield json.dumps([transformers.__version__, tokenizers.__version__])
+        tokenise(self.tokenizer, [""])  # forgets padding and truncation left from other calls, which would be serialised
+        yield self.tokenizer.backend_tokenizer.to_str()
+        yield json.dumps([self.tokenizer.special_tokens_map, self.template.text])
+        data, drawn = self.data, self.responses == "none"
+        yield json.dumps([data.max_length, data.overlong, data.control_tokens, self.find_turns, drawn, self.reserve])
+        for record in self.records:
+            yield json.dumps([record.prompt, record.responses])
+
+    def run(self) -> store.Stored:
+        """The trees and the counts, as the cache keeps them."""
+        for start in range(0, len(self.records), CHUNK):
+            for tree in self.tokenise(self.render(range(start, min(start + CHUNK, len(self.records))))):
+                try:
+                    self.add(tree)
+                except BadRow as bad:
+                    self.lose(tree.row, bad)
+        if self.records and not self.trees:
+            row, text = self.examples[0]
+            raise _unusable(len(self.records), self.lost, f"{self.records[row].where}: {text}")
+        last = np.array([response[-1] for tree in self.trees for response in tree.responses])
+        ended = np.isin(last, [self.form.end_ids[-1], self.form.eos_id])
+        names = ("prompt", "response", "total") if self.responses != "none" else ("prompt",)
+        facts = {
+            "lost": dict(self.lost),
+            "truncated": self.truncated,
+            "examples": self.examples,
+            "eos_share": float(ended.mean()) if len(last) else None,
+            "percentiles": {name: _percentiles([size[k] for size in self.sizes]) for k, name in enumerate(names)},
+        }
+        arrays = vars(flatten(self.trees, self.records)).items()
+        return store.Stored({name: value for name, value in arrays if isinstance(value, np.ndarray)}, facts)
 
     def lose(self, row: int, bad: BadRow) -> None:
         self.lost[bad.reason] += 1
@@ -197,29 +213,28 @@ class _Encoder:
             for row in rows:
                 record = self.records[row]
                 try:
-                    if self.rules.responses == "none" and not record.prompt:
+                    if self.responses == "none" and not record.prompt:
                         raise BadRow("no prompt")
-                    if self.rules.responses != "none" and not record.responses:
+                    if self.responses != "none" and not record.responses:
                         raise BadRow("no response")
-                    if self.rules.data.control_tokens == "reject":
+                    if self.data.control_tokens == "reject":
                         check_text(self.form, record)
                     with time_limit():
-                        rendered.append((row, render_row(self.form, record, find_turns=self.rules.find_turns)))
+                        rendered.append((row, render_row(self.form, record, find_turns=self.find_turns)))
                 except BadRow as bad:
                     self.lose(row, bad)
                     if isinstance(bad, TookTooLong) and self.lost[bad.reason] == TIMEOUTS:
-                        raise UsageError(f"chat template ({self.form.template.source}): {record.where}: {bad}") from None
+                        raise UsageError(f"chat template ({self.template.source}): {record.where}: {bad}") from None
         return rendered
 
     def tokenise(self, rendered: Sequence[tuple[int, Rendered]]) -> list[Tree]:
         """Prompts and responses are tokenised apart, each in one batch; a response as it reads after its anchor."""
-        tokenizer, anchor = self.form.tokenizer, self.form.anchor
+        anchor = self.form.anchor
         prompts = self._tokenise_prompts([text for _, text in rendered])
-        anchors = [anchor if text.prompt else "" for _, text in rendered for _ in text.responses]
-        responses = [response for _, text in rendered for response in text.responses]
-        anchored = tokenise(tokenizer, [before + response for before, response in zip(anchors, responses, strict=True)])
-        length = len(tokenise(tokenizer, [anchor])[0])
-        answers = iter([ids[length:] if before else ids for before, ids in zip(anchors, anchored, strict=True)])
+        texts = [(anchor if text.prompt else "", response) for _, text in rendered for response in text.responses]
+        anchored = tokenise(self.tokenizer, [before + response for before, response in texts])
+        length = len(tokenise(self.tokenizer, [anchor])[0])
+        answers = iter([ids[length:] if before else ids for (before, _), ids in zip(texts, anchored, strict=True)])
         return [
             Tree(prompt, mask, tuple(np.array([*next(answers), *text.end_ids], np.int32) for _ in text.responses), row)
             for (row, text), (prompt, mask) in zip(rendered, prompts, strict=True)
@@ -227,10 +242,10 @@ class _Encoder:
 
     def _tokenise_prompts(self, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, supervised) of each prompt; offsets, which are slow, are asked for only where there are turns to find."""
-        tokenizer, prompts = self.form.tokenizer, []
-        plain = iter(tokenise(tokenizer, [text.prompt for text in rendered if not text.turns]))
+        prompts = []
+        plain = iter(tokenise(self.tokenizer, [text.prompt for text in rendered if not text.turns]))
         spoken = [text.prompt for text in rendered if text.turns]
-        batch = tokenizer(spoken, add_special_tokens=False, return_offsets_mapping=True, verbose=False) if spoken else {}
+        batch = self.tokenizer(spoken, **WITH_OFFSETS) if spoken else {}
         located = zip(batch.get("input_ids", []), batch.get("offset_mapping", []), strict=True)
         for text in rendered:
             ids, offsets = next(located) if text.turns else (next(plain), [])
@@ -241,32 +256,9 @@ class _Encoder:
 
     def add(self, tree: Tree) -> None:
         """Adds the tree, fitted to max_length. Raises BadRow if it cannot be used."""
-
-        def encode_one(shorter: Record) -> Tree:
-            with memory_limit(), time_limit():
-                rendered = render_row(self.form, shorter, find_turns=self.rules.find_turns)
-            return self.tokenise([(tree.row, rendered)])[0]
-
-        data, reserve, record = self.rules.data, self.rules.reserve, self.records[tree.row]
-        tokens, alone = span(tree, reserve), self.rules.responses == "none"
-        response = max(map(len, tree.responses), default=0)
-        self.sizes.append((len(tree.prompt), response, len(tree.prompt) + response))
-        fitted = tree
-        if tokens > data.max_length:
-            free = f", {reserve} of them for the response" if reserve else ""
-            match data.overlong:
-                case "drop":
-                    raise overlong.too_long(tokens, free)
-                case "error":
-                    choices = "drop or truncate-prompt" if alone else "drop, truncate-prompt or truncate-response"
-                    raise UsageError(
-                        f"{record.where}: {tokens} tokens{free}, but data.max_length is {data.max_length}\n"
-                        f"raise it, or set data.overlong to {choices}"
-                    )
-                case "truncate-prompt":
-                    fitted = overlong.cut_prompt(record, encode_one, self.form.tokenizer, data.max_length, reserve)
-                case "truncate-response":
-                    fitted = overlong.cut_responses(tree, data.max_length - reserve)
+        alone, total = self.responses == "none", span(tree)
+        self.sizes.append((len(tree.prompt), total - len(tree.prompt), total))
+        fitted = tree if total <= self.room else self._fitted(tree)
         if alone and not len(fitted.prompt):
             raise BadRow("no prompt", "its text is nothing to the tokenizer")
         if not alone and not len(fitted.prompt) and max(map(len, fitted.responses)) < 2:
@@ -275,20 +267,66 @@ class _Encoder:
         if fitted is not tree:
             self.truncated.append(tree.row)
 
-    def stored(self) -> store.Stored:
-        """The trees and the counts, as the cache keeps them."""
-        trees = flatten(self.trees, self.records)
-        last = np.array([response[-1] for tree in self.trees for response in tree.responses])
-        ended = np.isin(last, [self.form.end_ids[-1], self.form.eos_id])
-        names = ("prompt", "response", "total") if self.rules.responses != "none" else ("prompt",)
-        facts = {
-            "lost": dict(self.lost),
-            "truncated": self.truncated,
-            "examples": self.examples,
-            "eos_share": float(ended.mean()) if len(last) else None,
-            "percentiles": {name: _percentiles([size[k] for size in self.sizes]) for k, name in enumerate(names)},
-        }
-        return store.Stored({name: value for name, value in vars(trees).items() if isinstance(value, np.ndarray)}, facts)
+    def _fitted(self, tree: Tree) -> Tree:
+        """The tree that is too long as `data.overlong` wants it; responses that are cut have no end-of-turn."""
+        tokens = span(tree) + self.reserve
+        free = f", {self.reserve} of them for the response" if self.reserve else ""
+        match self.data.overlong:
+            case "truncate-prompt":
+                return self._cut_prompt(tree.row)
+            case "truncate-response" if (room := self.room - len(tree.prompt)) > 0:
+                return tree._replace(responses=tuple(response[:room] for response in tree.responses))
+            case "truncate-response":
+                raise _too_long(tokens, f", {len(tree.prompt)} of them in the prompt")
+            case "drop":
+                raise _too_long(tokens, free)
+        choices = "drop or truncate-prompt" if self.responses == "none" else "drop, truncate-prompt or truncate-response"
+        raise UsageError(
+            f"{self.records[tree.row].where}: {tokens} tokens{free}, but data.max_length is {self.data.max_length}\n"
+            f"raise it, or set data.overlong to {choices}"
+        )
+
+    def _cut_prompt(self, row: int) -> Tree:
+        """Drops the oldest exchanges, system turns excepted, then the beginning of the last user turn.
+
+        The text is cut and rendered again, so the template stays whole. Raises BadRow if no text of the prompt would be left.
+        """
+        prompt = self.records[row].prompt
+        for shorter in _without_oldest(prompt):
+            prompt = shorter
+            if span(tree := self._encode_one(row, prompt)) <= self.room:
+                return tree
+        for _ in range(TRIES):
+            tree = self._encode_one(row, prompt)
+            if (excess := span(tree) - self.room) <= 0:
+                return tree
+            text = prompt if isinstance(prompt, str) else prompt[-1].content if prompt and prompt[-1].role == "user" else ""
+            offsets = self.tokenizer(text, **WITH_OFFSETS)["offset_mapping"]
+            rest = text[max(1, offsets[excess][0]) :] if excess < len(offsets) else ""
+            if not rest.strip():
+                raise _too_long(span(tree) + self.reserve, ", too many even without the prompt's text")
+            prompt = rest if isinstance(prompt, str) else (*prompt[:-1], prompt[-1]._replace(content=rest))
+        raise _too_long(span(tree) + self.reserve)
+
+    def _encode_one(self, row: int, prompt: Prompt) -> Tree:
+        with memory_limit(), time_limit():
+            rendered = render_row(self.form, self.records[row]._replace(prompt=prompt), find_turns=self.find_turns)
+        return self.tokenise([(row, rendered)])[0]
+
+
+def _too_long(tokens: int, detail: str = "") -> BadRow:
+    """The one reason under which these rows are counted."""
+    return BadRow("longer than data.max_length", f"{tokens} tokens{detail}")
+
+
+def _without_oldest(prompt: Prompt) -> Iterator[tuple[Message, ...]]:
+    """Ever shorter prompts that begin at a later user turn, after the system turns that stood first."""
+    if isinstance(prompt, str):
+        return
+    systems = next((k for k, message in enumerate(prompt) if message.role != "system"), len(prompt))
+    for k in range(systems + 1, len(prompt)):
+        if prompt[k].role == "user":
+            yield prompt[:systems] + prompt[k:]
 
 
 def _percentiles(sizes: list[int]) -> dict[str, int]:

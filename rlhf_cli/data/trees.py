@@ -108,6 +108,11 @@ def tree_length(tree: Tree) -> int:
     return len(tree.prompt) + sum(map(len, tree.responses))
 
 
+def span(tree: Tree) -> int:
+    """Tokens of the prompt and of the longest response: what max_length counts."""
+    return len(tree.prompt) + max(map(len, tree.responses), default=0)
+
+
 def supervised_tokens(tree: Tree) -> int:
     """Tokens that have a loss: responses and earlier assistant turns, less a first token that nothing predicts."""
     unpredicted = len(tree.responses) if len(tree.prompt) == 0 else int(tree.supervised[0])
@@ -153,8 +158,7 @@ class _Unit(NamedTuple):
 
 
 def _alone(tree: Tree, index: int) -> _Unit:
-    width = len(tree.prompt) + max(map(len, tree.responses))
-    return _Unit([[Piece(index, (b,))] for b in range(len(tree.responses))], width)
+    return _Unit([[Piece(index, (b,))] for b in range(len(tree.responses))], span(tree))
 
 
 def _fill_rows(share: Sequence[int], trees: Sequence[Tree], lengths: Sequence[int], shared: int, capacity: int) -> list[_Unit]:

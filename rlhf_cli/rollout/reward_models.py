@@ -12,10 +12,9 @@ import numpy as np
 
 from rlhf_cli import sections
 from rlhf_cli.data.encode import encode
-from rlhf_cli.data.overlong import span
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.templates import ChatFormat, Template, choose_template, read_chat_format, tokenise
-from rlhf_cli.data.trees import Tree
+from rlhf_cli.data.trees import Tree, span
 from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer

@@ -44,14 +44,14 @@ def same(one: Encoded, other: Encoded) -> bool:
 
 def test_a_second_run_reads_what_the_first_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = run(tmp_path / "new")
-    monkeypatch.setattr(module, "_encode", no_work)
+    monkeypatch.setattr(module._Encoder, "run", no_work)
     assert same(run(tmp_path / "new"), fresh)
     assert fresh.lost == {"a control token in the text": 1}
 
 
 def test_moved_rows_are_found_and_named_by_their_new_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path)
-    monkeypatch.setattr(module, "_encode", no_work)
+    monkeypatch.setattr(module._Encoder, "run", no_work)
     moved = run(tmp_path, [row._replace(where="b" + row.where[1:]) for row in ROWS])
     assert moved.trees.locations == ("b:1", "b:3")
     assert moved.trees.facts == (Facts(), Facts())
@@ -60,7 +60,7 @@ def test_moved_rows_are_found_and_named_by_their_new_place(tmp_path: Path, monke
 
 def test_what_is_said_of_rows_is_no_part_of_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path)
-    monkeypatch.setattr(module, "_encode", no_work)
+    monkeypatch.setattr(module._Encoder, "run", no_work)
     judged = run(tmp_path, [row._replace(facts=Facts(margin=float(i))) for i, row in enumerate(ROWS)])
     assert [tree.facts.margin for tree in judged.trees] == [0.0, 2.0]
 
@@ -69,7 +69,7 @@ def test_truncated_rows_are_remembered(tmp_path: Path, monkeypatch: pytest.Monke
     settings: dict[str, Any] = {"max_length": 34, "overlong": "truncate-response"}
     rows = [ROWS[0], ROWS[2]._replace(responses=("It is four. " * 9,))]
     fresh = run(tmp_path, rows, **settings)
-    monkeypatch.setattr(module, "_encode", no_work)
+    monkeypatch.setattr(module._Encoder, "run", no_work)
     assert fresh.truncated_rows == run(tmp_path, rows, **settings).truncated_rows == (1,)
 
 

@@ -53,7 +53,7 @@ def test_rows_that_cannot_be_trained_on_are_lost(monkeypatch: pytest.MonkeyPatch
         report = data_report(dataset)["train"]
         assert (report["read"], report["kept"], report["dropped"]) == (6, 4, {"the margin is small": 2})
         assert report["examples"] == ["0.jsonl:1: the margin is small", "0.jsonl:2: the margin is small"]
-        monkeypatch.setattr(encode_module, "_encode", None)
+        monkeypatch.setattr(encode_module._Encoder, "run", None)
     with pytest.raises(UsageError, match=r"^2 of 6 rows \(33.3%\) are dropped or truncated; data.max_lost allows 5.0%\n"):
         run("train-rm", PAIRS, check=needs_a_large_margin, margin="by")
 
