@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib
 import io
+import json
 import os
 import signal
 import sys
@@ -61,7 +62,10 @@ DumpPairs = Annotated[
 
 
 class StageCommand(TyperCommand):
-    """A command whose help ends with the keys of its recipe."""
+    """A command whose help ends with the keys of its recipe, and whose options are those that its recipe has a key for."""
+
+    def __init__(self, name: str, *, params: list[Any], **rest: Any) -> None:
+        super().__init__(name, params=[own for own in params if own.name != "dump_pairs" or name == "eval"], **rest)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from rlhf_cli.recipe.help import key_table
@@ -112,17 +116,6 @@ def _stage_command(name: str, stage: Stage) -> None:
         recipe: Recipe,
         overrides: Overrides = None,
         output: Output = None,
-        check: Check = False,
-        resume: Resume = False,
-        force: Force = False,
-        debug: Debug = False,
-    ) -> Action:
-        return StageCall(name, recipe, overrides or [], output, check, resume, force)
-
-    def evaluation(
-        recipe: Recipe,
-        overrides: Overrides = None,
-        output: Output = None,
         dump_pairs: DumpPairs = None,
         check: Check = False,
         resume: Resume = False,
@@ -130,12 +123,10 @@ def _stage_command(name: str, stage: Stage) -> None:
         debug: Debug = False,
     ) -> Action:
         """Eight arguments, one for each option: typer reads them from the signature."""
-        from rlhf_cli.recipe.dump import one_line
+        own = [] if dump_pairs is None else [f"dump_pairs={json.dumps(dump_pairs)}"]
+        return StageCall(name, recipe, [*(overrides or []), *own], output, check, resume, force)
 
-        dump = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
-        return command(recipe, [*(overrides or []), *dump], output, check, resume, force, debug)
-
-    app.command(name, cls=StageCommand, help=stage.help)(evaluation if name == "eval" else command)
+    app.command(name, cls=StageCommand, help=stage.help)(command)
 
 
 for _name, _stage in STAGES.items():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ASCII = str.maketrans({"⟦": "[[", "⟧": "]]", "…": "...", "·": ".", "→": "->", "×": "x", "≤": "<=", "≥": ">=", "’": "'"})
 ASCII |= str.maketrans(dict.fromkeys("–—−", "-"))
-LEARNED, RESET, YELLOW, RED, BOLD = "\x1b[1;32m", "\x1b[0m", "\x1b[33m", "\x1b[31m", "\x1b[1m"
+LEARNED, RESET, YELLOW, BOLD = "\x1b[1;32m", "\x1b[0m", "\x1b[33m", "\x1b[1m"
 SHOWN_PIECE = 2000
 """Characters of one piece of the first example that are shown."""
 
@@ -47,11 +47,6 @@ class Console:
         """A line on stderr: the run goes on, but someone should know."""
         if self.enabled:
             self._write(self.err, _paint(self.err, YELLOW, f"warning: {clean(message)}"))
-
-    def error(self, message: str) -> None:
-        """One to three lines on stderr: what, where, what to do."""
-        if self.enabled:
-            self._write(self.err, _paint(self.err, RED, f"error: {clean(message)}"))
 
     def example(self, pieces: list[tuple[str, bool]], marked: str = "is what the model learns to write") -> None:
         """Show the first example; pieces are (text, is it supervised?) in order, `marked` says what the supervised ones are."""

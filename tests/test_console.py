@@ -66,10 +66,9 @@ def test_nothing_wraps_in_a_pipe():
     console, out, err = piped()
     console.say("x" * 500)
     console.warn("y" * 500)
-    console.error("what\nwhere\nwhat to do")
     console.plan([("T", [("label", "z" * 500)])])
     assert out.getvalue() == "x" * 500 + "\nT\n  label  " + "z" * 500 + "\n"
-    assert err.getvalue() == "warning: " + "y" * 500 + "\nerror: what\nwhere\nwhat to do\n"
+    assert err.getvalue() == "warning: " + "y" * 500 + "\n"
 
 
 def test_the_plan_is_aligned():
@@ -93,7 +92,6 @@ def test_other_ranks_are_silent():
     console = Console(False, out, err)
     console.say("a")
     console.warn("a")
-    console.error("a")
     console.example([("a", True)])
     console.plan([("a", [("b", "c")])])
     with console.progress(1) as progress:

@@ -9,18 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from rlhf_cli.recipe.keys import (
-    Key,
-    arms,
-    as_yaml,
-    describe,
-    keys_of,
-    kind_of,
-    known_keys,
-    sections_in,
-    shape,
-    source_list,
-)
+from rlhf_cli.recipe.keys import Key, arms, as_yaml, describe, keys_of, kind_of, known_keys, sections_in, shape, source_list
 from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
 from rlhf_cli.recipe.suggest import closest_key
 from rlhf_cli.recipe.yaml_reader import BAD, Node, Problem

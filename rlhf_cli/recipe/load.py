@@ -17,12 +17,7 @@ from rlhf_cli.recipe.stages import STAGES
 from rlhf_cli.recipe.yaml_reader import BAD, MAX_BYTES, Node, Problem, Unreadable, decode, plain, read
 from rlhf_cli.suggest import closest
 
-RIVALS = {
-    "train.steps": "train.epochs",
-    "train.epochs": "train.steps",
-    "data.eval": "data.holdout",
-    "data.holdout": "data.eval",
-}
+RIVALS = {"train.steps": "train.epochs", "train.epochs": "train.steps", "data.eval": "data.holdout", "data.holdout": "data.eval"}
 """A key from the command line puts its rival in the file out of force: `--set train.steps=4` on a recipe with epochs."""
 
 

@@ -21,7 +21,7 @@ from rlhf_cli.data.records import PlainPrompt, plain_prompt
 from rlhf_cli.errors import RunError, UsageError
 from rlhf_cli.files import sha256_file
 from rlhf_cli.rollout.rewards import Answers, PolicyText, TextTerm, check_finite, shortened, shown_answer
-from rlhf_cli.suggest import closest
+from rlhf_cli.suggest import closest, did_you_mean
 
 Function = Callable[[list[PlainPrompt], list[str]], Any]
 
@@ -102,8 +102,8 @@ def load_function(reference: str, place: str) -> Function:
         raise UsageError(f"{place}: expected file.py:name, found {reference}")
     members = vars(_import_file(file, place))
     if name not in members:
-        near = closest(name, [own for own, value in members.items() if callable(value)])
-        raise UsageError(f"{place}: {file} has no function {name}. {f'did you mean {near}?' if near else 'define it there'}")
+        advice = did_you_mean(name, [own for own, value in members.items() if callable(value)], "define it there")
+        raise UsageError(f"{place}: {file} has no function {name}. {advice}")
     function: Function = members[name]
     if not callable(function):
         raise UsageError(f"{place}: {name} in {file} is {_shown(function)}, no function")

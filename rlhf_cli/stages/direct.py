@@ -21,10 +21,10 @@ from rlhf_cli.rollout.source import PreferenceSource, Shape
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
 from rlhf_cli.runs.parents import merged_base
 from rlhf_cli.signals import BEFORE
-from rlhf_cli.stages.online import RolloutSetup, as_unpaired, recorded, set_up_rollouts
+from rlhf_cli.stages.online import as_unpaired, recorded, set_up_rollouts
 from rlhf_cli.stages.prepare import TrainingJob, prepare_job
 from rlhf_cli.stages.reference import ReferenceModel, find_reference, place_reference
-from rlhf_cli.stages.training import FINE, OnPolicy, finish_job, load_job, open_job, train_job
+from rlhf_cli.stages.training import OnPolicy, finish_job, load_job, open_job, train_job
 from rlhf_cli.training.reference import reference_logps, weights_key
 
 
@@ -42,12 +42,9 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     terms = find_terms(loaded, PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check))
     for words in _announce(job, reference, terms):
         job.console.say(words)
-    if check:
-        job.console.say(FINE)
-        return
     if reference is not None:
         job = dataclasses.replace(job, inputs=recorded(reference, terms))
-    with open_job(job, resume=resume, force=force) as folder:
+    with open_job(job, check=check, resume=resume, force=force) as folder:
         if folder is None:
             return
         backbone, base = load_job(job)
@@ -55,7 +52,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         on_policy = None
         if draws and reference is not None:
             place_reference(job, reference, placement, base)
-            on_policy = _online(job, set_up_rollouts(job, terms, placement, base))
+            on_policy = _online(job, terms, placement, base)
         elif reference is not None:
             job = _with_reference(job, reference, placement, base)
         trainer = train_job(
@@ -77,21 +74,21 @@ def _announce(job: TrainingJob, reference: ReferenceModel | None, terms: RewardT
         yield words
 
 
-def _online(job: TrainingJob, rollouts: RolloutSetup) -> OnPolicy:
+def _online(job: TrainingJob, terms: RewardTerms, placement: Placement, base: Weights) -> OnPolicy:
     """Batches of the policy's own responses, in the form that the objective takes."""
-    recipe = job.recipe
+    recipe, (sampler, measure, probe) = job.recipe, set_up_rollouts(job, terms, placement, base)
     assert isinstance(recipe, recipes.DirectRecipe)
     assert recipe.rollout is not None
     shape: Shape | None = None
     if job.objective.rows is LABELS:
         shape = partial(
-            as_unpaired, records=rollouts.sampler.records, max_length=recipe.data.max_length, mismatches=job.objective.mismatches
+            as_unpaired, records=sampler.records, max_length=recipe.data.max_length, mismatches=job.objective.mismatches
         )
     refresh, ties = recipe.rollout.refresh, job.objective.ties
-    source = PreferenceSource(rollouts.sampler, job.source, refresh, job.steps, ties, shape, recipe.seed)
+    source = PreferenceSource(sampler, job.source, refresh, job.steps, ties, shape, recipe.seed)
     order = tuple(float(k) for k in range(recipe.rollout.responses_per_prompt))
-    first = [tree._replace(facts=Facts(ranks=order, scores=order[::-1])) for tree in rollouts.probe]
-    return OnPolicy(source, rollouts.measure, shape(first, recipe.seed) if shape else first)
+    first = [tree._replace(facts=Facts(ranks=order, scores=order[::-1])) for tree in probe]
+    return OnPolicy(source, measure, shape(first, recipe.seed) if shape else first)
 
 
 def _as_unpaired(loaded: Loaded, dataset: Dataset, recipe: recipes.TrainingRecipe) -> tuple[Dataset, Objective]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.data.dataset import data_report
-from rlhf_cli.errors import MachineError, RunError, UsageError
+from rlhf_cli.errors import RunError, UsageError
 from rlhf_cli.evaluation.compare import compare_models
 from rlhf_cli.evaluation.dump import dump_pairs
 from rlhf_cli.evaluation.eval_json import read_result
@@ -19,14 +19,13 @@ from rlhf_cli.evaluation.measure import measure_models
 from rlhf_cli.evaluation.responses import write_samples
 from rlhf_cli.evaluation.result import Measured, summarise
 from rlhf_cli.files import write_json
-from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.reports.evaluation import write_report
 from rlhf_cli.reports.terminal import terminal_table
 from rlhf_cli.runs.folder import RunFolder, move_aside, open_run
 from rlhf_cli.runs.manifest import git_commit, versions
 from rlhf_cli.runs.resume import is_as_before, record_inputs, recorded_recipe, refuse_other_inputs
-from rlhf_cli.stages.training import FINE
+from rlhf_cli.stages.training import FINE, ending_together
 from rlhf_cli.training.loop import peak_memory
 
 
@@ -43,7 +42,8 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     with _open(job, resume, force) as folder:
         if folder is None:
             return
-        with _ending_together(job):
+        advice = f"while a model was evaluated; set tokens_per_device below {job.budget}, then --resume"
+        with ending_together(job.ranks, (RunError,), advice):
             measured = measure_models(job, folder)
         if job.ranks.main:
             _conclude(job, folder, measured)
@@ -79,22 +79,6 @@ def _open(job: EvaluationJob, resume: bool, force: bool) -> Iterator[RunFolder |
                 write_json(folder.data, {section: data_report(rows.dataset) for section, rows in job.rows.items()})
             yield folder
     ranks.close()
-
-
-@contextlib.contextmanager
-def _ending_together(job: EvaluationJob) -> Iterator[None]:
-    """What ends all ranks alike ends them in order."""
-    try:
-        yield
-    except RunError as error:
-        if not error.one_rank:
-            job.ranks.close()
-        raise
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        advice = f"set tokens_per_device below {job.budget}, then --resume"
-        raise MachineError(f"out of memory while a model was evaluated; {advice}").on_one_rank() from error
 
 
 def _conclude(job: EvaluationJob, folder: RunFolder, measured: Measured) -> None:

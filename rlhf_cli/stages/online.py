@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from rlhf_cli.data.flat import flatten
@@ -25,17 +24,12 @@ from rlhf_cli.training.checkpoint import State
 from rlhf_cli.training.loop import Measure
 
 
-@dataclass(frozen=True)
-class RolloutSetup:
-    """Where responses are drawn and scored, once all weights are loaded."""
+def set_up_rollouts(
+    job: TrainingJob, reward_terms: RewardTerms, placement: Placement, base: Weights
+) -> tuple[Sampler, Measure | None, list[Tree]]:
+    """What draws and scores responses, what measures held-out ones (None: nothing is held out), and a few for the start's check.
 
-    sampler: Sampler
-    measure: Measure | None  # None: nothing is held out
-    probe: list[Tree]
-
-
-def set_up_rollouts(job: TrainingJob, reward_terms: RewardTerms, placement: Placement, base: Weights) -> RolloutSetup:
-    """Load the reward models; `base` is what the policy's adapter sits on.
+    Loads the reward models; `base` is what the policy's adapter sits on.
 
     Raises:
         UsageError: a reward model's weights do not fit.
@@ -79,7 +73,7 @@ def set_up_rollouts(job: TrainingJob, reward_terms: RewardTerms, placement: Plac
         def measure(state: State) -> dict[str, float]:
             return unseen.measure(state.memory)
 
-    return RolloutSetup(own, measure, probe(own, job.source.batch(1), recipe.seed))
+    return own, measure, probe(own, job.source.batch(1), recipe.seed)
 
 
 def as_unpaired(trees: list[Tree], seed: int, records: Sequence[Record], max_length: int, mismatches: bool) -> list[Tree]:

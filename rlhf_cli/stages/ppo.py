@@ -17,13 +17,14 @@ from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES
+from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.source import PolicySource
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
-from rlhf_cli.stages.online import RolloutSetup, recorded, set_up_rollouts
+from rlhf_cli.stages.online import recorded, set_up_rollouts
 from rlhf_cli.stages.prepare import TrainingJob, prepare_job
 from rlhf_cli.stages.reference import find_reference, place_reference
-from rlhf_cli.stages.training import FINE, OnPolicy, finish_job, load_job, open_job, train_job
+from rlhf_cli.stages.training import OnPolicy, finish_job, load_job, open_job, train_job
 
 
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
@@ -39,19 +40,16 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     assert reference is not None
     for words in (reference.words, *terms.words, *_announce(job)):
         job.console.say(words)
-    if check:
-        job.console.say(FINE)
-        return
     job = dataclasses.replace(job, inputs=recorded(reference, terms) | (ptx.fingerprints if ptx else {}))
-    with open_job(job, resume=resume, force=force) as folder:
+    with open_job(job, check=check, resume=resume, force=force) as folder:
         if folder is None:
             return
         backbone, base = load_job(job)
         placement = Placement(backbone, job.recipe.model, base, job.ranks.device)
         place_reference(job, reference, placement, base)
-        rollouts = set_up_rollouts(job, terms, placement, base)
+        sampler, measure, probe = set_up_rollouts(job, terms, placement, base)
         rates = _add_value(job, terms, placement, base)
-        on_policy = OnPolicy(_source(job, rollouts, ptx), rollouts.measure, rollouts.probe, rates)
+        on_policy = OnPolicy(_source(job, sampler, ptx), measure, probe, rates)
         trainer = train_job(job, folder, backbone, reference_is_start=reference.is_start, on_policy=on_policy)
         parents = (*reference.parents(job), *terms.parents)
         extra = {"reference": reference.record, **terms.record}
@@ -94,11 +92,11 @@ def _ptx_rows(job: TrainingJob) -> Dataset | None:
     return prepare(data, RowRequest(Purpose("ptx", ANSWERS, ROW_USES), recipe.seed, where), job.tokenizer, job.template)
 
 
-def _source(job: TrainingJob, rollouts: RolloutSetup, ptx: Dataset | None) -> PolicySource:
+def _source(job: TrainingJob, sampler: Sampler, ptx: Dataset | None) -> PolicySource:
     recipe, objective = _parts(job)
     rows = ptx.source(recipe.train, recipe.data, recipe.seed) if ptx else None
     coef = recipe.ptx.coef if recipe.ptx else 0.0
-    return PolicySource(rollouts.sampler, job.source, objective, recipe.kl, rows, coef, recipe.seed)
+    return PolicySource(sampler, job.source, objective, recipe.kl, rows, coef, recipe.seed)
 
 
 def _add_value(job: TrainingJob, terms: RewardTerms, placement: Placement, base: Weights) -> dict[str, float]:

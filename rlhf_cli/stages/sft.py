@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.stages.prepare import prepare_job
-from rlhf_cli.stages.training import FINE, finish_job, load_job, open_job, train_job
+from rlhf_cli.stages.training import finish_job, load_job, open_job, train_job
 
 
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
@@ -14,10 +14,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
     job = prepare_job(loaded, check=check, resume=resume)
-    if check:
-        job.console.say(FINE)
-        return
-    with open_job(job, resume=resume, force=force) as folder:
+    with open_job(job, check=check, resume=resume, force=force) as folder:
         if folder is None:
             return
         backbone, base = load_job(job)

@@ -17,7 +17,7 @@ from rlhf_cli.models.passes import score_responses
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.stages.prepare import TrainingJob, prepare_job
-from rlhf_cli.stages.training import FINE, finish_job, load_job, open_job, train_job
+from rlhf_cli.stages.training import finish_job, load_job, open_job, train_job
 
 SCORED = 256
 """Training prompts, drawn with the seed, whose responses give the mean and the standard deviation of the scores."""
@@ -36,10 +36,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
             f"{loaded.where('lora')}: lora: transformers has no sequence classifier for {config.model_type} models, so one whose "
             "weights are all trained could not be saved. leave lora at auto"
         )
-    if check:
-        job.console.say(FINE)
-        return
-    with open_job(job, resume=resume, force=force) as folder:
+    with open_job(job, check=check, resume=resume, force=force) as folder:
         if folder is None:
             return
         backbone, base = load_job(job)

@@ -13,13 +13,14 @@ from typing import Any
 
 from rlhf_cli.data.dataset import data_report
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.errors import MachineError, NumberError, Stopped, UsageError
+from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageError
 from rlhf_cli.files import disk_errors, write_json
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import choose_pad_id
 from rlhf_cli.models.load import Weights
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.models.policy import load_trained
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.reports.training import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
@@ -43,8 +44,12 @@ SHOWN_PROMPTS, SHOWN_TOKENS = 8, 64
 
 
 @contextlib.contextmanager
-def open_job(job: TrainingJob, *, resume: bool, force: bool) -> Iterator[RunFolder | None]:
-    """The locked run folder with the recipe and the inputs recorded in it; None if the run is finished."""
+def open_job(job: TrainingJob, *, check: bool, resume: bool, force: bool) -> Iterator[RunFolder | None]:
+    """The locked run folder with the recipe and the inputs recorded in it; None with --check, and if the run is finished."""
+    if check:
+        job.console.say(FINE)
+        yield None
+        return
     check_trackers(job.recipe.trackers)
     output, ranks = Path(job.recipe.output), job.ranks
     with open_run(output, resume=resume, force=force) if ranks.main else RunFolder(output) as folder:
@@ -132,25 +137,33 @@ def train_job(
         signals=job.signals,
         trackers=start_trackers(job.recipe, folder.path) if job.ranks.main else None,
     )
+    # Updates mend memory that runs out themselves where they can; outside of them it was a check or held-out rows.
+    advice = f"outside of a step; set train.tokens_per_device below {job.budget}, then --resume"
     try:
-        # Before a checkpoint is taken up: every process checks the start it was given, also one that goes on later.
-        check_start(trainer.passes, job.objective, on_policy.first, reference_is_start=reference_is_start)
-        trainer.resume()
-        trainer.train()
-    except (Stopped, NumberError) as error:
-        if not error.one_rank:  # of all ranks alike: they part in order
-            job.ranks.close()
-        raise
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        # Updates mend this themselves where they can; here it was a check or held-out rows.
-        advice = f"set train.tokens_per_device below {job.budget}, then --resume"
-        raise MachineError(f"out of memory outside of a step; {advice}").on_one_rank() from error
+        with ending_together(job.ranks, (Stopped, NumberError), advice):
+            # Before a checkpoint is taken up: every process checks the start it was given, also one that goes on later.
+            check_start(trainer.passes, job.objective, on_policy.first, reference_is_start=reference_is_start)
+            trainer.resume()
+            trainer.train()
     finally:
         if trainer.trackers is not None:
             trainer.trackers.end_training()
     return trainer
+
+
+@contextlib.contextmanager
+def ending_together(ranks: Ranks, alike: tuple[type[RunError], ...], advice: str) -> Iterator[None]:
+    """Errors that end all ranks `alike` end them in order; `advice` follows "out of memory"."""
+    try:
+        yield
+    except alike as error:
+        if not error.one_rank:
+            ranks.close()
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(f"out of memory {advice}").on_one_rank() from error
 
 
 def finish_job(
