@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,48 +36,16 @@ class Parent:
     manifest_hash: str  # SHA-256 of its manifest.json
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What only the stage knows about its run; the rest of the manifest is read from the folder and the machine."""
-
-    stage: str
-    seed: int
-    base_model: BaseModel
-    data: dict[str, str]  # source path → fingerprint
-    chat_template_hash: str | None
-    steps: int
-    tokens: int
-    seconds: float
-    peak_memory: float  # GiB
-    parents: tuple[Parent, ...] = ()
-    status: str = "finished"  # or how it ended early, e.g. "stopped: objective/kl above 20"
-    extra: dict[str, Any] = field(default_factory=dict)  # a stage's own figures, e.g. a reward model's accuracy
+def build_manifest(run: RunFolder, stage: str, status: str, seed: int, own: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a run whose model is in place. `status`: "finished", or how it ended early; `own`: what its stage says."""
+    begin = {"stage": stage, "status": status, "versions": versions(), "git_commit": git_commit(), "seed": seed}
+    return {**begin, **own, "model_files": hash_tree(run.model)}
 
 
-def build_manifest(run: RunFolder, outcome: Outcome) -> dict[str, Any]:
-    """The manifest of a run whose model, metrics and data.json are in place."""
-    return {
-        "stage": outcome.stage,
-        "status": outcome.status,
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "seed": outcome.seed,
-        "base_model": asdict(outcome.base_model),
-        "parents": [asdict(parent) for parent in outcome.parents],
-        "data": outcome.data,
-        "chat_template_hash": outcome.chat_template_hash,
-        "steps": outcome.steps,
-        "tokens": outcome.tokens,
-        "seconds": round(outcome.seconds, 3),
-        "tokens_per_second": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds else 0.0,
-        "peak_memory": round(outcome.peak_memory, 3),
-        "final_metrics": {
-            line["split"]: {key: value for key, value in line.items() if key not in ("split", "time")}
-            for line in read_metrics(run.metrics)
-        },  # the last line of each split
-        **outcome.extra,
-        "model_files": hash_tree(run.model),
-    }
+def final_metrics(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """The last line of each split."""
+    lines = read_metrics(run.metrics)
+    return {line["split"]: {key: value for key, value in line.items() if key not in ("split", "time")} for line in lines}
 
 
 def read_manifest(folder: Path, *, stages: Collection[str] = ()) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.reports.evaluation import write_report
 from rlhf_cli.reports.terminal import terminal_table
 from rlhf_cli.runs.folder import RunFolder, move_aside, open_run
-from rlhf_cli.runs.manifest import git_commit, versions
+from rlhf_cli.runs.manifest import build_manifest
 from rlhf_cli.runs.resume import is_as_before, record_inputs, recorded_recipe, refuse_other_inputs
 from rlhf_cli.stages.training import FINE, ending_together
 from rlhf_cli.training.loop import peak_memory
@@ -93,24 +93,19 @@ def _conclude(job: EvaluationJob, folder: RunFolder, measured: Measured) -> None
         dump_pairs(job, Path(recipe.dump_pairs), equal, outcomes)
     write_json(folder.result, result.to_json())
     write_report(folder, result, [sample for own in equal.values() for row in own.own for sample in row])
-    write_json(folder.manifest, _manifest(job))  # the last write: the run is finished
+    write_json(folder.manifest, _manifest(job, folder))  # the last write: the run is finished
     job.console.say(terminal_table(result))
     job.console.say(f"finished in {time.monotonic() - job.started:.0f} s: {folder.page}")
 
 
-def _manifest(job: EvaluationJob) -> dict[str, Any]:
+def _manifest(job: EvaluationJob, folder: RunFolder) -> dict[str, Any]:
     parents = {model.start.parent for model in job.models if model.start.parent} | set(job.terms.parents)
-    return {
-        "stage": job.loaded.stage,
-        "status": "finished",
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "seed": job.recipe.seed,
+    own = {
         "models": {model.name: {"path": model.path, **model.record} for model in job.models},
         "parents": [dataclasses.asdict(parent) for parent in sorted(parents, key=lambda parent: parent.path)],
         "data": job.fingerprints,
         **job.terms.record,
         "seconds": round(time.monotonic() - job.started, 3),
         "peak_memory": round(peak_memory(), 3),
-        "model_files": {},
     }
+    return build_manifest(folder, job.loaded.stage, "finished", job.recipe.seed, own)

@@ -25,7 +25,7 @@ from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.reports.training import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 from rlhf_cli.runs.folder import RunFolder, open_run
-from rlhf_cli.runs.manifest import Outcome, Parent, build_manifest
+from rlhf_cli.runs.manifest import Parent, build_manifest, final_metrics
 from rlhf_cli.runs.parents import merged_base
 from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, refuse_other_inputs
 from rlhf_cli.stages.prepare import TrainingJob
@@ -184,28 +184,26 @@ def finish_job(
             trainer.hooks.save_model(folder.model)
         described = job.base if base.base == job.start.base else merged_base(base)
         assert described is not None
-        outcome = Outcome(
-            stage=job.loaded.stage,
-            seed=job.recipe.seed,
-            base_model=described,
-            data=job.dataset.fingerprints | dict(fingerprints or {}),
-            chat_template_hash=job.template.hash,
-            steps=trainer.state.step,
-            tokens=trainer.state.usage.tokens,
-            seconds=trainer.state.usage.seconds,
-            peak_memory=trainer.peak_memory,
-            parents=(*((job.start.parent,) if job.start.parent else ()), *parents),
-            status=trainer.status,
-            extra={
-                "objective": flatten_section(job.objective),
-                "learning_rate": job.recipe.train.learning_rate,
-                "batch_size": job.recipe.train.batch_size,
-                "lora": job.lora and dataclasses.asdict(job.lora),
-                "best_step": trainer.state.watched.best_step,
-                **(extra or {}),
-            },
-        )
-        manifest = build_manifest(folder, outcome)
+        usage, lineage = trainer.state.usage, (*((job.start.parent,) if job.start.parent else ()), *parents)
+        own = {
+            "base_model": dataclasses.asdict(described),
+            "parents": [dataclasses.asdict(parent) for parent in lineage],
+            "data": job.dataset.fingerprints | dict(fingerprints or {}),
+            "chat_template_hash": job.template.hash,
+            "steps": trainer.state.step,
+            "tokens": usage.tokens,
+            "seconds": round(usage.seconds, 3),
+            "tokens_per_second": round(usage.tokens / usage.seconds, 1) if usage.seconds else 0.0,
+            "peak_memory": round(trainer.peak_memory, 3),
+            "final_metrics": final_metrics(folder),
+            "objective": flatten_section(job.objective),
+            "learning_rate": job.recipe.train.learning_rate,
+            "batch_size": job.recipe.train.batch_size,
+            "lora": job.lora and dataclasses.asdict(job.lora),
+            "best_step": trainer.state.watched.best_step,
+            **(extra or {}),
+        }
+        manifest = build_manifest(folder, job.loaded.stage, trainer.status, job.recipe.seed, own)
         write_report(folder, manifest)
         write_json(folder.manifest, manifest)  # the last write: the run is finished
     best = trainer.state.watched.best_step

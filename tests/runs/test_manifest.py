@@ -12,28 +12,14 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.files import write_json
 from rlhf_cli.runs.folder import MetricsLog, RunFolder
 from rlhf_cli.runs.manifest import (
-    BaseModel,
-    Outcome,
-    Parent,
     build_manifest,
+    final_metrics,
     git_commit,
     read_manifest,
     weights_hash,
 )
 
-OUTCOME = Outcome(
-    stage="sft",
-    seed=7,
-    base_model=BaseModel("tiny", "main", "abc"),
-    data={"train.jsonl": "f1"},
-    chat_template_hash="t1",
-    steps=4,
-    tokens=1000,
-    seconds=8.0,
-    peak_memory=1.23456,
-    parents=(Parent("runs/sft", "p1"),),
-    extra={"accuracy": {"mean": 0.7, "low": 0.6, "high": 0.8}},
-)
+OWN = {"steps": 4, "accuracy": {"mean": 0.7, "low": 0.6, "high": 0.8}}
 
 
 @pytest.fixture
@@ -45,20 +31,17 @@ def run(tmp_path):
     log.append({"step": 0, "split": "eval", "time": 1.0, "loss": 3.0})
     log.append({"step": 4, "split": "train", "time": 2.0, "loss": 2.0, "grad_norm": 0.5})
     log.append({"step": 4, "split": "eval", "time": 3.0, "loss": 2.5})
-    write_json(run.manifest, build_manifest(run, OUTCOME))
+    write_json(run.manifest, build_manifest(run, "sft", "finished", 7, OWN))
     return run
 
 
 def test_the_fields(run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    manifest = build_manifest(run, OUTCOME)
+    manifest = build_manifest(run, "sft", "finished", 7, OWN)
     assert list(manifest["versions"]) == ["rlhf_cli", "python", "torch", "transformers", "datasets", "peft", "accelerate"]
     assert manifest["versions"]["python"] == sys.version.split()[0]
-    assert manifest["base_model"] == {"path": "tiny", "revision": "main", "weights_hash": "abc"}
-    assert manifest["parents"] == [{"path": "runs/sft", "manifest_hash": "p1"}]
     assert (manifest["stage"], manifest["status"], manifest["seed"], manifest["steps"]) == ("sft", "finished", 7, 4)
-    assert (manifest["tokens_per_second"], manifest["peak_memory"]) == (125.0, 1.235)
-    assert manifest["final_metrics"] == {"eval": {"step": 4, "loss": 2.5}, "train": {"step": 4, "loss": 2.0, "grad_norm": 0.5}}
+    assert final_metrics(run) == {"eval": {"step": 4, "loss": 2.5}, "train": {"step": 4, "loss": 2.0, "grad_norm": 0.5}}
     assert manifest["accuracy"]["low"] == 0.6
     assert manifest["model_files"] == {"adapter_model.safetensors": hashlib.sha256(b"weights").hexdigest()}
     assert "hf_secret" not in json.dumps(manifest)
