@@ -58,7 +58,17 @@ class Lora:
     merge_parent: bool = key(False, "merge the parent's adapter into the base when its settings differ")
 
 
-RowFormat = Literal["auto", "messages", "prompt-completion", "text", "preference", "hh", "ranked", "unpaired", "prompt"]
+RowFormat = Literal[
+    "auto",
+    "messages",
+    "prompt-completion",
+    "text",
+    "preference",
+    "hh",
+    "ranked",
+    "unpaired",
+    "prompt",
+]
 """The names of data/formats.FORMATS, and auto: the one that the rows have."""
 
 
