@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 NOISE = 1e-6
 """What is smaller is rounding: the log-ratios of a policy that is its own reference."""
@@ -16,14 +16,6 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-
-    def to_json(self, key: str = "mean") -> dict[str, float]:
-        """As in eval.json and in manifest.json, where some means have a name of their own."""
-        return {key: self.mean, "low": self.low, "high": self.high}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any], key: str = "mean") -> Interval:
-        return cls(entry[key], entry["low"], entry["high"])
 
 
 def short(value: float, sign: str = "") -> str:

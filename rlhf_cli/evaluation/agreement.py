@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from rlhf_cli.evaluation.typed_json import from_json, to_json
 from rlhf_cli.figures import Interval, percent
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of pairs."""
+    """A share of pairs, with its 95 % interval."""
 
-    accuracy: Interval  # ties count half
+    accuracy: float  # ties count half
+    low: float
+    high: float
     pairs: int
     prompts: int  # that have a pair
 
-    def to_json(self) -> dict[str, Any]:
-        return {**self.accuracy.to_json("accuracy"), "pairs": self.pairs, "prompts": self.prompts}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Rate:
-        return cls(Interval.from_json(entry, "accuracy"), entry["pairs"], entry["prompts"])
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.accuracy, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -44,39 +44,36 @@ class Histogram:
     edges: tuple[float, ...]  # one more than counts
     counts: tuple[int, ...]
 
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Histogram:
-        return cls(entry["mean"], tuple(entry["edges"]), tuple(entry["counts"]))
-
 
 @dataclass(frozen=True)
 class LengthBaseline:
-    """What always preferring the longer (or the shorter) response would reach on the same pairs."""
+    """What always preferring the longer (or the shorter) response would reach on the same pairs, with its 95 % interval."""
 
     prefers: Literal["longer", "shorter"]  # whichever wins more of the training pairs
-    accuracy: Interval
+    accuracy: float
+    low: float
+    high: float
     lead: Interval  # of the model over this
 
-    def to_json(self) -> dict[str, Any]:
-        return {"prefers": self.prefers, **self.accuracy.to_json("accuracy"), "lead": self.lead.to_json()}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> LengthBaseline:
-        return cls(entry["prefers"], Interval.from_json(entry, "accuracy"), Interval.from_json(entry["lead"]))
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.accuracy, self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well scores agree with preferences; None, 0 or empty where there is no pair."""
+    """How well the scores of one model or term agree with preferences; None, 0 or empty where there is no pair."""
 
+    kind: str  # reward model | policy | term
     rate: Rate | None
-    ties: int  # pairs with equal scores, which count half
-    length_baseline: LengthBaseline | None
     ece: float | None  # expected calibration error
     confidence: float | None  # mean of σ(|margin|); above the accuracy: over-confident
     reliability: list[Bin]
     margins: Histogram | None
     subsets: dict[str, Rate]  # empty where the data name none
+    length_baseline: LengthBaseline | None
+    ties: int  # pairs with equal scores, which count half
+    beta: float | None = None  # of a policy's implicit rewards
 
     @property
     def pairs(self) -> int:
@@ -87,35 +84,21 @@ class Agreement:
         """Those that have a pair."""
         return self.rate.prompts if self.rate else 0
 
-    def to_json(self, low: str = "low", high: str = "high") -> dict[str, Any]:
-        """What eval.json and a card have in common; `low`, `high`: keys of the accuracy's bounds. Null without a pair."""
-        accuracy = self.rate.accuracy if self.rate else (None, None, None)
-        return {
-            **dict(zip(("accuracy", low, high), accuracy, strict=True)),
-            "pairs": self.pairs,
-            "prompts": self.prompts,
-            "ece": self.ece,
-            "confidence": self.confidence,
-            "reliability": [asdict(each) for each in self.reliability],
-            "margins": self.margins and asdict(self.margins),
-            "subsets": {name: each.to_json() for name, each in self.subsets.items()},
-            "length_baseline": self.length_baseline and self.length_baseline.to_json(),
-        }
+    @property
+    def weaknesses(self) -> list[str]:
+        """In what respects it is hardly a judge; of policies nobody expects one."""
+        return weaknesses(self.rate, self.length_baseline) if self.rate and self.kind != "policy" else []
+
+    def to_json(self) -> dict[str, Any]:
+        """As in eval.json: the rate's figures beside the others, null or 0 without a pair."""
+        own = to_json(self)
+        rate = own.pop("rate") or {"accuracy": None, "low": None, "high": None, "pairs": 0, "prompts": 0}
+        return {"kind": own.pop("kind"), **rate, **own, "faults": self.weaknesses}
 
     @classmethod
-    def from_json(cls, entry: Mapping[str, Any], low: str = "low", high: str = "high") -> Agreement:
-        margins, length = entry["margins"], entry["length_baseline"]
-        accuracy = Interval(entry["accuracy"], entry[low], entry[high]) if entry["accuracy"] is not None else None
-        return cls(
-            rate=accuracy and Rate(accuracy, entry["pairs"], entry["prompts"]),
-            ties=entry.get("ties", 0),
-            length_baseline=LengthBaseline.from_json(length) if length else None,
-            ece=entry["ece"],
-            confidence=entry["confidence"],
-            reliability=[Bin(**each) for each in entry["reliability"]],
-            margins=Histogram.from_json(margins) if margins else None,
-            subsets={name: Rate.from_json(each) for name, each in entry["subsets"].items()},
-        )
+    def from_json(cls, entry: Mapping[str, Any]) -> Agreement:
+        own: Agreement = from_json(cls, {**entry, "rate": None if entry["accuracy"] is None else entry})
+        return own
 
 
 @dataclass(frozen=True)
@@ -131,23 +114,27 @@ class Card:
 
     def to_json(self) -> dict[str, Any]:
         """Figures of pairs are null where nothing was held out."""
-        scores = {key: value for key, value in vars(self).items() if key != "agreement"}
-        return self.agreement.to_json("accuracy_low", "accuracy_high") | scores
+        own = self.agreement.to_json()
+        bounds = {"accuracy": own.pop("accuracy"), "accuracy_low": own.pop("low"), "accuracy_high": own.pop("high")}
+        left_out = ("kind", "ties", "beta", "faults")
+        figures = {key: value for key, value in own.items() if key not in left_out}
+        return bounds | figures | {key: value for key, value in vars(self).items() if key != "agreement"}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Card:
-        scores = {own.name: entry[own.name] for own in fields(cls) if own.name != "agreement"}
-        return cls(agreement=Agreement.from_json(entry, "accuracy_low", "accuracy_high"), **scores)
+        bounds = {"low": entry["accuracy_low"], "high": entry["accuracy_high"]}
+        agreement = Agreement.from_json({**entry, **bounds, "kind": "reward model", "ties": 0})
+        return cls(agreement, **{own.name: entry[own.name] for own in fields(cls) if own.name != "agreement"})
 
 
 def weaknesses(model: Rate, baseline: LengthBaseline | None) -> list[str]:
     """In what respects an accuracy is hardly better than a guess, or than a look at the length."""
     found = []
-    if model.accuracy.low <= 0.5:
-        found.append("cannot be told from guessing" if model.accuracy.high >= 0.5 else "is worse than guessing")
+    if model.low <= 0.5:
+        found.append("cannot be told from guessing" if model.high >= 0.5 else "is worse than guessing")
     if baseline is None:
         return found
-    length = f"always preferring the {baseline.prefers} response, which has {_with_interval(baseline.accuracy)}"
+    length = f"always preferring the {baseline.prefers} response, which has {_with_interval(baseline.interval)}"
     lead = baseline.lead
     if lead.mean <= 0:
         found.append(f"is no better than {length}")
@@ -160,7 +147,7 @@ def beats_length(model: Rate, baseline: LengthBaseline) -> str | None:
     """A warning where the model is hardly better than a look at the length, or than a guess; else None."""
     found = " and ".join(weaknesses(model, baseline))
     remedy = "Train on more pairs, or hold out more of them to be sure."
-    return f"The reward model's held-out accuracy, {_with_interval(model.accuracy)}, {found}. {remedy}" if found else None
+    return f"The reward model's held-out accuracy, {_with_interval(model.interval)}, {found}. {remedy}" if found else None
 
 
 def _with_interval(share: Interval) -> str:

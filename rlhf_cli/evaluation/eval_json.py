@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.evaluation.agreement import Agreement, weaknesses
+from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.overoptimisation import Point, SeriesFits, series_of
+from rlhf_cli.evaluation.typed_json import from_json, to_json
 from rlhf_cli.evaluation.winrate import WinRate
 from rlhf_cli.figures import Interval
 
@@ -38,34 +39,6 @@ class About:
     resamples: int
     notes: list[str]
 
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> About:
-        judge = entry["judge"]
-        return cls(**{**entry, "judge": EndpointJudge(**judge) if isinstance(judge, dict) else judge})
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """How well one model or term agrees with preference data."""
-
-    kind: str  # reward model | policy | term
-    agreement: Agreement
-    beta: float | None = None  # of a policy's implicit rewards
-
-    @property
-    def weaknesses(self) -> list[str]:
-        """In what respects it is hardly a judge; of policies nobody expects one."""
-        own = self.agreement
-        return weaknesses(own.rate, own.length_baseline) if own.rate and self.kind != "policy" else []
-
-    def to_json(self) -> dict[str, Any]:
-        own = self.agreement
-        return {"kind": self.kind, **own.to_json(), "ties": own.ties, "beta": self.beta, "faults": self.weaknesses}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Agreed:
-        return cls(entry["kind"], Agreement.from_json(entry), entry["beta"])
-
 
 @dataclass(frozen=True)
 class EvaluationResult:
@@ -75,7 +48,7 @@ class EvaluationResult:
     models: dict[str, dict[str, Interval]] = field(default_factory=dict)  # model → metric → its mean
     winrate: dict[str, WinRate] = field(default_factory=dict)  # over the baseline
     ratings: dict[str, Interval] = field(default_factory=dict)  # Elo
-    preferences: dict[str, Agreed] = field(default_factory=dict)
+    preferences: dict[str, Agreement] = field(default_factory=dict)
     overoptimisation: list[Point] = field(default_factory=list)
     fits: dict[str, SeriesFits] = field(default_factory=dict)  # by series
 
@@ -100,28 +73,23 @@ class EvaluationResult:
 
     def to_json(self) -> dict[str, Any]:
         """eval.json."""
-        return {
-            "about": asdict(self.about),
-            "models": {model: {name: mean.to_json() for name, mean in own.items()} for model, own in self.models.items()},
-            "winrate": {model: rate.to_json() for model, rate in self.winrate.items()},
-            "ratings": {model: rating.to_json("elo") for model, rating in self.ratings.items()},
-            "preferences": {name: agreed.to_json() for name, agreed in self.preferences.items()},
+        found: dict[str, Any] = to_json(self)
+        return found | {
+            "ratings": {model: {"elo": own.mean, "low": own.low, "high": own.high} for model, own in self.ratings.items()},
+            "preferences": {name: own.to_json() for name, own in self.preferences.items()},
             "overoptimisation": [point.to_json() for point in self.overoptimisation],
-            "fits": {series: fits.to_json() for series, fits in self.fits.items()},
         }
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> EvaluationResult:
         return cls(
-            about=About.from_json(entry["about"]),
-            models={
-                model: {name: Interval.from_json(mean) for name, mean in own.items()} for model, own in entry["models"].items()
-            },
-            winrate={model: WinRate.from_json(own) for model, own in entry["winrate"].items()},
-            ratings={model: Interval.from_json(own, "elo") for model, own in entry["ratings"].items()},
-            preferences={name: Agreed.from_json(own) for name, own in entry["preferences"].items()},
+            about=from_json(About, entry["about"]),
+            models=from_json(dict[str, dict[str, Interval]], entry["models"]),
+            winrate=from_json(dict[str, WinRate], entry["winrate"]),
+            ratings={model: Interval(own["elo"], own["low"], own["high"]) for model, own in entry["ratings"].items()},
+            preferences={name: Agreement.from_json(own) for name, own in entry["preferences"].items()},
             overoptimisation=[Point.from_json(own) for own in entry["overoptimisation"]],
-            fits={series: SeriesFits.from_json(own) for series, own in entry["fits"].items()},
+            fits=from_json(dict[str, SeriesFits], entry["fits"]),
         )
 
 

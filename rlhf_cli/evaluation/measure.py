@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_cli import sections
 from rlhf_cli.data.trees import Batch, Tree
-from rlhf_cli.evaluation.eval_json import Agreed
+from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.models import EvaluatedModel
 from rlhf_cli.evaluation.preference import agreement, check_finite
@@ -92,22 +92,21 @@ def _reference_logps(job: EvaluationJob, frozen: FrozenModels) -> list[np.ndarra
     return _response_logps(job, frozen.hosts["reference"], "reference", job.rows_of("preferences", job.reference).trees)
 
 
-def _agreement(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, reference_logps: Sequence[np.ndarray]) -> Agreed:
+def _agreement(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, reference_logps: Sequence[np.ndarray]) -> Agreement:
     """How a reward model's scores, or a policy's implicit rewards β (log π − log π_ref), agree with the preferences."""
     rows = job.rows_of("preferences", model)
     if model.is_reward_model:
+        kind, who, beta = "reward model", model.name, None
         scores = score_responses(backbone, EVALUATED, rows.trees, job.budget, job.ranks)
-        check_finite(scores, rows.locations, f"{model.name} is broken: evaluate an earlier checkpoint of it")
-        return Agreed("reward model", agreement(scores, rows.trees, rows.training))
-    own = _response_logps(job, backbone, "policy", rows.trees)
-    scores = [model.beta * (mine - other) for mine, other in zip(own, reference_logps, strict=True)]
-    check_finite(
-        scores, rows.locations, f"{model.name} or {job.recipe.reference} is broken: evaluate an earlier checkpoint of it"
-    )
-    return Agreed("policy", agreement(scores, rows.trees, rows.training), model.beta)
+    else:
+        kind, who, beta = "policy", f"{model.name} or {job.recipe.reference}", model.beta
+        own = _response_logps(job, backbone, "policy", rows.trees)
+        scores = [model.beta * (mine - other) for mine, other in zip(own, reference_logps, strict=True)]
+    check_finite(scores, rows.locations, f"{who} is broken: evaluate an earlier checkpoint of it")
+    return agreement(kind, scores, rows.trees, rows.training, beta)
 
 
-def _agreement_of_terms(job: EvaluationJob, frozen: FrozenModels) -> dict[str, Agreed]:
+def _agreement_of_terms(job: EvaluationJob, frozen: FrozenModels) -> dict[str, Agreement]:
     """How the terms of the reward and of gold agree with the preferences, by raw scores; those that need no weights first."""
     scorers = dict(zip(job.terms.named, chain(*job.terms.load(frozen, job.budget)), strict=True))
     by_tokenisation, found = job.rows["preferences"].by_tokenisation, {}
@@ -120,7 +119,7 @@ def _agreement_of_terms(job: EvaluationJob, frozen: FrozenModels) -> dict[str, A
         scores: list[np.ndarray] = score()
         if job.ranks.main:
             check_finite(scores, rows.locations, f"{name} is broken: name an earlier checkpoint of it")
-            found[name] = Agreed(term.kind, agreement(scores, rows.trees, rows.training))
+            found[name] = agreement(term.kind, scores, rows.trees, rows.training)
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -85,19 +85,15 @@ class Point:
         """As in "overoptimisation" of eval.json; without gold, `gold` and its interval are null."""
         own = {"kl": self.kl, "proxy": self.proxy, "gold": self.gold}
         return {
-            "series": self.series,
-            "model": self.model,
-            "step": self.step,
-            "n": self.n,
+            **{name: value for name, value in vars(self).items() if name != "prompt_gold"},
             **{name: value and value.mean for name, value in own.items()},
             "intervals": {name: value and [value.low, value.high] for name, value in own.items()},
         }
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Point:
-        gold = None if entry["gold"] is None else Interval(entry["gold"], *entry["intervals"]["gold"])
-        kl, proxy = (Interval(entry[name], *entry["intervals"][name]) for name in ("kl", "proxy"))
-        return cls(entry["series"], entry["model"], entry["step"], entry["n"], kl, proxy, gold)
+        known: dict[str, Any] = {name: bounds and Interval(entry[name], *bounds) for name, bounds in entry["intervals"].items()}
+        return cls(entry["series"], entry["model"], entry["step"], entry["n"], **known)
 
 
 def run_point(
@@ -156,10 +152,6 @@ class Fits:
     bon: Fit | None  # d (α − β d), found for best of n
     rl: Fit | None  # d (α − β log d), found for reinforcement learning
 
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Fits:
-        return cls(**{name: each and Fit(**each) for name, each in entry.items()})
-
 
 def fit(kl: Sequence[float], values: Sequence[float]) -> Fits:
     """Both forms of Gao, Schulman & Hilton (2023) to a series of points, the first being its start.
@@ -204,13 +196,6 @@ class Peak:
         """In the order of its series."""
         return (self.step if self.n is None else self.n) or 0
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"fall": self.fall.to_json()}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Peak:
-        return cls(**{**entry, "fall": Interval.from_json(entry["fall"])})
-
 
 def peak(points: Sequence[Point], counts: np.ndarray) -> Peak | None:
     """The point of a series with the highest mean gold, the first of equals; None without gold. counts: (B, P).
@@ -236,14 +221,6 @@ class SeriesFits:
     proxy: Fits
     gold: Fits | None
     peak: Peak | None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"peak": self.peak and self.peak.to_json()}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> SeriesFits:
-        gold, top = entry["gold"], entry["peak"]
-        return cls(Fits.from_json(entry["proxy"]), gold and Fits.from_json(gold), top and Peak.from_json(top))
 
 
 def series_of(points: Iterable[Point]) -> dict[str, list[Point]]:

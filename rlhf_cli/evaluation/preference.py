@@ -50,7 +50,7 @@ def rate(pairs: Margins) -> Rate | None:
         return None
     _, weights = np.unique(pairs.tree, return_counts=True)
     share = float(hits(pairs.values).mean())
-    return Rate(Interval(share, *_wilson(share, weights)), len(pairs.values), len(weights))
+    return Rate(share, *_wilson(share, weights), len(pairs.values), len(weights))
 
 
 def _wilson(share: float, weights: np.ndarray) -> tuple[float, float]:
@@ -122,16 +122,18 @@ def length_baseline(pairs: Margins, held_out: Sequence[Tree], training: Sequence
     """
     seen, lengths = (margins(trees, [[*map(len, tree.responses)] for tree in trees]) for trees in (training, held_out))
     learned = rate(seen)
-    sign = -1 if learned and learned.accuracy.mean < 0.5 else 1
+    sign = -1 if learned and learned.accuracy < 0.5 else 1
     lengths = lengths._replace(values=sign * lengths.values)
     found = rate(lengths)
     if found is None:
         return None
     prefers: Literal["longer", "shorter"] = "longer" if sign > 0 else "shorter"
-    return LengthBaseline(prefers, found.accuracy, lead(pairs, lengths))
+    return LengthBaseline(prefers, *found.interval, lead(pairs, lengths))
 
 
-def agreement(scores: Sequence[np.ndarray], trees: Sequence[Tree], training: Sequence[Tree]) -> Agreement:
+def agreement(
+    kind: str, scores: Sequence[np.ndarray], trees: Sequence[Tree], training: Sequence[Tree], beta: float | None = None
+) -> Agreement:
     """How well the scores (K,) of every tree's responses, in their order, agree with the preferences of the data.
 
     `training`: trees that decide whether the length baseline prefers longer or shorter responses; without any, longer ones.
@@ -142,14 +144,16 @@ def agreement(scores: Sequence[np.ndarray], trees: Sequence[Tree], training: Seq
     of_pair = np.array([names[tree] or NO_SUBSET for tree in pairs.tree.tolist()])
     own = {name: rate(Margins(*(each[of_pair == name] for each in pairs))) for name in sorted(set(of_pair.tolist()))}
     return Agreement(
+        kind=kind,
         rate=found,
-        ties=int((pairs.values == 0).sum()),
-        length_baseline=length_baseline(pairs, trees, training),
         ece=calibration_error(bins) if bins else None,
         confidence=float(confidences(pairs.values).mean()) if found else None,
         reliability=bins,
         margins=histogram(pairs.values) if found else None,
         subsets={name: share for name, share in own.items() if share} if any(names) else {},
+        length_baseline=length_baseline(pairs, trees, training),
+        ties=int((pairs.values == 0).sum()),
+        beta=beta,
     )
 
 
@@ -172,7 +176,7 @@ def reward_card(
     remedy = "the reward model is broken: train it again with a lower train.learning_rate"
     check_finite(scores, locations, remedy)
     check_finite(training_scores, [f"training tree {number}" for number in range(len(training_scores))], remedy)
-    agreed = agreement(scores, held_out, training)
+    agreed = agreement("reward model", scores, held_out, training)
     spread = np.concatenate(training_scores).astype(np.float64)
     return Card(
         agreement=agreed,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.compare import ModelPair, scores_of
-from rlhf_cli.evaluation.eval_json import About, Agreed, EndpointJudge, EvaluationResult
+from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
 from rlhf_cli.evaluation.generation import figures, log_ratios
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
 from rlhf_cli.evaluation.overoptimisation import BEST_OF_N, Point, best_of_points, fit_series, run_point
@@ -26,7 +27,7 @@ class Measured:
     """All that needed weights, of every model."""
 
     samples: dict[str, Samples]  # model → its responses; the reference may have more than the others
-    agreed: dict[str, Agreed]
+    agreed: dict[str, Agreement]
     text: dict[str, np.ndarray]  # model → (R, 2): −Σ log π and tokens of every row
     series: dict[str, tuple[str, int]]  # checkpoint → (its run's name, step)
 

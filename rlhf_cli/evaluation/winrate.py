@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -37,17 +35,16 @@ def outcomes(own: np.ndarray, other: np.ndarray, same: np.ndarray) -> np.ndarray
 class WinRate:
     """The share of comparisons that a model wins, ties counted half, with its 95 % interval."""
 
-    rate: Interval
+    mean: float
+    low: float
+    high: float
     ties: float  # share of the comparisons
     n: int  # comparisons
     length_controlled: Interval
 
-    def to_json(self) -> dict[str, Any]:
-        return self.rate.to_json() | {"ties": self.ties, "n": self.n, "length_controlled": self.length_controlled.to_json()}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> WinRate:
-        return cls(Interval.from_json(entry), entry["ties"], entry["n"], Interval.from_json(entry["length_controlled"]))
+    @property
+    def rate(self) -> Interval:
+        return Interval(self.mean, self.low, self.high)
 
 
 def win_rate(outcome: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> WinRate:
@@ -74,7 +71,7 @@ def win_rate(outcome: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> Win
     spread = float(longer.std())
     # tanh(Δ/std Δ); its limit, the sign, where all differ in length by the same.
     length = np.tanh(longer / spread) if spread else np.sign(longer)
-    return WinRate(raw, float((won == 0.5).mean()), len(won), _length_controlled(won, length, counts, prompt, prior, prompts))
+    return WinRate(*raw, float((won == 0.5).mean()), len(won), _length_controlled(won, length, counts, prompt, prior, prompts))
 
 
 def _length_controlled(

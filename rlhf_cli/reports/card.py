@@ -30,21 +30,21 @@ def _accuracy(card: Card, rate: Rate) -> Iterator[Block]:
     several = rate.pairs > rate.prompts
     of = f"{rate.pairs:,} held-out pairs" + (f" of {rate.prompts:,} prompts" if several else "")
     method = "; a prompt's pairs are one observation" if several else ""
-    mean, bounds = _share(rate.accuracy)
+    mean, bounds = _share(rate.interval)
     yield Paragraph(
         f"The better response of {of} has the higher score in {mean} (95 % interval {bounds}{method}). Ties count half."
     )
     if card.warning:
         yield Finding("warning", card.warning, "")
-    rows = [("this model", *_share(rate.accuracy))]
+    rows = [("this model", *_share(rate.interval))]
     if length := card.agreement.length_baseline:
-        rows.append((f"always the {length.prefers} response", *_share(length.accuracy)))
+        rows.append((f"always the {length.prefers} response", *_share(length.interval)))
         rows.append(("the difference, pair by pair", *_share(length.lead)))
     rows.append(("the same score for all", percent(card.constant), ""))
     columns = Column("accuracy"), Column("95 % interval")
     yield Table("Accuracy on held-out pairs", (Column("by"), *columns), tuple(rows))
     if subsets := card.agreement.subsets:
-        of_subsets = tuple((name, f"{own.pairs:,}", *_share(own.accuracy)) for name, own in subsets.items())
+        of_subsets = tuple((name, f"{own.pairs:,}", *_share(own.interval)) for name, own in subsets.items())
         yield Table("The same by subset", (Column("subset"), Column("pairs"), *columns), of_subsets)
 
 
@@ -56,13 +56,13 @@ def _calibration(own: Agreement, rate: Rate) -> Iterator[Block]:
     assert own.confidence is not None
     # Said only where the mean confidence is outside the accuracy's interval.
     leaning = ": they agree within the interval"
-    if own.confidence > rate.accuracy.high:
+    if own.confidence > rate.high:
         leaning = ": it is over-confident"
-    elif own.confidence < rate.accuracy.low:
+    elif own.confidence < rate.low:
         leaning = ": it is under-confident"
     yield Paragraph(
         f"Calibration: expected error {percent(own.ece)}. A mean confidence σ(|margin|) of {percent(own.confidence)} "
-        f"against an accuracy of {percent(rate.accuracy.mean)}{leaning}."
+        f"against an accuracy of {percent(rate.accuracy)}{leaning}."
     )
     rows = tuple(
         (f"{each.low:.2f} to {each.high:.2f}", f"{each.count:,}", percent(each.confidence), percent(each.accuracy))

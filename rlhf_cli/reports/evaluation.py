@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from rlhf_cli.evaluation.eval_json import About, Agreed, EndpointJudge, EvaluationResult
+from rlhf_cli.evaluation.agreement import Agreement
+from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
 from rlhf_cli.evaluation.samples import Sample
 from rlhf_cli.figures import Interval, count, number, percent_with_interval
 from rlhf_cli.metrics import METRICS, metric
@@ -122,29 +123,28 @@ def _preferences(result: EvaluationResult) -> Iterator[Finding | Table]:
         *(Column(head) for head in ("Pairs", "Prompts", "Ties", "ECE", "Mean confidence")),
     )
     for name, each in judges.items():
-        if (rate := each.agreement.rate) and each.weaknesses:
-            said = f"its accuracy, {percent_with_interval(rate.accuracy)}, {' and '.join(each.weaknesses)}."
+        if (rate := each.rate) and each.weaknesses:
+            said = f"its accuracy, {percent_with_interval(rate.interval)}, {' and '.join(each.weaknesses)}."
             yield Finding("warning", f"{name}:", said)
     rows = tuple(_preference_row(name, each) for name, each in judges.items())
     yield Table("Agreement with preference data", columns, rows)
     subsets = tuple(
-        (f"{name}: {subset}", rate.accuracy, f"{rate.pairs:,}", f"{rate.prompts:,}")
+        (f"{name}: {subset}", rate.interval, f"{rate.pairs:,}", f"{rate.prompts:,}")
         for name, each in judges.items()
-        for subset, rate in each.agreement.subsets.items()
+        for subset, rate in each.subsets.items()
     )
     if subsets:
         of_subsets = Column("Judge: subset"), Column("Accuracy", CHANCE, SHARE), Column("Pairs"), Column("Prompts")
         yield Table("The same by subset", of_subsets, subsets)
 
 
-def _preference_row(name: str, agreed: Agreed) -> tuple[str | Interval, ...]:
-    own = agreed.agreement
+def _preference_row(name: str, own: Agreement) -> tuple[str | Interval, ...]:
     length = own.length_baseline
     return (
         name,
-        agreed.kind if agreed.beta is None else f"{agreed.kind}, β = {number(agreed.beta)}",
-        own.rate.accuracy if own.rate else "no pairs",
-        length.accuracy if length else "",
+        own.kind if own.beta is None else f"{own.kind}, β = {number(own.beta)}",
+        own.rate.interval if own.rate else "no pairs",
+        length.interval if length else "",
         length.lead if length else "",
         *(f"{each:,}" for each in (own.pairs, own.prompts, own.ties)),
         "" if own.ece is None else f"{own.ece:.3f}",

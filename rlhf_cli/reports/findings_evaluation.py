@@ -201,18 +201,18 @@ def _preferences(result: EvaluationResult) -> Iterator[Finding]:
     """Judges one by one, the implicit rewards of policies in a sentence."""
     policies = []
     for name, own in result.preferences.items():
-        rate, length = own.agreement.rate, own.agreement.length_baseline
+        rate, length = own.rate, own.length_baseline
         if rate is None:
             yield Finding("warning", "Preferences:", f"there is no pair to measure {name} by.")
             continue
-        share = percent_with_interval(rate.accuracy)
+        share = percent_with_interval(rate.interval)
         said = f"{name} ({own.kind}) agrees with the data in {share} of {rate.pairs:,} pairs"
         if own.weaknesses:
             yield Finding("warning", "Hardly a judge:", f"{said}; that {' and '.join(own.weaknesses)}.")
         elif own.kind == "policy":
             policies.append(f"{name} {share}")
         else:
-            by_length = length and f"; always the {length.prefers} response reaches {percent_with_interval(length.accuracy)}"
+            by_length = length and f"; always the {length.prefers} response reaches {percent_with_interval(length.interval)}"
             yield Finding("note", "Preferences:", f"{said}{by_length or ''}.")
     if policies:
         yield Finding("note", "Implicit rewards", f"agree with the data in these shares of the pairs: {'; '.join(policies)}.")

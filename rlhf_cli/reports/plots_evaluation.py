@@ -49,7 +49,7 @@ def _pictures(result: EvaluationResult) -> Iterator[tuple[str, Picture]]:
         alt = f"Horizontal 95 % intervals of {len(result.ratings)} models' Elo ratings; the table has the numbers."
         yield "ratings", Picture("Ratings", "ratings.png", alt, _ratings_png(result.ratings))
     # Of policies the table has the figures: an evaluation of many checkpoints would end in pages of these.
-    judges = {name: own.agreement for name, own in result.preferences.items() if own.kind != "policy"}
+    judges = {name: own for name, own in result.preferences.items() if own.kind != "policy"}
     for number, (name, own) in enumerate(judges.items(), 1):
         if own.reliability:
             yield "preferences", reliability_picture(own.reliability, name, _file("reliability", number, name))

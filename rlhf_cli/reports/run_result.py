@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_cli.data.sources import SourceReport
 from rlhf_cli.evaluation.agreement import Card
+from rlhf_cli.evaluation.typed_json import from_json
 from rlhf_cli.files import read_json
 from rlhf_cli.recipe.rewards import KINDS
 from rlhf_cli.runs.folder import RunFolder, read_metrics
@@ -81,26 +82,19 @@ class SplitCounts:
 
     read: int
     kept: int
-    held_out: int  # of the rows read
     dropped: dict[str, int]  # reason → rows
     truncated: int
     eos_share: float | None  # of the responses
     lengths: dict[str, dict[str, float]]  # prompt, response, total → percentiles in tokens
     sources: tuple[SourceReport, ...]
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> SplitCounts:
-        sources = tuple(SourceReport(**source) for source in entry["sources"])
-        own = {key: entry[key] for key in ("read", "kept", "dropped", "truncated", "eos_share", "lengths")}
-        return cls(**own, held_out=entry.get("held_out", 0), sources=sources)
+    held_out: int = 0  # of the rows read
 
 
 @dataclass(frozen=True)
 class Settings:
     """What was minimised, and how fast."""
 
-    objective: str  # its kind
-    fields: dict[str, Any]  # of the objective
+    objective: dict[str, Any]  # its kind and its keys
     learning_rate: float
     batch_size: int
 
@@ -130,9 +124,8 @@ class Used:
 class Lineage:
     """Where a run comes from."""
 
-    base: BaseModel
+    base_model: BaseModel
     parents: tuple[Parent, ...]
-    used: tuple[Used, ...]
     seed: int
     git_commit: str | None
     versions: dict[str, str | None]
@@ -153,6 +146,7 @@ class RunResult:
     held_out: SplitCounts | None
     cost: Cost
     lineage: Lineage
+    used: tuple[Used, ...]
     best_step: int | None
     card: Card | None  # of a reward model
     load: tuple[str, ...]  # the code that loads a reward model
@@ -162,41 +156,33 @@ def read_run(run: RunFolder, manifest: Mapping[str, Any]) -> RunResult:
     """The result of a run whose files are all there but, perhaps, the manifest itself."""
     data = read_json(run.data)
     config = run.model / "adapter_config.json"
-    lines, objective = read_metrics(run.metrics), dict(manifest["objective"])
+    lines = read_metrics(run.metrics)
     return RunResult(
         run=run,
         stage=manifest["stage"],
         status=manifest["status"],
-        settings=Settings(objective.pop("kind"), objective, manifest["learning_rate"], manifest["batch_size"]),
+        settings=from_json(Settings, manifest),
         lora_rank=read_json(config)["r"] if config.exists() else None,
         history=History(
             train=[line for line in lines if line["split"] == "train"],
             held_out=[line for line in lines if line["split"] == "eval"],
         ),
         samples=[TrainingSample(**line) for line in read_metrics(run.samples)],
-        train=SplitCounts.from_json(data["train"]),
-        held_out=SplitCounts.from_json(data["eval"]) if data["eval"] else None,
-        cost=Cost(**{key: manifest[key] for key in ("steps", "tokens", "seconds", "tokens_per_second", "peak_memory")}),
-        lineage=_lineage(manifest),
+        train=from_json(SplitCounts, data["train"]),
+        held_out=from_json(SplitCounts | None, data["eval"]),
+        cost=from_json(Cost, manifest),
+        lineage=from_json(Lineage, manifest),
+        used=tuple(_used(manifest)),
         best_step=manifest.get("best_step"),
         card=Card.from_json(manifest["reward_model"]) if "reward_model" in manifest else None,
         load=tuple(manifest.get("load", ())),
     )
 
 
-def _lineage(manifest: Mapping[str, Any]) -> Lineage:
-    reference = manifest.get("reference")
-    used = [Used("reference", reference["model"], reference["adapter"] or reference["base"], True)] if reference else []
+def _used(manifest: Mapping[str, Any]) -> Iterator[Used]:
+    if reference := manifest.get("reference"):
+        yield Used("reference", reference["model"], reference["adapter"] or reference["base"], True)
     for role in ("reward", "gold"):
         for term in manifest.get(role, ()):
             what = next(term[kind] for kind in KINDS if kind in term)
-            identity = term.get("adapter") or term.get("base") or term.get("hash") or ""
-            used.append(Used(role, what, identity, "model" in term))
-    return Lineage(
-        base=BaseModel(**manifest["base_model"]),
-        parents=tuple(Parent(**parent) for parent in manifest["parents"]),
-        used=tuple(used),
-        seed=manifest["seed"],
-        git_commit=manifest["git_commit"],
-        versions=manifest["versions"],
-    )
+            yield Used(role, what, term.get("adapter") or term.get("base") or term.get("hash") or "", "model" in term)

@@ -46,10 +46,9 @@ def _model_rows(result: EvaluationResult) -> list[list[str]]:
 
 def _preference_rows(result: EvaluationResult) -> list[list[str]]:
     rows = [["preferences", "accuracy", "by length alone", "pairs"]]
-    for name, agreed in result.preferences.items():
-        own = agreed.agreement
-        beside = f"{with_interval(own.length_baseline.accuracy)}, {own.length_baseline.prefers}" if own.length_baseline else ""
-        rows.append([_name(name), with_interval(own.rate.accuracy) if own.rate else "no pairs", beside, f"{own.pairs:,}"])
+    for name, own in result.preferences.items():
+        beside = f"{with_interval(own.length_baseline.interval)}, {own.length_baseline.prefers}" if own.length_baseline else ""
+        rows.append([_name(name), with_interval(own.rate.interval) if own.rate else "no pairs", beside, f"{own.pairs:,}"])
     return rows
 
 

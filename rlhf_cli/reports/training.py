@@ -41,8 +41,8 @@ def write_report(run: RunFolder, manifest: Mapping[str, Any]) -> None:
 
 def _lead(result: RunResult) -> str:
     lineage, settings, data = result.lineage, result.settings, result.train
-    start = f"`{lineage.base.path}`"
-    used = {Path(each.what).parent for each in lineage.used if each.is_model and each.role != "reference"}
+    start = f"`{lineage.base_model.path}`"
+    used = {Path(each.what).parent for each in result.used if each.is_model and each.role != "reference"}
     runs = [parent.path for parent in lineage.parents if Path(parent.path) not in used]
     if runs:
         start = f"`{runs[0]}` (on the base model {start})"
@@ -50,9 +50,9 @@ def _lead(result: RunResult) -> str:
     paths = [f"`{source.path}`" for source in data.sources]
     sources = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
     cost = f"{count(result.cost.steps, 'step')}, {result.cost.tokens:,} tokens, {duration(result.cost.seconds)}"
-    fields = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.fields.items())
+    fields = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.objective.items() if name != "kind")
     rows = f"{count(data.kept, 'prompt' if result.history.online else 'row')} of {sources}"
-    objective = f"`{settings.objective}`" + (f" ({fields})" if fields else "")
+    objective = f"`{settings.objective['kind']}`" + (f" ({fields})" if fields else "")
     return (
         f"Started from {start} and trained {what} on {rows}: {cost}. "
         f"Objective {objective}, learning rate {settings.learning_rate:g}, batches of {settings.batch_size}."
@@ -194,7 +194,7 @@ def _model(result: RunResult) -> Iterator[Block]:
 
 def _policy_lines(result: RunResult) -> list[str]:
     """The code that loads a policy."""
-    base, model = result.lineage.base, json.dumps(result.run.model.as_posix())
+    base, model = result.lineage.base_model, json.dumps(result.run.model.as_posix())
     revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if result.lora_rank:
@@ -207,11 +207,11 @@ def _policy_lines(result: RunResult) -> list[str]:
 
 
 def _lineage(result: RunResult) -> Iterator[Block]:
-    lineage, base = result.lineage, result.lineage.base
+    lineage, base = result.lineage, result.lineage.base_model
     revision = f", revision {base.revision}" if base.revision else ""
     lines = [f"base model `{base.path}`{revision}, weights {base.weights_hash}"]
     lines += [f"earlier run `{parent.path}`, manifest {parent.manifest_hash}" for parent in lineage.parents]
-    for each in lineage.used:
+    for each in result.used:
         identity = f", {'weights ' if each.role == 'reference' else ''}{each.identity}" if each.identity else ""
         lines.append(f"{each.role} `{each.what}`{identity}")
     lines.append(f"seed {lineage.seed}" + (f", git commit {lineage.git_commit}" if lineage.git_commit else ""))

@@ -61,8 +61,8 @@ def test_wilson_bounds_are_where_the_share_is_just_1_96_deviations_away():
 
 def test_a_tie_counts_half():
     found = rate(pairs_with(SIX))
-    assert found.accuracy.mean == 3.5 / 6
-    assert found.accuracy[1:] == wilson(3.5 / 6, 6)
+    assert found.accuracy == 3.5 / 6
+    assert found.interval[1:] == wilson(3.5 / 6, 6)
     assert (found.pairs, found.prompts) == (6, 6)
 
 
@@ -93,12 +93,12 @@ def test_a_ranking_with_a_tie_gives_the_pairs_that_are_not_tied():
 
 def test_a_prompt_is_one_observation():
     three = rate(margins([tree(1, 1, 1)] * 4, [(3.0, 2.0, 1.0)] * 3 + [(1.0, 2.0, 3.0)]))
-    assert (three.accuracy.mean, three.pairs, three.prompts) == (0.75, 12, 4)
-    assert three.accuracy[1:] == wilson(0.75, 4)
+    assert (three.accuracy, three.pairs, three.prompts) == (0.75, 12, 4)
+    assert three.interval[1:] == wilson(0.75, 4)
     # Two pairs of one prompt and one of another: (2 + 1)² / (2² + 1²) observations.
     uneven = rate(margins([tree(1, 1, 1, ranks=(1, 2, 2)), tree(1, 1)], [(1.0, 1.0, -2.0), (0.0, 4.0)]))
-    assert (uneven.accuracy.mean, uneven.pairs, uneven.prompts) == (0.5, 3, 2)
-    assert uneven.accuracy[1:] == pytest.approx(wilson(0.5, 9 / 5))
+    assert (uneven.accuracy, uneven.pairs, uneven.prompts) == (0.5, 3, 2)
+    assert uneven.interval[1:] == pytest.approx(wilson(0.5, 9 / 5))
 
 
 def test_all_tied_is_no_pair():
@@ -120,8 +120,8 @@ def test_the_length_baseline_takes_its_direction_from_training():
     pairs = pairs_with([1.0, 1.0, 1.0, -1.0])
     for training, prefers, share in ((longer_wins, "longer", 1.5 / 4), (shorter_wins, "shorter", 2.5 / 4)):
         found = length_baseline(pairs, held_out, training)
-        assert (found.prefers, found.accuracy.mean) == (prefers, share)
-        assert found.accuracy[1:] == wilson(share, 4)
+        assert (found.prefers, found.accuracy) == (prefers, share)
+        assert found.interval[1:] == wilson(share, 4)
         assert found.lead.mean == 0.75 - share
     assert length_baseline(pairs_with([]), [], shorter_wins) is None
 
@@ -173,43 +173,43 @@ def test_intervals_that_overlap_may_belong_to_a_clear_lead():
     """170 of 200 against 150: of the 22 pairs on which they differ the model is right on 21."""
     ours, theirs = outcomes((149, 21, 1, 29))
     own, base, gap = rate(ours), rate(theirs), lead(ours, theirs)
-    assert own.accuracy.low < base.accuracy.high
+    assert own.low < base.high
     assert gap.low > 0.05
-    assert weaknesses(own, LengthBaseline("longer", base.accuracy, gap)) == []
+    assert weaknesses(own, LengthBaseline("longer", *base.interval, gap)) == []
 
 
-LENGTH = LengthBaseline("longer", Interval(0.6, 0.55, 0.65), Interval(0.15, 0.1, 0.2))
+LENGTH = LengthBaseline("longer", 0.6, 0.55, 0.65, Interval(0.15, 0.1, 0.2))
 
 
 def test_faults_without_a_length_baseline():
-    assert weaknesses(Rate(Interval(0.53, 0.49, 0.57), 400, 400), None) == ["cannot be told from guessing"]
-    assert weaknesses(Rate(Interval(0.4, 0.35, 0.45), 400, 400), None) == ["is worse than guessing"]
-    assert weaknesses(Rate(Interval(0.6, 0.55, 0.65), 400, 400), None) == []
+    assert weaknesses(Rate(0.53, 0.49, 0.57, 400, 400), None) == ["cannot be told from guessing"]
+    assert weaknesses(Rate(0.4, 0.35, 0.45, 400, 400), None) == ["is worse than guessing"]
+    assert weaknesses(Rate(0.6, 0.55, 0.65, 400, 400), None) == []
 
 
 def test_no_warning_for_a_model_that_beats_length():
-    assert beats_length(Rate(Interval(0.75, 0.70, 0.80), 400, 400), LENGTH) is None
+    assert beats_length(Rate(0.75, 0.70, 0.80, 400, 400), LENGTH) is None
 
 
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (Rate(Interval(0.63, 0.58, 0.68), 400, 400), "is hardly better than always preferring the longer response"),
-        (Rate(Interval(0.58, 0.53, 0.63), 400, 400), "is no better than always preferring the longer response"),
+        (Rate(0.63, 0.58, 0.68, 400, 400), "is hardly better than always preferring the longer response"),
+        (Rate(0.58, 0.53, 0.63, 400, 400), "is no better than always preferring the longer response"),
         (
-            Rate(Interval(0.52, 0.47, 0.57), 400, 400),
+            Rate(0.52, 0.47, 0.57, 400, 400),
             "cannot be told from guessing and is no better than always preferring the longer",
         ),
         (
-            Rate(Interval(0.62, 0.49, 0.73), 60, 60),
+            Rate(0.62, 0.49, 0.73, 60, 60),
             "cannot be told from guessing and is hardly better than always preferring the longer",
         ),
     ],
 )
 def test_a_warning_in_words(model, words):
-    gap = model.accuracy.mean - LENGTH.accuracy.mean
+    gap = model.accuracy - LENGTH.accuracy
     said = beats_length(model, replace(LENGTH, lead=Interval(gap, gap - 0.05, gap + 0.05)))
-    mean, low, high = (100 * value for value in model.accuracy)
+    mean, low, high = (100 * value for value in model.interval)
     assert f"{mean:.1f} % ({low:.1f} % to {high:.1f} %), {words}" in said
     assert "which has 60.0 % (55.0 % to 65.0 %)" in said
     ahead = f"on the same pairs it is ahead by {100 * gap:.1f} % ({100 * gap - 5:.1f} % to {100 * gap + 5:.1f} %)"
@@ -221,13 +221,13 @@ def test_the_card():
     scores = [np.array(own) for own in ((2.0, 1.0), (0.0, 1.0), (1.0, 1.0), (3.0, 0.0))]
     card = reward_card(scores, held_out, ["a:1", "a:2", "a:3", "a:4"], [tree(1, 5)], [np.array([1.0, 3.0]), np.array([5.0, 7.0])])
     own = card.agreement
-    assert own.rate == Rate(Interval(2.5 / 4, *wilson(2.5 / 4, 4)), 4, 4)
+    assert own.rate == Rate(2.5 / 4, *wilson(2.5 / 4, 4), 4, 4)
     assert card.constant == 0.5
     assert own.length_baseline.prefers == "shorter"
     assert own.subsets == {
-        "help": Rate(Interval(0.75, *wilson(0.75, 2)), 2, 2),
-        "harm": Rate(Interval(0.0, *wilson(0.0, 1)), 1, 1),
-        "(none)": Rate(Interval(1.0, *wilson(1.0, 1)), 1, 1),
+        "help": Rate(0.75, *wilson(0.75, 2), 2, 2),
+        "harm": Rate(0.0, *wilson(0.0, 1), 1, 1),
+        "(none)": Rate(1.0, *wilson(1.0, 1), 1, 1),
     }
     assert (card.score_mean, card.score_std, card.score_responses) == (4.0, math.sqrt(5.0), 4)
     sigma = [1 / (1 + math.exp(-gap)) for gap in (1.0, 1.0, 0.0, 3.0)]
@@ -327,8 +327,8 @@ def test_the_accuracy_is_the_one_that_training_logs():
     scores = score_responses(backbone, "reward", trees, 60, Ranks(expected=False))
     card = reward_card(scores, trees, ["row"] * 35, trees, scores)
     own = card.agreement
-    assert 0.2 < own.rate.accuracy.mean < 0.8
+    assert 0.2 < own.rate.accuracy < 0.8
     assert own.pairs == 20 + 15 * 5
-    assert own.rate.accuracy.mean == pytest.approx(logged["accuracy"], abs=1e-6)
+    assert own.rate.accuracy == pytest.approx(logged["accuracy"], abs=1e-6)
     assert own.margins.mean == pytest.approx(logged["margin"], abs=1e-6)
     assert (card.score_mean, card.score_std) == pytest.approx((logged["score_mean"], logged["score_std"]), abs=1e-6)
