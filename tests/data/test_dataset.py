@@ -58,6 +58,13 @@ def test_rows_that_cannot_be_trained_on_are_lost(monkeypatch: pytest.MonkeyPatch
         run("train-rm", PAIRS, check=needs_a_large_margin, margin="by")
 
 
+def test_truncated_rows_are_lost_too() -> None:
+    rows = [*PAIRS, {"prompt": "Hi", "chosen": "It is four. " * 9, "rejected": "No"}]
+    assert run("dpo", rows, max_length=40, overlong="truncate-response", max_lost=0.2).train.truncated == 1
+    with pytest.raises(UsageError, match=r"^1 of 7 rows \(14.3%\) are dropped or truncated; data.max_lost allows 10.0%\n"):
+        run("dpo", rows, max_length=40, overlong="truncate-response", max_lost=0.1)
+
+
 def test_pairs_that_are_the_same_once_cut_count_as_lost() -> None:
     rows = [{"prompt": "Hi", "chosen": "It is four. " * 9 + "Yes", "rejected": "It is four. " * 9 + "No"}, *PAIRS]
     dataset = run("dpo", rows, max_length=40, overlong="truncate-response", max_lost=0.2)

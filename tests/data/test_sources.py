@@ -608,6 +608,12 @@ def test_no_row_repeats_before_its_source_is_exhausted():
     assert np.bincount(large - 8).tolist() == [8] * 12
 
 
+def test_sources_mix_anew_in_every_epoch():
+    epochs = [epoch_order([50, 50], [0.5, 0.5], 5, epoch, True) < 50 for epoch in range(3)]
+    assert all(first.sum() == 50 for first in epochs)
+    assert len({tuple(first) for first in epochs}) == 3
+
+
 def test_file_order_with_several_sources():
     assert epoch_order([4, 2], [2 / 3, 1 / 3], 0, 0, False).tolist() == [0, 4, 1, 2, 5, 3]
     # Half of each: three rows of the first, and the second, exhausted, begins again and goes on in the next epoch.

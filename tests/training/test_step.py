@@ -167,6 +167,18 @@ def test_evaluation_says_what_a_step_says(batch_size: int) -> None:
     assert figures == pytest.approx({name: metrics[name] for name in ("loss", "token_accuracy", "perplexity")}, abs=1e-4)
 
 
+def test_dropout_differs_from_update_to_update() -> None:
+    """At a learning rate of 0 the masks alone change the gradient, and they follow from the step and its update."""
+    backbone = make_backbone(make(), dropout=0.5)
+    optimizer = build_optimizer(backbone.trained_roles, sections.Train())
+    norms = []
+    for step, number in ((1, 0), (1, 1), (2, 0), (1, 1)):
+        update = Update(step, BATCHES[0], {"policy": 0.0}, CLIP, seed=0, number=number)
+        norms.append(optimise(Passes(backbone, 40, ALONE), Sft(), optimizer, update).metrics["grad_norm"])
+    assert len(set(norms[:3])) == 3
+    assert norms[3] == norms[1]
+
+
 def limit_memory(backbone: Backbone, tokens: int, monkeypatch: pytest.MonkeyPatch, error: Any) -> list[int]:
     """Passes of more than `tokens` tokens fail after they were computed; the sizes of all that were tried."""
     tried: list[int] = []
