@@ -21,11 +21,11 @@ class Bco(LogRatioPair):
     kind: Literal["bco"] = "bco"
     decay: float = key(0.9, DECAY, low=0.0, high=1.0)
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
+    def loss(self, pair: Pair) -> Tensor:
         from torch.nn.functional import softplus
 
-        delta = midpoint(given)
-        return softplus(delta - self.beta * pair.chosen_ratio) + softplus(self.beta * pair.rejected_ratio - delta)
+        delta = midpoint(pair.given)
+        return softplus(delta - self.reward(pair.chosen)) + softplus(self.reward(pair.rejected) - delta)
 
     def remember(self, memory: Mapping[str, float], means: Mapping[str, float]) -> dict[str, float]:
         return running(memory, self.decay, means.get("rewards/chosen"), means.get("rewards/rejected"))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import Pair, PairObjective
+from rlhf_cli.objectives.preference import Pair, PairObjective, Side
 from rlhf_cli.sections import key
 
 
@@ -22,12 +21,12 @@ class CalDpo(PairObjective):
     beta: float = key(0.1, "β: chosen log-ratios are tied to 1/(2β), rejected ones to −1/(2β)", low=1e-9)
     calibration: float = key(0.5, "c: weight of the squares", low=0.0)
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
+    def loss(self, pair: Pair) -> Tensor:
         from torch.nn.functional import softplus
 
         target = 1 / (2 * self.beta)
-        squares = (pair.chosen_ratio - target) ** 2 + (pair.rejected_ratio + target) ** 2
-        return softplus(pair.rejected_ratio - pair.chosen_ratio) + self.calibration * squares
+        squares = (pair.chosen.logratio - target) ** 2 + (pair.rejected.logratio + target) ** 2
+        return softplus(pair.rejected.logratio - pair.chosen.logratio) + self.calibration * squares
 
-    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        return pair.chosen_ratio, pair.rejected_ratio
+    def reward(self, side: Side) -> Tensor:
+        return side.logratio

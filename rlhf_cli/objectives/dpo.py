@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,7 +18,7 @@ class Dpo(LogRatioPair):
     label_smoothing: float = key(0.0, "ε: share of labels taken to be wrong", low=0.0, high=0.499)
     saturates: ClassVar[bool] = True
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
+    def loss(self, pair: Pair) -> Tensor:
         from torch.nn.functional import logsigmoid
 
         z = self.margin(pair)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,7 +16,7 @@ class Hinge(LogRatioPair):
     kind: Literal["hinge"] = "hinge"
     saturates: ClassVar[bool] = True
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
+    def loss(self, pair: Pair) -> Tensor:
         return (1 - self.margin(pair)).relu()
 
     def gradient_left(self, pair: Pair) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import LogRatioPair, Pair
+from rlhf_cli.objectives.preference import LogRatioPair, Pair, Side
 from rlhf_cli.sections import key
 
 
@@ -35,18 +34,14 @@ class Ipo(LogRatioPair):
         unit = "nats" if self.normalize == "sum" else "nats per token"
         return f"ipo at beta {self.beta:g} ({self.normalize}) asks for a log-ratio margin of {self.target:g} {unit}"
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
-        chosen, rejected = self._logratios(pair)
-        return (chosen - rejected - self.target) ** 2
+    def loss(self, pair: Pair) -> Tensor:
+        return (self._logratio(pair.chosen) - self._logratio(pair.rejected) - self.target) ** 2
 
-    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        chosen, rejected = self._logratios(pair)
-        return self.beta * chosen, self.beta * rejected
+    def reward(self, side: Side) -> Tensor:
+        return self.beta * self._logratio(side)
 
-    def _logratios(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        if self.normalize == "sum":
-            return pair.chosen_ratio, pair.rejected_ratio
-        return pair.chosen_ratio / pair.chosen_length, pair.rejected_ratio / pair.rejected_length
+    def _logratio(self, side: Side) -> Tensor:
+        return side.logratio if self.normalize == "sum" else side.logratio / side.lengths
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Adds the mean of h as margin/logratio, and its target."""

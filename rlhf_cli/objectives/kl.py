@@ -1,13 +1,11 @@
-"""Estimates of KL(π‖π_ref) from samples of π, and the coefficient that follows a measured KL."""
+"""Estimates of KL(π‖π_ref) from samples of π, and the coefficient that follows a measured KL.
+
+k1 is log π − log π_ref: unbiased, and in the reward, for as a loss its mean gradient is 0.
+"""
 
 from __future__ import annotations
 
 from rlhf_cli.objectives.base import Tensor
-
-
-def k1(logps: Tensor, reference: Tensor) -> Tensor:
-    """log π − log π_ref of every token: unbiased. It belongs in the reward: as a loss its mean gradient is 0."""
-    return logps - reference
 
 
 def k2(logps: Tensor, reference: Tensor) -> Tensor:

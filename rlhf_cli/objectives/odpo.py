@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -24,7 +23,7 @@ class Odpo(LogRatioPair):
     needs_scores: ClassVar[bool] = True
     saturates: ClassVar[bool] = True
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
+    def loss(self, pair: Pair) -> Tensor:
         from torch.nn.functional import softplus
 
         return softplus(self._offset(pair) - self.margin(pair))
@@ -35,7 +34,8 @@ class Odpo(LogRatioPair):
         return (offset - self.margin(pair)).sigmoid() / offset.sigmoid()
 
     def _offset(self, pair: Pair) -> Tensor:
-        return self.alpha * (pair.score_gap.log() if self.f == "log" else pair.score_gap)
+        lead = pair.chosen.scores - pair.rejected.scores
+        return self.alpha * (lead.log() if self.f == "log" else lead)
 
     def check_tree(self, tree: Tree) -> str | None:
         scores = tree.facts.scores

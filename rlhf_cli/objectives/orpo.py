@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor, Trained
-from rlhf_cli.objectives.preference import Pair, PairObjective
+from rlhf_cli.objectives.preference import Pair, PairObjective, Side
 from rlhf_cli.sections import key
 
 
@@ -23,14 +23,14 @@ class Orpo(PairObjective):
     reference: ClassVar[bool] = False
     learning_rate: ClassVar[Mapping[Trained, float]] = {"lora": 8e-5, "full": 8e-6}  # the paper's: it is SFT as well
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
+    def loss(self, pair: Pair) -> Tensor:
         from torch.nn.functional import softplus
 
-        chosen, rejected = self.rewards(pair)
+        chosen, rejected = self.reward(pair.chosen), self.reward(pair.rejected)
         return -chosen + self.lambda_ * softplus(log_odds(rejected) - log_odds(chosen))
 
-    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        return pair.chosen / pair.chosen_length, pair.rejected / pair.rejected_length
+    def reward(self, side: Side) -> Tensor:
+        return side.logps / side.lengths
 
 
 def log_odds(logp: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -22,7 +22,7 @@ class PlackettLuce(LogRatioPair):
     ties: ClassVar[bool] = False
     kind_for_ties: ClassVar[str] = "dpo"
 
-    def losses(self, responses: Responses, pair: Pair, given: Mapping[str, float]) -> dict[str, Tensor]:
+    def losses(self, responses: Responses, pair: Pair) -> dict[str, Tensor]:
         return {"trees": ranking_losses(self.beta * responses.logratio, responses.counts).sum()}
 
 

@@ -118,17 +118,21 @@ class PreferenceObjective(Objective):
         return None
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The P pairs of a pass as a loss sees them. All (P,), sums over tokens in nats, float64."""
+class Side(NamedTuple):
+    """The chosen or the rejected responses of P pairs. All (P,), sums over tokens in nats, float64."""
 
-    chosen: Tensor  # log π(y_w|x)
-    rejected: Tensor
-    chosen_ratio: Tensor  # ρ(y_w); NaN where the objective needs no reference
-    rejected_ratio: Tensor
-    chosen_length: Tensor  # tokens
-    rejected_length: Tensor
-    score_gap: Tensor  # s_w − s_l of the data; NaN where they have none
+    logps: Tensor  # log π(y|x)
+    logratio: Tensor  # ρ; NaN where the objective needs no reference
+    lengths: Tensor  # tokens
+    scores: Tensor  # of the data; NaN where they have none
+
+
+class Pair(NamedTuple):
+    """The P pairs of a pass as a loss sees them."""
+
+    chosen: Side
+    rejected: Side
+    given: Mapping[str, float]  # as `terms` has it
 
 
 @dataclass(frozen=True)
@@ -150,45 +154,45 @@ class PairObjective(PreferenceObjective):
         logratio = ("logratio/mean",) if self.reference else ()
         return ("loss", *rewards, *saturated, "logps/chosen", "logps/rejected", *logratio)
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
+    def loss(self, pair: Pair) -> Tensor:
         """The loss of every pair, (P,)."""
         raise NotImplementedError
 
-    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Implicit rewards of chosen and rejected responses, (P,) each, in the units in which the loss compares them."""
+    def reward(self, side: Side) -> Tensor:
+        """Implicit rewards, (P,), in the units in which the loss compares them."""
         raise NotImplementedError
 
     def gradient_left(self, pair: Pair) -> Tensor:
         """The size of ∂loss/∂margin as a share of its size at log-ratio 0, (P,); for losses that saturate."""
         raise NotImplementedError
 
-    def losses(self, responses: Responses, pair: Pair, given: Mapping[str, float]) -> dict[str, Tensor]:
+    def losses(self, responses: Responses, pair: Pair) -> dict[str, Tensor]:
         """Unit → sum over the pass, without the `sft_weight` term."""
-        return {"pairs": self.loss(pair, given).sum()}
+        return {"pairs": self.loss(pair).sum()}
 
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         responses = read_responses(backbone, batch, self.reference)
-        pair = _pair(responses, pairs_of(batch))
-        losses = self.losses(responses, pair, given)
+        pair = _pair(responses, pairs_of(batch), given)
+        losses = self.losses(responses, pair)
         if self.sft_weight:
             best = list(accumulate(responses.counts[:-1], initial=0))
             losses["tokens"] = -self.sft_weight * responses.logps[best].sum()
         yield LossTerm(losses, self._sums(pair))
 
     def _sums(self, pair: Pair) -> dict[str, tuple[Tensor, str]]:
-        chosen, rejected = self.rewards(pair)
+        chosen, rejected = self.reward(pair.chosen), self.reward(pair.rejected)
         sums = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": accuracy(chosen - rejected),
-            "logps/chosen": pair.chosen,
-            "logps/rejected": pair.rejected,
+            "logps/chosen": pair.chosen.logps,
+            "logps/rejected": pair.rejected.logps,
         }
         if self.saturates:
             sums["rewards/saturated"] = (self.gradient_left(pair) < SATURATED).double()
         if self.reference:
-            sums["logratio/mean"] = (pair.chosen_ratio + pair.rejected_ratio) / 2
+            sums["logratio/mean"] = (pair.chosen.logratio + pair.rejected.logratio) / 2
         return {name: (value.detach().sum(), "pairs") for name, value in sums.items()}
 
     def check_tree(self, tree: Tree) -> str | None:
@@ -203,15 +207,15 @@ class LogRatioPair(PairObjective):
 
     beta: float = key(0.1, BETA, low=1e-9)
 
-    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        return self.beta * pair.chosen_ratio, self.beta * pair.rejected_ratio
+    def reward(self, side: Side) -> Tensor:
+        return self.beta * side.logratio
 
     def margin(self, pair: Pair) -> Tensor:
         """z = β(ρ_w − ρ_l), (P,)."""
-        return self.beta * (pair.chosen_ratio - pair.rejected_ratio)
+        return self.beta * (pair.chosen.logratio - pair.rejected.logratio)
 
 
-def _pair(responses: Responses, pairs: PairIndices) -> Pair:
+def _pair(responses: Responses, pairs: PairIndices, given: Mapping[str, float]) -> Pair:
     import torch
 
     ratio = responses.logratio if responses.reference is not None else torch.full_like(responses.logps, torch.nan)
@@ -220,12 +224,6 @@ def _pair(responses: Responses, pairs: PairIndices) -> Pair:
         dtype=torch.float64,
         device=ratio.device,
     )
-    return Pair(
-        chosen=responses.logps[pairs.chosen],
-        rejected=responses.logps[pairs.rejected],
-        chosen_ratio=ratio[pairs.chosen],
-        rejected_ratio=ratio[pairs.rejected],
-        chosen_length=responses.lengths[pairs.chosen],
-        rejected_length=responses.lengths[pairs.rejected],
-        score_gap=scores[pairs.chosen] - scores[pairs.rejected],
-    )
+    of_all = Side(responses.logps, ratio, responses.lengths, scores)
+    chosen, rejected = (Side(*(values[side] for values in of_all)) for side in (pairs.chosen, pairs.rejected))
+    return Pair(chosen, rejected, given)

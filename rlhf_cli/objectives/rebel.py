@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import Pair, PairObjective
+from rlhf_cli.objectives.preference import Pair, PairObjective, Side
 from rlhf_cli.sections import key
 
 
@@ -22,8 +21,9 @@ class Rebel(PairObjective):
     eta: float = key(1.0, "η: nats of log-ratio for a score difference of 1", low=1e-9)
     needs_scores: ClassVar[bool] = True
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
-        return ((pair.chosen_ratio - pair.rejected_ratio) / self.eta - pair.score_gap) ** 2
+    def loss(self, pair: Pair) -> Tensor:
+        lead = pair.chosen.scores - pair.rejected.scores
+        return ((pair.chosen.logratio - pair.rejected.logratio) / self.eta - lead) ** 2
 
-    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        return pair.chosen_ratio / self.eta, pair.rejected_ratio / self.eta
+    def reward(self, side: Side) -> Tensor:
+        return side.logratio / self.eta

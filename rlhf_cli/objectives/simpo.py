@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor, Trained
-from rlhf_cli.objectives.preference import Pair, PairObjective
+from rlhf_cli.objectives.preference import Pair, PairObjective, Side
 from rlhf_cli.sections import key
 
 
@@ -23,16 +23,17 @@ class Simpo(PairObjective):
     saturates: ClassVar[bool] = True
     learning_rate: ClassVar[Mapping[Trained, float]] = {"lora": 5e-6, "full": 5e-7}  # the paper searched 3e-7 … 1e-6
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
+    def loss(self, pair: Pair) -> Tensor:
         from torch.nn.functional import softplus
 
-        chosen, rejected = self.rewards(pair)
-        return softplus(self.gamma - (chosen - rejected))
+        return softplus(self.gamma - self._margin(pair))
 
-    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        return self.beta * pair.chosen / pair.chosen_length, self.beta * pair.rejected / pair.rejected_length
+    def reward(self, side: Side) -> Tensor:
+        return self.beta * side.logps / side.lengths
+
+    def _margin(self, pair: Pair) -> Tensor:
+        return self.reward(pair.chosen) - self.reward(pair.rejected)
 
     def gradient_left(self, pair: Pair) -> Tensor:
         """σ(γ − m) / σ(γ): there is no log-ratio, so the size at equal rewards is the measure."""
-        chosen, rejected = self.rewards(pair)
-        return (self.gamma - (chosen - rejected)).sigmoid() * (1 + math.exp(-self.gamma))
+        return (self.gamma - self._margin(pair)).sigmoid() * (1 + math.exp(-self.gamma))

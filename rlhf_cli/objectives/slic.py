@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import Pair, PairObjective
+from rlhf_cli.objectives.preference import Pair, PairObjective, Side
 from rlhf_cli.sections import key
 
 
@@ -23,8 +22,8 @@ class Slic(PairObjective):
     lambda_: float = key(0.1, "λ: weight of the chosen response's negative log-likelihood", low=0.0)
     reference: ClassVar[bool] = False
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
-        return (self.delta - pair.chosen + pair.rejected).relu() - self.lambda_ * pair.chosen
+    def loss(self, pair: Pair) -> Tensor:
+        return (self.delta - pair.chosen.logps + pair.rejected.logps).relu() - self.lambda_ * pair.chosen.logps
 
-    def rewards(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        return pair.chosen, pair.rejected
+    def reward(self, side: Side) -> Tensor:
+        return side.logps

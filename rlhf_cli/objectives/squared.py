@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,5 +15,5 @@ class Squared(LogRatioPair):
 
     kind: Literal["squared"] = "squared"
 
-    def loss(self, pair: Pair, given: Mapping[str, float]) -> Tensor:
+    def loss(self, pair: Pair) -> Tensor:
         return (self.margin(pair) - 1) ** 2
