@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -29,6 +29,9 @@ class StepBatches:
         return self.first <= step < self.first + len(self.batches)
 
 
+_epoch_order = lru_cache(4)(epoch_order)
+
+
 @dataclass(frozen=True, eq=False)
 class DatasetSource:
     """Global batches drawn from encoded data, epoch by epoch; a short last batch is a step of its own."""
@@ -39,11 +42,6 @@ class DatasetSource:
     batch_size: int
     seed: int
     shuffle: bool
-    _order: object = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        order = lru_cache(2)(lambda epoch: epoch_order(self.sizes, self.shares, self.seed, epoch, self.shuffle))
-        object.__setattr__(self, "_order", order)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -52,7 +50,7 @@ class DatasetSource:
     def indices(self, step: int) -> np.ndarray:
         """The trees of optimiser step `step`, counted from 1."""
         epoch, batch = divmod(step - 1, self.steps_per_epoch)
-        order: np.ndarray = self._order(epoch)  # type: ignore[operator]
+        order = _epoch_order(self.sizes, self.shares, self.seed, epoch, self.shuffle)
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def collect(self, step: int, memory: Mapping[str, float]) -> StepBatches:
@@ -64,7 +62,7 @@ class DatasetSource:
 
     def locations(self, step: int) -> list[str]:
         """File and line of every tree of a step, in the order of `batch`."""
-        return [self.trees.where(int(i)) for i in self.indices(step)]
+        return [self.trees.locations[int(i)] for i in self.indices(step)]
 
 
 def total_steps(epochs: float, steps: int | None, steps_per_epoch: int) -> int:
@@ -82,10 +80,3 @@ def due_steps(every: float | None, steps: int) -> frozenset[int]:
     if every >= 1:
         return frozenset(range(int(every), steps + 1, int(every))) | {steps}
     return frozenset(max(1, round(i * every * steps)) for i in range(1, math.floor(1 / every) + 1)) | {steps}
-
-
-def kept_sizes(rows: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Trees per data source, when `rows` are the records that encoding kept and `sizes` the records of each source."""
-    bounds = np.cumsum((0, *sizes))
-    found: np.ndarray = np.histogram(rows, bounds)[0] if len(sizes) > 1 else np.array([len(rows)])
-    return tuple(int(n) for n in found)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_cli import sections
-from rlhf_cli.data.batches import DatasetSource, kept_sizes
+from rlhf_cli.data.batches import DatasetSource
 from rlhf_cli.data.cache import default_folder
 from rlhf_cli.data.encode import Encoded, checked, encode, same_tokens
 from rlhf_cli.data.flat import Trees
@@ -45,8 +45,9 @@ class Dataset:
         return dataclasses.replace(self, train=train, held_out=held_out)
 
     def source(self, train: sections.Train, data: sections.Data, seed: int) -> DatasetSource:
-        sizes = kept_sizes(self.train.trees.rows, self.reading.sizes)
-        return DatasetSource(self.train.trees, sizes, self.reading.shares, train.batch_size, seed, data.shuffle)
+        """Its training rows as global batches."""
+        kept, _ = np.histogram(self.train.trees.rows, np.cumsum((0, *self.reading.sizes)))
+        return DatasetSource(self.train.trees, tuple(kept.tolist()), self.reading.shares, train.batch_size, seed, data.shuffle)
 
 
 def prepare(data: sections.Data, request: RowRequest, tokenizer: Any, template: Template) -> Dataset:

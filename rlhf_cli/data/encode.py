@@ -20,7 +20,7 @@ from rlhf_cli.data.flat import Trees, flatten, select
 from rlhf_cli.data.formats import Taken
 from rlhf_cli.data.records import BadRow, Facts, Message, Prompt, Record
 from rlhf_cli.data.sandbox import TookTooLong, memory_limit, time_limit
-from rlhf_cli.data.templates import ChatFormat, Template, tokenise, with_prefix
+from rlhf_cli.data.templates import ChatFormat, Template, tokenise
 from rlhf_cli.data.trees import Tree, span
 from rlhf_cli.data.turns import Letters, Rendered, check_text, read_letters, render_row, supervised
 from rlhf_cli.errors import UsageError
@@ -109,7 +109,7 @@ def checked(encoded: Encoded, check: Callable[[Tree], str | None]) -> Encoded:
     if len(kept) == len(faults):
         return encoded
     lost = Counter(encoded.lost) + Counter(fault for fault in faults if fault is not None)
-    named = [f"{encoded.trees.where(i)}: {fault}" for i, fault in enumerate(faults) if fault is not None]
+    named = [f"{encoded.trees.locations[i]}: {fault}" for i, fault in enumerate(faults) if fault is not None]
     if not len(kept):
         raise _unusable(encoded.read, lost, named[0])
     trees = select(encoded.trees, kept)
@@ -250,7 +250,8 @@ class _Encoder:
         for text in rendered:
             ids, offsets = next(located) if text.turns else (next(plain), [])
             mask = supervised(self.letters, np.array(ids), np.array(offsets), text.turns) if text.turns else np.zeros(0, bool)
-            full = with_prefix(self.form.prefix, ids)
+            prefix = list(self.form.prefix)
+            full = ids if ids[: len(prefix)] == prefix else [*prefix, *ids]  # never two BOS
             prompts.append((np.array(full, np.int32), np.concatenate([np.zeros(len(full) - len(mask), bool), mask])))
         return prompts
 

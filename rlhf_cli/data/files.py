@@ -146,7 +146,7 @@ def _json(path: Path) -> Iterator[RawRow]:
         yield from _lines(BytesIO(data))
         return
     try:
-        yield from _elements(data.decode(), path)
+        yield from _elements(data.decode())
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
@@ -157,7 +157,7 @@ def _json(path: Path) -> Iterator[RawRow]:
         raise UsageError(f"{path}: nested too deeply; expected one list of objects") from None
 
 
-def _elements(text: str, path: Path) -> Iterator[RawRow]:
+def _elements(text: str) -> Iterator[RawRow]:
     """The elements of a JSON list, with the line each begins on."""
     position, counted, line = _skip(text, text.index("[") + 1), 0, 1
     while text[position : position + 1] != "]":
@@ -206,16 +206,14 @@ def _csv(path: Path) -> Iterator[RawRow]:
                     raise UsageError(f"{path}:{line}: a quote is opened and never closed") from None
                 yield line, BadRow("not CSV", str(error))
                 continue
-            if cells:
-                yield line, _cells(header, cells)
-
-
-def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
-    if len(cells) != len(header):
-        return BadRow("another number of cells than the header", f"{len(cells)}, expected {len(header)}")
-    if any(ESCAPED_BYTE.search(cell) for cell in cells):
-        return BadRow("not UTF-8")
-    return dict(zip(header, cells, strict=True))
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                yield line, BadRow("another number of cells than the header", f"{len(cells)}, expected {len(header)}")
+            elif any(ESCAPED_BYTE.search(cell) for cell in cells):
+                yield line, BadRow("not UTF-8")
+            else:
+                yield line, dict(zip(header, cells, strict=True))
 
 
 def _json_cell(cell: str) -> Any:

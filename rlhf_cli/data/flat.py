@@ -26,7 +26,7 @@ class Trees(Sequence[Tree]):
     segments: np.ndarray  # (S + 1,) int64
     first: np.ndarray  # (N + 1,) int64
     rows: np.ndarray  # (N,) int64: indices of the records
-    locations: tuple[str, ...]  # (N,)
+    locations: tuple[str, ...]  # (N,) file and line
     facts: tuple[Facts, ...]  # (N,)
     reference: np.ndarray | None = None  # (T,) float32: the reference's log-probability of each token of a response, else NaN
 
@@ -46,10 +46,6 @@ class Trees(Sequence[Tree]):
         texts = tuple(self.ids[part] for part in responses)
         reference = None if self.reference is None else tuple(self.reference[part] for part in responses)
         return Tree(self.ids[prompt], self.supervised[prompt], texts, int(self.rows[at]), self.facts[at], reference)
-
-    def where(self, index: int) -> str:
-        """File and line of tree `index`."""
-        return self.locations[index]
 
     @property
     def lengths(self) -> np.ndarray:

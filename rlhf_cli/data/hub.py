@@ -68,19 +68,12 @@ def _load(path: str, name: str | None, split: str, place: str, offline: bool) ->
         datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(path, name, split=split)
-    except ValueError as error:  # an unknown split or configuration, with the known ones
-        if offline and "cache" in str(error):
-            raise _unreachable(path, place) from None
-        raise UsageError(f"{place}: {path}: {_first_line(error)}") from None
-    except (datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
-        if offline:
-            raise _unreachable(path, place) from None
-        raise MachineError(f"{place}: the data set {path} could not be loaded: {_first_line(error)}") from None
-
-
-def _unreachable(path: str, place: str) -> MachineError:
-    return MachineError(f"{place}: the hub cannot be reached and {path} is not in the local cache; connect, or name a local file")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    except (ValueError, datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
+        misnamed = isinstance(error, ValueError)  # an unknown split or configuration, with the known ones
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        if offline and ("cache" in str(error) or not misnamed):
+            what = f"the hub cannot be reached and {path} is not in the local cache; connect, or name a local file"
+            raise MachineError(f"{place}: {what}") from None
+        if misnamed:
+            raise UsageError(f"{place}: {path}: {first_line}") from None
+        raise MachineError(f"{place}: the data set {path} could not be loaded: {first_line}") from None

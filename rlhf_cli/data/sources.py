@@ -16,7 +16,7 @@ import numpy as np
 from rlhf_cli import sections
 from rlhf_cli.data import formats
 from rlhf_cli.data.files import RawRow, find_files, is_hub_id, read_file
-from rlhf_cli.data.formats import FORMATS, Converter, Format, Purpose, Row, Use, shown_columns
+from rlhf_cli.data.formats import FORMATS, Converter, Purpose, Row, Use, shown_columns
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.records import BadRow, Record, as_turns
 from rlhf_cli.data.streams import DataStream
@@ -128,11 +128,25 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
     else:
         raise purpose.refuse(FORMATS[source.format], f"{where(f'{key}.format')}: {name}")
     if margin is not None:
-        _check_margin(margin, objects, format, f"{where('objective.margin_column')}: {name}")
-    conversion = _Conversion(format, format.converter(renamed), source.columns, margin, purpose.use)
+        place = f"{where('objective.margin_column')}: {name}"
+        if "pair" not in format.contains:
+            raise UsageError(f"{place}: {format.name} rows have no one margin; only pairs of chosen and rejected have")
+        if not any(margin in row for row in objects):
+            raise UsageError(f"{place}: the data has no column '{margin}'; found {shown_columns(objects)}")
+    converter = format.converter(renamed)
+
+    def convert(row: Row, place: str) -> Record:
+        record = formats.convert(_renamed(row, source.columns) if source.columns else row, place, converter)
+        return record if margin is None else formats.with_margin(record, row, margin)
+
     files[0] = (name, chain(head, rows))
-    tally = _Tally()
-    records = [record for file in files for record in conversion.records(*file, tally)]
+    tally, records = _Tally(), list[Record]()
+    for file, raw in files:
+        own = _Tally(digest=tally.digest)
+        records += _records(raw, file, convert, purpose.use, own)
+        if own.read == own.bad.total():
+            raise _no_good_row(file, own, f"{format.name} rows ({format})")
+        tally.merge(own)
     if not records:
         raise UsageError(
             f"{where(f'{key}.path')}: {purpose.label} can use none of the {tally.read} rows: {_counts(tally.unused + tally.bad)}"
@@ -145,13 +159,6 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
         source.path, format.name, tally.read, len(chosen), bad, unused, tuple(tally.examples), tally.digest.hexdigest()
     )
     return chosen, report
-
-
-def _check_margin(column: str, objects: Sequence[Row], format: Format, place: str) -> None:
-    if "pair" not in format.contains:
-        raise UsageError(f"{place}: {format.name} rows have no one margin; only pairs of chosen and rejected have")
-    if not any(column in row for row in objects):
-        raise UsageError(f"{place}: the data has no column '{column}'; found {shown_columns(objects)}")
 
 
 def _files(source: sections.Source, place: str, margin: str | None) -> list[tuple[str, Iterator[RawRow]]]:
@@ -191,40 +198,24 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return kept | {ours: row[name] for ours, name in columns.items() if name in row}
 
 
-@dataclass(frozen=True)
-class _Conversion:
-    """How the rows of a source become records."""
-
-    format: Format
-    converter: Converter
-    columns: Mapping[str, str]
-    margin: str | None
-    use: Use
-
-    def records(self, name: str, rows: Iterable[RawRow], tally: _Tally) -> Iterator[Record]:
-        """The records of one file that are of use; everything else is counted. A file without a good row is a UsageError."""
-        own = _Tally()
-        for line, row in rows:
-            place = f"{name}:{line}"
-            own.read += 1
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                record = formats.convert(_renamed(row, self.columns) if self.columns else row, place, self.converter)
-                if self.margin is not None:
-                    record = formats.with_margin(record, row, self.margin)
-            except BadRow as bad:
-                own.add_bad(place, bad)
-                continue
-            tally.digest.update(json.dumps((record.prompt, *record[1:2], *record[3:])).encode())
-            used = self.use.keep(record)
-            if isinstance(used, str):
-                own.unused[used] += 1
-            else:
-                yield used
-        if own.read == own.bad.total():
-            raise _no_good_row(name, own, f"{self.format.name} rows ({self.format})")
-        tally.merge(own)
+def _records(rows: Iterable[RawRow], name: str, convert: Converter, use: Use, tally: _Tally) -> Iterator[Record]:
+    """The records of one file that are of use; everything else is counted."""
+    for line, row in rows:
+        place = f"{name}:{line}"
+        tally.read += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            record = convert(row, place)
+        except BadRow as bad:
+            tally.add_bad(place, bad)
+            continue
+        tally.digest.update(json.dumps((record.prompt, *record[1:2], *record[3:])).encode())
+        used = use.keep(record)
+        if isinstance(used, str):
+            tally.unused[used] += 1
+        else:
+            yield used
 
 
 def _no_good_row(name: str, tally: _Tally, expected: str) -> UsageError:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateSyntaxError
 
@@ -35,7 +35,6 @@ PROBES = ((QUESTION,), (Message("system", "Be brief."), QUESTION))
 class Template:
     """A chat template, and where it comes from; `text` is None for `none`."""
 
-    kind: Literal["tokenizer", "built-in", "file", "none"]
     source: str  # as a person is told
     text: str | None  # Jinja
 
@@ -48,20 +47,20 @@ class Template:
 def choose_template(tokenizer: Any, setting: str | None) -> Template:
     """The template that `model.chat_template` asks for. Raises UsageError if it is missing or no Jinja."""
     if setting == "none":
-        return Template("none", "none: prompt and response as they stand", None)
+        return Template("none: prompt and response as they stand", None)
     if setting is not None:
         try:
-            template = Template("file", setting, Path(setting).read_text(encoding="utf-8"))
+            template = Template(setting, Path(setting).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise UsageError(
                 f"model.chat_template: {Path(setting)}: {reason}; give a Jinja file, none, or null for the tokenizer's own"
             ) from None
     elif not tokenizer.chat_template:
-        template = Template("built-in", "a plain built-in one (the tokenizer has none)", BUILT_IN)
+        template = Template("a plain built-in one (the tokenizer has none)", BUILT_IN)
     else:
         try:
-            template = Template("tokenizer", "the tokenizer's own", tokenizer.get_chat_template())
+            template = Template("the tokenizer's own", tokenizer.get_chat_template())
         except ValueError:
             raise UsageError(
                 "the tokenizer has several chat templates and none of them is its default: "
@@ -90,7 +89,7 @@ class ChatFormat(NamedTuple):
 
     tokenizer: Any
     template: Template
-    prefix: tuple[int, ...]  # special tokens the tokenizer itself puts before a text: one BOS, or nothing
+    prefix: tuple[int, ...]  # special tokens that the tokenizer puts before any text of its own accord: one BOS, or nothing
     anchor: str  # put before a response while it is tokenised, so that it continues a text and does not start one
     tail: str  # what the template writes after the last assistant turn's text
     close: str  # the beginning of tail that is ordinary text
@@ -106,11 +105,12 @@ def read_chat_format(tokenizer: Any, template: Template) -> ChatFormat:
         raise UsageError("the tokenizer has no EOS token, so a model could never learn to stop: use one that has")
     added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     tail, dialogue = ("", "") if template.text is None else _read_turn(tokenizer, template)
+    plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     close, end = _split_tail(tail, dialogue.partition(MARK)[2], [token.content for token in added])
     return ChatFormat(
         tokenizer=tokenizer,
         template=template,
-        prefix=special_prefix(tokenizer),
+        prefix=tuple(full[: next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)]),
         anchor=_anchor(tokenizer),
         tail=tail,
         close=close,
@@ -162,14 +162,6 @@ def _anchor(tokenizer: Any) -> str:
     return "\n" if continued[: len(newline)] == newline and continued[len(newline) :] != alone else ""
 
 
-def special_prefix(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that the tokenizer puts before any text of its own accord: a BOS, or none."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
-    return tuple(full[: starts[0]])
-
-
 def tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, with nothing added."""
     if not texts:
@@ -178,12 +170,6 @@ def tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
     return ids
-
-
-def end_of_turn(tokenizer: Any, template: Template) -> list[int]:
-    """The tokens that end an assistant turn: sampling stops at the last of them."""
-    form = read_chat_format(tokenizer, template)
-    return [*tokenise(tokenizer, [form.close])[0], *form.end_ids]
 
 
 def prompt_text(tokenizer: Any, template: Template, prompt: Prompt) -> str:
@@ -198,8 +184,3 @@ def prompt_text(tokenizer: Any, template: Template, prompt: Prompt) -> str:
     if not prompt:
         raise BadRow("nothing comes before the response")
     return render(tokenizer, template.text, as_turns(prompt), generation=True)
-
-
-def with_prefix(prefix: tuple[int, ...], ids: list[int]) -> list[int]:
-    """Puts the tokenizer's prefix before a prompt that does not already begin with it: never two BOS."""
-    return ids if tuple(ids[: len(prefix)]) == prefix else [*prefix, *ids]

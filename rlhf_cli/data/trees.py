@@ -6,7 +6,7 @@ into rows without padding between them; `visible` says which token sees which.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -198,17 +198,13 @@ class _PassBuilder:
     positions: np.ndarray
     branch: np.ndarray
     tree: np.ndarray
-    source: list[np.ndarray] = field(default_factory=list)
-    target: list[np.ndarray] = field(default_factory=list)
-    owner: list[np.ndarray] = field(default_factory=list)
+    supervised: list[np.ndarray] = field(default_factory=list)  # (3, n) each: source, target and owner
     reference: list[np.ndarray] = field(default_factory=list)
     recorded: list[Recorded[np.ndarray]] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
 
     def supervise(self, source: np.ndarray, target: np.ndarray, reference: np.ndarray | None) -> None:
-        self.source.append(source)
-        self.target.append(target)
-        self.owner.append(np.full(len(target), len(self.last)))
+        self.supervised.append(np.stack([source, target, np.full(len(target), len(self.last))]))
         if reference is not None:
             self.reference.append(reference)
 
@@ -242,11 +238,12 @@ class _PassBuilder:
 
 def build_batch(trees: Sequence[Tree], rows: Sequence[PackedRow]) -> Batch:
     """Lay the pieces of one pass into tensors; `rows` index into `trees`."""
-    sizes = [[_sizes(trees[piece.tree], piece) for piece in row] for row in rows]
+    sizes = [[[len(trees[i].prompt), *(len(trees[i].responses[b]) for b in branches)] for i, branches in row] for row in rows]
     shares = [_shared([trees[piece.tree] for piece in row]) for row in rows]
     length = max(sum(map(sum, own)) - shared * (len(own) - 1) for own, shared in zip(sizes, shares, strict=True))
-    ids, positions, branch = (np.zeros(len(rows) * length, np.int64) for _ in range(3))
-    laid = _PassBuilder(ids, positions, branch, tree=np.full(len(rows) * length, -1, np.int64))
+    layout = np.zeros((4, len(rows) * length), np.int64)
+    laid = _PassBuilder(*layout)
+    laid.tree[:] = -1
     segments: list[Segment] = []
     numbers = {index: n for n, index in enumerate(dict.fromkeys(piece.tree for row in rows for piece in row))}
     counts = dict.fromkeys(numbers, 0)
@@ -259,23 +256,18 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[PackedRow]) -> Batch:
             start = laid.lay(trees[piece.tree], piece, numbers[piece.tree], start, beginning)
             counts[piece.tree] += len(branches)
             beginning = range(row_start, row_start + shares[r])
-        positions[start : row_start + length] = np.arange(row_start + length - start)
-
-    def shaped(flat: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(flat.reshape(len(rows), length))
-
-    def joined(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
+        laid.positions[start : row_start + length] = np.arange(row_start + length - start)
+    ids, positions, branch, tree = torch.from_numpy(layout.reshape(4, len(rows), length))
+    source, target, owner = torch.from_numpy(np.concatenate(laid.supervised, 1))
     recorded = [torch.from_numpy(np.concatenate(values)) for values in zip(*laid.recorded, strict=True)]
     return Batch(
-        ids=shaped(ids),
-        positions=shaped(positions),
-        tree=shaped(laid.tree),
-        branch=shaped(branch),
-        source=joined(laid.source),
-        target=joined(laid.target),
-        owner=joined(laid.owner),
+        ids=ids,
+        positions=positions,
+        tree=tree,
+        branch=branch,
+        source=source,
+        target=target,
+        owner=owner,
         last=torch.tensor(laid.last),
         reference=torch.from_numpy(np.concatenate(laid.reference)) if laid.reference else None,
         recorded=Recorded(*recorded) if recorded else None,
@@ -288,21 +280,29 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[PackedRow]) -> Batch:
     )
 
 
-def _sizes(tree: Tree, piece: Piece) -> list[int]:
-    return [len(tree.prompt), *(len(tree.responses[b]) for b in piece.branches)]
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(row, head, i, j) → does token i of the row see token j? Flex attention asks so; the head is of no matter."""
 
 
-def visible(batch: Batch, window: int | None = None) -> torch.Tensor:
-    """(R, 1, L, L) bool: token i sees token j of the same tree, j not after i, in the prompt or in i's own branch.
+def sees(batch: Batch, window: int | None = None) -> Rule:
+    """Token i sees token j of the same tree, j not after i, in the prompt or in i's own branch.
 
     What begins all prompts of a row belongs to each of its trees. `window` limits the distance in positions, not in row
     indices. Padding sees padding, so that no row of the softmax is empty.
     """
-    index = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    begins_all = (index < batch.shared[:, None])[:, None, :] & (batch.tree >= 0)[:, :, None]
-    same_tree = (batch.tree[:, :, None] == batch.tree[:, None, :]) | begins_all
-    reachable = (batch.branch[:, None, :] == 0) | (batch.branch[:, None, :] == batch.branch[:, :, None])
-    seen = same_tree & reachable & (index[None, :] <= index[:, None])
-    if window is not None:
-        seen &= batch.positions[:, :, None] - batch.positions[:, None, :] < window
-    return seen[:, None]
+    tree, branch, positions, shared = batch.tree, batch.branch, batch.positions, batch.shared
+
+    def rule(row: torch.Tensor, _: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        same_tree = (tree[row, i] == tree[row, j]) | ((j < shared[row]) & (tree[row, i] >= 0))
+        reachable = (branch[row, j] == 0) | (branch[row, j] == branch[row, i])
+        seen = same_tree & reachable & (i >= j)
+        return seen if window is None else seen & (positions[row, i] - positions[row, j] < window)
+
+    return rule
+
+
+def visible(batch: Batch, window: int | None = None) -> torch.Tensor:
+    """(R, 1, L, L) bool: `sees` of every two tokens of a row."""
+    rows, index = (torch.arange(n, device=batch.ids.device) for n in batch.ids.shape)
+    row = rows[:, None, None, None]
+    return sees(batch, window)(row, row, index[:, None], index)

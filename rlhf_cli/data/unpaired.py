@@ -32,7 +32,7 @@ def unpaired_dataset(dataset: Dataset, place: str, seed: int, max_length: int, *
     held_out = dataset.held_out.trees if dataset.held_out is not None else None
     if held_out is not None and not _classes(held_out, held_out.first[:-1] + 1).any():
         raise UsageError(
-            f"{place}: the {len(held_out)} held-out responses are one text ({held_out.where(0)}), and KTO compares each "
+            f"{place}: the {len(held_out)} held-out responses are one text ({held_out.locations[0]}), and KTO compares each "
             "with another one; hold out more rows (data.holdout or data.eval)"
         )
     return dataset.map_trees(partial(with_mismatches, seed=seed, max_length=max_length))
@@ -62,7 +62,7 @@ def with_mismatches(trees: Trees, seed: int, max_length: int) -> Trees:
     prompts, responses = trees.first[:-1], trees.first[:-1] + 1
     texts = _classes(trees, responses)
     if not texts.any():
-        raise UsageError(f"all {len(trees)} responses are the same ({trees.where(0)}); KTO compares each with another one")
+        raise UsageError(f"all {len(trees)} responses are the same ({trees.locations[0]}); KTO compares each with another one")
     others = responses[mismatch(texts, _classes(trees, prompts), seed)]
     parts = np.stack([prompts, responses, others], axis=1)
     lengths = np.diff(trees.segments)[parts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from rlhf_cli.data.trees import Batch, Layout, Segment, visible
+from rlhf_cli.data.trees import Batch, Layout, Segment, sees, visible
 
 TREES = "rlhf_trees"
 """The name under which transformers finds `tree_attention`; it hands on the keyword `segments` given to the model."""
@@ -96,27 +96,18 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | No
     return out[0].transpose(0, 1)
 
 
-def dense_mask(batch: Batch, window: int | None, additive: torch.dtype | None) -> torch.Tensor:
-    """`visible` as SDPA takes it (bool), or as eager attention does (0 and the lowest number of a dtype)."""
+def additive_mask(batch: Batch, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """`visible` as eager attention takes it: 0, and the lowest number of the dtype."""
     seen = visible(batch, window)
-    if additive is None:
-        return seen
-    return torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill(~seen, torch.finfo(additive).min)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def block_mask(batch: Batch, window: int | None) -> Any:
-    """The rule of `visible` as flex attention's BlockMask."""
+def block_mask(batch: Batch, window: int | None, dtype: torch.dtype) -> Any:
+    """`visible` as flex attention's BlockMask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    tree, branch, positions, shared = batch.tree, batch.branch, batch.positions, batch.shared
-
-    def rule(b: torch.Tensor, _: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        same_tree = (tree[b, i] == tree[b, j]) | ((j < shared[b]) & (tree[b, i] >= 0))
-        seen = same_tree & (i >= j) & ((branch[b, j] == 0) | (branch[b, j] == branch[b, i]))
-        return seen if window is None else seen & (positions[b, i] - positions[b, j] < window)
-
     rows, length = batch.ids.shape
-    return create_block_mask(rule, rows, None, length, length, device=batch.ids.device)
+    return create_block_mask(sees(batch, window), rows, None, length, length, device=batch.ids.device)
 
 
 @dataclass(frozen=True)
@@ -125,29 +116,25 @@ class Kernel:
 
     name: str
     layout: Layout
-    mask: str | None  # dense | additive | block; None: the kernel needs none
+    mask: Callable[[Batch, int | None, torch.dtype], Any] | None  # of a batch, under a window, in a dtype
 
     def arguments(self, batch: Batch, layer_types: Sequence[str], window: int | None, dtype: torch.dtype) -> dict[str, Any]:
         """What a model's forward takes beside the ids. `window`: of its sliding layers or, where it names no kinds, of all."""
         if self.layout == "alone":
             return {}
-        if self.name == TREES:
+        if self.mask is None:
             return {"position_ids": batch.positions, "segments": batch.segments}
         windows = {kind: window if kind == "sliding_attention" else None for kind in layer_types} or {"": window}
-        if self.mask == "block":
-            masks = {kind: block_mask(batch, limit) for kind, limit in windows.items()}
-        else:
-            additive = dtype if self.mask == "additive" else None
-            masks = {kind: dense_mask(batch, limit, additive) for kind, limit in windows.items()}
+        masks = {kind: self.mask(batch, limit, dtype) for kind, limit in windows.items()}
         # Models with one kind of layer take one mask, models with two a dict of them.
         return {"position_ids": batch.positions, "attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
 KERNELS = {
     "trees": Kernel(TREES, "long", None),
-    "sdpa": Kernel("sdpa", "packed", "dense"),
-    "eager": Kernel("eager", "packed", "additive"),
-    "flex": Kernel("flex_attention", "long", "block"),
+    "sdpa": Kernel("sdpa", "packed", lambda batch, window, _: visible(batch, window)),
+    "eager": Kernel("eager", "packed", additive_mask),
+    "flex": Kernel("flex_attention", "long", block_mask),
     "flash": Kernel("flash_attention_2", "alone", None),
     "alone": Kernel(PLAIN, "alone", None),
 }

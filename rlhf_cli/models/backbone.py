@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from rlhf_cli import sections
-from rlhf_cli.data.templates import Template, end_of_turn
+from rlhf_cli.data.templates import Template, read_chat_format
 from rlhf_cli.data.trees import Batch, PackedRow, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, Kernel
@@ -117,7 +117,7 @@ class Backbone:
 
     def stop_ids(self, tokenizer: Any, template: Template) -> list[int]:
         """The ids that end a response of this model under a template."""
-        return end_ids(self.model, *end_of_turn(tokenizer, template)[-1:], tokenizer.eos_token_id)
+        return end_ids(self.model, read_chat_format(tokenizer, template).end_ids[-1], tokenizer.eos_token_id)
 
     def enable_gradient_checkpointing(self) -> None:
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -341,8 +341,11 @@ def end_ids(model: Any, *more: int) -> list[int]:
     return sorted({*(own if isinstance(own, list) else [own] if own is not None else []), *more})
 
 
-def lora_config(settings: sections.Lora, base: str, revision: str | None) -> LoraConfig:
-    """The recipe's section as PEFT's config; A is initialised by PEFT, B is 0."""
+def lora_config(settings: sections.Lora, base: str, revision: str | None, parent: LoraConfig | None = None) -> LoraConfig:
+    """The recipe's section as PEFT's config; of a `parent` that goes on, only the dropout is the recipe's."""
+    named = {"base_model_name_or_path": base, "revision": revision}
+    if parent is not None:
+        return dataclasses.replace(parent, lora_dropout=settings.dropout, inference_mode=False, **named)
     modules = settings.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -350,6 +353,5 @@ def lora_config(settings: sections.Lora, base: str, revision: str | None) -> Lor
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
-        base_model_name_or_path=base,
-        revision=revision,
+        **named,
     )

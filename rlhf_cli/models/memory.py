@@ -30,11 +30,11 @@ class Memory:
 
     weights: int
     trained: int  # parameters
-    optimizer: int  # gradients and AdamW's two moments, in float32
     per_token: int  # activations of a forward pass that are kept for backward
 
     def total(self, tokens: int) -> float:
-        return self.weights + self.optimizer + self.per_token * tokens
+        """With gradients and AdamW's two moments, in float32, and a pass of so many tokens."""
+        return self.weights + 12 * self.trained + self.per_token * tokens
 
 
 def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing: bool, trust_remote_code: bool) -> Memory:
@@ -58,7 +58,7 @@ def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing
     kept = text.hidden_size * text.num_hidden_layers + layer if checkpointing else layer * text.num_hidden_layers
     size = torch.finfo(dtype).bits // 8
     weights = 4 * parameters if rank is None else size * parameters + 4 * trained
-    return Memory(weights, trained, 12 * trained, kept * size)
+    return Memory(weights, trained, kept * size)
 
 
 def auto_budget(memory: Memory, longest: int, device: torch.device, *, values: bool = False) -> int:
@@ -67,8 +67,7 @@ def auto_budget(memory: Memory, longest: int, device: torch.device, *, values: b
     values: a value is trained beside the policy.
     """
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] * 0.7 - memory.total(0)
-        room, most = free, 2**17
+        room, most = torch.cuda.mem_get_info(device)[0] * 0.7 - memory.total(0), 2**17
     else:
         room, most = CPU_ACTIVATIONS, 4096
     return max(longest, min(int(room / memory.per_token / (SECOND_ROLE if values else 1)), most))

@@ -43,6 +43,9 @@ class FrozenModels:
             host.alias[role] = BASE
         if head:
             host.add_head(role, weights.head, trained=False)
+        self._place(role, host)
+
+    def _place(self, role: str, host: Backbone) -> None:
         self.hosts[role] = host
 
     def _host(self, weights: Weights) -> Backbone:
@@ -89,9 +92,10 @@ class Placement(FrozenModels):
         if policy.peft is not None:
             self._models[_key(base)] = policy
 
-    def add(self, role: str, weights: Weights, *, head: bool = False) -> None:
-        super().add(role, weights, head=head)
-        self._attach(role)
+    def _place(self, role: str, host: Backbone) -> None:
+        super()._place(role, host)
+        if host is not self.policy:
+            self.policy.elsewhere[role] = host
 
     def add_value(self, weights: Weights, lora: sections.Lora, head: Head) -> None:
         """Place the role "value": a trained copy of the adapter, or a fresh one, which changes nothing yet; and a head.
@@ -99,27 +103,18 @@ class Placement(FrozenModels):
         Raises:
             UsageError: its model and the policy's cannot take the same rows, or the adapter does not fit.
         """
-        host = self._host(weights)
-        config, state = lora_config(lora, weights.base, weights.revision), None
-        if weights.adapter is not None:
-            adapter = read_adapter(weights.adapter)
-            config = dataclasses.replace(adapter.config, lora_dropout=lora.dropout, inference_mode=False)
-            state = adapter.state
+        host, adapter = self._host(weights), read_adapter(weights.adapter) if weights.adapter is not None else None
+        config = lora_config(lora, weights.base, weights.revision, adapter and adapter.config)
         if host.kernel.layout != self.policy.kernel.layout:
             raise UsageError(
                 f"value: {weights.base} takes {host.kernel.layout} rows and the policy {self.policy.kernel.layout} ones: "
                 "they cannot learn from the same passes; set value.init: policy"
             )
-        host.add_lora("value", config, state, trained=True)
+        host.add_lora("value", config, adapter and adapter.state, trained=True)
         host.add_head("value", head.weight, head.bias)
         if self._settings.gradient_checkpointing and host is not self.policy:
             host.enable_gradient_checkpointing()
-        self.hosts["value"] = host
-        self._attach("value")
-
-    def _attach(self, role: str) -> None:
-        if self.hosts[role] is not self.policy:
-            self.policy.elsewhere[role] = self.hosts[role]
+        self._place("value", host)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,12 +93,8 @@ def load_trained(
     if lora is None:
         backbone.train_all_weights(role)
     else:
-        config = lora_config(lora, base.base, base.revision)
-        if adapter is not None:
-            # All that makes the parent's adapter what it is (modules, rslora, patterns) goes on; dropout is the recipe's.
-            named = {"base_model_name_or_path": base.base, "revision": base.revision}
-            config = dataclasses.replace(adapter.config, lora_dropout=lora.dropout, inference_mode=False, **named)
-        backbone.add_lora(role, config, adapter.state if adapter else None, trained=True)
+        config = lora_config(lora, base.base, base.revision, adapter and adapter.config)
+        backbone.add_lora(role, config, adapter and adapter.state, trained=True)
     if settings.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     return backbone, Weights(base.base, base.revision, None)

@@ -219,7 +219,7 @@ class _Table:
         if len(wrong := np.flatnonzero(np.isfinite(reference) != predicted)):
             tree = int(np.searchsorted(dataset.segments[dataset.first], wrong[0], "right")) - 1
             raise NumberError(
-                f"{WHAT}: {dataset.where(tree)}: {len(wrong)} tokens have none, or one too many; set reference.cache: false"
+                f"{WHAT}: {dataset.locations[tree]}: {len(wrong)} tokens have none, or one too many; set reference.cache: false"
             )
         return replace(dataset, reference=reference)
 
@@ -304,7 +304,7 @@ class _Work:
             if len(wrong := np.flatnonzero(~np.isfinite(values))):
                 d, t, r = self.table.places[number]
                 raise NumberError(
-                    f"{WHAT}: {self.datasets[d].where(t)}: response {r + 1} has {values[wrong[0]]} at {len(wrong)} of "
+                    f"{WHAT}: {self.datasets[d].locations[t]}: response {r + 1} has {values[wrong[0]]} at {len(wrong)} of "
                     f"{len(values)} tokens\nthe weights or the row are damaged, or the numbers too large for model.dtype; "
                     "try model.dtype: float32"
                 )

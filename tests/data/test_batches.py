@@ -8,7 +8,7 @@ import operator
 import numpy as np
 import pytest
 
-from rlhf_cli.data.batches import DatasetSource, due_steps, kept_sizes, total_steps
+from rlhf_cli.data.batches import DatasetSource, due_steps, total_steps
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Tree
@@ -83,9 +83,3 @@ def test_total_steps(epochs: float, steps: int | None, per_epoch: int, wanted: i
 )
 def test_due_steps(every: float | None, steps: int, wanted: set[int]) -> None:
     assert due_steps(every, steps) == wanted
-
-
-def test_kept_sizes() -> None:
-    """Records 0–2 are of the first source, 3–4 of the second, 5–8 of the third; encoding dropped 1, 3, 4 and 8."""
-    assert kept_sizes([0, 2, 5, 6, 7], [3, 2, 4]) == (2, 0, 3)
-    assert kept_sizes([0, 2], [5]) == (2,)

@@ -22,7 +22,7 @@ DATA = sections.SftData(train=[])
 
 def run(folder: Path | None, rows: list[Record] = ROWS, tokenizer: Any = None, text: str = CHATML, **data: Any) -> Encoded:
     tokenizer = tokenizer or tiny_tokenizer()
-    return encode(rows, tokenizer, Template("file", "x", text), replace(DATA, **data), responses="first", cache=folder)
+    return encode(rows, tokenizer, Template("x", text), replace(DATA, **data), responses="first", cache=folder)
 
 
 def files(folder: Path) -> list[Path]:

@@ -37,7 +37,7 @@ def run(stage: str, *sources: list[dict[str, Any]], check: Any = None, margin: s
     for name, rows in zip(names, sources, strict=True):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = sections.Data([sections.Source(name) for name in names], **data)
-    template = Template("file", "x", CHATML)
+    template = Template("x", CHATML)
     return prepare(settings, request_of(stage, check=check, margin_column=margin), tiny_tokenizer(), template)
 
 
@@ -63,6 +63,14 @@ def test_truncated_rows_are_lost_too() -> None:
     assert run("dpo", rows, max_length=40, overlong="truncate-response", max_lost=0.2).train.truncated == 1
     with pytest.raises(UsageError, match=r"^1 of 7 rows \(14.3%\) are dropped or truncated; data.max_lost allows 10.0%\n"):
         run("dpo", rows, max_length=40, overlong="truncate-response", max_lost=0.1)
+
+
+def test_a_source_has_the_rows_that_encoding_left_it() -> None:
+    good, lost = ({"prompt": prompt, "chosen": "It is four", "rejected": "Five"} for prompt in ("2+2?", "<s>"))
+    sources = [good, lost, good], [lost, lost], [good, good, good, lost]
+    several, single = run("train-rm", *sources, max_lost=1.0), run("train-rm", sources[0], max_lost=1.0)
+    assert several.source(sections.Train(), sections.Data([]), 0).sizes == (2, 0, 3)
+    assert single.source(sections.Train(), sections.Data([]), 0).sizes == (2,)
 
 
 def test_pairs_that_are_the_same_once_cut_count_as_lost() -> None:
@@ -143,7 +151,7 @@ def test_prompts_of_any_rows() -> None:
     for name, part in zip(names, by_kind, strict=True):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in part))
     settings = sections.Data([sections.Source(name) for name in names], max_length=40, max_lost=1.0)
-    template = Template("file", "x", CHATML)
+    template = Template("x", CHATML)
 
     def prompts(reserve: int) -> Dataset:
         return prepare(settings, request_of("ppo", reserve=reserve), tiny_tokenizer(), template)

@@ -14,7 +14,7 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
 from tests.data.tiny_tokenizer import CHATML, ENDLESS_TURNS, FORGETS, LLAMA3, PHI3, THINK, ZEPHYR, encode_prompt, tiny_tokenizer
 
-NONE = Template("none", "none", None)
+NONE = Template("none", None)
 LEADING_BOS = "{{ bos_token }}" + CHATML
 STRIPS = CHATML.replace("m['content']", "m['content'] | trim")
 
@@ -26,7 +26,7 @@ def talk(*texts: str, system: str | None = None) -> tuple[Message, ...]:
 
 
 def file(text: str | None) -> Template:
-    return Template("file", "x.jinja", text)
+    return Template("x.jinja", text)
 
 
 def run(records: list[Record], tokenizer: Any, text: str | None, responses: Any = "first", **data: Any) -> Encoded:
@@ -190,7 +190,7 @@ def test_comparisons_that_are_cut_to_the_same_tokens_are_lost() -> None:
     assert (encoded.kept, encoded.truncated) == (5, 4)
     left = checked(encoded, same_tokens)
     reason = "a better and a worse response are the same, cut and tokenised"
-    assert [left.trees.where(i) for i in range(left.kept)] == ["p:2", "p:3", "p:5"]
+    assert [left.trees.locations[i] for i in range(left.kept)] == ["p:2", "p:3", "p:5"]
     assert (left.read, left.kept, left.truncated, left.lost) == (5, 3, 2, {reason: 2})
     assert left.examples == (f"p:1: {reason}", f"p:4: {reason}")
     for tree, i in zip(left.trees, (1, 2, 4), strict=True):
@@ -257,7 +257,7 @@ def test_trees_know_their_lengths_and_counts() -> None:
     assert trees.lengths.tolist() == [len(tree.prompt) + sum(map(len, tree.responses)) for tree in trees]
     assert trees.supervised_counts[0] == sum(map(len, trees[0].responses))
     assert trees.supervised_counts[1] == sum(map(len, trees[1].responses)) - 2  # nothing comes before a first token
-    assert [trees.where(i) for i in range(3)] == ["d.jsonl:1", "t:9", "t:10"]
+    assert [trees.locations[i] for i in range(3)] == ["d.jsonl:1", "t:9", "t:10"]
     assert [tree.row for tree in trees[1:]] == [1, 2] and trees[-1].row == 2
     assert (trees.ids.dtype, trees.segments.dtype) == (np.int32, np.int64)
 
@@ -330,4 +330,4 @@ def test_rows_without_a_prompt_are_bad_where_only_prompts_are_used() -> None:
     rows = [Record("", ("Hello",), "t:1"), Record("Hi<|im_end|>", (), "t:2"), Record("Hi", ("</s>",), "t:3")]
     encoded = prompts_of(rows, tiny_tokenizer(), 1)
     assert encoded.lost == {"no prompt": 1, "a control token in the text": 1}
-    assert encoded.trees.where(0) == "t:3"  # its response, which is not used, has one too
+    assert encoded.trees.locations[0] == "t:3"  # its response, which is not used, has one too

@@ -1,26 +1,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf_cli.data.records import BadRow, Message
-from rlhf_cli.data.templates import BUILT_IN, Template, choose_template, end_of_turn, read_chat_format
+from rlhf_cli.data.templates import BUILT_IN, Template, choose_template, read_chat_format, tokenise
 from rlhf_cli.errors import UsageError
 from tests.data.tiny_tokenizer import CHATML, ENDLESS_TURNS, LLAMA3, PHI3, ZEPHYR, encode_prompt, render_prompt, tiny_tokenizer
 
-NONE = Template("none", "none", None)
+NONE = Template("none", None)
 
 
 def file(text: str) -> Template:
-    return Template("file", "x.jinja", text)
+    return Template("x.jinja", text)
 
 
 def test_the_tokenizers_own_template_wins_over_the_built_in_one() -> None:
     own = choose_template(tiny_tokenizer(template=CHATML), None)
     plain = choose_template(tiny_tokenizer(), None)
-    assert (own.kind, own.text) == ("tokenizer", CHATML)
-    assert (plain.kind, plain.source) == ("built-in", "a plain built-in one (the tokenizer has none)")
+    assert (own.source, own.text) == ("the tokenizer's own", CHATML)
+    assert (plain.source, plain.text) == ("a plain built-in one (the tokenizer has none)", BUILT_IN)
     assert choose_template(tiny_tokenizer(template=CHATML), "none").hash == "none"
 
 
@@ -42,6 +43,11 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
         choose_template(tiny_tokenizer(template={"rag": CHATML, "tool_use": CHATML}), None)
 
 
+def end_of_turn(tokenizer: Any, template: Template) -> list[int]:
+    form = read_chat_format(tokenizer, template)
+    return [*tokenise(tokenizer, [form.close])[0], *form.end_ids]
+
+
 @pytest.mark.parametrize(
     ("text", "end"),
     [
@@ -55,7 +61,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 )
 def test_end_of_turn(text: str | None, end: str) -> None:
     tokenizer = tiny_tokenizer()
-    assert end_of_turn(tokenizer, Template("file", "x", text)) == [tokenizer.convert_tokens_to_ids(end)]
+    assert end_of_turn(tokenizer, Template("x", text)) == [tokenizer.convert_tokens_to_ids(end)]
 
 
 def test_an_end_of_turn_of_two_tokens_and_an_eos_after_everything() -> None:
@@ -78,7 +84,7 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
 )
 def test_at_most_one_bos(text: str | None, adds_bos: bool, count: int) -> None:
     tokenizer = tiny_tokenizer(adds_bos=adds_bos)
-    ids = encode_prompt(tokenizer, Template("file", "x", text), "Hello")
+    ids = encode_prompt(tokenizer, Template("x", text), "Hello")
     assert ids.count(tokenizer.bos_token_id) == count
     assert ids[:1] == [tokenizer.bos_token_id] or not count
 
@@ -101,7 +107,7 @@ def test_a_prompt_is_rendered_as_transformers_renders_it() -> None:
 
 def test_built_in_template() -> None:
     turns = (Message("system", "Be kind."), Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye"))
-    text = render_prompt(tiny_tokenizer(), Template("built-in", "", BUILT_IN), turns)
+    text = render_prompt(tiny_tokenizer(), Template("", BUILT_IN), turns)
     assert text == "System:\nBe kind.\n\nUser:\nHi\n\nAssistant:\nHello</s>\n\nUser:\nBye\n\nAssistant:\n"
 
 

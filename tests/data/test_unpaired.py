@@ -27,7 +27,7 @@ def make(*rows: Row) -> Trees:
 
 def contents(trees: Trees) -> list[tuple[list[int], list[list[int]], Facts, int, str]]:
     return [
-        (tree.prompt.tolist(), [r.tolist() for r in tree.responses], tree.facts, tree.row, trees.where(i))
+        (tree.prompt.tolist(), [r.tolist() for r in tree.responses], tree.facts, tree.row, trees.locations[i])
         for i, tree in enumerate(trees)
     ]
 

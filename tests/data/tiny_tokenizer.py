@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_cli.data.records import Prompt
 from rlhf_cli.data.sandbox import memory_limit, time_limit
-from rlhf_cli.data.templates import Template, prompt_text, special_prefix, tokenise, with_prefix
+from rlhf_cli.data.templates import Template, prompt_text, tokenise
 
 TEXT = ["What is two plus two? It is four, of course. Hello there, how are you today? I am well, thank you.\n\n"] * 4
 
@@ -70,4 +70,6 @@ def render_prompt(tokenizer: PreTrainedTokenizerFast, template: Template, prompt
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, template: Template, prompt: Prompt) -> list[int]:
     """A prompt's tokens, one prompt at a time."""
     text = render_prompt(tokenizer, template, prompt)
-    return with_prefix(special_prefix(tokenizer), tokenise(tokenizer, [text])[0])
+    ids = tokenise(tokenizer, [text])[0]
+    bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] != ids[:1]
+    return [tokenizer.bos_token_id, *ids] if bos else ids

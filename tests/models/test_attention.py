@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_cli.data.trees import Batch, Piece, build_batch, visible
-from rlhf_cli.models.attention import block_mask, dense_mask, tree_attention
+from rlhf_cli.models.attention import additive_mask, block_mask, tree_attention
 from tests.models.tiny_backbone import draw_trees
 
 DIM = 4
@@ -89,12 +89,11 @@ def test_what_it_has_not_it_refuses(options: dict[str, float]) -> None:
 def test_the_masks_say_the_same(made: Callable[[], Batch], window: int | None) -> None:
     batch = made()
     seen = visible(batch, window)
-    assert torch.equal(dense_mask(batch, window, None), seen)
-    additive = dense_mask(batch, window, torch.float32)
+    additive = additive_mask(batch, window, torch.float32)
     assert torch.equal(additive == 0, seen)
     assert set(additive[~seen].tolist()) == {torch.finfo(torch.float32).min}
     rows, length = batch.ids.shape
-    rule = block_mask(batch, window).mask_mod
+    rule = block_mask(batch, window, torch.float32).mask_mod
     index = torch.arange(length)
     b = torch.arange(rows)[:, None, None]
     assert torch.equal(rule(b, torch.tensor(0), index[None, :, None], index[None, None, :]), seen[:, 0])

@@ -187,7 +187,7 @@ class TestTemplates:
     def test_a_run_without_one_reads_prompt_and_response_as_they_stand(self, home: Path) -> None:
         assert find(home, home / "plain", template="none").reads == "tokens"
         found = find(home, home / "plain")
-        assert (found.reads, found.template.kind) == ("text", "none")
+        assert (found.reads, found.template.text) == ("text", None)
         tokenizer = tiny_tokenizer()
         texts = [
             (tokenizer.decode(tree.prompt), tokenizer.decode(ids)) for tree in found.reader(drawn(home)) for ids in tree.responses
@@ -197,7 +197,7 @@ class TestTemplates:
     def test_where_nothing_says_which_it_is_the_policys(self, home: Path) -> None:
         """A checkpoint records no template, and its tokenizer has none."""
         found = find(home, home / "plain" / "checkpoints" / "step-00000001", template="none")
-        assert (found.reads, found.template.kind) == ("tokens", "none")
+        assert (found.reads, found.template.text) == ("tokens", None)
 
     def test_another_end_of_turn_is_another_tokenizer(self, home: Path, tmp_path: Path) -> None:
         shutil.copytree(home / "rm" / "model", tmp_path / "rm")

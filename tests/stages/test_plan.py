@@ -25,9 +25,9 @@ def rows_of(folder: Path, stage: str, *overrides: str) -> dict[str, str]:
     text += "train: {batch_size: 4, learning_rate: 1e-5}\n"
     (folder / "r.yaml").write_text(text)
     recipe: Any = load_recipe(stage, folder / "r.yaml", overrides).recipe
-    dataset = prepare(recipe.data, row_request(recipe, str), tiny_tokenizer(), Template("file", "x", CHATML))
+    dataset = prepare(recipe.data, row_request(recipe, str), tiny_tokenizer(), Template("x", CHATML))
     source = dataset.source(recipe.train, recipe.data, 0)
-    sections = plan(recipe, dataset, source, 2, Memory(0, 1, 0, 0), 100, {})
+    sections = plan(recipe, dataset, source, 2, Memory(0, 1, 0), 100, {})
     return {label: str(value) for _, part in sections for label, value in part}
 
 
