@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,32 +57,21 @@ def tree_attention(
         begins = next(split) if shared else None
         parts: list[torch.Tensor] = []
         for segment in mine:
-            prompt, *branches = _attend(begins, [next(split) for _ in _sizes(segment)], scaling, sliding_window)
-            parts += [prompt[segment.shared :], *branches]
+            prompt, *branches = (next(split) for _ in _sizes(segment))
+            # What all prompts begin with is computed again for every tree, so that the kernel has a plain causal sequence.
+            q, k, v = prompt if begins is None else (torch.cat(pair, 2) for pair in zip(begins, prompt, strict=True))
+            parts.append(_causal(q, k, v, scaling, sliding_window)[segment.shared :])
+            for q, own_k, own_v in branches:
+                parts.append(_causal(q, torch.cat((k, own_k), 2), torch.cat((v, own_v), 2), scaling, sliding_window))
         if rest:
             parts.append(query.new_zeros(rest, query.shape[1], value.shape[3]))
         rows.append(torch.cat(parts))
     return torch.stack(rows) if len(rows) > 1 else rows[0][None], None
 
 
-Piece = tuple[torch.Tensor, ...]
-"""Query, key and value of some tokens that follow each other, (1, H, length, D) each."""
-
-
 def _sizes(segment: Segment) -> tuple[int, ...]:
     """Prompt and branches; a prompt with a single branch is one causal sequence."""
     return (segment.prompt, *segment.branches) if len(segment.branches) > 1 else (segment.prompt + segment.branches[0],)
-
-
-def _attend(begins: Piece | None, pieces: Sequence[Piece], scale: float | None, window: int | None) -> Iterator[torch.Tensor]:
-    """The parts of one tree, each (length, H, D): the prompt with what all prompts of the row begin with, then the branches.
-
-    That beginning is computed again for every tree, a few rows more, so that the kernel has a plain causal sequence.
-    """
-    q, k, v = pieces[0] if begins is None else (torch.cat(pair, 2) for pair in zip(begins, pieces[0], strict=True))
-    yield _causal(q, k, v, scale, window)
-    for query, key, value in pieces[1:]:
-        yield _causal(query, torch.cat((k, key), 2), torch.cat((v, value), 2), scale, window)
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:

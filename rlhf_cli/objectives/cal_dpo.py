@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import Pair, PairObjective, Side
+from rlhf_cli.objectives.preference import Pair, PairObjective, Responses
 from rlhf_cli.sections import key
 
 
@@ -28,5 +28,5 @@ class CalDpo(PairObjective):
         squares = (pair.chosen.logratio - target) ** 2 + (pair.rejected.logratio + target) ** 2
         return softplus(pair.rejected.logratio - pair.chosen.logratio) + self.calibration * squares
 
-    def reward(self, side: Side) -> Tensor:
-        return side.logratio
+    def reward(self, responses: Responses) -> Tensor:
+        return responses.logratio

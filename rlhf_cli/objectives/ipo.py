@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import LogRatioPair, Pair, Side
+from rlhf_cli.objectives.preference import LogRatioPair, Pair, Responses
 from rlhf_cli.sections import key
 
 
@@ -37,11 +37,11 @@ class Ipo(LogRatioPair):
     def loss(self, pair: Pair) -> Tensor:
         return (self._logratio(pair.chosen) - self._logratio(pair.rejected) - self.target) ** 2
 
-    def reward(self, side: Side) -> Tensor:
-        return self.beta * self._logratio(side)
+    def reward(self, responses: Responses) -> Tensor:
+        return self.beta * self._logratio(responses)
 
-    def _logratio(self, side: Side) -> Tensor:
-        return side.logratio if self.normalize == "sum" else side.logratio / side.lengths
+    def _logratio(self, responses: Responses) -> Tensor:
+        return responses.logratio if self.normalize == "sum" else responses.logratio / responses.lengths
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Adds the mean of h as margin/logratio, and its target."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor, Trained
-from rlhf_cli.objectives.preference import Pair, PairObjective, Side
+from rlhf_cli.objectives.preference import Pair, PairObjective, Responses
 from rlhf_cli.sections import key
 
 
@@ -29,8 +29,8 @@ class Orpo(PairObjective):
         chosen, rejected = self.reward(pair.chosen), self.reward(pair.rejected)
         return -chosen + self.lambda_ * softplus(log_odds(rejected) - log_odds(chosen))
 
-    def reward(self, side: Side) -> Tensor:
-        return side.logps / side.lengths
+    def reward(self, responses: Responses) -> Tensor:
+        return responses.logps / responses.lengths
 
 
 def log_odds(logp: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ class PlackettLuce(LogRatioPair):
     ties: ClassVar[bool] = False
     kind_for_ties: ClassVar[str] = "dpo"
 
-    def losses(self, responses: Responses, pair: Pair) -> dict[str, Tensor]:
-        return {"trees": ranking_losses(self.beta * responses.logratio, responses.counts).sum()}
+    def losses(self, responses: Responses, pair: Pair, batch: Batch) -> dict[str, Tensor]:
+        return {"trees": ranking_losses(self.beta * responses.logratio, batch.counts).sum()}
 
 
 @dataclass(frozen=True)

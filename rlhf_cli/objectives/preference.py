@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, combinations
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -23,21 +22,16 @@ SATURATED = 0.05
 """A pair whose gradient has less than this share of its size at log-ratio 0 teaches next to nothing any more."""
 
 
-@dataclass(frozen=True)
-class Responses:
-    """The M responses of one pass, tree by tree, in the order of their ranks. Sums over its tokens, in nats, float64."""
+class Responses(NamedTuple):
+    """Responses of one pass, all of them tree by tree in the order of their ranks, or a side of its pairs.
 
-    logps: Tensor  # (M,) log π(y|x)
-    reference: Tensor | None  # (M,) log π_ref(y|x)
-    lengths: Tensor  # (M,) tokens
-    counts: tuple[int, ...]  # responses of each tree; their sum is M
-    facts: tuple[Facts, ...]  # of each tree
+    Sums over their tokens, in nats; all (M,) float64.
+    """
 
-    @cached_property
-    def logratio(self) -> Tensor:
-        """ρ = log π(y|x) − log π_ref(y|x), (M,)."""
-        assert self.reference is not None
-        return self.logps - self.reference
+    logps: Tensor  # log π(y|x)
+    logratio: Tensor  # ρ = log π(y|x) − log π_ref(y|x); NaN where the objective needs no reference
+    lengths: Tensor  # tokens
+    scores: Tensor  # of the data; NaN where they have none
 
 
 def read_responses(backbone: Backbone, batch: Batch, reference: bool) -> Responses:
@@ -51,13 +45,15 @@ def read_responses(backbone: Backbone, batch: Batch, reference: bool) -> Respons
     if reference and known is None:
         with torch.no_grad():
             known, _ = backbone.logps("reference", batch)
-    logps, _ = backbone.logps("policy", batch)
+    each, _ = backbone.logps("policy", batch)
 
     def total(values: Tensor) -> Tensor:
         return torch.zeros(len(batch.last), dtype=torch.float64, device=values.device).index_add(0, batch.owner, values.double())
 
-    lengths = total(torch.ones_like(logps))
-    return Responses(total(logps), None if known is None else total(known), lengths, batch.counts, batch.facts)
+    logps = total(each)
+    logratio = torch.full_like(logps, torch.nan) if known is None else logps - total(known)
+    scores = [s for count, facts in zip(batch.counts, batch.facts, strict=True) for s in facts.scores or [torch.nan] * count]
+    return Responses(logps, logratio, total(torch.ones_like(each)), logps.new_tensor(scores))
 
 
 def ordered_pairs(count: int, facts: Facts) -> list[tuple[int, int]]:
@@ -118,20 +114,11 @@ class PreferenceObjective(Objective):
         return None
 
 
-class Side(NamedTuple):
-    """The chosen or the rejected responses of P pairs. All (P,), sums over tokens in nats, float64."""
-
-    logps: Tensor  # log π(y|x)
-    logratio: Tensor  # ρ; NaN where the objective needs no reference
-    lengths: Tensor  # tokens
-    scores: Tensor  # of the data; NaN where they have none
-
-
 class Pair(NamedTuple):
     """The P pairs of a pass as a loss sees them."""
 
-    chosen: Side
-    rejected: Side
+    chosen: Responses  # (P,)
+    rejected: Responses  # (P,)
     given: Mapping[str, float]  # as `terms` has it
 
 
@@ -158,7 +145,7 @@ class PairObjective(PreferenceObjective):
         """The loss of every pair, (P,)."""
         raise NotImplementedError
 
-    def reward(self, side: Side) -> Tensor:
+    def reward(self, responses: Responses) -> Tensor:
         """Implicit rewards, (P,), in the units in which the loss compares them."""
         raise NotImplementedError
 
@@ -166,16 +153,18 @@ class PairObjective(PreferenceObjective):
         """The size of ∂loss/∂margin as a share of its size at log-ratio 0, (P,); for losses that saturate."""
         raise NotImplementedError
 
-    def losses(self, responses: Responses, pair: Pair) -> dict[str, Tensor]:
+    def losses(self, responses: Responses, pair: Pair, batch: Batch) -> dict[str, Tensor]:
         """Unit → sum over the pass, without the `sft_weight` term."""
         return {"pairs": self.loss(pair).sum()}
 
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         responses = read_responses(backbone, batch, self.reference)
-        pair = _pair(responses, pairs_of(batch), given)
-        losses = self.losses(responses, pair)
+        pairs = pairs_of(batch)
+        chosen, rejected = (Responses(*(values[side] for values in responses)) for side in (pairs.chosen, pairs.rejected))
+        pair = Pair(chosen, rejected, given)
+        losses = self.losses(responses, pair, batch)
         if self.sft_weight:
-            best = list(accumulate(responses.counts[:-1], initial=0))
+            best = list(accumulate(batch.counts[:-1], initial=0))
             losses["tokens"] = -self.sft_weight * responses.logps[best].sum()
         yield LossTerm(losses, self._sums(pair))
 
@@ -207,23 +196,9 @@ class LogRatioPair(PairObjective):
 
     beta: float = key(0.1, BETA, low=1e-9)
 
-    def reward(self, side: Side) -> Tensor:
-        return self.beta * side.logratio
+    def reward(self, responses: Responses) -> Tensor:
+        return self.beta * responses.logratio
 
     def margin(self, pair: Pair) -> Tensor:
         """z = β(ρ_w − ρ_l), (P,)."""
         return self.beta * (pair.chosen.logratio - pair.rejected.logratio)
-
-
-def _pair(responses: Responses, pairs: PairIndices, given: Mapping[str, float]) -> Pair:
-    import torch
-
-    ratio = responses.logratio if responses.reference is not None else torch.full_like(responses.logps, torch.nan)
-    scores = torch.tensor(
-        [s for count, facts in zip(responses.counts, responses.facts, strict=True) for s in facts.scores or [torch.nan] * count],
-        dtype=torch.float64,
-        device=ratio.device,
-    )
-    of_all = Side(responses.logps, ratio, responses.lengths, scores)
-    chosen, rejected = (Side(*(values[side] for values in of_all)) for side in (pairs.chosen, pairs.rejected))
-    return Pair(chosen, rejected, given)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import Pair, PairObjective, Side
+from rlhf_cli.objectives.preference import Pair, PairObjective, Responses
 from rlhf_cli.sections import key
 
 
@@ -25,5 +25,5 @@ class Rebel(PairObjective):
         lead = pair.chosen.scores - pair.rejected.scores
         return ((pair.chosen.logratio - pair.rejected.logratio) / self.eta - lead) ** 2
 
-    def reward(self, side: Side) -> Tensor:
-        return side.logratio / self.eta
+    def reward(self, responses: Responses) -> Tensor:
+        return responses.logratio / self.eta

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor, Trained
-from rlhf_cli.objectives.preference import Pair, PairObjective, Side
+from rlhf_cli.objectives.preference import Pair, PairObjective, Responses
 from rlhf_cli.sections import key
 
 
@@ -28,8 +28,8 @@ class Simpo(PairObjective):
 
         return softplus(self.gamma - self._margin(pair))
 
-    def reward(self, side: Side) -> Tensor:
-        return self.beta * side.logps / side.lengths
+    def reward(self, responses: Responses) -> Tensor:
+        return self.beta * responses.logps / responses.lengths
 
     def _margin(self, pair: Pair) -> Tensor:
         return self.reward(pair.chosen) - self.reward(pair.rejected)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import Pair, PairObjective, Side
+from rlhf_cli.objectives.preference import Pair, PairObjective, Responses
 from rlhf_cli.sections import key
 
 
@@ -25,5 +25,5 @@ class Slic(PairObjective):
     def loss(self, pair: Pair) -> Tensor:
         return (self.delta - pair.chosen.logps + pair.rejected.logps).relu() - self.lambda_ * pair.chosen.logps
 
-    def reward(self, side: Side) -> Tensor:
-        return side.logps
+    def reward(self, responses: Responses) -> Tensor:
+        return responses.logps
