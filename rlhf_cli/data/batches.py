@@ -71,10 +71,7 @@ def total_steps(epochs: float, steps: int | None, steps_per_epoch: int) -> int:
 
 
 def due_steps(every: float | None, steps: int) -> frozenset[int]:
-    """Steps after which something happens: below 1 a share of the run, else a number of steps, null at the end alone.
-
-    The last step always belongs to it.
-    """
+    """Steps after which something happens, and the last: below 1 a share of the run, else a number of steps, null: no others."""
     if every is None:
         return frozenset({steps})
     if every >= 1:

@@ -53,8 +53,7 @@ class Dataset:
 def prepare(data: sections.Data, request: RowRequest, tokenizer: Any, template: Template) -> Dataset:
     """Read, check and tokenise, or find the same tokens in the cache.
 
-    Raises:
-        UsageError: rows, columns or files are wrong, or more than `data.max_lost` of the rows would be lost.
+    Raises UsageError if rows, columns or files are wrong, or more than `data.max_lost` of the rows would be lost.
     """
     reading, responses, reserve = read_data(data, request), request.purpose.use.responses, request.reserve
     checks = ([same_tokens] if responses == "all" else []) + ([request.check] if request.check else [])

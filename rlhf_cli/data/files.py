@@ -17,8 +17,7 @@ from typing import Any
 from rlhf_cli.data.records import BadRow, kind_of
 from rlhf_cli.errors import MachineError, UsageError
 
-RawRow = tuple[int, dict[str, Any] | BadRow]
-"""(line or row number from 1, the row or why it is none)"""
+RawRow = tuple[int, dict[str, Any] | BadRow]  # (line or row number from 1, the row or why it is none)
 
 MAX_LINE = 8 * 2**20  # bytes of one row; a longer one is a bad row, and is never held in memory as a whole
 

@@ -55,10 +55,7 @@ def _prompt(row: Row) -> Prompt:
 
 
 def _response(prompt: Prompt, value: Any, name: str) -> tuple[Prompt, str]:
-    """A response to the prompt: text, the assistant's turn, or a whole conversation that begins with the prompt.
-
-    The prompt is returned with it, because turns of `value` before the last belong to it.
-    """
+    """A response (text, the assistant's turn, or a whole conversation) and its prompt, to which turns before the last belong."""
     if type(value) is not list:
         return prompt, a_text(value, name)
     turns, start = messages(value, name), as_turns(prompt)

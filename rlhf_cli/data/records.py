@@ -18,8 +18,7 @@ class Message(NamedTuple):
     content: str
 
 
-Prompt = str | tuple[Message, ...]
-"""A text stands for itself under `chat_template: none`, else for one user turn."""
+Prompt = str | tuple[Message, ...]  # a text stands for itself under `chat_template: none`, else for one user turn
 
 PlainPrompt = str | list[dict[str, str]]
 """A prompt as files and Python functions have it: a text, or a conversation as a list of {"role", "content"}."""

@@ -154,10 +154,7 @@ def _any_of(strings: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def _anchor(tokenizer: Any) -> str:
-    """A newline for tokenizers that put a space before every text (SentencePiece's dummy prefix), else nothing.
-
-    Without it the response "Hello" would be trained as " Hello".
-    """
+    """A newline for tokenizers that put a space before every text, and so would make " Hello" of "Hello"; else nothing."""
     alone, newline, continued = tokenise(tokenizer, ["a", "\n", "\na"])
     return "\n" if continued[: len(newline)] == newline and continued[len(newline) :] != alone else ""
 

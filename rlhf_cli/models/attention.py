@@ -35,10 +35,8 @@ def tree_attention(
     """Exact attention of the tree layout; query (R, H, L, D), key and value (R, H_kv, L, D) → (R, L, H, D).
 
     Equal to a dense softmax under `visible`, at the cost of the visible part alone. Padding gets zeros. It has ten arguments
-    because transformers calls it so, as it does every attention.
-
-    Raises:
-        NotImplementedError: for attention with dropout or a softcap, or an asymmetric window: the caller falls back to a mask.
+    because transformers calls it so, as it does every attention. Raises NotImplementedError for attention with dropout or a
+    softcap: the caller falls back to a mask.
     """
     if dropout or softcap is not None:
         raise NotImplementedError("tree attention has neither dropout nor softcap")

@@ -22,8 +22,7 @@ from rlhf_cli.models.heads import SCORE, reward_config, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
 from rlhf_cli.models.logps import token_logps
 
-BASE = "base"
-"""The role of the bare base model, whatever adapters sit on it."""
+BASE = "base"  # the role of the bare base model, whatever adapters sit on it
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of a token's packed and separate hidden states, relative to their norm."""
@@ -62,8 +61,7 @@ class Backbone:
     def add_lora(self, role: str, config: LoraConfig, state: dict[str, torch.Tensor] | None, *, trained: bool) -> None:
         """Give `role` an adapter of its own: fresh (B = 0), or with the tensors of `state`. A frozen one has no dropout.
 
-        Raises:
-            UsageError: the tensors do not fit the adapter.
+        Raises UsageError if the tensors do not fit the adapter, or it would change the output head.
         """
         if not trained:
             config = dataclasses.replace(config, lora_dropout=0.0)  # it may run while the policy's dropout is on
@@ -178,17 +176,14 @@ class Backbone:
         return torch.flatten(out.last_hidden_state, 0, 1)
 
     def logps(self, role: str, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities (N,) of the batch's supervised tokens, float32, and whether each is the most likely one (N,).
-
-        The one function for policy, old policy and reference. The head runs on the N states that predict something.
-        """
+        """Log-probabilities (N,) of the batch's supervised tokens, float32, and whether each is the most likely one (N,)."""
         (logps,), hits = self.tempered_logps(role, batch, (temperature,))
         return logps, hits
 
     def tempered_logps(
         self, role: str, batch: Batch, temperatures: Sequence[float]
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """`logps` at several temperatures from one forward pass."""
+        """`logps` at several temperatures from one forward pass; the head runs on the N states that predict something."""
         host = self.at(role)
         states = host.hidden(role, batch)[batch.source]
         found = {temperature: host._head(states, batch.target, temperature) for temperature in temperatures}

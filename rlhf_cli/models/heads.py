@@ -12,8 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from rlhf_cli.errors import UsageError
 
-SCORE = "score.weight"
-"""The name of the head's weight in transformers' sequence classifiers."""
+SCORE = "score.weight"  # the name of the head's weight in transformers' sequence classifiers
 
 
 def classifier_class(config: Any) -> Any:

@@ -88,10 +88,7 @@ class RowCache(Cache):  # type: ignore[misc]
         self.place.column += 1
 
     def keep(self, live: torch.Tensor) -> torch.Tensor:
-        """Drop the rows where `live` (rows,) is False; returns the rows that are left, in their new order.
-
-        The last rows move into the gaps, so that nothing else is copied.
-        """
+        """Drop the rows where `live` (rows,) is False; returns those left in their new order: the last ones fill the gaps."""
         left = int(live.sum())
         order = torch.arange(left, device=live.device)
         gaps = torch.nonzero(~live[:left])[:, 0]

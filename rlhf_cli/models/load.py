@@ -55,12 +55,7 @@ def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The fast tokenizer of a model.
-
-    Raises:
-        UsageError: the folder has none, or only a slow one.
-        MachineError: a hub id that cannot be reached.
-    """
+    """The fast tokenizer of a model. Raises UsageError if it has none, MachineError if a hub id cannot be reached."""
     tokenizer = _load(AutoTokenizer.from_pretrained, path, "tokenizer", revision=revision, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise UsageError(
@@ -85,9 +80,8 @@ def load_model(
 ) -> Any:
     """The causal language model of a folder or hub id, its weights in `dtype`; `headless`: its output head may be missing.
 
-    Raises:
-        UsageError: weights are missing (they would be random), or exist as pickles only.
-        MachineError: the hub or the quantisation library is out of reach.
+    Raises UsageError if weights are missing (they would be random) or exist as pickles only, MachineError if the hub or the
+    quantisation library is out of reach.
     """
     options: dict[str, Any] = {}
     if settings.attention == "eager":
@@ -120,9 +114,7 @@ def load_model(
 def is_reward_model(path: str, revision: str | None) -> bool:
     """Is the adapter or the model of a folder or hub id a sequence classifier, as reward models are saved?
 
-    Raises:
-        UsageError: it has more than one label.
-        MachineError: a hub id that cannot be reached.
+    Raises UsageError if it has more than one label, MachineError if a hub id cannot be reached.
     """
     adapter = Path(path) / "adapter_config.json"
     if adapter.exists():
@@ -145,11 +137,7 @@ def save_adapter(folder: Path, state: dict[str, torch.Tensor], config: Any) -> N
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """A LoRA adapter, and the scalar head of a reward model.
-
-    Raises:
-        UsageError: the folder holds no safetensors adapter, one that is not LoRA, or a reward model's without its head.
-    """
+    """A LoRA adapter, and the scalar head of a reward model. Raises UsageError if it is another one, or has lost its head."""
     from peft import LoraConfig
 
     weights = folder / "adapter_model.safetensors"

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-CHUNK_ELEMENTS = 2**23
-"""Logits held at a time: 32 MiB in float32."""
+CHUNK_ELEMENTS = 2**23  # logits held at a time: 32 MiB in float32
 
 
 class _TokenLogps(torch.autograd.Function):

@@ -62,10 +62,7 @@ def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing
 
 
 def auto_budget(memory: Memory, longest: int, device: torch.device, *, values: bool = False) -> int:
-    """`tokens_per_device: auto`: what fits beside weights and optimiser, at least the longest tree.
-
-    values: a value is trained beside the policy.
-    """
+    """`tokens_per_device: auto`: what fits beside weights, optimiser and (`values`) a value, at least the longest tree."""
     if device.type == "cuda":
         room, most = torch.cuda.mem_get_info(device)[0] * 0.7 - memory.total(0), 2**17
     else:

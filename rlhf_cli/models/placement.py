@@ -32,8 +32,7 @@ class FrozenModels:
     def add(self, role: str, weights: Weights, *, head: bool = False) -> None:
         """Place frozen weights under `role`: an adapter on the base, or the base itself; with its scalar head if it has one.
 
-        Raises:
-            UsageError: the adapter does not fit the base, or there is no head.
+        Raises UsageError if the adapter does not fit the base, or there is no head.
         """
         host = self._host(weights)
         if weights.adapter is not None:
@@ -100,8 +99,7 @@ class Placement(FrozenModels):
     def add_value(self, weights: Weights, lora: sections.Lora, head: Head) -> None:
         """Place the role "value": a trained copy of the adapter, or a fresh one, which changes nothing yet; and a head.
 
-        Raises:
-            UsageError: its model and the policy's cannot take the same rows, or the adapter does not fit.
+        Raises UsageError if its model and the policy's cannot take the same rows, or the adapter does not fit.
         """
         host, adapter = self._host(weights), read_adapter(weights.adapter) if weights.adapter is not None else None
         config = lora_config(lora, weights.base, weights.revision, adapter and adapter.config)

@@ -21,8 +21,7 @@ from rlhf_cli.models.load import Adapter, Weights, is_reward_model, load_model, 
 def resolve_lora(setting: sections.Lora | str | None, parent: sections.Lora | None, place: str) -> sections.Lora | None:
     """The adapter's settings in force: the parent's go on where the recipe says auto.
 
-    Raises:
-        UsageError: the recipe asks for another shape than the parent's, and not for a merge.
+    Raises UsageError if the recipe asks for another shape than the parent's, and not for a merge.
     """
     if isinstance(setting, str):
         return parent or sections.Lora()
@@ -66,10 +65,7 @@ def load_trained(
 
     An adapter that cannot go on, because all weights are trained or its shape changes, is merged into the base in float32;
     with LoRA that merged base is saved in `merged`, so that the new adapter has a base on disk. A reward model's head goes on
-    where the start has one, else it is fresh.
-
-    Raises:
-        UsageError: a policy is to start from a reward model.
+    where the start has one, else it is fresh. Raises UsageError if a policy is to start from a reward model.
     """
     compute = resolve_dtype(settings.dtype, device)
     adapter = read_adapter(start.adapter) if start.adapter is not None else None

@@ -12,8 +12,7 @@ import numpy as np
 
 from rlhf_cli.objectives.policy_gradient import Experience
 
-WHITEN_EPSILON = 1e-8
-"""Added to a variance before its root is taken: equal values become 0."""
+WHITEN_EPSILON = 1e-8  # added to a variance before its root is taken: equal values become 0
 
 
 def token_rewards(experience: Experience, kl_coef: float) -> np.ndarray:

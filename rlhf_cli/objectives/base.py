@@ -14,11 +14,9 @@ if TYPE_CHECKING:
     from rlhf_cli.data.trees import Batch, Tree
     from rlhf_cli.models.backbone import Backbone
 
-Tensor: TypeAlias = "torch.Tensor"
-"""Named without importing torch, which reading a recipe does not need."""
+Tensor: TypeAlias = "torch.Tensor"  # named without importing torch, which reading a recipe does not need
 
-Trained = Literal["lora", "full"]
-"""Which weights learn: an adapter's, or all."""
+Trained = Literal["lora", "full"]  # which weights learn: an adapter's, or all
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,7 @@ class Objective:
         return [trees]
 
     def phases(self, trees: list[Tree]) -> tuple[list[Tree], list[list[Tree]]]:
-        """The trees of an update's batch as `statistics` sees them (empty: it needs none), and as `terms` does.
-
-        Those come in parts that are cut into passes apart from each other.
-        """
+        """An update's trees as `statistics` sees them (it may need none), and as `terms` does, in parts that share no pass."""
         return [], [trees]
 
     def start_error(self, means: Mapping[str, float]) -> str | None:

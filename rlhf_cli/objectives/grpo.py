@@ -8,8 +8,7 @@ from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
 
-STD_EPSILON = 1e-4
-"""Added to the standard deviation: a prompt whose returns are all equal has advantages of 0."""
+STD_EPSILON = 1e-4  # added to the standard deviation: a prompt whose returns are all equal has advantages of 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Estimates of KL(π‖π_ref) from samples of π, and the coefficient that follows a measured KL.
-
-k1 is log π − log π_ref: unbiased, and in the reward, for as a loss its mean gradient is 0.
-"""
+"""Estimates of KL(π‖π_ref) from samples of π, and the coefficient that follows a measured KL. k1 is in the reward alone."""
 
 from __future__ import annotations
 

@@ -36,11 +36,7 @@ class Kto(UnpairedObjective):
         return (*super().metric_names, "kl")
 
     def with_class_counts(self, desirable: int, undesirable: int) -> Self:
-        """With `lambda: auto` as weights such that n_D λ_D = n_U λ_U, for the numbers of responses in the training data.
-
-        Raises:
-            UsageError: there is nothing to balance.
-        """
+        """With `lambda: auto` as weights such that n_D λ_D = n_U λ_U. Raises UsageError if there is nothing to balance."""
         if self.lambda_ is None:
             return self
         if not (desirable and undesirable):

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 BETA = "β: weight of the log-ratio to the reference; the implicit reward is β(log π − log π_ref)"
 """The help of the recipe key wherever it means this."""
 
-SATURATED = 0.05
-"""A pair whose gradient has less than this share of its size at log-ratio 0 teaches next to nothing any more."""
+SATURATED = 0.05  # a pair whose gradient has less than this share of its size at log-ratio 0 teaches next to nothing any more
 
 
 class Responses(NamedTuple):

@@ -9,8 +9,7 @@ from typing import Literal
 from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
 from rlhf_cli.sections import key
 
-DECAY = 0.9
-"""Share of the running mean that stays after a rollout."""
+DECAY = 0.9  # share of the running mean that stays after a rollout
 
 
 @dataclass(frozen=True)
