@@ -23,6 +23,7 @@ from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from rlhf_cli import __version__
+from rlhf_cli.console import Console, silence
 from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.recipe.stages import STAGES, Stage
 from rlhf_cli.suggest import did_you_mean
@@ -172,10 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunError, TyperException) as error:
         return _fail(error, debug)
     except KeyboardInterrupt:
-        _say(["stopped by Ctrl-C"])
+        _console().note("stopped by Ctrl-C")
         return 130
     except BrokenPipeError:
-        _mute()
+        for stream in (sys.stdout, sys.stderr):
+            silence(stream)  # what is still buffered, or the interpreter would report the closed pipe at its exit
         return 141
     except Exception as error:
         return _crash(error, debug)
@@ -195,15 +197,16 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(error: RunError | TyperException, debug: bool) -> int:
+    """What every rank finds alike, as a fault in a recipe, is told by rank 0."""
+    console = _console(every_rank=isinstance(error, RunError) and error.one_rank)
     if debug:
-        _say(traceback.format_exception(error))
+        console.note("".join(traceback.format_exception(error)))
     if isinstance(error, Stopped):
-        _say(str(error).splitlines())
+        console.note(str(error))
     elif isinstance(error, TyperException):
-        _say([f"{_tag()} {error.format_message().rstrip('.')}. see rlhf --help"])
+        console.error(f"{error.format_message().rstrip('.')}. see rlhf --help")
     else:
-        lines = [line if line.startswith(" ") else f"{_tag()} {line}" for line in str(error).splitlines()]
-        _say(lines, every_rank=isinstance(error, RunError) and error.one_rank)
+        console.error(str(error))
     return error.exit_code
 
 
@@ -212,30 +215,17 @@ def _crash(error: Exception, debug: bool) -> int:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "rlhf_cli" in Path(frame.filename).parts]
     places = dict.fromkeys(f"{frame.filename}:{frame.lineno}" for frame in (*frames[-1:], *ours[-1:]))
-    rank = os.environ.get("RANK", "0")
+    rank, console = os.environ.get("RANK", "0"), _console(every_rank=True)
     what = (str(error).splitlines() or [""])[0][:300]
-    lines = [
-        f"{_tag()} {f'rank {rank}: ' if rank != '0' else ''}{type(error).__name__}: {what}",
-        f"{_tag()} at {', from '.join(places)}" + ("" if debug else ". --debug shows the full traceback"),
-    ]
-    _say([*(traceback.format_exception(error) if debug else []), *lines], every_rank=True)
+    if debug:
+        console.note("".join(traceback.format_exception(error)))
+    console.error(f"{f'rank {rank}: ' if rank != '0' else ''}{type(error).__name__}: {what}")
+    console.error(f"at {', from '.join(places)}" + ("" if debug else ". --debug shows the full traceback"))
     return 1
 
 
-def _tag() -> str:
-    plain = sys.stderr is None or not sys.stderr.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-    return "error:" if plain else "\x1b[31merror:\x1b[0m"
-
-
-def _say(lines: Sequence[str], every_rank: bool = False) -> None:
-    """Lines to stderr, unwrapped; from rank 0 alone, since every rank finds the same fault in a recipe."""
-    if sys.stderr is None or (os.environ.get("RANK", "0") != "0" and not every_rank):
-        return
-    try:
-        sys.stderr.write("".join(f"{line.rstrip()}\n" for line in lines))
-        sys.stderr.flush()
-    except OSError:
-        _mute()
+def _console(every_rank: bool = False) -> Console:
+    return Console(every_rank or os.environ.get("RANK", "0") == "0")
 
 
 def _end_with_launcher() -> None:
@@ -257,16 +247,8 @@ def _leave_on_signals() -> None:
     """While libraries are imported nothing is held yet, and an exception raised amid them may be swallowed: end at once."""
 
     def leave(number: int, _: object) -> None:
-        _say([f"stopped by {signal.Signals(number).name} before the first step; nothing was trained"])
+        _console().note(f"stopped by {signal.Signals(number).name} before the first step; nothing was trained")
         os._exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
-
-
-def _mute() -> None:
-    """Sends what is still buffered nowhere, or the interpreter would report the closed pipe at its exit."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            os.dup2(null, stream.fileno())

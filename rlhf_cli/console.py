@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ASCII = str.maketrans({"⟦": "[[", "⟧": "]]", "…": "...", "·": ".", "→": "->", "×": "x", "≤": "<=", "≥": ">=", "’": "'"})
 ASCII |= str.maketrans(dict.fromkeys("–—−", "-"))
-LEARNED, RESET, YELLOW, BOLD = "\x1b[1;32m", "\x1b[0m", "\x1b[33m", "\x1b[1m"
+LEARNED, RESET, YELLOW, RED, BOLD = "\x1b[1;32m", "\x1b[0m", "\x1b[33m", "\x1b[31m", "\x1b[1m"
 SHOWN_PIECE = 2000
 """Characters of one piece of the first example that are shown."""
 
@@ -47,6 +47,17 @@ class Console:
         """A line on stderr: the run goes on, but someone should know."""
         if self.enabled:
             self._write(self.err, _paint(self.err, YELLOW, f"warning: {clean(message)}"))
+
+    def note(self, text: str) -> None:
+        """Lines on stderr: how a run ended."""
+        if self.enabled:
+            self._write(self.err, clean(text.rstrip()))
+
+    def error(self, message: str) -> None:
+        """One to three lines on stderr: what, where, what to do. Each but an indented one says that it is an error."""
+        if self.enabled:
+            tag, lines = _paint(self.err, RED, "error:"), clean(message).splitlines()
+            self._write(self.err, "\n".join(line if line.startswith(" ") else f"{tag} {line}" for line in lines))
 
     def example(self, pieces: list[tuple[str, bool]], marked: str = "is what the model learns to write") -> None:
         """Show the first example; pieces are (text, is it supervised?) in order, `marked` says what the supervised ones are."""
@@ -85,17 +96,11 @@ class Console:
             self._mute(stream)
 
     def _mute(self, stream: TextIO) -> None:
-        """Send the rest to nowhere: the reader is gone (closed pipe), and Python's own flush at exit must not fail either."""
         if stream is self.out:
             self.out, self.live, self._bar = _void(), False, None
         else:
             self.err = _void()
-        try:
-            handle = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(handle, stream.fileno())
-            os.close(handle)
-        except (OSError, ValueError):
-            return  # not a real file, or closed already
+        silence(stream)
 
 
 class Progress:
@@ -189,6 +194,15 @@ def _encodable(stream: TextIO, text: str) -> str:
     except UnicodeEncodeError:
         return text.translate(ASCII).encode(encoding, "backslashreplace").decode(encoding)
     return text
+
+
+def silence(stream: TextIO | None) -> None:
+    """Send the rest to nowhere: the reader is gone (closed pipe), and Python's own flush at exit must not fail either."""
+    with contextlib.suppress(OSError, ValueError):  # not a real file, or closed already
+        if stream is not None:
+            handle = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(handle, stream.fileno())
+            os.close(handle)
 
 
 def _is_terminal(stream: TextIO) -> bool:

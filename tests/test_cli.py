@@ -114,7 +114,7 @@ def test_errors_become_exit_codes(
         raise error
 
     fake_stage(monkeypatch, run)
-    monkeypatch.setattr(cli, "_mute", lambda: None)
+    monkeypatch.setattr(cli, "silence", lambda stream: None)
     assert cli.main(["sft", recipe]) == code
     assert capsys.readouterr() == ("", shown)
 
@@ -145,16 +145,15 @@ def test_other_ranks_are_silent(recipe: str, monkeypatch: pytest.MonkeyPatch, ca
     assert capsys.readouterr() == ("", "")
 
 
-def test_colour_only_on_a_terminal_that_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
+def test_colour_only_on_a_terminal_that_wants_it(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert cli._tag() == "\x1b[31merror:\x1b[0m"
-    monkeypatch.setenv("TERM", "dumb")
-    assert cli._tag() == "error:"
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("NO_COLOR", "")
-    assert cli._tag() == "error:"
+    for term, no_color, begin in (("xterm", "", "\x1b[31merror:\x1b[0m "), ("dumb", "", "error: "), ("xterm", "1", "error: ")):
+        monkeypatch.setenv("TERM", term)
+        monkeypatch.setenv("NO_COLOR", no_color)
+        assert cli.main(["sft", recipe, "--set", "sed=1"]) == 2
+        assert capsys.readouterr().err.startswith(f"{begin}--set sed: unknown key")
 
 
 LOADED = """
