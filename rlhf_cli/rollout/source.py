@@ -22,21 +22,6 @@ PROBE_PROMPTS, PROBE_TOKENS = 4, 16
 """Responses that are drawn to check the start of a run with."""
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Prompts whose responses are drawn and measured, but never trained on."""
-
-    sampler: Sampler
-    prompts: list[Tree]
-    seed: int
-    kl_coef: float | None  # κ of the recipe; None: no KL is taken off the reward
-
-    def measure(self, memory: Mapping[str, float]) -> dict[str, float]:
-        """Figures of one response to every prompt. The same random numbers each time: two measurements differ by the policy."""
-        rollout = self.sampler.rollout(self.prompts, Stream.HELD_OUT.seed(self.seed), samples=1)
-        return rollout.figures(None if self.kl_coef is None else memory.get(KL_COEF, self.kl_coef))
-
-
 def probe(sampler: Sampler, prompts: Sequence[Tree], seed: int) -> list[Tree]:
     """A few prompts with short responses, to check what must hold before the first step."""
     few, count = prompts[:PROBE_PROMPTS], sampler.settings.responses_per_prompt

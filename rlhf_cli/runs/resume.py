@@ -78,12 +78,6 @@ def recorded_recipe(folder: Path) -> dict[str, Any]:
     return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
 
 
-def recorded_budget(run: RunFolder) -> int | None:
-    """tokens_per_device that the run in this folder was started with: `auto` is resolved once."""
-    recipe = recorded_recipe(run.path)
-    return int(recipe["train"]["tokens_per_device"]) if recipe else None
-
-
 def finished_steps(run: RunFolder) -> int:
     """Steps of the finished run in this folder, −1 for none. One that stopped early by its own rule counts as all its steps."""
     if not run.manifest.exists():

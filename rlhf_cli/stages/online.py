@@ -8,6 +8,7 @@ from functools import partial
 
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
+from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.data.unpaired import unpaired, with_mismatches
 from rlhf_cli.errors import NumberError, UsageError
@@ -16,7 +17,7 @@ from rlhf_cli.models.placement import Placement
 from rlhf_cli.recipe import recipes
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.generate import Engine, TransformersEngine
-from rlhf_cli.rollout.source import HeldOut, probe
+from rlhf_cli.rollout.source import KL_COEF, probe
 from rlhf_cli.rollout.terms import RewardTerms
 from rlhf_cli.stages.prepare import TrainingJob
 from rlhf_cli.stages.reference import ReferenceModel
@@ -67,11 +68,12 @@ def set_up_rollouts(
     own = sampler(reading.train)
     measure: Measure | None = None
     if held_out is not None:
-        kl_coef = recipe.kl.coef if isinstance(recipe, recipes.PpoRecipe) else None
-        unseen = HeldOut(sampler(reading.held_out), list(held_out.trees), recipe.seed, kl_coef)
+        unseen, prompts, seed = sampler(reading.held_out), list(held_out.trees), Stream.HELD_OUT.seed(recipe.seed)
 
         def measure(state: State) -> dict[str, float]:
-            return unseen.measure(state.memory)
+            """Of one response to every prompt. The same random numbers each time: two measurements differ by the policy."""
+            rollout = unseen.rollout(prompts, seed, samples=1)
+            return rollout.figures(state.memory.get(KL_COEF, recipe.kl.coef) if isinstance(recipe, recipes.PpoRecipe) else None)
 
     return own, measure, probe(own, job.source.batch(1), recipe.seed)
 

@@ -29,10 +29,9 @@ from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES, learning_rate_of
-from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.manifest import BaseModel
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
-from rlhf_cli.runs.resume import recorded_budget
+from rlhf_cli.runs.resume import recorded_recipe
 from rlhf_cli.signals import StopSignals
 from rlhf_cli.stages.plan import learning_rate_warning, plan
 
@@ -112,8 +111,9 @@ def prepare_job(
     source = dataset.source(recipe.train, recipe.data, recipe.seed)
     steps = total_steps(recipe.train.epochs, recipe.train.steps, source.steps_per_epoch)
     ranks = Ranks(expected=not check)
-    if resume and recipe.train.tokens_per_device == "auto" and (budget := recorded_budget(RunFolder(Path(recipe.output)))):
-        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, tokens_per_device=budget))
+    if resume and recipe.train.tokens_per_device == "auto" and (before := recorded_recipe(Path(recipe.output))):
+        train = dataclasses.replace(recipe.train, tokens_per_device=before["train"]["tokens_per_device"])
+        recipe = dataclasses.replace(recipe, train=train)  # `auto` is resolved once
     recipe, memory = _resolve(dataclasses.replace(recipe, objective=objective), start, dataset, ranks, loaded)
     base = base_model(start) if not check or Path(start.base).exists() else None
     known = loaded, recipe, start, base, tokenizer, template, dataset, source, steps
