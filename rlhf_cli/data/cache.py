@@ -31,10 +31,8 @@ def default_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
     """${RLHF_CACHE:-${XDG_CACHE_HOME:-~/.cache}/rlhf}; None if there is no home."""
     if given := environment.get("RLHF_CACHE"):
         return Path(given)
-    if given := environment.get("XDG_CACHE_HOME"):
-        return Path(given) / "rlhf"
     with contextlib.suppress(RuntimeError):
-        return Path.home() / ".cache" / "rlhf"
+        return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
     return None
 
 

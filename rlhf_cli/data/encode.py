@@ -104,12 +104,12 @@ def _unusable(rows: int, lost: Counter[str], first: str) -> UsageError:
 
 def checked(encoded: Encoded, check: Callable[[Tree], str | None]) -> Encoded:
     """Without the trees that `check` has a reason against: these rows are lost. Raises UsageError if none is left."""
-    faults = [check(tree) for tree in encoded.trees]
-    kept = np.array([i for i, fault in enumerate(faults) if fault is None], np.int64)
-    if len(kept) == len(faults):
+    faults = {i: fault for i, tree in enumerate(encoded.trees) if (fault := check(tree)) is not None}
+    if not faults:
         return encoded
-    lost = Counter(encoded.lost) + Counter(fault for fault in faults if fault is not None)
-    named = [f"{encoded.trees.locations[i]}: {fault}" for i, fault in enumerate(faults) if fault is not None]
+    lost = Counter(encoded.lost) + Counter(faults.values())
+    named = [f"{encoded.trees.locations[i]}: {fault}" for i, fault in faults.items()]
+    kept = np.array([i for i in range(encoded.kept) if i not in faults], np.int64)
     if not len(kept):
         raise _unusable(encoded.read, lost, named[0])
     trees = select(encoded.trees, kept)

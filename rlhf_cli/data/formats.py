@@ -195,12 +195,10 @@ class Format:
         return " + ".join(self.columns)
 
 
-def _is_pair(row: Row) -> bool:
-    return row.keys() >= {"chosen", "rejected"}
-
-
 def _is_hh(row: Row) -> bool:
-    return _is_pair(row) and "prompt" not in row and type(row["chosen"]) is str and row["chosen"].lstrip().startswith("Human:")
+    if "prompt" in row or not row.keys() >= {"chosen", "rejected"}:
+        return False
+    return type(row["chosen"]) is str and row["chosen"].lstrip().startswith("Human:")
 
 
 _OF_PAIRS = ("score_chosen", "score_rejected", "probability")  # the latter: that the chosen response is the better one
@@ -224,7 +222,7 @@ FORMATS: dict[str, Format] = {
             _from_preference,
             _OF_PAIRS,
             without_prompts=_from_whole_pair,
-            recognise=lambda row: _is_pair(row) and not _is_hh(row),
+            recognise=lambda row: row.keys() >= {"chosen", "rejected"} and not _is_hh(row),
         ),
         Format("hh", ("chosen", "rejected"), frozenset({"prompt", "answer", "pair"}), _from_hh, _OF_PAIRS, recognise=_is_hh),
         Format("ranked", ("prompt", "responses"), frozenset({"prompt", "answer", "ranking"}), _from_ranked, ("ranks", "scores")),

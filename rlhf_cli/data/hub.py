@@ -24,8 +24,7 @@ def read_hub(path: str, name: str | None, split: str, place: str) -> Iterator[tu
     if offline:
         # Before the import: both libraries read it once, and would otherwise retry for half a minute.
         os.environ["HF_HUB_OFFLINE"] = "1"
-    rows = _load(path, name, split, place, offline)
-    batches = rows.iter(batch_size=1000)
+    batches = _load(path, name, split, place, offline).iter(batch_size=1000)
     found = (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
     yield from enumerate(found, start=1)
 
@@ -37,23 +36,19 @@ def is_offline() -> bool:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     scheme = urlsplit(endpoint).scheme
     target = urlsplit(getproxies().get(scheme, endpoint))
-    port = target.port or (80 if target.scheme == "http" else 443)
-    return not _answers(target.hostname or "", port)
-
-
-def _answers(host: str, port: int) -> bool:
+    address = target.hostname or "", target.port or (80 if target.scheme == "http" else 443)
     answered = threading.Event()
 
     def connect() -> None:
         with suppress(OSError):
-            socket.create_connection((host, port), timeout=PROBE_SECONDS).close()
+            socket.create_connection(address, timeout=PROBE_SECONDS).close()
             answered.set()
 
     # In a thread because looking up a name cannot be given a time limit.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
-    return answered.is_set()
+    return not answered.is_set()
 
 
 def _load(path: str, name: str | None, split: str, place: str, offline: bool) -> Any:

@@ -15,10 +15,10 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 
 from rlhf_cli import sections
 from rlhf_cli.data.templates import Template, read_chat_format
-from rlhf_cli.data.trees import Batch, PackedRow, Tree, build_batch, plan_passes
+from rlhf_cli.data.trees import Batch, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, Kernel
-from rlhf_cli.models.heads import SCORE, reward_config, save_full_reward
+from rlhf_cli.models.heads import SCORE, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
 from rlhf_cli.models.logps import token_logps
 
@@ -235,10 +235,10 @@ class Backbone:
         head = self.heads[role].weight if role in self.heads else None
         if self._has_adapter(role):
             config, state = self.peft.peft_config[role], get_peft_model_state_dict(self.peft, adapter_name=role)
-            if head is None:
-                save_adapter(folder, state, config)
-            else:
-                save_adapter(folder, state | {f"base_model.model.{SCORE}": head}, reward_config(config))
+            if head is not None:  # as a sequence classifier's
+                state |= {f"base_model.model.{SCORE}": head}
+                config = dataclasses.replace(config, task_type="SEQ_CLS", modules_to_save=["score"], inference_mode=True)
+            save_adapter(folder, state, config)
         elif head is None:
             self.model.save_pretrained(str(folder))
         else:
@@ -247,10 +247,7 @@ class Backbone:
     def batches(self, trees: list[Tree], budget: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """The forward passes of this rank for a global batch, on the device."""
         for rows in plan_passes(trees, ranks, budget, self.kernel.layout)[rank]:
-            yield self.batch(trees, rows)
-
-    def batch(self, trees: list[Tree], rows: list[PackedRow]) -> Batch:
-        return build_batch(trees, rows).to(self.device)
+            yield build_batch(trees, rows).to(self.device)
 
     def _head(self, hidden: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         head = self.model.get_output_embeddings()
@@ -305,7 +302,7 @@ class Backbone:
         self.model.eval()
         found: dict[tuple[int, int], torch.Tensor] = {}
         for rows in plan_passes(trees, 1, 256, self.kernel.layout)[0]:
-            batch = self.batch(trees, rows)
+            batch = build_batch(trees, rows).to(self.device)
             states = self.hidden(BASE, batch)[batch.source]
             names = [(piece.tree, b) for row in rows for piece in row for b in piece.branches]
             found |= {name: states[batch.owner == number].float() for number, name in enumerate(names)}

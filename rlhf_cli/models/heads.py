@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,6 @@ def choose_pad_id(tokenizer: Any, ends: list[int]) -> int | None:
     named = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
     special = sorted(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
     return next((int(i) for i in (*named, *special) if i is not None and i not in ends), None)
-
-
-def reward_config(config: Any) -> Any:
-    """The adapter's config as that of a sequence classifier whose head is saved with it."""
-    return dataclasses.replace(config, task_type="SEQ_CLS", modules_to_save=["score"], inference_mode=True)
 
 
 def save_full_reward(model: Any, head: torch.Tensor, pad_id: int | None, folder: Path) -> None:

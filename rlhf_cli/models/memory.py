@@ -78,7 +78,5 @@ def return_freed() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA's out-of-memory, Python's, and that of torch's allocator on a CPU."""
-    text = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text
-    )
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -35,12 +35,9 @@ def merged(backbone: Backbone, role: str) -> Iterator[None]:
     if layers:
         backbone.activate(BASE)
     folds = {layer.base_layer: partial(_folded, layer, adapter) for layer in layers}
-    if backbone.compute_dtype != torch.float32:
-        with _swapped(folds):
-            yield
-        return
-    rest = {layer: fold for layer, fold in folds.items() if not _can_pack(layer)}
-    with _swapped(rest), packed(backbone.model, folds):
+    packs = backbone.compute_dtype == torch.float32
+    rest = {layer: fold for layer, fold in folds.items() if not (packs and _can_pack(layer))}
+    with _swapped(rest), packed(backbone.model, folds) if packs else contextlib.nullcontext():
         yield
 
 

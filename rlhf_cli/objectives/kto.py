@@ -30,10 +30,7 @@ class Kto(UnpairedObjective):
     lambda_u: float = key(1.0, "λ_U: weight of an undesirable response", low=0.0)
     lambda_: Literal["auto"] | None = key(None, "auto: λ_D and λ_U balance the classes, the smaller one is 1")
     mismatches: ClassVar[bool] = True
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return (*super().metric_names, "kl")
+    metric_names: ClassVar[tuple[str, ...]] = (*UnpairedObjective.metric_names, "kl")
 
     def with_class_counts(self, desirable: int, undesirable: int) -> Self:
         """With `lambda: auto` as weights such that n_D λ_D = n_U λ_U. Raises UsageError if there is nothing to balance."""

@@ -61,13 +61,10 @@ class PolicyGradient(Objective):
     clip: float = key(0.2, "ε: token ratios are clipped to 1 − ε … 1 + ε", low=1e-9)
 
     rows: ClassVar[Use] = PROMPTS
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "loss/policy", "policy/clipfrac", "policy/approxkl", "policy/ratio")
     of_first_update: ClassVar[frozenset[str]] = frozenset({"policy/ratio"})
     reference: ClassVar[bool] = True
     least_samples: ClassVar[int] = 1  # responses per prompt that it needs
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return ("loss", "loss/policy", "policy/clipfrac", "policy/approxkl", "policy/ratio")
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         """Advantages and value targets. `kl_coef`: κ of the log-ratio in the reward, 0 where the KL is a loss term."""
@@ -160,11 +157,8 @@ class ActorCritic(PolicyGradient):
     value_coef: float = key(0.5, "weight of the value loss", low=0.0)
 
     values: ClassVar[bool] = True
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        of_value = ("loss/value", "value/explained_variance", "grad_norm/value", "learning_rate/value")
-        return (*super().metric_names, *of_value)
+    of_value: ClassVar[tuple[str, ...]] = ("loss/value", "value/explained_variance", "grad_norm/value", "learning_rate/value")
+    metric_names: ClassVar[tuple[str, ...]] = (*PolicyGradient.metric_names, *of_value)
 
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         import torch

@@ -27,11 +27,8 @@ class UnpairedObjective(Objective):
 
     rows: ClassVar[Use] = LABELS
     reference: ClassVar[bool] = True
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        rewards = ("rewards/desirable", "rewards/undesirable", "rewards/margins")
-        return ("loss", *rewards, "logps/desirable", "logps/undesirable", "logratio/mean")
+    reward_metrics: ClassVar[tuple[str, ...]] = ("rewards/desirable", "rewards/undesirable", "rewards/margins")
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", *reward_metrics, "logps/desirable", "logps/undesirable", "logratio/mean")
 
     def loss(self, logratio: Tensor, desirable: Tensor, given: Mapping[str, float]) -> Tensor:
         """The loss of every response, (M,), from its ρ (M,) float64 and its mark (M,) bool."""

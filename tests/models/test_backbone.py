@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_cli.data.trees import Piece, Tree, plan_passes, tree_length
+from rlhf_cli.data.trees import Piece, Tree, build_batch, plan_passes, tree_length
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import KERNELS
 from rlhf_cli.models.backbone import BASE, Backbone
@@ -49,7 +49,7 @@ def test_what_begins_all_prompts_is_computed_once_a_row_and_changes_nothing(name
         wanted = plain_logps(model, BEGUN)
     for budget in (1, 90, 4096):
         rows = [row for part in plan_passes(BEGUN, 1, budget, "long")[0] for row in part]
-        batch = backbone.batch(BEGUN, rows)
+        batch = build_batch(BEGUN, rows)
         assert batch.shared.tolist() == [18 if len(row) > 1 else 0 for row in rows]
         assert batch.tokens == sum(map(tree_length, BEGUN)) - 18 * (len(BEGUN) - len(rows))
         with torch.no_grad():
@@ -78,7 +78,7 @@ def test_a_response_does_not_see_its_sibling_or_a_neighbouring_tree() -> None:
     names = [(piece.tree, b) for piece in _one_row(TREES) for b in piece.branches]
     found = []
     for trees in (TREES, changed):
-        batch = backbone.batch(list(trees), [_one_row(trees)])
+        batch = build_batch(list(trees), [_one_row(trees)])
         logps, _ = backbone.logps("policy", batch)
         found.append([logps[batch.owner == number] for number in range(len(names))])
     same = [float((a - b).abs().max()) < 1e-6 for a, b in zip(*found, strict=True)]

@@ -134,10 +134,10 @@ def packed_logps(backbone: Backbone, trees: list[Tree], budget: int, role: str =
 
 def passes(backbone: Backbone, trees: list[Tree], budget: int) -> Any:
     """(batch, [(tree, response) by owner]) of every pass."""
-    from rlhf_cli.data.trees import plan_passes
+    from rlhf_cli.data.trees import build_batch, plan_passes
 
     for rows in plan_passes(trees, 1, budget, backbone.kernel.layout)[0]:
-        yield backbone.batch(trees, rows), [(piece.tree, b) for row in rows for piece in row for b in piece.branches]
+        yield build_batch(trees, rows), [(piece.tree, b) for row in rows for piece in row for b in piece.branches]
 
 
 def weights(backbone: Backbone) -> dict[str, torch.Tensor]:
