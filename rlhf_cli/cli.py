@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import importlib
 import io
-import json
 import os
 import signal
 import sys
@@ -124,7 +123,9 @@ def _stage_command(name: str, stage: Stage) -> None:
         debug: Debug = False,
     ) -> Action:
         """Eight arguments, one for each option: typer reads them from the signature."""
-        own = [] if dump_pairs is None else [f"dump_pairs={json.dumps(dump_pairs)}"]
+        from rlhf_cli.recipe.dump import one_line
+
+        own = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
         return StageCall(name, recipe, [*(overrides or []), *own], output, check, resume, force)
 
     app.command(name, cls=StageCommand, help=stage.help)(command)
