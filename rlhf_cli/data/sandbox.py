@@ -67,10 +67,9 @@ def memory_limit() -> Iterator[None]:
 def render(tokenizer: Any, text: str, messages: Sequence[Message], *, generation: bool) -> str:
     """The conversation as one string; what goes wrong inside the template is a BadRow, its syntax a TemplateSyntaxError."""
     clocked = CLOCK + text if "strftime_now" in text else text
-    turns = [message._asdict() for message in messages]
     try:
         rendered: str = tokenizer.apply_chat_template(
-            turns, chat_template=clocked, tokenize=False, add_generation_prompt=generation
+            [message._asdict() for message in messages], chat_template=clocked, tokenize=False, add_generation_prompt=generation
         )
     except (TookTooLong, TemplateSyntaxError):
         raise

@@ -61,8 +61,7 @@ class Segment(NamedTuple):
     shared: int = 0  # tokens before `prompt` that stand in the row's first tree alone
 
 
-SHARED_FROM = 16
-"""Beginnings of prompts that are at least so long are computed once a row: a system prompt, or the same prompt again."""
+SHARED_FROM = 16  # tokens with which all prompts begin, from which on they are computed once a row: a system prompt, say
 
 PackedRow = list[Piece]
 Layout = Literal["long", "packed", "alone"]

@@ -12,8 +12,7 @@ from transformers import AttentionInterface
 
 from rlhf_cli.data.trees import Batch, Layout, Segment, sees, visible
 
-TREES = "rlhf_trees"
-"""The name under which transformers finds `tree_attention`; it hands on the keyword `segments` given to the model."""
+TREES = "rlhf_trees"  # under which transformers finds `tree_attention`; it hands on the model's keyword `segments`
 
 PLAIN = "plain"
 

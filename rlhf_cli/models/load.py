@@ -103,8 +103,7 @@ def load_model(
     missing = set(info["missing_keys"])
     if headless:
         missing -= {name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight}
-    if missing:
-        names = sorted(missing)
+    if names := sorted(missing):
         raise UsageError(
             f"{path}: {len(names)} weights are missing, the first is {names[0]}; they would be random. Is it a causal LM?"
         )

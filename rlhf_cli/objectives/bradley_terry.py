@@ -11,7 +11,7 @@ from rlhf_cli.objectives.reward import RewardObjective
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
-    from rlhf_cli.data.trees import Batch, Tree
+    from rlhf_cli.data.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class BradleyTerry(RewardObjective):
     def margin_from(self) -> str | None:
         return self.margin_column
 
-    def losses(self, scores: Tensor, pairs: PairIndices, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, scores: Tensor, pairs: PairIndices) -> dict[str, Tensor]:
         import torch
         from torch.nn.functional import logsigmoid
 
-        facts = [batch.facts[tree] for tree in pairs.tree.tolist()]
+        facts = [pairs.facts[tree] for tree in pairs.tree.tolist()]
         chosen, rejected = scores[pairs.chosen], scores[pairs.rejected]
         d = chosen - rejected
         if self.margin_column is not None:

@@ -19,11 +19,9 @@ class Grpo(PolicyGradient):
     least_samples: ClassVar[int] = 2
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
-        import numpy as np
-
         from rlhf_cli.objectives.advantages import prompt_means, response_returns
 
         returns = response_returns(experience, kl_coef)
         centred = returns - prompt_means(returns, experience.prompt)
-        std = np.sqrt(prompt_means(centred**2, experience.prompt))
-        return Advantages(np.repeat(centred / (std + STD_EPSILON), experience.lengths), None, dict(memory), {})
+        std = prompt_means(centred**2, experience.prompt) ** 0.5
+        return Advantages((centred / (std + STD_EPSILON)).repeat(experience.lengths), None, dict(memory), {})

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import PairIndices
 from rlhf_cli.objectives.reward import RewardObjective
-
-if TYPE_CHECKING:
-    from rlhf_cli.data.trees import Batch
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class AllPairs(RewardObjective):
 
     kind: Literal["pairs"] = "pairs"
 
-    def losses(self, scores: Tensor, pairs: PairIndices, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, scores: Tensor, pairs: PairIndices) -> dict[str, Tensor]:
         from torch.nn.functional import softplus
 
         pairs_of_tree = pairs.tree.bincount()[pairs.tree]

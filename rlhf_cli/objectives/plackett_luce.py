@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import LogRatioPair, Pair, PairIndices, Responses
 from rlhf_cli.objectives.reward import RewardObjective
-
-if TYPE_CHECKING:
-    from rlhf_cli.data.trees import Batch
 
 
 @dataclass(frozen=True)
@@ -22,8 +19,8 @@ class PlackettLuce(LogRatioPair):
     ties: ClassVar[bool] = False
     kind_for_ties: ClassVar[str] = "dpo"
 
-    def losses(self, responses: Responses, pair: Pair, batch: Batch) -> dict[str, Tensor]:
-        return {"trees": ranking_losses(self.beta * responses.logratio, batch.counts).sum()}
+    def losses(self, responses: Responses, pairs: PairIndices, pair: Pair) -> dict[str, Tensor]:
+        return {"trees": ranking_losses(self.beta * responses.logratio, pairs.counts).sum()}
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,8 @@ class PlackettLuceReward(RewardObjective):
     ties: ClassVar[bool] = False
     kind_for_ties: ClassVar[str] = "pairs"
 
-    def losses(self, scores: Tensor, pairs: PairIndices, batch: Batch) -> dict[str, Tensor]:
-        return {"trees": ranking_losses(scores, batch.counts).sum()}
+    def losses(self, scores: Tensor, pairs: PairIndices) -> dict[str, Tensor]:
+        return {"trees": ranking_losses(scores, pairs.counts).sum()}
 
 
 def ranking_losses(rewards: Tensor, counts: Sequence[int]) -> Tensor:

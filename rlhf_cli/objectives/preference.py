@@ -22,10 +22,7 @@ SATURATED = 0.05  # a pair whose gradient has less than this share of its size a
 
 
 class Responses(NamedTuple):
-    """Responses of one pass, all of them tree by tree in the order of their ranks, or a side of its pairs.
-
-    Sums over their tokens, in nats; all (M,) float64.
-    """
+    """Responses of a pass, tree by tree in the order of their ranks: sums over their tokens, in nats, (M,) float64."""
 
     logps: Tensor  # log π(y|x)
     logratio: Tensor  # ρ = log π(y|x) − log π_ref(y|x); NaN where the objective needs no reference
@@ -72,6 +69,8 @@ class PairIndices(NamedTuple):
     chosen: Tensor  # (P,) int64
     rejected: Tensor  # (P,) int64
     tree: Tensor  # (P,) int64: which tree of the pass
+    counts: tuple[int, ...]  # responses of each tree; their sum is M
+    facts: tuple[Facts, ...]  # of each tree
 
 
 def pairs_of(batch: Batch) -> PairIndices:
@@ -81,7 +80,8 @@ def pairs_of(batch: Batch) -> PairIndices:
     for tree, (count, fact) in enumerate(zip(batch.counts, batch.facts, strict=True)):
         found += [(start + a, start + b, tree) for a, b in ordered_pairs(count, fact)]
         start += count
-    return PairIndices(*batch.owner.new_tensor(found).reshape(-1, 3).unbind(1))
+    chosen, rejected, of_tree = batch.owner.new_tensor(found).reshape(-1, 3).unbind(1)
+    return PairIndices(chosen, rejected, of_tree, batch.counts, batch.facts)
 
 
 def accuracy(margin: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class PairObjective(PreferenceObjective):
         """The size of ∂loss/∂margin as a share of its size at log-ratio 0, (P,); for losses that saturate."""
         raise NotImplementedError
 
-    def losses(self, responses: Responses, pair: Pair, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, responses: Responses, pairs: PairIndices, pair: Pair) -> dict[str, Tensor]:
         """Unit → sum over the pass, without the `sft_weight` term."""
         return {"pairs": self.loss(pair).sum()}
 
@@ -161,7 +161,7 @@ class PairObjective(PreferenceObjective):
         pairs = pairs_of(batch)
         chosen, rejected = (Responses(*(values[side] for values in responses)) for side in (pairs.chosen, pairs.rejected))
         pair = Pair(chosen, rejected, given)
-        losses = self.losses(responses, pair, batch)
+        losses = self.losses(responses, pairs, pair)
         if self.sft_weight:
             best = list(accumulate(batch.counts[:-1], initial=0))
             losses["tokens"] = -self.sft_weight * responses.logps[best].sum()

@@ -26,8 +26,6 @@ class Reinforce(PolicyGradient):
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         """The running mean is kept as "baseline"."""
-        import numpy as np
-
         from rlhf_cli.objectives.advantages import response_returns, whiten
 
         returns = response_returns(experience, kl_coef)
@@ -37,8 +35,8 @@ class Reinforce(PolicyGradient):
             baseline = memory.get("baseline", mean)
             kept["baseline"] = DECAY * baseline + (1 - DECAY) * mean
         advantages = returns - baseline
-        advantages = np.repeat(whiten(advantages) if self.whiten else advantages, experience.lengths)
-        return Advantages(advantages, None, kept, {})
+        advantages = whiten(advantages) if self.whiten else advantages
+        return Advantages(advantages.repeat(experience.lengths), None, kept, {})
 
     @property
     def announcement(self) -> str:

@@ -22,7 +22,7 @@ class RewardObjective(PreferenceObjective):
     role: ClassVar[Literal["policy", "reward"]] = "reward"
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "margin", "score_mean", "score_std")
 
-    def losses(self, scores: Tensor, pairs: PairIndices, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, scores: Tensor, pairs: PairIndices) -> dict[str, Tensor]:
         """Unit → sum over the pass. `scores`: (M,) float64, tree by tree, best first."""
         raise NotImplementedError
 
@@ -37,7 +37,7 @@ class RewardObjective(PreferenceObjective):
             "score_mean": (seen.sum(), "responses"),
             "score_square": (seen.square().sum(), "responses"),
         }
-        yield LossTerm(self.losses(scores, pairs, batch), sums)
+        yield LossTerm(self.losses(scores, pairs), sums)
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Puts the population standard deviation over the responses in the place of the mean square."""
