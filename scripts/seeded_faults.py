@@ -195,7 +195,7 @@ FAULTS = (
         "evaluation",
     ),
     Fault(
-        "evaluation: ratings without the prior", "evaluation/ratings.py", "met.sum(0) + 0.5", "met.sum(0) + 1e-9", "evaluation"
+        "evaluation: ratings without the prior", "evaluation/winrate.py", "met.sum(0) + 0.5", "met.sum(0) + 1e-9", "evaluation"
     ),
 )
 

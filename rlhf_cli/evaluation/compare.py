@@ -13,10 +13,8 @@ from rlhf_cli.data.records import prompt_lines
 from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.judge import Verdicts, judge_all
 from rlhf_cli.evaluation.question import Question
-from rlhf_cli.evaluation.samples import Samples, same_texts
+from rlhf_cli.evaluation.samples import Samples
 from rlhf_cli.evaluation.winrate import outcomes
-from rlhf_cli.recipe import recipes
-from rlhf_cli.recipe.rewards import term_names
 from rlhf_cli.sections import Endpoint
 
 ModelPair = tuple[str, str]
@@ -30,30 +28,17 @@ def compare_models(
     By scores of all pairs of models; by an endpoint, which is dear enough, of each against the baseline. `verdicts`: where its
     answers are kept.
 
-    Raises:
-        MachineError: the endpoint gives no verdict; what it has given is kept.
+    MachineError: the endpoint gives no verdict; what it has given is kept.
     """
     winrate = job.recipe.winrate
     if winrate is None:
         return {}, []
     if not isinstance(winrate.judge, str):
         return _asked(job, winrate.judge, samples, winrate.baseline, verdicts)
-    found, tables = {}, {name: scores_of(own, winrate.judge, job.recipe) for name, own in samples.items()}
-    for one, other in combinations(samples, 2):
-        found[one, other] = outcomes(tables[one], tables[other], same_texts(samples[one], samples[other]))
-    return found, []
-
-
-def scores_of(samples: Samples, judge: str, recipe: recipes.EvalRecipe) -> np.ndarray:
-    """(P, K) by which a judge that gives numbers compares: `reward` the score, `gold` the sum of its terms, or one term.
-
-    A name that both have is the reward's.
-    """
-    rewards, golds = map(term_names, recipe.terms)
-    if judge == "reward":
-        return samples.table(lambda sample: sample.score or 0.0)
-    names = [f"gold/{name}" for name in golds] if judge == "gold" else [f"{'reward' if judge in rewards else 'gold'}/{judge}"]
-    return samples.table(lambda sample: sum(sample.terms[name] for name in names))
+    tables = {name: own.worths(winrate.judge) for name, own in samples.items()}
+    texts = {name: np.array(own.texts(), object) for name, own in samples.items()}
+    pairs = combinations(samples, 2)
+    return {(one, other): outcomes(tables[one], tables[other], texts[one] == texts[other]) for one, other in pairs}, []
 
 
 def _asked(

@@ -8,20 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cli.evaluation.compare import ModelPair, scores_of
+from rlhf_cli.evaluation.compare import ModelPair
 from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.samples import Sample, Samples
-from rlhf_cli.files import disk_error, to_json, write_atomic
+from rlhf_cli.files import disk_errors, to_json, write_atomic
 
-DECIMALS = 5
-"""Of the scores: what differs by less is the rounding of one text in two batches, and no difference."""
+DECIMALS = 5  # of the scores: what differs by less is the rounding of one text in two batches, and no difference
 
 
 def dump_pairs(job: EvaluationJob, path: Path, samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray]) -> None:
     """Write them, and say so; nothing is written where the judge sees no difference. MachineError: the file cannot be written."""
     judge = job.recipe.winrate.judge if job.recipe.winrate else "reward"
     if isinstance(judge, str):
-        rows = ranked_rows(samples, {name: scores_of(own, judge, job.recipe) for name, own in samples.items()})
+        rows = ranked_rows(samples, {name: own.worths(judge) for name, own in samples.items()})
         words = f"the responses of {', '.join(samples)} to {len(rows):,} prompts, ranked by {judge}"
     else:
         rows = pair_rows(samples, outcomes)
@@ -29,10 +28,8 @@ def dump_pairs(job: EvaluationJob, path: Path, samples: Mapping[str, Samples], o
     if not rows:
         job.console.warn(f"{path}: not written, since the judge sees no difference between any two responses to a prompt")
         return
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(path, error) from error
     write_atomic(path, b"".join(to_json(row) + b"\n" for row in rows))
     job.console.say(f"{path}: {words}")
 

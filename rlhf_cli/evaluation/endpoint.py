@@ -22,14 +22,10 @@ if TYPE_CHECKING:
     from rlhf_cli.sections import Endpoint
 
 KEY = "OPENAI_API_KEY"
-MOST_BYTES = 2**24
-"""Of one answer; a server that sends more is not answering the question."""
-MOST_WAIT = 60.0
-"""Seconds that a server's Retry-After is obeyed at most."""
-SHOWN = 200
-"""Characters of a server's words in a message."""
-BUSY = (408, 409, 425, 429)
-"""Statuses below 500 after which the same question may be answered."""
+MOST_BYTES = 2**24  # of one answer; a server that sends more is not answering the question
+MOST_WAIT = 60.0  # seconds that a server's Retry-After is obeyed at most
+SHOWN = 200  # characters of a server's words in a message
+BUSY = (408, 409, 425, 429)  # statuses below 500 after which the same question may be answered
 
 
 class Failure(Exception):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
@@ -14,10 +13,8 @@ from rlhf_cli.figures import Interval
 DRAWS = 2000
 TAIL = 0.005
 """Quantiles of draws further out are not read off, they would rest on a handful of draws: 10 of 2000 are beyond this one."""
-NORMAL_95 = 1.959963984540054
-"""97.5 % of a standard normal lies below."""
-PRIOR_SEED = 20240406
-"""Other than a recipe's, so that the prior does not follow the draws."""
+NORMAL_95 = 1.959963984540054  # 97.5 % of a standard normal lies below
+PRIOR_SEED = 20240406  # other than a recipe's, so that the prior does not follow the draws
 
 
 def resamples(prompts: int, seed: int, draws: int = DRAWS) -> np.ndarray:
@@ -38,8 +35,7 @@ def interval(point: float, draws: np.ndarray, prompts: int) -> Interval:
     those quantiles lie beyond what resamples can tell (two prompts give three different means), so the quantile at TAIL is
     taken, and its distance to `point` lengthened in the ratio of the normal quantiles.
 
-    Raises:
-        ValueError: fewer than 2 prompts. One observation says nothing of how much others differ.
+    ValueError: fewer than 2 prompts. One observation says nothing of how much others differ.
     """
     if prompts < 2:
         raise ValueError(f"an interval needs at least 2 prompts, not {prompts}")
@@ -56,29 +52,24 @@ def within_shares(found: Interval) -> Interval:
     return Interval(found.mean, max(found.low, 0.0), min(found.high, 1.0))
 
 
-def ratio_interval(
-    above: np.ndarray, below: np.ndarray, counts: np.ndarray, transform: Callable[[float], float] | None = None
-) -> Interval:
-    """Σ above / Σ below with its bootstrap interval: means, figures per token and, with `transform`, functions of them.
+def ratio_interval(above: np.ndarray, below: np.ndarray, counts: np.ndarray) -> Interval:
+    """Σ above / Σ below with its bootstrap interval: means, and figures per token.
 
-    `above`, `below`: (P,) sums of each prompt. `counts`: (B, P) of `resamples`. `transform`: increasing, taken of the ratio and
-    of both bounds. Draws without any weight in `below` have no ratio and are left out; a prompt without weight is no
-    observation. Where all prompts have the same ratio, both bounds are that ratio.
+    `above`, `below`: (P,) sums of each prompt. `counts`: (B, P) of `resamples`. Draws without any weight in `below` have no
+    ratio and are left out; a prompt without weight is no observation. Where all prompts have the same ratio, both bounds are
+    that ratio.
 
-    Raises:
-        ValueError: a weight in `below` is negative, or fewer than 2 prompts have weight.
+    ValueError: a weight in `below` is negative, or fewer than 2 prompts have weight.
     """
     if below.min() < 0:
         raise ValueError("expected weights of at least 0")
     has_weight = below > 0
     own = above[has_weight] / below[has_weight]
     if has_weight.sum() > 1 and own.min() == own.max() and not above[~has_weight].any():
-        found = Interval(*[float(own[0])] * 3)
-    else:
-        weights = counts @ below
-        draws = (counts @ above)[weights > 0] / weights[weights > 0]
-        found = interval(float(above.sum() / below.sum()) if below.any() else math.nan, draws, int(has_weight.sum()))
-    return found if transform is None else Interval(*(transform(value) for value in found))
+        return Interval(*[float(own[0])] * 3)
+    weights = counts @ below
+    draws = (counts @ above)[weights > 0] / weights[weights > 0]
+    return interval(float(above.sum() / below.sum()) if below.any() else math.nan, draws, int(has_weight.sum()))
 
 
 def jeffreys(draws: int, shares: int = 1) -> np.ndarray:
@@ -97,8 +88,7 @@ def jackknife(point: float, left_out: np.ndarray) -> Interval:
     Variance (P−1)/P · Σ (left_out − their mean)², Tukey 1958. For numbers of different things, which resamples would make
     smaller because they hold prompts twice. `point` is not corrected for bias: it is a figure of that many prompts.
 
-    Raises:
-        ValueError: fewer than 2 prompts.
+    ValueError: fewer than 2 prompts.
     """
     prompts = len(left_out)
     if prompts < 2:

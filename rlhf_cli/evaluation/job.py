@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,6 @@ from rlhf_cli.data.dataset import data_report
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
 from rlhf_cli.evaluation.models import EvaluatedModel, Tokenisation, Tokenisations, find_models, recipe_of
-from rlhf_cli.evaluation.notes import comparability, trained_on
 from rlhf_cli.evaluation.rows import SECTIONS, Rows, SectionRows, own_keys, read_rows
 from rlhf_cli.files import sha256_file
 from rlhf_cli.models.load import load_config, quiet_libraries, resolve_dtype
@@ -127,7 +126,7 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
         if vars(recipe)[section] is not None
     }
     recipe = _resolved(recipe, models, rows, ranks)
-    lost, seen = sum(own.left_out for own in rows.values()), list(trained_on(recipe, models))
+    lost, seen = sum(own.left_out for own in rows.values()), list(_trained_on(recipe, models))
     for note in seen:
         console.warn(note)
     left_out = [f"{lost} prompts do not fit the tokens of some model, and are left out for all."] if lost else []
@@ -138,7 +137,7 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
         terms_of=terms_of,
         rows=rows,
         tokenisations=tokenisations,
-        notes=[*left_out, *comparability(recipe, models), *seen],
+        notes=[*left_out, *_comparability(recipe, models), *seen],
         ranks=ranks,
         console=console,
         signals=signals,
@@ -194,6 +193,50 @@ def _resolved(
             fitting.append(auto_budget(memory, longest, ranks.device))
         budget = ranks.min(min(fitting))
     return dataclasses.replace(recipe, tokens_per_device=budget, dtype=cast(Any, str(dtype).removeprefix("torch.")))
+
+
+def _comparability(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel]) -> Iterator[str]:
+    """Between which models what is not comparable."""
+    if recipe.prompts is not None and recipe.rollout.temperature != 1:
+        yield (
+            f"Responses were drawn at temperature {recipe.rollout.temperature:g}, and log-probabilities are those at 1: the "
+            "KL is that of what was drawn, not of the policies."
+        )
+    reference = next((each for each in models if each.name == recipe.reference), None)
+    if reference is not None:
+        others = [each.name for each in models if not each.is_reward_model and each.tokenisation != reference.tokenisation]
+        if others:
+            yield (
+                f"{', '.join(others)}: other tokens or another chat template than {reference.name}: no KL can be measured, and "
+                "their lengths and perplexities are not comparable."
+            )
+        strangers = {each.series for each in models if each.series and each.origin not in (None, reference.as_origin)}
+        if strangers:
+            yield (
+                f"{', '.join(sorted(strangers))}: that run did not start from {reference.name}, so the point at KL 0 is where "
+                "distances are measured from, not where the run began."
+            )
+
+
+def _trained_on(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel]) -> Iterator[str]:
+    """Which models were trained on rows that they are measured on, as far as their runs record it."""
+    for section in SECTIONS:
+        for source in vars(recipe)[section] or ():
+            names = [each.name for each in models if _saw(each, source, recipe.seed)]
+            if names:
+                yield (
+                    f"{', '.join(names)} may have been trained on rows of {source.path}, {section} here: another holdout or seed "
+                    "than that of the training keeps other rows."
+                )
+
+
+def _saw(model: EvaluatedModel, source: sections.EvalSource, seed: int) -> bool:
+    """Did its run train on this source, and hold out other rows than these?"""
+    place = Path(model.path)
+    trained = next((found for path in (place, place.parent, place.parent.parent) if (found := recorded_recipe(path))), {})
+    sources = trained.get("data", {}).get("train", [])
+    same = any(isinstance(other, dict) and other.get("path") == source.path for other in sources)
+    return same and (trained["data"].get("holdout"), trained.get("seed")) != (source.holdout, seed)
 
 
 Titled = list[tuple[str, object]]

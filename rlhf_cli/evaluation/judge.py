@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -23,17 +24,12 @@ from rlhf_cli.runs.folder import MetricsLog, read_metrics
 if TYPE_CHECKING:
     from rlhf_cli.sections import Endpoint
 
-BACKOFF = 1.0
-"""Seconds before a question is asked for the second time; twice as long before each further time."""
+BACKOFF = 1.0  # seconds before a question is asked for the second time; twice as long before each further time
 MOST_BACKOFF = 30.0
-GRACE = 0.5
-"""Seconds that answers under way may still take when the judging ends early."""
-KEPT = 2000
-"""Characters of an answer that are kept, its end."""
-VALUE = {"A": 1.0, "B": 0.0, "TIE": 0.5}
-"""Of a verdict, for the response that stands first."""
-UPDATES = 20
-"""How often the progress is told."""
+GRACE = 0.5  # seconds that answers under way may still take when the judging ends early
+KEPT = 2000  # characters of an answer that are kept, its end
+VALUE = {"A": 1.0, "B": 0.0, "TIE": 0.5}  # of a verdict, for the response that stands first
+UPDATES = 20  # how often the progress is told
 
 
 @dataclass(frozen=True)
@@ -182,18 +178,14 @@ def _work(
     stop: threading.Event,
 ) -> None:
     """Ask one pending question after the other, until there is none, one fails, or `stop` is set."""
-    while not stop.is_set():
-        try:
+    with contextlib.suppress(IndexError):  # none is pending
+        while not stop.is_set():
             key, question = pending.popleft()
-        except IndexError:
-            return
-        try:
-            answer: Answer | Exception = _ask(judge, question, stop)
-        except Exception as error:  # whoever waits for the answer has to hear of it, whatever it is
-            answer = error
-        answers.put((key, answer))
-        if isinstance(answer, Exception):
-            return
+            try:
+                answers.put((key, _ask(judge, question, stop)))
+            except Exception as error:  # whoever waits for the answer has to hear of it, whatever it is
+                answers.put((key, error))
+                return
 
 
 def _ask(judge: Judge, question: Question, stop: threading.Event) -> Answer:

@@ -6,12 +6,11 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
 
 import numpy as np
 
 from rlhf_cli import sections
-from rlhf_cli.data.trees import Batch, Tree
+from rlhf_cli.data.trees import Tree
 from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.models import EvaluatedModel
@@ -27,8 +26,7 @@ from rlhf_cli.ranks import Ranks
 from rlhf_cli.rollout.experience import gather_shares, together
 from rlhf_cli.runs.folder import RunFolder
 
-EVALUATED = "evaluated"
-"""The role of a reward model that is evaluated, beside those among the terms."""
+EVALUATED = "evaluated"  # the role of a reward model that is evaluated, beside those among the terms
 
 
 def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
@@ -38,8 +36,7 @@ def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
     """
     kept, log = kept_responses(job, folder)
     frozen = _load_frozen(job)
-    series = {model.name: (model.series, model.step) for model in job.models if model.series and model.step is not None}
-    measured = Measured({}, {}, {}, series)
+    measured = Measured({}, {}, {})
     reference_logps = _reference_logps(job, frozen)
     for model in job.models:
         samples = kept.get(model.name)
@@ -139,9 +136,6 @@ def _response_logps(job: EvaluationJob, backbone: Backbone, role: str, trees: Se
 
 def _logps(backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks) -> list[list[np.ndarray]]:
     """(1, n) log π of the n supervised tokens of every response, [tree][response], on every rank."""
-
-    def read(own: Backbone, batch: Batch) -> tuple[Any, ...]:
-        return (own.logps(role, batch)[0],)
-
     own = trees[ranks.rank :: ranks.size]
-    return gather_shares(ranks, together(ranks, lambda: token_figures(backbone, own, budget, read)))
+    read = partial(token_figures, backbone, own, budget, lambda host, batch: (host.logps(role, batch)[0],))
+    return gather_shares(ranks, together(ranks, read))

@@ -22,10 +22,8 @@ from rlhf_cli.runs.manifest import BaseModel, weights_hash
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
 from rlhf_cli.runs.resume import INPUTS
 
-STEP = re.compile(r"step-(\d+)(-\d+)?")
-"""Name of a checkpoint; the second number is of updates, in the middle of a step."""
-BETA = 0.1
-"""Of the implicit rewards of a policy whose training had none."""
+STEP = re.compile(r"step-(\d+)(-\d+)?")  # name of a checkpoint; the second number is of updates, in the middle of a step
+BETA = 0.1  # of the implicit rewards of a policy whose training had none
 
 
 @dataclass(frozen=True)

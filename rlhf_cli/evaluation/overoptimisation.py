@@ -12,15 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cli.evaluation.generation import mean_interval
+from rlhf_cli.evaluation.samples import mean_interval
 from rlhf_cli.figures import Interval
 
-BEST_OF_N = "best of n"
-"""The series of choosing among responses of the starting policy."""
-TINY_KL = 1e-6
-"""Nats; a point that is no farther from the start does not enter a fit."""
-ROUNDING = 1e-24
-"""A sum of squares below this share of another is rounding."""
+BEST_OF_N = "best of n"  # the series of choosing among responses of the starting policy
+TINY_KL = 1e-6  # nats; a point that is no farther from the start does not enter a fit
+ROUNDING = 1e-24  # a sum of squares below this share of another is rounding
 
 
 def best_of(scores: np.ndarray, gold: np.ndarray, n: int) -> np.ndarray:
@@ -30,8 +27,7 @@ def best_of(scores: np.ndarray, gold: np.ndarray, n: int) -> np.ndarray:
     lowest score is the best of C(i−1, n−1) of the C(N, n) subsets. Equal scores share their subsets equally, as if the best
     were drawn among them.
 
-    Raises:
-        ValueError: n is not from 1 to N.
+    ValueError: n is not from 1 to N.
     """
     rows, size = scores.shape
     if not 1 <= n <= size:
@@ -42,16 +38,12 @@ def best_of(scores: np.ndarray, gold: np.ndarray, n: int) -> np.ndarray:
     first[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
     tie = first.cumsum() - 1
     shared = np.bincount(tie, np.take_along_axis(gold, order, axis=1).ravel()) / np.bincount(tie)
-    chosen: np.ndarray = shared[tie].reshape(rows, size) @ _shares(size, n)
-    return chosen
-
-
-def _shares(size: int, n: int) -> np.ndarray:
-    """(N,) C(i−1, n−1) / C(N, n) for i = 1 … N, by the quotients of neighbours: none of the factors is above 1."""
+    # C(i−1, n−1) / C(N, n) for i = 1 … N, by the quotients of neighbours: none of the factors is above 1.
     rank = np.arange(size, n, -1)  # N … n + 1; lower ones are the best of no subset
     shares = np.zeros(size)
     shares[n - 1 :] = np.cumprod([n / size, *((rank - n) / (rank - 1))])[::-1]
-    return shares
+    chosen: np.ndarray = shared[tie].reshape(rows, size) @ shares
+    return chosen
 
 
 def best_of_kl(n: int) -> float:

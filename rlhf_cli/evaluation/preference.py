@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 CONFIDENCE_BINS = 10
 MARGIN_BINS = 20
-NO_SUBSET = "(none)"
-"""The name of the rows without a subset, where others have one."""
+NO_SUBSET = "(none)"  # the name of the rows without a subset, where others have one
 
 
 class Margins(NamedTuple):
@@ -170,8 +169,7 @@ def reward_card(
     `training`: the trees it was trained on, for the length baseline. `training_scores`: (K,) of some of them, at least one,
     for mean and standard deviation.
 
-    Raises:
-        NumberError: a score is not finite.
+    NumberError: a score is not finite.
     """
     remedy = "the reward model is broken: train it again with a lower train.learning_rate"
     check_finite(scores, locations, remedy)

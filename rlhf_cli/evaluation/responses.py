@@ -25,8 +25,7 @@ from rlhf_cli.rollout.rewards import COMBINE, Answers
 from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
 from rlhf_cli.signals import Pause
 
-PATIENCE = 30.0
-"""Seconds between two words on a model that takes its time."""
+PATIENCE = 30.0  # seconds between two words on a model that takes its time
 
 
 def kept_responses(job: EvaluationJob, folder: RunFolder) -> tuple[dict[str, list[Sample]], MetricsLog | None]:
@@ -65,8 +64,7 @@ def draw_responses(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone
     The randomness is that of held-out prompts while training: at equal prompts, seed and temperature a checkpoint says the same
     here as it said there. Of two models the k-th responses to a prompt come from the same random numbers.
 
-    Raises:
-        RunError: a reward model cannot read a response, or memory ran out.
+    RunError: a reward model cannot read a response, or memory ran out.
     """
     rows, terms, own = job.rows_of("prompts", model), job.terms_of[model.tokenisation], model.tokenisation
     reward, gold = terms.load(frozen, job.budget)
@@ -114,25 +112,22 @@ def _progress(job: EvaluationJob, model: EvaluatedModel) -> Pause:
 def _samples(model: str, rollout: Rollout, sampler: Sampler, records: Sequence[Record]) -> Iterator[Sample]:
     starts = np.concatenate([[0], np.cumsum(rollout.lengths)[:-1]])
     logps, reference = (np.add.reduceat(values, starts) for values in (rollout.tokens.plain, rollout.tokens.plain_reference))
-    at = 0
-    for tree in rollout.trees:
-        record = records[tree.row]
-        for number, ids in enumerate(tree.responses):
-            ended = bool(rollout.ended[at])
-            yield Sample(
-                model=model,
-                row=tree.row,
-                number=number,
-                where=record.where,
-                prompt=plain_prompt(record.prompt),
-                response=sampler.text(ids, ended),
-                ended=ended,
-                tokens=len(ids),
-                logp=float(logps[at]),
-                reference_logp=float(reference[at]) if sampler.compared else None,
-                terms={name: float(values[at]) for name, values in rollout.terms.items()},
-            )
-            at += 1
+    flat = ((tree, number, ids) for tree in rollout.trees for number, ids in enumerate(tree.responses))
+    for at, (tree, number, ids) in enumerate(flat):
+        record, ended = records[tree.row], bool(rollout.ended[at])
+        yield Sample(
+            model=model,
+            row=tree.row,
+            number=number,
+            where=record.where,
+            prompt=plain_prompt(record.prompt),
+            response=sampler.text(ids, ended),
+            ended=ended,
+            tokens=len(ids),
+            logp=float(logps[at]),
+            reference_logp=float(reference[at]) if sampler.compared else None,
+            terms={name: float(values[at]) for name, values in rollout.terms.items()},
+        )
 
 
 def score_samples(job: EvaluationJob, model: EvaluatedModel, samples: list[Sample], frozen: FrozenModels) -> list[Sample]:

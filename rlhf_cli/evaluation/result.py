@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf_cli.evaluation.agreement import Agreement
-from rlhf_cli.evaluation.compare import ModelPair, scores_of
+from rlhf_cli.evaluation.compare import ModelPair
 from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
-from rlhf_cli.evaluation.generation import figures, log_ratios
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
+from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.overoptimisation import BEST_OF_N, Point, best_of_points, fit_series, run_point
-from rlhf_cli.evaluation.ratings import ratings
-from rlhf_cli.evaluation.samples import Samples
-from rlhf_cli.evaluation.winrate import WinRate, win_rate
+from rlhf_cli.evaluation.samples import Samples, figures, log_ratios
+from rlhf_cli.evaluation.winrate import WinRate, ratings, win_rate
 from rlhf_cli.figures import Interval
 from rlhf_cli.recipe import recipes
 from rlhf_cli.sections import Endpoint
@@ -29,17 +28,17 @@ class Measured:
     samples: dict[str, Samples]  # model → its responses; the reference may have more than the others
     agreed: dict[str, Agreement]
     text: dict[str, np.ndarray]  # model → (R, 2): −Σ log π and tokens of every row
-    series: dict[str, tuple[str, int]]  # checkpoint → (its run's name, step)
 
 
 def summarise(
-    recipe: recipes.EvalRecipe, measured: Measured, outcomes: Mapping[ModelPair, np.ndarray], notes: Sequence[str]
+    job: EvaluationJob, measured: Measured, outcomes: Mapping[ModelPair, np.ndarray], notes: Sequence[str]
 ) -> EvaluationResult:
     """What eval.json says. `outcomes`: (one, other) → (P, K) outcomes of the one's responses against the other's."""
+    recipe = job.recipe
     equal = {name: own.first(recipe.rollout.responses_per_prompt) for name, own in measured.samples.items()}
     prompts = next((own.shape[0] for own in equal.values()), 0)
     counts = resamples(prompts, recipe.seed) if prompts else np.zeros((DRAWS, 0), np.int64)
-    points = _points(recipe, measured, equal, counts)
+    points = _points(job, measured, equal, counts)
     winrate, drawn = recipe.winrate, recipe.rollout
     judge = winrate.judge if winrate else None
     return EvaluationResult(
@@ -53,11 +52,11 @@ def summarise(
             max_new_tokens=drawn.max_new_tokens,
             seed=recipe.seed,
             resamples=DRAWS,
-            notes=list(notes),
+            notes=[*job.notes, *notes],
         ),
         models=_models(recipe, measured, equal, counts),
         winrate=_win_rates(winrate.baseline, equal, outcomes, counts) if winrate else {},
-        ratings=_ratings(winrate.baseline, equal, outcomes, counts) if winrate and len(equal) > 1 else {},
+        ratings=ratings(list(equal), outcomes, winrate.baseline, counts) if winrate and len(equal) > 1 else {},
         preferences=measured.agreed,
         overoptimisation=points,
         fits=fit_series(points, counts),
@@ -72,9 +71,9 @@ def _models(
         found[name] = figures(equal[name], counts) if name in equal else {}
         if name in measured.text:
             nll, tokens = measured.text[name].T
+            own = ratio_interval(nll, tokens, resamples(len(nll), recipe.seed))
             # As while training: a perplexity above e^700 is no float.
-            perplexity = ratio_interval(nll, tokens, resamples(len(nll), recipe.seed), lambda value: math.exp(min(value, 700.0)))
-            found[name]["perplexity"] = perplexity
+            found[name]["perplexity"] = Interval(*(math.exp(min(value, 700.0)) for value in own))
     return found
 
 
@@ -89,31 +88,23 @@ def _win_rates(
     return found
 
 
-def _ratings(
-    baseline: str, samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray], counts: np.ndarray
-) -> dict[str, Interval]:
-    place = {name: number for number, name in enumerate(samples)}
-    numbered = {(place[one], place[other]): outcome for (one, other), outcome in outcomes.items()}
-    return ratings(list(samples), numbered, place[baseline], counts)
-
-
-def _points(recipe: recipes.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray) -> list[Point]:
+def _points(job: EvaluationJob, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray) -> list[Point]:
     """Every run's checkpoints after the start that they share, and best of n of the reference."""
-    reference = recipe.reference
+    recipe, reference = job.recipe, job.recipe.reference
     if reference is None or reference not in equal or not recipe.reward:
         return []
     points: list[Point] = []
 
     def worth(samples: Samples) -> tuple[np.ndarray, np.ndarray | None]:
-        return scores_of(samples, "reward", recipe), scores_of(samples, "gold", recipe) if recipe.gold else None
+        return samples.worths("reward"), samples.worths("gold") if recipe.gold else None
 
     at_start = worth(measured.samples[reference])
-    for series in dict.fromkeys(name for name, _ in measured.series.values()):
+    for series in dict.fromkeys(model.series for model in job.models if model.series):
         own = []
-        for model, (name, step) in measured.series.items():
-            ratios = log_ratios(equal[model]) if name == series and model in equal else None
-            if ratios is not None:
-                own.append(run_point(series, model, step, ratios, *worth(equal[model]), counts))
+        for model in job.models:
+            ratios = log_ratios(equal[model.name]) if model.series == series and model.name in equal else None
+            if ratios is not None and model.step is not None:
+                own.append(run_point(series, model.name, model.step, ratios, *worth(equal[model.name]), counts))
         if own:  # the tokens of a series may be others than the reference's
             points += [run_point(series, reference, 0, None, *at_start, counts), *own]
     if recipe.best_of_n:

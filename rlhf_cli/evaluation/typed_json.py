@@ -22,8 +22,7 @@ def to_json(value: Any) -> Any:
 def from_json(kind: Any, entry: Any) -> Any:
     """What `to_json` made of a value of that type; keys that are no fields are left out.
 
-    Raises:
-        KeyError, TypeError, AttributeError: the entry is of another shape.
+    KeyError, TypeError, AttributeError: the entry is of another shape.
     """
     has_fields = is_dataclass(kind) or kind is Interval
     if has_fields:

@@ -1,7 +1,9 @@
-"""How often one model's responses are better than another's to the same prompts, also with length taken out."""
+"""How models compare by whose responses are better: win rates, also with length taken out, and Elo ratings."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,15 +11,15 @@ import numpy as np
 from rlhf_cli.evaluation.intervals import interval, jeffreys, within_shares
 from rlhf_cli.figures import Interval
 
-SAME_SCORE = 1e-5
-"""Scores this close are a tie: a model's scores of the same text, in other batches, differ by less."""
+SAME_SCORE = 1e-5  # scores this close are a tie: a model's scores of the same text, in other batches, differ by less
 RIDGE = (1e-6, 1e-3)
 """λ of ½λ·(coefficient)², of the intercept and of the slope, in comparisons. Separable data have a maximum with it; where
 length and intercept cannot be told apart, the slope is the one that gives way."""
 TOLERANCE = 1e-8
 STEPS = 200
-CELLS = 2**20
-"""Numbers of a (draws, comparisons) table that are held at a time."""
+CELLS = 2**20  # numbers of a (draws, comparisons) table that are held at a time
+ELO = 400 / math.log(10)  # Elo points of one unit of strength: 400 points are odds of 10 to 1
+MIDDLE = 1000.0
 
 
 def outcomes(own: np.ndarray, other: np.ndarray, same: np.ndarray) -> np.ndarray:
@@ -55,8 +57,7 @@ def win_rate(outcome: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> Win
     responses to a prompt stay together, with `jeffreys` in each draw: the interval has a width also where every prompt is
     won, or every one a tie. The rates themselves are without prior.
 
-    Raises:
-        ValueError: fewer than 2 prompts were judged.
+    ValueError: fewer than 2 prompts were judged.
     """
     known = ~np.isnan(outcome)
     prompt, _ = np.nonzero(known)
@@ -126,3 +127,88 @@ def shortened(moved: np.ndarray) -> np.ndarray:
 def _sigmoid(logit: np.ndarray) -> np.ndarray:
     chance: np.ndarray = (1 + np.tanh(logit / 2)) / 2
     return chance
+
+
+def ratings(
+    names: Sequence[str], outcomes: Mapping[tuple[str, str], np.ndarray], anchor: str, counts: np.ndarray
+) -> dict[str, Interval]:
+    """Bradley–Terry strengths on the Elo scale with 95 % intervals, fitted to all comparisons at once, not one by one.
+
+    `outcomes`: (one, other) → (P, K) in {0, ½, 1} of the one against the other, NaN where nothing was judged; pairs that
+    never met are absent. `anchor`: the model whose rating is 1000, without interval. `counts`: (B, P) of `resamples`.
+
+    A prompt's K comparisons together are one win or loss. To those of each pair that met half a win each way is added,
+    Jeffreys' prior of their share, so that the ratings are finite when one model always wins; in the bootstrap draws the
+    halves vary as `jeffreys` says. The order of the models has no effect.
+
+    ValueError: models that no chain of comparisons connects; fewer than 2 judged prompts.
+    """
+    tables = {}
+    for (one, other), outcome in outcomes.items():
+        if not np.isnan(outcome).all():
+            won, lost = (np.nansum(side, 1) / outcome.shape[1] for side in (outcome, 1 - outcome))
+            tables[min(one, other), max(one, other)] = np.stack([won, lost] if one < other else [lost, won], 1)
+    pairs = [(names.index(one), names.index(other)) for one, other in sorted(tables)]
+    _check_connected(names, pairs)
+    if not pairs:
+        return {name: Interval(MIDDLE, MIDDLE, MIDDLE) for name in names}
+    met, fixed = np.stack([tables[pair] for pair in sorted(tables)], 1), names.index(anchor)
+    point = _elo(met.sum(0) + 0.5, pairs, len(names), fixed)
+    draws = _elo(np.tensordot(counts, met, 1) + jeffreys(len(counts), len(pairs)), pairs, len(names), fixed)
+    prompts = int(met.any((1, 2)).sum())
+    return {name: interval(float(point[at]), draws[:, at], prompts) for at, name in enumerate(names)}
+
+
+def _elo(scores: np.ndarray, pairs: Sequence[tuple[int, int]], models: int, anchor: int) -> np.ndarray:
+    """(..., M) from the (..., pairs, 2) wins of a pair's first and second model."""
+    first, second = np.array(pairs).T
+    wins = np.zeros((*scores.shape[:-2], models, models))
+    wins[..., first, second], wins[..., second, first] = scores[..., 0], scores[..., 1]
+    found = strengths(wins)
+    elo: np.ndarray = MIDDLE + ELO * (found - found[..., anchor, None])
+    return elo
+
+
+def strengths(wins: np.ndarray) -> np.ndarray:
+    """(..., M) Bradley–Terry strengths θ of maximum likelihood, their mean 0: i beats j with probability σ(θ_i − θ_j).
+
+    `wins`: (..., M, M), how often i beat j, a tie half to each, not necessarily whole; the diagonal is 0. Bradley & Terry
+    1952; Newton steps on all leading axes at once, shortened as those of `logistic` are.
+
+    ValueError: there is no maximum. Every model needs a chain of wins to every other (Ford 1957).
+    """
+    if not _chains(wins > 0).all():
+        raise ValueError("strengths have no maximum: some models never beat the others")
+    models, games = wins.shape[-1], wins + wins.swapaxes(-1, -2)
+    found = np.zeros(wins.shape[:-1])
+    for _ in range(STEPS):
+        chance = (1 + np.tanh((found[..., :, None] - found[..., None, :]) / 2)) / 2
+        curve = games * chance * chance.swapaxes(-1, -2)
+        uphill = (wins - games * chance).sum(-1)
+        laplacian = curve.sum(-1)[..., None] * np.eye(models) - curve
+        step = np.linalg.solve(laplacian + 1 / models, uphill[..., None])[..., 0]
+        moved = np.ptp(step, axis=-1, keepdims=True)
+        found = found + step * shortened(moved)
+        if moved.max() < TOLERANCE:
+            break
+    centred: np.ndarray = found - found.mean(-1, keepdims=True)
+    return centred
+
+
+def _chains(edges: np.ndarray) -> np.ndarray:
+    """(..., M, M) bool: does a chain of edges lead from one to the other?"""
+    models = edges.shape[-1]
+    reach = edges | np.eye(models, dtype=bool)
+    for _ in range(models.bit_length()):
+        reach = reach @ reach
+    return reach
+
+
+def _check_connected(names: Sequence[str], pairs: Sequence[tuple[int, int]]) -> None:
+    edges = np.zeros((len(names), len(names)), bool)
+    for one, other in pairs:
+        edges[one, other] = edges[other, one] = True
+    near = _chains(edges)[0]
+    if not near.all():
+        apart = [", ".join(name for name, here in zip(names, near, strict=True) if here == side) for side in (True, False)]
+        raise ValueError(f"ratings need a chain of comparisons between all models: none connects {apart[0]} with {apart[1]}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
-from rlhf_cli.evaluation.samples import Sample
+from rlhf_cli.evaluation.samples import Sample, Samples
 from rlhf_cli.figures import Interval, count, number, percent_with_interval
 from rlhf_cli.metrics import METRICS, metric
 from rlhf_cli.reports.document import Column, Definitions, Example, Examples, Finding, Items, Paragraph, Response, Section, Table
@@ -15,10 +16,8 @@ from rlhf_cli.reports.plots_evaluation import draw_evaluation
 from rlhf_cli.reports.write import write
 from rlhf_cli.runs.folder import RunFolder
 
-EXAMPLES = 3
-"""Of the largest gains, and of the largest losses, of each model."""
-OTHER = "Other"
-"""The table of metrics that the catalogue has no column for."""
+EXAMPLES = 3  # of the largest gains, and of the largest losses, of each model
+OTHER = "Other"  # the table of metrics that the catalogue has no column for
 SHARE = (0.0, 1.0)
 TERMS: dict[str, tuple[tuple[str, str], ...]] = {
     "winrate": (
@@ -39,11 +38,8 @@ TERMS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 """Part of a result → (term, what it is) of all that its tables name."""
 
-Place = tuple[int, int]
-"""(the prompt's row, the response's number)."""
 
-
-def write_report(folder: RunFolder, result: EvaluationResult, samples: Sequence[Sample]) -> None:
+def write_report(folder: RunFolder, result: EvaluationResult, samples: Mapping[str, Samples]) -> None:
     """Write the report, the most important first; what was not measured is left out."""
     found = findings(result) or [Finding("note", "Nothing to compare:", "the tables have all there is.")]
     pictures = draw_evaluation(result)
@@ -170,26 +166,23 @@ def _optimisation(result: EvaluationResult) -> Iterator[Table]:
         yield Table("Fits (Gao, Schulman & Hilton 2023)", tuple(map(Column, heads)), fitted)
 
 
-def _side_by_side(result: EvaluationResult, samples: Sequence[Sample]) -> Iterator[Paragraph | Examples]:
+def _side_by_side(result: EvaluationResult, samples: Mapping[str, Samples]) -> Iterator[Paragraph | Examples]:
     """Each model's responses beside the baseline's: by the judge's scores those that gain most and lose most, else the first."""
-    by_model: dict[str, dict[Place, Sample]] = {}
-    for sample in samples:
-        by_model.setdefault(sample.model, {})[sample.row, sample.number] = sample
-    if by_model:
+    if samples:
         yield Paragraph("All responses of all models: `samples.jsonl`.")
-    base = by_model.get(result.standard) if result.standard else None
-    for name, own in by_model.items():
-        if own is not base or len(by_model) == 1:
+    base = samples.get(result.standard) if result.standard else None
+    for name, own in samples.items():
+        if own is not base or len(samples) == 1:
             title = name if base is None else f"{name} beside {result.standard}"
             if examples := _examples(result.about, own, base):
                 yield Examples(title, examples)
 
 
-def _examples(about: About, own: Mapping[Place, Sample], base: Mapping[Place, Sample] | None) -> tuple[Example, ...]:
+def _examples(about: About, own: Samples, base: Samples | None) -> tuple[Example, ...]:
     if base is None or own is base:
-        first = [sample for (_, at), sample in sorted(own.items()) if at == 0][: 2 * EXAMPLES]
-        return tuple(Example(_prompt(sample), (_response(sample),)) for sample in first)
-    pairs = [(own[key], base[key]) for key in sorted(own) if key in base and own[key].response != base[key].response]
+        return tuple(Example(_prompt(sample), (_response(sample),)) for sample, *_ in own.own[: 2 * EXAMPLES])
+    every = zip(chain(*own.own), chain(*base.own), strict=True)
+    pairs = [(mine, theirs) for mine, theirs in every if mine.response != theirs.response]
     worths = [(_worth(mine, about), _worth(theirs, about)) for mine, theirs in pairs]
     gains = [None if mine is None or theirs is None else mine - theirs for mine, theirs in worths]
     known = sorted(((gain, at) for at, gain in enumerate(gains) if gain is not None), key=lambda each: (-each[0], each[1]))
@@ -215,16 +208,11 @@ def _example(mine: Sample, theirs: Sample, gain: float | None) -> Example:
 
 
 def _worth(sample: Sample, about: About) -> float | None:
-    """What the judge compares responses by: the score, the sum of the gold terms, or one term. Without a judge, gold or score."""
-    judge = about.judge
-    golds = [value for name, value in sample.terms.items() if name.startswith("gold/")]
-    if isinstance(judge, EndpointJudge):
+    """To the judge; without one, by gold, else by the score. None: no number tells."""
+    if isinstance(about.judge, EndpointJudge):
         return None
-    if judge == "reward" or (judge is None and not golds):
-        return sample.score
-    if judge in ("gold", None):
-        return sum(golds) if golds else None
-    return sample.terms.get(f"reward/{judge}", sample.terms.get(f"gold/{judge}"))
+    has_gold = any(name.startswith("gold/") for name in sample.terms)
+    return sample.worth(about.judge or ("gold" if has_gold else "reward"))
 
 
 def _prompt(sample: Sample) -> str:

@@ -11,11 +11,9 @@ from rlhf_cli.figures import Interval, number, percent_with_interval, with_inter
 from rlhf_cli.metrics import metric
 from rlhf_cli.reports.document import Finding, Kind
 
-NAMED = 4
-"""Models of one finding that are named with their figures; the others are in the tables."""
+NAMED = 4  # models of one finding that are named with their figures; the others are in the tables
 CHANCE = 0.5
-MORE = 0.05
-"""A share that is higher by less than this is not worth a word, however certain."""
+MORE = 0.05  # a share that is higher by less than this is not worth a word, however certain
 MOSTLY = 0.5
 
 

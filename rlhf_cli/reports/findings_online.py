@@ -8,20 +8,13 @@ from rlhf_cli.figures import NOISE, percent, short
 from rlhf_cli.reports.document import Finding
 from rlhf_cli.reports.run_result import Ends, History, window
 
-GOLD_FELL = 0.02
-"""A gold reward that falls by more than this share of itself fell, and not by noise."""
-GOLD_LOST = 0.25
-"""A gold reward that loses more than this share of what it had gained was better before the end."""
-KL_HIGH = 10.0
-"""Nats a response: this far from its reference a policy writes what the reward model was hardly trained on."""
-LENGTH_MOVED = 0.5
-"""A mean length that changes by more than this share, far from the reference, is a sign of hacking."""
-COLLAPSE = 0.8
-"""An entropy a token that loses more than this share of itself is a collapse."""
-CLIPPED = 0.3
-"""More than this share of clipped tokens: the updates leave the region in which the clipped objective is trusted."""
-ENDED = 0.5
-"""Where fewer responses end than this share, most scores are of torsos."""
+GOLD_FELL = 0.02  # a gold reward that falls by more than this share of itself fell, and not by noise
+GOLD_LOST = 0.25  # a gold reward that loses more than this share of what it had gained was better before the end
+KL_HIGH = 10.0  # nats a response: this far from its reference a policy writes what the reward model was hardly trained on
+LENGTH_MOVED = 0.5  # a mean length that changes by more than this share, far from the reference, is a sign of hacking
+COLLAPSE = 0.8  # an entropy a token that loses more than this share of itself is a collapse
+CLIPPED = 0.3  # more than this share of clipped tokens: the updates leave the region in which the clipped objective is trusted
+ENDED = 0.5  # where fewer responses end than this share, most scores are of torsos
 CLOSER = "hold it closer to its reference (`kl.coef`; direct objectives: `objective.beta`), train for fewer steps"
 
 

@@ -9,12 +9,9 @@ from rlhf_cli.figures import percent, short
 from rlhf_cli.reports.document import Finding
 from rlhf_cli.reports.run_result import Ends, History, TrainingSample, ends, window
 
-RISE = 1.01
-"""Held-out loss this far above its lowest is a rise and not noise."""
-DISPLACED = 0.01
-"""A log-probability of the chosen responses that falls by more than this share of itself is displacement."""
-DRIFT = 0.25
-"""A mean length that changes by more than this share is drift."""
+RISE = 1.01  # held-out loss this far above its lowest is a rise and not noise
+DISPLACED = 0.01  # a log-probability of the chosen responses that falls by more than this share of itself is displacement
+DRIFT = 0.25  # a mean length that changes by more than this share is drift
 
 
 def training_findings(history: History, rows: int) -> list[Finding]:

@@ -8,20 +8,16 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rlhf_cli.figures import Interval, mean_and_bounds
-from rlhf_cli.reports.document import Block, Document, Kind, Table
-from rlhf_cli.reports.text import pieces, visible
+from rlhf_cli.reports.document import Block, Document, Kind, Table, pieces, visible
 
 SIGNS: dict[Kind, str] = {"better": "▲", "worse": "▼", "open": "≈", "warning": "!", "note": "i"}
 """What stands before a finding, so that nothing is said by colour alone."""
-SHOWN, LONGEST = 500, 5000
-"""Characters of a text that are shown at once, and that are in the page at all."""
-BAR_WIDTH, BAR_HEIGHT = 120, 12
-"""Pixels of an interval's bar."""
+SHOWN, LONGEST = 500, 5000  # characters of a text that are shown at once, and that are in the page at all
+BAR_WIDTH, BAR_HEIGHT = 120, 12  # pixels of an interval's bar
 
 
 def render(document: Document) -> str:
@@ -70,20 +66,11 @@ def _scales(table: Table) -> list[tuple[float, float]]:
     return scales
 
 
-class Bar(NamedTuple):
-    """Where an interval's parts are, in pixels from the left."""
-
-    low: float
-    mean: float
-    high: float
-    mark: float | None
-
-
-def bar(cell: Interval, mark: float | None, scale: tuple[float, float]) -> Bar:
-    """The interval as a line with a dot, beside the line of what it is compared with. The numbers say the same."""
+def bar(cell: Interval, mark: float | None, scale: tuple[float, float]) -> dict[str, float | None]:
+    """Where low, mean, high and the mark are, in pixels from the left: a line with a dot, beside what it is compared with."""
 
     def across(value: float) -> float:
         share = (value - scale[0]) / (scale[1] - scale[0])
         return round(4 + (BAR_WIDTH - 8) * min(1.0, max(0.0, share)), 1)
 
-    return Bar(across(cell.low), across(cell.mean), across(cell.high), None if mark is None else across(mark))
+    return {part: across(value) for part, value in cell._asdict().items()} | {"mark": None if mark is None else across(mark)}

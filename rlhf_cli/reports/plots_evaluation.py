@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_cli.evaluation.eval_json import EvaluationResult
-from rlhf_cli.evaluation.overoptimisation import Fit, Peak, Point, SeriesFits
+from rlhf_cli.evaluation.overoptimisation import Peak, Point, SeriesFits
 from rlhf_cli.evaluation.winrate import WinRate
 from rlhf_cli.figures import Interval
-from rlhf_cli.reports.document import Picture
+from rlhf_cli.reports.document import Picture, visible
 from rlhf_cli.reports.findings_evaluation import step_of
 from rlhf_cli.reports.plots import CHOSEN, HELD_OUT, REJECTED, TRAIN, canvases, margins_picture, png, reliability_picture
-from rlhf_cli.reports.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LABEL = 36
-"""Characters of a name beside an axis."""
+LABEL = 36  # characters of a name beside an axis
 FORMS: dict[str, Callable[[float, float, float], float]] = {
     "bon": lambda d, alpha, beta: d * (alpha - beta * d),
     "rl": lambda d, alpha, beta: d * (alpha - beta * math.log(d)) if d > 0 else 0.0,
@@ -31,7 +30,7 @@ FORMS: dict[str, Callable[[float, float, float], float]] = {
 
 def draw_evaluation(result: EvaluationResult) -> dict[str, list[Picture]]:
     """Section's anchor → its pictures, those for which there are numbers."""
-    found: dict[str, list[Picture]] = {"winrates": [], "ratings": [], "preferences": [], "overoptimisation": []}
+    found: dict[str, list[Picture]] = defaultdict(list)
     # A name may have characters that matplotlib's font lacks: they are drawn as boxes.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -77,50 +76,50 @@ def _label(name: str) -> str:
 def _winrates_png(baseline: str, rates: Mapping[str, WinRate]) -> bytes:
     height = 1.5 + 0.42 * len(rates)
     figure, (axes,) = canvases(f"Win rates over {_label(baseline)}", "share of comparisons, ties half", [""], height)
-    _intervals(axes, [own.rate for own in rates.values()], CHOSEN, -0.14, "as they are")
-    _intervals(axes, [own.length_controlled for own in rates.values()], REJECTED, 0.14, "at equal length")
+    _intervals(axes, {name: own.rate for name, own in rates.items()}, CHOSEN, -0.14, "as they are")
+    _intervals(axes, {name: own.length_controlled for name, own in rates.items()}, REJECTED, 0.14, "at equal length")
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower right", ncols=2)
     axes.axvline(0.5, color="#444444", linewidth=1.0, linestyle="--")
     axes.set_xlim(0, 1)
-    _rows(axes, list(rates))
     return png(figure)
 
 
 def _ratings_png(ratings: Mapping[str, Interval]) -> bytes:
-    names = sorted(ratings, key=lambda name: -ratings[name].mean)
-    figure, (axes,) = canvases("Ratings", "Elo", [""], 1.3 + 0.38 * len(names))
-    _intervals(axes, [ratings[name] for name in names], CHOSEN, 0.0, "")
-    _rows(axes, names)
+    figure, (axes,) = canvases("Ratings", "Elo", [""], 1.3 + 0.38 * len(ratings))
+    _intervals(axes, dict(sorted(ratings.items(), key=lambda rating: -rating[1].mean)), CHOSEN, 0.0, "")
     return png(figure)
 
 
-def _intervals(axes: Axes, own: Sequence[Interval], colour: str, offset: float, label: str) -> None:
+def _intervals(axes: Axes, own: Mapping[str, Interval], colour: str, offset: float, label: str) -> None:
+    """A row for each name, the first on top."""
     rows = [row + offset for row in range(len(own))]
-    axes.hlines(rows, [each.low for each in own], [each.high for each in own], color=colour, linewidth=2.2)
-    axes.plot([each.mean for each in own], rows, linestyle="", marker="o", markersize=5, color=colour, label=label)
-
-
-def _rows(axes: Axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), [_label(name) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.hlines(rows, [each.low for each in own.values()], [each.high for each in own.values()], color=colour, linewidth=2.2)
+    means = [each.mean for each in own.values()]
+    axes.plot(means, rows, linestyle="", marker="o", markersize=5, color=colour, label=label)
+    axes.set_yticks(range(len(own)), list(map(_label, own)))
+    axes.set_ylim(len(own) - 0.5, -0.5)
 
 
 def _overoptimisation_png(series: Mapping[str, list[Point]], fits: Mapping[str, SeriesFits]) -> bytes:
     """Proxy above gold over the same √KL: they have scales of their own, and what matters is where they part."""
     first = next(iter(series))
-    has_gold = any(point.gold for own in series.values() for point in own)
-    values = ["proxy", "gold"] if has_gold else ["proxy"]
+    values = ["proxy", "gold"] if any(point.gold for own in series.values() for point in own) else ["proxy"]
     height = 1.4 + 2.3 * len(values)
     figure, panels = canvases(f"Over-optimisation: {_label(first)}", "√KL from the start (KL in nats)", values, height)
     for (name, points), colour in zip(series.items(), (TRAIN, REJECTED), strict=False):
         fit = fits.get(name)
         form, label = ("rl", "run") if points[0].n is None else ("bon", "best of n")
         for axes, value in zip(panels, values, strict=True):
-            _points(axes, points, value, colour, label)
-            if fit and (forms := fit.proxy if value == "proxy" else fit.gold):
-                _fit(axes, points, value, form, forms.rl if form == "rl" else forms.bon, colour)
+            known = [(point.kl, own) for point in points if (own := point.proxy if value == "proxy" else point.gold)]
+            _points(axes, known, colour, label)
+            forms = fit and (fit.proxy if value == "proxy" else fit.gold)
+            if forms and known and (found := forms.rl if form == "rl" else forms.bon):
+                # From the series' start on.
+                across = [_root(max(point.kl.mean for point in points)) * number / 100 for number in range(101)]
+                up = [known[0][1].mean + FORMS[form](d, found.alpha, found.beta) for d in across]
+                axes.plot(across, up, color=colour, linewidth=1.0, alpha=0.8)
         if fit and fit.peak and name == first:
-            _peak(panels, values, fit.peak)
+            _peak(panels, fit.peak)
     if len(panels) > 1 or len(series) > 1:
         figure.legend(*panels[-1].get_legend_handles_labels(), frameon=False, loc="outside lower right", ncols=4)
     return png(figure)
@@ -130,12 +129,8 @@ def _root(kl: float) -> float:
     return math.sqrt(max(kl, 0.0))
 
 
-def _value(point: Point, value: str) -> Interval | None:
-    return point.proxy if value == "proxy" else point.gold
-
-
-def _points(axes: Axes, points: Sequence[Point], value: str, colour: str, label: str) -> None:
-    known = [(point.kl, own) for point in points if (own := _value(point, value))]
+def _points(axes: Axes, known: Sequence[tuple[Interval, Interval]], colour: str, label: str) -> None:
+    """(KL, value) of each point, as a cross of intervals."""
     across, up = [_root(kl.mean) for kl, _ in known], [own.mean for _, own in known]
     axes.vlines(across, [own.low for _, own in known], [own.high for _, own in known], color=colour, linewidth=1.4, alpha=0.7)
     left, right = [_root(kl.low) for kl, _ in known], [_root(kl.high) for kl, _ in known]
@@ -143,27 +138,10 @@ def _points(axes: Axes, points: Sequence[Point], value: str, colour: str, label:
     axes.plot(across, up, color=colour, marker="o", markersize=5, linestyle="", label=label)
 
 
-def _fit(axes: Axes, points: Sequence[Point], value: str, form: str, fit: Fit | None, colour: str) -> None:
-    """The form that was found for this kind of optimisation, from the series' start on."""
-    start = _value(points[0], value)
-    if fit is None or start is None:
-        return
-    end = max(_root(point.kl.mean) for point in points)
-    across = [end * number / 100 for number in range(101)]
-    up = [start.mean + FORMS[form](d, fit.alpha, fit.beta) for d in across]
-    axes.plot(across, up, color=colour, linewidth=1.0, alpha=0.8)
-
-
-def _peak(panels: Sequence[Axes], values: list[str], top: Peak) -> None:
+def _peak(panels: Sequence[Axes], top: Peak) -> None:
+    """Of gold, whose panel is the last one."""
     at = _root(top.kl)
     for axes in panels:
         axes.axvline(at, color=HELD_OUT, linewidth=1.0, linestyle="--")
-    ring: dict[str, Any] = {
-        "marker": "o",
-        "markersize": 11,
-        "markerfacecolor": "none",
-        "markeredgecolor": HELD_OUT,
-        "markeredgewidth": 1.6,
-    }
-    label = f"gold's peak ({step_of(top) if top.place else 'start'})"
-    panels[values.index("gold")].plot([at], [top.gold], linestyle="", label=label, **ring)
+    (ring,) = panels[-1].plot([at], [top.gold], "o", markersize=11, markerfacecolor="none", markeredgecolor=HELD_OUT)
+    ring.set(markeredgewidth=1.6, label=f"gold's peak ({step_of(top) if top.place else 'start'})")

@@ -12,8 +12,7 @@ from rlhf_cli.reports.document import Picture
 from rlhf_cli.reports.plots import CHOSEN, HELD_OUT, REJECTED, TRAIN, canvases, margins_picture, png, reliability_picture
 from rlhf_cli.reports.run_result import History, RunResult
 
-SMOOTH_FROM = 40
-"""From this many points on a line is drawn pale, with its moving average over it."""
+SMOOTH_FROM = 40  # from this many points on a line is drawn pale, with its moving average over it
 COLOURS: dict[str, tuple[str, str]] = {
     "": (TRAIN, HELD_OUT),
     "chosen": (CHOSEN, "#1b3a5c"),

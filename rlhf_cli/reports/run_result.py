@@ -14,10 +14,8 @@ from rlhf_cli.recipe.rewards import KINDS
 from rlhf_cli.runs.folder import RunFolder, read_metrics
 from rlhf_cli.runs.manifest import BaseModel, Parent
 
-Line = Mapping[str, float]
-"""The step, and the metrics by their names."""
-Ends = tuple[float, float]
-"""A metric at the start and at the end."""
+Line = Mapping[str, float]  # the step, and the metrics by their names
+Ends = tuple[float, float]  # a metric at the start and at the end
 
 
 def window(count: int) -> int:
@@ -91,26 +89,6 @@ class SplitCounts:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What was minimised, and how fast."""
-
-    objective: dict[str, Any]  # its kind and its keys
-    learning_rate: float
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the run took."""
-
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory: float  # GiB
-
-
-@dataclass(frozen=True)
 class Used:
     """A reference, or a term of the reward or of gold, that the run did not start from."""
 
@@ -121,14 +99,25 @@ class Used:
 
 
 @dataclass(frozen=True)
-class Lineage:
-    """Where a run comes from."""
+class Manifest:
+    """What every manifest.json says."""
 
+    stage: str
+    status: str
+    objective: dict[str, Any]  # its kind and its keys
+    learning_rate: float
+    batch_size: int
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory: float  # GiB
     base_model: BaseModel
     parents: tuple[Parent, ...]
     seed: int
     git_commit: str | None
     versions: dict[str, str | None]
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,18 +125,13 @@ class RunResult:
     """A finished training run."""
 
     run: RunFolder
-    stage: str
-    status: str
-    settings: Settings
+    manifest: Manifest
     lora_rank: int | None  # None: all weights were trained
     history: History
     samples: list[TrainingSample]
     train: SplitCounts
     held_out: SplitCounts | None
-    cost: Cost
-    lineage: Lineage
     used: tuple[Used, ...]
-    best_step: int | None
     card: Card | None  # of a reward model
     load: tuple[str, ...]  # the code that loads a reward model
 
@@ -159,9 +143,7 @@ def read_run(run: RunFolder, manifest: Mapping[str, Any]) -> RunResult:
     lines = read_metrics(run.metrics)
     return RunResult(
         run=run,
-        stage=manifest["stage"],
-        status=manifest["status"],
-        settings=from_json(Settings, manifest),
+        manifest=from_json(Manifest, manifest),
         lora_rank=read_json(config)["r"] if config.exists() else None,
         history=History(
             train=[line for line in lines if line["split"] == "train"],
@@ -170,10 +152,7 @@ def read_run(run: RunFolder, manifest: Mapping[str, Any]) -> RunResult:
         samples=[TrainingSample(**line) for line in read_metrics(run.samples)],
         train=from_json(SplitCounts, data["train"]),
         held_out=from_json(SplitCounts | None, data["eval"]),
-        cost=from_json(Cost, manifest),
-        lineage=from_json(Lineage, manifest),
         used=tuple(_used(manifest)),
-        best_step=manifest.get("best_step"),
         card=Card.from_json(manifest["reward_model"]) if "reward_model" in manifest else None,
         load=tuple(manifest.get("load", ())),
     )

@@ -24,8 +24,8 @@ def write_report(run: RunFolder, manifest: Mapping[str, Any]) -> None:
     """Write the report, the most important first; what a run does not have is left out."""
     result = read_run(run, manifest)
     pictures = draw_training(result)
-    stage = TRAINING_STAGES[result.stage].title
-    if result.history.online and result.stage != "ppo":
+    stage = TRAINING_STAGES[result.manifest.stage].title
+    if result.history.online and result.manifest.stage != "ppo":
         stage = f"online {stage}"
     sections = (
         Section("learned", "Did it learn?", (*_learned(result), *pictures["learned"])),
@@ -36,26 +36,26 @@ def write_report(run: RunFolder, manifest: Mapping[str, Any]) -> None:
         Section("model", "The model", tuple(_model(result))),
         Section("lineage", "Where it comes from", tuple(_lineage(result))),
     )
-    write(run, f"{run.path.resolve().name}: {stage}, {result.status}", _lead(result), sections)
+    write(run, f"{run.path.resolve().name}: {stage}, {result.manifest.status}", _lead(result), sections)
 
 
 def _lead(result: RunResult) -> str:
-    lineage, settings, data = result.lineage, result.settings, result.train
-    start = f"`{lineage.base_model.path}`"
+    manifest, data = result.manifest, result.train
+    start = f"`{manifest.base_model.path}`"
     used = {Path(each.what).parent for each in result.used if each.is_model and each.role != "reference"}
-    runs = [parent.path for parent in lineage.parents if Path(parent.path) not in used]
+    runs = [parent.path for parent in manifest.parents if Path(parent.path) not in used]
     if runs:
         start = f"`{runs[0]}` (on the base model {start})"
     what = f"a LoRA adapter of rank {result.lora_rank}" if result.lora_rank else "all weights"
     paths = [f"`{source.path}`" for source in data.sources]
     sources = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    cost = f"{count(result.cost.steps, 'step')}, {result.cost.tokens:,} tokens, {duration(result.cost.seconds)}"
-    fields = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.objective.items() if name != "kind")
+    cost = f"{count(manifest.steps, 'step')}, {manifest.tokens:,} tokens, {duration(manifest.seconds)}"
+    fields = ", ".join(f"{name} {json.dumps(value)}" for name, value in manifest.objective.items() if name != "kind")
     rows = f"{count(data.kept, 'prompt' if result.history.online else 'row')} of {sources}"
-    objective = f"`{settings.objective['kind']}`" + (f" ({fields})" if fields else "")
+    objective = f"`{manifest.objective['kind']}`" + (f" ({fields})" if fields else "")
     return (
         f"Started from {start} and trained {what} on {rows}: {cost}. "
-        f"Objective {objective}, learning rate {settings.learning_rate:g}, batches of {settings.batch_size}."
+        f"Objective {objective}, learning rate {manifest.learning_rate:g}, batches of {manifest.batch_size}."
     )
 
 
@@ -163,7 +163,7 @@ def _lengths(part: SplitCounts, kind: str) -> str:
 
 
 def _cost(result: RunResult) -> Iterator[Block]:
-    cost = result.cost
+    cost = result.manifest
     speed = f"{cost.tokens:,} tokens ({cost.tokens_per_second:,.0f} a second)"
     yield Paragraph(f"{duration(cost.seconds)} for {speed}; at most {cost.peak_memory:.1f} GiB of memory.")
     parts = {"rollout": "drawing responses", "score": "scoring them", "update": "updates"}
@@ -173,7 +173,7 @@ def _cost(result: RunResult) -> Iterator[Block]:
 
 
 def _model(result: RunResult) -> Iterator[Block]:
-    run, steps, best = result.run, result.cost.steps, result.best_step
+    run, steps, best = result.run, result.manifest.steps, result.manifest.best_step
     where = f"It is in `{run.model.as_posix()}`."
     if best not in (None, steps):
         path = (run.checkpoints / f"step-{best:08d}").as_posix()
@@ -194,7 +194,7 @@ def _model(result: RunResult) -> Iterator[Block]:
 
 def _policy_lines(result: RunResult) -> list[str]:
     """The code that loads a policy."""
-    base, model = result.lineage.base_model, json.dumps(result.run.model.as_posix())
+    base, model = result.manifest.base_model, json.dumps(result.run.model.as_posix())
     revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if result.lora_rank:
@@ -207,14 +207,14 @@ def _policy_lines(result: RunResult) -> list[str]:
 
 
 def _lineage(result: RunResult) -> Iterator[Block]:
-    lineage, base = result.lineage, result.lineage.base_model
+    manifest, base = result.manifest, result.manifest.base_model
     revision = f", revision {base.revision}" if base.revision else ""
     lines = [f"base model `{base.path}`{revision}, weights {base.weights_hash}"]
-    lines += [f"earlier run `{parent.path}`, manifest {parent.manifest_hash}" for parent in lineage.parents]
+    lines += [f"earlier run `{parent.path}`, manifest {parent.manifest_hash}" for parent in manifest.parents]
     for each in result.used:
         identity = f", {'weights ' if each.role == 'reference' else ''}{each.identity}" if each.identity else ""
         lines.append(f"{each.role} `{each.what}`{identity}")
-    lines.append(f"seed {lineage.seed}" + (f", git commit {lineage.git_commit}" if lineage.git_commit else ""))
-    lines.append(", ".join(f"{name} {version}" for name, version in lineage.versions.items()))
+    lines.append(f"seed {manifest.seed}" + (f", git commit {manifest.git_commit}" if manifest.git_commit else ""))
+    lines.append(", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     yield Items(tuple(lines))
-    yield Paragraph(f"To repeat the run: `rlhf {result.stage} {result.run.recipe.as_posix()} --output <another folder>`.")
+    yield Paragraph(f"To repeat the run: `rlhf {manifest.stage} {result.run.recipe.as_posix()} --output <another folder>`.")

@@ -87,12 +87,12 @@ def _conclude(job: EvaluationJob, folder: RunFolder, measured: Measured) -> None
     write_samples(folder.samples, [sample for own in measured.samples.values() for row in own.own for sample in row])
     equal = {name: own.first(recipe.rollout.responses_per_prompt) for name, own in measured.samples.items()}
     outcomes, notes = compare_models(job, equal, folder.verdicts)
-    result = summarise(recipe, measured, outcomes, [*job.notes, *notes])
+    result = summarise(job, measured, outcomes, notes)
     job.signals.obey_at_once("while the report was written; continue with --resume")
     if recipe.dump_pairs is not None:
         dump_pairs(job, Path(recipe.dump_pairs), equal, outcomes)
     write_json(folder.result, result.to_json())
-    write_report(folder, result, [sample for own in equal.values() for row in own.own for sample in row])
+    write_report(folder, result, equal)
     write_json(folder.manifest, _manifest(job, folder))  # the last write: the run is finished
     job.console.say(terminal_table(result))
     job.console.say(f"finished in {time.monotonic() - job.started:.0f} s: {folder.page}")

@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlhf_cli.evaluation.generation import distinct, duplicates, figures, log_ratios
 from rlhf_cli.evaluation.intervals import Interval, jackknife, ratio_interval, resamples
-from rlhf_cli.evaluation.samples import Sample, grouped
+from rlhf_cli.evaluation.samples import Sample, distinct, duplicates, figures, grouped, log_ratios
 
 
 def sample(row, number, response="a b", **facts):

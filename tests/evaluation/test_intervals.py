@@ -86,12 +86,6 @@ def test_constants_have_no_width(prompts: int) -> None:
     assert ratio_interval(above, below, resamples(prompts, 0)) == (0.1 / 3.0,) * 3
 
 
-def test_a_transform_is_taken_of_the_bounds() -> None:
-    above, below, counts = np.array([1.0, 9.0, 4.0]), np.array([1.0, 3.0, 2.0]), resamples(3, 0)
-    plain = ratio_interval(above, below, counts)
-    assert ratio_interval(above, below, counts, math.exp) == tuple(math.exp(value) for value in plain)
-
-
 def test_the_jackknife_of_a_mean_is_students_interval() -> None:
     # 1, 2, 3, 4: s = 1.29099, s/√4 = 0.645497, t = 3.18245
     left_out = (10 - np.arange(1.0, 5.0)) / 3

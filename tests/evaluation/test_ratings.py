@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rlhf_cli.evaluation.intervals import resamples
-from rlhf_cli.evaluation.ratings import ratings, strengths
-from rlhf_cli.evaluation.winrate import win_rate
+from rlhf_cli.evaluation.winrate import ratings, strengths, win_rate
+from rlhf_cli.figures import Interval
 
 ELO = 400 / math.log(10)
 TRUE = np.array([0.0, -200.0, -80.0, 90.0, 210.0])
@@ -24,6 +24,12 @@ def simulated(random: np.random.Generator, pairs: list[tuple[int, int]], prompts
     }
 
 
+def rated(names: list[str], outcomes: dict[tuple[int, int], np.ndarray], anchor: int, counts: np.ndarray) -> dict[str, Interval]:
+    """`ratings` of models by their number."""
+    named = {(names[one], names[other]): outcome for (one, other), outcome in outcomes.items()}
+    return ratings(names, named, names[anchor], counts)
+
+
 def minorised(wins: np.ndarray) -> np.ndarray:
     """The same maximum by Hunter's 2004 MM algorithm."""
     worth, games = np.ones(len(wins)), wins + wins.T
@@ -37,18 +43,16 @@ def test_two_models_by_hand() -> None:
     outcome = np.array([1.0] * 6 + [0.5] * 2 + [0.0] * 2)[:, None]  # 7 wins, 3 losses
     apart = 400 * math.log10(7.5 / 3.5)
     counts = resamples(10, 0)
-    anchored = ratings(["a", "b"], {(0, 1): outcome}, 1, counts)
-    assert anchored["a"].mean == pytest.approx(1000 + apart)
-    assert anchored["b"] == (1000, 1000, 1000)
-    centred = ratings(["a", "b"], {(0, 1): outcome}, None, counts)
-    assert (centred["a"].mean, centred["b"].mean) == pytest.approx((1000 + apart / 2, 1000 - apart / 2))
+    found = rated(["a", "b"], {(0, 1): outcome}, 1, counts)
+    assert found["a"].mean == pytest.approx(1000 + apart)
+    assert found["b"] == (1000, 1000, 1000)
 
 
 def test_two_models_have_the_interval_of_their_win_rate() -> None:
     outcome = (np.random.default_rng(0).random((60, 1)) < 0.7) * 1.0
     counts = resamples(60, 0)
     rate = win_rate(outcome, np.zeros((60, 1)), counts)
-    found = ratings(["a", "b"], {(0, 1): outcome}, 1, counts)["a"]
+    found = rated(["a", "b"], {(0, 1): outcome}, 1, counts)["a"]
     expected = [1000 + ELO * math.log(bound / (1 - bound)) for bound in (rate.rate.low, rate.rate.high)]
     assert (found.low, found.high) == pytest.approx(expected, abs=0.5)
 
@@ -67,7 +71,7 @@ def test_a_cycle_is_a_draw() -> None:
     wins = np.array([[0.0, 8, 2], [2, 0, 8], [8, 2, 0]])
     np.testing.assert_allclose(strengths(wins), 0, atol=1e-9)
     ahead = np.array([1.0] * 8 + [0.0] * 2)[:, None]
-    found = ratings(["a", "b", "c"], {(0, 1): ahead, (1, 2): ahead, (0, 2): 1 - ahead}, None, resamples(10, 0))
+    found = rated(["a", "b", "c"], {(0, 1): ahead, (1, 2): ahead, (0, 2): 1 - ahead}, 0, resamples(10, 0))
     assert [each.mean for each in found.values()] == pytest.approx([1000] * 3, abs=1e-6)
 
 
@@ -82,19 +86,19 @@ def test_extreme_draws_converge() -> None:
     assert strengths(wins)[0] == pytest.approx(math.log(64e7) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("anchor", [None, 0])
-def test_the_order_of_the_models_has_no_effect(anchor: int | None) -> None:
+@pytest.mark.parametrize("anchor", [0, 3])
+def test_the_order_of_the_models_has_no_effect(anchor: int) -> None:
     random, counts = np.random.default_rng(2), resamples(16, 0, 300)
     tables = simulated(random, ALL, 16)
     tables[(0, 4)][:] = 0  # where the prior has its say
-    plain = ratings(NAMES, tables, anchor, counts)
+    plain = rated(NAMES, tables, anchor, counts)
     order = [3, 1, 4, 0, 2]
     place = {model: at for at, model in enumerate(order)}
     moved = {}
     for (one, other), outcome in tables.items():
         first, second = place[one], place[other]
         moved[(min(first, second), max(first, second))] = outcome if first < second else 1 - outcome
-    other = ratings([NAMES[model] for model in order], moved, None if anchor is None else place[anchor], counts)
+    other = rated([NAMES[model] for model in order], moved, place[anchor], counts)
     for name in NAMES:
         assert other[name] == pytest.approx(plain[name], abs=1e-5)
 
@@ -102,21 +106,21 @@ def test_the_order_of_the_models_has_no_effect(anchor: int | None) -> None:
 def test_the_responses_of_a_prompt_are_one_match() -> None:
     random, counts = np.random.default_rng(3), resamples(20, 0)
     once = (random.random((20, 1)) < 0.7) * 1.0
-    plain = ratings(["a", "b"], {(0, 1): once}, None, counts)
-    assert ratings(["a", "b"], {(0, 1): once.repeat(4, 1)}, None, counts)["a"] == pytest.approx(plain["a"], abs=1e-6)
+    plain = rated(["a", "b"], {(0, 1): once}, 1, counts)
+    assert rated(["a", "b"], {(0, 1): once.repeat(4, 1)}, 1, counts)["a"] == pytest.approx(plain["a"], abs=1e-6)
 
 
 def test_what_was_not_judged_is_no_match() -> None:
     outcome = np.array([[1.0, 1.0], [1.0, np.nan], [0.0, 0.5], [np.nan, np.nan]])  # 1 + ½ + ¼ prompts won, ¾ lost
     nothing = np.full((4, 2), np.nan)
-    found = ratings(["a", "b", "c"], {(0, 1): outcome, (0, 2): nothing, (1, 2): outcome}, 1, resamples(4, 0))
+    found = rated(["a", "b", "c"], {(0, 1): outcome, (0, 2): nothing, (1, 2): outcome}, 1, resamples(4, 0))
     assert found["a"].mean == pytest.approx(1000 + 400 * math.log10(2.25 / 1.25))
     assert found["c"].mean == pytest.approx(1000 - 400 * math.log10(2.25 / 1.25))
 
 
 def test_a_star_has_the_ratings_of_its_pairs() -> None:
     tables = simulated(np.random.default_rng(4), STAR, 50)
-    found = ratings(NAMES, tables, 0, resamples(50, 0))
+    found = rated(NAMES, tables, 0, resamples(50, 0))
     for (_, other), outcome in tables.items():
         expected = 1000 + 400 * math.log10((50.5 - outcome.sum()) / (outcome.sum() + 0.5))
         assert found[NAMES[other]].mean == pytest.approx(expected)
@@ -124,22 +128,22 @@ def test_a_star_has_the_ratings_of_its_pairs() -> None:
 
 def test_a_chain_of_models_is_enough() -> None:
     names, outcome = list("abcdefghi"), np.array([[1.0]] * 7 + [[0.0]] * 3)
-    found = ratings(names, {(at, at + 1): outcome for at in range(8)}, 0, resamples(10, 0))
+    found = rated(names, {(at, at + 1): outcome for at in range(8)}, 0, resamples(10, 0))
     assert found["i"].mean == pytest.approx(1000 - 8 * 400 * math.log10(7.5 / 3.5))
 
 
 def test_models_that_never_met_are_named() -> None:
     outcome, counts = np.ones((4, 1)), resamples(4, 0)
     with pytest.raises(ValueError, match="none connects a, c with b, d"):
-        ratings(list("abcd"), {(0, 2): outcome, (1, 3): outcome}, 0, counts)
+        rated(list("abcd"), {(0, 2): outcome, (1, 3): outcome}, 0, counts)
     with pytest.raises(ValueError, match="none connects a with b"):
-        ratings(["a", "b"], {(0, 1): np.full((4, 1), np.nan)}, None, counts)
-    assert ratings(["a"], {}, None, counts) == {"a": (1000, 1000, 1000)}
+        rated(["a", "b"], {(0, 1): np.full((4, 1), np.nan)}, 0, counts)
+    assert rated(["a"], {}, 0, counts) == {"a": (1000, 1000, 1000)}
 
 
 def test_a_model_that_always_wins_has_a_finite_rating_with_a_wide_interval() -> None:
     """64 of 64: 400·log10(64.5/0.5) = 844 above; Jeffreys' lower bound of the share, 0.962, is 562 above."""
-    found = ratings(["base", "best"], {(0, 1): np.zeros((64, 4))}, 0, resamples(64, 0))["best"]
+    found = rated(["base", "best"], {(0, 1): np.zeros((64, 4))}, 0, resamples(64, 0))["best"]
     assert found.mean == pytest.approx(1844.2, abs=0.1)
     assert found.low == pytest.approx(1562, abs=15)
     assert 2500 < found.high < 4000
@@ -150,7 +154,7 @@ def covered(pairs: list[tuple[int, int]], prompts: int, times: int, draws: int) 
     random, counts = np.random.default_rng(5), resamples(prompts, 0, draws)
     hits = []
     for _ in range(times):
-        found = ratings(NAMES, simulated(random, pairs, prompts), 0, counts)
+        found = rated(NAMES, simulated(random, pairs, prompts), 0, counts)
         hits.append([found[name].low <= 1000 + true <= found[name].high for name, true in zip(NAMES[1:], TRUE[1:], strict=True)])
     return np.mean(hits, 0)
 

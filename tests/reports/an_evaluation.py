@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rlhf_cli.evaluation.samples import Sample, Samples, grouped
+
 Line = dict[str, Any]
 MODELS = (
     "sft",
@@ -211,6 +213,12 @@ def samples(models: tuple[str, ...] = MODELS, prompts: int = 8, responses: int =
         for row in range(prompts)
         for number in range(responses)
     ]
+
+
+def tables(lines: list[Line]) -> dict[str, Samples]:
+    """The samples by model."""
+    models = dict.fromkeys(line["model"] for line in lines)
+    return {model: grouped(Sample(**line) for line in lines if line["model"] == model) for model in models}
 
 
 def worth(model: str, row: int, number: int) -> float:

@@ -10,13 +10,12 @@ import pytest
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.eval_json import EvaluationResult, read_result
-from rlhf_cli.evaluation.samples import Sample
 from rlhf_cli.reports import terminal
 from rlhf_cli.reports.document import Finding
 from rlhf_cli.reports.evaluation import write_report
 from rlhf_cli.reports.findings_evaluation import findings
 from rlhf_cli.runs.folder import RunFolder
-from tests.reports.an_evaluation import HOSTILE, MODELS, empty, evaluation, figures, preference, rate, samples, share
+from tests.reports.an_evaluation import HOSTILE, MODELS, empty, evaluation, figures, preference, rate, samples, share, tables
 
 Result = dict[str, Any]
 
@@ -49,7 +48,7 @@ def two_models(**rates: float | dict[str, float]) -> Result:
 
 
 def report(folder: Path, result: Result, lines: list[dict[str, Any]]) -> str:
-    write_report(RunFolder(folder), EvaluationResult.from_json(result), [Sample(**line) for line in lines])
+    write_report(RunFolder(folder), EvaluationResult.from_json(result), tables(lines))
     return (folder / "report.md").read_text("utf-8")
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.evaluation.eval_json import EvaluationResult
-from rlhf_cli.evaluation.samples import Sample
 from rlhf_cli.figures import Interval
 from rlhf_cli.reports.document import (
     Block,
@@ -32,7 +31,7 @@ from rlhf_cli.reports.document import (
 from rlhf_cli.reports.evaluation import write_report
 from rlhf_cli.reports.html import render
 from rlhf_cli.runs.folder import RunFolder
-from tests.reports.an_evaluation import HOSTILE, MODELS, evaluation, samples
+from tests.reports.an_evaluation import HOSTILE, MODELS, evaluation, samples, tables
 
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -70,7 +69,7 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("an <b>evaluation")
-    write_report(RunFolder(folder), EvaluationResult.from_json(evaluation()), [Sample(**line) for line in samples()])
+    write_report(RunFolder(folder), EvaluationResult.from_json(evaluation()), tables(samples()))
     return folder / "report.html"
 
 
@@ -120,7 +119,7 @@ def test_long_texts_are_shortened(tmp_path: Path) -> None:
     lines = samples(("sft", "dpo"), prompts=2, responses=1)
     lines[2]["response"] = "long <&> " * 1_200_000  # 10.8 MB
     lines[3]["response"] = " \n"
-    write_report(RunFolder(tmp_path), EvaluationResult.from_json(evaluation()), [Sample(**line) for line in lines])
+    write_report(RunFolder(tmp_path), EvaluationResult.from_json(evaluation()), tables(lines))
     text = (tmp_path / "report.html").read_text("utf-8")
     assert len(text) < 1_000_000
     assert f"{10_800_000 - 5000:,} more characters are in samples.jsonl." in text
