@@ -77,10 +77,7 @@ class Server:
 
 
 def connect(settings: Endpoint) -> Server:
-    """The server of the settings; nothing is sent.
-
-    UsageError: the endpoint is no URL, or OPENAI_API_KEY cannot stand in a header.
-    """
+    """The server of the settings; nothing is sent. UsageError: the endpoint is no URL, or the key cannot stand in a header."""
     try:
         parts = urlsplit(settings.endpoint)
         whole = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0

@@ -37,10 +37,8 @@ def interval(point: float, draws: np.ndarray, prompts: int) -> Interval:
 
     ValueError: fewer than 2 prompts. One observation says nothing of how much others differ.
     """
-    if prompts < 2:
-        raise ValueError(f"an interval needs at least 2 prompts, not {prompts}")
     normal = NormalDist()
-    reach = math.sqrt(prompts / (prompts - 1)) * student(prompts - 1)
+    reach = student(prompts - 1) * math.sqrt(prompts / (prompts - 1))
     level = max(normal.cdf(-reach), TAIL)
     longer = -reach / normal.inv_cdf(level)
     low, high = np.quantile(draws, (level, 1 - level)).tolist()
@@ -91,21 +89,21 @@ def jackknife(point: float, left_out: np.ndarray) -> Interval:
     ValueError: fewer than 2 prompts.
     """
     prompts = len(left_out)
-    if prompts < 2:
-        raise ValueError(f"an interval needs at least 2 prompts, not {prompts}")
     reach = student(prompts - 1) * math.sqrt((prompts - 1) * float(left_out.var()))
     return Interval(point, point - reach, point + reach)
 
 
 @functools.cache
 def student(freedom: int) -> float:
-    """97.5 % quantile of Student's t with a whole number of degrees of freedom.
+    """97.5 % quantile of Student's t with a whole number of degrees of freedom, one less than there are prompts.
 
     The distribution function's finite sum in θ = atan(t/√ν), Abramowitz & Stegun 26.7.3 and 26.7.4, is inverted by bisection.
 
     >>> [round(student(freedom), 4) for freedom in (1, 2, 9)]
     [12.7062, 4.3027, 2.2622]
     """
+    if freedom < 1:
+        raise ValueError(f"an interval needs at least 2 prompts, not {freedom + 1}")
     odd = freedom % 2
     steps = np.arange(1, (freedom - odd) // 2)
     terms = np.cumprod(np.concatenate([[1.0], 2 * steps / (2 * steps + 1) if odd else (2 * steps - 1) / (2 * steps)]))

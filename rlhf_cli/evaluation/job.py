@@ -97,10 +97,7 @@ class EvaluationJob:
 
 
 def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> EvaluationJob:
-    """Find every model, read and tokenise the rows, settle every value.
-
-    UsageError: the recipe, the data or what it names is wrong.
-    """
+    """Find every model, read and tokenise the rows, settle every value. UsageError: the recipe, the data or a model is wrong."""
     signals = StopSignals()
     signals.install()
     quiet_libraries()

@@ -37,7 +37,11 @@ def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
     kept, log = kept_responses(job, folder)
     frozen = _load_frozen(job)
     measured = Measured({}, {}, {})
-    reference_logps = _reference_logps(job, frozen)
+    compared = any(_has_preferences(job, model) and not model.is_reward_model for model in job.models)
+    reference_logps: list[np.ndarray] = []  # Σ log π_ref of the preferences' responses
+    if job.reference is not None and compared:
+        trees = job.rows_of("preferences", job.reference).trees
+        reference_logps = _response_logps(job, frozen.hosts["reference"], "reference", trees)
     for model in job.models:
         samples = kept.get(model.name)
         draws = "prompts" in job.rows and not model.is_reward_model and samples is None
@@ -80,13 +84,6 @@ def _has_preferences(job: EvaluationJob, model: EvaluatedModel) -> bool:
     """Does it prefer some responses? A policy does against a reference with the same tokens that is another one."""
     compared = model is not job.reference and job.shares_tokens(model)
     return "preferences" in job.rows and (model.is_reward_model or compared)
-
-
-def _reference_logps(job: EvaluationJob, frozen: FrozenModels) -> list[np.ndarray]:
-    """Σ log π_ref of the preferences' responses; empty where nothing is compared with them."""
-    if job.reference is None or not any(_has_preferences(job, model) and not model.is_reward_model for model in job.models):
-        return []
-    return _response_logps(job, frozen.hosts["reference"], "reference", job.rows_of("preferences", job.reference).trees)
 
 
 def _agreement(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, reference_logps: Sequence[np.ndarray]) -> Agreement:

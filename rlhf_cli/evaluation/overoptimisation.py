@@ -183,11 +183,6 @@ class Peak:
     last: str  # the model of the last point
     fall: Interval  # gold of the peak less gold of the last point, by the same prompts
 
-    @property
-    def place(self) -> int:
-        """In the order of its series."""
-        return (self.step if self.n is None else self.n) or 0
-
 
 def peak(points: Sequence[Point], counts: np.ndarray) -> Peak | None:
     """The point of a series with the highest mean gold, the first of equals; None without gold. counts: (B, P).

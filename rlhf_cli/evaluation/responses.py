@@ -23,7 +23,6 @@ from rlhf_cli.rollout.experience import Rollout, Sampler
 from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.rollout.rewards import COMBINE, Answers
 from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
-from rlhf_cli.signals import Pause
 
 PATIENCE = 30.0  # seconds between two words on a model that takes its time
 
@@ -68,6 +67,14 @@ def draw_responses(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone
     """
     rows, terms, own = job.rows_of("prompts", model), job.terms_of[model.tokenisation], model.tokenisation
     reward, gold = terms.load(frozen, job.budget)
+    started = told = time.monotonic()
+
+    def tell() -> None:
+        nonlocal told
+        if time.monotonic() - told > PATIENCE:
+            told = time.monotonic()
+            job.console.say(f"{model.name}: drawing and scoring, {told - started:.0f} s so far")
+
     sampler = Sampler(
         backbone=backbone,
         engine=TransformersEngine(backbone, "policy"),
@@ -81,7 +88,7 @@ def draw_responses(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone
         budget=job.budget,
         ranks=job.ranks,
         compared=job.shares_tokens(model),
-        pause=_progress(job, model),
+        pause=tell,
     )
     rollout = sampler.rollout(list(rows.trees), Stream.HELD_OUT.seed(job.recipe.seed), samples=job.responses_of(model))
     return list(_samples(model.name, rollout, sampler, rows.records))
@@ -94,19 +101,6 @@ def keep_responses(job: EvaluationJob, model: EvaluatedModel, samples: Sequence[
         for sample in samples:
             log.append(dataclasses.asdict(sample))
         job.signals.obey_at_once(f"after {model.name}; what was drawn is kept, continue with --resume")
-
-
-def _progress(job: EvaluationJob, model: EvaluatedModel) -> Pause:
-    """Says from time to time how long the work has taken between whose passes it is called."""
-    started = told = time.monotonic()
-
-    def tell() -> None:
-        nonlocal told
-        if time.monotonic() - told > PATIENCE:
-            told = time.monotonic()
-            job.console.say(f"{model.name}: drawing and scoring, {told - started:.0f} s so far")
-
-    return tell
 
 
 def _samples(model: str, rollout: Rollout, sampler: Sampler, records: Sequence[Record]) -> Iterator[Sample]:

@@ -53,10 +53,7 @@ class SectionRows:
 
 
 def read_rows(loaded: Loaded, section: str, tokenisations: Sequence[Tokenisation]) -> SectionRows:
-    """The rows of a section in every tokenisation.
-
-    UsageError: files, rows or columns are wrong, or too few are left for an interval.
-    """
+    """The rows of a section in every tokenisation. UsageError: a file, row or column is wrong, or too few rows are left."""
     datasets = {tokenisation: _read(loaded, section, tokenisation) for tokenisation in tokenisations}
     rows = {
         tokenisation: Rows(list(dataset.train.trees), dataset.reading.train, [])

@@ -73,10 +73,7 @@ class Samples:
 
 
 def grouped(samples: Iterable[Sample]) -> Samples:
-    """All samples of one model, in any order, as a table.
-
-    ValueError: there are none, of several models, or not as many to each prompt.
-    """
+    """All samples of one model, in any order. ValueError: there are none, of several models, or not as many to each prompt."""
     ordered = sorted(samples, key=lambda sample: (sample.row, sample.number))
     own = tuple(tuple(responses) for _, responses in groupby(ordered, key=lambda sample: sample.row))
     models = {sample.model for sample in ordered}
@@ -163,10 +160,7 @@ def _grams(responses: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
 
 
 def duplicates(texts: Sequence[Sequence[str]]) -> Interval:
-    """Share of (P)(K) responses whose very text another one has, to any prompt. Jackknife interval, within [0, 1].
-
-    ValueError: fewer than 2 prompts.
-    """
+    """Share of (P)(K) responses whose text another one has, to any prompt; jackknife. ValueError: fewer than 2 prompts."""
     own = [Counter(responses) for responses in texts]
     total: Counter[str] = Counter()
     for responses in own:

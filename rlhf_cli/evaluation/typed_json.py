@@ -20,10 +20,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: Any, entry: Any) -> Any:
-    """What `to_json` made of a value of that type; keys that are no fields are left out.
-
-    KeyError, TypeError, AttributeError: the entry is of another shape.
-    """
+    """What `to_json` made of such a value; other keys are left out. KeyError, TypeError, AttributeError: it has another shape."""
     has_fields = is_dataclass(kind) or kind is Interval
     if has_fields:
         types = get_type_hints(kind)

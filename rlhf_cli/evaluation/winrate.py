@@ -149,7 +149,13 @@ def ratings(
             won, lost = (np.nansum(side, 1) / outcome.shape[1] for side in (outcome, 1 - outcome))
             tables[min(one, other), max(one, other)] = np.stack([won, lost] if one < other else [lost, won], 1)
     pairs = [(names.index(one), names.index(other)) for one, other in sorted(tables)]
-    _check_connected(names, pairs)
+    edges = np.zeros((len(names), len(names)), bool)
+    for first, second in pairs:
+        edges[first, second] = edges[second, first] = True
+    near = _chains(edges)[0]
+    if not near.all():
+        apart = [", ".join(name for name, here in zip(names, near, strict=True) if here == side) for side in (True, False)]
+        raise ValueError(f"ratings need a chain of comparisons between all models: none connects {apart[0]} with {apart[1]}")
     if not pairs:
         return {name: Interval(MIDDLE, MIDDLE, MIDDLE) for name in names}
     met, fixed = np.stack([tables[pair] for pair in sorted(tables)], 1), names.index(anchor)
@@ -202,13 +208,3 @@ def _chains(edges: np.ndarray) -> np.ndarray:
     for _ in range(models.bit_length()):
         reach = reach @ reach
     return reach
-
-
-def _check_connected(names: Sequence[str], pairs: Sequence[tuple[int, int]]) -> None:
-    edges = np.zeros((len(names), len(names)), bool)
-    for one, other in pairs:
-        edges[one, other] = edges[other, one] = True
-    near = _chains(edges)[0]
-    if not near.all():
-        apart = [", ".join(name for name, here in zip(names, near, strict=True) if here == side) for side in (True, False)]
-        raise ValueError(f"ratings need a chain of comparisons between all models: none connects {apart[0]} with {apart[1]}")

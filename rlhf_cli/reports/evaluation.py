@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
-from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
 from rlhf_cli.evaluation.samples import Sample, Samples
 from rlhf_cli.figures import Interval, count, number, percent_with_interval
@@ -118,12 +117,23 @@ def _preferences(result: EvaluationResult) -> Iterator[Finding | Table]:
         Column("Ahead of length", 0.0),
         *(Column(head) for head in ("Pairs", "Prompts", "Ties", "ECE", "Mean confidence")),
     )
-    for name, each in judges.items():
-        if (rate := each.rate) and each.weaknesses:
-            said = f"its accuracy, {percent_with_interval(rate.interval)}, {' and '.join(each.weaknesses)}."
+    rows: list[tuple[str | Interval, ...]] = []
+    for name, own in judges.items():
+        if own.rate and own.weaknesses:
+            said = f"its accuracy, {percent_with_interval(own.rate.interval)}, {' and '.join(own.weaknesses)}."
             yield Finding("warning", f"{name}:", said)
-    rows = tuple(_preference_row(name, each) for name, each in judges.items())
-    yield Table("Agreement with preference data", columns, rows)
+        length = own.length_baseline
+        rows.append(
+            (
+                name,
+                own.kind if own.beta is None else f"{own.kind}, β = {number(own.beta)}",
+                own.rate.interval if own.rate else "no pairs",
+                *((length.interval, length.lead) if length else ("", "")),
+                *(f"{each:,}" for each in (own.pairs, own.prompts, own.ties)),
+                *("" if each is None else f"{each:.3f}" for each in (own.ece, own.confidence)),
+            )
+        )
+    yield Table("Agreement with preference data", columns, tuple(rows))
     subsets = tuple(
         (f"{name}: {subset}", rate.interval, f"{rate.pairs:,}", f"{rate.prompts:,}")
         for name, each in judges.items()
@@ -132,20 +142,6 @@ def _preferences(result: EvaluationResult) -> Iterator[Finding | Table]:
     if subsets:
         of_subsets = Column("Judge: subset"), Column("Accuracy", CHANCE, SHARE), Column("Pairs"), Column("Prompts")
         yield Table("The same by subset", of_subsets, subsets)
-
-
-def _preference_row(name: str, own: Agreement) -> tuple[str | Interval, ...]:
-    length = own.length_baseline
-    return (
-        name,
-        own.kind if own.beta is None else f"{own.kind}, β = {number(own.beta)}",
-        own.rate.interval if own.rate else "no pairs",
-        length.interval if length else "",
-        length.lead if length else "",
-        *(f"{each:,}" for each in (own.pairs, own.prompts, own.ties)),
-        "" if own.ece is None else f"{own.ece:.3f}",
-        "" if own.confidence is None else f"{own.confidence:.3f}",
-    )
 
 
 def _optimisation(result: EvaluationResult) -> Iterator[Table]:
@@ -197,9 +193,7 @@ def _of_each_prompt(order: Iterable[int], pairs: Sequence[tuple[Sample, Sample]]
     found: dict[int, int] = {}
     for at in order:
         found.setdefault(pairs[at][0].row, at)
-        if len(found) == EXAMPLES:
-            break
-    return list(found.values())
+    return list(found.values())[:EXAMPLES]
 
 
 def _example(mine: Sample, theirs: Sample, gain: float | None) -> Example:

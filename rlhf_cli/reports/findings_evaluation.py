@@ -133,15 +133,16 @@ def _optimised(result: EvaluationResult) -> Iterator[Finding]:
         if fits is None or fits.peak is None:
             continue
         top = fits.peak
+        at_top = next(point for point in points if (point.step, point.n) == (top.step, top.n))
         where = f"highest at {step_of(top)} ({number(top.gold)}, KL {number(top.kl)} nats)"
-        if top.place == last.place:
+        if at_top.place == last.place:
             said = f"It is {where}, the last point: no sign that the reward is fooled."
             yield Finding("note", f"{series}: gold did not fall.", said)
         elif top.fall.low <= 0:
             said = f"Gold is {where}, the last point is lower by {with_interval(top.fall)}, an interval that includes 0."
             yield Finding("open", f"{series}: whether gold fell cannot be told.", said)
         else:
-            proxy = next(point for point in points if point.place == top.place).proxy.mean
+            proxy = at_top.proxy.mean
             rose = last.proxy.mean > proxy
             said = (
                 f"gold is {where} and falls by {with_interval(top.fall)} to {step_of(last)}, while the proxy "

@@ -12,7 +12,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rlhf_cli.figures import Interval, mean_and_bounds
-from rlhf_cli.reports.document import Block, Document, Kind, Table, pieces, visible
+from rlhf_cli.reports.document import Block, Document, Kind, Table
+from rlhf_cli.reports.text import pieces, visible
 
 SIGNS: dict[Kind, str] = {"better": "▲", "worse": "▼", "open": "≈", "warning": "!", "note": "i"}
 """What stands before a finding, so that nothing is said by colour alone."""

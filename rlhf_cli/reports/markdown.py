@@ -6,20 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from rlhf_cli.figures import Interval, with_interval
-from rlhf_cli.reports.document import (
-    Block,
-    Code,
-    Definitions,
-    Document,
-    Examples,
-    Finding,
-    Items,
-    Paragraph,
-    Picture,
-    Table,
-    pieces,
-    visible,
-)
+from rlhf_cli.reports.document import Block, Code, Definitions, Document, Examples, Finding, Items, Paragraph, Picture, Table
+from rlhf_cli.reports.text import pieces, visible
 
 NAME_LENGTH, PROMPT_LENGTH, RESPONSE_LENGTH, TEXT_LENGTH = 200, 400, 800, 4000
 """Characters that are shown of a name, of a prompt, of a response and of a sentence."""

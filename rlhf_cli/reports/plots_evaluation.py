@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from rlhf_cli.evaluation.eval_json import EvaluationResult
 from rlhf_cli.evaluation.overoptimisation import Peak, Point, SeriesFits
-from rlhf_cli.evaluation.winrate import WinRate
 from rlhf_cli.figures import Interval
-from rlhf_cli.reports.document import Picture, visible
+from rlhf_cli.reports.document import Picture
 from rlhf_cli.reports.findings_evaluation import step_of
 from rlhf_cli.reports.plots import CHOSEN, HELD_OUT, REJECTED, TRAIN, canvases, margins_picture, png, reliability_picture
+from rlhf_cli.reports.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,12 +41,21 @@ def draw_evaluation(result: EvaluationResult) -> dict[str, list[Picture]]:
 
 def _pictures(result: EvaluationResult) -> Iterator[tuple[str, Picture]]:
     if result.winrate:
-        baseline = str(result.about.baseline)
-        alt = f"Horizontal 95 % intervals of {len(result.winrate)} models' win rates over {baseline}; the table has the numbers."
-        yield "winrates", Picture(f"Win rates over {baseline}", "winrates.png", alt, _winrates_png(baseline, result.winrate))
-    if result.ratings:
-        alt = f"Horizontal 95 % intervals of {len(result.ratings)} models' Elo ratings; the table has the numbers."
-        yield "ratings", Picture("Ratings", "ratings.png", alt, _ratings_png(result.ratings))
+        baseline, rates = str(result.about.baseline), result.winrate
+        height = 1.5 + 0.42 * len(rates)
+        figure, (axes,) = canvases(f"Win rates over {_label(baseline)}", "share of comparisons, ties half", [""], height)
+        _intervals(axes, {name: own.rate for name, own in rates.items()}, CHOSEN, -0.14, "as they are")
+        _intervals(axes, {name: own.length_controlled for name, own in rates.items()}, REJECTED, 0.14, "at equal length")
+        figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower right", ncols=2)
+        axes.axvline(0.5, color="#444444", linewidth=1.0, linestyle="--")
+        axes.set_xlim(0, 1)
+        alt = f"Horizontal 95 % intervals of {len(rates)} models' win rates over {baseline}; the table has the numbers."
+        yield "winrates", Picture(f"Win rates over {baseline}", "winrates.png", alt, png(figure))
+    if ratings := dict(sorted(result.ratings.items(), key=lambda rating: -rating[1].mean)):
+        figure, (axes,) = canvases("Ratings", "Elo", [""], 1.3 + 0.38 * len(ratings))
+        _intervals(axes, ratings, CHOSEN, 0.0, "")
+        alt = f"Horizontal 95 % intervals of {len(ratings)} models' Elo ratings; the table has the numbers."
+        yield "ratings", Picture("Ratings", "ratings.png", alt, png(figure))
     # Of policies the table has the figures: an evaluation of many checkpoints would end in pages of these.
     judges = {name: own for name, own in result.preferences.items() if own.kind != "policy"}
     for number, (name, own) in enumerate(judges.items(), 1):
@@ -71,23 +80,6 @@ def _label(name: str) -> str:
     """A name as matplotlib shows it literally, its end rather than its beginning."""
     shown = visible(name).replace("\n", " ").replace("\t", " ")
     return (shown if len(shown) <= LABEL else f"…{shown[-LABEL:]}").replace("$", r"\$")
-
-
-def _winrates_png(baseline: str, rates: Mapping[str, WinRate]) -> bytes:
-    height = 1.5 + 0.42 * len(rates)
-    figure, (axes,) = canvases(f"Win rates over {_label(baseline)}", "share of comparisons, ties half", [""], height)
-    _intervals(axes, {name: own.rate for name, own in rates.items()}, CHOSEN, -0.14, "as they are")
-    _intervals(axes, {name: own.length_controlled for name, own in rates.items()}, REJECTED, 0.14, "at equal length")
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower right", ncols=2)
-    axes.axvline(0.5, color="#444444", linewidth=1.0, linestyle="--")
-    axes.set_xlim(0, 1)
-    return png(figure)
-
-
-def _ratings_png(ratings: Mapping[str, Interval]) -> bytes:
-    figure, (axes,) = canvases("Ratings", "Elo", [""], 1.3 + 0.38 * len(ratings))
-    _intervals(axes, dict(sorted(ratings.items(), key=lambda rating: -rating[1].mean)), CHOSEN, 0.0, "")
-    return png(figure)
 
 
 def _intervals(axes: Axes, own: Mapping[str, Interval], colour: str, offset: float, label: str) -> None:
@@ -144,4 +136,4 @@ def _peak(panels: Sequence[Axes], top: Peak) -> None:
     for axes in panels:
         axes.axvline(at, color=HELD_OUT, linewidth=1.0, linestyle="--")
     (ring,) = panels[-1].plot([at], [top.gold], "o", markersize=11, markerfacecolor="none", markeredgecolor=HELD_OUT)
-    ring.set(markeredgewidth=1.6, label=f"gold's peak ({step_of(top) if top.place else 'start'})")
+    ring.set(markeredgewidth=1.6, label=f"gold's peak ({step_of(top) if top.step or top.n else 'start'})")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from rlhf_cli.evaluation.eval_json import EvaluationResult
 from rlhf_cli.figures import Interval, give_or_take, number, with_interval
 from rlhf_cli.metrics import metric
-from rlhf_cli.reports.document import visible
 from rlhf_cli.reports.findings_evaluation import step_of
+from rlhf_cli.reports.text import visible
 
 NAME_LENGTH = 40  # characters of a name that are shown; of a longer one its end
 
