@@ -1,10 +1,11 @@
-"""Numbers as people read them, and a mean with its interval."""
+"""Numbers as people read them, a mean with its interval, and figures as JSON has them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 NOISE = 1e-6
 """What is smaller is rounding: the log-ratios of a policy that is its own reference."""
@@ -16,6 +17,33 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+def to_plain(value: Any) -> Any:
+    """A figure, or many in lists and dictionaries, as JSON is made of; a dataclass or an interval becomes its fields."""
+    if isinstance(value, Interval):
+        return value._asdict()
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: to_plain(own) for key, own in value.items()}
+    return [to_plain(own) for own in value] if isinstance(value, list | tuple) else value
+
+
+def from_plain(kind: Any, entry: Any) -> Any:
+    """What `to_plain` made of such a value; other keys are left out. KeyError, TypeError, AttributeError: another shape."""
+    has_fields = is_dataclass(kind) or kind is Interval
+    if has_fields:
+        types = get_type_hints(kind)
+        return kind(**{key: from_plain(types[key], own) for key, own in entry.items() if key in types})
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is dict:
+        return {key: from_plain(inner[1], own) for key, own in entry.items()}
+    if origin in (list, tuple):
+        return origin(from_plain(inner[0], own) for own in entry)
+    # Of a union: an object is the dataclass among its types, which are one at most.
+    classes = [each for each in inner if is_dataclass(each)]
+    return from_plain(classes[0], entry) if classes and isinstance(entry, dict) else entry
 
 
 def short(value: float, sign: str = "") -> str:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from rlhf_cli.evaluation.typed_json import from_json, to_json
-from rlhf_cli.figures import Interval, percent
+from rlhf_cli.figures import Interval, from_plain, percent, to_plain
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,13 @@ class Agreement:
 
     def to_json(self) -> dict[str, Any]:
         """As in eval.json: the rate's figures beside the others, null or 0 without a pair."""
-        own = to_json(self)
+        own = to_plain(self)
         rate = own.pop("rate") or {"accuracy": None, "low": None, "high": None, "pairs": 0, "prompts": 0}
         return {"kind": own.pop("kind"), **rate, **own, "faults": self.weaknesses}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Agreement:
-        own: Agreement = from_json(cls, {**entry, "rate": None if entry["accuracy"] is None else entry})
+        own: Agreement = from_plain(cls, {**entry, "rate": None if entry["accuracy"] is None else entry})
         return own
 
 

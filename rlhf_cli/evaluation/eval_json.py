@@ -11,9 +11,8 @@ from typing import Any
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.overoptimisation import Point, SeriesFits, series_of
-from rlhf_cli.evaluation.typed_json import from_json, to_json
 from rlhf_cli.evaluation.winrate import WinRate
-from rlhf_cli.figures import Interval
+from rlhf_cli.figures import Interval, from_plain, to_plain
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class EvaluationResult:
 
     def to_json(self) -> dict[str, Any]:
         """eval.json."""
-        found: dict[str, Any] = to_json(self)
+        found: dict[str, Any] = to_plain(self)
         return found | {
             "ratings": {model: {"elo": own.mean, "low": own.low, "high": own.high} for model, own in self.ratings.items()},
             "preferences": {name: own.to_json() for name, own in self.preferences.items()},
@@ -83,13 +82,13 @@ class EvaluationResult:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> EvaluationResult:
         return cls(
-            about=from_json(About, entry["about"]),
-            models=from_json(dict[str, dict[str, Interval]], entry["models"]),
-            winrate=from_json(dict[str, WinRate], entry["winrate"]),
+            about=from_plain(About, entry["about"]),
+            models=from_plain(dict[str, dict[str, Interval]], entry["models"]),
+            winrate=from_plain(dict[str, WinRate], entry["winrate"]),
             ratings={model: Interval(own["elo"], own["low"], own["high"]) for model, own in entry["ratings"].items()},
             preferences={name: Agreement.from_json(own) for name, own in entry["preferences"].items()},
             overoptimisation=[Point.from_json(own) for own in entry["overoptimisation"]],
-            fits=from_json(dict[str, SeriesFits], entry["fits"]),
+            fits=from_plain(dict[str, SeriesFits], entry["fits"]),
         )
 
 

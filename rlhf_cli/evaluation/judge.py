@@ -48,10 +48,7 @@ class Judge:
 
 
 def prepare(settings: Endpoint) -> Judge:
-    """The judge of the settings; nothing is sent.
-
-    UsageError: the template cannot be read or lacks a placeholder, the endpoint is no URL, the key cannot be sent.
-    """
+    """The judge of the settings; nothing is sent. UsageError: its template, its endpoint or the key cannot be used."""
     template = PROMPT if settings.prompt is None else read_template(Path(settings.prompt))
     return Judge(connect(settings), template, settings.retries, settings.parallel)
 

@@ -108,10 +108,7 @@ def run_point(
 def best_of_points(
     series: str, model: str, scores: np.ndarray, gold: np.ndarray | None, ns: Iterable[int], counts: np.ndarray
 ) -> list[Point]:
-    """Best of each n of `ns`, ascending, after the model itself (n = 1); scores, gold: (P, N); counts: (B, P).
-
-    ValueError: an n is not from 1 to N.
-    """
+    """Best of each n of `ns`, ascending, after n = 1; scores, gold: (P, N); counts: (B, P). ValueError: an n not from 1 to N."""
     points = []
     for n in sorted({1, *ns}):
         kl = best_of_kl(n)

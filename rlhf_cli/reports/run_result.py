@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_cli.data.sources import SourceReport
 from rlhf_cli.evaluation.agreement import Card
-from rlhf_cli.evaluation.typed_json import from_json
+from rlhf_cli.figures import from_plain
 from rlhf_cli.files import read_json
 from rlhf_cli.recipe.rewards import KINDS
 from rlhf_cli.runs.folder import RunFolder, read_metrics
@@ -143,15 +143,15 @@ def read_run(run: RunFolder, manifest: Mapping[str, Any]) -> RunResult:
     lines = read_metrics(run.metrics)
     return RunResult(
         run=run,
-        manifest=from_json(Manifest, manifest),
+        manifest=from_plain(Manifest, manifest),
         lora_rank=read_json(config)["r"] if config.exists() else None,
         history=History(
             train=[line for line in lines if line["split"] == "train"],
             held_out=[line for line in lines if line["split"] == "eval"],
         ),
         samples=[TrainingSample(**line) for line in read_metrics(run.samples)],
-        train=from_json(SplitCounts, data["train"]),
-        held_out=from_json(SplitCounts | None, data["eval"]),
+        train=from_plain(SplitCounts, data["train"]),
+        held_out=from_plain(SplitCounts | None, data["eval"]),
         used=tuple(_used(manifest)),
         card=Card.from_json(manifest["reward_model"]) if "reward_model" in manifest else None,
         load=tuple(manifest.get("load", ())),

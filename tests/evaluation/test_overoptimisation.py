@@ -23,7 +23,7 @@ from rlhf_cli.evaluation.overoptimisation import (
     peak,
     run_point,
 )
-from rlhf_cli.evaluation.typed_json import from_json, to_json
+from rlhf_cli.figures import from_plain, to_plain
 
 D = np.array([0.0, 0.3, 0.9, 1.4, 2.0, 3.1])
 
@@ -180,7 +180,7 @@ def test_without_the_gold_of_every_point_there_is_no_peak():
     points, counts = curve("ppo", [1.0, 2.0, 3.0, 4.0]), resamples(3, 0)
     points[2] = replace(points[2], gold=None, prompt_gold=None)
     assert peak(points, counts) is None
-    own = to_json(fit_series(points, counts)["ppo"])
+    own = to_plain(fit_series(points, counts)["ppo"])
     assert own["gold"] is None and own["peak"] is None and own["proxy"]["rl"] is not None
 
 
@@ -230,7 +230,7 @@ def test_what_eval_json_has_of_them():
     points = curve("pushed", golds, [0.0, 1.0, 4.0, 9.0])
     points += best_of_points(BEST_OF_N, "sft", np.arange(12.0).reshape(3, 4), None, [4], counts)
     lines = [point.to_json() for point in points]
-    fits = to_json(fit_series(points, counts))
+    fits = to_plain(fit_series(points, counts))
     assert lines[2] == {
         "series": "pushed",
         "model": "pushed/20",
@@ -256,4 +256,4 @@ def test_what_eval_json_has_of_them():
     assert fits[BEST_OF_N] == {"proxy": {"bon": None, "rl": None}, "gold": None, "peak": None}
     assert json.loads(json.dumps([lines, fits], allow_nan=False)) == [lines, fits]
     assert [Point.from_json(line) for line in lines] == points
-    assert from_json(dict[str, SeriesFits], fits) == fit_series(points, counts)
+    assert from_plain(dict[str, SeriesFits], fits) == fit_series(points, counts)
