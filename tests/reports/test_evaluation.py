@@ -55,9 +55,16 @@ def report(folder: Path, result: Result, lines: list[dict[str, Any]]) -> str:
 def test_eval_json_is_what_was_found(tmp_path: Path) -> None:
     for result in (evaluation(), empty()):
         assert json.loads(json.dumps(EvaluationResult.from_json(result).to_json())) == result
-    (tmp_path / "eval.json").write_text('{"about": {}}')
-    with pytest.raises(UsageError, match=r"eval.json is damaged \(.*\)\n  evaluate again with --force"):
-        read_result(tmp_path / "eval.json")
+    for damaged in (
+        '{"about": {}}',
+        '{"about": 3}',
+        "null",
+        "[]",
+        json.dumps(empty() | {"models": {"sft": {"kl": {"mean": 1}}}}),
+    ):
+        (tmp_path / "eval.json").write_text(damaged)
+        with pytest.raises(UsageError, match=r"eval.json is damaged \(.*\)\n  evaluate again with --force"):
+            read_result(tmp_path / "eval.json")
 
 
 def test_who_is_better_worse_or_undecided() -> None:
