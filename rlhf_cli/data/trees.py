@@ -279,12 +279,8 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[PackedRow]) -> Batch:
     )
 
 
-Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(row, head, i, j) → does token i of the row see token j? Flex attention asks so; the head is of no matter."""
-
-
-def sees(batch: Batch, window: int | None = None) -> Rule:
-    """Token i sees token j of the same tree, j not after i, in the prompt or in i's own branch.
+def sees(batch: Batch, window: int | None = None) -> Callable[..., torch.Tensor]:
+    """(row, head, i, j) → bool: token i sees token j of the same tree, j not after i, in the prompt or in i's own branch.
 
     What begins all prompts of a row belongs to each of its trees. `window` limits the distance in positions, not in row
     indices. Padding sees padding, so that no row of the softmax is empty.

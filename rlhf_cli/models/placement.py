@@ -21,8 +21,7 @@ class FrozenModels:
     """Frozen models, each loaded once, whatever roles share it."""
 
     def __init__(self, settings: sections.Model, compute: torch.dtype, device: torch.device) -> None:
-        self.hosts: dict[str, Backbone] = {}
-        """Role → the backbone that holds its weights."""
+        self.hosts: dict[str, Backbone] = {}  # role → the backbone that holds its weights
         self._settings = settings
         self._compute = compute
         self._device = device
@@ -51,10 +50,9 @@ class FrozenModels:
         """The backbone on this base, loaded once."""
         key = _key(weights)
         if key not in self._models:
-            settings = self._settings
             headless = is_reward_model(weights.base, weights.revision)
-            model = load_model(settings, weights.base, weights.revision, self._compute, self._device, headless)
-            self._models[key] = Backbone(model, self._compute, settings.attention, headless)
+            model = load_model(self._settings, weights.base, weights.revision, self._compute, self._device, headless)
+            self._models[key] = Backbone(model, self._compute, self._settings.attention, headless)
         return self._models[key]
 
     @contextlib.contextmanager

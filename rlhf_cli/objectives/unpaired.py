@@ -64,5 +64,4 @@ class UnpairedObjective(Objective):
 
 def only(tree: Tree, response: int) -> Tree:
     """The tree with one of its responses."""
-    known = tree.reference
-    return tree._replace(responses=(tree.responses[response],), reference=None if known is None else (known[response],))
+    return tree._replace(responses=(tree.responses[response],), reference=tree.reference and (tree.reference[response],))
