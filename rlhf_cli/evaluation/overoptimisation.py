@@ -105,15 +105,13 @@ def run_point(
     return Point(series, model, step, None, kl, *_worth(scores.mean(1), None if gold is None else gold.mean(1), counts))
 
 
-def best_of_points(
-    series: str, model: str, scores: np.ndarray, gold: np.ndarray | None, ns: Iterable[int], counts: np.ndarray
-) -> list[Point]:
+def best_of_points(model: str, scores: np.ndarray, gold: np.ndarray | None, ns: Iterable[int], counts: np.ndarray) -> list[Point]:
     """Best of each n of `ns`, ascending, after n = 1; scores, gold: (P, N); counts: (B, P). ValueError: an n not from 1 to N."""
     points = []
     for n in sorted({1, *ns}):
         kl = best_of_kl(n)
         worth = _worth(best_of(scores, scores, n), None if gold is None else best_of(scores, gold, n), counts)
-        points.append(Point(series, model, None, n, Interval(kl, kl, kl), *worth))
+        points.append(Point(BEST_OF_N, model, None, n, Interval(kl, kl, kl), *worth))
     return points
 
 

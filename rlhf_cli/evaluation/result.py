@@ -13,7 +13,7 @@ from rlhf_cli.evaluation.compare import ModelPair
 from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
 from rlhf_cli.evaluation.job import EvaluationJob
-from rlhf_cli.evaluation.overoptimisation import BEST_OF_N, Point, best_of_points, fit_series, run_point
+from rlhf_cli.evaluation.overoptimisation import Point, best_of_points, fit_series, run_point
 from rlhf_cli.evaluation.samples import Samples, figures, log_ratios
 from rlhf_cli.evaluation.winrate import WinRate, ratings, win_rate
 from rlhf_cli.figures import Interval
@@ -108,5 +108,5 @@ def _points(job: EvaluationJob, measured: Measured, equal: Mapping[str, Samples]
         if own:  # the tokens of a series may be others than the reference's
             points += [run_point(series, reference, 0, None, *at_start, counts), *own]
     if recipe.best_of_n:
-        points += best_of_points(BEST_OF_N, reference, *at_start, recipe.best_of_n, counts)
+        points += best_of_points(reference, *at_start, recipe.best_of_n, counts)
     return points

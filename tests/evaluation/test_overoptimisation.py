@@ -213,7 +213,7 @@ def test_a_point_of_a_run_is_the_means_of_its_tables():
 
 def test_best_of_points_begin_with_the_model_itself():
     scores, gold = np.array([[3.0, 1.0, 2.0], [0.0, 0.0, 3.0]]), np.array([[10.0, 20.0, 60.0], [1.0, 2.0, 3.0]])
-    points = best_of_points(BEST_OF_N, "sft", scores, gold, [3, 2, 3], resamples(2, 0))
+    points = best_of_points("sft", scores, gold, [3, 2, 3], resamples(2, 0))
     assert [(point.n, point.step, point.place) for point in points] == [(1, None, 1), (2, None, 2), (3, None, 3)]
     assert [point.gold.mean for point in points] == pytest.approx([16.0, (80 / 3 + 2.5) / 2, 6.5])
     assert [point.proxy.mean for point in points] == pytest.approx([1.5, (8 / 3 + 2) / 2, 3.0])
@@ -228,7 +228,7 @@ def test_what_eval_json_has_of_them():
     counts = resamples(3, 0)
     golds = [0.0, 3.0, 4.0, 3.0]  # d (4 − d) at KL 0, 1, 4, 9
     points = curve("pushed", golds, [0.0, 1.0, 4.0, 9.0])
-    points += best_of_points(BEST_OF_N, "sft", np.arange(12.0).reshape(3, 4), None, [4], counts)
+    points += best_of_points("sft", np.arange(12.0).reshape(3, 4), None, [4], counts)
     lines = [point.to_json() for point in points]
     fits = to_plain(fit_series(points, counts))
     assert lines[2] == {
