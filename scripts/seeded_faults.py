@@ -176,7 +176,7 @@ FAULTS = (
     Fault(
         "evaluation: intervals of few prompts too narrow",
         "evaluation/intervals.py",
-        "math.sqrt(prompts / (prompts - 1)) * student(prompts - 1)",
+        "student(prompts - 1) * math.sqrt(prompts / (prompts - 1))",
         "student(prompts - 1)",
         "evaluation",
     ),
