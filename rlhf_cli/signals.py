@@ -53,8 +53,7 @@ class StopSignals:
     def obey_at_once(self, remark: str) -> None:
         """End the run where it stands at a signal from now on; `remark` follows "stopped by SIGTERM" in the message.
 
-        Raises:
-            Stopped: a signal is here already.
+        Stopped: a signal is here already.
         """
         self._deferred = False
         self.say(remark)

@@ -109,9 +109,8 @@ def judge_all(
         verdicts: what is in them is not asked again; every answer is added at once.
         say: told (answered, all) questions about UPDATES times, those of an earlier run included.
 
-    Raises:
-        UsageError: see `prepare`; nothing is sent.
-        MachineError: a question got no verdict. No further one is asked, and what was answered is kept.
+    UsageError: see `prepare`; nothing is sent.
+    MachineError: a question got no verdict. No further one is asked, and what was answered is kept.
     """
     judge = prepare(settings)
     pairs = [(each, each.swapped()) for each in comparisons if each.a != each.b]

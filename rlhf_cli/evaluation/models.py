@@ -89,10 +89,9 @@ def recipe_of(loaded: Loaded) -> recipes.EvalRecipe:
 def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> list[EvaluatedModel]:
     """Every model that `models` names, those of a pattern in the order of their names.
 
-    Raises:
-        UsageError: a pattern that nothing matches or several folders of one name do, a path that is no model, an unfinished or
-            changed run.
-        MachineError: a hub id that cannot be reached.
+    UsageError: a pattern that nothing matches or several folders of one name do, a path that is no model, an unfinished or
+        changed run.
+    MachineError: a hub id that cannot be reached.
     """
     recipe, found = recipe_of(loaded), []
     bases: dict[Any, BaseModel] = {}  # many checkpoints sit on one, whose weights are read through once

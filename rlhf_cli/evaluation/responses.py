@@ -129,9 +129,8 @@ def score_samples(job: EvaluationJob, model: EvaluatedModel, samples: list[Sampl
 
     A function sees a model's responses all at once, prompt by prompt. The other terms are those that the samples have.
 
-    Raises:
-        UsageError: a function fails, or returns something else than numbers.
-        NumberError: one of its numbers is not finite.
+    UsageError: a function fails, or returns something else than numbers.
+    NumberError: one of its numbers is not finite.
     """
     if not job.ranks.main:
         return samples

@@ -22,11 +22,6 @@ def _name_of_folder(path: str) -> str:
     return "model"
 
 
-def _name_of_function(reference: str) -> str:
-    """`my_rewards.py:brevity` is brevity."""
-    return reference.rpartition(":")[2]
-
-
 def _check_function(reference: str) -> str | None:
     if re.fullmatch(r".+\.py:[^\W\d]\w*", reference):
         return None
@@ -44,7 +39,7 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "model": Kind("reward model", _name_of_folder, options=("revision", "normalize")),
-    "function": Kind("function", _name_of_function, check=_check_function),
+    "function": Kind("function", lambda reference: reference.rpartition(":")[2], check=_check_function),
 }
 """The key of a term that says what it is → its kind; a term has one of them."""
 

@@ -291,8 +291,7 @@ def choose(logits: torch.Tensor, temperature: float, uniforms: torch.Tensor) -> 
     logits (B, V) float32 are overwritten, uniforms (B,) are float64; probabilities ∝ exp(logits / temperature), summed in
     float64. A token of probability 0 is never drawn. Temperature 0: the most likely token.
 
-    Raises:
-        NumberError: the logits are not finite.
+    NumberError: the logits are not finite.
     """
     top = logits.amax(-1, keepdim=True)
     if not torch.isfinite(top).all():

@@ -58,9 +58,8 @@ class RewardFunction(TextTerm):
     def score(self, answers: Answers) -> np.ndarray:
         """(M,) float64, tree by tree.
 
-        Raises:
-            UsageError: the function raises, or returns something else than a number for each response.
-            NumberError: one of the numbers is not finite.
+        UsageError: the function raises, or returns something else than a number for each response.
+        NumberError: one of the numbers is not finite.
         """
         pairs = answers.pairs
         if not pairs:

@@ -53,9 +53,8 @@ class RewardModel(RewardTerm):
     def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> Self:
         """What `reward.model` names.
 
-        Raises:
-            UsageError: it cannot be told what it names, it is a policy, its base has changed, or `normalize` has no figures.
-            MachineError: a hub id that cannot be reached.
+        UsageError: it cannot be told what it names, it is a policy, its base has changed, or `normalize` has no figures.
+        MachineError: a hub id that cannot be reached.
         """
         assert reward.model is not None
         start = resolve_start(reward.model, reward.revision, place, stages=TRAINING_STAGES)
@@ -143,9 +142,8 @@ class RewardModelScorer:
     def score(self, answers: Answers) -> np.ndarray:
         """(M,) float64, tree by tree.
 
-        Raises:
-            UsageError: the model cannot read an answer.
-            NumberError: a score is not finite.
+        UsageError: the model cannot read an answer.
+        NumberError: a score is not finite.
         """
         if not answers.trees:
             return np.zeros(0)

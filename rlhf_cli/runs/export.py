@@ -32,9 +32,8 @@ def export(run: Path, dest: Path, merge: bool) -> str:
 
     A policy is a causal language model, a reward model a sequence classifier with one label.
 
-    Raises:
-        UsageError: `run` is no finished run, `dest` exists, or transformers has no classifier for a reward model's architecture.
-        NumberError: the exported model gives other log-probabilities or scores than the run; nothing is left at `dest`.
+    UsageError: `run` is no finished run, `dest` exists, or transformers has no classifier for a reward model's architecture.
+    NumberError: the exported model gives other log-probabilities or scores than the run; nothing is left at `dest`.
     """
     quiet_libraries()
     if os.path.lexists(dest):

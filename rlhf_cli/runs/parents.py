@@ -35,9 +35,8 @@ class Start(Weights):
 def resolve_start(path: str, revision: str | None, place: str, stages: Collection[str] = POLICY_STAGES) -> Start:
     """What `model.path` means; `place` begins every message.
 
-    Raises:
-        UsageError: a mistyped path, an unfinished or changed run, a run of a stage that is not one of `stages`, a reward model
-            where `stages` makes none.
+    UsageError: a mistyped path, an unfinished or changed run, a run of a stage that is not one of `stages`, a reward model
+        where `stages` makes none.
     """
     folder = Path(path)
     if (folder / "manifest.json").exists() or (folder / "recipe.yaml").exists():
@@ -93,8 +92,7 @@ def merged_base(base: Weights) -> BaseModel:
 def base_model(start: Start) -> BaseModel:
     """The base, fetched if it is on the hub, with the hash of its weights; a parent's record of them must still hold.
 
-    Raises:
-        UsageError: the base has changed since the parent was trained on it.
+    UsageError: the base has changed since the parent was trained on it.
     """
     folder = Path(start.base)
     if not folder.exists():

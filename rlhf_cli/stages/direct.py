@@ -31,8 +31,7 @@ from rlhf_cli.training.reference import reference_logps, weights_key
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     """Train the recipe's policy on preferences, against a frozen reference where the objective has one.
 
-    Raises:
-        RunError: with its exit code; with exit code 2 nothing was trained or changed.
+    RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
     assert isinstance(loaded.recipe, recipes.DirectRecipe)
     draws = loaded.recipe.draws is not None

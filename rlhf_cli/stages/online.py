@@ -32,9 +32,8 @@ def set_up_rollouts(
 
     Loads the reward models; `base` is what the policy's adapter sits on.
 
-    Raises:
-        UsageError: a reward model's weights do not fit.
-        MachineError: the engine is not installed.
+    UsageError: a reward model's weights do not fit.
+    MachineError: the engine is not installed.
     """
     recipe, backbone, settings = job.recipe, placement.policy, job.recipe.draws
     assert settings is not None and isinstance(recipe, recipes.PpoRecipe | recipes.DirectRecipe)
@@ -81,8 +80,7 @@ def set_up_rollouts(
 def as_unpaired(trees: list[Tree], seed: int, records: Sequence[Record], max_length: int, mismatches: bool) -> list[Tree]:
     """Ranked responses one by one, the best of a prompt as desirable and its worst as undesirable.
 
-    Raises:
-        NumberError: all of them are one text, and the objective compares each with another one.
+    NumberError: all of them are one text, and the objective compares each with another one.
     """
     flat = unpaired(flatten(trees, records))
     if not mismatches:

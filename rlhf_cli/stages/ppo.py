@@ -30,8 +30,7 @@ from rlhf_cli.stages.training import OnPolicy, finish_job, load_job, open_job, t
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     """Train the recipe's policy on its own responses, judged by the reward.
 
-    Raises:
-        RunError: with its exit code; with exit code 2 nothing was trained or changed.
+    RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
     job = prepare_job(loaded, check=check, resume=resume)
     reference = find_reference(job, check)

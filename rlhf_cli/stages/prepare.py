@@ -84,8 +84,7 @@ def prepare_job(
     Where responses are drawn from the policy, the trees are prompts alone. `shape`: gives the trees another form, and the
     objective what it has to know of them.
 
-    Raises:
-        UsageError: the recipe, the data or what `model.path` names is wrong.
+    UsageError: the recipe, the data or what `model.path` names is wrong.
     """
     signals = StopSignals()
     signals.install()

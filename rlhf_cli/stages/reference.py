@@ -47,8 +47,7 @@ class ReferenceModel:
 def find_reference(job: TrainingJob, check: bool, *, needed: bool = True) -> ReferenceModel | None:
     """What `reference.model` names, with the policy's own vocabulary; None where it is not needed.
 
-    Raises:
-        UsageError: it cannot be told what it names, its base has changed, or its tokenizer is another one.
+    UsageError: it cannot be told what it names, its base has changed, or its tokenizer is another one.
     """
     assert isinstance(job.recipe, recipes.ReferenceRecipe)
     path, place = job.recipe.reference.model, job.loaded.named("reference.model")

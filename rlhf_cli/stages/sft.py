@@ -10,8 +10,7 @@ from rlhf_cli.stages.training import finish_job, load_job, open_job, train_job
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     """Train the recipe's policy on the responses of its data.
 
-    Raises:
-        RunError: with its exit code; with exit code 2 nothing was trained or changed.
+    RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
     job = prepare_job(loaded, check=check, resume=resume)
     with open_job(job, check=check, resume=resume, force=force) as folder:

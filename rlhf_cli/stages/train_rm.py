@@ -26,8 +26,7 @@ SCORED = 256
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     """Train a reward model on the ranked responses of the recipe's data.
 
-    Raises:
-        RunError: with its exit code; with exit code 2 nothing was trained or changed.
+    RunError: with its exit code; with exit code 2 nothing was trained or changed.
     """
     job = prepare_job(loaded, check=check, resume=resume)
     config = load_config(job.start.base, job.start.revision, job.recipe.model.trust_remote_code)

@@ -117,9 +117,8 @@ def train_job(
 ) -> Trainer:
     """Check what must hold before the first step, then train to the end or to a signal.
 
-    Raises:
-        Stopped: a signal arrived; a checkpoint was written.
-        NumberError: an invariant is broken, or a step was refused.
+    Stopped: a signal arrived; a checkpoint was written.
+    NumberError: an invariant is broken, or a step was refused.
     """
     on_policy = on_policy or OnPolicy(job.source, _measure(job, backbone), job.source.batch(1))
     trainer = Trainer(

@@ -90,8 +90,7 @@ def save_checkpoint(
 
     `save_model` writes the weights of `role`, as they are handed on; those of other trained roles lie beside them.
 
-    Raises:
-        MachineError: the disk is full or fails; what was there before is untouched.
+    MachineError: the disk is full or fails; what was there before is untouched.
     """
     from safetensors.torch import save_file
 
@@ -143,8 +142,7 @@ def is_intact(checkpoint: Path) -> bool:
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
     """The newest intact checkpoint, and the damaged ones that are newer; leftovers of a killed process are cleared.
 
-    Raises:
-        MachineError: there are checkpoints, and all are damaged: a silent restart would lose work.
+    MachineError: there are checkpoints, and all are damaged: a silent restart would lose work.
     """
     remove_leftovers(folder)
     damaged: list[Path] = []

@@ -41,8 +41,7 @@ def check_start(passes: Passes, objective: Objective, trees: list[Tree], *, refe
     Packed responses must have the numbers they have alone, from the model's own logits, without our masks and positions; two
     passes must agree; and where the reference is the start, every log-ratio, implicit reward and margin must be 0.
 
-    Raises:
-        NumberError: with what was measured, and what it points to.
+    NumberError: with what was measured, and what it points to.
     """
     passes.backbone.model.eval()
     error, noise = None, TOLERANCE

@@ -117,9 +117,8 @@ class Trainer:
     def train(self) -> None:
         """Train to the end, or until a rule of stop_if ends the run.
 
-        Raises:
-            Stopped: a signal arrived; a checkpoint was written.
-            NumberError: a step was refused; the batch is in failed/.
+        Stopped: a signal arrived; a checkpoint was written.
+        NumberError: a step was refused; the batch is in failed/.
         """
         self.signals.defer(alone=self.ranks.size == 1)
         if self.ranks.main:
@@ -262,8 +261,7 @@ class Trainer:
     def _save(self) -> None:
         """A checkpoint of this step.
 
-        Raises:
-            NumberError: a trained weight is not finite; nothing is written.
+        NumberError: a trained weight is not finite; nothing is written.
         """
         if broken := [name for name, p in self.backbone.trained_parameters().items() if not torch.isfinite(p).all()]:
             raise NumberError(f"step {self.state.step}: {broken[0]} is not finite after the update; no checkpoint is written")

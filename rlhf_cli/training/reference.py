@@ -86,9 +86,8 @@ def reference_logps(
     `key` is of `weights_key`, `folder` the cache's (None: nothing is stored). Every rank must call it; rank 0 alone reads and
     writes the store.
 
-    Raises:
-        NumberError: a computed log-probability is not finite; it is not stored.
-        MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
+    NumberError: a computed log-probability is not finite; it is not stored.
+    MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
     """
     passes, ranks = replace(passes, backbone=passes.backbone.at(role)), passes.ranks
     table = _Table.of(datasets)
@@ -204,8 +203,7 @@ class _Table:
     def filled(self, dataset: Trees, numbers: list[int]) -> Trees:
         """The data set with its reference.
 
-        Raises:
-            NumberError: a token that something predicts has no value, or one that nothing predicts has.
+        NumberError: a token that something predicts has no value, or one that nothing predicts has.
         """
         reference, sizes = np.full(len(dataset.ids), np.nan, np.float32), np.diff(dataset.segments)
         is_response = np.ones(len(sizes), bool)

@@ -83,10 +83,9 @@ class NonFinite(NumberError):
 def optimise(passes: Passes, objective: Objective, optimizer: torch.optim.Optimizer, update: Update) -> StepResult:
     """Make an update. Metrics are of the weights before it.
 
-    Raises:
-        NonFinite: a loss or gradient is not finite; nothing was changed.
-        NumberError: the objective says that the run's first batch is wrong; nothing was changed.
-        MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
+    NonFinite: a loss or gradient is not finite; nothing was changed.
+    NumberError: the objective says that the run's first batch is wrong; nothing was changed.
+    MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
     """
     backbone, ranks = passes.backbone, passes.ranks
     roles, parameters = backbone.trained_roles, backbone.trained_parameters()
@@ -244,8 +243,7 @@ def _loss_scale(backbone: Backbone) -> float:
 def within_memory(passes: Passes, trees: Sequence[Tree], run: Callable[[Passes], T]) -> tuple[Passes, T]:
     """What `run` gives for `trees`, after the passes that it fitted in: their budget is halved whenever memory runs out.
 
-    Raises:
-        MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
+    MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
     """
     while True:
         budget, ranks = passes.budget, passes.ranks
