@@ -227,7 +227,9 @@ class Kl:
     coef: float = key(0.05, "κ: weight of the log-ratio to the reference", low=0.0)
     target: float | None = key(None, "nats a response: κ is adapted to reach this KL", low=1e-9)
     horizon: int = key(10000, "responses over which an adapted κ changes by a factor", low=1)
-    estimator: Literal["k1", "k2", "k3"] = key("k1", "k1: in the reward; k2, k3: as a loss term")
+    estimator: Literal["auto", "k1", "k2", "k3"] = key(
+        "auto", "k1: in the reward; k2, k3: as a loss term; auto: k2 for grpo, else k1"
+    )
 
 
 @dataclass(frozen=True)

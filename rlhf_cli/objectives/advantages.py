@@ -64,6 +64,14 @@ def prompt_means(values: np.ndarray, prompt: np.ndarray) -> np.ndarray:
     return means
 
 
+def is_tied(values: np.ndarray, prompt: np.ndarray) -> np.ndarray:
+    """For every response whether all of its prompt's are equal, (M,) bool."""
+    start = np.flatnonzero(np.diff(prompt, prepend=-1))
+    spread = np.maximum.reduceat(values, start) - np.minimum.reduceat(values, start)
+    tied: np.ndarray = np.repeat(spread == 0, np.diff(start, append=len(values)))
+    return tied
+
+
 def explained_variance(values: np.ndarray, targets: np.ndarray) -> float:
     """1 − Var(target − V)/Var(target) over the tokens that have a target; 0 where all targets are equal."""
     learned = np.isfinite(targets)

@@ -8,20 +8,25 @@ from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
 
-STD_EPSILON = 1e-4  # added to the standard deviation: a prompt whose returns are all equal has advantages of 0
+STD_EPSILON = 1e-4  # added to the standard deviation
 
 
 @dataclass(frozen=True)
 class Grpo(PolicyGradient):
-    """(return − mean)/(population std + 1e-4) over the responses of a prompt; Shao et al. 2024."""
+    """(score − mean)/(population std + 1e-4) over the responses of a prompt, 0 where all scores tie; Shao et al. 2024.
+
+    The KL is a loss term: within the return its noise would be divided by its own deviation where scores tie.
+    """
 
     kind: Literal["grpo"] = "grpo"
     least_samples: ClassVar[int] = 2
+    scores_alone: ClassVar[bool] = True
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
-        from rlhf_cli.objectives.advantages import prompt_means, response_returns
+        from rlhf_cli.objectives.advantages import is_tied, prompt_means
 
-        returns = response_returns(experience, kl_coef)
-        centred = returns - prompt_means(returns, experience.prompt)
-        std = prompt_means(centred**2, experience.prompt) ** 0.5
-        return Advantages((centred / (std + STD_EPSILON)).repeat(experience.lengths), None, dict(memory), {})
+        scores, prompt = experience.scores, experience.prompt
+        centred = scores - prompt_means(scores, prompt)
+        std = prompt_means(centred**2, prompt) ** 0.5
+        scaled = centred / (std + STD_EPSILON) * ~is_tied(scores, prompt)
+        return Advantages(scaled.repeat(experience.lengths), None, dict(memory), {})

@@ -65,6 +65,7 @@ class PolicyGradient(Objective):
     of_first_update: ClassVar[frozenset[str]] = frozenset({"policy/ratio"})
     reference: ClassVar[bool] = True
     least_samples: ClassVar[int] = 1  # responses per prompt that it needs
+    scores_alone: ClassVar[bool] = False  # are its advantages of the scores alone? Then the KL can only be a loss term
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         """Advantages and value targets. `kl_coef`: κ of the log-ratio in the reward, 0 where the KL is a loss term."""

@@ -209,7 +209,10 @@ def _value(recipe: PpoRecipe) -> Iterator[Finding]:
 
 
 def _kl(recipe: PpoRecipe) -> Iterator[Finding]:
-    kl = recipe.kl
+    kl, objective = recipe.kl, recipe.objective
+    if kl.estimator == "k1" and objective.scores_alone:
+        what = f"k1 is part of the return, and kind: {objective.kind} takes the scores alone. "
+        yield "kl.estimator", f"{what}write k2 or k3, which are loss terms, or remove it"
     if kl.target is None:
         yield from no_effect(kl, "kl.", ("horizon",), "without kl.target. set one, or remove it")
     if kl.coef == 0:
@@ -267,7 +270,7 @@ PPO = (
     REWARD,
     Check(("objective", "rollout", "train.batch_size"), _samples),
     Check(("objective.kind", "value"), _value),
-    Check(("kl",), _kl),
+    Check(("kl", "objective"), _kl),
     Check(("ptx",), _ptx),
 )
 

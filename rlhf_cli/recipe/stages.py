@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -158,6 +159,21 @@ def learning_rate_of(recipe: TrainingRecipe) -> float:
     if recipe.train.learning_rate is not None:
         return recipe.train.learning_rate
     return TRAINING_STAGES[recipe.stage].default_learning_rate(recipe.objective, recipe.trained)
+
+
+def resolved(recipe: TrainingRecipe) -> TrainingRecipe:
+    """The recipe with the values that follow from its stage, its kind and other keys written out, where it leaves them open."""
+    asked, train = recipe.train.learning_rate, dataclasses.replace(recipe.train, learning_rate=learning_rate_of(recipe))
+    if isinstance(recipe, PpoRecipe):
+        objective, kl, value = recipe.objective, recipe.kl, recipe.value
+        if kl.estimator == "auto" and kl.coef:
+            kl = dataclasses.replace(kl, estimator="k2" if objective.scores_alone else "k1")
+        if objective.values and value.learning_rate is None:
+            # The policy's or, beside a policy that trains all weights, what an adapter wants by default.
+            default = TRAINING_STAGES[recipe.stage].default_learning_rate(objective, "lora")
+            value = dataclasses.replace(value, learning_rate=default if asked is None else asked)
+        recipe = dataclasses.replace(recipe, kl=kl, value=value)
+    return dataclasses.replace(recipe, train=train)
 
 
 def sane_learning_rate(recipe: TrainingRecipe) -> tuple[float, float]:

@@ -50,8 +50,8 @@ class PolicySource:
         """The rollout of `step` with what it teaches."""
         seed, coef = Stream.ROLLOUT.seed(self.seed, step), memory.get(KL_COEF, self.kl.coef)
         rollout = self.sampler.rollout(self.prompts.batch(step), seed, values=self.objective.values)
-        kl_coef = coef if self.kl.estimator == "k1" else 0.0
-        advantages = self.objective.estimate_advantages(rollout.experience, kl_coef, memory)
+        in_loss = self.kl.estimator in ("k2", "k3")
+        advantages = self.objective.estimate_advantages(rollout.experience, 0.0 if in_loss else coef, memory)
         figures = rollout.figures(coef)
         metrics = {
             **figures,
@@ -63,7 +63,7 @@ class PolicySource:
         if self.kl.target is not None:
             after[KL_COEF] = next_coef(coef, figures["objective/kl"], self.kl.target, self.kl.horizon, len(rollout.ended))
         given = {"temperature": self.sampler.settings.temperature}
-        if self.kl.estimator != "k1":
+        if in_loss:
             given[f"{self.kl.estimator}_coef"] = coef
         trees, locations = with_recorded(rollout, advantages), self.prompts.locations(step)
         if self.ptx is not None:

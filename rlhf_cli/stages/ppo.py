@@ -16,7 +16,7 @@ from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES
+from rlhf_cli.recipe.stages import ROW_USES
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.source import PolicySource
@@ -119,10 +119,5 @@ def _add_value(job: TrainingJob, terms: RewardTerms, placement: Placement, base:
         placement.add_value(weights, lora, Head(torch.zeros(1, width), 0.0))
         why = "" if recipe.value.init == "policy" else ": no reward model reads its tokens"
         job.console.say(f"value: starts as 0, on the policy's weights{why}")
-    if recipe.value.learning_rate is not None:
-        return {"value": recipe.value.learning_rate}
-    # The policy's or, beside a policy that trains all weights, what an adapter wants by default.
-    assert isinstance(job.loaded.recipe, recipes.PpoRecipe)
-    default = TRAINING_STAGES[job.loaded.stage].default_learning_rate(objective, "lora")
-    asked = job.loaded.recipe.train.learning_rate
-    return {"value": default if asked is None else asked}
+    assert recipe.value.learning_rate is not None
+    return {"value": recipe.value.learning_rate}

@@ -28,7 +28,7 @@ from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
-from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES, learning_rate_of
+from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES, resolved
 from rlhf_cli.runs.manifest import BaseModel
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
 from rlhf_cli.runs.resume import recorded_recipe
@@ -152,7 +152,8 @@ def _resolve(
     asked = recipe.train.tokens_per_device
     longest = dataset.longest + (recipe.draws.responses_per_prompt * recipe.draws.max_new_tokens if recipe.draws else 0)
     budget = ranks.min(auto_budget(memory, longest, ranks.device, values=recipe.objective.values)) if asked == "auto" else asked
-    train = dataclasses.replace(recipe.train, tokens_per_device=budget, learning_rate=learning_rate_of(recipe))
+    recipe = resolved(recipe)
+    train = dataclasses.replace(recipe.train, tokens_per_device=budget)
     model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
     return dataclasses.replace(recipe, train=train, model=model), memory
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,7 +89,6 @@ def test_kl_losses(name: str) -> None:
 ONE_PROMPT = PPO["one prompt, K = 4, R = sum of token rewards (score and KL)"]
 KINDS: dict[str, PolicyGradient] = {
     "rloo": Rloo(),
-    "grpo": Grpo(),
     "reinforce baseline=mean": Reinforce(),
     "bandit with V(x) = 0.6": Bandit(whiten=False),
 }
@@ -114,13 +114,31 @@ def test_advantages_of_a_response(name: str) -> None:
     assert KINDS[name].estimate_advantages(seen, 0.5, {}).advantages == pytest.approx(wanted, abs=1e-9)
 
 
-def test_grpo_of_equal_returns() -> None:
-    equal = Grpo().estimate_advantages(drawn([0.3] * 4), 0.5, {}).advantages
-    assert equal == pytest.approx([ONE_PROMPT["grpo of equal R"][0]] * sum(LENGTHS), abs=1e-9)
+def of_scores(scores: list[float], prompt: list[int]) -> list[float]:
+    """grpo's advantage of each response, at the first of its tokens; the log-ratios differ from response to response."""
+    random, lengths = np.random.default_rng(0), [1 + i % 3 for i in range(len(scores))]
+    old, reference = ([(-random.random(length)).tolist() for length in lengths] for _ in range(2))
+    found = Grpo().estimate_advantages(experience(old, reference, scores, old, prompt), 0.5, {}).advantages
+    responses = np.split(found, np.cumsum(lengths)[:-1])
+    assert all((own == own[0]).all() for own in responses)
+    return [float(own[0]) for own in responses]
+
+
+def test_grpo_takes_the_scores_alone() -> None:
+    assert of_scores(ONE_PROMPT["R"], [0] * 4) == pytest.approx(ONE_PROMPT["grpo"], abs=1e-9)
+    golden = GOLDEN["grpo"]
+    by_prompt = np.argsort(golden["prompt"], kind="stable")
+    scores, prompt, wanted = (np.array(golden[name])[by_prompt].tolist() for name in ("score", "prompt", "advantages"))
+    assert of_scores(scores, prompt) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_grpo_of_tied_scores_is_0_whatever_the_kl() -> None:
+    assert of_scores([0.7] * 3 + [0.1, 0.3], [0, 0, 0, 1, 1])[:3] == [0.0] * 3  # three times 0.7 has another mean than 0.7
+    assert of_scores([0.3] * 4, [0] * 4) == ONE_PROMPT["grpo of equal R"]
 
 
 def test_every_kind_of_golden_advantage_is_used() -> None:
-    assert KINDS.keys() | {"R", "grpo of equal R"} == ONE_PROMPT.keys()
+    assert KINDS.keys() | {"R", "grpo", "grpo of equal R"} == ONE_PROMPT.keys()
 
 
 def test_adaptive_coefficient() -> None:

@@ -11,7 +11,6 @@ import torch
 
 from rlhf_cli.data.trees import Batch, Tree
 from rlhf_cli.objectives.bandit import Bandit
-from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.objectives.policy_gradient import Experience, PolicyGradient
 from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.objectives.reinforce import Reinforce
@@ -114,7 +113,6 @@ def distances(objective: PolicyGradient, *, samples: int, temperature: float = 1
         pytest.param(Reinforce(epochs=2, baseline="ema"), 1, id="reinforce with a running mean"),
         pytest.param(Rloo(epochs=2), 4, id="rloo"),
         pytest.param(Rloo(epochs=1, minibatches=4), 4, id="rloo in four parts"),
-        pytest.param(Grpo(epochs=2), 4, id="grpo"),
     ],
 )
 def test_reaches_the_optimum(objective: PolicyGradient, samples: int) -> None:

@@ -73,6 +73,11 @@ REFUSALS = {
     "of a prompt. set it to 2 or more",
     ("ppo", "objective.kind=grpo"): "rollout.responses_per_prompt: 1 is too few for kind: grpo, which compares the responses "
     "of a prompt. set it to 2 or more",
+    (
+        "ppo",
+        "objective.kind=grpo\nrollout.responses_per_prompt=2\nkl.estimator=k1",
+    ): "kl.estimator: k1 is part of "
+    "the return, and kind: grpo takes the scores alone. write k2 or k3, which are loss terms, or remove it",
     ("ppo", "objective.minibatches=33"): "objective.minibatches: 33 updates cannot share train.batch_size (32) prompts. lower it",
     ("ppo", "rollout.max_new_tokens=1024"): "rollout.max_new_tokens: leaves no room for a prompt in data.max_length (1024). "
     "lower it, or raise data.max_length",
