@@ -112,6 +112,11 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path} is damaged: not JSON ({error})") from error
 
 
+def from_anywhere(path: str | Path) -> str:
+    """A local path as it is found from every folder; a hub id as it is."""
+    return Path(path).resolve().as_posix() if Path(path).exists() else str(path)
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as handle:

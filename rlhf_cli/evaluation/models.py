@@ -17,9 +17,9 @@ from rlhf_cli.models.load import is_reward_model, load_tokenizer
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import TRAINING_STAGES
-from rlhf_cli.rollout.reward_models import recorded_template, serialised
+from rlhf_cli.rollout.reward_models import serialised
 from rlhf_cli.runs.manifest import BaseModel, weights_hash
-from rlhf_cli.runs.parents import Start, base_model, resolve_start
+from rlhf_cli.runs.parents import Start, base_model, recorded_template, resolve_start
 from rlhf_cli.runs.resume import INPUTS
 
 STEP = re.compile(r"step-(\d+)(-\d+)?")  # name of a checkpoint; the second number is of updates, in the middle of a step

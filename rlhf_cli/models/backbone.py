@@ -17,6 +17,7 @@ from rlhf_cli import sections
 from rlhf_cli.data.templates import Template, read_chat_format
 from rlhf_cli.data.trees import Batch, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
+from rlhf_cli.files import from_anywhere
 from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, Kernel
 from rlhf_cli.models.heads import SCORE, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
@@ -335,7 +336,7 @@ def end_ids(model: Any, *more: int) -> list[int]:
 
 def lora_config(settings: sections.Lora, base: str, revision: str | None, parent: LoraConfig | None = None) -> LoraConfig:
     """The recipe's section as PEFT's config; of a `parent` that goes on, only the dropout is the recipe's."""
-    named = {"base_model_name_or_path": base, "revision": revision}
+    named = {"base_model_name_or_path": from_anywhere(base), "revision": revision}
     if parent is not None:
         return dataclasses.replace(parent, lora_dropout=settings.dropout, inference_mode=False, **named)
     modules = settings.target_modules

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from rlhf_cli import sections
 from rlhf_cli.errors import MachineError, NumberError, UsageError
-from rlhf_cli.files import read_json
+from rlhf_cli.files import read_json, write_json
 from rlhf_cli.models.heads import SCORE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -128,11 +128,27 @@ def is_reward_model(path: str, revision: str | None) -> bool:
 
 
 def save_adapter(folder: Path, state: dict[str, torch.Tensor], config: Any) -> None:
-    """adapter_model.safetensors and adapter_config.json, as plain PEFT reads them."""
+    """adapter_model.safetensors and adapter_config.json, as plain PEFT reads them, its sets of names in their order."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+    path = folder / "adapter_config.json"
+    write_json(path, {key: sorted(value) if _are_names(value) else value for key, value in read_json(path).items()})
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def name_ends(folder: Path, ends: list[int], model: Any) -> None:
+    """Write into a saved policy's folder where plain `generate` is to stop; an adapter's gets its base's settings."""
+    generation = folder / "generation_config.json"
+    if not generation.exists():
+        model.generation_config.to_json_file(str(generation))
+    for path in (generation, folder / "config.json"):
+        if path.exists():
+            write_json(path, read_json(path) | {"eos_token_id": ends})
 
 
 def read_adapter(folder: Path) -> Adapter:

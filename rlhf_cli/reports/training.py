@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.figures import NOISE, count, duration, percent, short
+from rlhf_cli.files import from_anywhere
 from rlhf_cli.metrics import in_order
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.reports.card import model_card
@@ -194,16 +195,21 @@ def _model(result: RunResult) -> Iterator[Block]:
 
 def _policy_lines(result: RunResult) -> list[str]:
     """The code that loads a policy."""
-    base, model = result.manifest.base_model, json.dumps(result.run.model.as_posix())
+    base, model = result.manifest.base_model, json.dumps(result.run.model.resolve().as_posix())
     revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    if result.lora_rank:
-        lines.insert(0, "from peft import PeftModel")
-        lines.append(f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base.path)}{revision})")
-        lines.append(f"model = PeftModel.from_pretrained(base, {model})")
-    else:
-        lines.append(f"model = AutoModelForCausalLM.from_pretrained({model})")
-    return [*lines, f"tokenizer = AutoTokenizer.from_pretrained({model})"]
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({model})"
+    if not result.lora_rank:
+        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        return [imports, "", f"model = AutoModelForCausalLM.from_pretrained({model})", tokenizer]
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(from_anywhere(base.path))}{revision})",
+        f"model = PeftModel.from_pretrained(base, {model})",
+        f"model.generation_config = GenerationConfig.from_pretrained({model})  # it stops where responses end",
+        tokenizer,
+    ]
 
 
 def _lineage(result: RunResult) -> Iterator[Block]:

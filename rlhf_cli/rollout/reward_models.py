@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_cli import sections
 from rlhf_cli.data.encode import encode
 from rlhf_cli.data.records import Record
-from rlhf_cli.data.templates import ChatFormat, Template, choose_template, read_chat_format, tokenise
+from rlhf_cli.data.templates import ChatFormat, Template, read_chat_format, tokenise
 from rlhf_cli.data.trees import Tree, span
 from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.models.backbone import Backbone
@@ -24,7 +24,7 @@ from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.stages import REWARD_STAGES, TRAINING_STAGES
 from rlhf_cli.rollout.rewards import Answers, PolicyText, RewardTerm, check_finite
 from rlhf_cli.runs.manifest import BaseModel, Parent, weights_hash
-from rlhf_cli.runs.parents import Start, base_model, resolve_start
+from rlhf_cli.runs.parents import Start, base_model, recorded_template, resolve_start
 
 RECORDED = " or ".join(REWARD_STAGES)
 """The stage whose manifests record the mean and the standard deviation of a reward model's scores."""
@@ -236,15 +236,3 @@ def serialised(tokenizer: Any) -> tuple[str, str | None, str]:
     """All that decides which tokens it makes of a text, and how a text ends."""
     tokenise(tokenizer, [""])  # forgets padding and truncation left from other calls, which are part of the serialisation
     return tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.eos_token
-
-
-def recorded_template(start: Start, tokenizer: Any, path: str, place: str) -> Template:
-    """The chat template that a model was trained with. UsageError: its tokenizer has another one."""
-    with prefixed(f"{place}: {path}"):
-        own = choose_template(tokenizer, None)
-    if start.template_hash in (None, own.hash):
-        return own
-    without = choose_template(tokenizer, "none")
-    if start.template_hash == without.hash:
-        return without
-    raise UsageError(f"{place}: {path} was trained with another chat template than its tokenizer has; train it again")

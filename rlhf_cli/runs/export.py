@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
+from rlhf_cli.data.templates import read_chat_format
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.files import disk_errors
+from rlhf_cli.models.backbone import end_ids
 from rlhf_cli.models.heads import classifier_class, save_full_reward
-from rlhf_cli.models.load import is_reward_model, load_tokenizer, quiet_libraries, read_adapter, read_head
+from rlhf_cli.models.load import is_reward_model, load_tokenizer, name_ends, quiet_libraries, read_adapter, read_head
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.runs.folder import RunFolder
-from rlhf_cli.runs.parents import Start, resolve_start
+from rlhf_cli.runs.parents import Start, recorded_template, resolve_start
 
 TOLERANCE = 1e-3
 """Largest difference of log-probabilities or scores in float32: merging B·A into W rounds every weight once."""
@@ -33,7 +35,8 @@ def export(run: Path, dest: Path, merge: bool) -> str:
     A policy is a causal language model, a reward model a sequence classifier with one label.
 
     UsageError: `run` is no finished run, `dest` exists, or transformers has no classifier for a reward model's architecture.
-    NumberError: the exported model gives other log-probabilities or scores than the run; nothing is left at `dest`.
+    NumberError: the exported model gives other log-probabilities or scores than the run, or does not stop where its responses
+        end; nothing is left at `dest`.
     """
     quiet_libraries()
     if os.path.lexists(dest):
@@ -62,7 +65,12 @@ def export(run: Path, dest: Path, merge: bool) -> str:
                     if not file.name.endswith(WEIGHTS) and file.name not in MODEL_FILES:
                         shutil.copy2(file, part / file.name)
             if head is None:
-                what, found = "log-probabilities", _logps(_load_export(AutoModelForCausalLM, start, part), ids)
+                ends = _ends_of_run(run, start, model)
+                name_ends(part, ends, model)
+                exported = _load_export(AutoModelForCausalLM, start, part)
+                what, found = "log-probabilities", _logps(exported, ids)
+                if not _stops(exported, GenerationConfig.from_pretrained(str(part)), ids, ends):
+                    raise NumberError(f"{dest}: generate() goes on after {ends}, which end responses; nothing was exported")
             else:
                 loader = AutoModelForSequenceClassification
                 what, found = "scores", _scores(_load_export(loader, start, part, num_labels=1, pad_token_id=pad_id), ids)
@@ -75,6 +83,28 @@ def export(run: Path, dest: Path, merge: bool) -> str:
             shutil.rmtree(part, ignore_errors=True)
     kind = "adapter" if (dest / "adapter_config.json").exists() else "model"
     return f"{kind} in {dest}: {what} within {difference:.1e} of the run's"
+
+
+def _ends_of_run(run: Path, start: Start, model: Any) -> list[int]:
+    """The ids that end a response of the run, where its own sampler stops."""
+    tokenizer = load_tokenizer(start.tokenizer, start.revision, False)
+    template = recorded_template(start, tokenizer, str(run), "export")
+    return end_ids(model, read_chat_format(tokenizer, template).end_ids[-1], tokenizer.eos_token_id)
+
+
+def _stops(model: Any, generation: GenerationConfig, ids: torch.Tensor, ends: list[int]) -> bool:
+    """Does plain `generate` stop after each of these ids? Each is put where a text's third token would be."""
+    places = ids[:1].repeat(len(ends), 1)
+
+    def force(seen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if seen.shape[1] == places.shape[1] + 2:
+            scores = torch.full_like(scores, -torch.inf)
+            scores[range(len(ends)), ends] = 0.0
+        return scores
+
+    asked = {"max_new_tokens": 6, "do_sample": False, "num_beams": 1, "pad_token_id": ends[0]}
+    found = model.generate(input_ids=places, generation_config=generation, logits_processor=[force], **asked)
+    return bool(found.shape[1] <= places.shape[1] + 3)
 
 
 def _load(loader: Any, path: str, revision: str | None = None, **options: Any) -> Any:

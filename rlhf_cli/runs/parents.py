@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import MachineError, UsageError, prefixed
 from rlhf_cli.files import hash_tree, read_json, sha256_file
 from rlhf_cli.models.load import Weights, is_reward_model
@@ -70,6 +71,18 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
     if folder.exists() and not kept:
         raise UsageError(f"{place}: {path} is neither a model (config.json), an adapter nor a run (manifest.json)")
     return Start(path, None if folder.exists() else revision, None, path, None, None)
+
+
+def recorded_template(start: Start, tokenizer: Any, path: str, place: str) -> Template:
+    """The chat template that a model was trained with. UsageError: its tokenizer has another one."""
+    with prefixed(f"{place}: {path}"):
+        own = choose_template(tokenizer, None)
+    if start.template_hash in (None, own.hash):
+        return own
+    without = choose_template(tokenizer, "none")
+    if start.template_hash == without.hash:
+        return without
+    raise UsageError(f"{place}: {path} was trained with another chat template than its tokenizer has; train it again")
 
 
 def is_meant_as_path(path: str) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.agreement import Card
 from rlhf_cli.evaluation.preference import reward_card
+from rlhf_cli.files import from_anywhere
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import classifier_class
 from rlhf_cli.models.load import Weights, load_config
@@ -69,7 +70,7 @@ def _manifest(job: TrainingJob, folder: RunFolder, backbone: Backbone, base: Wei
     if classifier_class(backbone.model.config) is None:
         job.console.warn("transformers has no sequence classifier for this architecture: only rlhf can load the reward model")
         return {"reward_model": figures}
-    model = json.dumps(folder.model.as_posix())
+    model = json.dumps(from_anywhere(folder.model))
     if job.lora is None:
         imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
         lines = [imports, "", f"model = AutoModelForSequenceClassification.from_pretrained({model})"]
@@ -80,7 +81,7 @@ def _manifest(job: TrainingJob, folder: RunFolder, backbone: Backbone, base: Wei
             "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
             "",
             "base = AutoModelForSequenceClassification.from_pretrained(",
-            f"    {json.dumps(base.base)}{revision}, num_labels=1, pad_token_id={backbone.pad_id}",
+            f"    {json.dumps(from_anywhere(base.base))}{revision}, num_labels=1, pad_token_id={backbone.pad_id}",
             ")",
             f"model = PeftModel.from_pretrained(base, {model})",
         ]

@@ -17,7 +17,7 @@ from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageE
 from rlhf_cli.files import disk_errors, write_json
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import choose_pad_id
-from rlhf_cli.models.load import Weights
+from rlhf_cli.models.load import Weights, name_ends
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.models.policy import load_trained
 from rlhf_cli.ranks import Ranks
@@ -214,6 +214,8 @@ def finish_job(
 def _save_model(job: TrainingJob, backbone: Backbone, folder: Path) -> None:
     """What was trained, with its tokenizer and the template it was trained with."""
     backbone.save(job.objective.role, folder)
+    if job.objective.role == "policy":
+        name_ends(folder, backbone.stop_ids(job.tokenizer, job.template), backbone.model)
     job.tokenizer.chat_template = job.template.text
     job.tokenizer.save_pretrained(str(folder))
 

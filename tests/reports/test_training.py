@@ -4,6 +4,7 @@ import json
 import math
 import re
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -118,7 +119,8 @@ def test_every_part_of_the_report(run):
     assert "**0.3 % of the training responses have no end:** they do not teach the model to stop." in text
     assert "2 min 10 s for 12,345 tokens (95 a second); at most 1.3 GiB of memory." in text
     assert 'base = AutoModelForCausalLM.from_pretrained("org/tiny", revision="r1")' in text
-    assert 'model = PeftModel.from_pretrained(base, "runs/mine/model")' in text
+    model = Path("runs/mine/model").resolve()
+    assert f'model = PeftModel.from_pretrained(base, "{model}")\nmodel.generation_config = Generation' in text
     assert "- earlier run `runs/first`, manifest p1\n- seed 7, git commit c0ffee\n- rlhf_cli 0.1.0, torch 2.13" in text
     assert "- reference" not in text
     assert "`rlhf sft runs/mine/recipe.yaml --output <another folder>`" in text
@@ -143,7 +145,7 @@ def test_a_full_model_without_held_out_rows_or_samples(run):
     assert "Started from `org/tiny` and trained all weights on 1,000 rows of `hh.jsonl`: 1 step, " in text
     assert "**Training loss did not fall:** 1 at the start, 1 at the end." in text
     assert "No rows were held out" in text
-    assert 'model = AutoModelForCausalLM.from_pretrained("runs/mine/model")' in text
+    assert f'model = AutoModelForCausalLM.from_pretrained("{Path("runs/mine/model").resolve()}")' in text
     assert "## Samples" not in text
     assert [path.name for path in run.plots.iterdir()] == ["loss.png"]
 

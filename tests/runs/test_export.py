@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from rlhf_cli.runs import export as module
+from tests.data.tiny_tokenizer import CHATML, tiny_tokenizer
 from tests.models.tiny_backbone import make
 from tests.tiny import make_model, rlhf, write_pairs, write_recipe
 
@@ -110,6 +111,75 @@ def test_a_tampered_merge_of_a_policy_is_refused(
     assert rlhf("export", home / "sft-lora", tmp_path / "out", "--merge") == 3
     assert "log-probabilities differ from the run's by " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on a base whose texts end in another token than its template's turns."""
+    folder = tmp_path_factory.mktemp("ends")
+    base = make_model(folder / "base")
+    tokenizer = tiny_tokenizer(eos="</s>", template=CHATML)
+    tokenizer.save_pretrained(base)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(settings | {"eos_token_id": tokenizer.eos_token_id}))
+    rows = write_pairs(folder / "rows.jsonl", 16)
+    for kind in LORA:
+        recipe = write_recipe(folder / "r.yaml", base, rows, folder / kind, lora=LORA[kind], train={"steps": 1})
+        assert rlhf("sft", recipe) == 0
+    return folder
+
+
+def stops_at(folder: Path) -> set[int]:
+    """Where plain `generate` stops by the settings of a folder."""
+    named: int | list[int] = GenerationConfig.from_pretrained(folder).eos_token_id
+    return set(named if isinstance(named, list) else [named])
+
+
+@pytest.mark.parametrize("merge", [(), ("--merge",)], ids=["as it is", "merged"])
+@pytest.mark.parametrize("kind", LORA)
+def test_generate_stops_where_responses_end(kind: str, merge: tuple[str, ...], ends: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ends / "base")
+    wanted = set(tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"]))
+    assert stops_at(ends / "base") == {tokenizer.eos_token_id} < wanted
+    assert rlhf("export", ends / kind, tmp_path / "out", *merge) == 0
+    for folder in (ends / kind / "model", tmp_path / "out"):
+        assert stops_at(folder) == wanted
+        if (folder / "config.json").exists():
+            assert set(json.loads((folder / "config.json").read_text())["eos_token_id"]) == wanted
+
+
+def test_an_older_run_is_exported_with_its_ends(ends: Path, tmp_path: Path) -> None:
+    """Its folder names the base's end alone; the hashes of its manifest are of such files."""
+    run = shutil.copytree(ends / "lora", tmp_path / "old")
+    manifest = json.loads((run / "manifest.json").read_text())
+    del manifest["model_files"]["generation_config.json"]
+    (run / "model" / "generation_config.json").unlink()
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert rlhf("export", run, tmp_path / "out") == 0
+    assert len(stops_at(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("kind", LORA)
+def test_one_that_does_not_stop_is_refused(
+    kind: str, ends: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = module.name_ends
+    monkeypatch.setattr(module, "name_ends", lambda folder, ends, model: write(folder, ends[:1], model))
+    assert rlhf("export", ends / kind, tmp_path / "out", "--merge") == 3
+    assert "generate() goes on after [" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_loads_from_everywhere(ends: Path) -> None:
+    config = json.loads((ends / "lora" / "model" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((ends / "base").resolve())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    report = (ends / "lora" / "report.md").read_text()
+    code = report.partition("```python\n")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert len(found["model"].generation_config.eos_token_id) == 2
 
 
 def test_what_cannot_be_exported(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
