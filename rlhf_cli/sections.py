@@ -81,6 +81,7 @@ class Rows:
     split: str = key("train", "hub split")
     format: RowFormat = key("auto", "row format")
     columns: dict[str, str] = key({}, "ours: theirs")
+    ignore: list[str] = key([], "columns, and keys of turns, that change what a row means and are left out on purpose")
     limit: int | None = key(None, "first N rows after a seeded shuffle", low=1)
 
 

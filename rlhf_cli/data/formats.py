@@ -10,6 +10,7 @@ from itertools import chain, pairwise
 from typing import Any, Literal
 
 from rlhf_cli.data import records
+from rlhf_cli.data.meaning import MEANINGFUL
 from rlhf_cli.data.records import BadRow, Facts, Prompt, Record, a_list, a_text, as_turns, messages
 from rlhf_cli.errors import UsageError
 
@@ -339,6 +340,6 @@ def _rename_hint(rows: Sequence[Row], use: Use) -> str:
     ours = {name: [theirs for theirs in ALIASES.get(name, ()) if theirs in has] for name in KNOWN_COLUMNS}
     for format in use.formats.values():
         missing = [name for name in format.columns if name not in has]
-        if missing and "input" not in has and all(len(ours[name]) == 1 for name in missing):
+        if missing and not has & MEANINGFUL and all(len(ours[name]) == 1 for name in missing):
             return f"; perhaps columns: {{{', '.join(f'{name}: {ours[name][0]}' for name in missing)}}}"
     return ""

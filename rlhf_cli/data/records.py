@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from rlhf_cli.data.meaning import check_turn
+
 ROLES = ("system", "user", "assistant")
 KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 TURN_MARK = re.compile(r"\n\n(Human|Assistant):")
@@ -109,7 +111,7 @@ def a_list(value: Any, name: str) -> list[Any]:
 
 
 def messages(value: Any, name: str) -> tuple[Message, ...]:
-    """The turns of a list of {role, content}, in any order; BadRow otherwise."""
+    """The turns of a list of {role, content}, in any order. BadRow otherwise; LostMeaning where a turn says more than is read."""
     turns = []
     for i, turn in enumerate(a_list(value, name), start=1):
         at = f"turn {i}"
@@ -120,8 +122,7 @@ def messages(value: Any, name: str) -> tuple[Message, ...]:
         role = turn["role"]
         if role not in ROLES:
             raise BadRow(f"a role of {name} is not system, user or assistant", f"{at}: {shortened(role)}")
-        if turn.get("tool_calls"):
-            raise BadRow(f"{name} has tool calls", at)
+        check_turn(turn, name, i)
         turns.append(Message(role, a_text(turn["content"], f"a turn of {name}", at)))
     return tuple(turns)
 

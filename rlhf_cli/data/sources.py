@@ -16,8 +16,9 @@ import numpy as np
 from rlhf_cli import sections
 from rlhf_cli.data import formats
 from rlhf_cli.data.files import RawRow, find_files, is_hub_id, read_file
-from rlhf_cli.data.formats import FORMATS, Converter, Purpose, Row, Use, shown_columns
+from rlhf_cli.data.formats import FORMATS, Converter, Format, Purpose, Row, Use, shown_columns
 from rlhf_cli.data.hub import read_hub
+from rlhf_cli.data.meaning import LostMeaning, check_columns, check_ignored, without
 from rlhf_cli.data.records import BadRow, Record, as_turns
 from rlhf_cli.data.streams import DataStream
 from rlhf_cli.errors import UsageError
@@ -42,6 +43,7 @@ class SourceReport:
     unused: dict[str, int]  # reason → rows that are no fault: of no use to the stage, or beyond the limit
     bad_examples: tuple[str, ...]  # "file:line: reason" of the first ten
     fingerprint: str  # hash of the good rows in file order, before the limit: the same for the same rows in another file type
+    left_out: tuple[str, ...] = ()  # columns that nothing reads
 
 
 @dataclass(frozen=True)
@@ -120,23 +122,24 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
             assert isinstance(bad_row, BadRow)
             tally.add_bad(f"{name}:{line}", bad_row)
         raise _no_good_row(name, tally, f"one of {purpose.needs}")
-    renamed = _rename_all(objects, source.columns, where(f"{key}.columns"))
-    if source.format == "auto":
-        format = formats.detect(renamed, purpose, f"{where(f'{key}.path')}: {name}")
-    elif source.format in purpose.use.formats:
-        format = FORMATS[source.format]
-    else:
-        raise purpose.refuse(FORMATS[source.format], f"{where(f'{key}.format')}: {name}")
-    if margin is not None:
+    check_ignored(source.ignore, objects, where(f"{key}.ignore"))
+    renamed = _rename_all([without(row, source.ignore) for row in objects], source.columns, where(f"{key}.columns"))
+    format = _format_of(source, key, name, renamed, request)
+    if margin is not None and not any(margin in row for row in objects):
         place = f"{where('objective.margin_column')}: {name}"
-        if "pair" not in format.contains:
-            raise UsageError(f"{place}: {format.name} rows have no one margin; only pairs of chosen and rejected have")
-        if not any(margin in row for row in objects):
-            raise UsageError(f"{place}: the data has no column '{margin}'; found {shown_columns(objects)}")
-    converter = format.converter(renamed)
+        raise UsageError(f"{place}: the data has no column '{margin}'; found {shown_columns(objects)}")
+    converter, seen = format.converter(renamed), dict[str, None]()
+    used = {*format.columns, *format.optional, "subset", margin}
 
     def convert(row: Row, place: str) -> Record:
-        record = formats.convert(_renamed(row, source.columns) if source.columns else row, place, converter)
+        own = _renamed(without(row, source.ignore), source.columns)
+        seen.update(dict.fromkeys(own))
+        try:
+            check_columns(own, used, purpose.use.responses == "none")
+            record = formats.convert(own, place, converter)
+        except LostMeaning as lost:
+            said = f"read it by a format or columns, or leave it out on purpose: {key}.ignore: [{lost.name}]"
+            raise UsageError(f"{where(f'{key}.path')}: {place}: {lost}\n  {said}") from None
         return record if margin is None else formats.with_margin(record, row, margin)
 
     files[0] = (name, chain(head, rows))
@@ -156,9 +159,32 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
         tally.unused[BEYOND_LIMIT] = len(records) - len(chosen)
     bad, unused = dict(tally.bad.most_common()), dict(tally.unused.most_common())
     report = SourceReport(
-        source.path, format.name, tally.read, len(chosen), bad, unused, tuple(tally.examples), tally.digest.hexdigest()
+        source.path,
+        format.name,
+        tally.read,
+        len(chosen),
+        bad,
+        unused,
+        tuple(tally.examples),
+        tally.digest.hexdigest(),
+        tuple(name for name in seen if name not in used),
     )
     return chosen, report
+
+
+def _format_of(source: sections.Source, key: str, name: str, rows: Sequence[Row], request: RowRequest) -> Format:
+    """The format that the recipe names, or that the first rows of the file `name` have."""
+    where, purpose = request.where, request.purpose
+    if source.format == "auto":
+        format = formats.detect(rows, purpose, f"{where(f'{key}.path')}: {name}")
+    elif source.format in purpose.use.formats:
+        format = FORMATS[source.format]
+    else:
+        raise purpose.refuse(FORMATS[source.format], f"{where(f'{key}.format')}: {name}")
+    if request.margin_column is not None and "pair" not in format.contains:
+        place = f"{where('objective.margin_column')}: {name}"
+        raise UsageError(f"{place}: {format.name} rows have no one margin; only pairs of chosen and rejected have")
+    return format
 
 
 def _files(source: sections.Source, place: str, margin: str | None) -> list[tuple[str, Iterator[RawRow]]]:

@@ -73,6 +73,7 @@ def _unit(recipe: recipes.TrainingRecipe, source: DatasetSource) -> str:
 
 def _rows(encoded: Encoded, reports: list[Any]) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [(f"from {r.path}", f"{r.read:,} rows read as {r.format}") for r in reports]
+    rows += [("columns not used", ", ".join(r.left_out)) for r in reports if r.left_out]
     fates = Counter(kept=encoded.kept)
     for reasons in (*(reasons for report in reports for reasons in (report.bad, report.unused)), encoded.lost):
         fates.update(reasons)

@@ -150,7 +150,6 @@ BAD = [
         {"messages": turns((U, "a"), ("tool", "b"))},
         "a role of 'messages' is not system, user or assistant (turn 2: 'tool')",
     ),
-    ("messages", {"messages": [*ASK, {"role": A, "content": "4", "tool_calls": [{}]}]}, "'messages' has tool calls (turn 2)"),
     ("messages", {"messages": [*ASK, {"role": A, "content": None}]}, "a turn of 'messages' is null, expected text (turn 2)"),
     ("messages", {"messages": [*ASK, {"role": A, "content": [{}]}]}, "a turn of 'messages' is a list, expected text (turn 2)"),
     ("messages", {"messages": turns((U, "a"), (A, " \n"))}, "a turn of 'messages' is blank (turn 2)"),
@@ -307,6 +306,11 @@ REFUSED = [
         [{"instruction": "a", "input": "b", "output": "c"}],
         "sft",
         f"x: found the columns instruction, input, output; sft needs {SFT_NEEDS}",
+    ),
+    (
+        [{"instruction": "a", "context": "b", "response": "c"}],
+        "sft",
+        f"x: found the columns instruction, context, response; sft needs {SFT_NEEDS}",
     ),
     ([{"prompt": "a"}], "sft", f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"),
     (

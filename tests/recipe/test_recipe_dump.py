@@ -123,12 +123,13 @@ def test_what_a_resumed_run_may_not_change() -> None:
     with pytest.raises(UsageError) as caught:
         refuse_changes(old, new, "runs/a/recipe.yaml")
     assert str(caught.value).splitlines() == [
-        "--resume: 8 values differ from runs/a/recipe.yaml and may not. put them back, or start another run with --output",
+        "--resume: 9 values differ from runs/a/recipe.yaml and may not. put them back, or start another run with --output",
         "  key                   old   new",
         "  data.train.1.path     null  y",
         "  data.train.1.split    null  train",
         "  data.train.1.format   null  auto",
         "  data.train.1.columns  null  {}",
+        "  data.train.1.ignore   null  []",
         "  data.train.1.weight   null  1.0",
         "  train.steps           10    9",
         "  train.learning_rate   null  1.0e-05",
