@@ -55,7 +55,8 @@ def prepare(data: sections.Data, request: RowRequest, tokenizer: Any, template: 
 
     Raises UsageError if rows, columns or files are wrong, or more than `data.max_lost` of the rows would be lost.
     """
-    reading, responses, reserve = read_data(data, request), request.purpose.use.responses, request.reserve
+    reading = read_data(data, dataclasses.replace(request, chat=template.text is not None))
+    responses, reserve = request.purpose.use.responses, request.reserve
     checks = ([same_tokens] if responses == "all" else []) + ([request.check] if request.check else [])
 
     def trees_of(records: list[Record]) -> Encoded:

@@ -29,6 +29,7 @@ CHUNK = 1000  # rows that are rendered and tokenised at a time
 EXAMPLES = 5  # lost rows that are named one by one
 TIMEOUTS = 3  # rows on which a template may use up its time before it is refused
 TRIES = 8  # cutting n tokens' worth of text may save a few less: the cut is repeated until the row fits
+READY = "{count:,} texts are ready-made, with a BOS or an end of their own: neither is written twice"
 WITH_OFFSETS = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
 
 
@@ -84,7 +85,8 @@ def encode(
     if stored is None:
         stored = encoder.run()
         store.write(path, stored)
-    return replace(_restore(stored, records), notices=notices)
+    encoded = _restore(stored, records)
+    return replace(encoded, notices=(*notices, *encoded.notices))
 
 
 def _restore(stored: store.Stored, records: Sequence[Record]) -> Encoded:
@@ -93,8 +95,8 @@ def _restore(stored: store.Stored, records: Sequence[Record]) -> Encoded:
     examples = tuple(f"{records[row].where}: {text}" for row, text in facts.pop("examples"))
     locations = tuple(records[row].where for row in stored.arrays["rows"])
     trees = Trees(**stored.arrays, locations=locations, facts=tuple(records[row].facts for row in stored.arrays["rows"]))
-    truncated = tuple(facts.pop("truncated"))
-    return Encoded(trees, len(records), len(trees), truncated_rows=truncated, examples=examples, **facts)
+    truncated, notices = (tuple(facts.pop(name)) for name in ("truncated", "notices"))
+    return Encoded(trees, len(records), len(trees), truncated_rows=truncated, examples=examples, notices=notices, **facts)
 
 
 def _unusable(rows: int, lost: Counter[str], first: str) -> UsageError:
@@ -145,6 +147,7 @@ class _Encoder:
     examples: list[tuple[int, str]] = field(default_factory=list)
     sizes: list[tuple[int, int, int]] = field(default_factory=list)  # tokens of the prompt, of the longest response, of both
     truncated: list[int] = field(default_factory=list)
+    ready: int = 0  # rows whose texts have a BOS or an end of their own
 
     @property
     def find_turns(self) -> bool:
@@ -198,6 +201,7 @@ class _Encoder:
             "examples": self.examples,
             "eos_share": float(ended.mean()) if len(last) else None,
             "percentiles": {name: _percentiles([size[k] for size in self.sizes]) for k, name in enumerate(names)},
+            "notices": [READY.format(count=self.ready)] if self.ready else [],
         }
         arrays = vars(flatten(self.trees, self.records)).items()
         return store.Stored({name: value for name, value in arrays if isinstance(value, np.ndarray)}, facts)
@@ -220,7 +224,9 @@ class _Encoder:
                     if self.data.control_tokens == "reject":
                         check_text(self.form, record)
                     with time_limit():
-                        rendered.append((row, render_row(self.form, record, find_turns=self.find_turns)))
+                        written = render_row(self.form, record, find_turns=self.find_turns)
+                    self.ready += not record.prompt and written.responses != record.responses
+                    rendered.append((row, written))
                 except BadRow as bad:
                     self.lose(row, bad)
                     if isinstance(bad, TookTooLong) and self.lost[bad.reason] == TIMEOUTS:

@@ -139,13 +139,14 @@ STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
 
 
 def _json(path: Path) -> Iterator[RawRow]:
-    """A list of objects; a file that begins otherwise is read as JSON Lines, which often bear this name too."""
+    """A list of objects, or an object whose one list they are; else JSON Lines, which often bear this name too."""
     data = path.read_bytes().removeprefix(BOM)
-    if not data.lstrip().startswith(b"["):
+    wrapped = data.lstrip().startswith(b"{") and isinstance(_parse_line(data.lstrip().partition(b"\n")[0]), BadRow)
+    if not wrapped and not data.lstrip().startswith(b"["):
         yield from _lines(BytesIO(data))
         return
     try:
-        yield from _elements(data.decode())
+        yield from _wrapped(data.decode(), path) if wrapped else _elements(data.decode())
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
@@ -154,6 +155,15 @@ def _json(path: Path) -> Iterator[RawRow]:
         raise UsageError(f"{path}:{error.lineno}: not JSON ({what}); expected one list of objects") from None
     except RecursionError:
         raise UsageError(f"{path}: nested too deeply; expected one list of objects") from None
+
+
+def _wrapped(text: str, path: Path) -> Iterator[RawRow]:
+    """The objects in the one list of an object, each with its number from 1."""
+    lists = {name: value for name, value in json.loads(text).items() if isinstance(value, list)}
+    if len(lists) != 1:
+        there = f"the lists {', '.join(lists)}" if lists else "no list"
+        raise UsageError(f"{path}: one object with {there}; expected one list of objects, or an object on each line")
+    yield from ((number, _object(value)) for number, value in enumerate(next(iter(lists.values())), start=1))
 
 
 def _elements(text: str) -> Iterator[RawRow]:

@@ -180,12 +180,21 @@ class Format:
     contains: frozenset[Content]
     convert: Converter
     optional: tuple[str, ...] = ()
-    without_prompts: Converter | None = None  # for sources none of whose first rows has a prompt
+    without_prompts: Converter | None = None  # for sources none of whose first rows has a prompt, be they messages or texts
     recognise: Callable[[Row], bool] | None = None  # is a row, without its nulls, one of these? None: if it has all columns
 
-    def converter(self, rows: Sequence[Row]) -> Converter:
-        """How the rows of a source are read, given its first ones: where these have prompts, a row without one is a bad row."""
+    def converter(self, rows: Sequence[Row], chat: bool, place: str) -> Converter:
+        """How the rows of a source are read, given its first ones: where these have prompts, a row without one is a bad row.
+
+        UsageError: whole texts without prompts, where a chat template is in force.
+        """
         if self.without_prompts is not None and all(row.get("prompt") is None for row in rows):
+            if chat and all(type(row.get(name)) is str for row in rows for name in self.columns if name in row):
+                raise UsageError(
+                    f"{place}: chosen and rejected are whole texts without a prompt: under a chat template all that they share "
+                    "would be one user turn. give the prompt in a column of its own, write messages, or set "
+                    "model.chat_template: none"
+                )
             return self.without_prompts
         return self.convert
 

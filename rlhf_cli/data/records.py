@@ -161,6 +161,19 @@ def shared_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
+def as_spoken(prompt: Prompt) -> Prompt:
+    r"""The turns of a text that is "Human: … \n\nAssistant:"; any other prompt as it is.
+
+    >>> as_spoken("\n\nHuman: 2+2?\n\nAssistant:")
+    (Message(role='user', content='2+2?'),)
+    """
+    if not isinstance(prompt, str) or not prompt.lstrip().startswith("Human:"):
+        return prompt
+    text = prompt.strip()
+    turns, _ = transcript(text + " …" if text.endswith("\n\nAssistant:") else text + "\n\nAssistant: …", "'prompt'")
+    return turns
+
+
 def transcript(value: Any, name: str) -> tuple[tuple[Message, ...], str]:
     r"""The prompt and the last assistant turn of "\n\nHuman: … \n\nAssistant: …", stripped."""
     before, *parts = TURN_MARK.split("\n\n" + a_text(value, name).strip())

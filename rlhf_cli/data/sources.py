@@ -19,7 +19,7 @@ from rlhf_cli.data.files import RawRow, find_files, is_hub_id, read_file
 from rlhf_cli.data.formats import FORMATS, Converter, Format, Purpose, Row, Use, shown_columns
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.meaning import LostMeaning, check_columns, check_ignored, without
-from rlhf_cli.data.records import BadRow, Record, as_turns
+from rlhf_cli.data.records import BadRow, Record, as_spoken, as_turns
 from rlhf_cli.data.streams import DataStream
 from rlhf_cli.errors import UsageError
 
@@ -88,6 +88,7 @@ class RowRequest:
     margin_column: str | None = None  # the column, as the files name it, of the margins of pairs: then every row has one
     check: Callable[[Tree], str | None] | None = None  # why a tree cannot be used, if it cannot
     reserve: int = 0  # tokens that a prompt without responses leaves free
+    chat: bool = True  # is a chat template in force? Then a text is one user turn, unless it is a transcript
 
 
 def read_data(data: sections.Data, request: RowRequest) -> Reading:
@@ -128,7 +129,7 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
     if margin is not None and not any(margin in row for row in objects):
         place = f"{where('objective.margin_column')}: {name}"
         raise UsageError(f"{place}: the data has no column '{margin}'; found {shown_columns(objects)}")
-    converter, seen = format.converter(renamed), dict[str, None]()
+    converter, seen = format.converter(renamed, request.chat, f"{where(f'{key}.path')}: {name}"), dict[str, None]()
     used = {*format.columns, *format.optional, "subset", margin}
 
     def convert(row: Row, place: str) -> Record:
@@ -137,6 +138,7 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
         try:
             check_columns(own, used, purpose.use.responses == "none")
             record = formats.convert(own, place, converter)
+            record = record._replace(prompt=as_spoken(record.prompt)) if request.chat else record
         except LostMeaning as lost:
             said = f"read it by a format or columns, or leave it out on purpose: {key}.ignore: [{lost.name}]"
             raise UsageError(f"{where(f'{key}.path')}: {place}: {lost}\n  {said}") from None

@@ -31,18 +31,43 @@ def check_text(form: ChatFormat, record: Record) -> None:
 def render_row(form: ChatFormat, record: Record, *, find_turns: bool) -> Rendered:
     """Renders the prompt, each response, and (find_turns) where earlier assistant turns lie.
 
-    Raises BadRow if the template cannot write the row, UsageError if it rewrites a text once more turns follow.
+    Raises BadRow if the template cannot write the row, UsageError if it rewrites or loses a part of a text.
     """
     prompt = prompt_text(form.tokenizer, form.template, record.prompt)
-    if form.template.text is None or record.prompt == "":
+    if form.template.text is None:
         return Rendered(prompt, (), record.responses, (form.eos_id,))
+    texts = tuple(_bare(form, text) for text in record.responses)
+    if record.prompt == "":
+        ends_turn = bool(form.end) and any(text.rstrip().endswith(form.end) for text in record.responses)
+        return Rendered(prompt, (), texts, form.end_ids if ends_turn else (form.eos_id,))
+    if isinstance(record.prompt, str):
+        opening = prompt.rpartition(record.prompt.strip())[2].strip()
+        if opening and record.prompt.rstrip().endswith(opening):
+            raise BadRow("the prompt is ready-made, in turns of the template's own", "set model.chat_template: none")
     messages = as_turns(record.prompt)
     responses = tuple(
-        added_turn(form, prompt, (*messages, Message("assistant", text)), record.where) + form.close for text in record.responses
+        added_turn(form, prompt, (*messages, Message("assistant", text)), record.where) + form.close for text in texts
     )
+    for text, written in zip(texts, responses, strict=True):
+        if text.strip() not in written:
+            raise UsageError(
+                f"chat template ({form.template.source}): it does not write the whole response\n"
+                f"{record.where}: {_difference(text.strip(), written.strip())}\n"
+                "set model.chat_template to a Jinja file that writes all of it, or leave that part out of the data"
+            )
     earlier = [k for k, message in enumerate(messages) if message.role == "assistant"] if find_turns else []
     turns = tuple(_find_turn(form, prompt, messages, k, record.where) for k in earlier)
     return Rendered(prompt, turns, responses, form.end_ids)
+
+
+def _bare(form: ChatFormat, text: str) -> str:
+    """The text without a BOS and an end of its own, which are added to every text."""
+    begin = form.tokenizer.bos_token if form.prefix else None
+    bare = text.lstrip().removeprefix(begin) if begin and text.lstrip().startswith(begin) else text
+    for end in (form.end, form.tokenizer.eos_token):
+        if end and bare.rstrip().endswith(end):
+            bare = bare.rstrip().removesuffix(end)
+    return bare if bare.strip() else text
 
 
 def added_turn(form: ChatFormat, before: str, messages: tuple[Message, ...], where: str) -> str:

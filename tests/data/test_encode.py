@@ -135,6 +135,44 @@ def test_text_rows_know_no_template() -> None:
         assert tokenizer.decode(tree.responses[0]) == "Hello there</s>"
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>", "</s>"])
+def test_ready_made_texts_have_one_bos_and_one_end(end: str) -> None:
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    rows = [Record("", (f"<s>Hello there{end}\n",), "t:1"), Record("", ("Hello",), "t:2"), Record("Hi", (f"No{end}",), "t:3")]
+    encoded = run(rows, tokenizer, CHATML, control_tokens="keep")
+    assert [tokenizer.decode(tree.prompt) for tree in encoded.trees][:2] == ["<s>", "<s>"]
+    assert [tokenizer.decode(tree.responses[0]) for tree in encoded.trees] == [f"Hello there{end}", "Hello</s>", "No<|im_end|>"]
+    assert encoded.notices == ("1 texts are ready-made, with a BOS or an end of their own: neither is written twice",)
+
+
+def test_ready_made_texts_stand_for_themselves_without_a_template() -> None:
+    tokenizer = tiny_tokenizer()
+    encoded = run([Record("", ("<s>Hello</s>",), "t:1")], tokenizer, None, control_tokens="keep")
+    assert tokenizer.decode(encoded.trees[0].responses[0]) == "<s>Hello</s></s>"
+    assert encoded.notices == ()
+
+
+def test_a_ready_made_prompt_is_no_user_turn() -> None:
+    ready = Record("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", ("No",), "t:1")
+    encoded = run([ready, Record("Hi", ("No",), "t:2")], tiny_tokenizer(), CHATML, control_tokens="keep")
+    said = "the prompt is ready-made, in turns of the template's own"
+    assert (encoded.lost, encoded.examples) == ({said: 1}, (f"t:1: {said} (set model.chat_template: none)",))
+    plain = run([Record("USER: Hi\nASSISTANT:", ("No",), "t:1"), ready], tiny_tokenizer(), ENDLESS_TURNS, control_tokens="keep")
+    assert plain.lost == {said: 1}
+
+
+def test_a_template_that_loses_a_part_of_the_response_is_refused() -> None:
+    strips = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    rows = [Record("Hi", ("<think>\nTwo.\n</think>\n\nIt is four.",), "t:1")]
+    with pytest.raises(UsageError) as error:
+        run(rows, tiny_tokenizer(), strips)
+    assert str(error.value).splitlines()[:2] == [
+        "chat template (x.jinja): it does not write the whole response",
+        r"t:1: '<think>\nTwo.\n</think>\n\nIt' becomes 'It is four.'",
+    ]
+    assert run([Record("Hi", ("It is four.",), "t:1")], tiny_tokenizer(), strips).kept == 1
+
+
 def test_template_none() -> None:
     tokenizer = tiny_tokenizer()
     encoded = run([Record("Hello", (" there",), "p:1"), DIALOGUE], tokenizer, None)

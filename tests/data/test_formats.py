@@ -226,7 +226,7 @@ def test_bad_rows(format, row, message):
 
 def test_pairs_without_any_prompt_are_whole_conversations():
     rows = [{"chosen": "Q: 2+2?\nA: it is four", "rejected": "Q: 2+2?\nA: it is five"}]
-    read = FORMATS["preference"].converter(rows)
+    read = FORMATS["preference"].converter(rows, False, "x")
     assert read(rows[0], "x:1") == Record("Q: 2+2?\nA: it is", (" four", " five"), "x:1")
     # A shared word is never cut: "foul" and "four" share three letters, and one answer may begin the other.
     assert read(hh("Q: A: foul", "Q: A: four"), "x:1").responses == (" foul", " four")
@@ -237,9 +237,19 @@ def test_pairs_without_any_prompt_are_whole_conversations():
         read(hh("four", 5), "x:1")
 
 
+def test_whole_texts_are_refused_under_a_chat_template():
+    """All that they share would be one user turn; whole conversations, and texts with prompts, are read."""
+    pair = {"chosen": "Q: 2+2? A: four", "rejected": "Q: 2+2? A: five"}
+    with pytest.raises(UsageError, match=r"^x: chosen and rejected are whole texts without a prompt: .* none$"):
+        FORMATS["preference"].converter([pair], True, "x")
+    spoken = {name: turns((U, "2+2?"), (A, name)) for name in ("chosen", "rejected")}
+    assert FORMATS["preference"].converter([spoken], True, "x")(spoken, "x:1").responses == ("chosen", "rejected")
+    assert FORMATS["preference"].converter([pair | {"prompt": "q"}], True, "x") is FORMATS["preference"].convert
+
+
 def test_a_missing_prompt_is_not_made_up_where_other_rows_have_one():
     pair = {"chosen": "The cat", "rejected": "The dog"}
-    read = FORMATS["preference"].converter([pair, {"prompt": "Who?", **pair}])
+    read = FORMATS["preference"].converter([pair, {"prompt": "Who?", **pair}], True, "x")
     with pytest.raises(BadRow, match="'prompt' is missing"):
         read(pair, "x:1")
 

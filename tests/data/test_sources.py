@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import json
 import os
@@ -606,6 +607,36 @@ def test_no_row_repeats_before_its_source_is_exhausted():
     large = np.concatenate([order[order >= 8] for order in epochs])
     # 96 draws over 12 rows: each row eight times.
     assert np.bincount(large - 8).tolist() == [8] * 12
+
+
+def test_a_wrapped_list_is_read():
+    with open("x.json", "w") as file:  # noqa: PTH123
+        json.dump({"about": "fruit", "data": ROWS}, file, indent=1)
+    reading = read("x.json")
+    assert [record.where for record in reading.train] == [f"x.json:{k}" for k in range(1, 21)]
+    assert answers(reading.train) == [f"a{k}" for k in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [({"a": ROWS, "b": ROWS}, "the lists a, b"), ({"prompt": "q", "completion": "a"}, "no list")]
+)
+def test_one_object_that_wraps_no_one_list_is_refused(value, found):
+    with open("x.json", "w") as file:  # noqa: PTH123
+        json.dump(value, file, indent=1)
+    with pytest.raises(UsageError, match=f"^x.json: one object with {found}; expected one list of objects"):
+        read("x.json")
+
+
+TRANSCRIPT = "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: 2+2?\n\nAssistant:"
+
+
+def test_a_transcript_in_a_prompt_is_read_as_its_turns():
+    write("x.jsonl", [{"prompt": TRANSCRIPT, "chosen": " 4", "rejected": " 5"}, PAIR])
+    (spoken, plain) = read("x.jsonl", stage="dpo").train
+    assert [turn[:] for turn in spoken.prompt] == [("user", "Hi there"), ("assistant", "Hello."), ("user", "2+2?")]
+    assert plain.prompt == "q"
+    request = dataclasses.replace(request_of("dpo"), chat=False)
+    assert read_data(Data([Source("x.jsonl")]), request).train[0].prompt == TRANSCRIPT
 
 
 def test_sources_mix_anew_in_every_epoch():
