@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import comb
@@ -20,6 +20,8 @@ from rlhf_cli.data.flat import Trees
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.sources import BEYOND_LIMIT, Reading, RowRequest, SourceReport, check_lost, read_data
 from rlhf_cli.data.templates import Template
+from rlhf_cli.data.trees import Tree
+from rlhf_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Dataset:
     @property
     def longest(self) -> int:
         return max(int(part.trees.lengths.max()) for part in (self.train, self.held_out) if part is not None)
+
+    def check_ids(self, size: int, tokenizer: Any, model: str) -> None:
+        """UsageError for a token that a model with so many embeddings does not know."""
+        check_ids(self.train.trees, self.reading.train, size, tokenizer, model)
+        if self.held_out is not None:
+            check_ids(self.held_out.trees, self.reading.held_out, size, tokenizer, model)
 
     def map_trees(self, change: Callable[[Trees], Trees]) -> Dataset:
         """The same rows as other trees, whose `rows` still name their records; what was counted stays."""
@@ -66,6 +74,20 @@ def prepare(data: sections.Data, request: RowRequest, tokenizer: Any, template: 
     dataset = Dataset(reading, trees_of(reading.train), trees_of(reading.held_out) if reading.held_out else None)
     _check_lost(dataset, data.max_lost)
     return dataset
+
+
+def check_ids(trees: Sequence[Tree], records: Sequence[Record], size: int, tokenizer: Any, model: str) -> None:
+    """UsageError for a token that a model with so many embeddings does not know; `records` are those that trees name."""
+    if isinstance(trees, Trees) and trees.ids.max(initial=0) < size:
+        return
+    for tree in trees:
+        for part in (tree.prompt, *tree.responses):
+            if len(beyond := part[part >= size]):
+                token = f"{tokenizer.convert_ids_to_tokens(int(beyond[0]))!r} ({beyond[0]})"
+                raise UsageError(
+                    f"{records[tree.row].where}: the token {token} is beyond the embeddings of {model}, which has {size:,}\n"
+                    "  the tokenizer has grown and the weights have not: take that token out of the data, or another model"
+                )
 
 
 def _check_lost(dataset: Dataset, max_lost: float) -> None:

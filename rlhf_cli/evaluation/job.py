@@ -14,16 +14,17 @@ from typing import Any, cast
 
 from rlhf_cli import sections
 from rlhf_cli.console import Console
-from rlhf_cli.data.dataset import data_report
+from rlhf_cli.data.dataset import check_ids, data_report
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
 from rlhf_cli.evaluation.models import EvaluatedModel, Tokenisation, Tokenisations, find_models, recipe_of
 from rlhf_cli.evaluation.rows import SECTIONS, Rows, SectionRows, own_keys, read_rows
 from rlhf_cli.files import sha256_file
-from rlhf_cli.models.load import load_config, quiet_libraries, resolve_dtype
+from rlhf_cli.models.load import load_config, positions_of, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe.lengths import Lengths, fitted
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
@@ -107,6 +108,10 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     tokenisations = Tokenisations()
     models = find_models(loaded, tokenisations, check)
     _check_roles(loaded, models)
+    loaded, shrunk = _fitted(loaded, models)
+    for said in shrunk:
+        console.say(said)
+    recipe = recipe_of(loaded)
     if recipe.winrate is not None and not isinstance(recipe.winrate.judge, str):
         prepare_endpoint(recipe.winrate.judge)
     _check_dump(loaded, resume, force)
@@ -122,6 +127,7 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
         for section in SECTIONS
         if vars(recipe)[section] is not None
     }
+    _check_ids(recipe, models, rows)
     recipe = _resolved(recipe, models, rows, ranks)
     lost, seen = sum(own.left_out for own in rows.values()), list(_trained_on(recipe, models))
     for note in seen:
@@ -140,6 +146,26 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
         signals=signals,
         started=started,
     )
+
+
+def _fitted(loaded: Loaded, models: Sequence[EvaluatedModel]) -> tuple[Loaded, list[str]]:
+    """The recipe with lengths that every model can take, and what to say of those that it had left at their defaults."""
+    recipe, said = recipe_of(loaded), list[str]()
+    for model in models:
+        config = load_config(model.start.base, model.start.revision, recipe.trust_remote_code)
+        asked = Lengths(recipe.max_length, recipe.rollout.max_new_tokens)
+        lengths, own = fitted(loaded, "max_length", asked, positions_of(config), model.name)
+        assert lengths.drawn is not None
+        rollout = dataclasses.replace(recipe.rollout, max_new_tokens=lengths.drawn)
+        recipe, said = dataclasses.replace(recipe, max_length=lengths.whole, rollout=rollout), said + own
+    return dataclasses.replace(loaded, recipe=recipe), said
+
+
+def _check_ids(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel], rows: Mapping[str, SectionRows]) -> None:
+    for model in models:
+        config, own = load_config(model.start.base, model.start.revision, recipe.trust_remote_code), model.tokenisation
+        for read in (section.by_tokenisation[own] for section in rows.values() if own in section.by_tokenisation):
+            check_ids(read.trees, read.records, config.get_text_config().vocab_size, own.tokenizer, model.name)
 
 
 def _check_roles(loaded: Loaded, models: Sequence[EvaluatedModel]) -> None:

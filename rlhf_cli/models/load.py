@@ -20,6 +20,7 @@ from rlhf_cli.errors import MachineError, NumberError, UsageError
 from rlhf_cli.files import read_json, write_json
 from rlhf_cli.models.heads import SCORE
 
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence in configurations
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,6 +74,12 @@ def load_config(path: str, revision: str | None, trust_remote_code: bool) -> Any
         if isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_prob")):
             setattr(config, name, 0.0)
     return config
+
+
+def positions_of(config: Any) -> int | None:
+    """Tokens of the longest sequence that a model can take; None where its configuration names no limit."""
+    named = config.get_text_config().to_dict()
+    return next((int(named[key]) for key in POSITION_KEYS if named.get(key)), None)
 
 
 def load_model(

@@ -17,7 +17,7 @@ from rlhf_cli.data.templates import ChatFormat, Template, read_chat_format, toke
 from rlhf_cli.data.trees import Tree, span
 from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer
+from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer, positions_of
 from rlhf_cli.models.passes import score_responses
 from rlhf_cli.models.placement import FrozenModels, Head
 from rlhf_cli.ranks import Ranks
@@ -28,8 +28,6 @@ from rlhf_cli.runs.parents import Start, base_model, recorded_template, resolve_
 
 RECORDED = " or ".join(REWARD_STAGES)
 """The stage whose manifests record the mean and the standard deviation of a reward model's scores."""
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Names under which configurations keep the longest sequence; models without one of them have no limit."""
 AS_DRAWN = sections.Data(train=[], max_length=sys.maxsize, control_tokens="keep")
 """How drawn text is encoded: whatever the policy wrote, and however long it is, has to get its score."""
 
@@ -77,8 +75,7 @@ class RewardModel(RewardTerm):
         if base is not None:
             with prefixed(place):
                 _ = start.head
-        config = load_config(start.base, start.revision, policy.trust_remote_code).get_text_config().to_dict()
-        positions = next((int(config[key]) for key in POSITION_KEYS if config.get(key)), None)
+        positions = positions_of(load_config(start.base, start.revision, policy.trust_remote_code))
         form = None if same and template.hash == policy.template.hash else read_chat_format(tokenizer, template)
         reader = Reader(place, positions, form)
         return cls(name, reward.weight, place, start, base, mean, std, tokenizer, template, reader)

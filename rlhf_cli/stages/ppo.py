@@ -11,7 +11,7 @@ from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.data.formats import ANSWERS, Purpose
 from rlhf_cli.data.sources import RowRequest
-from rlhf_cli.models.load import Weights
+from rlhf_cli.models.load import Weights, load_config
 from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.recipe import recipes
@@ -88,7 +88,10 @@ def _ptx_rows(job: TrainingJob) -> Dataset | None:
     def where(key: str) -> str:
         return job.loaded.named(key.replace("data.train", "ptx.data", 1))
 
-    return prepare(data, RowRequest(Purpose("ptx", ANSWERS, ROW_USES), recipe.seed, where), job.tokenizer, job.template)
+    rows = prepare(data, RowRequest(Purpose("ptx", ANSWERS, ROW_USES), recipe.seed, where), job.tokenizer, job.template)
+    config = load_config(job.start.base, job.start.revision, recipe.model.trust_remote_code)
+    rows.check_ids(config.get_text_config().vocab_size, job.tokenizer, recipe.model.path)
+    return rows
 
 
 def _source(job: TrainingJob, sampler: Sampler, ptx: Dataset | None) -> PolicySource:

@@ -20,13 +20,14 @@ from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.load import load_config, load_tokenizer, quiet_libraries, resolve_dtype
+from rlhf_cli.models.load import load_config, load_tokenizer, positions_of, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import Memory, auto_budget, estimate
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.policy import parent_lora, resolve_lora
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe.lengths import Lengths, fitted
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES, resolved
 from rlhf_cli.runs.manifest import BaseModel
@@ -101,8 +102,13 @@ def prepare_job(
             f"{loaded.where('model.path')}: {recipe.model.path} was trained with another chat template than {template.source}. "
             "name the one you want in model.chat_template"
         )
+    config = load_config(start.base, start.revision, recipe.model.trust_remote_code)
+    recipe, shrunk = _fitted(recipe, config, loaded)
+    for said in shrunk:
+        console.say(said)
     objective = recipe.objective
     dataset = prepare(recipe.data, row_request(recipe, loaded.where), tokenizer, template)
+    dataset.check_ids(config.get_text_config().vocab_size, tokenizer, recipe.model.path)
     if shape is not None:
         dataset, objective = shape(dataset, recipe)
     elif recipe.draws:
@@ -113,7 +119,7 @@ def prepare_job(
     if resume and recipe.train.tokens_per_device == "auto" and (before := recorded_recipe(Path(recipe.output))):
         train = dataclasses.replace(recipe.train, tokens_per_device=before["train"]["tokens_per_device"])
         recipe = dataclasses.replace(recipe, train=train)  # `auto` is resolved once
-    recipe, memory = _resolve(dataclasses.replace(recipe, objective=objective), start, dataset, ranks, loaded)
+    recipe, memory = _resolve(dataclasses.replace(recipe, objective=objective), start, config, dataset, ranks, loaded)
     base = base_model(start) if not check or Path(start.base).exists() else None
     known = loaded, recipe, start, base, tokenizer, template, dataset, source, steps
     job = TrainingJob(*known, ranks, console, signals, started)
@@ -133,8 +139,19 @@ def row_request(recipe: recipes.TrainingRecipe, where: Callable[[str], str]) -> 
     return RowRequest(purpose, recipe.seed, where, margin_column=objective.margin_from, check=objective.check_tree)
 
 
+def _fitted(recipe: recipes.TrainingRecipe, config: Any, loaded: Loaded) -> tuple[recipes.TrainingRecipe, list[str]]:
+    """The recipe with lengths that the model can take, and what to say of those that it had left at their defaults."""
+    asked = Lengths(recipe.data.max_length, recipe.draws.max_new_tokens if recipe.draws else None)
+    lengths, said = fitted(loaded, "data.max_length", asked, positions_of(config), recipe.model.path)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_length=lengths.whole))
+    if lengths.drawn is not None and isinstance(recipe, recipes.PpoRecipe | recipes.DirectRecipe) and recipe.draws:
+        rollout = dataclasses.replace(recipe.draws, max_new_tokens=lengths.drawn)
+        recipe = dataclasses.replace(recipe, rollout=cast(Any, rollout))
+    return recipe, said
+
+
 def _resolve(
-    recipe: recipes.TrainingRecipe, start: Start, dataset: Dataset, ranks: Ranks, loaded: Loaded
+    recipe: recipes.TrainingRecipe, start: Start, config: Any, dataset: Dataset, ranks: Ranks, loaded: Loaded
 ) -> tuple[recipes.TrainingRecipe, Memory]:
     """The recipe with the values in force where it says auto, and what a step's memory is made of."""
     lora = resolve_lora(
@@ -142,7 +159,7 @@ def _resolve(
     )
     dtype = resolve_dtype(recipe.model.dtype, ranks.device)
     memory = estimate(
-        load_config(start.base, start.revision, recipe.model.trust_remote_code),
+        config,
         rank=lora.r if lora else None,
         dtype=dtype,
         checkpointing=recipe.model.gradient_checkpointing,
