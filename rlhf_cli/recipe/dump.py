@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.recipe.keys import keys_of, walk
+from rlhf_cli.recipe.keys import keys_of, unlisted, walk
 from rlhf_cli.recipe.recipes import Recipe
 from rlhf_cli.recipe.yaml_reader import SCALARS, Unreadable, plain, read
 from rlhf_cli.sections import Cadence
@@ -75,8 +76,12 @@ def differences(old_text: str, new: Recipe) -> list[tuple[str, object, object]]:
         place = f"line {error.problem.line}: {error.problem.what}"
         raise UsageError(f"the earlier run's recipe.yaml cannot be read, {place}") from None
     now = flatten(new)
-    # A key that the old file does not know had its default.
-    usual = {key for key, known in walk(type(new)) if key not in old and now.get(key) == known.default}
+    # A key that the old file does not know had its default, unless it is of a list's item that the file does not have either.
+    defaults, there = defaultdict[str, list[object]](list), {key.rpartition(".")[0] for key in old}
+    for key, known in walk(type(new)):
+        defaults[key].append(known.default)  # of each kind that may stand there
+    unknown = [key for key in now if key not in old and (key in defaults or key.rpartition(".")[0] in there)]
+    usual = {key for key in unknown if now[key] in defaults[unlisted(key)]}
     keys = [key for key in dict.fromkeys([*now, *old]) if key not in usual]
     return [(key, old.get(key), now.get(key)) for key in keys if old.get(key) != now.get(key)]
 

@@ -109,6 +109,11 @@ def walk(section: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
             yield from walk(inner, f"{dotted}.")
 
 
+def unlisted(key: str) -> str:
+    """A dotted key without the positions in lists: data.train.0.path is data.train.path."""
+    return ".".join(part for part in key.split(".") if not part.isdecimal())
+
+
 @cache
 def known_keys(section: type) -> tuple[str, ...]:
     """All dotted keys of a recipe, the shallow ones first."""

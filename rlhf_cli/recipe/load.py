@@ -11,7 +11,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.build import SHOWN, Builder, lines_of, spell_out
 from rlhf_cli.recipe.checks import findings
 from rlhf_cli.recipe.dump import flatten
-from rlhf_cli.recipe.keys import required_keys
+from rlhf_cli.recipe.keys import required_keys, unlisted
 from rlhf_cli.recipe.recipes import Recipe
 from rlhf_cli.recipe.stages import STAGES
 from rlhf_cli.recipe.yaml_reader import BAD, MAX_BYTES, Node, Problem, Unreadable, decode, plain, read
@@ -166,20 +166,16 @@ def _without(root: Node, parts: Sequence[str]) -> Node:
 def _nearest(lines: dict[str, int], key: str) -> str:
     """The key, the key without list positions, or the nearest parent that has a line; empty when there is none."""
     while key and key not in lines:
-        if _unlisted(key) in lines:
-            return _unlisted(key)
+        if unlisted(key) in lines:
+            return unlisted(key)
         key = key.rpartition(".")[0]
     return key
-
-
-def _unlisted(key: str) -> str:
-    return ".".join(part for part in key.split(".") if not part.isdecimal())
 
 
 def _locate(lines: dict[str, int], key: str, what: str) -> Problem:
     """The problem at its line, its key spelled as in the file."""
     near = _nearest(lines, key)
-    return Problem(lines.get(near, 1), near if _unlisted(near) == _unlisted(key) else key, what)
+    return Problem(lines.get(near, 1), near if unlisted(near) == unlisted(key) else key, what)
 
 
 def _place(path: Path, line: int, key: str) -> str:

@@ -117,6 +117,14 @@ def test_what_a_resumed_run_may_change() -> None:
     refuse_changes(old, dataclasses.replace(may, trackers=["wandb"], output="p"))
 
 
+def test_a_key_that_an_older_release_did_not_know_had_its_default() -> None:
+    new = changed()
+    old = "".join(line for line in dump_recipe(new, "sft").splitlines(True) if "ignore:" not in line and "shuffle:" not in line)
+    assert differences(old, new) == []
+    other = dataclasses.replace(new, data=SftData([dataclasses.replace(new.data.train[0], ignore=["a"])], shuffle=False))
+    assert [row[0] for row in differences(old, other)] == ["data.train.0.ignore", "data.shuffle"]
+
+
 def test_what_a_resumed_run_may_not_change() -> None:
     old = dump_recipe(changed(steps=10), "sft")
     new = dataclasses.replace(changed(steps=9, learning_rate=1e-05), seed=3, data=SftData([Source("x.jsonl"), Source("y")]))
