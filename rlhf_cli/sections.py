@@ -93,8 +93,9 @@ class Source(Rows):
 @dataclass(frozen=True)
 class EvalSource(Rows):
     holdout: float = key(
-        0.0, "only the rows that training with this holdout and the same source and seed has held out; 0: all", low=0.0, high=0.9
+        0.0, "only the rows that training with this holdout on the same source has held out; 0: all", low=0.0, high=0.9
     )
+    holdout_seed: int | None = key(None, "of those rows; null: that of the models' runs, else 0", low=0)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Data:
 
     train: list[Source] = key(help="a path, or a list of sources")
     eval: list[Source] | None = key(None, "the same, held out")
-    holdout: float = key(0.0, "seeded share of train that is held out, chosen by prompt", low=0.0, high=0.9)
+    holdout: float = key(0.0, "share of train that is held out, chosen by the first user turn", low=0.0, high=0.9)
+    holdout_seed: int = key(0, "which prompts are held out: independent of seed, and the same in all stages", low=0)
     max_length: int = key(1024, "tokens of prompt + response", low=2)
     overlong: Literal["drop", "error", "truncate-prompt", "truncate-response"] = key("drop", "what happens to longer rows")
     control_tokens: Literal["reject", "keep"] = key("reject", "text that contains the tokenizer's control tokens")
@@ -111,14 +113,16 @@ class Data:
     shuffle: bool = key(True, "false: file order")
 
     @property
-    def train_on(self) -> Literal["all", "last"]:
+    def train_on(self) -> Literal["auto", "all", "last"]:
         """Which assistant turns are supervised: comparing responses says nothing about the turns before them."""
         return "last"
 
 
 @dataclass(frozen=True)
 class SftData(Data):
-    train_on: Literal["all", "last"] = key("all", "which assistant turns of a conversation are supervised")
+    train_on: Literal["auto", "all", "last"] = key(
+        "auto", "which assistant turns of a conversation are supervised; auto: of Human/Assistant transcripts the last, else all"
+    )
 
 
 @dataclass(frozen=True)

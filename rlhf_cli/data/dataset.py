@@ -23,6 +23,11 @@ from rlhf_cli.data.templates import Template
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
 
+OF_TRANSCRIPTS = (
+    "data.train_on: last, for these are transcripts, whose earlier assistant turns are often the rejected answers of other rows; "
+    "all learns them too"
+)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -66,10 +71,15 @@ def prepare(data: sections.Data, request: RowRequest, tokenizer: Any, template: 
     reading = read_data(data, dataclasses.replace(request, chat=template.text is not None))
     responses, reserve = request.purpose.use.responses, request.reserve
     checks = ([same_tokens] if responses == "all" else []) + ([request.check] if request.check else [])
+    notices: tuple[str, ...] = ()
+    if isinstance(data, sections.SftData) and data.train_on == "auto" and any(report.transcripts for report in reading.reports):
+        data = dataclasses.replace(data, train_on="last")
+        notices = (OF_TRANSCRIPTS,) if responses == "first" else ()
 
     def trees_of(records: list[Record]) -> Encoded:
         encoded = encode(records, tokenizer, template, data, responses=responses, cache=default_folder(), reserve=reserve)
-        return reduce(checked, checks, encoded)
+        encoded = reduce(checked, checks, encoded)
+        return dataclasses.replace(encoded, notices=(*notices, *encoded.notices))
 
     dataset = Dataset(reading, trees_of(reading.train), trees_of(reading.held_out) if reading.held_out else None)
     _check_lost(dataset, data.max_lost)

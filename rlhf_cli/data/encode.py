@@ -151,7 +151,7 @@ class _Encoder:
 
     @property
     def find_turns(self) -> bool:
-        return self.responses == "first" and self.data.train_on == "all"
+        return self.responses == "first" and self.data.train_on != "last"
 
     @property
     def room(self) -> int:

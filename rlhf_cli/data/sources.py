@@ -44,6 +44,7 @@ class SourceReport:
     bad_examples: tuple[str, ...]  # "file:line: reason" of the first ten
     fingerprint: str  # hash of the good rows in file order, before the limit: the same for the same rows in another file type
     left_out: tuple[str, ...] = ()  # columns that nothing reads
+    transcripts: int = 0  # good rows whose text was read as the turns of a Human/Assistant transcript
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def read_data(data: sections.Data, request: RowRequest) -> Reading:
     apart = [_read_source(source, f"data.eval.{i}", data.shuffle, request) for i, source in enumerate(data.eval or [])]
     train, held_out = [records for records, _ in read], [records for records, _ in apart]
     if data.holdout > 0:
-        train, held_out = _hold_out(train, data.holdout, request.seed, request.where("data.holdout"))
+        train, held_out = _hold_out(train, data.holdout, data.holdout_seed, request.where("data.holdout"))
     total = math.fsum(source.weight for source in data.train)
     return Reading(
         list(chain(*train)),
@@ -129,21 +130,8 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
     if margin is not None and not any(margin in row for row in objects):
         place = f"{where('objective.margin_column')}: {name}"
         raise UsageError(f"{place}: the data has no column '{margin}'; found {shown_columns(objects)}")
-    converter, seen = format.converter(renamed, request.chat, f"{where(f'{key}.path')}: {name}"), dict[str, None]()
-    used = {*format.columns, *format.optional, "subset", margin}
-
-    def convert(row: Row, place: str) -> Record:
-        own = _renamed(without(row, source.ignore), source.columns)
-        seen.update(dict.fromkeys(own))
-        try:
-            check_columns(own, used, purpose.use.responses == "none")
-            record = formats.convert(own, place, converter)
-            record = record._replace(prompt=as_spoken(record.prompt)) if request.chat else record
-        except LostMeaning as lost:
-            said = f"read it by a format or columns, or leave it out on purpose: {key}.ignore: [{lost.name}]"
-            raise UsageError(f"{where(f'{key}.path')}: {place}: {lost}\n  {said}") from None
-        return record if margin is None else formats.with_margin(record, row, margin)
-
+    converter = format.converter(renamed, request.chat, f"{where(f'{key}.path')}: {name}")
+    convert = _Conversion(source, key, format, converter, request)
     files[0] = (name, chain(head, rows))
     tally, records = _Tally(), list[Record]()
     for file, raw in files:
@@ -169,9 +157,42 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
         unused,
         tuple(tally.examples),
         tally.digest.hexdigest(),
-        tuple(name for name in seen if name not in used),
+        tuple(name for name in convert.seen if name not in convert.used),
+        convert.transcripts,
     )
     return chosen, report
+
+
+@dataclass
+class _Conversion:
+    """How the rows of a source become records, and what was seen of their columns."""
+
+    source: sections.Source
+    key: str  # of the source in the recipe
+    format: Format
+    converter: Converter
+    request: RowRequest
+    seen: dict[str, None] = field(default_factory=dict)  # all columns under our names
+    transcripts: int = 0
+
+    @property
+    def used(self) -> set[str | None]:
+        return {*self.format.columns, *self.format.optional, "subset", self.request.margin_column}
+
+    def __call__(self, row: Row, place: str) -> Record:
+        """UsageError where a column that changes what the row means is not read. Raises BadRow."""
+        request, own = self.request, _renamed(without(row, self.source.ignore), self.source.columns)
+        self.seen.update(dict.fromkeys(own))
+        try:
+            check_columns(own, self.used, request.purpose.use.responses == "none")
+            record = formats.convert(own, place, self.converter)
+        except LostMeaning as lost:
+            advice = f"read it by a format or columns, or leave it out on purpose: {self.key}.ignore: [{lost.name}]"
+            raise UsageError(f"{request.where(f'{self.key}.path')}: {place}: {lost}\n  {advice}") from None
+        spoken = as_spoken(record.prompt) if request.chat else record.prompt
+        self.transcripts += self.format.name == "hh" or spoken is not record.prompt
+        record, margin = record._replace(prompt=spoken), request.margin_column
+        return record if margin is None else formats.with_margin(record, row, margin)
 
 
 def _format_of(source: sections.Source, key: str, name: str, rows: Sequence[Row], request: RowRequest) -> Format:
@@ -276,10 +297,13 @@ def check_lost(lost: int, read: int, max_lost: float, examples: Sequence[str]) -
 
 
 def prompt_share(record: Record, seed: int) -> float:
-    """Where a prompt falls in [0, 1): the same for a seed in every format, source and stage; a text is its own prompt."""
-    prompt = record.prompt or record.responses[0]
-    turns = [(turn.role, turn.content.strip()) for turn in as_turns(prompt)]
-    digest = blake2b(json.dumps(turns).encode(), digest_size=8, key=str(seed).encode()).digest()
+    """Where a prompt falls in [0, 1): the same for a seed in every format, source and stage; a text is its own prompt.
+
+    It follows from the first user turn, capitals and spaces aside: the longer versions of a dialogue fall where it does.
+    """
+    turns = as_turns(record.prompt or record.responses[0])
+    first = next((turn.content for turn in turns if turn.role == "user"), turns[0].content)
+    digest = blake2b(" ".join(first.casefold().split()).encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest) / 2**64
 
 

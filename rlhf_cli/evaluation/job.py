@@ -19,6 +19,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
 from rlhf_cli.evaluation.models import EvaluatedModel, Tokenisation, Tokenisations, find_models, recipe_of
 from rlhf_cli.evaluation.rows import SECTIONS, Rows, SectionRows, own_keys, read_rows
+from rlhf_cli.evaluation.splits import trained_on, with_holdout_seed
 from rlhf_cli.files import sha256_file
 from rlhf_cli.models.load import load_config, positions_of, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
@@ -28,6 +29,7 @@ from rlhf_cli.recipe.lengths import Lengths, fitted
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
+from rlhf_cli.runs.ancestry import ancestors
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.resume import recorded_recipe
 from rlhf_cli.signals import StopSignals
@@ -111,6 +113,8 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     loaded, shrunk = _fitted(loaded, models)
     for said in shrunk:
         console.say(said)
+    origins = {model.path: list(ancestors(model.path)) for model in models}
+    loaded = dataclasses.replace(loaded, recipe=with_holdout_seed(recipe_of(loaded), origins))
     recipe = recipe_of(loaded)
     if recipe.winrate is not None and not isinstance(recipe.winrate.judge, str):
         prepare_endpoint(recipe.winrate.judge)
@@ -129,7 +133,7 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     }
     _check_ids(recipe, models, rows)
     recipe = _resolved(recipe, models, rows, ranks)
-    lost, seen = sum(own.left_out for own in rows.values()), list(_trained_on(recipe, models))
+    lost, seen = sum(own.left_out for own in rows.values()), list(trained_on(recipe, models, rows, origins))
     for note in seen:
         console.warn(note)
     left_out = [f"{lost} prompts do not fit the tokens of some model, and are left out for all."] if lost else []
@@ -239,27 +243,6 @@ def _comparability(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel])
                 f"{', '.join(sorted(strangers))}: that run did not start from {reference.name}, so the point at KL 0 is where "
                 "distances are measured from, not where the run began."
             )
-
-
-def _trained_on(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel]) -> Iterator[str]:
-    """Which models were trained on rows that they are measured on, as far as their runs record it."""
-    for section in SECTIONS:
-        for source in vars(recipe)[section] or ():
-            names = [each.name for each in models if _saw(each, source, recipe.seed)]
-            if names:
-                yield (
-                    f"{', '.join(names)} may have been trained on rows of {source.path}, {section} here: another holdout or seed "
-                    "than that of the training keeps other rows."
-                )
-
-
-def _saw(model: EvaluatedModel, source: sections.EvalSource, seed: int) -> bool:
-    """Did its run train on this source, and hold out other rows than these?"""
-    place = Path(model.path)
-    trained = next((found for path in (place, place.parent, place.parent.parent) if (found := recorded_recipe(path))), {})
-    sources = trained.get("data", {}).get("train", [])
-    same = any(isinstance(other, dict) and other.get("path") == source.path for other in sources)
-    return same and (trained["data"].get("holdout"), trained.get("seed")) != (source.holdout, seed)
 
 
 Titled = list[tuple[str, object]]

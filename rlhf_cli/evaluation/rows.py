@@ -79,8 +79,9 @@ def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
     recipe = recipe_of(loaded)
     sources: list[sections.EvalSource] = vars(recipe)[section]
     data = sections.SftData(
-        train=[sections.Source(**{k: v for k, v in vars(source).items() if k != "holdout"}) for source in sources],
+        train=[sections.Source(**{k: v for k, v in vars(source).items() if not k.startswith("holdout")}) for source in sources],
         holdout=sources[0].holdout,
+        holdout_seed=sources[0].holdout_seed or 0,
         max_length=recipe.max_length,
         overlong=recipe.overlong,
         control_tokens=recipe.control_tokens,

@@ -19,8 +19,9 @@ def _rows(recipe: EvalRecipe) -> Iterator[Finding]:
     for name, sources in sections.items():
         for index, source in enumerate(sources or ()):
             yield from hub_keys(f"{name}.{index}", source)
-            if sources and source.holdout != sources[0].holdout:
-                yield f"{name}.{index}.holdout", "all sources of a list are split alike. give each the same holdout"
+            for key in ("holdout", "holdout_seed"):
+                if sources and vars(source)[key] != vars(sources[0])[key]:
+                    yield f"{name}.{index}.{key}", f"all sources of a list are split alike. give each the same {key}"
 
 
 def _models(recipe: EvalRecipe) -> Iterator[Finding]:

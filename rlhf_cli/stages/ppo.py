@@ -83,7 +83,7 @@ def _ptx_rows(job: TrainingJob) -> Dataset | None:
     recipe, _ = _parts(job)
     if recipe.ptx is None:
         return None
-    data = dataclasses.replace(recipe.data, train=recipe.ptx.data, eval=None, holdout=0.0)
+    data = dataclasses.replace(recipe.data, train=recipe.ptx.data, eval=None)
 
     def where(key: str) -> str:
         return job.loaded.named(key.replace("data.train", "ptx.data", 1))

@@ -30,6 +30,7 @@ from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.lengths import Lengths, fitted
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES, resolved
+from rlhf_cli.runs.ancestry import Split, ancestors
 from rlhf_cli.runs.manifest import BaseModel
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
 from rlhf_cli.runs.resume import recorded_recipe
@@ -200,9 +201,27 @@ def _facts(job: TrainingJob) -> dict[str, str]:
 
 def _warnings(job: TrainingJob, memory: Memory) -> Iterator[str]:
     yield from job.dataset.train.notices
+    yield from _overlaps(job)
     if message := learning_rate_warning(job.recipe, memory):
         yield message
     if not job.objective.soft_labels and any(facts.probability is not None for facts in job.dataset.train.trees.facts):
         yield f"the column 'probability' has no effect with kind {job.objective.kind}: every chosen response counts as better"
     if job.lora and job.lora.dropout:
         yield "with lora.dropout, results depend on tokens_per_device: the masks follow the cut"
+
+
+def _overlaps(job: TrainingJob) -> Iterator[str]:
+    """Rows that one run holds out, and that this run or one that it comes from is trained on."""
+    data, reading = job.recipe.data, job.dataset.reading
+    own, apart = ({report.fingerprint: report.path for report in reports} for reports in (reading.reports, reading.eval_reports))
+    for path in (apart[fingerprint] for fingerprint in own.keys() & apart.keys()):
+        yield f"data.eval: {path} has the very rows of data.train: what is held out is trained on"
+    split = Split(data.holdout, data.holdout_seed)
+    for ancestor in ancestors(job.recipe.model.path):
+        for path in (apart[fingerprint] for fingerprint in ancestor.trained_on & apart.keys()):
+            yield f"data.eval: {ancestor.path} was trained on the rows of {path}"
+        if ancestor.trained_on & own.keys() and ancestor.split != split and (split.holdout or ancestor.split.holdout):
+            yield (
+                f"data.holdout: {ancestor.path} held out {ancestor.split}, this run holds out {split}: rows that one of "
+                "them keeps the other learns from. give both the same"
+            )

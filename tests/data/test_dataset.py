@@ -32,11 +32,18 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
 
 
-def run(stage: str, *sources: list[dict[str, Any]], check: Any = None, margin: str | None = None, **data: Any) -> Dataset:
+def run(
+    stage: str,
+    *sources: list[dict[str, Any]],
+    check: Any = None,
+    margin: str | None = None,
+    kind: Any = sections.Data,
+    **data: Any,
+) -> Dataset:
     names = [f"{number}.jsonl" for number in range(len(sources))]
     for name, rows in zip(names, sources, strict=True):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = sections.Data([sections.Source(name) for name in names], **data)
+    settings = kind([sections.Source(name) for name in names], **data)
     template = Template("x", CHATML)
     return prepare(settings, request_of(stage, check=check, margin_column=margin), tiny_tokenizer(), template)
 
@@ -79,6 +86,27 @@ def test_pairs_that_are_the_same_once_cut_count_as_lost() -> None:
     assert dataset.train.lost == {"a better and a worse response are the same, cut and tokenised": 1}
     assert (dataset.train.kept, dataset.train.truncated) == (6, 0)
     assert data_report(dataset)["train"]["pairs"] == 6
+
+
+TALK = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: What is two?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row", [{"chosen": f"{TALK} Four", "rejected": f"{TALK} No"}, {"prompt": TALK, "completion": " Four"}], ids=["hh", "a prompt"]
+)
+def test_of_transcripts_the_last_turn_alone_is_learned(row: dict[str, str]) -> None:
+    """Unless the recipe says otherwise; of messages all turns are."""
+    counts = {}
+    for asked in ("auto", "last", "all"):
+        dataset = run("sft", [row], kind=sections.SftData, train_on=asked)
+        counts[asked] = int(dataset.train.trees.supervised.sum())
+        assert [notice[:20] for notice in dataset.train.notices] == (["data.train_on: last,"] if asked == "auto" else [])
+    assert counts["auto"] == counts["last"] < counts["all"]
+    said = (("user", "Hi"), ("assistant", "Hello"), ("user", "Two?"), ("assistant", "Four"))
+    turns = [{"role": role, "content": text} for role, text in said]
+    auto, every = (run("sft", [{"messages": turns}], kind=sections.SftData, train_on=asked).train for asked in ("auto", "all"))
+    assert auto.trees.supervised.sum() == every.trees.supervised.sum()
+    assert auto.notices == ()
 
 
 def test_a_report_counts_what_there_is_to_compare() -> None:

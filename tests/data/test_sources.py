@@ -20,7 +20,7 @@ import pytest
 
 from rlhf_cli.data import hub
 from rlhf_cli.data.files import MAX_LINE, is_hub_id
-from rlhf_cli.data.records import Facts
+from rlhf_cli.data.records import Facts, Message, Record
 from rlhf_cli.data.sources import check_lost, epoch_order, prompt_share, read_data
 from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.recipe.stages import ROW_USES
@@ -526,7 +526,7 @@ def test_the_same_prompts_are_held_out_in_every_format_and_stage():
     for format in rows[0]:
         write(f"{format}.jsonl", [row[format] for row in rows])
         for stage in (stage for stage, use in ROW_USES.items() if format in use.formats):
-            reading = read(f"{format}.jsonl", stage=stage, seed=3, holdout=0.2)
+            reading = read(f"{format}.jsonl", stage=stage, holdout_seed=3, holdout=0.2)
             held[stage, format] = {number_of(record) for record in reading.held_out}
             assert held[stage, format] | {number_of(record) for record in reading.train} == set(range(300))
             assert len(reading.train) + len(reading.held_out) == 300
@@ -534,9 +534,19 @@ def test_the_same_prompts_are_held_out_in_every_format_and_stage():
     assert all(numbers == expected for numbers in held.values())
     # Binomial(300, 0.2): mean 60, standard deviation 6.9.
     assert 40 <= len(expected) <= 80
-    assert expected != {number_of(record) for record in read("hh.jsonl", seed=4, holdout=0.2).held_out}
-    some = read(Source("hh.jsonl", limit=100), seed=3, holdout=0.2).held_out
+    assert expected != {number_of(record) for record in read("hh.jsonl", holdout_seed=4, holdout=0.2).held_out}
+    some = read(Source("hh.jsonl", limit=100), seed=5, holdout_seed=3, holdout=0.2).held_out
     assert {number_of(record) for record in some} <= expected
+
+
+def test_longer_versions_of_a_dialogue_fall_where_it_does():
+    """Its first user turn decides; capitals, spaces and a system turn do not."""
+    first = Record("Which fruit is it?", ("a",), "x:1")
+    later = ({"role": "assistant", "content": "A plum."}, {"role": "user", "content": "Why?"})
+    begin = (Message("system", "Be brief."), Message("user", " which  FRUIT\nis it? "))
+    longer = (first._replace(prompt=begin), first._replace(prompt=(*begin, *(Message(**turn) for turn in later))))
+    assert {prompt_share(record, 3) for record in (first, *longer)} == {prompt_share(first, 3)}
+    assert prompt_share(first._replace(prompt="Why?"), 3) != prompt_share(first, 3) != prompt_share(first, 4)
 
 
 def test_equal_prompts_are_never_on_both_sides():
@@ -554,7 +564,7 @@ def test_both_sides_get_a_prompt(share):
     rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(2)]
     write("x.jsonl", rows * 3)
     for seed in range(20):
-        reading = read("x.jsonl", seed=seed, holdout=share)
+        reading = read("x.jsonl", holdout_seed=seed, holdout=share)
         low = min(reading.train + reading.held_out, key=lambda record: prompt_share(record, seed))
         assert {record.prompt for record in reading.held_out} == {low.prompt}
         assert len(reading.train) == len(reading.held_out) == 3

@@ -256,7 +256,7 @@ def test_help_lists_each_kind_with_its_own_keys() -> None:
     text = " ".join(" ".join(lines).split())
     assert "null: 1e-05 lora, 1e-06 full; simpo 5e-06 lora, 5e-07 full; orpo 8e-05 lora, 8e-06 full" in text
     assert "train_on" not in text
-    assert "train_on: all" in key_table("sft")
+    assert "train_on: auto" in key_table("sft")
 
 
 def test_reading_every_stage_needs_no_torch() -> None:

@@ -23,7 +23,7 @@ def wave(prompts, responses):
     return [sin(3 * len(prompt) + len(response)) for prompt, response in zip(prompts, responses)]
 """
 
-HELD_OUT = 0.4
+HELD_OUT, SPLIT = 0.4, 18  # 13 of the 24 prompts
 MODEL, LETTERS, WAVE = {"model": "HOME/rm"}, {"function": "HOME/functions.py:letters"}, {"function": "HOME/functions.py:wave"}
 PROMPTS = {"path": "HOME/pairs.jsonl", "holdout": HELD_OUT}
 
@@ -63,7 +63,7 @@ def make_home(folder: Path, *names: str) -> Path:
     for name in names:
         command, start, sections = RUNS[name]
         sections = (DRAWN if command == "ppo" else {}) | sections
-        sections["data"] = {"holdout": HELD_OUT, "max_length": 96} | sections.get("data", {})
+        sections["data"] = {"holdout": HELD_OUT, "holdout_seed": SPLIT, "max_length": 96} | sections.get("data", {})
         common = {"steps": 3, "save_every": None, "eval_every": 3, "learning_rate": 0.02}
         sections["train"] = common | sections.get("train", {})
         sections = placed({"lora": {"r": 4}} | sections, folder)
