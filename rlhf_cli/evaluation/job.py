@@ -88,7 +88,7 @@ class EvaluationJob:
     @property
     def code(self) -> dict[str, str]:
         """What may be mended before an evaluation goes on, but makes a finished one another: functions, the judge's prompt."""
-        found = {what: hash_of for term in self.terms for what, hash_of in term.code.items()}
+        found = dict(self.terms.code)
         endpoint = self.recipe.winrate and self.recipe.winrate.judge
         if isinstance(endpoint, sections.Endpoint) and endpoint.prompt is not None:
             found["winrate.judge.prompt"] = sha256_file(Path(endpoint.prompt))

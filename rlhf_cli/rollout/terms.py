@@ -40,6 +40,11 @@ class RewardTerms:
         return {"reward": [term.record for term in self.reward], "gold": [term.record for term in self.gold]}
 
     @property
+    def code(self) -> dict[str, str]:
+        """Hashes of what may be mended before a run goes on, by what it is."""
+        return {what: digest for term in self for what, digest in term.code.items()}
+
+    @property
     def parents(self) -> list[Parent]:
         """The runs that they come from."""
         return [term.parent for term in self if term.parent is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -191,6 +192,7 @@ class MetricsLog:
             self._file = path.open("ab", buffering=0)
         self.position = self._file.tell()
         """Bytes so far."""
+        self._digest = hashlib.sha256()
 
     def append(self, obj: dict[str, Any]) -> None:
         """Add a line that readers see at once. NumberError names a metric that is not finite; nothing is then written."""
@@ -207,22 +209,26 @@ class MetricsLog:
                 os.ftruncate(self._file.fileno(), self.position)  # takes back a half-written line where the file allows it
             raise disk_error(self.path, error) from error
         self.position += len(line)
+        self._digest.update(line)
 
-    def sync(self) -> int:
-        """Bring the lines to the disk; the position that a checkpoint may then record."""
+    def sync(self) -> tuple[int, str]:
+        """Bring the lines to the disk; the position and the hash of all before it, which a checkpoint may then record."""
         with disk_errors(self.path):
             os.fsync(self._file.fileno())
-        return self.position
+        return self.position, self._digest.hexdigest()
 
-    def truncate_after(self, position: int) -> None:
-        """Keep the first `position` bytes, which end with a line: what a resumed run had written by its checkpoint."""
-        if position > self.position or (position and self.path.read_bytes()[position - 1 : position] != b"\n"):
-            raise MachineError(
-                f"{self.path} is not the file the checkpoint was written with: no line ends at byte {position:,}\n"
-                "  put the original back, or start anew with --force"
-            )
+    def truncate_after(self, position: int, digest: str | None = None) -> bool:
+        """Keep the first `position` bytes: what a resumed run had written by its checkpoint.
+
+        False if they are not there, or not what they were (`digest`; None: not known): the log is then as it was.
+        """
+        kept = self.path.read_bytes()[:position]
+        found = hashlib.sha256(kept)
+        if len(kept) < position or (kept and not kept.endswith(b"\n")) or digest not in (None, found.hexdigest()):
+            return False
         os.ftruncate(self._file.fileno(), position)
-        self.position = position
+        self.position, self._digest = position, found
+        return True
 
     def close(self) -> None:
         self._file.close()

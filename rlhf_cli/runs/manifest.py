@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -13,7 +14,7 @@ from typing import Any
 
 from rlhf_cli import __version__
 from rlhf_cli.errors import UsageError
-from rlhf_cli.files import hash_tree
+from rlhf_cli.files import hash_tree, sha256_file
 from rlhf_cli.runs.folder import RunFolder, read_metrics
 
 LIBRARIES = ("torch", "transformers", "datasets", "peft", "accelerate")
@@ -26,6 +27,7 @@ class BaseModel:
     path: str  # hub id or folder
     revision: str | None
     weights_hash: str  # of `weights_hash`
+    settings_hash: str | None = None  # of `settings_hash`; None: of a release that did not record it
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,16 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files beside the weights of a model that decide what it computes, reads and writes."""
+
+
+def settings_hash(folder: Path) -> str:
+    """SHA-256 of the names and hashes of SETTINGS, those that the folder has."""
+    found = [[name, sha256_file(folder / name)] for name in SETTINGS if (folder / name).exists()]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def weights_hash(folder: Path) -> str:

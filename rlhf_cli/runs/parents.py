@@ -15,7 +15,7 @@ from rlhf_cli.errors import MachineError, UsageError, prefixed
 from rlhf_cli.files import hash_tree, read_json, sha256_file
 from rlhf_cli.models.load import Weights, is_reward_model
 from rlhf_cli.recipe.stages import POLICY_STAGES, REWARD_STAGES
-from rlhf_cli.runs.manifest import BaseModel, Parent, read_manifest, weights_hash
+from rlhf_cli.runs.manifest import SETTINGS, BaseModel, Parent, read_manifest, settings_hash, weights_hash
 from rlhf_cli.suggest import closest
 
 
@@ -116,9 +116,10 @@ def base_model(start: Start) -> BaseModel:
             raise MachineError(
                 f"{start.base}: its weights could not be fetched, and they are not in the cache: {reason}"
             ) from error
-    base = BaseModel(start.base, start.revision, weights_hash(folder))
-    if start.adapter and start.manifest and start.manifest["base_model"]["weights_hash"] != base.weights_hash:
-        raise UsageError(
-            f"{start.base} is not the model that {start.parent.path if start.parent else ''} was trained on: its weights differ"
-        )
+    base = BaseModel(start.base, start.revision, weights_hash(folder), settings_hash(folder))
+    if start.adapter and start.manifest:
+        before, parent = start.manifest["base_model"], start.parent.path if start.parent else ""
+        for key, what in (("weights_hash", "weights"), ("settings_hash", f"settings ({', '.join(SETTINGS)})")):
+            if before.get(key) not in (None, vars(base)[key]):
+                raise UsageError(f"{start.base} is not the model that {parent} was trained on: its {what} differ")
     return base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlhf_cli.recipe.dump import differences, dump_recipe, refuse_changes
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.manifest import read_manifest
 
+CODE, CHANGED = "code", "changed code"
 INPUTS = "inputs.json"
 """Hashes of the base model, the parent, the template and the data of a run."""
 
@@ -22,6 +24,17 @@ INPUTS = "inputs.json"
 def record_inputs(run: RunFolder, recipe: recipes.Recipe, stage: str, inputs: dict[str, Any]) -> None:
     write_atomic(run.recipe, dump_recipe(recipe, stage))
     write_json(run.path / INPUTS, inputs)
+
+
+def changed_code(run: RunFolder, code: Mapping[str, str]) -> list[dict[str, str]]:
+    """What of a run's own code (what it is → hash) is another than when it was last started: {"what", "from", "to"} each."""
+    before = (_recorded(run) or {}).get(CODE, {})
+    return [{"what": what, "from": before[what], "to": now} for what, now in code.items() if before.get(what, now) != now]
+
+
+def all_changes(run: RunFolder) -> list[dict[str, str]]:
+    """Of all times that the run was continued."""
+    return list((_recorded(run) or {}).get(CHANGED, ()))
 
 
 def forget_inputs(run: RunFolder) -> None:
@@ -35,13 +48,21 @@ def refuse_other_inputs(run: RunFolder, recipe: recipes.Recipe, inputs: dict[str
 
     may_grow: inputs may come and go, and only what the run had before must be the same.
     """
+    work = [path for path in (run.checkpoints, run.samples, run.manifest) if path.exists()]
+    if work and (missing := [path.name for path in (run.recipe, run.path / INPUTS) if not path.exists()]):
+        raise UsageError(
+            f"--resume: {run.path} has {work[0].name} but no {' and no '.join(missing)}: nothing tells what it was started with. "
+            "put back what is missing, or start another run with --output"
+        )
     if not run.recipe.exists():
         return
     refuse_changes(run.recipe.read_text(encoding="utf-8"), recipe, str(run.recipe))
     old = _recorded(run)
     if old is None:
         return
-    keys = old.keys() & inputs.keys() if may_grow else {**old, **inputs}
+    keys = (old.keys() & inputs.keys() if may_grow else {**old, **inputs}.keys()) - {CODE, CHANGED}
+    if "base settings" not in old:
+        keys -= {"base settings"}  # a release that did not record them began the run
     changed = [key for key in {**old, **inputs} if key in keys and old.get(key) != inputs.get(key)]
     if changed:
         rows = [f"  {key}: {_differing(old.get(key), inputs.get(key))}" for key in changed]

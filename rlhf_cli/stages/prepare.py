@@ -56,6 +56,7 @@ class TrainingJob:
     signals: StopSignals
     started: float
     inputs: dict[str, str] = field(default_factory=dict)  # what else a resumed run must have in common
+    code: dict[str, str] = field(default_factory=dict)  # hashes of what may be mended before it goes on
 
     @property
     def objective(self) -> Objective:

@@ -27,7 +27,16 @@ from rlhf_cli.rollout.generate import Request, TransformersEngine
 from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import Parent, build_manifest, final_metrics
 from rlhf_cli.runs.parents import merged_base
-from rlhf_cli.runs.resume import finished_steps, forget_inputs, record_inputs, refuse_other_inputs
+from rlhf_cli.runs.resume import (
+    CHANGED,
+    CODE,
+    all_changes,
+    changed_code,
+    finished_steps,
+    forget_inputs,
+    record_inputs,
+    refuse_other_inputs,
+)
 from rlhf_cli.stages.prepare import TrainingJob
 from rlhf_cli.training.checkpoint import checkpoint_path
 from rlhf_cli.training.invariants import check_start
@@ -56,6 +65,7 @@ def open_job(job: TrainingJob, *, check: bool, resume: bool, force: bool) -> Ite
         ranks.barrier()
         inputs = {
             "base": job.base and job.base.weights_hash,
+            "base settings": job.base and job.base.settings_hash,
             "template": job.template.hash,
             "parent": job.start.parent and job.start.parent.manifest_hash,
             **job.dataset.fingerprints,
@@ -73,7 +83,14 @@ def open_job(job: TrainingJob, *, check: bool, resume: bool, force: bool) -> Ite
             fresh = not folder.recipe.exists()
             if ranks.main:
                 folder.manifest.unlink(missing_ok=True)  # of a finished run that goes on it would be untrue
-                record_inputs(folder, job.recipe, job.loaded.stage, inputs)
+                changes = changed_code(folder, job.code)
+                for change in changes:
+                    hashes = f"{change['from'][:12]} → {change['to'][:12]}"
+                    job.console.warn(
+                        f"{change['what']} has changed ({hashes}): what the run learned until now followed the old one"
+                    )
+                code = {CODE: job.code, CHANGED: [*all_changes(folder), *changes]}
+                record_inputs(folder, job.recipe, job.loaded.stage, inputs | code)
                 write_json(folder.data, data_report(job.dataset))
             try:
                 yield folder
@@ -200,6 +217,7 @@ def finish_job(
             "batch_size": job.recipe.train.batch_size,
             "lora": job.lora and dataclasses.asdict(job.lora),
             "best_step": trainer.state.watched.best_step,
+            **({"changed_code": changes} if (changes := all_changes(folder)) else {}),
             **(extra or {}),
         }
         manifest = build_manifest(folder, job.loaded.stage, trainer.status, job.recipe.seed, own)

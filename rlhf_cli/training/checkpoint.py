@@ -34,10 +34,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class LogSizes:
-    """Where metrics.jsonl and samples.jsonl end, in bytes."""
+    """Where metrics.jsonl and samples.jsonl end, in bytes, and the SHA-256 of all before; None: of a release without it."""
 
     metrics_bytes: int = 0
     samples_bytes: int = 0
+    metrics_hash: str | None = None
+    samples_hash: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ def write_state(path: Path, state: State) -> None:
 
 def load_state(checkpoint: Path) -> State:
     numbers = read_json(checkpoint / STATE)
-    groups = {name: kind(**{own.name: numbers.pop(own.name) for own in fields(kind)}) for name, kind in GROUPS.items()}
+    groups = {
+        name: kind(**{own.name: numbers.pop(own.name) for own in fields(kind) if own.name in numbers})
+        for name, kind in GROUPS.items()
+    }
     return State(**numbers, **groups)
 
 

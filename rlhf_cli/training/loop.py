@@ -92,6 +92,8 @@ class Trainer:
                 self.console.warn(f"{path} is damaged; it is set aside as {set_aside(path).name} and the one before it is used")
         checkpoint = self.ranks.gather(checkpoint)[0]
         if checkpoint is None:
+            if self.run.metrics.exists() and self.run.metrics.stat().st_size:
+                self.console.warn(f"{self.run.checkpoints} has no checkpoint: the run begins anew, and its logs with it")
             return
         self.state = load_state(checkpoint)
         self.partial = restore(checkpoint, self.backbone, self.objective.role, self.optimizer)
@@ -122,9 +124,9 @@ class Trainer:
         """
         self.signals.defer(alone=self.ranks.size == 1)
         if self.ranks.main:
-            self.metrics, self.samples = MetricsLog(self.run.metrics), MetricsLog(self.run.samples)
-            self.metrics.truncate_after(self.state.logs.metrics_bytes)
-            self.samples.truncate_after(self.state.logs.samples_bytes)
+            logs = self.state.logs
+            self.metrics = self._take_up(self.run.metrics, logs.metrics_bytes, logs.metrics_hash)
+            self.samples = self._take_up(self.run.samples, logs.samples_bytes, logs.samples_hash)
         with self.console.progress(self.steps, self.settings.log_every) as progress:
             try:
                 self._train(progress)
@@ -135,6 +137,18 @@ class Trainer:
                 within = f"in step {self.state.step + 1} of {self.steps}, after {updates} of its updates"
                 done = within if updates else f"after step {self.state.step} of {self.steps}"
                 raise Stopped(f"stopped {done}; continue with --resume", stopped.number) from stopped
+
+    def _take_up(self, path: Path, size: int, digest: str | None) -> MetricsLog:
+        """The log as the checkpoint knew it; one that has been changed since is set aside, and another begins."""
+        log = MetricsLog(path)
+        if log.truncate_after(size, digest):
+            return log
+        log.close()
+        aside = path.rename(path.with_name(f"damaged-{path.name}"))
+        self.console.warn(
+            f"{path} is not what the checkpoint was written with; it is set aside as {aside.name}, and another begins"
+        )
+        return MetricsLog(path)
 
     def _train(self, progress: Progress) -> None:
         evals, saves = (due_steps(every, self.steps) for every in (self.settings.eval_every, self.settings.save_every))
@@ -267,7 +281,8 @@ class Trainer:
             raise NumberError(f"step {self.state.step}: {broken[0]} is not finite after the update; no checkpoint is written")
         if self.ranks.main:
             usage = dataclasses.replace(self.state.usage, peak_memory=self.peak_memory)
-            self._advance(usage=usage, logs=LogSizes(self.metrics.sync(), self.samples.sync()))
+            (size, digest), (samples_size, samples_digest) = self.metrics.sync(), self.samples.sync()
+            self._advance(usage=usage, logs=LogSizes(size, samples_size, digest, samples_digest))
             save_checkpoint(
                 self.run.checkpoints,
                 self.backbone,

@@ -1,5 +1,6 @@
 """One process a folder, nothing deleted, and logs that survive a crash."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -134,7 +135,7 @@ def test_log_lines_are_strict_and_positions_exact(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append({"step": 1, "split": "train", "loss": 2.5})
     line = b'{"step": 1, "split": "train", "loss": 2.5}\n'
-    assert log.sync() == len(line) == log.position
+    assert log.sync() == (len(line), hashlib.sha256(line).hexdigest()) and log.position == len(line)
     with pytest.raises(NumberError, match=r"^grad_norm is inf at step 2: "):
         log.append({"step": 2, "loss": 1.0, "grad_norm": float("inf")})
     assert log.path.read_bytes() == line
@@ -144,21 +145,21 @@ def test_resume_cuts_what_came_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     log.append({"step": 1})
-    kept = log.sync()
+    kept, digest = log.sync()
     log.append({"step": 2})
     log.close()
     with path.open("ab") as torn:
         torn.write(b'{"step": 3, "lo')
     assert read_metrics(path) == [{"step": 1}, {"step": 2}]
     again = MetricsLog(path)
-    again.truncate_after(kept)
+    assert not again.truncate_after(kept, "0" * 64)
+    assert again.truncate_after(kept, digest)
     again.append({"step": 2, "again": True})
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2, "again": true}\n'
     assert again.position == path.stat().st_size
-    for place in (kept - 1, 1000):
-        with pytest.raises(MachineError, match=f"no line ends at byte {place:,}"):
-            again.truncate_after(place)
-    again.truncate_after(0)
+    assert again.sync() == (again.position, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert not any(again.truncate_after(place) for place in (kept - 1, 1000))
+    assert again.truncate_after(0)
     assert path.read_bytes() == b""
 
 
