@@ -230,8 +230,10 @@ class Reward:
 @dataclass(frozen=True)
 class Kl:
     coef: float = key(0.05, "κ: weight of the log-ratio to the reference", low=0.0)
-    target: float | None = key(None, "nats a response: κ is adapted to reach this KL", low=1e-9)
-    horizon: int = key(10000, "responses over which an adapted κ changes by a factor", low=1)
+    target: float | None = key(None, "nats a response, at the rollout's temperature: κ is adapted to reach this KL", low=1e-9)
+    horizon: int | None = key(
+        None, "responses in which κ may change by a fifth; null: a fiftieth of the run's, but those of a step at least", low=1
+    )
     estimator: Literal["auto", "k1", "k2", "k3"] = key(
         "auto", "k1: in the reward; k2, k3: as a loss term; auto: k2 for grpo, else k1"
     )

@@ -161,13 +161,20 @@ def learning_rate_of(recipe: TrainingRecipe) -> float:
     return TRAINING_STAGES[recipe.stage].default_learning_rate(recipe.objective, recipe.trained)
 
 
-def resolved(recipe: TrainingRecipe) -> TrainingRecipe:
-    """The recipe with the values that follow from its stage, its kind and other keys written out, where it leaves them open."""
+HORIZONS = 50
+"""An adapted κ may change by a fifth so many times in a run, e^10 in all, but once a step at most."""
+
+
+def resolved(recipe: TrainingRecipe, steps: int) -> TrainingRecipe:
+    """The recipe with the values that follow from its stage, kind, `steps` and other keys, where it leaves them open."""
     asked, train = recipe.train.learning_rate, dataclasses.replace(recipe.train, learning_rate=learning_rate_of(recipe))
     if isinstance(recipe, PpoRecipe):
         objective, kl, value = recipe.objective, recipe.kl, recipe.value
         if kl.estimator == "auto" and kl.coef:
             kl = dataclasses.replace(kl, estimator="k2" if objective.scores_alone else "k1")
+        if kl.target is not None and kl.horizon is None:
+            responses = recipe.train.batch_size * recipe.rollout.responses_per_prompt
+            kl = dataclasses.replace(kl, horizon=max(responses, responses * steps // HORIZONS))
         if objective.values and value.learning_rate is None:
             # The policy's or, beside a policy that trains all weights, what an adapter wants by default.
             default = TRAINING_STAGES[recipe.stage].default_learning_rate(objective, "lora")

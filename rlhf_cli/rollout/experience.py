@@ -57,6 +57,11 @@ class Rollout:
         prompt = np.repeat(np.arange(len(self.trees)), [len(tree.responses) for tree in self.trees])
         return Experience(self.lengths, prompt, self.scores, self.tokens.old, self.tokens.reference, self.tokens.value)
 
+    @property
+    def tempered_kl(self) -> float:
+        """Mean over the responses of Σ log π/π_ref at the rollout's temperature, what a KL penalty takes off."""
+        return float((self.tokens.old - self.tokens.reference).sum() / len(self.ended))
+
     def figures(self, kl_coef: float | None = None) -> dict[str, float]:
         """Means over the responses. KL (at temperature 1) and entropy are sums over tokens, Σ log π/π_ref and −Σ log π.
 

@@ -61,7 +61,8 @@ class PolicySource:
         }
         after = dict(advantages.memory)
         if self.kl.target is not None:
-            after[KL_COEF] = next_coef(coef, figures["objective/kl"], self.kl.target, self.kl.horizon, len(rollout.ended))
+            assert self.kl.horizon is not None
+            after[KL_COEF] = next_coef(coef, rollout.tempered_kl, self.kl.target, self.kl.horizon, len(rollout.ended))
         given = {"temperature": self.sampler.settings.temperature}
         if in_loss:
             given[f"{self.kl.estimator}_coef"] = coef

@@ -118,10 +118,9 @@ def prepare_job(
     source = dataset.source(recipe.train, recipe.data, recipe.seed)
     steps = total_steps(recipe.train.epochs, recipe.train.steps, source.steps_per_epoch)
     ranks = Ranks(expected=not check)
-    if resume and recipe.train.tokens_per_device == "auto" and (before := recorded_recipe(Path(recipe.output))):
-        train = dataclasses.replace(recipe.train, tokens_per_device=before["train"]["tokens_per_device"])
-        recipe = dataclasses.replace(recipe, train=train)  # `auto` is resolved once
-    recipe, memory = _resolve(dataclasses.replace(recipe, objective=objective), start, config, dataset, ranks, loaded)
+    if resume and (before := recorded_recipe(Path(recipe.output))):
+        recipe = _as_resolved_before(recipe, before)
+    recipe, memory = _resolve(dataclasses.replace(recipe, objective=objective), start, config, dataset, steps, ranks, loaded)
     base = base_model(start) if not check or Path(start.base).exists() else None
     known = loaded, recipe, start, base, tokenizer, template, dataset, source, steps
     job = TrainingJob(*known, ranks, console, signals, started)
@@ -141,6 +140,16 @@ def row_request(recipe: recipes.TrainingRecipe, where: Callable[[str], str]) -> 
     return RowRequest(purpose, recipe.seed, where, margin_column=objective.margin_from, check=objective.check_tree)
 
 
+def _as_resolved_before(recipe: recipes.TrainingRecipe, before: dict[str, Any]) -> recipes.TrainingRecipe:
+    """With what the run in this folder took for values that follow from the machine or from how long it was to be."""
+    if recipe.train.tokens_per_device == "auto":
+        budget = before["train"]["tokens_per_device"]
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, tokens_per_device=budget))
+    if isinstance(recipe, recipes.PpoRecipe) and recipe.kl.target is not None and recipe.kl.horizon is None:
+        recipe = dataclasses.replace(recipe, kl=dataclasses.replace(recipe.kl, horizon=before["kl"]["horizon"]))
+    return recipe
+
+
 def _fitted(recipe: recipes.TrainingRecipe, config: Any, loaded: Loaded) -> tuple[recipes.TrainingRecipe, list[str]]:
     """The recipe with lengths that the model can take, and what to say of those that it had left at their defaults."""
     asked = Lengths(recipe.data.max_length, recipe.draws.max_new_tokens if recipe.draws else None)
@@ -153,7 +162,7 @@ def _fitted(recipe: recipes.TrainingRecipe, config: Any, loaded: Loaded) -> tupl
 
 
 def _resolve(
-    recipe: recipes.TrainingRecipe, start: Start, config: Any, dataset: Dataset, ranks: Ranks, loaded: Loaded
+    recipe: recipes.TrainingRecipe, start: Start, config: Any, dataset: Dataset, steps: int, ranks: Ranks, loaded: Loaded
 ) -> tuple[recipes.TrainingRecipe, Memory]:
     """The recipe with the values in force where it says auto, and what a step's memory is made of."""
     lora = resolve_lora(
@@ -171,7 +180,7 @@ def _resolve(
     asked = recipe.train.tokens_per_device
     longest = dataset.longest + (recipe.draws.responses_per_prompt * recipe.draws.max_new_tokens if recipe.draws else 0)
     budget = ranks.min(auto_budget(memory, longest, ranks.device, values=recipe.objective.values)) if asked == "auto" else asked
-    recipe = resolved(recipe)
+    recipe = resolved(recipe, steps)
     train = dataclasses.replace(recipe.train, tokens_per_device=budget)
     model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
     return dataclasses.replace(recipe, train=train, model=model), memory
