@@ -82,11 +82,11 @@ class Backbone:
         self.activate(role)
         if any(n.startswith("lora_") for n, _ in self.model.get_output_embeddings().named_parameters()):
             raise UsageError("lora.target_modules: the output head cannot have an adapter; use all-linear or name inner layers")
-        embeddings = self.model.get_input_embeddings()
-        if self.model.config.get_text_config().tie_word_embeddings and any("lora_" in n for n, _ in embeddings.named_parameters()):
+        tied = self.model.config.get_text_config().tie_word_embeddings
+        if tied and any(n.startswith("lora_") for n, _ in self.model.get_input_embeddings().named_parameters()):
             raise UsageError(
-                "lora.target_modules: the embeddings of this model are its output head too (tie_word_embeddings), and an adapter on "
-                "one of the two could not be merged; leave them out"
+                "lora.target_modules: the embeddings of this model are its output head too (tie_word_embeddings): an adapter on "
+                "one of the two could not be merged. leave them out"
             )
 
     def train_all_weights(self, role: str = "policy") -> None:

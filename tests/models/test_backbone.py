@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 from rlhf_cli.data.trees import Piece, Tree, build_batch, plan_passes, tree_length
 from rlhf_cli.errors import NumberError, UsageError
@@ -193,3 +194,16 @@ def test_an_empty_prompt_leaves_the_first_token_without_a_loss() -> None:
         with backbone.plain_attention() as model:
             assert float((found - plain_logps(model, [tree])).abs().max()) < 1e-5
     assert found.shape == (3,)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_tied_embeddings_is_refused(tied: bool) -> None:
+    """Merged, it would change the output head too; on embeddings of their own it may be."""
+    backbone = Backbone(make("llama", tie_word_embeddings=tied), torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "embed_tokens"])
+    if tied:
+        with pytest.raises(UsageError, match=r"are its output head too \(tie_word_embeddings\)"):
+            backbone.add_lora("policy", config, None, trained=True)
+    else:
+        backbone.add_lora("policy", config, None, trained=True)
+        assert any("embed_tokens" in name for name in backbone.trained_parameters())
