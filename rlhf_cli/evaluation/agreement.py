@@ -54,6 +54,15 @@ class LengthBaseline:
     high: float
     lead: Interval  # of the model over this
 
+    def explains(self, model: Rate) -> bool:
+        """Is the model right more often than a guess, and this as often?"""
+        return model.low > 0.5 and self.lead.mean <= 0
+
+    @property
+    def what_would_tell(self) -> str:
+        other = {"longer": "shorter", "shorter": "longer"}[self.prefers]
+        return f"Pairs whose better response is the {other} one would tell whether it judges anything else."
+
     @property
     def interval(self) -> Interval:
         return Interval(self.accuracy, self.low, self.high)
@@ -73,6 +82,7 @@ class Agreement:
     length_baseline: LengthBaseline | None
     ties: int  # pairs with equal scores, which count half
     beta: float | None = None  # of a policy's implicit rewards
+    ece_expected: float | None = None  # of a perfectly calibrated judge of as many pairs
 
     @property
     def pairs(self) -> int:
@@ -135,7 +145,9 @@ def weaknesses(model: Rate, baseline: LengthBaseline | None) -> list[str]:
         return found
     length = f"always preferring the {baseline.prefers} response, which has {_with_interval(baseline.interval)}"
     lead = baseline.lead
-    if lead.mean <= 0:
+    if baseline.explains(model):
+        found.append(f"is explained by length alone: {length.replace(', which has', ' has')} on the same pairs")
+    elif lead.mean <= 0:
         found.append(f"is no better than {length}")
     elif lead.low <= 0:
         found.append(f"is hardly better than {length}: on the same pairs it is ahead by {_with_interval(lead)}")
@@ -146,6 +158,8 @@ def beats_length(model: Rate, baseline: LengthBaseline) -> str | None:
     """A warning where the model is hardly better than a look at the length, or than a guess; else None."""
     found = " and ".join(weaknesses(model, baseline))
     remedy = "Train on more pairs, or hold out more of them to be sure."
+    if baseline.explains(model):
+        remedy = baseline.what_would_tell
     return f"The reward model's held-out accuracy, {_with_interval(model.interval)}, {found}. {remedy}" if found else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from statistics import NormalDist
 
 import numpy as np
@@ -43,6 +44,25 @@ def interval(point: float, draws: np.ndarray, prompts: int) -> Interval:
     longer = -reach / normal.inv_cdf(level)
     low, high = np.quantile(draws, (level, 1 - level)).tolist()
     return Interval(point, point + longer * min(low - point, 0.0), point + longer * max(high - point, 0.0))
+
+
+def apart(found: Mapping[str, Interval], point: float) -> set[str]:
+    """Those whose mean differs from `point` with an error of 5 % for all together, in either direction.
+
+    Holm 1979: the k-th smallest of m two-sided p-values must be below 0.05/(m − k + 1), and all before it. A p-value is that of a
+    normal whose 95 % interval reaches from the mean towards `point` as far as this one does.
+    """
+    reach = {name: own.mean - own.low if own.mean > point else own.high - own.mean for name, own in found.items()}
+    normal, smallest = NormalDist(), dict[str, float]()
+    for name, own in found.items():
+        gap = abs(own.mean - point)
+        smallest[name] = 2 * normal.cdf(-NORMAL_95 * gap / reach[name]) if reach[name] else float(not gap)
+    certain: set[str] = set()
+    for rank, name in enumerate(sorted(smallest, key=lambda name: smallest[name])):
+        if smallest[name] > 0.05 / (len(smallest) - rank):
+            break
+        certain.add(name)
+    return certain
 
 
 def within_shares(found: Interval) -> Interval:

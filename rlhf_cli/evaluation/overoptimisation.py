@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_cli.evaluation.intervals import NORMAL_95, student
 from rlhf_cli.evaluation.samples import mean_interval
 from rlhf_cli.figures import Interval
 
@@ -182,9 +183,10 @@ class Peak:
 def peak(points: Sequence[Point], counts: np.ndarray) -> Peak | None:
     """The point of a series with the highest mean gold, the first of equals; None without gold. counts: (B, P).
 
-    The peak is chosen by the same numbers that the fall is measured with. Of a curve that is truly flat, the highest of
-    several noisy points is above the last one by chance, so the fall is biased upwards and its interval, which takes the
-    peak as given, is above 0 too often.
+    The peak is chosen by the same numbers that the fall is measured with: of a curve that is truly flat, the highest of
+    several noisy points is above the last one by chance. So its interval is one that holds for the falls from all points at
+    once: ± the 95 % quantile of max_k |t_k| times the standard error, over bootstrap draws of all of them (max-t; Westfall &
+    Young 1993), lengthened for few prompts as `interval` is. The fall itself stays biased upwards.
     """
     ordered = sorted(points, key=lambda point: point.place)
     tables = [point.prompt_gold for point in ordered if point.prompt_gold is not None]
@@ -192,8 +194,20 @@ def peak(points: Sequence[Point], counts: np.ndarray) -> Peak | None:
         return None
     best = int(np.argmax([table.mean() for table in tables]))
     top = ordered[best]
-    fall = mean_interval((tables[best] - tables[-1])[:, None], counts)
+    falls = np.array([table - tables[-1] for table in tables[:-1]]).reshape(-1, counts.shape[1])
+    fall = _simultaneous(falls, counts)[best] if best < len(falls) else Interval(0.0, 0.0, 0.0)
     return Peak(top.model, top.step, top.n, float(tables[best].mean()), top.kl.mean, ordered[-1].model, fall)
+
+
+def _simultaneous(values: np.ndarray, counts: np.ndarray) -> list[Interval]:
+    """95 % intervals of the means of K quantities of P prompts, (K, P), that hold for all of them at once; counts: (B, P)."""
+    means, prompts = values.mean(1), counts.shape[1]
+    draws = counts @ values.T / prompts - means
+    errors = draws.std(0)
+    errors[errors <= math.sqrt(ROUNDING) * np.abs(values).max(1, initial=0.0)] = 0.0
+    furthest = np.abs(np.divide(draws, errors, out=np.zeros_like(draws), where=errors > 0)).max(1, initial=0.0)
+    reach = float(np.quantile(furthest, 0.95)) * student(prompts - 1) / NORMAL_95 * math.sqrt(prompts / (prompts - 1))
+    return [Interval(mean, mean - reach * error, mean + reach * error) for mean, error in zip(means, errors, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_cli.errors import NumberError
 from rlhf_cli.evaluation.agreement import Agreement, Bin, Card, Histogram, LengthBaseline, Rate, beats_length
-from rlhf_cli.evaluation.intervals import wilson
+from rlhf_cli.evaluation.intervals import NORMAL_95, student, wilson
 from rlhf_cli.figures import Interval
 from rlhf_cli.objectives.preference import ordered_pairs
 
@@ -27,33 +27,47 @@ class Margins(NamedTuple):
 
     values: np.ndarray  # (P,) float64
     tree: np.ndarray  # (P,) int64: index of the pair's tree
+    prompt: np.ndarray  # (P,) int64: the same for all pairs of one prompt, in whatever rows they stand
 
 
 def margins(trees: Sequence[Tree], figures: Iterable[Sequence[float] | np.ndarray]) -> Margins:
     """All ordered pairs of `trees`; `figures` has one number per response of every tree, in the order of its responses."""
+    prompts: dict[bytes, int] = {}
     found = [
-        (float(own[better]) - float(own[worse]), number)
+        (float(own[better]) - float(own[worse]), number, prompts.setdefault(tree.prompt.tobytes(), len(prompts)))
         for number, (tree, own) in enumerate(zip(trees, figures, strict=True))
         for better, worse in ordered_pairs(len(tree.responses), tree.facts)
     ]
-    return Margins(np.array([value for value, _ in found], np.float64), np.array([number for _, number in found], np.int64))
+    values, rows, names = zip(*found, strict=True) if found else ((), (), ())
+    return Margins(np.array(values, np.float64), np.array(rows, np.int64), np.array(names, np.int64))
 
 
 def rate(pairs: Margins) -> Rate | None:
     """Share of pairs with a positive margin, ties counted half; None without a pair.
 
-    Wilson's interval. Pairs of one prompt are not independent, so a prompt is one observation, its mean accuracy, and n is
-    the number of prompts; where they have different numbers of pairs w, (Σw)² / Σw² of them (Kish 1965).
+    Wilson's interval of as many observations as the pairs are worth: pairs of one prompt are not independent.
     """
     if not len(pairs.values):
         return None
-    _, weights = np.unique(pairs.tree, return_counts=True)
-    share = float(hits(pairs.values).mean())
-    return Rate(share, *_wilson(share, weights), len(pairs.values), len(weights))
+    won = hits(pairs.values)
+    share = float(won.mean())
+    return Rate(share, *wilson(share, observations(won, pairs.prompt)), len(won), len(np.unique(pairs.prompt)))
 
 
-def _wilson(share: float, weights: np.ndarray) -> tuple[float, float]:
-    return wilson(share, float(weights.sum() ** 2 / (weights**2).sum()))
+def observations(values: np.ndarray, prompt: np.ndarray) -> float:
+    """How many independent values in {0, 1} vary as little in their mean s as these (P,), which several prompts have.
+
+    s(1 − s)/Var · (z/t)², Var that of a mean of clusters, m/(m−1) · Σ_i (Σ_{j in i} (x_j − s))² / P² over m prompts; z/t, the
+    normal and Student's 97.5 % quantile with m − 1 degrees of freedom, since it is estimated. Between the number of
+    prompts, of different numbers of pairs w (Σw)²/Σw² of them (Kish 1965), and P.
+    """
+    _, place, weights = np.unique(prompt, return_inverse=True, return_counts=True)
+    fewest, m, mean = float(weights.sum() ** 2 / (weights**2).sum()), len(weights), float(values.mean())
+    if m == len(values) or m < 2:
+        return fewest
+    variance = m / (m - 1) * float((np.bincount(place, values - mean) ** 2).sum()) / len(values) ** 2
+    worth = mean * (1 - mean) / variance * (NORMAL_95 / student(m - 1)) ** 2 if variance else 0.0
+    return min(max(worth, fewest), float(len(values)))
 
 
 def hits(values: np.ndarray) -> np.ndarray:
@@ -86,6 +100,21 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     return sum(each.count * abs(each.accuracy - each.confidence) for each in bins) / sum(each.count for each in bins)
 
 
+def expected_error(bins: Sequence[Bin]) -> float:
+    """What `calibration_error` is in the mean for a judge that is perfectly calibrated, of as many pairs in these bins.
+
+    Σ count · E|X/count − c| / Σ count, X ~ Binomial(count, c): E|X − nc| = 2(k+1) C(n, k+1) c^{k+1} (1 − c)^{n−k}, k = ⌊nc⌋
+    (de Moivre 1730).
+    """
+
+    def deviation(n: int, c: float) -> float:
+        k = min(math.floor(n * c), n - 1)
+        logs = math.lgamma(n + 1) - math.lgamma(k + 2) - math.lgamma(n - k) + (k + 1) * math.log(c)
+        return 2 * (k + 1) * math.exp(logs + ((n - k) * math.log1p(-c) if c < 1 else -math.inf))
+
+    return sum(deviation(each.count, each.confidence) for each in bins) / sum(each.count for each in bins)
+
+
 def histogram(values: np.ndarray) -> Histogram:
     reach = float(np.abs(values).max()) or 1.0
     counts, edges = np.histogram(values, MARGIN_BINS, (-reach, reach))
@@ -99,12 +128,14 @@ def lead(first: Margins, second: Margins) -> Interval:
     distances of both Wilson intervals, squared and added, less twice their product by the correlation of the two. Deviation:
     observations are prompts and not pairs, as in `rate`, and their correlation is not corrected for continuity.
     """
-    _, place, weights = np.unique(first.tree, return_inverse=True, return_counts=True)
+    _, place, weights = np.unique(first.prompt, return_inverse=True, return_counts=True)
     ours, theirs = (np.bincount(place, hits(each.values)) / weights for each in (first, second))
     means = [float(np.average(each, weights=weights)) for each in (ours, theirs)]
     (up, between), (_, down) = np.cov(ours, theirs, aweights=weights, ddof=0).tolist()
     alike = between / math.sqrt(up * down) if up and down else 0.0
-    (low, high), (base_low, base_high) = (_wilson(mean, weights) for mean in means)
+    (low, high), (base_low, base_high) = (
+        wilson(mean, observations(hits(each.values), each.prompt)) for mean, each in zip(means, (first, second), strict=True)
+    )
 
     def distance(own: float, other: float) -> float:
         return math.sqrt(max(own**2 + other**2 - 2 * alike * own * other, 0.0))
@@ -153,6 +184,7 @@ def agreement(
         length_baseline=length_baseline(pairs, trees, training),
         ties=int((pairs.values == 0).sum()),
         beta=beta,
+        ece_expected=expected_error(bins) if bins else None,
     )
 
 

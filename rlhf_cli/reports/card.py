@@ -54,6 +54,7 @@ def _share(own: Interval) -> tuple[str, str]:
 
 def _calibration(own: Agreement, rate: Rate) -> Iterator[Block]:
     assert own.confidence is not None
+    beside = f" (a perfectly calibrated judge of as many pairs: {percent(own.ece_expected)})" if own.ece_expected else ""
     # Said only where the mean confidence is outside the accuracy's interval.
     leaning = ": they agree within the interval"
     if own.confidence > rate.high:
@@ -61,7 +62,7 @@ def _calibration(own: Agreement, rate: Rate) -> Iterator[Block]:
     elif own.confidence < rate.low:
         leaning = ": it is under-confident"
     yield Paragraph(
-        f"Calibration: expected error {percent(own.ece)}. A mean confidence σ(|margin|) of {percent(own.confidence)} "
+        f"Calibration: expected error {percent(own.ece)}{beside}. A mean confidence σ(|margin|) of {percent(own.confidence)} "
         f"against an accuracy of {percent(rate.accuracy)}{leaning}."
     )
     rows = tuple(

@@ -115,7 +115,7 @@ def _preferences(result: EvaluationResult) -> Iterator[Finding | Table]:
         Column("Accuracy", CHANCE, SHARE),
         Column("By length alone", CHANCE, SHARE),
         Column("Ahead of length", 0.0),
-        *(Column(head) for head in ("Pairs", "Prompts", "Ties", "ECE", "Mean confidence")),
+        *(Column(head) for head in ("Pairs", "Prompts", "Ties", "ECE", "ECE if calibrated", "Mean confidence")),
     )
     rows: list[tuple[str | Interval, ...]] = []
     for name, own in judges.items():
@@ -130,7 +130,7 @@ def _preferences(result: EvaluationResult) -> Iterator[Finding | Table]:
                 own.rate.interval if own.rate else "no pairs",
                 *((length.interval, length.lead) if length else ("", "")),
                 *(f"{each:,}" for each in (own.pairs, own.prompts, own.ties)),
-                *("" if each is None else f"{each:.3f}" for each in (own.ece, own.confidence)),
+                *("" if each is None else f"{each:.3f}" for each in (own.ece, own.ece_expected, own.confidence)),
             )
         )
     yield Table("Agreement with preference data", columns, tuple(rows))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
+from rlhf_cli.evaluation.intervals import apart
 from rlhf_cli.evaluation.overoptimisation import Peak, Point
 from rlhf_cli.evaluation.winrate import WinRate
 from rlhf_cli.figures import Interval, number, percent_with_interval, with_interval
@@ -52,23 +54,33 @@ def _others(names: list[str]) -> str:
 
 def _compared(result: EvaluationResult) -> Iterator[Finding]:
     baseline, judge, rates = result.about.baseline, judge_of(result.about), result.winrate
-    heads: tuple[tuple[Kind, str, str], ...] = (
-        ("better", "Better than", "the 95 % interval is above 50 %"),
-        ("worse", "Worse than", "the 95 % interval is below 50 %"),
+    among = f", and holds among {len(rates)} models (Holm)" if len(rates) > 1 else ""
+    heads: tuple[tuple[Kind | Literal["chance"], str, str], ...] = (
+        ("better", "Better than", f"the 95 % interval is above 50 %{among}"),
+        ("worse", "Worse than", f"the 95 % interval is below 50 %{among}"),
         ("open", "Not told apart from", "the 95 % interval includes 50 %; more prompts narrow it"),
+        (
+            "chance",
+            "Perhaps by chance apart from",
+            f"the 95 % interval leaves out 50 %, as one of {len(rates)} may by chance (Holm)",
+        ),
     )
+    told = apart({name: own.rate for name, own in rates.items()}, CHANCE)
+    kinds = {
+        name: "chance" if _leaning(own.rate) != "open" and name not in told else _leaning(own.rate) for name, own in rates.items()
+    }
     ties = [name for name, own in rates.items() if own.ties == 1]
     if ties:
         yield Finding("warning", "No difference at all:", f"by {judge}, every comparison of {', '.join(ties)} is a tie.")
     for kind, head, meaning in heads:
-        names = [name for name, own in rates.items() if _leaning(own.rate) == kind and name not in ties]
+        names = [name for name in rates if kinds[name] == kind and name not in ties]
         names.sort(key=lambda name: abs(rates[name].rate.mean - CHANCE), reverse=kind != "open")
         if names:
             first = rates[names[0]]
             said = f"{names[0]}'s responses are preferred by {judge} to {baseline}'s in {percent_with_interval(first.rate)} of "
             said += f"{first.n:,} comparisons"
             said += "".join(f"; {name}'s in {percent_with_interval(rates[name].rate)}" for name in names[1:NAMED])
-            yield Finding(kind, f"{head} {baseline}", f"({meaning}): {said}{_others(names)}.")
+            yield Finding("open" if kind == "chance" else kind, f"{head} {baseline}", f"({meaning}): {said}{_others(names)}.")
 
 
 def _length(result: EvaluationResult) -> Iterator[Finding]:
@@ -146,8 +158,8 @@ def _optimised(result: EvaluationResult) -> Iterator[Finding]:
             rose = last.proxy.mean > proxy
             said = (
                 f"gold is {where} and falls by {with_interval(top.fall)} to {step_of(last)}, while the proxy "
-                f"{'rises' if rose else 'goes'} from {number(proxy)} to {number(last.proxy.mean)}. The peak was chosen by the "
-                "numbers that the fall is measured with, so the fall is, if anything, overstated."
+                f"{'rises' if rose else 'goes'} from {number(proxy)} to {number(last.proxy.mean)}. The interval holds for "
+                "whichever point is the highest; the fall itself is, if anything, overstated."
             )
             head = f"{series} fools the reward after {step_of(top)}:" if rose else f"{series}: gold fell after {step_of(top)}:"
             yield Finding("warning", head, said)
@@ -207,7 +219,11 @@ def _preferences(result: EvaluationResult) -> Iterator[Finding]:
         share = percent_with_interval(rate.interval)
         said = f"{name} ({own.kind}) agrees with the data in {share} of {rate.pairs:,} pairs"
         if own.weaknesses:
-            yield Finding("warning", "Hardly a judge:", f"{said}; that {' and '.join(own.weaknesses)}.")
+            said += f"; that {' and '.join(own.weaknesses)}."
+            if length and length.explains(rate):
+                yield Finding("warning", "Length explains it:", f"{said} {length.what_would_tell}")
+            else:
+                yield Finding("warning", "Hardly a judge:", said)
         elif own.kind == "policy":
             policies.append(f"{name} {share}")
         else:

@@ -1,5 +1,6 @@
 """A reward model's card: figures by hand, and scores that do not depend on the cut into passes or ranks."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -16,6 +17,7 @@ from rlhf_cli.evaluation.agreement import Card, LengthBaseline, Rate, beats_leng
 from rlhf_cli.evaluation.intervals import wilson
 from rlhf_cli.evaluation.preference import (
     calibration_error,
+    expected_error,
     histogram,
     lead,
     length_baseline,
@@ -32,11 +34,14 @@ from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.step import evaluate
 from tests.models.tiny_backbone import draw_trees, make
 
+PROMPTS = itertools.count()
 
-def tree(*lengths, **facts):
-    """Responses of these lengths after a prompt of two tokens."""
+
+def tree(*lengths, prompt=None, **facts):
+    """Responses of these lengths after a prompt of two tokens, by default one of its own."""
     responses = tuple(np.ones(length, np.int32) for length in lengths)
-    return Tree(np.ones(2, np.int32), np.zeros(2, bool), responses, 0, Facts(**facts))
+    name = next(PROMPTS) if prompt is None else prompt
+    return Tree(np.array([-1, name], np.int32), np.zeros(2, bool), responses, 0, Facts(**facts))
 
 
 def pairs_with(values):
@@ -92,7 +97,7 @@ def test_a_ranking_with_a_tie_gives_the_pairs_that_are_not_tied():
 
 
 def test_a_prompt_is_one_observation():
-    three = rate(margins([tree(1, 1, 1)] * 4, [(3.0, 2.0, 1.0)] * 3 + [(1.0, 2.0, 3.0)]))
+    three = rate(margins([tree(1, 1, 1) for _ in range(4)], [(3.0, 2.0, 1.0)] * 3 + [(1.0, 2.0, 3.0)]))
     assert (three.accuracy, three.pairs, three.prompts) == (0.75, 12, 4)
     assert three.interval[1:] == wilson(0.75, 4)
     # Two pairs of one prompt and one of another: (2 + 1)² / (2² + 1²) observations.
@@ -178,6 +183,35 @@ def test_intervals_that_overlap_may_belong_to_a_clear_lead():
     assert weaknesses(own, LengthBaseline("longer", *base.interval, gap)) == []
 
 
+def of_prompts(rng, prompts, rows):
+    """(truth, rate) of pairs of `rows` rows to a prompt, whose accuracy differs from prompt to prompt as Beta(2, 1) does."""
+    chances = rng.beta(2, 1, prompts)
+    trees = [tree(1, 1, prompt=number) for number in range(prompts) for _ in range(rows)]
+    right = rng.random(len(trees)) < np.repeat(chances, rows)
+    return 2 / 3, rate(margins(trees, [(1.0, 0.0) if each else (0.0, 1.0) for each in right]))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_rows_of_one_prompt_are_one_observation(rows):
+    """Else the interval of five rows a prompt would cover the truth in 77 % of the cases."""
+    rng = np.random.default_rng(0)
+    found = [of_prompts(rng, 60, rows) for _ in range(400)]
+    assert all(own.prompts == 60 and own.pairs == 60 * rows for _, own in found)
+    covered = np.mean([own.low <= truth <= own.high for truth, own in found])
+    assert 0.92 <= covered <= 0.985
+
+
+def test_what_a_calibrated_judge_would_show():
+    """The mean calibration error of judges whose confidence is right, by simulation, and of one pair by hand."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 2, 90)
+    chance = 1 / (1 + np.exp(-np.abs(values)))
+    bins = reliability(values)
+    drawn = [calibration_error(reliability(np.where(rng.random(90) < chance, 1, -1) * np.abs(values))) for _ in range(2000)]
+    assert expected_error(bins) == pytest.approx(np.mean(drawn), rel=0.03)
+    assert expected_error(reliability(np.array([logit(0.7)]))) == pytest.approx(0.7 * 0.3 + 0.3 * 0.7)
+
+
 LENGTH = LengthBaseline("longer", 0.6, 0.55, 0.65, Interval(0.15, 0.1, 0.2))
 
 
@@ -195,7 +229,7 @@ def test_no_warning_for_a_model_that_beats_length():
     ("model", "words"),
     [
         (Rate(0.63, 0.58, 0.68, 400, 400), "is hardly better than always preferring the longer response"),
-        (Rate(0.58, 0.53, 0.63, 400, 400), "is no better than always preferring the longer response"),
+        (Rate(0.58, 0.53, 0.63, 400, 400), "is explained by length alone: always preferring the longer response"),
         (
             Rate(0.52, 0.47, 0.57, 400, 400),
             "cannot be told from guessing and is no better than always preferring the longer",
@@ -211,7 +245,9 @@ def test_a_warning_in_words(model, words):
     said = beats_length(model, replace(LENGTH, lead=Interval(gap, gap - 0.05, gap + 0.05)))
     mean, low, high = (100 * value for value in model.interval)
     assert f"{mean:.1f} % ({low:.1f} % to {high:.1f} %), {words}" in said
-    assert "which has 60.0 % (55.0 % to 65.0 %)" in said
+    assert "has 60.0 % (55.0 % to 65.0 %)" in said
+    remedy = "Pairs whose better response is the shorter one would tell whether it judges anything else."
+    assert said.endswith(remedy if "explained" in words else "Train on more pairs, or hold out more of them to be sure.")
     ahead = f"on the same pairs it is ahead by {100 * gap:.1f} % ({100 * gap - 5:.1f} % to {100 * gap + 5:.1f} %)"
     assert (ahead in said) == (gap > 0)
 

@@ -127,6 +127,7 @@ def preference(accuracy: float, by_length: float) -> Line:
         "pairs": 540,
         "prompts": 512,
         "ece": 0.031,
+        "ece_expected": 0.027,
         "confidence": 0.71,
         "reliability": bins,
         "margins": {"mean": 0.52, "edges": edges, "counts": counts},

@@ -70,8 +70,9 @@ def test_eval_json_is_what_was_found(tmp_path: Path) -> None:
 def test_who_is_better_worse_or_undecided() -> None:
     result = evaluation()
     assert said(result, "Better than sft").startswith(
-        "Better than sft (the 95 % interval is above 50 %): dpo's responses are preferred by gold to sft's in "
-        "72.1 % (68.0 to 75.9 %) of 512 comparisons; pushed/step-00000020's in 70.0 % (66.0 to 74.0 %); ppo's in"
+        "Better than sft (the 95 % interval is above 50 %, and holds among 7 models (Holm)): dpo's responses are preferred "
+        "by gold to sft's in 72.1 % (68.0 to 75.9 %) of 512 comparisons; "
+        "pushed/step-00000020's in 70.0 % (66.0 to 74.0 %); ppo's in"
     )
     assert said(result, "Better than sft").endswith("; 1 more in the table.")  # five are better, four are named
     assert "base's responses are preferred by gold to sft's in 21.0 % (17.0 to 25.0 %)" in said(result, "Worse than sft")
@@ -128,8 +129,7 @@ def test_where_the_reward_is_fooled() -> None:
     result = evaluation()
     assert said(result, "pushed fools the reward after step 20:").endswith(
         "gold is highest at step 20 (0.701, KL 4.80 nats) and falls by 0.271 (0.220 to 0.322) to step 80, while the proxy rises "
-        "from 1.180 to 2.35. The peak was chosen by the numbers that the fall is measured with, so the fall is, if anything, "
-        "overstated."
+        "from 1.180 to 2.35. The interval holds for whichever point is the highest; the fall itself is, if anything, overstated."
     )
     assert "It is highest at n = 16 (0.678," in said(result, "best of n: gold did not fall.")
     result["fits"]["pushed"]["peak"]["fall"] = {"mean": 0.02, "low": -0.01, "high": 0.05}
@@ -177,6 +177,11 @@ def test_preferences(tmp_path: Path) -> None:
         "(51.0 % to 59.0 %)."
     )
     assert "**rm:** its accuracy" in report(tmp_path, result, [])
+    result["preferences"] = {"rm": preference(0.8, 0.85)}
+    assert said(result, "Length explains it:").endswith(
+        "that is explained by length alone: always preferring the longer response has 85.0 % (81.0 % to 89.0 %) on the same "
+        "pairs. Pairs whose better response is the shorter one would tell whether it judges anything else."
+    )
     policy = preference(0.75, 0.55) | {"kind": "policy"}
     result["preferences"] = {"rm": preference(0.8, 0.55), "dpo": policy, "ipo": policy}
     assert said(result, "Preferences:").endswith("540 pairs; always the longer response reaches 55.0 % (51.0 to 59.0 %).")
