@@ -87,7 +87,7 @@ def reference_logps(
     writes the store.
 
     NumberError: a computed log-probability is not finite; it is not stored.
-    MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
+    MachineError: memory runs out with a single tree in a pass.
     """
     passes, ranks = replace(passes, backbone=passes.backbone.at(role)), passes.ranks
     table = _Table.of(datasets)

@@ -85,13 +85,19 @@ def optimise(passes: Passes, objective: Objective, optimizer: torch.optim.Optimi
 
     NonFinite: a loss or gradient is not finite; nothing was changed.
     NumberError: the objective says that the run's first batch is wrong; nothing was changed.
-    MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
+    MachineError: memory runs out with a single tree in a pass.
     """
     backbone, ranks = passes.backbone, passes.ranks
     roles, parameters = backbone.trained_roles, backbone.trained_parameters()
     counts = objective.counts(update.trees)
-    passes, (statistics, found) = within_memory(
-        passes, update.trees, lambda fitting: _backward(fitting, objective, optimizer, update, counts)
+    seen = objective.phases(update.trees)[0]
+    passes, measured = within_memory(passes, update.trees, lambda fitting: _measure(fitting, objective, seen))
+    statistics = _summed(measured, counts, ranks)
+    if not all(map(math.isfinite, statistics.means.values())):
+        raise _refusal(update.step, statistics.means, {}, measured, {}, ranks)
+    given = {**update.memory, **update.given, **statistics.means}
+    passes, found = within_memory(
+        passes, update.trees, lambda fitting: _backward(fitting, objective, optimizer, update, counts, given)
     )
     first = update.step == 1 and update.number == 0
     if first:
@@ -177,28 +183,26 @@ def _measure(passes: Passes, objective: Objective, trees: list[Tree], pause: Pau
 
 
 def _backward(
-    passes: Passes, objective: Objective, optimizer: torch.optim.Optimizer, update: Update, counts: dict[str, int]
-) -> tuple[Sums, list[_Pass]]:
-    """The statistics of an update, and all its passes forward and backward. Dropout is on for these, and off elsewhere."""
+    passes: Passes,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    update: Update,
+    counts: dict[str, int],
+    given: Mapping[str, float],
+) -> list[_Pass]:
+    """All passes of an update forward and backward, on this rank. Dropout is on for these, and off elsewhere."""
     backbone, ranks = passes.backbone, passes.ranks
     optimizer.zero_grad(set_to_none=True)
     torch.manual_seed(Stream.DROPOUT.seed(update.seed, update.step, update.number, ranks.rank))
-    seen, parts = objective.phases(update.trees)
-    measured = _measure(passes, objective, seen)
-    statistics = _summed(measured, counts, ranks)
-    if not all(map(math.isfinite, statistics.means.values())):
-        raise _refusal(update.step, statistics.means, {}, measured, {}, ranks)
-    given = {**update.memory, **update.given, **statistics.means}
     backbone.train(True)
     try:
-        found = [
+        return [
             _run_pass(backbone, objective, batch, trees, counts, given, _loss_scale(backbone))
-            for trees in parts
+            for trees in objective.phases(update.trees)[1]
             for batch in passes.over(trees)
         ]
     finally:
         backbone.train(False)
-    return statistics, found
 
 
 def _run_pass(
@@ -243,24 +247,27 @@ def _loss_scale(backbone: Backbone) -> float:
 def within_memory(passes: Passes, trees: Sequence[Tree], run: Callable[[Passes], T]) -> tuple[Passes, T]:
     """What `run` gives for `trees`, after the passes that it fitted in: their budget is halved whenever memory runs out.
 
-    MachineError: memory runs out with a single tree in a pass, or on one of several ranks.
+    `run` works on this rank alone. Where memory runs out on one of several, all of them do their share again.
+
+    MachineError: memory runs out with a single tree in a pass.
     """
     while True:
-        budget, ranks = passes.budget, passes.ranks
+        result: list[T] = []
         try:
-            return passes, run(passes)
+            result.append(run(passes))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            advice = (
-                f"set train.tokens_per_device below {budget}, shorten data.max_length or set model.gradient_checkpointing: true"
-            )
-            if ranks.size > 1:
-                raise MachineError(f"out of memory on rank {ranks.rank}; {advice}, then --resume").on_one_rank() from error
-            if budget <= (longest := max(map(tree_length, trees))):
-                raise MachineError(f"out of memory with one tree of {longest} tokens in the pass; {advice}") from error
-            passes = passes.at_most(max(budget // 2, 1))
         # Out here the error, and with it the pass's tensors, is gone.
+        if not passes.ranks.any(not result):
+            return passes, result[0]
+        budget, longest = passes.budget, max(map(tree_length, trees))
+        if budget <= longest:
+            raise MachineError(
+                f"out of memory with one tree of {longest} tokens in the pass; set train.tokens_per_device below {budget}, "
+                "shorten data.max_length or set model.gradient_checkpointing: true"
+            )
+        passes = passes.at_most(max(budget // 2, 1))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

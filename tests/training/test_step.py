@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.optim import build_optimizer
 from rlhf_cli.training.step import NonFinite, StepResult, Sums, Update, evaluate, is_out_of_memory, optimise
 from tests.models.tiny_backbone import draw_trees, largest_difference, make, make_backbone, plain_logps, sequences, weights
+from tests.ranks import launch
 
 ALONE = Ranks(expected=False)
 BATCHES = [draw_trees(6, seed=step, earlier=True, system=17 * (step % 2)) for step in range(6)]
@@ -291,3 +294,38 @@ def test_a_metric_with_several_units_is_the_sum_of_its_means() -> None:
     other = Sums({("loss", "pairs"): 4.0, ("loss", "tokens"): 3.0}, {"pairs": 2, "tokens": 1})
     assert one.means == {"loss": 4.0}
     assert (one + other).means == {"loss": 4.5}
+
+
+def short_of_memory(folder: str, limit: str) -> int:
+    """A rank of two that train for six steps; on the second one, passes of more than `limit` tokens fail. 0: none do."""
+    ranks = Ranks()
+    backbone = make_backbone(make())
+    optimizer, budget, results = build_optimizer(backbone.trained_roles, sections.Train()), 160, []
+    with pytest.MonkeyPatch.context() as patch:
+        if int(limit) and not ranks.main:
+            limit_memory(backbone, int(limit), patch, torch.OutOfMemoryError)
+        for step, trees in enumerate(BATCHES, 1):
+            update = Update(step, trees, {"policy": RATE}, CLIP, seed=0)
+            results.append(optimise(Passes(backbone, budget, ranks), Sft(), optimizer, update))
+            budget = results[-1].budget
+    told = {"budgets": [r.budget for r in results], "metrics": [r.metrics for r in results]}
+    (Path(folder) / f"{limit}-{ranks.rank}.json").write_text(json.dumps(told))
+    torch.save(weights(backbone), Path(folder) / f"{limit}-{ranks.rank}.pt")
+    ranks.close()
+    return 0
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_on_one_rank_is_replayed_on_all(tmp_path: Path) -> None:
+    """With half of the budget, until it fits; the result is the same, and nobody dies."""
+    for limit in ("0", "50"):
+        code, errors = launch(tmp_path, limit, ranks=2, function=short_of_memory).wait()
+        assert code == 0, errors
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("0-0", "0-1", "50-0", "50-1")}
+    assert found["0-0"]["budgets"] == [160] * 6
+    assert found["50-0"]["budgets"] == found["50-1"]["budgets"] and set(found["50-0"]["budgets"]) < {40, 80}
+    for one, other in zip(found["0-0"]["metrics"], found["50-0"]["metrics"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    first, second, straight = (torch.load(tmp_path / f"{name}.pt") for name in ("50-0", "50-1", "0-0"))
+    assert largest_difference(first, second) == 0
+    assert largest_difference(first, straight) < 1e-5
