@@ -18,7 +18,7 @@ from rlhf_cli.data import cache as store
 from rlhf_cli.data import sandbox, templates, turns
 from rlhf_cli.data.flat import Trees, flatten, select
 from rlhf_cli.data.formats import Taken
-from rlhf_cli.data.records import BadRow, Facts, Message, Prompt, Record
+from rlhf_cli.data.records import BadRow, Facts, Message, Prompt, Record, remedies
 from rlhf_cli.data.sandbox import TookTooLong, memory_limit, time_limit
 from rlhf_cli.data.templates import ChatFormat, Template, tokenise
 from rlhf_cli.data.trees import Tree, span
@@ -101,7 +101,8 @@ def _restore(stored: store.Stored, records: Sequence[Record]) -> Encoded:
 
 def _unusable(rows: int, lost: Counter[str], first: str) -> UsageError:
     counts = ", ".join(f"{reason} ({count})" for reason, count in lost.most_common())
-    return UsageError(f"none of {rows} rows can be used: {counts}\nthe first: {first}")
+    advice = remedies(lost).removesuffix(", ")
+    return UsageError(f"none of {rows} rows can be used: {counts}\nthe first: {first}" + (f"\n{advice}" if advice else ""))
 
 
 def checked(encoded: Encoded, check: Callable[[Tree], str | None]) -> Encoded:

@@ -158,8 +158,18 @@ def _from_ranked(row: Row, where: str) -> Record:
 def _from_unpaired(row: Row, where: str) -> Record:
     label = _field(row, "label")
     if type(label) is not bool:
-        raise BadRow(f"'label' is {records.kind_of(label)}, expected true or false")
+        raise BadRow(f"'label' is {records.kind_of(label)}, expected true or false", _as_label(label))
     return _from_completion(row, where)._replace(facts=Facts(label=label))
+
+
+def _as_label(value: Any) -> str:
+    """What to write for a label of another kind."""
+    word = str(value).strip().lower()
+    if word in ("1", "1.0", "up", "yes", "good", "true", "like", "thumbs_up", "desirable"):
+        return f"write true for {records.shortened(value)}"
+    if word in ("0", "0.0", "-1", "down", "no", "bad", "false", "dislike", "thumbs_down", "undesirable"):
+        return f"write false for {records.shortened(value)}"
+    return records.shortened(value)
 
 
 def _from_prompt(row: Row, where: str) -> Record:
@@ -243,6 +253,7 @@ FORMATS: dict[str, Format] = {
 
 _COLUMNS = (*(format.columns for format in FORMATS.values()), *(format.optional for format in FORMATS.values()), ("subset",))
 KNOWN_COLUMNS = tuple(dict.fromkeys(chain(*_COLUMNS)))  # `subset` of any row is the group it is counted in
+RENAME = "; name those that are meant in data.train.0.columns: {ours: theirs}"
 ALIASES = {"prompt": ("instruction", "question", "query"), "completion": ("response", "output", "answer")}
 """Names that other data sets use; only for the suggestion in an error, never read on their own."""
 
@@ -316,7 +327,7 @@ def detect(rows: Sequence[Row], purpose: Purpose, place: str) -> Format:
     columns = shown_columns(rows)
     if not counts:
         hint = _rename_hint(rows, purpose.use)
-        raise UsageError(f"{place}: found the columns {columns}; {purpose.label} needs {purpose.needs}{hint}")
+        raise UsageError(f"{place}: found the columns {columns}; {purpose.label} needs {purpose.needs}{hint or RENAME}")
     found = counts.most_common(1)[0][0]
     fitting = [name for name in found if name in purpose.use.formats]
     if not fitting:
@@ -350,5 +361,5 @@ def _rename_hint(rows: Sequence[Row], use: Use) -> str:
     for format in use.formats.values():
         missing = [name for name in format.columns if name not in has]
         if missing and not has & MEANINGFUL and all(len(ours[name]) == 1 for name in missing):
-            return f"; perhaps columns: {{{', '.join(f'{name}: {ours[name][0]}' for name in missing)}}}"
+            return f"; perhaps data.train.0.columns: {{{', '.join(f'{name}: {ours[name][0]}' for name in missing)}}}"
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from rlhf_cli.data.meaning import check_turn
@@ -78,6 +79,18 @@ class BadRow(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason = reason
+
+
+REMEDIES = {
+    "longer than data.max_length": "raise data.max_length or let data.overlong cut them",
+    "a control token in the text": "set data.control_tokens: keep where such tokens belong into the text",
+}
+
+
+def remedies(lost: Iterable[str]) -> str:
+    """What a recipe can do about the reasons for which rows are lost, each followed by a comma."""
+    words = list(lost)
+    return "".join(f"{remedy}, " for reason, remedy in REMEDIES.items() if any(reason in text for text in words))
 
 
 def kind_of(value: Any) -> str:

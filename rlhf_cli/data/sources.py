@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from rlhf_cli.data.files import RawRow, find_files, is_hub_id, read_file
 from rlhf_cli.data.formats import FORMATS, Converter, Format, Purpose, Row, Use, shown_columns
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.meaning import LostMeaning, check_columns, check_ignored, without
-from rlhf_cli.data.records import BadRow, Record, as_spoken, as_turns
+from rlhf_cli.data.records import BadRow, Record, as_spoken, as_turns, remedies
 from rlhf_cli.data.streams import DataStream
 from rlhf_cli.errors import UsageError
 
@@ -175,7 +176,7 @@ class _Conversion:
     seen: dict[str, None] = field(default_factory=dict)  # all columns under our names
     transcripts: int = 0
 
-    @property
+    @cached_property
     def used(self) -> set[str | None]:
         return {*self.format.columns, *self.format.optional, "subset", self.request.margin_column}
 
@@ -292,7 +293,7 @@ def check_lost(lost: int, read: int, max_lost: float, examples: Sequence[str]) -
     raise UsageError(
         f"{lost} of {read} rows ({lost / read:.1%}) are dropped or truncated; data.max_lost allows {max_lost:.1%}\n"
         f"  {'; '.join(examples[:3])}\n"
-        f"  mend these rows, or set data.max_lost to {math.ceil(lost / read * 1000) / 1000:g} or more"
+        f"  {remedies(examples)}mend these rows, or set data.max_lost to {math.ceil(lost / read * 1000) / 1000:g} or more"
     )
 
 

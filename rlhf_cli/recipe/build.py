@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from rlhf_cli.recipe.keys import Key, arms, as_yaml, describe, keys_of, kind_of, known_keys, sections_in, shape, source_list
 from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
-from rlhf_cli.recipe.suggest import closest_key
+from rlhf_cli.recipe.suggest import OTHER_VALUES, REMARKS, closest_key
 from rlhf_cli.recipe.yaml_reader import BAD, Node, Problem
 from rlhf_cli.suggest import closest, did_you_mean
 
@@ -120,11 +120,15 @@ class Builder:
                 continue
             dotted = f"{prefix}{name}"
             owners = [kind_of(rival) for rival in rivals if name in keys_of(rival)]
+            if owners and child.value is None:
+                continue
             if owners:
                 what = f"has no effect with kind: {kind_of(kind)} (it belongs to {', '.join(owners)}). remove it"
                 if child.line > 0 and "kind" in node.value and node.value["kind"].line == 0:
                     what += f", or replace the whole section: --set '{prefix[:-1]}={{kind: {kind_of(kind)}}}'"
                 self.report(child.line, dotted, what)
+                continue
+            if dotted in self.elsewhere and child.value is None:
                 continue
             if dotted in self.elsewhere and not any(key.endswith(f".{name}") for key in self.beyond(prefix)):
                 self.report(child.line, dotted, f"has no effect in {self.stage}. remove it")
@@ -132,10 +136,12 @@ class Builder:
             # a key that is there already is the less likely meaning, so unused ones come first
             names = [*unused, *(other for other in keys if other in node.value)]
             near = closest_key(name, names, prefix.rstrip("."), self.beyond(prefix)) if len(self.problems) < SHOWN else None
-            if near is not None:
+            if name == "log_level":
+                hint = REMARKS[name]
+            elif near is not None:
                 meant.add(near)
                 self.bad.add(near)
-                hint = f"did you mean {near}?"
+                hint = f"did you mean {near}?" + (f" {REMARKS[name]}" if name in REMARKS else "")
             elif prefix == "objective.":
                 hint = f"{kind_of(kind)} takes {', '.join(keys)}"
             else:
@@ -246,8 +252,10 @@ def _not_among(names: list[str], node: Node) -> str:
     """What is wrong with a kind that is none of these, and the stage whose kind it is or the one that is meant."""
     advice, value = "write one of these", node.value
     if isinstance(value, str):
+        ours = OTHER_VALUES["kind"].get(value)
         owner = next((name for name, stage in TRAINING_STAGES.items() if value in map(kind_of, stage.objectives)), None)
         advice = f"{value} is a kind of rlhf {owner}" if owner else did_you_mean(value, names, advice)
+        advice = f"write {ours}" if ours in names else advice
     return f"expected {' | '.join(names)}, found {_found(node)}. {advice}"
 
 
@@ -256,6 +264,9 @@ def _mismatch(kind: Any, node: Node, key: Key) -> str:
     names = [name for arm in arms(kind) if get_origin(arm) is Literal for name in get_args(arm)]
     if names and key.name == "kind":
         return _not_among(names, node)
+    ours = OTHER_VALUES.get(key.name, {}).get(node.text)
+    if ours is not None:
+        return f"expected {describe(kind)}, found {_found(node)}. write {ours}"
     near = closest(node.value, names) if isinstance(node.value, str) else None
     return f"expected {describe(kind)}, found {_found(node)}. {_advice(node, forms, near, key)}"
 
@@ -284,11 +295,14 @@ def _advice(node: Node, forms: list[Any], near: str | None, key: Key) -> str:
     if bool in forms and isinstance(value, str) and value.lower() in ("yes", "on", "y", "no", "off", "n", "true", "false"):
         return f"write {'true' if value.lower() in ('yes', 'on', 'y', 'true') else 'false'}"
     if numeric and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9][0-9_,]*", value) and re.search("[_,]", value):
-        return f"write {re.sub('[_,]', '', value)}"
+        thousands = re.fullmatch(r"[-+]?[1-9]\d{0,2}([,_]\d{3})+", value) or "," not in value
+        return f"write {re.sub('[_,]', '', value) if thousands else value.replace('_', '').replace(',', '.')}"
     if numeric and isinstance(value, str) and re.fullmatch(r"[-+0-9.eE]+", value):
         return "remove the quotes"
     if int in forms and isinstance(value, float) and value.is_integer():
         return f"write {value:.0f}"
+    if value is False and type(None) in forms:
+        return "write null"
     if (str in forms or source_list(key.kind)) and isinstance(value, (bool, int, float)):
         return f"put it in quotes: '{node.text[:40]}'"
     if list in forms and isinstance(value, dict) and sections_in(key.kind):

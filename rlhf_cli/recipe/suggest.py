@@ -13,8 +13,7 @@ OTHER_NAMES = {
     "train.schedule": ("lr_scheduler_type", "lr_scheduler"),
     "train.warmup": ("warmup_ratio", "warmup_steps"),
     "train.optimizer": ("optim",),
-    "train.batch_size": ("per_device_train_batch_size", "gradient_accumulation_steps"),
-    "train.tokens_per_device": ("micro_batch_size",),
+    "train.batch_size": ("per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_size"),
     "train.log_every": ("logging_steps",),
     "train.eval_every": ("eval_steps",),
     "train.save_every": ("save_steps",),
@@ -59,6 +58,31 @@ OTHER_NAMES = {
     "winrate.judge.endpoint": ("url", "base_url"),
 }
 """Keys of ours, and the names that people bring along for them from other trainers."""
+
+PRODUCT = "write the product: rows of a device × accumulation steps × devices"
+REMARKS = {
+    **dict.fromkeys(OTHER_NAMES["train.batch_size"], PRODUCT),
+    "log_level": "what is said cannot be chosen; train.log_every says how often",
+}
+"""Names of other trainers → what to know beside the key that is meant."""
+
+OTHER_VALUES = {
+    "attention": {"flash_attention_2": "flash", "flash_attention_3": "flash", "fa2": "flash", "flex_attention": "flex"},
+    "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"},
+    "optimizer": {
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adam", "paged_adamw_32bit"), "adamw"),
+        **dict.fromkeys(("paged_adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+    },
+    "schedule": {
+        "constant_with_warmup": "constant, with train.warmup",
+        "cosine_with_min_lr": "cosine",
+        "linear_warmup": "linear",
+    },
+    "quantize": {"4": "4bit", "8": "8bit", "nf4": "4bit", "int8": "8bit", "int4": "4bit"},
+    "kind": {"sigmoid": "dpo", "bco_pair": "bco", "loss_dpo": "dpo", "sigmoid_norm": "simpo"},
+    "trackers": {"none": "[]", "None": "[]"},
+}
+"""Name of a key of ours → values that other trainers write for it → ours."""
 
 
 def closest_key(word: str, siblings: Sequence[str], prefix: str, known: Sequence[str]) -> str | None:

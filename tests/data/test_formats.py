@@ -211,7 +211,11 @@ BAD = [
         "'ranks' and 'scores' contradict each other",
     ),
     ("unpaired", {"prompt": "a", "completion": "b"}, "'label' is missing"),
-    ("unpaired", {"prompt": "a", "completion": "b", "label": 1}, "'label' is a number, expected true or false"),
+    (
+        "unpaired",
+        {"prompt": "a", "completion": "b", "label": 1},
+        "'label' is a number, expected true or false (write true for 1)",
+    ),
     ("prompt", {"prompt": "a", "subset": 3}, "'subset' is a number, expected text"),
 ]
 
@@ -301,32 +305,34 @@ SFT_NEEDS = (
     "messages | prompt + completion | text | prompt + chosen + rejected | chosen + rejected | prompt + responses"
     " | prompt + completion + label"
 )
+RENAME = "; name those that are meant in data.train.0.columns: {ours: theirs}"
 REFUSED = [
-    ([{"a": 1, "b": 2}], "sft", f"x: found the columns a, b; sft needs {SFT_NEEDS}"),
-    ([{}], "sft", f"x: found the columns (none); sft needs {SFT_NEEDS}"),
-    ([{"\x1b[2J": 1}], "sft", f"x: found the columns '\\x1b[2J'; sft needs {SFT_NEEDS}"),
+    ([{"a": 1, "b": 2}], "sft", f"x: found the columns a, b; sft needs {SFT_NEEDS}{RENAME}"),
+    ([{}], "sft", f"x: found the columns (none); sft needs {SFT_NEEDS}{RENAME}"),
+    ([{"\x1b[2J": 1}], "sft", f"x: found the columns '\\x1b[2J'; sft needs {SFT_NEEDS}{RENAME}"),
     (
         [{"question": "a", "answer": "b"}],
         "sft",
         f"x: found the columns question, answer; sft needs {SFT_NEEDS}"
-        "; perhaps columns: {prompt: question, completion: answer}",
+        "; perhaps data.train.0.columns: {prompt: question, completion: answer}",
     ),
     # Alpaca's input would be lost without a word: nothing is suggested.
     (
         [{"instruction": "a", "input": "b", "output": "c"}],
         "sft",
-        f"x: found the columns instruction, input, output; sft needs {SFT_NEEDS}",
+        f"x: found the columns instruction, input, output; sft needs {SFT_NEEDS}{RENAME}",
     ),
     (
         [{"instruction": "a", "context": "b", "response": "c"}],
         "sft",
-        f"x: found the columns instruction, context, response; sft needs {SFT_NEEDS}",
+        f"x: found the columns instruction, context, response; sft needs {SFT_NEEDS}{RENAME}",
     ),
     ([{"prompt": "a"}], "sft", f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"),
     (
         [{"prompt": "a", "response": "b"}],
         "sft",
-        f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}; perhaps columns: {{completion: response}}",
+        f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"
+        "; perhaps data.train.0.columns: {completion: response}",
     ),
     (
         [{"text": "a"}],

@@ -168,7 +168,7 @@ def test_typed_cells_of_a_csv(tmp_path):
     report = read("x.csv").reports[0]
     assert (report.kept, report.unused) == (1, {"undesirable (not for sft)": 1})
     assert report.bad_examples == (
-        "x.csv:4: 'label' is text, expected true or false",
+        "x.csv:4: 'label' is text, expected true or false ('maybe')",
         "x.csv:5: another number of cells than the header (2, expected 3)",
         "x.csv:6: not CSV (',' expected after '\"')",
     )
@@ -209,7 +209,11 @@ WHOLE_FILE = {
         "blanks.jsonl: no good row among 2: 1 × 'text' is empty, 1 × 'text' is blank; expected text rows (text)\n"
         "  blanks.jsonl:1: 'text' is empty",
     ),
-    "columns.jsonl": (b'{"a": 1}', "data.train.0.path: columns.jsonl: found the columns a; sft needs {needs}"),
+    "columns.jsonl": (
+        b'{"a": 1}',
+        "data.train.0.path: columns.jsonl: found the columns a; sft needs {needs}; name those that are meant in "
+        "data.train.0.columns: {ours: theirs}",
+    ),
     "not.jsonl.gz": (GOOD, "not.jsonl.gz: not a gzip file, or cut off (Not a gzipped file (b'{\"')); copy or write it again"),
     "list.json": (
         b'[{"text": "a"},\n{"text": }]',

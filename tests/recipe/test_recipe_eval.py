@@ -357,7 +357,7 @@ FAULTS = {
     (
         GOOD,
         "dtype: bf16",
-    ): "4: dtype: expected auto | float32 | bfloat16 | float16, found the text 'bf16'. did you mean bfloat16?",
+    ): "4: dtype: expected auto | float32 | bfloat16 | float16, found the text 'bf16'. write bfloat16",
     (
         GOOD,
         "trust_remote_code: true",
@@ -373,7 +373,7 @@ FAULTS = {
     **{
         (GOOD, f"{name}: {value}"): f"4: {name}: has no effect in eval. remove it"
         for name, value in {
-            **{"data": "{train: x.jsonl}", "train": "{steps: 4}", "lora": "null", "objective": "{kind: dpo}"},
+            **{"data": "{train: x.jsonl}", "train": "{steps: 4}", "lora": "auto", "objective": "{kind: dpo}"},
             **{"kl": "{coef: 1}", "value": "{}", "ptx": "{data: x}", "trackers": "[wandb]"},
         }.items()
     },

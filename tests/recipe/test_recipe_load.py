@@ -168,7 +168,7 @@ def test_all_faults_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         "r.yaml:1: seed: expected a whole number, found the text 'x'. the default is 0",
         "r.yaml:1: output: missing. add it: the run folder",
         "r.yaml:2: model.path: missing. add it: hub id, transformers folder, or the folder of an earlier run",
-        "r.yaml:3: model.dtype: expected auto | float32 | bfloat16 | float16, found the text 'bf16'. did you mean bfloat16?",
+        "r.yaml:3: model.dtype: expected auto | float32 | bfloat16 | float16, found the text 'bf16'. write bfloat16",
         "r.yaml:4: data.max_lenght: unknown key. did you mean data.max_length?",
         "r.yaml:4: data.train: missing. add it: a path, or a list of sources",
         "r.yaml:7: train.epochs: has no effect beside train.steps. keep one of the two",
