@@ -24,7 +24,9 @@ from typer.exceptions import TyperException
 from rlhf_cli import __version__
 from rlhf_cli.console import Console, silence
 from rlhf_cli.errors import RunError, Stopped, UsageError
-from rlhf_cli.recipe.stages import STAGES, Stage
+from rlhf_cli.recipe.keys import kind_of
+from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES, Stage
+from rlhf_cli.signals import stopping
 from rlhf_cli.suggest import did_you_mean
 
 Action = Callable[[], None]
@@ -188,13 +190,21 @@ def _run(arguments: list[str]) -> int:
     command = next((word for word in arguments if not word.startswith("-")), None)
     names = [*STAGES, "export"]
     if command is not None and command not in names:
-        hint = did_you_mean(command, names, f"commands: {', '.join(names)}")
+        hint = _command_of(command) or did_you_mean(command, names, f"commands: {', '.join(names)}")
         raise UsageError(f"rlhf {command}: no such command. {hint}")
     result = app(arguments or ["--help"], prog_name="rlhf", standalone_mode=False)
     if callable(result):
         result()
         return 0
     return int(result or 0) if arguments else 2
+
+
+def _command_of(word: str) -> str | None:
+    """The command that has what other tools, or we, call by this word."""
+    named = {"merge": "rlhf export RUN DEST --merge merges an adapter", "reward": "rlhf train-rm", "rm": "rlhf train-rm"}
+    kinds = {kind_of(kind): name for name, stage in TRAINING_STAGES.items() for kind in stage.objectives}
+    owner = f"rlhf {kinds[word]} has it: objective.kind: {word}" if word in kinds else None
+    return named.get(word) or owner
 
 
 def _fail(error: RunError | TyperException, debug: bool) -> int:
@@ -248,8 +258,9 @@ def _leave_on_signals() -> None:
     """While libraries are imported nothing is held yet, and an exception raised amid them may be swallowed: end at once."""
 
     def leave(number: int, _: object) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         _console().note(f"stopped by {signal.Signals(number).name} before the first step; nothing was trained")
         os._exit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stopping():
         signal.signal(number, leave)

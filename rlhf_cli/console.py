@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ASCII = str.maketrans({"⟦": "[[", "⟧": "]]", "…": "...", "·": ".", "→": "->", "×": "x", "≤": "<=", "≥": ">=", "’": "'"})
 ASCII |= str.maketrans(dict.fromkeys("–—−", "-"))
 LEARNED, RESET, YELLOW, RED, BOLD = "\x1b[1;32m", "\x1b[0m", "\x1b[33m", "\x1b[31m", "\x1b[1m"
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 SHOWN_PIECE = 2000
 """Characters of one piece of the first example that are shown."""
 
@@ -178,12 +179,12 @@ def peak_memory_gib() -> float:
 
 
 def clean(text: str) -> str:
-    """Control characters made visible, so that data cannot steer a terminal.
+    """Characters made visible that control a terminal, turn the direction of a line, end it or have no width, but for joiners.
 
-    >>> clean("a\\x1b[31mb")
-    'a\\\\x1b[31mb'
+    >>> clean("a\\x1b[31mb\\u202ec")
+    'a\\\\x1b[31mb\\\\u202ec'
     """
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+    return UNSEEN.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def _encodable(stream: TextIO, text: str) -> str:

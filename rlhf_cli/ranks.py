@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.signals import stopping
 
 GRADIENT_BUCKET = 2**24
 """Elements of one gradient reduction: 64 MiB."""
@@ -111,7 +112,7 @@ class Ranks:
 @contextlib.contextmanager
 def _signals_end_at_once() -> Iterator[None]:
     """While ranks wait for each other inside a library, which would not let a handler of ours run: nothing is held yet."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in stopping()}
     try:
         yield
     finally:

@@ -20,6 +20,12 @@ def no_pause() -> None:
     """A `Pause` at which nothing stops."""
 
 
+def stopping() -> tuple[signal.Signals, ...]:
+    """The signals that stop a run. A terminal that closes is as SIGTERM, unless the run was started to outlive it (nohup)."""
+    outlives = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM) if outlives else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class StopSignals:
     """Holds the signal that asked the run to stop.
 
@@ -34,7 +40,7 @@ class StopSignals:
         self._remark = BEFORE
 
     def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stopping():
             signal.signal(number, self._handle)
 
     def say(self, remark: str) -> None:
@@ -64,6 +70,7 @@ class StopSignals:
         raise Stopped(f"stopped by {signal.Signals(number).name} {self._remark}", number)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         if self.received is not None and number == signal.SIGINT:
             os._exit(128 + number)
         self.received = number

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     ("errors", "__version__"),
-    ("figures", "files", "metrics", "sections", "suggest"),
-    ("console", "signals", "ranks"),
+    ("figures", "files", "metrics", "sections", "signals", "suggest"),
+    ("console", "ranks"),
     ("data",),
     ("models",),
     ("objectives",),
@@ -113,7 +113,7 @@ class TestImports:
         assert {distribution.get(name, name) for name in third} - {None} == declared
 
 
-LINES, FILE, FUNCTION, ARGUMENTS, REASONED = 19_800, 400, 60, 7, ("transformers", "typer")
+LINES, FILE, FUNCTION, ARGUMENTS, REASONED = 20_000, 400, 60, 7, ("transformers", "typer")
 """At most: lines of the package, of a file and of a function; arguments, but where a docstring says who asks for more."""
 
 

@@ -93,6 +93,8 @@ def _content(folder: Path) -> set[str]:
     """Names in the folder, without the lock and what a killed writer left."""
     if not os.path.lexists(folder):
         return set()
+    if not folder.exists():
+        raise UsageError(f"{folder} is a link to nothing\n  remove it, or choose another output")
     if folder.exists() and not folder.is_dir():
         raise MachineError(f"{folder} is a file, a run needs a folder\n  choose another output")
     names = {path.name for path in folder.iterdir()}
@@ -101,6 +103,10 @@ def _content(folder: Path) -> set[str]:
 
 def refuse_occupied(output: Path, resume: bool) -> None:
     """UsageError where `open_run` without --force would give one; touches nothing."""
+    try:
+        str(output).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{str(output)!r} is not UTF-8, and could not be written down\n  choose another output") from None
     names = _content(output)
     if not names or (resume and names & OWN_NAMES):
         return

@@ -212,6 +212,8 @@ def _facts(job: TrainingJob) -> dict[str, str]:
 def _warnings(job: TrainingJob, memory: Memory) -> Iterator[str]:
     yield from job.dataset.train.notices
     yield from _overlaps(job)
+    if (asked := job.recipe.train.batch_size) > (rows := len(job.source.trees)):
+        yield f"train.batch_size {asked:,} is more than the {rows:,} rows there are: every step sees all of them"
     if message := learning_rate_warning(job.recipe, memory):
         yield message
     if not job.objective.soft_labels and any(facts.probability is not None for facts in job.dataset.train.trees.facts):

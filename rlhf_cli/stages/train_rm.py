@@ -43,7 +43,6 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         trainer = train_job(job, folder, backbone, sampled=False)
         job.signals.obey_at_once("after the last step; continue with --resume")
         card = _score(job, backbone, trainer.state.budget)
-        job.signals.defer()
         if card.warning:
             job.console.warn(card.warning)
         finish_job(job, folder, trainer, base, _manifest(job, folder, backbone, base, card))

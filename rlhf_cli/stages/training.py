@@ -195,6 +195,7 @@ def finish_job(
 
     parents: runs that were used beside the one it started from; fingerprints: of data beside the job's own.
     """
+    job.signals.obey_at_once("after the last step; continue with --resume")
     if job.ranks.main:
         with disk_errors(folder.model):
             trainer.hooks.save_model(folder.model)
@@ -222,6 +223,7 @@ def finish_job(
         }
         manifest = build_manifest(folder, job.loaded.stage, trainer.status, job.recipe.seed, own)
         write_report(folder, manifest)
+        job.signals.defer()
         write_json(folder.manifest, manifest)  # the last write: the run is finished
     best = trainer.state.watched.best_step
     if best is not None and best != trainer.state.step:

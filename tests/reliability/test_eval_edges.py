@@ -27,6 +27,7 @@ from tests.stages.tiny_runs import (
     LETTERS,
     MODEL,
     PROMPTS,
+    SPLIT,
     TRAINED,
     lines,
     make_home,
@@ -416,14 +417,16 @@ def test_a_run_of_another_command_is_not_resumed(home: Path, tmp_path: Path, cap
     ]
 
 
-@pytest.mark.parametrize(("share", "seed", "warned"), [(0.4, 0, False), (0.2, 0, True), (0.4, 1, True)])
+@pytest.mark.parametrize(
+    ("share", "seed", "warned"), [(0.4, SPLIT, False), (0.4, None, False), (0.2, SPLIT, True), (0.4, 1, True)]
+)
 def test_rows_that_training_has_seen(
-    share: float, seed: int, warned: bool, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    share: float, seed: int | None, warned: bool, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """dpo has held out 0.4 of the pairs by the seed 0, sft has learned from other rows."""
-    rows = {"path": "HOME/pairs.jsonl", "holdout": share}
+    """dpo has held out 0.4 of the pairs by a seed, which is the default here; sft has learned from other rows."""
+    rows = {"path": "HOME/pairs.jsonl", "holdout": share, "holdout_seed": seed}
     models = {"sft": "HOME/sft", "dpo": "HOME/dpo"}
-    path = write_eval(tmp_path / "ev.yaml", home, models=models, reference="sft", preferences=rows, seed=seed)
+    path = write_eval(tmp_path / "ev.yaml", home, models=models, reference="sft", preferences=rows)
     assert rlhf("eval", path) == 0
     expected = f"dpo {TRAINED} {home / 'pairs.jsonl'}, preferences here: "
     said = [note for note in result(tmp_path / "ev")["about"]["notes"] if TRAINED in note]

@@ -113,13 +113,14 @@ def test_resume_starts_where_nothing_is_and_refuses_other_folders(tmp_path):
         ("file/a", "a part of the path is a file, not a folder"),
         ("x" * 300, "the path is too long"),
         ("a\0b", "cannot be the name of a folder"),
-        ("dangling", "cannot write"),
+        ("dangling", "is a link to nothing"),
+        ("\udcff", "is not UTF-8"),
     ],
 )
 def test_impossible_outputs(tmp_path, name, message):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(MachineError, match=message):
+    with pytest.raises((MachineError, UsageError), match=message):
         open_run(tmp_path / name, resume=False, force=False)
 
 

@@ -25,7 +25,7 @@ def wave(prompts, responses):
 
 HELD_OUT, SPLIT = 0.4, 18  # 13 of the 24 prompts
 MODEL, LETTERS, WAVE = {"model": "HOME/rm"}, {"function": "HOME/functions.py:letters"}, {"function": "HOME/functions.py:wave"}
-PROMPTS = {"path": "HOME/pairs.jsonl", "holdout": HELD_OUT}
+PROMPTS = {"path": "HOME/pairs.jsonl", "holdout": HELD_OUT, "holdout_seed": SPLIT}
 
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("sft", "base", {"data": {"train": "HOME/rows.jsonl"}}),
