@@ -323,7 +323,7 @@ def test_memory_that_runs_out_on_one_rank_is_replayed_on_all(tmp_path: Path) -> 
         assert code == 0, errors
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("0-0", "0-1", "50-0", "50-1")}
     assert found["0-0"]["budgets"] == [160] * 6
-    assert found["50-0"]["budgets"] == found["50-1"]["budgets"] and set(found["50-0"]["budgets"]) < {40, 80}
+    assert found["50-0"]["budgets"] == found["50-1"]["budgets"] and found["50-0"]["budgets"][-1] < 160
     for one, other in zip(found["0-0"]["metrics"], found["50-0"]["metrics"], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
     first, second, straight = (torch.load(tmp_path / f"{name}.pt") for name in ("50-0", "50-1", "0-0"))
