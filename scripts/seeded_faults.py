@@ -132,8 +132,8 @@ FAULTS = (
     Fault(
         "resume: lines after the checkpoint stay",
         "training/loop.py",
-        "self.metrics.truncate_after(self.state.logs.metrics_bytes)",
-        "pass",
+        "log.truncate_after(size, digest)",
+        "True",
         "reliability",
     ),
     Fault(
