@@ -36,12 +36,13 @@ def ancestors(path: str) -> Iterator[Ancestor]:
     waiting, seen = [path], set[Path]()
     while waiting:
         place = Path(waiting.pop())
-        run = next((each for each in (place, place.parent, place.parent.parent) if recorded_recipe(each).get("data")), None)
+        run = next((each for each in (place, place.parent, place.parent.parent) if (each / INPUTS).exists()), None)
         if run is None or run.resolve() in seen:
             continue
         seen.add(run.resolve())
-        recipe, folder = recorded_recipe(run), RunFolder(run)
-        data, inputs = recipe["data"], _json(run / INPUTS)
+        recipe, folder, inputs = recorded_recipe(run), RunFolder(run), _json(run / INPUTS)
+        if (data := recipe.get("data")) is None:
+            continue  # of an evaluation
         sources = [source["path"] for source in (*data["train"], *((recipe.get("ptx") or {}).get("data") or ()))]
         trained_on = frozenset(str(inputs[source]) for source in sources if source in inputs)
         yield Ancestor(str(run), trained_on, Split(data.get("holdout") or 0.0, data.get("holdout_seed")))

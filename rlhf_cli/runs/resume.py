@@ -94,9 +94,12 @@ def _recorded(run: RunFolder) -> dict[str, Any] | None:
 
 
 def recorded_recipe(folder: Path) -> dict[str, Any]:
-    """The recipe that the run in this folder was last started with; empty where there is none."""
+    """The recipe that the run in this folder was last started with; empty where there is none. UsageError: it is damaged."""
     path = RunFolder(folder).recipe
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def finished_steps(run: RunFolder) -> int:

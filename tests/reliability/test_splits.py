@@ -112,6 +112,18 @@ def test_ancestors_are_all_runs_before(home: Path) -> None:
     assert {each.split for each in found} == {Split(0.3, 0)}
     assert len({each.trained_on for each in found}) == 1
     assert list(ancestors("base")) == []
+    shutil.copy("r.yaml", "recipe.yaml")
+    assert list(ancestors("base")) == [], "a recipe that lies about is no run"
+    Path("recipe.yaml").unlink()
+
+
+def test_a_damaged_recipe_of_a_parent_is_named(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parent = shutil.copytree(home / "sft", tmp_path / "sft")
+    for damage in ("data: [", "- a list", "\udcff"):
+        (parent / "recipe.yaml").write_bytes(damage.encode("utf-8", "surrogateescape"))
+        path = write_recipe(tmp_path / "r.yaml", parent, home / "pairs.jsonl", tmp_path / "run", **QUICK)
+        assert rlhf("dpo", path, "--check") == 2
+        assert f"error: {parent / 'recipe.yaml'} is damaged: " in capsys.readouterr().err
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], **source: Any) -> list[str]:
