@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from rlhf_cli.errors import UsageError
@@ -50,16 +50,19 @@ class LostMeaning(Exception):
         self.name = name
 
 
-def check_columns(row: Mapping[str, Any], used: Collection[str | None], prompts_alone: bool) -> None:
+def check_columns(row: Mapping[str, Any], used: Set[str | None], prompts_alone: bool) -> None:
     """Raises LostMeaning for a column not among `used` that bears on the prompt or, unless `prompts_alone`, on responses."""
-    for name, what in (OF_PROMPTS if prompts_alone else OF_PROMPTS | OF_RESPONSES).items():
-        if name in row and name not in used and _says_something(name, row[name]):
+    for name in sorted(row.keys() - used):
+        what = OF_PROMPTS.get(name) or (None if prompts_alone else OF_RESPONSES.get(name))
+        if what is not None and _says_something(name, row[name]):
             raise LostMeaning(name, what)
 
 
 def check_turn(turn: Mapping[str, Any], name: str, number: int) -> None:
     """Raises LostMeaning for a key of a conversation's turn."""
-    for key in turn.keys() & OF_TURNS.keys():
+    if len(turn) == 2:
+        return  # its role and its content
+    for key in sorted(turn.keys() & OF_TURNS.keys()):
         if _says_something(key, turn[key]):
             raise LostMeaning(key, OF_TURNS[key], f" in turn {number} of {name}")
 

@@ -182,8 +182,10 @@ class _Conversion:
 
     def __call__(self, row: Row, place: str) -> Record:
         """UsageError where a column that changes what the row means is not read. Raises BadRow."""
-        request, own = self.request, _renamed(without(row, self.source.ignore), self.source.columns)
-        self.seen.update(dict.fromkeys(own))
+        request, own = self.request, without(row, self.source.ignore)
+        own = _renamed(own, self.source.columns) if self.source.columns else own
+        if not own.keys() <= self.seen.keys():
+            self.seen.update(dict.fromkeys(own))
         try:
             check_columns(own, self.used, request.purpose.use.responses == "none")
             record = formats.convert(own, place, self.converter)
