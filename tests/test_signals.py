@@ -32,3 +32,19 @@ def test_one_of_several_ranks_never_stops_at_a_pause() -> None:
         signal.raise_signal(signal.SIGTERM)
         signals.pause()
     assert signals.received == signal.SIGTERM
+
+
+@pytest.mark.parametrize("outlives", [False, True])
+def test_a_closed_terminal_stops_a_run_unless_it_is_to_outlive_it(outlives: bool) -> None:
+    """As SIGTERM does; what nohup began goes on."""
+    with own_signals():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if outlives else signal.SIG_DFL)
+        signals = StopSignals()
+        signals.install()
+        if outlives:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.received is None
+        else:
+            with pytest.raises(Stopped, match="^stopped by SIGTERM ") as stopped:
+                signal.raise_signal(signal.SIGHUP)
+            assert stopped.value.exit_code == 143

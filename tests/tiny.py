@@ -126,7 +126,7 @@ def write_recipe(path: Path, start: Path, rows: Path, folder: Path, **sections: 
 @contextmanager
 def own_signals() -> Iterator[None]:
     """Inside, signals may be handled in another way; afterwards they are as before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
