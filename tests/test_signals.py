@@ -45,6 +45,6 @@ def test_a_closed_terminal_stops_a_run_unless_it_is_to_outlive_it(outlives: bool
             signal.raise_signal(signal.SIGHUP)
             assert signals.received is None
         else:
-            with pytest.raises(Stopped, match="^stopped by SIGTERM ") as stopped:
+            with pytest.raises(Stopped, match=r"^stopped by SIGTERM ") as stopped:
                 signal.raise_signal(signal.SIGHUP)
             assert stopped.value.exit_code == 143
