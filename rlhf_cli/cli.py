@@ -244,14 +244,21 @@ def _end_with_launcher() -> None:
 
     First of all, because one that dies while libraries are imported must be noticed too.
     """
-    if "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    if sys.platform != "linux" or not os.environ.keys() & {"RANK", "ACCELERATE_MIXED_PRECISION"}:
         return
     import ctypes
 
     launcher = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != launcher:
+    if os.getppid() != launcher or _adopted(launcher):
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def _adopted(parent: int) -> bool:
+    """Has torchrun died before this process could ask to be told? It is a Python program; init or systemd adopts its orphans."""
+    program = Path(f"/proc/{parent}/cmdline").read_bytes()
+    adopts = parent == 1 or b"systemd" in program
+    return "TORCHELASTIC_RUN_ID" in os.environ and adopts and b"python" not in program
 
 
 def _leave_on_signals() -> None:
