@@ -29,7 +29,7 @@ CHUNK = 1000  # rows that are rendered and tokenised at a time
 EXAMPLES = 5  # lost rows that are named one by one
 TIMEOUTS = 3  # rows on which a template may use up its time before it is refused
 TRIES = 8  # cutting n tokens' worth of text may save a few less: the cut is repeated until the row fits
-READY = "{count:,} texts are ready-made, with a BOS or an end of their own: neither is written twice"
+READY = "ready-made texts, with a BOS or an end of their own: {count:,}; neither is written twice"
 WITH_OFFSETS = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
 
 

@@ -141,7 +141,7 @@ STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
 def _json(path: Path) -> Iterator[RawRow]:
     """A list of objects, or an object whose one list they are; else JSON Lines, which often bear this name too."""
     data = path.read_bytes().removeprefix(BOM)
-    wrapped = data.lstrip().startswith(b"{") and isinstance(_parse_line(data.lstrip().partition(b"\n")[0]), BadRow)
+    wrapped = _is_one_object(data)
     if not wrapped and not data.lstrip().startswith(b"["):
         yield from _lines(BytesIO(data))
         return
@@ -157,9 +157,20 @@ def _json(path: Path) -> Iterator[RawRow]:
         raise UsageError(f"{path}: nested too deeply; expected one list of objects") from None
 
 
+def _is_one_object(data: bytes) -> bool:
+    """Does an object begin that goes on after its first line? That line may also be a damaged one of many."""
+    first, _, more = data.lstrip().partition(b"\n")
+    if not first.startswith(b"{") or not isinstance(_parse_line(first), BadRow):
+        return False
+    return isinstance(_parse_line(more.lstrip().partition(b"\n")[0]), BadRow)
+
+
 def _wrapped(text: str, path: Path) -> Iterator[RawRow]:
     """The objects in the one list of an object, each with its number from 1."""
-    lists = {name: value for name, value in json.loads(text).items() if isinstance(value, list)}
+    try:
+        lists = {name: value for name, value in STRICT.decode(text).items() if isinstance(value, list)}
+    except BadRow as bad:
+        raise UsageError(f"{path}: {bad}; expected one list of objects") from None
     if len(lists) != 1:
         there = f"the lists {', '.join(lists)}" if lists else "no list"
         raise UsageError(f"{path}: one object with {there}; expected one list of objects, or an object on each line")

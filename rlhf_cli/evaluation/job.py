@@ -21,7 +21,7 @@ from rlhf_cli.evaluation.models import EvaluatedModel, Tokenisation, Tokenisatio
 from rlhf_cli.evaluation.rows import SECTIONS, Rows, SectionRows, own_keys, read_rows
 from rlhf_cli.evaluation.splits import trained_on, with_holdout_seed
 from rlhf_cli.files import sha256_file
-from rlhf_cli.models.load import load_config, positions_of, quiet_libraries, resolve_dtype
+from rlhf_cli.models.load import positions_of, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
@@ -131,7 +131,11 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
         for section in SECTIONS
         if vars(recipe)[section] is not None
     }
-    _check_ids(recipe, models, rows)
+    for model in models:
+        for read in (own.by_tokenisation.get(model.tokenisation) for own in rows.values()):
+            if read is not None:
+                size = model.config.get_text_config().vocab_size
+                check_ids(read.trees, read.records, size, model.tokenisation.tokenizer, model.name)
     recipe = _resolved(recipe, models, rows, ranks)
     lost, seen = sum(own.left_out for own in rows.values()), list(trained_on(recipe, models, rows, origins))
     for note in seen:
@@ -156,20 +160,12 @@ def _fitted(loaded: Loaded, models: Sequence[EvaluatedModel]) -> tuple[Loaded, l
     """The recipe with lengths that every model can take, and what to say of those that it had left at their defaults."""
     recipe, said = recipe_of(loaded), list[str]()
     for model in models:
-        config = load_config(model.start.base, model.start.revision, recipe.trust_remote_code)
         asked = Lengths(recipe.max_length, recipe.rollout.max_new_tokens)
-        lengths, own = fitted(loaded, "max_length", asked, positions_of(config), model.name)
+        lengths, own = fitted(loaded, "max_length", asked, positions_of(model.config), model.name)
         assert lengths.drawn is not None
         rollout = dataclasses.replace(recipe.rollout, max_new_tokens=lengths.drawn)
         recipe, said = dataclasses.replace(recipe, max_length=lengths.whole, rollout=rollout), said + own
     return dataclasses.replace(loaded, recipe=recipe), said
-
-
-def _check_ids(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel], rows: Mapping[str, SectionRows]) -> None:
-    for model in models:
-        config, own = load_config(model.start.base, model.start.revision, recipe.trust_remote_code), model.tokenisation
-        for read in (section.by_tokenisation[own] for section in rows.values() if own in section.by_tokenisation):
-            check_ids(read.trees, read.records, config.get_text_config().vocab_size, own.tokenizer, model.name)
 
 
 def _check_roles(loaded: Loaded, models: Sequence[EvaluatedModel]) -> None:
@@ -214,8 +210,8 @@ def _resolved(
         drawn = max(recipe.rollout.responses_per_prompt, *recipe.best_of_n, 1) * recipe.rollout.max_new_tokens
         longest = max(own.dataset.longest + drawn * (section == "prompts") for section, own in rows.items())
         fitting = []
-        for base, revision in dict.fromkeys((model.start.base, model.start.revision) for model in models):
-            config = load_config(base, revision, trust)
+        configs = {(model.start.base, model.start.revision): model.config for model in models}
+        for config in configs.values():
             memory = estimate(config, rank=1, dtype=dtype, checkpointing=False, trust_remote_code=trust)
             fitting.append(auto_budget(memory, longest, ranks.device))
         budget = ranks.min(min(fitting))

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import read_json
-from rlhf_cli.models.load import is_reward_model, load_tokenizer
+from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import TRAINING_STAGES
@@ -58,6 +58,7 @@ class EvaluatedModel:
     path: str
     start: Start
     base: BaseModel | None  # None: on the hub, and not fetched by --check
+    config: Any  # of the base
     tokenisation: Tokenisation
     is_reward_model: bool  # it gives scores and writes nothing
     series: str | None  # the name that the checkpoints of its run share; None: it stands alone
@@ -104,8 +105,8 @@ def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> li
                 template = recorded_template(start, tokenizer, path, place)
             else:
                 template = choose_template(tokenizer, recipe.chat_template)
-            recorded = start.manifest["base_model"]["weights_hash"] if start.adapter and start.manifest else None
-            key = start.base, start.revision, recorded
+            recorded = start.manifest["base_model"] if start.adapter and start.manifest else {}
+            key = start.base, start.revision, recorded.get("weights_hash"), recorded.get("settings_hash")
             if key not in bases and (not check or Path(start.base).exists()):
                 bases[key] = base_model(start)
             run, step = Path(path).parent.parent, STEP.fullmatch(Path(path).name)
@@ -116,6 +117,7 @@ def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> li
                     path=path,
                     start=start,
                     base=bases.get(key),
+                    config=load_config(start.base, start.revision, recipe.trust_remote_code),
                     tokenisation=tokenisations.of(tokenizer, template),
                     is_reward_model=is_reward_model(str(start.adapter or start.base), start.revision),
                     series=entry if recipes.is_pattern(pattern) else None,

@@ -125,8 +125,9 @@ def lead(first: Margins, second: Margins) -> Interval:
     """The accuracy of the first margins above that of the second ones of the same pairs, at least one.
 
     Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on paired data": the
-    distances of both Wilson intervals, squared and added, less twice their product by the correlation of the two. Deviation:
-    observations are prompts and not pairs, as in `rate`, and their correlation is not corrected for continuity.
+    distances of both Wilson intervals, squared and added, less twice their product by the correlation of the two. Deviations:
+    the intervals are of as many `observations` as the pairs are worth, the correlation is that of the prompts' means, and it is
+    not corrected for continuity.
     """
     _, place, weights = np.unique(first.prompt, return_inverse=True, return_counts=True)
     ours, theirs = (np.bincount(place, hits(each.values)) / weights for each in (first, second))

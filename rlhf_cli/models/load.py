@@ -135,17 +135,14 @@ def is_reward_model(path: str, revision: str | None) -> bool:
 
 
 def save_adapter(folder: Path, state: dict[str, torch.Tensor], config: Any) -> None:
-    """adapter_model.safetensors and adapter_config.json, as plain PEFT reads them, its sets of names in their order."""
+    """adapter_model.safetensors and adapter_config.json, as plain PEFT reads them; what is a set there is sorted."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
     path = folder / "adapter_config.json"
-    write_json(path, {key: sorted(value) if _are_names(value) else value for key, value in read_json(path).items()})
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    sets = [key for key, value in vars(config).items() if isinstance(value, set)]
+    write_json(path, {key: sorted(value) if key in sets and value else value for key, value in read_json(path).items()})
 
 
 def name_ends(folder: Path, ends: list[int], model: Any) -> None:

@@ -142,7 +142,7 @@ def test_ready_made_texts_have_one_bos_and_one_end(end: str) -> None:
     encoded = run(rows, tokenizer, CHATML, control_tokens="keep")
     assert [tokenizer.decode(tree.prompt) for tree in encoded.trees][:2] == ["<s>", "<s>"]
     assert [tokenizer.decode(tree.responses[0]) for tree in encoded.trees] == [f"Hello there{end}", "Hello</s>", "No<|im_end|>"]
-    assert encoded.notices == ("1 texts are ready-made, with a BOS or an end of their own: neither is written twice",)
+    assert encoded.notices == ("ready-made texts, with a BOS or an end of their own: 1; neither is written twice",)
 
 
 def test_ready_made_texts_stand_for_themselves_without_a_template() -> None:

@@ -641,6 +641,23 @@ def test_one_object_that_wraps_no_one_list_is_refused(value, found):
         read("x.json")
 
 
+def test_a_wrapped_list_is_as_strict_as_rows_of_their_own():
+    Path("x.json").write_text('{"data": [\n{"prompt": "q", "completion": "a", "prompt": "r"}\n]}')
+    with pytest.raises(UsageError, match=r"^x.json: a key is given twice \('prompt'\); expected one list of objects"):
+        read("x.json")
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [('{"prompt": "q", ', "not JSON"), ('{"prompt": NaN}', "NaN and Infinity are not JSON"), ('{"prompt": "\xff"}', "not UTF-8")],
+)
+def test_a_damaged_first_line_is_one_bad_row_of_many(first, reason):
+    lines = [first, *(json.dumps(row) for row in ROWS)]
+    Path("x.json").write_bytes("\n".join(lines).encode("latin-1"))
+    reading = read("x.json", max_lost=0.5)
+    assert (len(reading.train), reading.reports[0].bad) == (20, {reason: 1})
+
+
 TRANSCRIPT = "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: 2+2?\n\nAssistant:"
 
 
