@@ -52,11 +52,17 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
             "objective": {"kind": "ppo", "epochs": 2, "minibatches": 2},
             "rollout": {"max_new_tokens": 6},
             "kl": {"target": 0.5, "horizon": 20},
+            "train": TRAIN | {"steps": 4},
         },
     ),
     "reinforce": (
         "ppo",
-        DRAWN | {"objective": {"kind": "reinforce", "baseline": "ema", "epochs": 1}, "rollout": {"max_new_tokens": 6}},
+        DRAWN
+        | {
+            "objective": {"kind": "reinforce", "baseline": "ema", "epochs": 1},
+            "rollout": {"max_new_tokens": 6},
+            "train": TRAIN | {"steps": 4},
+        },
     ),
     # Every second step learns from what was drawn before the one before it.
     "online dpo": ("dpo", DRAWN | {"rollout": {"max_new_tokens": 6, "refresh": 2}}),
@@ -139,9 +145,10 @@ def test_from_every_step(whole: Whole, tmp_path: Path, name: str, lora: Any) -> 
     """And from between any two: before an update, before held-out figures or a reward, before a checkpoint."""
     words, uninterrupted = whole(name, lora)
     deaths = die_everywhere(words, tmp_path / "again")
-    rollouts = 6 // {"online dpo": 2, "online kto": 3}.get(name, 1)
-    measured = {"gather_shares": rollouts + 4} if STAGES[name][1].keys() >= DRAWN.keys() else {"evaluate": 4}
-    assert deaths == {"optimise": 24 if name == "ppo" else 6, "save_checkpoint": 6} | measured
+    steps = STAGES[name][1].get("train", TRAIN)["steps"]
+    rollouts, looks = steps // {"online dpo": 2, "online kto": 3}.get(name, 1), 1 + steps // TRAIN["eval_every"]
+    measured = {"gather_shares": rollouts + looks} if STAGES[name][1].keys() >= DRAWN.keys() else {"evaluate": looks}
+    assert deaths == {"optimise": 4 * steps if name == "ppo" else steps, "save_checkpoint": steps} | measured
     same_bytes(uninterrupted, tmp_path / "again")
 
 
@@ -210,13 +217,13 @@ def test_whatever_became_of_the_reference_store(
 @pytest.mark.parametrize("name", ["train-rm", "dpo", "kto"])
 def test_two_ranks(home: Path, tmp_path: Path, name: str) -> None:
     """Stopped by a signal after a few steps, and taken up by two ranks again."""
-    words = [*stage(home, tmp_path, name, LORA), "--set", "train.steps=60", "--set", "train.save_every=1"]
+    words = [*stage(home, tmp_path, name, LORA), "--set", "train.steps=20", "--set", "train.save_every=1"]
     two_ranks(*words)
     again = tmp_path / "again"
     stopped = launch(*words, "--output", again, ranks=2)
     wait_for(again / "checkpoints" / "step-00000003", stopped)
     stopped.send_signal(signal.SIGTERM)
-    assert re.search(r"stopped after step \d+ of 60; continue with --resume", stopped.wait()[1])
+    assert re.search(r"stopped after step \d+ of 20; continue with --resume", stopped.wait()[1])
     assert not (again / "manifest.json").exists()
     two_ranks(*words, "--output", again, "--resume")
     same_bytes(tmp_path / "whole", again)
@@ -253,7 +260,7 @@ def test_a_signal_between_two_updates_of_a_step_saves_and_resumes(
     saved = json.loads((checkpoint / "underway.json").read_text())
     assert (checkpoint.name, saved["first"], saved["updates"]) == (f"step-00000002-{update + 1:04d}", 3, update + 1)
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"stopped in step 3 of 6, after {update + 1} of its updates; continue with --resume"
+        f"stopped in step 3 of 4, after {update + 1} of its updates; continue with --resume"
     )
     assert rlhf(*words, "--output", again, "--resume") == 0
     assert f"resuming after step 2 and {update + 1} updates of the next" in capsys.readouterr().out
@@ -314,20 +321,20 @@ def test_longer_steps(parts: tuple[Path, Path], tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.05, 0.3, 0.7])
-def test_killed_process(parts: tuple[Path, Path], tmp_path: Path, delay: float) -> None:
+def test_killed_process(parts: tuple[Path, Path], tmp_path: Path) -> None:
     path = recipe(parts, tmp_path, LORA)
     settings = ["--set", "train.steps=40"]
     assert rlhf("sft", path, *settings) == 0
-    again = tmp_path / "again"
-    killed = launch("sft", path, *settings, "--output", again)
-    wait_for(again / "checkpoints", killed)
-    time.sleep(delay)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert rlhf("sft", path, *settings, "--output", again, "--resume") == 0
-    assert list((again / "checkpoints").glob(".*")) == []
-    same_bytes(tmp_path / "whole", again)
+    for delay in (0.05, 0.3, 0.7):
+        again = tmp_path / f"after {delay} s"
+        killed = launch("sft", path, *settings, "--output", again)
+        wait_for(again / "checkpoints", killed)
+        time.sleep(delay)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert rlhf("sft", path, *settings, "--output", again, "--resume") == 0
+        assert list((again / "checkpoints").glob(".*")) == []
+        same_bytes(tmp_path / "whole", again)
 
 
 def test_received_is_kept_when_a_library_swallows_the_exception() -> None:
