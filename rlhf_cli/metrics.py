@@ -126,6 +126,7 @@ METRICS: tuple[Metric, ...] = (
         plot=Plot("eos_rate", "Responses that end", "share"),
         column=Column("Ended", "Form", "share of responses that end within the limit"),
     ),
+    Metric("response/tied", "responses whose prompt's all score alike", plot=Plot("tied", "Tied responses", "share")),
     Metric(
         "response/distinct_1",
         column=Column("Distinct words", "Form", "different words / all words of the model's responses (Li et al. 2016)"),

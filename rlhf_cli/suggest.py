@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
+from pathlib import Path
 
 LONGEST = 60
 """Longer words are no typos of ours, and would take long to compare."""
@@ -23,6 +24,18 @@ def closest(word: str, names: Iterable[str]) -> str | None:
     found = [(likeness(word, name), name) for name in names]
     ratio, best = max(found, key=lambda pair: pair[0], default=(0.0, ""))
     return best if ratio >= (ALIKE if len(word) > 2 else 0.5) else None
+
+
+def closest_path(path: str) -> str | None:
+    """A file or folder that is there, each part of whose path is called as that of `path` or nearly so."""
+    found = Path("/" if path.startswith("/") else "")
+    for part in Path(path).parts[found.is_absolute() :]:
+        names = [part] if part in (".", "..") else sorted(other.name for other in found.glob("*"))
+        near = part if part in names else closest(part, names)
+        if near is None:
+            return None
+        found /= near
+    return str(found)
 
 
 def did_you_mean(word: str, names: Iterable[str], otherwise: str) -> str:

@@ -22,8 +22,8 @@ DRAWINGS = (
 )
 """The functions that draw: the module that has each, and the one that calls it."""
 
-SAMPLES = {"SHOWN_PROMPTS": 3, "SHOWN_TOKENS": 6}
-"""How many samples a run writes while it trains, and how long they get."""
+SAMPLES = {"stages.training.SHOWN_PROMPTS": 3, "stages.training.SHOWN_TOKENS": 6, "training.loop.SAMPLES_SHARE": 1.0}
+"""How many samples a run writes while it trains, how long they get, and what share of its time: at every look."""
 
 
 def be_brief(patch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def be_brief(patch: pytest.MonkeyPatch) -> None:
     for drawing in DRAWINGS:
         patch.setattr(f"{drawing.caller}.{drawing.name}", lambda _: defaultdict(list))
     for name, few in SAMPLES.items():
-        patch.setattr(f"rlhf_cli.stages.training.{name}", few)
+        patch.setattr(f"rlhf_cli.{name}", few)
 
 
 def draw_again(patch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,15 @@ class DatasetSource:
         order = _epoch_order(self.sizes, self.shares, self.seed, epoch, self.shuffle)
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
+    def reached(self, steps: int) -> np.ndarray:
+        """(T,) bool: the trees that a run of so many steps comes to."""
+        seen = np.zeros(len(self.trees), bool)
+        for step in range(1, steps + 1):
+            seen[self.indices(step)] = True
+            if step % self.steps_per_epoch == 0 and seen.all():
+                break
+        return seen
+
     def collect(self, step: int, memory: Mapping[str, float]) -> StepBatches:
         """The batch of `step`, as every source gives it."""
         return StepBatches(step, (self.batch(step),), (self.locations(step),), dict(memory))

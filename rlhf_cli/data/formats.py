@@ -10,7 +10,7 @@ from itertools import chain, pairwise
 from typing import Any, Literal
 
 from rlhf_cli.data import records
-from rlhf_cli.data.meaning import MEANINGFUL
+from rlhf_cli.data.meaning import MEANINGFUL, says_something
 from rlhf_cli.data.records import BadRow, Facts, Prompt, Record, a_list, a_text, as_turns, messages
 from rlhf_cli.errors import UsageError
 
@@ -357,9 +357,10 @@ def shown_columns(rows: Sequence[Row]) -> str:
 def _rename_hint(rows: Sequence[Row], use: Use) -> str:
     """A `columns:` line that would make a format complete that is taken, where there is one obvious reading."""
     has = {str(name) for row in rows for name in row}
+    lost = any(name in MEANINGFUL and says_something(name, value) for row in rows for name, value in row.items())
     ours = {name: [theirs for theirs in ALIASES.get(name, ()) if theirs in has] for name in KNOWN_COLUMNS}
     for format in use.formats.values():
         missing = [name for name in format.columns if name not in has]
-        if missing and not has & MEANINGFUL and all(len(ours[name]) == 1 for name in missing):
+        if missing and not lost and all(len(ours[name]) == 1 for name in missing):
             return f"; perhaps data.train.0.columns: {{{', '.join(f'{name}: {ours[name][0]}' for name in missing)}}}"
     return ""

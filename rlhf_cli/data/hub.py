@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.suggest import closest_path
 
 PROBE_SECONDS = 1.0
 YES = ("1", "ON", "YES", "TRUE")
@@ -66,7 +67,10 @@ def _load(path: str, name: str | None, split: str, place: str, offline: bool) ->
     except (ValueError, datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
         misnamed = isinstance(error, ValueError)  # an unknown split or configuration, with the known ones
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        if offline and ("cache" in str(error) or not misnamed):
+        unknown = offline and ("cache" in str(error) or not misnamed)
+        if (unknown or not misnamed) and (near := closest_path(path)):
+            raise UsageError(f"{place}: there is no {path}. did you mean {near}?") from None
+        if unknown:
             what = f"the hub cannot be reached and {path} is not in the local cache; connect, or name a local file"
             raise MachineError(f"{place}: {what}") from None
         if misnamed:

@@ -54,7 +54,7 @@ def check_columns(row: Mapping[str, Any], used: Set[str | None], prompts_alone: 
     """Raises LostMeaning for a column not among `used` that bears on the prompt or, unless `prompts_alone`, on responses."""
     for name in sorted(row.keys() - used):
         what = OF_PROMPTS.get(name) or (None if prompts_alone else OF_RESPONSES.get(name))
-        if what is not None and _says_something(name, row[name]):
+        if what is not None and says_something(name, row[name]):
             raise LostMeaning(name, what)
 
 
@@ -63,11 +63,12 @@ def check_turn(turn: Mapping[str, Any], name: str, number: int) -> None:
     if len(turn) == 2:
         return  # its role and its content
     for key in sorted(turn.keys() & OF_TURNS.keys()):
-        if _says_something(key, turn[key]):
+        if says_something(key, turn[key]):
             raise LostMeaning(key, OF_TURNS[key], f" in turn {number} of {name}")
 
 
-def _says_something(name: str, value: Any) -> bool:
+def says_something(name: str, value: Any) -> bool:
+    """Is it more than an empty value, or one that says what is done anyway?"""
     if value is None or value in ("", [], {}) or (isinstance(value, str) and not value.strip()):
         return False
     return name not in NEUTRAL or bool(value != NEUTRAL[name])

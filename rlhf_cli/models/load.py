@@ -19,6 +19,7 @@ from rlhf_cli import sections
 from rlhf_cli.errors import MachineError, NumberError, UsageError
 from rlhf_cli.files import read_json, write_json
 from rlhf_cli.models.heads import SCORE
+from rlhf_cli.suggest import closest_path
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence in configurations
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,10 +50,11 @@ class Adapter(NamedTuple):
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that has it, else float32."""
+    """`auto` is bfloat16 on a GPU that has it, and does not merely emulate it as those before Ampere do, else float32."""
     if setting != "auto":
         return DTYPES[setting]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has else torch.float32
 
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -187,6 +189,16 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def check_tensors(folder: Path) -> None:
+    """UsageError for a file of the folder that is called .safetensors and is none, or is cut off; no tensor is read."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UsageError(f"{path} is damaged: {_first_line(error)}; fetch it again") from error
+
+
 def read_head(folder: Path) -> torch.Tensor:
     """The scalar head (1, D) of a reward model's folder. Raises UsageError if it has none, or one of several labels."""
     for path in sorted(folder.glob("*.safetensors")):
@@ -218,6 +230,8 @@ def _load(loader: Any, path: str, what: str, **options: Any) -> Any:
             raise UsageError(f"{path}: the {what} brings its own code; to run it: --set model.trust_remote_code=true") from error
         if Path(path).exists():
             raise UsageError(f"{path}: no {what} can be read here: {text}") from error
+        if near := closest_path(path):
+            raise UsageError(f"{path}: no folder here, and no {what} from the hub ({text}). did you mean {near}?") from error
         raise MachineError(f"{path}: this hub {what} could not be fetched, and it is not in the cache: {text}") from error
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
+from rlhf_cli.objectives.policy_gradient import TIED, Advantages, Experience, PolicyGradient
 
 STD_EPSILON = 1e-4  # added to the standard deviation
 
@@ -19,6 +19,7 @@ class Grpo(PolicyGradient):
     """
 
     kind: Literal["grpo"] = "grpo"
+    metric_names: ClassVar[tuple[str, ...]] = (*PolicyGradient.metric_names, TIED)
     least_samples: ClassVar[int] = 2
     scores_alone: ClassVar[bool] = True
 
@@ -28,5 +29,6 @@ class Grpo(PolicyGradient):
         scores, prompt = experience.scores, experience.prompt
         centred = scores - prompt_means(scores, prompt)
         std = prompt_means(centred**2, prompt) ** 0.5
-        scaled = centred / (std + STD_EPSILON) * ~is_tied(scores, prompt)
-        return Advantages(scaled.repeat(experience.lengths), None, dict(memory), {})
+        tied = is_tied(scores, prompt)
+        scaled = centred / (std + STD_EPSILON) * ~tied
+        return Advantages(scaled.repeat(experience.lengths), None, dict(memory), {TIED: float(tied.mean())})

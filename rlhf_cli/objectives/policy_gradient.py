@@ -26,6 +26,9 @@ LOGRATIO_TOLERANCE = 0.2
 """How large the first log-ratios may be, in nats a token. Where the responses were drawn at other odds than recorded their mean
 ratio may still be 1 (its expectation is, whatever the policy), but their size is not 0."""
 
+TIED = "response/tied"
+"""The share of responses whose prompt's all have one score: they teach nothing where a response is held against the others."""
+
 
 @dataclass(frozen=True)
 class Experience:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf_cli.figures import NOISE, percent, short
+from rlhf_cli.objectives.policy_gradient import TIED
 from rlhf_cli.reports.document import Finding
 from rlhf_cli.reports.run_result import Ends, History, window
 
@@ -14,13 +15,14 @@ KL_HIGH = 10.0  # nats a response: this far from its reference a policy writes w
 LENGTH_MOVED = 0.5  # a mean length that changes by more than this share, far from the reference, is a sign of hacking
 COLLAPSE = 0.8  # an entropy a token that loses more than this share of itself is a collapse
 CLIPPED = 0.3  # more than this share of clipped tokens: the updates leave the region in which the clipped objective is trusted
+MANY_TIED = 0.5  # where more of the responses have the score of all others to their prompt, most of a rollout teaches nothing
 ENDED = 0.5  # where fewer responses end than this share, most scores are of torsos
 CLOSER = "hold it closer to its reference (`kl.coef`; direct objectives: `objective.beta`), train for fewer steps"
 
 
 def online_findings(history: History) -> list[Finding]:
     """Whether the score rose, at what price, and what went wrong on the way."""
-    parts = (_score, _yardstick, _collapse, _clipping, _value, _endings)
+    parts = (_score, _ties, _yardstick, _collapse, _clipping, _value, _endings)
     return [said for part in parts for said in part(history)]
 
 
@@ -42,6 +44,17 @@ def _score(history: History) -> Iterator[Finding]:
     if not history.held_out:
         said = "No prompts were held out, so all of this is of training prompts: set `data.holdout: 0.05` or `data.eval`."
         yield Finding("note", "", said)
+
+
+def _ties(history: History) -> Iterator[Finding]:
+    shares = [line[TIED] for line in history.train if TIED in line]
+    mean = sum(shares) / len(shares) if shares else 0.0
+    if mean == 1:
+        said = "no response was told from the others to its prompt, so nothing was learned but to stay near the reference."
+        yield Finding("warning", "All scores of a prompt were equal in every step:", f"{said} Is the reward a constant?")
+    elif mean > MANY_TIED:
+        said = "and taught nothing: draw more responses per prompt, raise `rollout.temperature`, or take other prompts."
+        yield Finding("warning", f"{percent(mean)} of the responses scored as all others to their prompt", said)
 
 
 def _yardstick(history: History) -> Iterator[Finding]:

@@ -13,10 +13,10 @@ from huggingface_hub import snapshot_download
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import MachineError, UsageError, prefixed
 from rlhf_cli.files import hash_tree, read_json, sha256_file
-from rlhf_cli.models.load import Weights, is_reward_model
+from rlhf_cli.models.load import Weights, check_tensors, is_reward_model
 from rlhf_cli.recipe.stages import POLICY_STAGES, REWARD_STAGES
 from rlhf_cli.runs.manifest import SETTINGS, BaseModel, Parent, read_manifest, settings_hash, weights_hash
-from rlhf_cli.suggest import closest
+from rlhf_cli.suggest import closest_path
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,8 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
         tokenizer = path if (folder / "tokenizer_config.json").exists() else config["base_model_name_or_path"]
         return Start(config["base_model_name_or_path"], config.get("revision"), folder, tokenizer, None, None)
     if not folder.exists() and is_meant_as_path(path):
-        near = closest(folder.name, [other.name for other in folder.parent.glob("*")])
-        hint = f". did you mean {folder.parent / near}?" if near else ""
-        raise UsageError(f"{place}: there is no folder {path}{hint}")
+        near = closest_path(path)
+        raise UsageError(f"{place}: there is no folder {path}" + (f". did you mean {near}?" if near else ""))
     if folder.exists() and not kept:
         raise UsageError(f"{place}: {path} is neither a model (config.json), an adapter nor a run (manifest.json)")
     return Start(path, None if folder.exists() else revision, None, path, None, None)
@@ -105,7 +104,7 @@ def merged_base(base: Weights) -> BaseModel:
 def base_model(start: Start) -> BaseModel:
     """The base, fetched if it is on the hub, with the hash of its weights; a parent's record of them must still hold.
 
-    UsageError: the base has changed since the parent was trained on it.
+    UsageError: the base has changed since the parent was trained on it, or a file of tensors is none.
     """
     folder = Path(start.base)
     if not folder.exists():
@@ -116,6 +115,9 @@ def base_model(start: Start) -> BaseModel:
             raise MachineError(
                 f"{start.base}: its weights could not be fetched, and they are not in the cache: {reason}"
             ) from error
+    for own in (folder, start.adapter):
+        if own is not None:
+            check_tensors(own)
     base = BaseModel(start.base, start.revision, weights_hash(folder), settings_hash(folder))
     if start.adapter and start.manifest:
         before, parent = start.manifest["base_model"], start.parent.path if start.parent else ""

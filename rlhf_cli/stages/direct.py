@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
+
 from rlhf_cli.data.cache import default_folder
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.formats import LABELS
@@ -109,7 +111,10 @@ def _with_reference(job: TrainingJob, reference: ReferenceModel, placement: Plac
         place_reference(job, reference, placement, base)
     if not cached:
         return job
-    parts = [part.trees for part in (job.dataset.train, job.dataset.held_out) if part is not None]
+    parts, reached = [job.dataset.train.trees], [job.source.reached(job.steps)]
+    if job.dataset.held_out is not None:
+        parts.append(job.dataset.held_out.trees)
+        reached.append(np.ones(len(parts[-1]), bool))
     # Before its first update the policy is the start: no second copy of anything is needed.
     role = "policy" if reference.is_start else "reference"
     weights, adapter = reference.base.weights_hash, reference.start.adapter
@@ -119,7 +124,9 @@ def _with_reference(job: TrainingJob, reference: ReferenceModel, placement: Plac
         weights += " merged"  # rounded once more than base and adapter apart
     job.signals.say("while the reference's log-probabilities were computed; what is done is kept, continue with --resume")
     key = weights_key(backbone.at(role), weights, adapter)
-    filled = reference_logps(job.passes(backbone), role, parts, key=key, console=job.console, folder=default_folder())
+    filled = reference_logps(
+        job.passes(backbone), role, parts, reached=reached, key=key, console=job.console, folder=default_folder()
+    )
     job.signals.say(BEFORE)
     backbone.elsewhere.pop(role, None)
     known = dict(zip(map(id, parts), filled, strict=True))

@@ -210,6 +210,7 @@ def finish_job(
             "steps": trainer.state.step,
             "tokens": usage.tokens,
             "seconds": round(usage.seconds, 3),
+            "sampling_seconds": round(usage.sampling_seconds, 3),
             "tokens_per_second": round(usage.tokens / usage.seconds, 1) if usage.seconds else 0.0,
             "peak_memory": round(trainer.peak_memory, 3),
             "final_metrics": final_metrics(folder),
@@ -228,7 +229,9 @@ def finish_job(
     best = trainer.state.watched.best_step
     if best is not None and best != trainer.state.step:
         job.console.say(f"the best checkpoint: {checkpoint_path(folder.checkpoints, best)}")
-    job.console.say(f"{trainer.status} in {time.monotonic() - job.started:.0f} s: {folder.page}")
+    sampling = trainer.state.usage.sampling_seconds
+    cost = f", {sampling:.0f} s of them for samples" if sampling >= 1 else ""
+    job.console.say(f"{trainer.status} in {time.monotonic() - job.started:.0f} s{cost}: {folder.page}")
 
 
 def _save_model(job: TrainingJob, backbone: Backbone, folder: Path) -> None:

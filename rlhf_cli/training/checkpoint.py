@@ -29,6 +29,7 @@ class Usage:
 
     tokens: int = 0
     seconds: float = 0.0
+    sampling_seconds: float = 0.0  # of these, for samples.jsonl
     peak_memory: float = 0.0  # GiB
 
 

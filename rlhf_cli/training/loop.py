@@ -20,6 +20,7 @@ from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageE
 from rlhf_cli.files import write_json
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.objectives.base import Objective
+from rlhf_cli.objectives.policy_gradient import TIED
 from rlhf_cli.runs.folder import MetricsLog, RunFolder
 from rlhf_cli.signals import StopSignals
 from rlhf_cli.training.checkpoint import (
@@ -47,6 +48,9 @@ class BatchSource(Protocol):
         """What `step` learns from."""
         ...
 
+
+SAMPLES_SHARE = 0.1
+"""Of a run's time that samples may have taken when more are drawn; at its first and its last look they always are."""
 
 Measure = Callable[[State], dict[str, float]]
 """Gives the held-out metrics; the state holds the budget and the objective's own numbers."""
@@ -76,6 +80,7 @@ class Trainer:
     trackers: Any  # accelerate's, None where nothing is tracked
     state: State = field(init=False)
     partial: PartialStep | None = field(init=False, default=None)
+    told_of_ties: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.backbone, self.ranks = self.passes.backbone, self.passes.ranks
@@ -176,6 +181,9 @@ class Trainer:
             partial = self._update(step, partial, updates[partial.updates], started)
             if partial.updates < len(updates):
                 self._obey_signal()
+        if batches.metrics.get(TIED) == 1 and not self.told_of_ties:
+            self.told_of_ties = True
+            self.console.warn(f"step {step}: all responses to a prompt have one score, for every prompt; only the KL was learned")
         if not updates:
             self.console.warn(f"step {step}: the responses of every prompt are tied; nothing was learned")
         seconds, tokens, usage = time.monotonic() - started, sum(map(tree_length, trees)), self.state.usage
@@ -244,18 +252,22 @@ class Trainer:
         """Held-out figures and samples of the weights after this step, if they are due and not yet in the logs."""
         if self.state.step not in due or self.state.evaluated >= self.state.step:
             return
-        started = time.monotonic()
+        started, usage = time.monotonic(), self.state.usage
         try:
             metrics = self.hooks.measure(self.state) if self.hooks.measure is not None else {}
         except (UsageError, NumberError, MachineError) as error:
             raise self._kept(error, f"held-out responses after step {self.state.step}") from error
-        lines = self.hooks.sample() if self.ranks.main else []
-        self.ranks.barrier()
-        if self.ranks.main:
-            for line in lines:
+        sampling = 0.0
+        last = self.state.step == self.steps or self.state.watched.stopped_by is not None
+        if self.ranks.main and (last or usage.sampling_seconds <= SAMPLES_SHARE * usage.seconds):
+            asked = time.monotonic()
+            for line in self.hooks.sample():
                 self.samples.append({"step": self.state.step} | line)
-        usage = self.state.usage
-        usage = dataclasses.replace(usage, seconds=usage.seconds + time.monotonic() - started)
+            sampling = time.monotonic() - asked
+        self.ranks.barrier()
+        usage = dataclasses.replace(
+            usage, seconds=usage.seconds + time.monotonic() - started, sampling_seconds=usage.sampling_seconds + sampling
+        )
         self._advance(evaluated=self.state.step, usage=usage)
         if metrics:
             self._log("eval", metrics)

@@ -78,19 +78,26 @@ def weights_key(backbone: Backbone, base: str, adapter: Path | None) -> str:
 
 
 def reference_logps(
-    passes: Passes, role: str, datasets: Sequence[Trees], *, key: str, console: Console, folder: Path | None
+    passes: Passes,
+    role: str,
+    datasets: Sequence[Trees],
+    *,
+    reached: Sequence[np.ndarray],
+    key: str,
+    console: Console,
+    folder: Path | None,
 ) -> list[Trees]:
     """The same trees with `reference` filled under `role`: from the store where it has them, else computed and stored.
 
-    NaN stands at prompt tokens and where nothing predicts a token, the first after an empty prompt; all else is finite.
-    `key` is of `weights_key`, `folder` the cache's (None: nothing is stored). Every rank must call it; rank 0 alone reads and
-    writes the store.
+    NaN stands at prompt tokens, where nothing predicts a token, the first after an empty prompt, and in trees that the run does
+    not come to; all else is finite. `reached`: of each data set (T,) bool, the trees that it does come to. `key` is of
+    `weights_key`, `folder` the cache's (None: nothing is stored). Every rank must call it; rank 0 alone reads and writes it.
 
     NumberError: a computed log-probability is not finite; it is not stored.
     MachineError: memory runs out with a single tree in a pass.
     """
     passes, ranks = replace(passes, backbone=passes.backbone.at(role)), passes.ranks
-    table = _Table.of(datasets)
+    table = _Table.of(datasets, reached)
     shards = None if folder is None else folder / "reference" / key
     read = table.read(shards, console) if shards is not None and ranks.main else []
     table.values[:] = ranks.gather(table.values if ranks.main else None)[0]
@@ -121,16 +128,19 @@ def reference_logps(
 
 @dataclass(frozen=True)
 class _Table:
-    """The U different responses to the same prompt, numbered in the order of their first places, and what is known of them."""
+    """The U different responses to the same prompt, numbered in the order of their first places, and what is known of them.
+
+    Those of trees that the run does not come to are not among them.
+    """
 
     keys: dict[bytes, int]  # digest → number
     places: list[tuple[int, int, int]]  # (U,) data set, tree and response where each stands first
     offsets: np.ndarray  # (U + 1,) int64: response u's predicted tokens are offsets[u] … offsets[u + 1] − 1 of all values
-    numbers: list[list[int]]  # of each data set's responses, tree by tree
+    numbers: list[list[int]]  # of each data set's responses, tree by tree; -1: of a tree that the run does not come to
     values: np.ndarray  # (offsets[U],) float32: NaN where it is not known
 
     @classmethod
-    def of(cls, datasets: Sequence[Trees]) -> _Table:
+    def of(cls, datasets: Sequence[Trees], reached: Sequence[np.ndarray]) -> _Table:
         keys: dict[bytes, int] = {}
         places: list[tuple[int, int, int]] = []
         lengths: list[int] = []
@@ -139,6 +149,9 @@ class _Table:
             numbers.append([])
             ids = np.ascontiguousarray(dataset.ids, "<i4")
             for t, (first, last) in enumerate(pairwise(dataset.first.tolist())):
+                if not reached[d][t]:
+                    numbers[-1] += [-1] * (last - first - 1)
+                    continue
                 bounds = dataset.segments[first : last + 1].tolist()
                 prompt = ids[bounds[0] : bounds[1]]
                 start = blake2b(len(prompt).to_bytes(8, "little") + prompt.tobytes(), digest_size=16)
@@ -208,7 +221,9 @@ class _Table:
         reference, sizes = np.full(len(dataset.ids), np.nan, np.float32), np.diff(dataset.segments)
         is_response = np.ones(len(sizes), bool)
         is_response[dataset.first[:-1]] = False
-        for number, end in zip(numbers, dataset.segments[1:][is_response].tolist(), strict=True):
+        is_response[is_response] = np.array(numbers) >= 0
+        known = (number for number in numbers if number >= 0)
+        for number, end in zip(known, dataset.segments[1:][is_response].tolist(), strict=True):
             part = self.part(number)
             reference[end - len(part) : end] = part
         predicted = np.repeat(is_response, sizes)

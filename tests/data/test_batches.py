@@ -44,6 +44,14 @@ def test_a_step_is_a_function_of_seed_and_number() -> None:
     assert _prompts(_source((10,), (1.0,), 4, seed=1), 1) != first[0]
 
 
+def test_a_run_comes_to_the_rows_of_its_steps() -> None:
+    data = _source((10,), (1.0,), 4)
+    for steps in (1, 2, 3, 50):
+        seen = {int(k) for step in range(1, min(steps, 3) + 1) for k in data.indices(step)}
+        assert set(np.flatnonzero(data.reached(steps)).tolist()) == seen
+    assert data.reached(3).all() and data.reached(2).sum() == 8
+
+
 def test_file_order_without_shuffling() -> None:
     source = _source((5,), (1.0,), 2, shuffle=False)
     assert [_prompts(source, step) for step in (1, 2, 3, 4)] == [[0, 1], [2, 3], [4], [0, 1]]

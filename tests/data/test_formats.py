@@ -327,6 +327,12 @@ REFUSED = [
         "sft",
         f"x: found the columns instruction, context, response; sft needs {SFT_NEEDS}{RENAME}",
     ),
+    (
+        [{"instruction": "a", "input": "", "output": "c"}],
+        "sft",
+        f"x: found the columns instruction, input, output; sft needs {SFT_NEEDS}"
+        "; perhaps data.train.0.columns: {prompt: instruction, completion: output}",
+    ),
     ([{"prompt": "a"}], "sft", f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"),
     (
         [{"prompt": "a", "response": "b"}],

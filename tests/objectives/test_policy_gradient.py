@@ -15,7 +15,7 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.objectives.advantages import explained_variance, gae, whiten
 from rlhf_cli.objectives.bandit import Bandit
 from rlhf_cli.objectives.grpo import Grpo
-from rlhf_cli.objectives.policy_gradient import Advantages, Experience, PolicyGradient
+from rlhf_cli.objectives.policy_gradient import TIED, Advantages, Experience, PolicyGradient
 from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.objectives.reinforce import Reinforce
 from rlhf_cli.objectives.rloo import Rloo
@@ -428,7 +428,10 @@ class TestExplainedVariance:
         seen = experience([[-1.0]] * 2, [[-1.0]] * 2, [1.0, 3.0], [[1.0], [2.0]], [0, 0])
         found = {name: objective.estimate_advantages(seen, 0.0, {}).metrics for name, objective in PPO_KINDS.items()}
         told = {"value/explained_variance": pytest.approx(0.75)}
-        assert found == {"ppo": told, "bandit": told, "reinforce": {}, "rloo": {}, "grpo": {}}
+        assert found == {"ppo": told, "bandit": told, "reinforce": {}, "rloo": {TIED: 0.0}, "grpo": {TIED: 0.0}}
+        tied = experience([[-1.0]] * 4, [[-2.0]] * 4, [3.0, 3.0, 3.0, 1.0], [[1.0]] * 4, [0, 0, 1, 1])
+        for name in ("rloo", "grpo"):
+            assert PPO_KINDS[name].estimate_advantages(tied, 0.0, {}).metrics == {TIED: 0.5}
 
 
 def test_fields() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli.errors import UsageError
+from rlhf_cli.objectives.policy_gradient import TIED
 from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.load import Loaded, load_recipe
@@ -101,7 +102,7 @@ REFUSALS = {
     ("ppo", "train.stop_if={policy/clipfarc: {above: 0.5}}"): "train.stop_if.policy/clipfarc: no metric is named "
     "policy/clipfarc. did you mean policy/clipfrac?",
     ("ppo", RLOO + "train.stop_if={loss/value: {above: 9}}"): "train.stop_if.loss/value: no metric is named loss/value. there "
-    "are loss, loss/policy, policy/clipfrac, policy/approxkl, policy/ratio, kl_coef, "
+    "are loss, loss/policy, policy/clipfrac, policy/approxkl, policy/ratio, response/tied, kl_coef, "
     "objective/rlhf_reward, objective/scores, objective/kl, objective/entropy, response/length, response/eos_rate, reward/rm, "
     "time/rollout, time/score, time/update, grad_norm, learning_rate, tokens, tokens_per_second, epoch",
     # direct objectives
@@ -193,7 +194,7 @@ def test_metrics_of_ppo(tmp_path: Path) -> None:
     values = {"loss/value", "value/explained_variance", "grad_norm/value", "learning_rate/value"}
     assert set(recipe.training_metrics) == held_out | training | values | COMMON
     assert len(recipe.training_metrics) == len(set(recipe.training_metrics))
-    for kind, more in (("ppo", values), ("bandit", values), ("reinforce", set()), ("rloo", set()), ("grpo", set())):
+    for kind, more in (("ppo", values), ("bandit", values), ("reinforce", set()), ("rloo", {TIED}), ("grpo", {TIED})):
         of_kind = load(tmp_path, "ppo", f"objective.kind={kind}", "rollout.responses_per_prompt=2").recipe
         assert set(of_kind.training_metrics) - set(of_kind.held_out_metrics) == training | COMMON | more, kind
     mixed = load(tmp_path, "ppo", "ptx.data=y.jsonl").recipe

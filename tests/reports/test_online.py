@@ -72,6 +72,20 @@ def test_a_score_that_did_not_rise() -> None:
     assert said_of(training(1, objective__scores=1.0), [])[0] == "Too few steps to say how the score moved."
 
 
+@pytest.mark.parametrize(
+    ("shares", "wanted"),
+    [
+        ([1.0] * 4, "**All scores of a prompt were equal in every step:** no response was told from the others to its prompt"),
+        ([1.0, 0.5, 0.5, 0.4], "**60.0 % of the responses scored as all others to their prompt** and taught nothing: draw more"),
+    ],
+)
+def test_tied_scores_are_said(shares: list[float], wanted: str) -> None:
+    train = training(4, objective__scores=1.0, response__tied=shares)
+    assert said(wanted, said_of(train, held_out(drawn(1, 0), drawn(1, 0))))
+    few = said_of(training(4, objective__scores=1.0, response__tied=0.5), held_out(drawn(1, 0), drawn(1, 0)))
+    assert not [each for each in few if "their prompt" in each]
+
+
 def test_reward_hacking() -> None:
     start = drawn(0.0, 0.0, 20.0, gold=0.5)
     words = said_of([], held_out(start, drawn(3.0, 12.5, 30.0, gold=0.25)))

@@ -40,6 +40,11 @@ DATA = flat(PAIRS)
 """12 pairs: 24 responses, all different."""
 
 
+def everything(datasets: Sequence[Trees]) -> list[np.ndarray]:
+    """That a run comes to all trees."""
+    return [np.ones(len(trees), bool) for trees in datasets]
+
+
 @dataclass
 class Run:
     """A call with what it said and how many responses it forwarded."""
@@ -52,7 +57,7 @@ class Run:
     err: io.StringIO = field(default_factory=io.StringIO)
     forwarded: int = 0
 
-    def __call__(self, *datasets: Trees) -> list[Trees]:
+    def __call__(self, *datasets: Trees, reached: list[np.ndarray] | None = None) -> list[Trees]:
         own = self.backbone.logps
 
         def counting(role: str, batch: Any) -> Any:
@@ -66,6 +71,7 @@ class Run:
                 Passes(self.backbone, self.budget, ALONE),
                 "policy",
                 datasets,
+                reached=reached or everything(datasets),
                 key=self.key,
                 console=console,
                 folder=self.folder,
@@ -121,6 +127,22 @@ def test_dropout_is_off(backbone: Backbone) -> None:
     backbone.model.train()
     (found,) = Run(backbone, None)(DATA)
     assert np.abs(values(found) - plain(backbone, PAIRS)).max() < 1e-5
+
+
+def test_trees_that_the_run_does_not_come_to_are_not_computed(backbone: Backbone, tmp_path: Path) -> None:
+    """Of 12 pairs 3 are reached; a longer run computes the others then, and both have the values of one that computes all."""
+    (whole,) = Run(backbone, None)(DATA)
+    some = np.isin(np.arange(12), (1, 4, 11))
+    first, second = Run(backbone, tmp_path), Run(backbone, tmp_path)
+    (found,) = first(DATA, reached=[some])
+    assert first.said == "reference log-probabilities: 0 of 6 from the store, 6 computed in 0 s"
+    for tree, other, reached in zip(found, whole, some.tolist(), strict=True):
+        for part, expected in zip(tree.reference or (), other.reference or (), strict=True):
+            assert np.isfinite(part).all() == reached
+            assert not reached or np.abs(part - expected).max() < 1e-6
+    (longer,) = second(DATA)
+    assert second.said.startswith("reference log-probabilities: 6 of 24 from the store, 18 computed")
+    assert np.abs(values(longer) - values(whole)).max() < 1e-6
 
 
 def test_a_second_call_forwards_the_checked_rows_alone(backbone: Backbone, tmp_path: Path) -> None:
@@ -385,7 +407,7 @@ def ranked(folder: str) -> int:
     console = Console(ranks.main, out)
     for sets in ([DATA], [DATA, flat(draw_trees(5, seed=3))]):
         passes = Passes(make_backbone(make()), 40, ranks)
-        found = reference_logps(passes, "policy", sets, key="k", console=console, folder=store)
+        found = reference_logps(passes, "policy", sets, reached=everything(sets), key="k", console=console, folder=store)
     np.save(Path(folder) / f"{ranks.rank}.npy", np.concatenate([trees.reference for trees in found]))
     print(out.getvalue())
     ranks.close()
