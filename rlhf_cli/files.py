@@ -15,6 +15,9 @@ from typing import Any
 
 from rlhf_cli.errors import MachineError, NumberError, UsageError
 
+SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files beside the weights of a model that decide what it computes, reads and writes."""
+
 ADVICE = {
     errno.ENOSPC: ("the disk is full", "free some space, then continue with --resume"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, then continue with --resume"),
@@ -104,12 +107,15 @@ def write_json(path: Path, obj: object) -> None:
     write_atomic(path, to_json(obj, indent=2) + b"\n")
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. UsageError names a file that is damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. UsageError names a file that is damaged."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is damaged: an object is expected, and it holds {str(found)[:40]}")
+    return found
 
 
 def from_anywhere(path: str | Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_cli.evaluation.models import EvaluatedModel
 from rlhf_cli.evaluation.rows import SECTIONS, SectionRows
 from rlhf_cli.recipe import recipes
-from rlhf_cli.runs.ancestry import Ancestor, Split
+from rlhf_cli.runs.ancestry import Ancestor, Split, unknown
 
 Origins = Mapping[str, Sequence[Ancestor]]
 """Path of a model → the runs that it comes from."""
@@ -17,7 +17,8 @@ Origins = Mapping[str, Sequence[Ancestor]]
 
 def with_holdout_seed(recipe: recipes.EvalRecipe, origins: Origins) -> recipes.EvalRecipe:
     """The recipe with the holdout_seed of the models' runs where it names none; 0 where they have several or none."""
-    seeds = {run.split.seed for runs in origins.values() for run in runs if run.split.holdout and run.split.seed is not None}
+    splits = [run.split for runs in origins.values() for run in runs if run.split is not None]
+    seeds = {split.seed for split in splits if split.holdout and split.seed is not None}
     seed = seeds.pop() if len(seeds) == 1 else 0
     named: dict[str, Any] = {
         name: [
@@ -32,7 +33,8 @@ def with_holdout_seed(recipe: recipes.EvalRecipe, origins: Origins) -> recipes.E
 def trained_on(
     recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel], rows: Mapping[str, SectionRows], origins: Origins
 ) -> Iterator[str]:
-    """Which models come from runs that were trained on rows that they are measured on."""
+    """Which models come from runs that were trained on rows that they are measured on, and which do not tell."""
+    yield from dict.fromkeys(said for model in models for said in unknown(origins[model.path]))
     for section, own in rows.items():
         for source, report in zip(vars(recipe)[section], own.dataset.reading.reports, strict=True):
             found: dict[Ancestor, list[str]] = {}

@@ -335,9 +335,15 @@ class Backbone:
 
 
 def end_ids(model: Any, *more: int) -> list[int]:
-    """The ids that end a response: those of the model's generation config, which may be a list, and `more`."""
+    """The ids that end a response: those of the model's generation config, which may be a list, and `more`.
+
+    UsageError: what the config names are no ids.
+    """
     own = model.generation_config.eos_token_id
-    return sorted({*(own if isinstance(own, list) else [own] if own is not None else []), *more})
+    named = own if isinstance(own, list) else [own] if own is not None else []
+    if not all(type(each) is int for each in named):
+        raise UsageError(f"{model.name_or_path}: eos_token_id in generation_config.json is no id and no list of ids: {own!r:.40}")
+    return sorted({*named, *more})
 
 
 def lora_config(settings: sections.Lora, base: str, revision: str | None, parent: LoraConfig | None = None) -> LoraConfig:

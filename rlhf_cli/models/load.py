@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from rlhf_cli import sections
 from rlhf_cli.errors import MachineError, NumberError, UsageError
-from rlhf_cli.files import read_json, write_json
+from rlhf_cli.files import SETTINGS, read_json, write_json
 from rlhf_cli.models.heads import SCORE
+from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.suggest import closest_path
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence in configurations
@@ -64,6 +66,8 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
         raise UsageError(
             f"{path}: the tokenizer has no fast version (tokenizer.json), which the loss mask needs; convert it first"
         )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UsageError(f"{path}/tokenizer_config.json: model_max_length is no number: {tokenizer.model_max_length!r:.40}")
     if tokenizer.eos_token_id is None:
         raise UsageError(f"{path}: the tokenizer names no EOS token, with which every response ends")
     return tokenizer
@@ -107,8 +111,12 @@ def load_model(
         use_safetensors=True,
         trust_remote_code=settings.trust_remote_code,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
         **options,
     )
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise UsageError(f"{path}: {name} has the shape {tuple(found)}, config.json asks for {tuple(expected)}; is it damaged?")
     missing = set(info["missing_keys"])
     if headless:
         missing -= {name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight}
@@ -116,7 +124,18 @@ def load_model(
         raise UsageError(
             f"{path}: {len(names)} weights are missing, the first is {names[0]}; they would be random. Is it a causal LM?"
         )
+    if settings.quantize == "4bit" and device.type == "cpu":
+        _as_trained(model)
     return model if settings.quantize else model.to(device)
+
+
+def _as_trained(model: Any) -> None:
+    """Without gradients some CPUs would compute 4-bit layers in bfloat16, if their widths allow it: as with gradients instead."""
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def is_reward_model(path: str, revision: str | None) -> bool:
@@ -218,6 +237,9 @@ def _check_head(folder: Path, head: torch.Tensor | None) -> torch.Tensor:
 
 
 def _load(loader: Any, path: str, what: str, **options: Any) -> Any:
+    for name in (*SETTINGS, "adapter_config.json"):
+        if (Path(path) / name).is_file():
+            read_json(Path(path) / name)  # the libraries pass over some that are damaged
     try:
         return loader(path, **options)
     except ImportError as error:
@@ -233,6 +255,11 @@ def _load(loader: Any, path: str, what: str, **options: Any) -> Any:
         if near := closest_path(path):
             raise UsageError(f"{path}: no folder here, and no {what} from the hub ({text}). did you mean {near}?") from error
         raise MachineError(f"{path}: this hub {what} could not be fetched, and it is not in the cache: {text}") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # Whatever a library stumbles over: it was handed a folder, and nothing else of ours.
+        raise UsageError(f"{path}: no {what} can be read here: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -244,6 +271,7 @@ def _quantization(setting: str, dtype: torch.dtype) -> Any:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise MachineError("model.quantize needs bitsandbytes: pip install 'rlhf-cli[quant]'") from error
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of every cast to half precision
     if setting == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_cli.errors import UsageError
+from rlhf_cli.files import read_json
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.resume import INPUTS, recorded_recipe
 
@@ -28,7 +29,7 @@ class Ancestor(NamedTuple):
 
     path: str
     trained_on: frozenset[str]  # fingerprints of its sources
-    split: Split
+    split: Split | None  # None: a file that would tell is missing or damaged
 
 
 def ancestors(path: str) -> Iterator[Ancestor]:
@@ -36,22 +37,39 @@ def ancestors(path: str) -> Iterator[Ancestor]:
     waiting, seen = [path], set[Path]()
     while waiting:
         place = Path(waiting.pop())
-        run = next((each for each in (place, place.parent, place.parent.parent) if (each / INPUTS).exists()), None)
+        run = next((each for each in (place, place.parent, place.parent.parent) if _is_run(RunFolder(each))), None)
         if run is None or run.resolve() in seen:
             continue
         seen.add(run.resolve())
-        recipe, folder, inputs = recorded_recipe(run), RunFolder(run), _json(run / INPUTS)
-        if (data := recipe.get("data")) is None:
-            continue  # of an evaluation
-        sources = [source["path"] for source in (*data["train"], *((recipe.get("ptx") or {}).get("data") or ()))]
-        trained_on = frozenset(str(inputs[source]) for source in sources if source in inputs)
-        yield Ancestor(str(run), trained_on, Split(data.get("holdout") or 0.0, data.get("holdout_seed")))
-        parents = [parent["path"] for parent in _json(folder.manifest).get("parents", ())]
-        waiting += [*parents, recipe["model"]["path"]]
+        recipe, manifest, inputs = recorded_recipe(run), _json(RunFolder(run).manifest), _json(run / INPUTS)
+        if "models" in recipe:
+            continue  # an evaluation
+        try:
+            data, start = recipe["data"], recipe["model"]["path"]
+            sources = [source["path"] for source in (*data["train"], *((recipe.get("ptx") or {}).get("data") or ()))]
+            trained_on = frozenset(str(inputs[source]) for source in sources)
+            split = Split(data.get("holdout") or 0.0, data.get("holdout_seed"))
+        except (KeyError, TypeError, AttributeError):
+            yield Ancestor(str(run), frozenset(), None)
+        else:
+            yield Ancestor(str(run), trained_on, split)
+            waiting.append(start)
+        parents = manifest.get("parents", ())
+        waiting += [str(parent["path"]) for parent in parents if isinstance(parent, dict) and "path" in parent]
+
+
+def unknown(runs: Iterable[Ancestor]) -> list[str]:
+    """What to say of runs that do not tell what they were trained on."""
+    said = "what it was trained on and what it held out is not known: its recipe.yaml or inputs.json is missing or damaged"
+    return [f"{run.path}: {said}" for run in runs if run.split is None]
+
+
+def _is_run(folder: RunFolder) -> bool:
+    return (folder.path / INPUTS).exists() or (folder.manifest.exists() and folder.metrics.exists())
 
 
 def _json(path: Path) -> dict[str, Any]:
     """What a file of a run that may have been moved or changed says; empty where it says nothing."""
-    with suppress(OSError, ValueError):
-        return dict(json.loads(path.read_bytes()))
+    with suppress(OSError, UsageError):
+        return read_json(path)
     return {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_cli import __version__
 from rlhf_cli.errors import UsageError
-from rlhf_cli.files import hash_tree, sha256_file
+from rlhf_cli.files import SETTINGS, hash_tree, sha256_file
 from rlhf_cli.runs.folder import RunFolder, read_metrics
 
 LIBRARIES = ("torch", "transformers", "datasets", "peft", "accelerate")
@@ -99,10 +99,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-"""Files beside the weights of a model that decide what it computes, reads and writes."""
 
 
 def settings_hash(folder: Path) -> str:

@@ -12,10 +12,10 @@ from huggingface_hub import snapshot_download
 
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import MachineError, UsageError, prefixed
-from rlhf_cli.files import hash_tree, read_json, sha256_file
+from rlhf_cli.files import SETTINGS, hash_tree, read_json, sha256_file
 from rlhf_cli.models.load import Weights, check_tensors, is_reward_model
 from rlhf_cli.recipe.stages import POLICY_STAGES, REWARD_STAGES
-from rlhf_cli.runs.manifest import SETTINGS, BaseModel, Parent, read_manifest, settings_hash, weights_hash
+from rlhf_cli.runs.manifest import BaseModel, Parent, read_manifest, settings_hash, weights_hash
 from rlhf_cli.suggest import closest_path
 
 
@@ -62,6 +62,8 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
             raise UsageError(f"{place}: {path} is a reward model, not a policy; name a language model")
     if "adapter_config.json" in kept:
         config = read_json(folder / "adapter_config.json")
+        if not isinstance(config.get("base_model_name_or_path"), str):
+            raise UsageError(f"{place}: {folder / 'adapter_config.json'} does not name the adapter's base_model_name_or_path")
         tokenizer = path if (folder / "tokenizer_config.json").exists() else config["base_model_name_or_path"]
         return Start(config["base_model_name_or_path"], config.get("revision"), folder, tokenizer, None, None)
     if not folder.exists() and is_meant_as_path(path):

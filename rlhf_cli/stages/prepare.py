@@ -30,7 +30,7 @@ from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.lengths import Lengths, fitted
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES, resolved
-from rlhf_cli.runs.ancestry import Split, ancestors
+from rlhf_cli.runs.ancestry import Split, ancestors, unknown
 from rlhf_cli.runs.manifest import BaseModel
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
 from rlhf_cli.runs.resume import recorded_recipe
@@ -142,12 +142,19 @@ def row_request(recipe: recipes.TrainingRecipe, where: Callable[[str], str]) -> 
 
 def _as_resolved_before(recipe: recipes.TrainingRecipe, before: dict[str, Any]) -> recipes.TrainingRecipe:
     """With what the run in this folder took for values that follow from the machine or from how long it was to be."""
-    if recipe.train.tokens_per_device == "auto":
-        budget = before["train"]["tokens_per_device"]
+    budget, horizon = (_of(before, *keys) for keys in (("train", "tokens_per_device"), ("kl", "horizon")))
+    if recipe.train.tokens_per_device == "auto" and isinstance(budget, int):
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, tokens_per_device=budget))
     if isinstance(recipe, recipes.PpoRecipe) and recipe.kl.target is not None and recipe.kl.horizon is None:
-        recipe = dataclasses.replace(recipe, kl=dataclasses.replace(recipe.kl, horizon=before["kl"]["horizon"]))
+        recipe = dataclasses.replace(recipe, kl=dataclasses.replace(recipe.kl, horizon=horizon))
     return recipe
+
+
+def _of(recorded: Any, *keys: str) -> Any:
+    """A value of a recorded recipe; None where it, or a section on the way, is not there."""
+    for key in keys:
+        recorded = recorded.get(key) if isinstance(recorded, dict) else None
+    return recorded
 
 
 def _fitted(recipe: recipes.TrainingRecipe, config: Any, loaded: Loaded) -> tuple[recipes.TrainingRecipe, list[str]]:
@@ -229,10 +236,13 @@ def _overlaps(job: TrainingJob) -> Iterator[str]:
     for path in (apart[fingerprint] for fingerprint in own.keys() & apart.keys()):
         yield f"data.eval: {path} has the very rows of data.train: what is held out is trained on"
     split = Split(data.holdout, data.holdout_seed)
-    for ancestor in ancestors(job.recipe.model.path):
+    runs = list(ancestors(job.recipe.model.path))
+    yield from unknown(runs)
+    for ancestor in runs:
         for path in (apart[fingerprint] for fingerprint in ancestor.trained_on & apart.keys()):
             yield f"data.eval: {ancestor.path} was trained on the rows of {path}"
-        if ancestor.trained_on & own.keys() and ancestor.split != split and (split.holdout or ancestor.split.holdout):
+        held_out = ancestor.split is not None and ancestor.split.holdout
+        if ancestor.trained_on & own.keys() and ancestor.split != split and (split.holdout or held_out):
             yield (
                 f"data.holdout: {ancestor.path} held out {ancestor.split}, this run holds out {split}: rows that one of "
                 "them keeps the other learns from. give both the same"

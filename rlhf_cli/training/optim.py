@@ -69,7 +69,14 @@ def optimizer_state(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state per parameter name: tensors under "name|entry", and plain numbers under the same keys."""
     state = {f"{name}|{entry}": value for name, p in parameters.items() for entry, value in optimizer.state[p].items()}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items() if torch.is_tensor(value)}
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key, value in state.items():
+        if torch.is_tensor(value):
+            own = value.detach().cpu().contiguous()
+            place = own.untyped_storage().data_ptr()
+            tensors[key] = own.clone() if place in seen else own  # a table that parameters share is of each of them in a file
+            seen.add(place)
     return tensors, {key: value for key, value in state.items() if key not in tensors}
 
 

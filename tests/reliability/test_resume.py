@@ -70,7 +70,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name → command, and what its recipe says beside the common keys."""
 
-TIMES = ("seconds", "peak_memory", "metrics_bytes", "metrics_hash")
+TIMES = ("seconds", "sampling_seconds", "peak_memory", "metrics_bytes", "metrics_hash")
 """What differs in state.json between equal runs."""
 
 
