@@ -113,7 +113,7 @@ class TestImports:
         assert {distribution.get(name, name) for name in third} - {None} == declared
 
 
-LINES, FILE, FUNCTION, ARGUMENTS, REASONED = 20_000, 400, 60, 7, ("transformers", "typer")
+LINES, FILE, FUNCTION, ARGUMENTS, REASONED = 20_500, 400, 60, 7, ("transformers", "typer")
 """At most: lines of the package, of a file and of a function; arguments, but where a docstring says who asks for more."""
 
 
