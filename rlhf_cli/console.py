@@ -9,13 +9,13 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from rlhf_cli.metrics import in_order
+from rlhf_cli.metrics import Metric, in_order
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 ASCII = str.maketrans({"⟦": "[[", "⟧": "]]", "…": "...", "·": ".", "→": "->", "×": "x", "≤": "<=", "≥": ">=", "’": "'"})
 ASCII |= str.maketrans(dict.fromkeys("–—−", "-"))
 LEARNED, RESET, YELLOW, RED, BOLD = "\x1b[1;32m", "\x1b[0m", "\x1b[33m", "\x1b[31m", "\x1b[1m"
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufffe\uffff]"
+)
+LINES = 50
 SHOWN_PIECE = 2000
 """Characters of one piece of the first example that are shown."""
 
@@ -82,9 +85,9 @@ class Console:
             for label, value in rows:
                 self._write(self.out, _fit(f"  {clean(label)}".ljust(width), clean(str(value)), columns))
 
-    def progress(self, total: int, log_every: int = 1) -> Progress:
-        """Progress over `total` steps, as a context manager."""
-        return Progress(self, total, log_every)
+    def progress(self, total: int, log_every: int | None = None) -> Progress:
+        """Progress over `total` steps, as a context manager; without `log_every` in about LINES lines, however many steps."""
+        return Progress(self, total, log_every or max(1, total // LINES))
 
     def _write(self, stream: TextIO, text: str) -> None:
         try:
@@ -135,12 +138,14 @@ class Progress:
         left = (now - since) / (step - done) * (total - step)
         self._since = self._since or (now, step)
         memory = f"{memory_gib or peak_memory_gib():.1f} GiB"
-        line = " ".join([f"step {step}/{total}", *describe(metrics), f"{clock(left)} left", memory])
+        told = [(text, 3 if row.spare else 1) for row, text in _described(metrics)]
+        words = [(f"step {step}/{total}", 0), *told, (f"{clock(left)} left", 0), (memory, 2)]
         if self._console._bar and self._task is not None:
-            line = _encodable(self._console.out, line)
+            width = self._console._bar.console.width
+            line = _encodable(self._console.out, _within(words, width - _bar_width(width) - 1))
             self._console._bar.update(self._task, completed=step, total=total, line=line)
         elif step % self._log_every == 0 or step == total or is_first:
-            self._console.say(line)
+            self._console.say(" ".join(word for word, _ in words))
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """A line with the held-out figures after `step` steps."""
@@ -155,9 +160,29 @@ def describe(metrics: Mapping[str, float]) -> list[str]:
     >>> describe({"loss": 1.2341, "learning_rate": 2e-4, "tokens_per_second": 1234.5})
     ['loss 1.234', 'lr 2.0e-04', '1,234 tok/s']
     """
+    return [text for _, text in _described(metrics)]
+
+
+def _described(metrics: Mapping[str, float]) -> list[tuple[Metric, str]]:
     training = "learning_rate" in metrics
     shown = [(row, name) for row, name in in_order(metrics) if row.progress and not (training and row.held_out_only)]
-    return [row.progress.format(metrics[name], name=name) for row, name in shown]
+    return [(row, row.progress.format(metrics[name], name=name)) for row, name in shown]
+
+
+def _within(words: Sequence[tuple[str, int]], room: int) -> str:
+    """(word, rank), less those of the highest rank above 0, the last first, until they fit.
+
+    >>> _within([("step 1/9", 0), ("loss 1.000", 1), ("lr 2.0e-04", 2), ("00:10 left", 0)], 30)
+    'step 1/9 loss 1.000 00:10 left'
+    """
+    kept = list(words)
+    while len(" ".join(word for word, _ in kept)) > room and (highest := max(rank for _, rank in kept)):
+        kept.pop(max(index for index, (_, rank) in enumerate(kept) if rank == highest))
+    return " ".join(word for word, _ in kept)
+
+
+def _bar_width(columns: int) -> int:
+    return min(20, columns // 5)
 
 
 def clock(seconds: float) -> str:
@@ -248,6 +273,6 @@ def _bar(owner: Console) -> Bar:
 
     console = RichConsole(file=owner.out, highlight=False)
     text = TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-    columns = (BarColumn(bar_width=20), text) if console.width >= 80 else (text,)
+    bar = BarColumn(bar_width=_bar_width(console.width))
     # Redirecting would move what others write to stderr into stdout, also where stderr goes to a file.
-    return Progress(*columns, console=console, refresh_per_second=4, redirect_stderr=_is_terminal(owner.err))
+    return Progress(bar, text, console=console, refresh_per_second=4, redirect_stderr=_is_terminal(owner.err))

@@ -34,6 +34,7 @@ class Metric:
     label: str = ""  # in the table of a training's report
     unit: str = ""  # of the label
     progress: str = ""  # on the line of a step, as a format
+    spare: bool = False  # the first to go where a terminal is too narrow for the line
     held_out_only: bool = False  # no part of the line of a training step, whose loss says it already
     plot: Plot | None = None
     curve: Literal["", "chosen", "rejected", "desirable", "undesirable"] = ""  # which of several in one picture
@@ -185,6 +186,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "learning_rate",
         progress="lr {:.1e}",
+        spare=True,
         plot=Plot("learning_rate", "Learning rate", "learning rate", smooth=False, of_step=True),
     ),
     Metric("learning_rate/value"),
@@ -192,7 +194,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("grad_norm/value"),
     Metric("tokens"),
     Metric(
-        "tokens_per_second", progress="{:,.0f} tok/s", plot=Plot("tokens_per_second", "Speed", "tokens per second", of_step=True)
+        "tokens_per_second",
+        progress="{:,.0f} tok/s",
+        spare=True,
+        plot=Plot("tokens_per_second", "Speed", "tokens per second", of_step=True),
     ),
     Metric("epoch"),
     Metric("time/rollout"),

@@ -165,7 +165,9 @@ class Updates:
 class Cadence:
     """What happens now and then; all of it may change when a run is resumed."""
 
-    log_every: int = key(1, "steps between two printed lines", low=1)
+    log_every: int | None = key(
+        None, "steps between two printed lines, where there is no terminal; null: about 50 lines a run", low=1
+    )
     eval_every: float | None = key(0.25, "below 1: share of the run; else steps; null: at the end alone", low=0.0)
     save_every: float | None = key(0.25, "the same, for checkpoints", low=0.0)
     keep_checkpoints: int = key(2, "the newest N are kept", low=1)

@@ -13,8 +13,14 @@ from tests.tiny import WORDS, make_model, read_lines, rlhf
 STAGE = {"rm": "train-rm", "rloo": "ppo", "pushed": "ppo", "online-dpo": "dpo", "dpo-again": "dpo", "samples": "eval"}
 """The command of recipes that are not named after theirs."""
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
+FAST = ("sft", "rm", "dpo", "ppo")
+"""Of the quickstart's; the others take as long, and run the same code with other keys."""
 EVALUATIONS = [path for path in RECIPES if STAGE.get(path.stem, path.stem) == "eval"]
-TRAINED = [path for path in RECIPES if path not in EVALUATIONS]
+TRAINED = [
+    pytest.param(path, marks=() if path.stem in FAST and path.parent.name == "quickstart" else pytest.mark.slow)
+    for path in RECIPES
+    if path not in EVALUATIONS
+]
 
 
 def write_pairs(path: Path, count: int) -> Path:

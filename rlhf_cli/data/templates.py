@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateSyntaxError
 
 from rlhf_cli.data.records import BadRow, Message, Prompt, as_turns, shared_length
-from rlhf_cli.data.sandbox import memory_limit, render, time_limit
+from rlhf_cli.data.sandbox import TookTooLong, ends_in_time, memory_limit, render, time_limit
 from rlhf_cli.errors import UsageError
 
 BUILT_IN = (
@@ -70,6 +70,8 @@ def choose_template(tokenizer: Any, setting: str | None) -> Template:
         _render_probe(tokenizer, template, (QUESTION,), generation=True)
     except TemplateSyntaxError as error:
         raise UsageError(f"chat template ({template.source}): line {error.lineno}: {error.message}: not valid Jinja") from None
+    except TookTooLong as error:
+        raise UsageError(f"chat template ({template.source}): {error}") from None
     except BadRow:
         pass  # it may want more turns than one; `read_chat_format` tries those
     return template
@@ -77,8 +79,15 @@ def choose_template(tokenizer: Any, setting: str | None) -> Template:
 
 def _render_probe(tokenizer: Any, template: Template, messages: Sequence[Message], *, generation: bool) -> str:
     assert template.text is not None
-    with memory_limit(), time_limit():
-        return render(tokenizer, template.text, messages, generation=generation)
+    text = template.text
+
+    def attempt() -> str:
+        with memory_limit(), time_limit():
+            return render(tokenizer, text, messages, generation=generation)
+
+    if not ends_in_time(attempt):
+        raise TookTooLong
+    return attempt()
 
 
 class ChatFormat(NamedTuple):

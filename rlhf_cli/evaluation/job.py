@@ -141,6 +141,8 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     for note in seen:
         console.warn(note)
     left_out = [f"{lost} prompts do not fit the tokens of some model, and are left out for all."] if lost else []
+    if repeated := sum(own.repeated for own in rows.values()):
+        left_out.append(f"{repeated} rows have the prompt of another row: each prompt is asked once.")
     return EvaluationJob(
         loaded=loaded,
         recipe=recipe,

@@ -118,12 +118,18 @@ def _agreement_of_terms(job: EvaluationJob, frozen: FrozenModels) -> dict[str, A
 
 
 def _text_figures(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone) -> np.ndarray:
-    """(R, 2): −Σ log π of every row's supervised tokens, and how many there are."""
+    """(P, 2): −Σ log π of the supervised tokens of each prompt's rows, and their number; a row without prompt is one alone."""
     rows = job.rows_of("text", model)
     logps = _logps(backbone, "policy", rows.trees, job.budget, job.ranks)
     found = np.array([[-sum(part.sum() for part in row), sum(part.shape[1] for part in row)] for row in logps])
     check_finite(list(found), rows.locations, f"{model.name} is broken: evaluate an earlier checkpoint of it")
-    return found
+    prompts: dict[object, int] = {}
+    own = [prompts.setdefault(rows.records[tree.row].prompt or tree.row, len(prompts)) for tree in rows.trees]
+    if len(prompts) < 2:
+        return found  # rows are all there is to draw
+    sums = np.zeros((len(prompts), 2))
+    np.add.at(sums, own, found)
+    return sums
 
 
 def _response_logps(job: EvaluationJob, backbone: Backbone, role: str, trees: Sequence[Tree]) -> list[np.ndarray]:

@@ -50,6 +50,7 @@ class SectionRows:
     dataset: Dataset  # as the first tokenisation has it
     by_tokenisation: dict[Tokenisation, Rows]  # of prompts those that fit into the tokens of all
     left_out: int  # prompts that do not
+    repeated: int  # rows whose prompt another row has, which is asked once
 
 
 def read_rows(loaded: Loaded, section: str, tokenisations: Sequence[Tokenisation]) -> SectionRows:
@@ -61,18 +62,22 @@ def read_rows(loaded: Loaded, section: str, tokenisations: Sequence[Tokenisation
         else Rows(list(dataset.held_out.trees), dataset.reading.held_out, list(dataset.train.trees))
         for tokenisation, dataset in datasets.items()
     }
-    lost = 0
+    lost = repeated = 0
     if section == "prompts":
         known = [{tree.row for tree in own.trees} for own in rows.values()]
-        shared = known[0].intersection(*known)
-        lost = len(known[0].union(*known)) - len(shared)
+        fitting = known[0].intersection(*known)
+        lost = len(known[0].union(*known)) - len(fitting)
+        records = rows[tokenisations[0]].records
+        # A prompt is one observation: asked in two rows it would count as two.
+        shared = set({records[row].prompt: row for row in sorted(fitting, reverse=True)}.values())
+        repeated = len(fitting) - len(shared)
         rows = {
             tokenisation: dataclasses.replace(own, trees=[tree for tree in own.trees if tree.row in shared])
             for tokenisation, own in rows.items()
         }
     if section != "preferences" and min(len(own.trees) for own in rows.values()) < 2:
         raise UsageError(f"{loaded.named(section)}: fewer than 2 rows are left, which is too few for any interval")
-    return SectionRows(datasets[tokenisations[0]], rows, lost)
+    return SectionRows(datasets[tokenisations[0]], rows, lost, repeated)
 
 
 def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:

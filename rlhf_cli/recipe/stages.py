@@ -41,6 +41,7 @@ class TrainingStage(Stage):
 
     recipe: type[TrainingRecipe]
     title: str  # what its reports call it
+    then: str  # what comes next, said of a {run}
     learning_rate: Mapping[Trained, float]  # the default; a kind may have its own
     sane: Mapping[Trained, tuple[float, float]]  # outside this range a run warns
 
@@ -70,6 +71,7 @@ class TrainingStage(Stage):
         return objective.learning_rate.get(trained, self.learning_rate[trained])
 
 
+_COMPARE = "`rlhf eval` compares it with where it began: `models: {{before: PATH, after: {run}}}`."
 _DIRECT_RATE: Mapping[Trained, float] = {"lora": 1e-5, "full": 1e-6}
 """Full: Rafailov et al. 2023, app. B (later work went down to 5e-7: Tunstall et al. 2023, Lambert et al. 2024), inside the
 5e-7 … 5e-6 of Ethayarajh et al. 2024; Azar et al. 2023 train no language model."""
@@ -84,6 +86,7 @@ _TRAINING = (
         module="rlhf_cli.stages.sft",
         help="Supervised fine-tuning on responses that people wrote.",
         title="supervised fine-tuning",
+        then="`rlhf train-rm`, `rlhf dpo` and `rlhf ppo` go on from it: `model.path: {run}`.",
         learning_rate={"lora": 2e-4, "full": 2e-5},
         sane={"lora": (1e-6, 2e-3), "full": (1e-7, 3e-4)},
         checks=TRAINING,
@@ -93,6 +96,7 @@ _TRAINING = (
         module="rlhf_cli.stages.train_rm",
         help="A reward model from comparisons of responses.",
         title="reward model",
+        then="`rlhf ppo`, and `rlhf dpo` with a `rollout`, take it as their reward: `reward: [{{model: {run}}}]`.",
         learning_rate={"lora": 1e-4, "full": 1e-5},  # full: Touvron et al. 2023, §3.2.2
         sane={"lora": (1e-6, 1e-3), "full": (1e-7, 1e-4)},
         checks=TRAINING,
@@ -102,6 +106,7 @@ _TRAINING = (
         module="rlhf_cli.stages.direct",
         help="Direct preference optimisation, and other losses on pairs or rankings.",
         title="direct preference optimisation",
+        then=_COMPARE,
         learning_rate=_DIRECT_RATE,
         sane=_SANE,
         checks=DIRECT,
@@ -111,6 +116,7 @@ _TRAINING = (
         module="rlhf_cli.stages.direct",
         help="Identity preference optimisation: pairs, with a target for the margin.",
         title="identity preference optimisation",
+        then=_COMPARE,
         learning_rate=_DIRECT_RATE,
         sane=_SANE,
         checks=DIRECT,
@@ -120,6 +126,7 @@ _TRAINING = (
         module="rlhf_cli.stages.direct",
         help="Kahneman-Tversky optimisation: single responses marked good or bad.",
         title="Kahneman–Tversky optimisation",
+        then=_COMPARE,
         learning_rate=_DIRECT_RATE,
         sane=_SANE,
         checks=KTO,
@@ -129,6 +136,7 @@ _TRAINING = (
         module="rlhf_cli.stages.ppo",
         help="Proximal policy optimisation, and other methods on responses of the policy's own.",
         title="policy optimisation with a reward",
+        then=_COMPARE,
         learning_rate={"lora": 3e-5, "full": 3e-6},  # full: Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"
         sane=_SANE,
         checks=PPO,

@@ -29,7 +29,7 @@ def model_card(card: Card, pictures: list[Picture]) -> Section:
 def _accuracy(card: Card, rate: Rate) -> Iterator[Block]:
     several = rate.pairs > rate.prompts
     of = f"{rate.pairs:,} held-out pairs" + (f" of {rate.prompts:,} prompts" if several else "")
-    method = "; a prompt's pairs are one observation" if several else ""
+    method = "; it allows for pairs of one prompt being alike" if several else ""
     mean, bounds = _share(rate.interval)
     yield Paragraph(
         f"The better response of {of} has the higher score in {mean} (95 % interval {bounds}{method}). Ties count half."

@@ -12,6 +12,7 @@ from rlhf_cli.metrics import METRICS, metric
 from rlhf_cli.reports.document import Column, Definitions, Example, Examples, Finding, Items, Paragraph, Response, Section, Table
 from rlhf_cli.reports.findings_evaluation import CHANCE, findings, judge_of, step_of
 from rlhf_cli.reports.plots_evaluation import draw_evaluation
+from rlhf_cli.reports.verdict import in_short
 from rlhf_cli.reports.write import write
 from rlhf_cli.runs.folder import RunFolder
 
@@ -43,6 +44,7 @@ def write_report(folder: RunFolder, result: EvaluationResult, samples: Mapping[s
     found = findings(result) or [Finding("note", "Nothing to compare:", "the tables have all there is.")]
     pictures = draw_evaluation(result)
     sections = (
+        in_short(found, _next(result)),
         Section("findings", "Findings", tuple(found)),
         Section("winrates", "Win rates", (*_win_rates(result), *pictures["winrates"])),
         Section("overoptimisation", "Over-optimisation", (*pictures["overoptimisation"], *_optimisation(result))),
@@ -54,6 +56,13 @@ def write_report(folder: RunFolder, result: EvaluationResult, samples: Mapping[s
         Section("methods", "Methods", tuple(_methods(result))),
     )
     write(folder, f"{folder.path.resolve().name}: evaluation", _lead(result), sections)
+
+
+def _next(result: EvaluationResult) -> Iterator[str]:
+    if any(own.rate.low <= CHANCE <= own.rate.high for own in result.winrate.values()):
+        yield "More prompts, or more responses to each, tell models apart that the intervals do not."
+    if result.models:
+        yield "Read samples side by side before you trust a figure. `rlhf export RUN FOLDER` writes the model that you take."
 
 
 def _lead(result: EvaluationResult) -> str:
@@ -79,7 +88,8 @@ def _win_rates(result: EvaluationResult) -> Iterator[Table]:
         return
     rate, equal = Column("Win rate", CHANCE, SHARE), Column("At equal length", CHANCE, SHARE)
     columns = Column("Model"), rate, equal, Column("Ties"), Column("Comparisons")
-    rows = tuple((name, own.rate, own.length_controlled, f"{own.ties:.3f}", f"{own.n:,}") for name, own in result.winrate.items())
+    best_first = sorted(result.winrate.items(), key=lambda rate: -rate[1].mean)
+    rows = tuple((name, own.rate, own.length_controlled, f"{own.ties:.3f}", f"{own.n:,}") for name, own in best_first)
     yield Table(f"Preferred to {result.about.baseline} by {judge_of(result.about)}", columns, rows)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from rlhf_cli.figures import short
 from rlhf_cli.metrics import Metric, Plot, in_order
@@ -12,6 +14,7 @@ from rlhf_cli.reports.document import Picture
 from rlhf_cli.reports.plots import CHOSEN, HELD_OUT, REJECTED, TRAIN, canvases, margins_picture, png, reliability_picture
 from rlhf_cli.reports.run_result import History, RunResult
 
+DRAWN = 2000  # points of a line: more are not seen on a picture of 864 pixels, and take long to draw
 SMOOTH_FROM = 40  # from this many points on a line is drawn pale, with its moving average over it
 COLOURS: dict[str, tuple[str, str]] = {
     "": (TRAIN, HELD_OUT),
@@ -28,6 +31,7 @@ class Curve:
     """One line of a picture."""
 
     label: str
+    kind: str  # chosen, rejected …; empty where a picture has one kind
     colour: str
     steps: list[float]
     values: list[float]
@@ -71,35 +75,64 @@ def _curves(row: Metric, name: str, plot: Plot, history: History) -> Iterator[Cu
             label = f"{row.curve}, {split}" if row.curve else split
             smoothed = split == "training" and plot.smooth and len(known) >= SMOOTH_FROM
             dots = split == "held-out rows" or len(known) == 1
-            yield Curve(label, colour, [line["step"] - back for line in known], [line[name] for line in known], smoothed, dots)
+            yield Curve(
+                label, row.curve, colour, [line["step"] - back for line in known], [line[name] for line in known], smoothed, dots
+            )
 
 
 def _picture(file: str, title: str, plot: Plot, curves: list[Curve]) -> Picture:
     from matplotlib.ticker import MaxNLocator
 
-    figure, (axes,) = canvases(title, "steps", [plot.unit])
-    for curve in curves:
-        label, values, width = curve.label, curve.values, 1.6
-        if curve.smoothed:
-            reach = len(values) // 40
-            axes.plot(curve.steps, values, color=curve.colour, alpha=0.3, linewidth=1.2)
-            label, values, width = f"{label} (mean of {2 * reach + 1} steps)", moving_average(values, reach), 1.8
-        marker = "o" if curve.dots else ""
-        axes.plot(curve.steps, values, color=curve.colour, linewidth=width, marker=marker, markersize=4, label=label)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 5))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(curves) > 1 or curves[0].smoothed:
-        axes.legend(frameon=False)
+    panels = _panels(curves)
+    figure, all_axes = canvases(title, "steps", [plot.unit] * len(panels), height=4.0 if len(panels) == 1 else 5.6)
+    for axes, own in zip(all_axes, panels, strict=True):
+        for curve in own:
+            label, values, width = curve.label, curve.values, 1.6
+            if curve.smoothed:
+                reach = len(values) // 40
+                axes.plot(*thinned(curve.steps, values), color=curve.colour, alpha=0.3, linewidth=1.2)
+                label, values, width = f"{label} (mean of {2 * reach + 1} steps)", moving_average(values, reach), 1.8
+            marker, line = "o" if curve.dots else "", thinned(curve.steps, values)
+            axes.plot(*line, color=curve.colour, linewidth=width, marker=marker, markersize=4, label=label)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(curves) > 1 or own[0].smoothed:
+            axes.legend(frameon=False)
     shown = (f"{curve.label} from {short(curve.values[0])} to {short(curve.values[-1])}" for curve in curves)
     return Picture(title, f"{file}.png", f"{title} over the steps, in {plot.unit}: {'; '.join(shown)}.", png(figure))
 
 
+def _panels(curves: list[Curve]) -> list[list[Curve]]:
+    """All in one, or one of each kind below the other where they are further apart than either moves: it would not be seen."""
+    kinds: dict[str, list[Curve]] = {}
+    for curve in curves:
+        kinds.setdefault(curve.kind, []).append(curve)
+    ranges = sorted((min(values), max(values)) for own in kinds.values() if (values := [v for each in own for v in each.values]))
+    apart = any(low - high > max(high - before, beyond - low) for (before, high), (low, beyond) in pairwise(ranges))
+    return list(kinds.values()) if apart else [curves]
+
+
+def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    """At most DRAWN points of a line, the lowest and the highest of every stretch: no peak is lost.
+
+    >>> thinned([1.0, 2.0], [5.0, 6.0])
+    ([1.0, 2.0], [5.0, 6.0])
+    """
+    if len(values) <= DRAWN:
+        return steps, values
+    size, kept = math.ceil(2 * len(values) / DRAWN), list[int]()
+    for start in range(0, len(values), size):
+        stretch = range(start, min(start + size, len(values)))
+        kept += sorted({min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)})
+    return [steps[k] for k in kept], [values[k] for k in kept]
+
+
 def moving_average(values: list[float], reach: int) -> list[float]:
-    """Mean of each value and up to `reach` neighbours on both sides, as many on the left as on the right.
+    """Mean of each value and up to `reach` neighbours on each side, as many as there are.
 
     >>> moving_average([1.0, 3.0, 8.0], 1)
-    [1.0, 4.0, 8.0]
+    [2.0, 4.0, 5.5]
     """
-    last = len(values) - 1
-    sides = [min(reach, place, last - place) for place in range(len(values))]
-    return [sum(values[place - side : place + side + 1]) / (2 * side + 1) for place, side in enumerate(sides)]
+    sums, count = [0.0, *accumulate(values)], len(values)
+    ends = ((max(0, place - reach), min(count, place + reach + 1)) for place in range(count))
+    return [(sums[high] - sums[low]) / (high - low) for low, high in ends]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rlhf_cli.data.sources import SourceReport
@@ -41,7 +42,7 @@ class History:
         """Did the run learn from responses of the policy's own?"""
         return any("objective/scores" in line for line in (*self.train, *self.held_out))
 
-    @property
+    @cached_property
     def names(self) -> set[str]:
         """All that was measured."""
         return {name for line in (*self.train, *self.held_out) for name in line}

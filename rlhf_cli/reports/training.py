@@ -17,6 +17,7 @@ from rlhf_cli.reports.findings_online import online_findings
 from rlhf_cli.reports.findings_training import length_findings, training_findings
 from rlhf_cli.reports.plots_training import draw_training
 from rlhf_cli.reports.run_result import Ends, History, RunResult, SplitCounts, TrainingSample, ends, read_run
+from rlhf_cli.reports.verdict import in_short
 from rlhf_cli.reports.write import write
 from rlhf_cli.runs.folder import RunFolder
 
@@ -28,9 +29,12 @@ def write_report(run: RunFolder, manifest: Mapping[str, Any]) -> None:
     stage = TRAINING_STAGES[result.manifest.stage].title
     if result.history.online and result.manifest.stage != "ppo":
         stage = f"online {stage}"
+    learned, card = tuple(_learned(result)), [model_card(result.card, pictures["card"])] if result.card else []
+    found = [block for block in (*learned, *(own for section in card for own in section.blocks)) if isinstance(block, Finding)]
     sections = (
-        Section("learned", "Did it learn?", (*_learned(result), *pictures["learned"])),
-        *([model_card(result.card, pictures["card"])] if result.card else []),
+        in_short(found, [TRAINING_STAGES[result.manifest.stage].then.format(run=run.path.as_posix())]),
+        Section("learned", "Did it learn?", (*learned, *pictures["learned"])),
+        *card,
         Section("samples", "Samples", tuple(_samples(result))),
         Section("data", "Data", tuple(_data(result))),
         Section("cost", "Cost", tuple(_cost(result))),

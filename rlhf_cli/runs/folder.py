@@ -43,6 +43,13 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self.checkpoints = path / "checkpoints"
         self._lock = lock
 
+    @property
+    def moved(self) -> MachineError:
+        """What ends a run whose files are no longer where it began to write them."""
+        return MachineError(
+            f"{self.path} was moved, renamed or removed while the run wrote to it\n  put it back, then continue with --resume"
+        )
+
     def close(self) -> None:
         """Let another process have the folder. May be called twice."""
         if self._lock is not None:
@@ -235,6 +242,13 @@ class MetricsLog:
         os.ftruncate(self._file.fileno(), position)
         self.position, self._digest = position, found
         return True
+
+    def is_in_place(self) -> bool:
+        """Is the file that is written to still the one at its path? A folder that is renamed takes it along."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except OSError:
+            return False
 
     def close(self) -> None:
         self._file.close()

@@ -197,6 +197,8 @@ def finish_job(
     """
     job.signals.obey_at_once("after the last step; continue with --resume")
     if job.ranks.main:
+        if not folder.metrics.exists():
+            raise folder.moved.on_one_rank()
         with disk_errors(folder.model):
             trainer.hooks.save_model(folder.model)
         described = job.base if base.base == job.start.base else merged_base(base)

@@ -292,6 +292,8 @@ class Trainer:
         if broken := [name for name, p in self.backbone.trained_parameters().items() if not torch.isfinite(p).all()]:
             raise NumberError(f"step {self.state.step}: {broken[0]} is not finite after the update; no checkpoint is written")
         if self.ranks.main:
+            if not self.metrics.is_in_place():
+                raise self.run.moved.on_one_rank()
             usage = dataclasses.replace(self.state.usage, peak_memory=self.peak_memory)
             (size, digest), (samples_size, samples_digest) = self.metrics.sync(), self.samples.sync()
             self._advance(usage=usage, logs=LogSizes(size, samples_size, digest, samples_digest))

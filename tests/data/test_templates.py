@@ -142,6 +142,22 @@ def test_a_hostile_template_is_a_bad_row(text: str, message: str) -> None:
         render_prompt(tiny_tokenizer(), file(text), "Hi")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ 7 ** 99999999 }}",  # folded while the template is compiled, in one step that hears no signal
+        "{% set x = 9 ** (messages | length * 99999999) %}{{ x }}",  # and one in the same step while it renders
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_does_not_end_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_cli.data.sandbox.SECONDS", 0.5)
+    (tmp_path / "x.jinja").write_text(text)
+    said = r"x.jinja\): the chat template takes too long \(more than 0.5 s of CPU time\)$"
+    with pytest.raises(UsageError, match=said):
+        choose_template(tiny_tokenizer(), str(tmp_path / "x.jinja"))
+
+
 def test_an_endless_template_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_cli.data.sandbox.SECONDS", 0.1)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -164,6 +164,7 @@ def test_a_lead_counts_prompts():
     assert found == pytest.approx(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chances", [(0.5, 0.2, 0.1, 0.2), (0.3, 0.3, 0.3, 0.1), (0.75, 0.15, 0.02, 0.08)])
 @pytest.mark.parametrize("pairs", [30, 200])
 def test_a_lead_lies_in_its_interval_95_times_in_100(chances, pairs):
@@ -191,6 +192,7 @@ def of_prompts(rng, prompts, rows):
     return 2 / 3, rate(margins(trees, [(1.0, 0.0) if each else (0.0, 1.0) for each in right]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 5, 20])
 def test_rows_of_one_prompt_are_one_observation(rows):
     """Else the interval of five rows a prompt would cover the truth in 77 % of the cases."""

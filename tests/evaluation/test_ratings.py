@@ -159,6 +159,7 @@ def covered(pairs: list[tuple[int, int]], prompts: int, times: int, draws: int) 
     return np.mean(hits, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", [ALL, STAR])
 def test_intervals_hold_the_true_strengths(pairs: list[tuple[int, int]]) -> None:
     shares = covered(pairs, 128, 500, 400)

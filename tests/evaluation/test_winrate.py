@@ -179,6 +179,7 @@ def test_a_preference_for_length_alone_is_taken_out() -> None:
     assert found.length_controlled.low < 0.5 < found.length_controlled.high < found.rate.mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("better", [0.0, 1.0])
 def test_coverage_of_the_length_controlled_rate(better: float) -> None:
     random, counts = np.random.default_rng(9), resamples(64, 0, 400)
@@ -205,6 +206,7 @@ def raw_coverage(share: float, prompts: int, alike: float, times: int) -> float:
     return float(np.mean([each.rate.low <= share <= each.rate.high for each in found]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "alike", "times"), [(0.5, 0.3, 500), (0.97, 0.3, 150), (0.97, 1, 150)])
 def test_coverage_of_the_rate(share: float, alike: float, times: int) -> None:
     assert raw_coverage(share, 64, alike, times) >= 0.92

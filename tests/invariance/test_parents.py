@@ -249,6 +249,7 @@ def check_fresh(home: Path, made: Made, runs: list[Path]) -> None:
         assert float(wanted.std()) > 0.01
 
 
+@pytest.mark.slow
 def test_a_new_process_has_the_trained_models(home: Path, made: Made) -> None:
     """Plain PEFT and transformers, and for reward models exactly the lines of their manifests."""
     policies = [made("dpo", parent, kind) for parent, kind in CHANGES]

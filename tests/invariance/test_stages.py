@@ -139,6 +139,7 @@ def test_a_reference_that_is_computed_in_the_step_gives_the_same(
     same(whole(name, *settings), tmp_path / "computed")
 
 
+@pytest.mark.slow
 def test_the_start_is_its_own_reference(home: Path, tmp_path: Path) -> None:
     """Continuing a LoRA run, `start` is its frozen adapter, `base` the bare base and a path that run."""
     assert rlhf(*recipe(home, "dpo", tmp_path / "parent", learning_rate=0.02)) == 0

@@ -53,6 +53,7 @@ def test_round_trip(tmp_path: Path, recipe: SftRecipe) -> None:
     assert dump_recipe(again, "sft") == text
 
 
+@pytest.mark.slow
 def test_round_trip_of_odd_text_and_numbers(tmp_path: Path) -> None:
     rng = random.Random(0)
     alphabet = "aZ019 _-+.:#,[]{}&*!|>'\"%@`~\\/?=\n\té\u0085\u2028\ufeff日😀e"

@@ -42,6 +42,7 @@ def place_of(prefix: str) -> str:
     return prefix.replace("train.stop_if", "train.stop_if.loss")
 
 
+@pytest.mark.slow
 def test_first_suggestion_is_right_for_every_key(tmp_path: Path) -> None:
     rng = random.Random(0)
     path = tmp_path / "r.yaml"

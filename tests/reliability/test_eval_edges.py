@@ -179,6 +179,7 @@ def test_text_of_one_row(
         assert loaded and result(tmp_path / "ev")["models"]["sft"]["perplexity"]["mean"] > 1
 
 
+@pytest.mark.slow
 def test_a_series_in_other_tokens_has_no_curve(series: Path, tmp_path: Path) -> None:
     """That of another series is there."""
     models = {"sft": "HOME/sft", "strange": "HOME/strange/checkpoints/*", "lora": "HOME/lora/checkpoints/*"}

@@ -212,6 +212,7 @@ def test_check_loads_nothing_and_writes_nothing(
     assert re.search(r"\n  responses +2 to each prompt, of up to 6 tokens, at temperature 1\n", out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "code", "message"),
     [

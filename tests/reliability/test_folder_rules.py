@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_cli.runs.folder import open_run
 from rlhf_cli.stages import training
+from rlhf_cli.training import loop
 from tests.data.tiny_tokenizer import CHATML
-from tests.tiny import make_model, rlhf, write_pairs, write_recipe, write_rows
+from tests.tiny import make_model, read_lines, rlhf, write_pairs, write_recipe, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +203,34 @@ def test_two_runs_on_one_folder(
         assert first.startswith(f"error: {run} is in use by process {os.getpid()} on ")
         assert second == "  wait for it, stop it, or choose another output"
         assert contents(run) == before and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_folder_that_is_renamed_while_a_run_writes_to_it(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the run would lie here and half there. Put back, it goes on as if nothing had been."""
+    parts, run = (make_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 15)), tmp_path / "run"
+    recipe = write_recipe(tmp_path / "x.yaml", *parts, run, train={"steps": 4})
+    assert rlhf("sft", recipe, "--output", tmp_path / "whole") == 0
+    original = loop.optimise
+
+    def renaming(*arguments: Any, **settings: Any) -> Any:
+        if arguments[-1].step == step:
+            run.rename(tmp_path / "elsewhere")
+        return original(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "optimise", renaming)
+        assert rlhf("sft", recipe) == 4
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"error: {run} was moved, renamed or removed while the run wrote to it",
+        "  put it back, then continue with --resume",
+    ]
+    assert not (run / "manifest.json").exists() and not (run / "checkpoints").exists()
+    shutil.rmtree(run, ignore_errors=True)
+    (tmp_path / "elsewhere").rename(run)
+    assert rlhf("sft", recipe, "--resume") == 0
+    names = ("model/adapter_model.safetensors", "metrics.jsonl")
+    assert (run / names[0]).read_bytes() == (tmp_path / "whole" / names[0]).read_bytes()
+    assert read_lines(run / names[1]) == read_lines(tmp_path / "whole" / names[1])

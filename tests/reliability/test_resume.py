@@ -159,8 +159,8 @@ def test_from_every_step(whole: Whole, tmp_path: Path, name: str, lora: Any) -> 
         ("train-rm", None, "optimise", 6),
         ("dpo", LORA, "optimise", 5),
         ("kto bco", None, "optimise", 4),
-        ("ppo", LORA, "optimise", 15),  # the third update of step 4
-        ("online dpo", LORA, "optimise", 4),  # drawn before step 3, of which a checkpoint knows
+        pytest.param("ppo", LORA, "optimise", 15, marks=pytest.mark.slow),  # the third update of step 4
+        pytest.param("online dpo", LORA, "optimise", 4, marks=pytest.mark.slow),  # drawn before step 3
     ],
 )
 def test_from_one_step_several_passes_and_dropout(
@@ -182,6 +182,7 @@ def test_the_running_means_are_in_every_checkpoint(home: Path, tmp_path: Path) -
     assert len({mean["reward/good"] for mean in means}) == 6 and abs(means[-1]["reward/good"] - means[-1]["reward/bad"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_whatever_became_of_the_reference_store(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_cli.figures import duration
 from rlhf_cli.reports.findings_training import length_findings, training_findings
-from rlhf_cli.reports.plots_training import moving_average
+from rlhf_cli.reports.plots_training import Curve, _panels, moving_average, thinned
 from rlhf_cli.reports.run_result import History, TrainingSample, ends
 from rlhf_cli.reports.training import write_report
 from rlhf_cli.runs.folder import RunFolder
@@ -98,6 +98,10 @@ def test_every_part_of_the_report(run):
     text = run.report.read_text()
     assert text.startswith("# mine: supervised fine-tuning, finished\n")
     assert (
+        "## In short\n\nHeld-out loss fell from 2 to 1.5, -25.0 %: the model is better on rows it has not seen.\n\n"
+        "- `rlhf train-rm`, `rlhf dpo` and `rlhf ppo` go on from it: `model.path: runs/mine`."
+    ) in text
+    assert (
         "Started from `runs/first` (on the base model `org/tiny`) and trained a LoRA adapter of rank 16 "
         "on 1,000 rows of `hh.jsonl`: 4 steps, 12,345 tokens, 2 min 10 s."
     ) in text
@@ -176,10 +180,39 @@ def test_small_numbers_of_measurements():
     ]
 
 
+def test_a_long_log_is_thinned_without_losing_a_peak():
+    steps = [float(k) for k in range(100_000)]
+    values = [math.sin(k / 5000) for k in range(100_000)]
+    values[54_321], values[77_777] = 9.0, -9.0
+    kept, drawn = thinned(steps, values)
+    assert len(kept) == len(drawn) <= 2000 and kept == sorted(kept)
+    assert (max(drawn), min(drawn)) == (9.0, -9.0)
+    assert all(values[int(k)] == value for k, value in zip(kept, drawn, strict=True))
+
+
+def curve(kind, values):
+    return Curve(f"{kind}, training", kind, "#000000", [float(k) for k in range(len(values))], values, False, False)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "panels"),
+    [
+        ([-4.0, -4.5, -5.0], [-125.0, -126.0, -128.0], 2),  # on one axis neither would be seen to move
+        ([-4.0, -4.5, -5.0], [-4.2, -5.0, -9.0], 1),
+        ([0.0, 1.0, 3.0], [0.0, -1.0, -3.0], 1),
+    ],
+)
+def test_curves_far_apart_have_an_axis_each(chosen, rejected, panels):
+    found = _panels([curve("chosen", chosen), curve("rejected", rejected)])
+    assert [[each.kind for each in own] for own in found] == (
+        [["chosen"], ["rejected"]] if panels == 2 else [["chosen", "rejected"]]
+    )
+
+
 def test_arithmetic():
     assert ends([1.0] * 10 + [5.0] * 90) == (1.0, 5.0)
     assert ends([float(k) for k in range(40)]) == (1.5, 37.5)
-    assert moving_average([4.0, 2.0, 0.0, 7.0, 1.0], 2) == [4.0, 2.0, 14 / 5, 8 / 3, 1.0]
+    assert moving_average([4.0, 2.0, 0.0, 7.0, 1.0], 2) == [2.0, 13 / 4, 14 / 5, 10 / 4, 8 / 3]
     assert [duration(seconds) for seconds in (3.14, 59.96, 61, 7325)] == ["3.1 s", "60.0 s", "1 min 1 s", "2 h 2 min"]
 
 
@@ -251,7 +284,10 @@ def test_a_card_of_rankings_with_subsets_and_a_warning(run):
     subsets = {"a|b": RATE, "harm": RATE | {"accuracy": 0.9}}
     text = write_reward_report(run, prompts=100, subsets=subsets, warning="It hardly beats length.", confidence=0.6)
     assert "of 400 held-out pairs of 100 prompts has the higher score in 71.4 % (" in text
-    assert "to 75.6 %; a prompt's pairs are one observation). Ties count half.\n\n**It hardly beats length.**\n\n**Acc" in text
+    assert (
+        "to 75.6 %; it allows for pairs of one prompt being alike). Ties count half.\n\n**It hardly beats length.**\n\n**Acc"
+        in text
+    )
     assert (
         "| subset | pairs | accuracy | 95 % interval |\n| --- | --- | --- | --- |\n| a\\|b | 30 | 50.0 % | 40.0 % to 60.0 %"
         in text

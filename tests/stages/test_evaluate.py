@@ -205,6 +205,16 @@ def test_all_rows_without_a_holdout(run: Callable[..., Path]) -> None:
     assert found["preferences"]["gold/letters"]["length_baseline"]["prefers"] == "longer"
 
 
+def test_texts_of_one_prompt_are_drawn_together(home: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
+    """Every row written four times tells nothing new: the perplexity and its interval are those of each once."""
+    text = (home / "rows.jsonl").read_text()
+    (tmp_path / "four.jsonl").write_text(text * 4)
+    (tmp_path / "one.jsonl").write_text(text)
+    found = [run(models={"sft": "HOME/sft"}, text=str(tmp_path / f"{name}.jsonl")) for name in ("one", "four")]
+    one, four = (result(folder)["models"]["sft"]["perplexity"] for folder in found)
+    assert four == pytest.approx(one, rel=1e-6)
+
+
 def test_perplexity_is_that_of_training(home: Path, whole: Path) -> None:
     assert result(whole)["models"]["sft"]["perplexity"]["mean"] == pytest.approx(
         last_held_out(home / "sft")["perplexity"], rel=1e-6
@@ -418,6 +428,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_policies_on_one_base_cost_one_model(
     home: Path, run: Callable[..., Path], loads: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,6 +456,7 @@ def test_policies_on_one_base_cost_one_model(
     assert own.keys() == base.keys() and all(torch.equal(own[name], base[name]) for name in base)
 
 
+@pytest.mark.slow
 def test_of_models_with_weights_of_their_own_one_is_in_memory(
     home: Path, tmp_path: Path, run: Callable[..., Path], loads: list[tuple[str, int]]
 ) -> None:
@@ -564,6 +576,20 @@ def test_prompts_too_long_for_one_model_are_left_out_for_all(
     assert left in found["about"]["notes"]
     for own in samples_of(folder).values():
         assert [line["where"] for line in own] == [f"{home / 'pairs.jsonl'}:{number + 1}" for number in fits]
+
+
+def test_a_prompt_in_several_rows_is_asked_once(home: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
+    """It is one observation: counted twice it would make intervals narrower than they are."""
+    rows = [json.loads(line) for line in (home / "pairs.jsonl").read_text().splitlines()]
+    asked = list({row["prompt"]: row for row in rows}.values())[:5]
+    (tmp_path / "once.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in asked))
+    (tmp_path / "twice.jsonl").write_text(
+        (tmp_path / "once.jsonl").read_text() + json.dumps({"prompt": asked[0]["prompt"]}) + "\n"
+    )
+    sections = {"models": {"sft": "HOME/sft"}, **DRAWN}
+    once, twice = (run(**sections | {"prompts": str(tmp_path / f"{name}.jsonl")}) for name in ("once", "twice"))
+    assert result(once)["models"] == result(twice)["models"] and result(twice)["about"]["prompts"] == 5
+    assert notes(twice) == [*notes(once), "1 rows have the prompt of another row: each prompt is asked once."]
 
 
 def test_a_temperature_is_said(run: Callable[..., Path]) -> None:

@@ -381,6 +381,7 @@ def test_memory_that_runs_out_halves_the_budget(backbone: Backbone, monkeypatch:
         Run(backbone, None, budget=4096)(DATA)
 
 
+@pytest.mark.slow
 def test_many_rows_take_time_in_proportion(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the model: 20,000 pairs of 2 tokens; four times the rows take well below sixteen times the time."""
     zeros = lambda role, batch: (torch.zeros(len(batch.source)), None)  # noqa: E731
