@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.evaluation import intervals
-from rlhf_cli.evaluation.overoptimisation import peak, run_point
-from rlhf_cli.evaluation.preference import margins, rate
-from rlhf_cli.evaluation.winrate import win_rate
+from rlhf_cli.evaluation.overoptimisation import fit, peak, run_point
+from rlhf_cli.evaluation.preference import lead, margins, rate
+from rlhf_cli.evaluation.winrate import ratings, win_rate
 
 DRAWS = 400  # bootstrap draws of each interval; evaluations take 2,000
 Draw = np.random.Generator
@@ -64,6 +64,64 @@ def won(prompts: int, share: float) -> Covers:
     return covers
 
 
+def ahead(prompts: int, rows: int) -> Covers:
+    """By how much a judge, right in 65 %, is before a rule that is in 55 %: both depend on the prompt, and on one another."""
+
+    def covers(draw: Draw) -> bool:
+        two = (np.ones(1, np.int32), np.ones(1, np.int32))
+        trees = [Tree(np.array([k // rows], np.int32), np.zeros(1, bool), two, k, Facts()) for k in range(prompts * rows)]
+        easy, luck = np.repeat(draw.beta(2, 2, prompts), rows), draw.random(prompts * rows)
+        other_luck = np.where(draw.random(len(luck)) < 0.7, luck, draw.random(len(luck)))
+        right = [luck < 0.4 + 0.5 * easy, other_luck < 0.3 + 0.5 * easy]
+        both = [margins(trees, [(1.0, 0.0) if each else (0.0, 1.0) for each in own]) for own in right]
+        own = lead(*both)
+        return own.low <= 0.1 <= own.high
+
+    return covers
+
+
+def at_equal_length(prompts: int, better: float) -> Covers:
+    """A win rate with length taken out, of outcomes with the logit `better` + 0.8·tanh(Δ/20)."""
+
+    def covers(draw: Draw) -> bool:
+        longer = draw.normal(15, 20, (prompts, 4)).round()
+        outcome = (draw.random((prompts, 4)) < 1 / (1 + np.exp(-better - 0.8 * np.tanh(longer / 20)))).astype(float)
+        counts = intervals.resamples(prompts, int(draw.integers(2**31)), DRAWS)
+        own = win_rate(outcome, longer, counts).length_controlled
+        return own.low <= 1 / (1 + np.exp(-better)) <= own.high
+
+    return covers
+
+
+def rated(prompts: int, strength: float) -> Covers:
+    """The rating of a model that is so many Elo points above the anchor, among three that all met."""
+
+    def covers(draw: Draw) -> bool:
+        true = {"a": 0.0, "b": strength, "c": -strength / 2}
+        pairs = [("a", "b"), ("a", "c"), ("b", "c")]
+        chance = {pair: 1 / (1 + 10 ** ((true[pair[1]] - true[pair[0]]) / 400)) for pair in pairs}
+        outcomes = {pair: (draw.random((prompts, 1)) < own).astype(float) for pair, own in chance.items()}
+        counts = intervals.resamples(prompts, int(draw.integers(2**31)), DRAWS)
+        own = ratings(list(true), outcomes, "a", counts)["b"]
+        return own.low <= 1000 + strength <= own.high
+
+    return covers
+
+
+def fitted(prompts: int) -> Covers:
+    """β of d (α − β d), fitted to gold at six KLs: noise that a prompt's points share, and noise of their own."""
+
+    def covers(draw: Draw) -> bool:
+        d = np.sqrt([0.0, 0.5, 1.0, 2.0, 4.0, 8.0])
+        table = (d * (2 - 0.5 * d))[:, None] + draw.exponential(1, (1, prompts)) + draw.normal(0, 0.5, (6, prompts))
+        counts = intervals.resamples(prompts, int(draw.integers(2**31)), DRAWS)
+        own = fit((d**2).tolist(), table.mean(1).tolist(), counts @ table.T / prompts, prompts).bon
+        assert own is not None and own.beta_low is not None and own.beta_high is not None
+        return own.beta_low <= 0.5 <= own.beta_high
+
+    return covers
+
+
 def flat(points: int, prompts: int) -> Covers:
     """No claim that gold fell along a run whose gold never changed."""
 
@@ -86,6 +144,13 @@ LINES: dict[str, Covers] = {
     "mean of skewed figures, 100 prompts": mean(100, True),
     "win rate of 50 %, 64 prompts": won(64, 0.5),
     "win rate of 95 %, 64 prompts": won(64, 0.95),
+    "ahead of length, 60 prompts of one row": ahead(60, 1),
+    "ahead of length, 60 prompts of 5 rows": ahead(60, 5),
+    "win rate at equal length of 50 %, 64 prompts": at_equal_length(64, 0.0),
+    "win rate at equal length of 73 %, 64 prompts": at_equal_length(64, 1.0),
+    "rating of a model 100 Elo points ahead, 64 prompts": rated(64, 100.0),
+    "rating of a model 400 Elo points ahead, 64 prompts": rated(64, 400.0),
+    "β of a fit, 64 prompts": fitted(64),
     "no fall from the peak, 3 points of 60 prompts": flat(3, 60),
     "no fall from the peak, 10 points of 60 prompts": flat(10, 60),
 }

@@ -5,6 +5,7 @@ Of a run by its checkpoints, and of choosing the best of n responses of the star
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cli.evaluation.intervals import NORMAL_95, student
+from rlhf_cli.evaluation.intervals import NORMAL_95, interval, student
 from rlhf_cli.evaluation.samples import mean_interval
 from rlhf_cli.figures import Interval
 
@@ -68,6 +69,7 @@ class Point:
     proxy: Interval
     gold: Interval | None
     prompt_gold: np.ndarray | None = field(default=None, repr=False, compare=False)  # (P,) mean gold of each prompt
+    prompt_proxy: np.ndarray | None = field(default=None, repr=False, compare=False)  # (P,) the same of the proxy
 
     @property
     def place(self) -> int:
@@ -78,7 +80,7 @@ class Point:
         """As in "overoptimisation" of eval.json; without gold, `gold` and its interval are null."""
         own = {"kl": self.kl, "proxy": self.proxy, "gold": self.gold}
         return {
-            **{name: value for name, value in vars(self).items() if name != "prompt_gold"},
+            **{name: value for name, value in vars(self).items() if not name.startswith("prompt_")},
             **{name: value and value.mean for name, value in own.items()},
             "intervals": {name: value and [value.low, value.high] for name, value in own.items()},
         }
@@ -118,10 +120,10 @@ def best_of_points(model: str, scores: np.ndarray, gold: np.ndarray | None, ns: 
 
 def _worth(
     prompt_proxy: np.ndarray, prompt_gold: np.ndarray | None, counts: np.ndarray
-) -> tuple[Interval, Interval | None, np.ndarray | None]:
-    """The last three fields of a point, from (P,) means of each prompt."""
+) -> tuple[Interval, Interval | None, np.ndarray | None, np.ndarray]:
+    """The last four fields of a point, from (P,) means of each prompt."""
     gold = None if prompt_gold is None else mean_interval(prompt_gold[:, None], counts)
-    return mean_interval(prompt_proxy[:, None], counts), gold, prompt_gold
+    return mean_interval(prompt_proxy[:, None], counts), gold, prompt_gold, prompt_proxy
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,11 @@ class Fit:
     alpha: float
     beta: float
     r2: float  # 1 − Σ residual² / Σ (gain − mean gain)²; of gains that are all the same, 1 if met, else 0
+    alpha_low: float | None = None  # 95 %, over draws of prompts, at the KLs as they are
+    alpha_high: float | None = None
+    beta_low: float | None = None
+    beta_high: float | None = None
+    preferred: float | None = None  # share of the draws in which this form leaves less unexplained than the other
 
 
 @dataclass(frozen=True)
@@ -141,23 +148,37 @@ class Fits:
     rl: Fit | None  # d (α − β log d), found for reinforcement learning
 
 
-def fit(kl: Sequence[float], values: Sequence[float]) -> Fits:
-    """Both forms of Gao, Schulman & Hilton (2023) to a series of points, the first being its start.
+def fit(kl: Sequence[float], values: Sequence[float], draws: np.ndarray | None = None, prompts: int = 0) -> Fits:
+    """Both forms of Gao, Schulman & Hilton (2023) to a series of K points, the first being its start.
 
     Linear in α and β, each point having the same weight. A KL that is estimated below 0 counts as 0, and points at 0 say
-    nothing, as both forms are 0 there.
+    nothing, as both forms are 0 there. `draws`: (B, K) the values in bootstrap draws of so many prompts, for the intervals and
+    for which form is preferred.
     """
     squared = np.maximum(np.array(kl[1:], np.float64), 0)
-    gains = (np.array(values[1:], np.float64) - values[0])[squared > TINY_KL]
-    d = np.sqrt(squared[squared > TINY_KL])
-    return Fits(_least_squares(d, d * d, gains), _least_squares(d, d * np.log(d), gains))
+    away = squared > TINY_KL
+    gains, d = (np.array(values[1:], np.float64) - values[0])[away], np.sqrt(squared[away])
+    forms = [_least_squares(np.stack([d, -fall], axis=1), gains) for fall in (d * d, d * np.log(d))]
+    if draws is None or None in forms:
+        return Fits(*forms)
+    drawn = (draws[:, 1:] - draws[:, :1])[:, away]
+    found, left = [], []
+    for form, fall in zip(forms, (d * d, d * np.log(d)), strict=True):
+        assert form is not None
+        columns = np.stack([d, -fall], axis=1)
+        coefficients = drawn @ np.linalg.pinv(columns).T
+        left.append(((drawn - coefficients @ columns.T) ** 2).sum(1))
+        alpha, beta = (interval(point, own, prompts) for point, own in zip((form.alpha, form.beta), coefficients.T, strict=True))
+        bounds = {"alpha_low": alpha.low, "alpha_high": alpha.high, "beta_low": beta.low, "beta_high": beta.high}
+        found.append(dataclasses.replace(form, **bounds))
+    share = float((left[0] < left[1]).mean() + (left[0] == left[1]).mean() / 2)
+    return Fits(*(dataclasses.replace(form, preferred=own) for form, own in zip(found, (share, 1 - share), strict=True)))
 
 
-def _least_squares(rise: np.ndarray, fall: np.ndarray, gains: np.ndarray) -> Fit | None:
-    """gains ≈ α rise − β fall."""
+def _least_squares(columns: np.ndarray, gains: np.ndarray) -> Fit | None:
+    """gains ≈ columns · (α, β)."""
     if len(gains) < 3:
         return None
-    columns = np.stack([rise, -fall], axis=1)
     coefficients, _, rank, _ = np.linalg.lstsq(columns, gains, rcond=None)
     if rank < 2:
         return None
@@ -231,8 +252,12 @@ def fit_series(points: Iterable[Point], counts: np.ndarray) -> dict[str, SeriesF
     """Series → what was fitted to it; counts: (B, P)."""
     found = {}
     for series, own in series_of(points).items():
-        kl = [point.kl.mean for point in own]
-        gold = [point.gold.mean for point in own if point.gold]
-        top = peak(own, counts)
-        found[series] = SeriesFits(fit(kl, [point.proxy.mean for point in own]), fit(kl, gold) if top else None, top)
+        top, kl = peak(own, counts), [point.kl.mean for point in own]
+
+        def fitted(tables: list[np.ndarray | None], kl: list[float] = kl) -> Fits:
+            known = np.array([table for table in tables if table is not None])
+            return fit(kl, known.mean(1).tolist(), counts @ known.T / counts.shape[1], counts.shape[1])
+
+        proxy = fitted([point.prompt_proxy for point in own])
+        found[series] = SeriesFits(proxy, fitted([point.prompt_gold for point in own]) if top else None, top)
     return found

@@ -120,15 +120,16 @@ class Builder:
                 continue
             dotted = f"{prefix}{name}"
             owners = [kind_of(rival) for rival in rivals if name in keys_of(rival)]
-            if owners and child.value is None:
+            defaults = [keys_of(rival)[name].default for rival in rivals if name in keys_of(rival)]
+            if child.value is None and (owners or dotted in self.elsewhere):
                 continue
+            if any(_is(child.value, default) for default in defaults):
+                continue  # it asks for nothing
             if owners:
                 what = f"has no effect with kind: {kind_of(kind)} (it belongs to {', '.join(owners)}). remove it"
                 if child.line > 0 and "kind" in node.value and node.value["kind"].line == 0:
                     what += f", or replace the whole section: --set '{prefix[:-1]}={{kind: {kind_of(kind)}}}'"
                 self.report(child.line, dotted, what)
-                continue
-            if dotted in self.elsewhere and child.value is None:
                 continue
             if dotted in self.elsewhere and not any(key.endswith(f".{name}") for key in self.beyond(prefix)):
                 self.report(child.line, dotted, f"has no effect in {self.stage}. remove it")
@@ -246,6 +247,11 @@ def _found(node: Node) -> str:
     if isinstance(node.value, str):
         return f"the text '{node.value[:40]}'"
     return node.text[:40]
+
+
+def _is(value: Any, default: Any) -> bool:
+    """The same value: 1 is 1.0, and true is neither."""
+    return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
 
 
 def _not_among(names: list[str], node: Node) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
+from rlhf_cli.evaluation.overoptimisation import Fit
 from rlhf_cli.evaluation.samples import Sample, Samples
-from rlhf_cli.figures import Interval, count, number, percent_with_interval
+from rlhf_cli.figures import Interval, count, number, percent, percent_with_interval, with_interval
 from rlhf_cli.metrics import METRICS, metric
 from rlhf_cli.reports.document import Column, Definitions, Example, Examples, Finding, Items, Paragraph, Response, Section, Table
 from rlhf_cli.reports.findings_evaluation import CHANCE, findings, judge_of, step_of
@@ -160,7 +161,7 @@ def _optimisation(result: EvaluationResult) -> Iterator[Table]:
         rows = tuple((point.model, step_of(point), point.kl, point.proxy, point.gold or "") for point in points)
         yield Table(f"Points of {series}", columns, rows)
     fitted = tuple(
-        (series, of, form, number(fit.alpha), number(fit.beta), f"{fit.r2:.3f}")
+        (series, of, form, *_fitted(fit))
         for series, own in result.fits.items()
         for of, fits in (("proxy", own.proxy), ("gold", own.gold))
         if fits
@@ -168,8 +169,17 @@ def _optimisation(result: EvaluationResult) -> Iterator[Table]:
         if fit
     )
     if fitted:
-        heads = ("Series", "Of", "Gain over the start at d = √KL", "α", "β", "R²")
+        heads = ("Series", "Of", "Gain over the start at d = √KL", "α", "β", "R²", "Nearer of the two")
         yield Table("Fits (Gao, Schulman & Hilton 2023)", tuple(map(Column, heads)), fitted)
+
+
+def _fitted(fit: Fit) -> tuple[str, ...]:
+    """α and β with their intervals, how much the form explains, and in how many draws of prompts it is the nearer one."""
+    bounds = (fit.alpha, fit.alpha_low, fit.alpha_high), (fit.beta, fit.beta_low, fit.beta_high)
+    said = (
+        number(mean) if low is None or high is None else with_interval(Interval(mean, low, high)) for mean, low, high in bounds
+    )
+    return (*said, f"{fit.r2:.3f}", "" if fit.preferred is None else percent(fit.preferred))
 
 
 def _side_by_side(result: EvaluationResult, samples: Mapping[str, Samples]) -> Iterator[Paragraph | Examples]:

@@ -137,6 +137,19 @@ def test_points_at_the_start_and_below_it_say_nothing():
     assert (found.alpha, found.beta) == pytest.approx((2.0, 0.5))
 
 
+def test_intervals_of_a_fit_hold_the_truth_and_the_right_form_is_preferred():
+    """Gold of 200 prompts around d (2 − 0.5 d), with noise that all points of a prompt share and noise of their own."""
+    random, d, hits, preferred = np.random.default_rng(5), np.sqrt([0.0, 0.5, 1.0, 2.0, 4.0, 8.0]), [], []
+    counts = resamples(200, 0, 400)
+    for _ in range(200):
+        table = (d * (2 - 0.5 * d))[:, None] + random.normal(0, 1, (1, 200)) + random.normal(0, 0.5, (6, 200))
+        found = fit(d**2, table.mean(1), counts @ table.T / 200, 200).bon
+        hits.append([found.alpha_low <= 2 <= found.alpha_high, found.beta_low <= 0.5 <= found.beta_high])
+        preferred.append(found.preferred)
+    assert np.mean(hits, 0).min() >= 0.9 and np.mean(hits, 0).max() <= 0.99
+    assert np.mean(preferred) > 0.9
+
+
 def test_too_few_points_and_points_at_one_kl_have_no_fit():
     assert fit([0, 1, 4], [0, 1, 2]) == Fits(None, None)
     assert fit([0, 1, 4, -0.1], [0, 1, 2, 3]) == Fits(None, None)
@@ -263,8 +276,10 @@ def test_what_eval_json_has_of_them():
         "intervals": {"kl": [4.0, 4.0], "proxy": [4.0, 4.0], "gold": [4.0, 4.0]},
     }
     assert (lines[-1]["n"], lines[-1]["gold"], lines[-1]["intervals"]["gold"]) == (4, None, None)
-    assert fits["pushed"]["gold"]["bon"] == pytest.approx({"alpha": 4.0, "beta": 1.0, "r2": 1.0})
-    assert fits["pushed"]["proxy"]["bon"] == pytest.approx({"alpha": 0.0, "beta": -1.0, "r2": 1.0}, abs=1e-10)
+    bon, proxy = fits["pushed"]["gold"]["bon"], fits["pushed"]["proxy"]["bon"]
+    assert [bon[name] for name in ("alpha", "beta", "r2", "preferred")] == pytest.approx([4.0, 1.0, 1.0, 1.0])
+    assert [bon[name] for name in ("alpha_low", "alpha_high", "beta_low", "beta_high")] == pytest.approx([4.0, 4.0, 1.0, 1.0])
+    assert [proxy[name] for name in ("alpha", "beta", "r2")] == pytest.approx([0.0, -1.0, 1.0], abs=1e-10)
     assert fits["pushed"]["peak"] == {
         "model": "pushed/20",
         "step": 20,

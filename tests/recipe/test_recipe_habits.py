@@ -76,8 +76,10 @@ def test_commands(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == f"error: rlhf {word}: no such command. {hint}\n"
 
 
-@pytest.mark.parametrize("given", ["objective.eta=null", "reward=null", "ptx=null", "value=null"])
+@pytest.mark.parametrize(
+    "given", ["objective.eta=null", "reward=null", "ptx=null", "value=null", "objective.gamma=1", "objective.lambda=0.1"]
+)
 def test_nothing_is_never_without_effect(given: str, tmp_path: Path) -> None:
-    """A key that says null says nothing, also where it belongs to another kind or command."""
+    """A key that says null, or what it says by default under another kind, asks for nothing."""
     (tmp_path / "r.yaml").write_text(PLAIN)
     assert load_recipe("dpo", tmp_path / "r.yaml", [given]).recipe.stage == "dpo"

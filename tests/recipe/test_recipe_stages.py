@@ -92,7 +92,7 @@ def test_keys_of_the_chosen_kind(tmp_path: Path) -> None:
 REFUSALS = {
     ("dpo", "objective={kind: hinge, label_smoothing: 0.1}"): "objective.label_smoothing: has no effect with kind: hinge "
     "(it belongs to dpo, robust). remove it",
-    ("dpo", "objective={gamma: 1}"): "objective.gamma: has no effect with kind: dpo (it belongs to simpo). remove it",
+    ("dpo", "objective={gamma: 2}"): "objective.gamma: has no effect with kind: dpo (it belongs to simpo). remove it",
     (
         "kto",
         "objective={kind: bco, lambda_d: 2}",

@@ -56,7 +56,7 @@ def test_first_suggestion_is_right_for_every_key(tmp_path: Path) -> None:
                 wrong, meant = (f"{place}.{word}" if place else word for word in (typo, name))
                 asked += 1
                 with pytest.raises(UsageError) as caught:
-                    load_recipe(stage, path, [f"{wrong}=1", *kind])
+                    load_recipe(stage, path, [f"{wrong}=7", *kind])
                 said = str(caught.value).replace("eval.0", "eval")
                 start = f"--set {wrong}: ".replace("eval.0", "eval")
                 rejected += f"{start}unknown key." in said or f"{start}has no effect" in said  # beta less its b is rebel's eta

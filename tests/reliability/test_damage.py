@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,3 +174,32 @@ def test_keep_best_keeps_the_best_by_held_out_rows(path: Path, tmp_path: Path) -
     best = max(figures, key=lambda step: figures[step])
     expected = {f"step-{step:08d}" for step in {best, 4}}
     assert {p.name for p in (run / "checkpoints").iterdir()} == expected
+
+
+@pytest.mark.parametrize("place", ["build_manifest", "write_report"])
+def test_a_signal_between_the_last_step_and_the_manifest_is_obeyed(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """While the manifest or the report is made; what goes on then has the bytes of a run that nobody stopped."""
+    from rlhf_cli.stages import training
+
+    run, original = tmp_path / "run", getattr(training, place)
+
+    def signalled(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, place, signalled)
+        assert rlhf("sft", path, "--output", run, "--set", "train.save_every=null") == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGTERM after the last step; continue with --resume"
+    assert not (run / "manifest.json").exists()
+    assert rlhf("sft", path, "--output", run, "--resume") == 0
+    assert weights(run) == weights(path.parent / "whole")
+
+
+def test_a_batch_larger_than_the_data_is_said(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for size, said in ((16, True), (15, False)):
+        assert rlhf("sft", path, "--output", tmp_path / "run", "--set", f"train.batch_size={size}", "--check") == 0
+        warning = "train.batch_size 16 is more than the 15 rows there are: every step sees all of them"
+        assert (warning in capsys.readouterr().err) == said

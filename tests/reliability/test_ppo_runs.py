@@ -546,3 +546,23 @@ def test_logits_that_are_not_finite_on_one_rank_alone(home: Path, tmp_path: Path
     code, errors = launch("ppo", recipe(home, tmp_path / "run"), ranks=2, function=broken_on_one_rank).wait()
     assert code != 0
     assert errors.count("the logits of this rank are not finite") == 1
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_scores_that_are_equal_everywhere_are_said_once(
+    kind: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "constant.py").write_text("def one(prompts, responses):\n    return [1.0] * len(responses)\n")
+    run = tmp_path / "run"
+    path = recipe(
+        home,
+        run,
+        objective={"kind": kind},
+        rollout={"max_new_tokens": 6, "responses_per_prompt": 2},
+        reward=[{"function": f"{tmp_path / 'constant.py'}:one"}],
+    )
+    assert rlhf("ppo", path) == 0
+    said = "step 1: all responses to a prompt have one score, for every prompt; only the KL was learned"
+    assert capsys.readouterr().err.count(said) == 1
+    assert {line["response/tied"] for line in split_lines(run, "train")} == {1.0}
+    assert "**All scores of a prompt were equal in every step:**" in (run / "report.md").read_text()

@@ -28,6 +28,12 @@ HOSTILE = (
 )
 
 
+def _fit(alpha: float, beta: float, r2: float) -> dict[str, float]:
+    """With intervals of a fifth on each side."""
+    bounds = {"alpha_low": 0.8 * alpha, "alpha_high": 1.2 * alpha, "beta_low": 0.8 * beta, "beta_high": 1.2 * beta}
+    return {"alpha": alpha, "beta": beta, "r2": r2, **bounds, "preferred": 0.25}
+
+
 def around(mean: float, half: float) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
@@ -158,8 +164,8 @@ def optimisation() -> tuple[list[Line], Line]:
     ]
     fits = {
         "pushed": {
-            "proxy": {"bon": {"alpha": 0.5, "beta": 0.02, "r2": 0.97}, "rl": {"alpha": 0.55, "beta": 0.07, "r2": 0.99}},
-            "gold": {"bon": {"alpha": 0.16, "beta": 0.031, "r2": 0.91}, "rl": {"alpha": 0.15, "beta": 0.095, "r2": 0.94}},
+            "proxy": {"bon": _fit(0.5, 0.02, 0.97), "rl": _fit(0.55, 0.07, 0.99)},
+            "gold": {"bon": _fit(0.16, 0.031, 0.91), "rl": _fit(0.15, 0.095, 0.94)},
             "peak": {
                 "model": "pushed/step-00000020",
                 "step": 20,
@@ -171,8 +177,8 @@ def optimisation() -> tuple[list[Line], Line]:
             },
         },
         "best of n": {
-            "proxy": {"bon": {"alpha": 1.05, "beta": 0.05, "r2": 0.99}, "rl": None},
-            "gold": {"bon": {"alpha": 0.125, "beta": 0.005, "r2": 0.99}, "rl": None},
+            "proxy": {"bon": _fit(1.05, 0.05, 0.99), "rl": None},
+            "gold": {"bon": _fit(0.125, 0.005, 0.99), "rl": None},
             "peak": {
                 "model": "sft",
                 "step": None,

@@ -220,7 +220,7 @@ def test_report_has_every_part(tmp_path: Path) -> None:
     for part in ("Findings", "Win rates", "Over-optimisation", "Metrics", "Ratings", "Preferences", "Side by side", "Notes"):
         assert f"\n## {part}\n" in text
     assert "| dpo | 0.721 (0.680 to 0.759) | 0.700 (0.650 to 0.750) | 0.031 | 512 |" in text
-    assert "| pushed | gold | d (α − β log d) | 0.150 | 0.095 | 0.940 |" in text
+    assert "| pushed | gold | d (α − β log d) | 0.150 (0.120 to 0.180) | 0.095 (0.076 to 0.114) | 0.940 | 25.0 % |" in text
     assert "| rm: harm\\_less\\|x | 0.720 (0.690 to 0.870) | 120 | 118 |" in text
     assert "- best of n has 16 responses to a prompt." in text
     assert "bootstrap over prompts (2,000 resamples)" in text
