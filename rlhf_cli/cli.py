@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -163,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before torch is loaded: idle OpenMP threads would spin so long that a second busy process on the same cores slows small
         # steps more than twentyfold; 1,000 rounds keep a lone process within a sixth of its best speed, and two at a fair half.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Which peft imports wherever it is installed: it speaks of kernels that it lacks, and of every cast to half precision.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # a closed stdin, stdout or stderr is opened on nothing, or the next file opened would receive stray prints
     os.close(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,7 +270,6 @@ def _quantization(setting: str, dtype: torch.dtype) -> Any:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise MachineError("model.quantize needs bitsandbytes: pip install 'rlhf-cli[quant]'") from error
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of every cast to half precision
     if setting == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
