@@ -96,8 +96,8 @@ def _picture(file: str, title: str, plot: Plot, curves: list[Curve]) -> Picture:
             axes.plot(*line, color=curve.colour, linewidth=width, marker=marker, markersize=4, label=label)
         axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(curves) > 1 or own[0].smoothed:
-            axes.legend(frameon=False)
+    if len(curves) > 1 or curves[0].smoothed:
+        figure.legend(frameon=False, loc="outside lower left", ncols=2)  # where it hides no curve
     shown = (f"{curve.label} from {short(curve.values[0])} to {short(curve.values[-1])}" for curve in curves)
     return Picture(title, f"{file}.png", f"{title} over the steps, in {plot.unit}: {'; '.join(shown)}.", png(figure))
 
