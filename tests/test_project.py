@@ -124,7 +124,7 @@ class TestReadme:
     def test_commands_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """All of rlhf's own, in their order and as they stand, on the quickstart's data; only those for GPUs are left out.
 
-        The first that trains and the launcher's are started as a shell does, the others are forked, and read few rows.
+        The first that trains and the launcher's are started as a shell does, the others are forked, on few rows.
         """
         (tmp_path / "recipes").symlink_to(ROOT / "recipes")
         monkeypatch.chdir(tmp_path)
@@ -136,7 +136,8 @@ class TestReadme:
             brief = ["--set", "train.steps=3"] if TRAINING_STAGES.keys() & set(words) and "--set" not in words else []
             if words[0] == "rlhf" and Path("runs/short").exists():
                 sources = 0 if "--resume" in words else {"sft": 1, "train-rm": 2, "dpo": 1, "ppo": 1}.get(words[1], 0)
-                few = [word for n in range(sources) for word in ("--set", f"data.train.{n}.limit=300")]
+                few = [f"data.train.{n}.limit=150" for n in range(sources)] + ["train.batch_size=8"] * (sources > 0)
+                few = [word for setting in few for word in ("--set", setting)]
                 code, errors = launch(*words[1:], *brief, *few).wait(300)
             else:
                 done = subprocess.run([*words, *brief], capture_output=True, text=True, timeout=300)

@@ -357,7 +357,7 @@ def test_a_process_that_computes_the_reference(
 ) -> None:
     """Stopped when it has computed for a while, long before its end: nobody is left behind, and the work is in the store."""
     write_pairs(tmp_path / "many.jsonl", 6000)
-    path = recipe(home, tmp_path, data={"train": str(tmp_path / "many.jsonl")})
+    path = recipe(home, tmp_path, data={"train": str(tmp_path / "many.jsonl")}, train={"steps": 1500})
     stopped = launch("dpo", path, ranks=ranks, function=say_when_computing)
     for rank in range(ranks):
         wait_for(store.parent / f"computing-{rank}", stopped)
