@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -41,21 +42,32 @@ def pictured(run: Path) -> bool:
     return bool(names) and all(f"](plots/{name})" in text for name in names)
 
 
-def train_judge(folder: Path, model: Path, rows: Path) -> Path:
-    """A reward model, by two steps of the quickstart's recipe."""
+class Parts(NamedTuple):
+    """What all recipes are run with."""
+
+    model: Path
+    rows: Path
+    judge: Path
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """A tiny model, 40 pairs, and a reward model by two steps of the quickstart's recipe."""
+    folder = tmp_path_factory.mktemp("parts")
+    model, rows = make_model(folder / "model"), write_pairs(folder / "rows.jsonl", 40)
     changes = {"model.path": model, "data.train": rows, "train.steps": 2, "train.batch_size": 4, "data.max_length": 256}
     assert rlhf("train-rm", "recipes/quickstart/rm.yaml", "--output", folder / "rm", *settings_of(changes)) == 0
-    return folder / "rm"
+    return Parts(model, rows, folder / "rm")
 
 
 @pytest.mark.parametrize("recipe", TRAINED, ids=str)
-def test_two_steps(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_steps(recipe: Path, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages that draw responses do so with a reward model of the same tiny model; the quickstart's report has its pictures."""
-    model, rows, output = make_model(tmp_path / "model"), write_pairs(tmp_path / "rows.jsonl", 40), tmp_path / "run"
+    model, rows, output = parts.model, parts.rows, tmp_path / "run"
     changes = {"model.path": model, "data.train": rows, "data.max_length": 256, "train.steps": 2, "train.batch_size": 4}
     stage = STAGE.get(recipe.stem, recipe.stem)
     if "rollout:" in recipe.read_text():
-        changes |= {"reward.0.model": train_judge(tmp_path, model, rows), "rollout.max_new_tokens": 6}
+        changes |= {"reward.0.model": parts.judge, "rollout.max_new_tokens": 6}
     settings = settings_of(changes)
     with monkeypatch.context() as patch:
         if recipe.parent.name == "quickstart":
@@ -72,14 +84,14 @@ def test_two_steps(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("recipe", EVALUATIONS, ids=str)
-def test_an_evaluation(recipe: Path, tmp_path: Path, pictures: None) -> None:
-    model, rows, output = make_model(tmp_path / "model"), write_pairs(tmp_path / "rows.jsonl", 40), tmp_path / "run"
+def test_an_evaluation(recipe: Path, parts: Parts, tmp_path: Path, pictures: None) -> None:
+    model, rows, output = parts.model, parts.rows, tmp_path / "run"
     text = recipe.read_text()
     names = ["dpo"] if recipe.stem == "samples" else ["sft", "dpo"]
     sections = [name for name in ("prompts", "preferences", "text") if f"\n{name}:" in text]
     changes: dict[str, object] = {name: rows for name in sections} | {
         "models": f"{{{', '.join(f'{name}: {model}' for name in names)}}}",
-        "reward.0.model": train_judge(tmp_path, model, rows),
+        "reward.0.model": parts.judge,
         "rollout.max_new_tokens": 6,
         "max_length": 256,
     }
