@@ -259,9 +259,13 @@ def _end_with_launcher() -> None:
 
 def _adopted(parent: int) -> bool:
     """Has torchrun died before this process could ask to be told? It is a Python program; init or systemd adopts its orphans."""
-    program = Path(f"/proc/{parent}/cmdline").read_bytes()
-    adopts = parent == 1 or b"systemd" in program
-    return "TORCHELASTIC_RUN_ID" in os.environ and adopts and b"python" not in program
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        program = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return False  # hidden from this user
+    return (parent == 1 or b"systemd" in program) and b"python" not in program
 
 
 def _leave_on_signals() -> None:

@@ -158,14 +158,14 @@ def fit(kl: Sequence[float], values: Sequence[float], draws: np.ndarray | None =
     squared = np.maximum(np.array(kl[1:], np.float64), 0)
     away = squared > TINY_KL
     gains, d = (np.array(values[1:], np.float64) - values[0])[away], np.sqrt(squared[away])
-    forms = [_least_squares(np.stack([d, -fall], axis=1), gains) for fall in (d * d, d * np.log(d))]
-    if draws is None or None in forms:
+    both = [np.stack([d, -fall], axis=1) for fall in (d * d, d * np.log(d))]
+    forms = [_least_squares(columns, gains) for columns in both]
+    known = [form for form in forms if form is not None]
+    if draws is None or len(known) < len(both):
         return Fits(*forms)
     drawn = (draws[:, 1:] - draws[:, :1])[:, away]
     found, left = [], []
-    for form, fall in zip(forms, (d * d, d * np.log(d)), strict=True):
-        assert form is not None
-        columns = np.stack([d, -fall], axis=1)
+    for form, columns in zip(known, both, strict=True):
         coefficients = drawn @ np.linalg.pinv(columns).T
         left.append(((drawn - coefficients @ columns.T) ** 2).sum(1))
         alpha, beta = (interval(point, own, prompts) for point, own in zip((form.alpha, form.beta), coefficients.T, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,9 +237,7 @@ def _check_head(folder: Path, head: torch.Tensor | None) -> torch.Tensor:
 
 
 def _load(loader: Any, path: str, what: str, **options: Any) -> Any:
-    for name in (*SETTINGS, "adapter_config.json"):
-        if (Path(path) / name).is_file():
-            read_json(Path(path) / name)  # the libraries pass over some that are damaged
+    _check_settings(path, ("config.json", "generation_config.json"))  # small ones: the library passes over much in them
     try:
         return loader(path, **options)
     except ImportError as error:
@@ -250,6 +249,7 @@ def _load(loader: Any, path: str, what: str, **options: Any) -> Any:
         if "trust_remote_code" in str(error):
             raise UsageError(f"{path}: the {what} brings its own code; to run it: --set model.trust_remote_code=true") from error
         if Path(path).exists():
+            _check_settings(path, SETTINGS)
             raise UsageError(f"{path}: no {what} can be read here: {text}") from error
         if near := closest_path(path):
             raise UsageError(f"{path}: no folder here, and no {what} from the hub ({text}). did you mean {near}?") from error
@@ -257,8 +257,16 @@ def _load(loader: Any, path: str, what: str, **options: Any) -> Any:
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        _check_settings(path, SETTINGS)
         # Whatever a library stumbles over: it was handed a folder, and nothing else of ours.
         raise UsageError(f"{path}: no {what} can be read here: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _check_settings(path: str, names: Sequence[str]) -> None:
+    """UsageError for the first of these files of a folder that is damaged."""
+    for file in (Path(path) / name for name in names):
+        if file.is_file():
+            read_json(file)
 
 
 def _first_line(error: Exception) -> str:
