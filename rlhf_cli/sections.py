@@ -46,6 +46,9 @@ class Model:
     quantize: Literal["4bit", "8bit"] | None = key(None, "quantised frozen base (extra: quant)")
     gradient_checkpointing: bool = key(False, "recompute activations in backward: less memory, ~30 % more time")
     chat_template: str | None = key(None, "null: the tokenizer's own, else a plain built-in one; a Jinja file; none", path=True)
+    template_options: dict[str, Any] = key(
+        {}, "variables of the chat template, e.g. {enable_thinking: false}; kept with the model"
+    )
     trust_remote_code: bool = key(False, "run code from the model folder; only with --set, never from the file")
 
 
@@ -61,12 +64,17 @@ class Lora:
 RowFormat = Literal[
     "auto",
     "messages",
+    "sharegpt",
     "prompt-completion",
+    "alpaca",
     "text",
     "preference",
     "hh",
+    "choice",
     "ranked",
+    "scored",
     "unpaired",
+    "tree",
     "prompt",
 ]
 """The names of data/formats.FORMATS, and auto: the one that the rows have."""
@@ -80,7 +88,7 @@ class Rows:
     name: str | None = key(None, "hub configuration (data_dir included)")
     split: str = key("train", "hub split")
     format: RowFormat = key("auto", "row format")
-    columns: dict[str, str] = key({}, "ours: theirs")
+    columns: dict[str, str] = key({}, 'ours: theirs, or a text with columns in braces, as in "{instruction}\\n\\n{input}"')
     ignore: list[str] = key([], "columns, and keys of turns, that change what a row means and are left out on purpose")
     limit: int | None = key(None, "first N rows after a seeded shuffle", low=1)
 
@@ -108,6 +116,9 @@ class Data:
     holdout_seed: int = key(0, "which prompts are held out: independent of seed, and the same in all stages", low=0)
     max_length: int = key(1024, "tokens of prompt + response", low=2)
     overlong: Literal["drop", "error", "truncate-prompt", "truncate-response"] = key("drop", "what happens to longer rows")
+    empty_think: Literal["prompt", "learn"] = key(
+        "prompt", "a think block with nothing in it that the chat template writes by itself: a part of the prompt, or learned"
+    )
     control_tokens: Literal["reject", "keep"] = key("reject", "text that contains the tokenizer's control tokens")
     max_lost: float = key(0.05, "exit 2 if more than this share of rows is dropped or truncated", low=0.0, high=1.0)
     shuffle: bool = key(True, "false: file order")

@@ -148,7 +148,7 @@ class _Encoder:
     examples: list[tuple[int, str]] = field(default_factory=list)
     sizes: list[tuple[int, int, int]] = field(default_factory=list)  # tokens of the prompt, of the longest response, of both
     truncated: list[int] = field(default_factory=list)
-    ready: int = 0  # rows whose texts have a BOS or an end of their own
+    said: Counter[str] = field(default_factory=Counter)  # what is to be said of rows, with their number
 
     @property
     def find_turns(self) -> bool:
@@ -178,9 +178,11 @@ class _Encoder:
         yield self.tokenizer.backend_tokenizer.to_str()
         yield json.dumps([self.tokenizer.special_tokens_map, self.template.text])
         data, drawn = self.data, self.responses == "none"
-        yield json.dumps([data.max_length, data.overlong, data.control_tokens, self.find_turns, drawn, self.reserve])
+        yield json.dumps(
+            [data.max_length, data.overlong, data.control_tokens, data.empty_think, self.find_turns, drawn, self.reserve]
+        )
         for record in self.records:
-            yield json.dumps([record.prompt, record.responses])
+            yield json.dumps([record.prompt, record.responses, record.given])
 
     def run(self) -> store.Stored:
         """The trees and the counts, as the cache keeps them."""
@@ -202,7 +204,7 @@ class _Encoder:
             "examples": self.examples,
             "eos_share": float(ended.mean()) if len(last) else None,
             "percentiles": {name: _percentiles([size[k] for size in self.sizes]) for k, name in enumerate(names)},
-            "notices": [READY.format(count=self.ready)] if self.ready else [],
+            "notices": [words.format(count=count) for words, count in sorted(self.said.items()) if count],
         }
         arrays = vars(flatten(self.trees, self.records)).items()
         return store.Stored({name: value for name, value in arrays if isinstance(value, np.ndarray)}, facts)
@@ -211,6 +213,9 @@ class _Encoder:
         self.lost[bad.reason] += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append((row, str(bad)))
+
+    def written(self, record: Record) -> Rendered:
+        return render_row(self.form, record, find_turns=self.find_turns, learn_empty_think=self.data.empty_think == "learn")
 
     def render(self, rows: range) -> list[tuple[int, Rendered]]:
         rendered = []
@@ -225,8 +230,9 @@ class _Encoder:
                     if self.data.control_tokens == "reject":
                         check_text(self.form, record)
                     with time_limit():
-                        written = render_row(self.form, record, find_turns=self.find_turns)
-                    self.ready += not record.prompt and written.responses != record.responses
+                        written = self.written(record)
+                    self.said.update(written.said)
+                    self.said[READY] += not record.prompt and written.responses != record.responses
                     rendered.append((row, written))
                 except BadRow as bad:
                     self.lose(row, bad)
@@ -318,7 +324,7 @@ class _Encoder:
 
     def _encode_one(self, row: int, prompt: Prompt) -> Tree:
         with memory_limit(), time_limit():
-            rendered = render_row(self.form, self.records[row]._replace(prompt=prompt), find_turns=self.find_turns)
+            rendered = self.written(self.records[row]._replace(prompt=prompt))
         return self.tokenise([(row, rendered)])[0]
 
 
@@ -331,7 +337,7 @@ def _without_oldest(prompt: Prompt) -> Iterator[tuple[Message, ...]]:
     """Ever shorter prompts that begin at a later user turn, after the system turns that stood first."""
     if isinstance(prompt, str):
         return
-    systems = next((k for k, message in enumerate(prompt) if message.role != "system"), len(prompt))
+    systems = next((k for k, message in enumerate(prompt) if message.role not in ("system", "developer")), len(prompt))
     for k in range(systems + 1, len(prompt)):
         if prompt[k].role == "user":
             yield prompt[:systems] + prompt[k:]

@@ -1,180 +1,24 @@
-"""The data formats: what a row of each has, what is made of it, what it is good for, and which one the rows of a source have."""
+"""The data formats: what a row of each has, how others write it, what it is good for, and which one the rows of a source have."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
-from typing import Any, Literal
+from itertools import chain
+from typing import Literal
 
-from rlhf_cli.data import records
+from rlhf_cli.data import convert as of
+from rlhf_cli.data.columns import OF_ITEMS, Columns, Row, renamed, shown, value_of
+from rlhf_cli.data.convert import BESIDE_PROMPTS, PROMPTED
+from rlhf_cli.data.files import RawRow
 from rlhf_cli.data.meaning import MEANINGFUL, says_something
-from rlhf_cli.data.records import BadRow, Facts, Prompt, Record, a_list, a_text, as_turns, messages
+from rlhf_cli.data.records import Facts, Record, a_text
 from rlhf_cli.errors import UsageError
 
-Row = Mapping[str, Any]
 Converter = Callable[[Row, str], Record]
 Taken = Literal["first", "all", "none"]
 """Which responses of a record are tokenised; none: its prompt alone, to which responses will be drawn."""
-
-
-def _field(row: Row, name: str) -> Any:
-    if name not in row:
-        raise BadRow(f"'{name}' is missing")
-    return row[name]
-
-
-def _numbers(row: Row, name: str, count: int) -> list[float] | None:
-    """One number a response; None if the row says nothing."""
-    if row.get(name) is None:
-        return None
-    numbers = a_list(row[name], f"'{name}'")
-    if len(numbers) != count:
-        raise BadRow(f"'{name}' and 'responses' differ in number", f"{len(numbers)} and {count}")
-    return [_number(number, f"an entry of '{name}'") for number in numbers]
-
-
-def _number(value: Any, name: str) -> float:
-    if type(value) not in (int, float):
-        raise BadRow(f"{name} is {records.kind_of(value)}, expected a number")
-    if not abs(value) <= sys.float_info.max:  # also integers that no float can hold
-        raise BadRow(f"{name} is not finite")
-    return float(value)
-
-
-def _prompt(row: Row) -> Prompt:
-    value = _field(row, "prompt")
-    if type(value) is not list:
-        return a_text(value, "'prompt'")
-    turns = messages(value, "'prompt'")
-    records.check_order(turns, "'prompt'")
-    if turns[-1].role != "user":
-        raise BadRow("'prompt' does not end in a user turn")
-    return turns
-
-
-def _response(prompt: Prompt, value: Any, name: str) -> tuple[Prompt, str]:
-    """A response (text, the assistant's turn, or a whole conversation) and its prompt, to which turns before the last belong."""
-    if type(value) is not list:
-        return prompt, a_text(value, name)
-    turns, start = messages(value, name), as_turns(prompt)
-    if turns[0].role == "assistant":
-        earlier, response = records.conversation((*start, *turns), name)
-    else:
-        earlier, response = records.conversation(turns, name)
-        if earlier[: len(start)] != start:
-            raise BadRow(f"{name} does not begin with 'prompt'")
-    return (prompt if earlier == start else earlier), response
-
-
-def _pair(row: Row, chosen: tuple[Prompt, str], rejected: tuple[Prompt, str], where: str) -> Record:
-    """Two responses, each with its prompt."""
-    if as_turns(chosen[0]) != as_turns(rejected[0]):
-        raise BadRow("the prompts of 'chosen' and 'rejected' differ")
-    if chosen[1].strip() == rejected[1].strip():
-        raise BadRow("'chosen' and 'rejected' are the same")
-    names = ("score_chosen", "score_rejected")
-    scores = tuple(_number(row[name], f"'{name}'") for name in names if row.get(name) is not None)
-    if len(scores) == 1:
-        raise BadRow("one of 'score_chosen' and 'score_rejected' is missing")
-    if scores and scores[0] < scores[1]:
-        raise BadRow("'score_chosen' is lower than 'score_rejected'")
-    probability = _number(row["probability"], "'probability'") if row.get("probability") is not None else None
-    if probability is not None and not 0.5 <= probability <= 1:
-        raise BadRow("'probability' is not between 0.5 and 1", "that of the chosen response; where it is lower, swap the two")
-    return Record(chosen[0], (chosen[1], rejected[1]), where, Facts(scores=scores or None, probability=probability))
-
-
-def _from_messages(row: Row, where: str) -> Record:
-    prompt, response = records.conversation(messages(_field(row, "messages"), "'messages'"), "'messages'")
-    return Record(prompt, (response,), where)
-
-
-def _from_completion(row: Row, where: str) -> Record:
-    prompt, response = _response(_prompt(row), _field(row, "completion"), "'completion'")
-    return Record(prompt, (response,), where)
-
-
-def _from_text(row: Row, where: str) -> Record:
-    return Record("", (a_text(_field(row, "text"), "'text'"),), where)
-
-
-def _from_preference(row: Row, where: str) -> Record:
-    values = [_field(row, name) for name in ("chosen", "rejected")]
-    if "prompt" not in row and all(type(value) is list for value in values):
-        return _from_whole_pair(row, where)
-    prompt = _prompt(row)
-    return _pair(row, _response(prompt, values[0], "'chosen'"), _response(prompt, values[1], "'rejected'"), where)
-
-
-def _from_whole_pair(row: Row, where: str) -> Record:
-    """Two whole conversations: messages, or texts, whose shared words are the prompt."""
-    chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
-    if type(chosen) is list or type(rejected) is list:
-        best = records.conversation(messages(chosen, "'chosen'"), "'chosen'")
-        return _pair(row, best, records.conversation(messages(rejected, "'rejected'"), "'rejected'"), where)
-    if a_text(chosen, "'chosen'").strip() == a_text(rejected, "'rejected'").strip():
-        raise BadRow("'chosen' and 'rejected' are the same")
-    shared = chosen[: records.shared_length(chosen, rejected)]
-    # The prompt ends where the last whole word does, so that the cut splits no word and hardly a token.
-    prompt = shared.rstrip() if shared[-1:].isspace() else "".join(shared.rsplit(maxsplit=1)[:-1])
-    if not prompt.strip():
-        raise BadRow("the prompts of 'chosen' and 'rejected' differ")
-    first = a_text(chosen[len(prompt) :], "the response in 'chosen'")
-    second = a_text(rejected[len(prompt) :], "the response in 'rejected'")
-    return _pair(row, (prompt, first), (prompt, second), where)
-
-
-def _from_hh(row: Row, where: str) -> Record:
-    chosen = records.transcript(_field(row, "chosen"), "'chosen'")
-    return _pair(row, chosen, records.transcript(_field(row, "rejected"), "'rejected'"), where)
-
-
-def _from_ranked(row: Row, where: str) -> Record:
-    prompt, values = _prompt(row), a_list(_field(row, "responses"), "'responses'")
-    if len(values) < 2:
-        raise BadRow("'responses' has one response, a ranking needs two")
-    found = [_response(prompt, value, "a response") for value in values]
-    if any(as_turns(other) != as_turns(found[0][0]) for other, _ in found):
-        raise BadRow("the prompts of the responses differ")
-    responses = [response for _, response in found]
-    if len({response.strip() for response in responses}) == 1:
-        raise BadRow("all 'responses' are the same")
-    ranks, scores = (_numbers(row, name, len(values)) for name in ("ranks", "scores"))
-    keys = ranks or [-score for score in scores or ()]
-    order = sorted(range(len(values)), key=keys.__getitem__ if keys else None)  # ties stay in the order of the row
-    if ranks and scores and any(scores[a] < scores[b] for a, b in pairwise(order)):
-        raise BadRow("'ranks' and 'scores' contradict each other")
-    ordered = tuple(responses[i] for i in order)
-    facts = Facts(tuple(keys[i] for i in order) if keys else None, tuple(scores[i] for i in order) if scores else None)
-    texts = [response.strip() for response in ordered]
-    if len(set(zip(texts, facts.ranks or range(len(texts)), strict=True))) > len(set(texts)):
-        raise BadRow("the same response has two ranks")
-    return Record(found[0][0], ordered, where, facts)
-
-
-def _from_unpaired(row: Row, where: str) -> Record:
-    label = _field(row, "label")
-    if type(label) is not bool:
-        raise BadRow(f"'label' is {records.kind_of(label)}, expected true or false", _as_label(label))
-    return _from_completion(row, where)._replace(facts=Facts(label=label))
-
-
-def _as_label(value: Any) -> str:
-    """What to write for a label of another kind."""
-    word = str(value).strip().lower()
-    if word in ("1", "1.0", "up", "yes", "good", "true", "like", "thumbs_up", "desirable"):
-        return f"write true for {records.shortened(value)}"
-    if word in ("0", "0.0", "-1", "down", "no", "bad", "false", "dislike", "thumbs_down", "undesirable"):
-        return f"write false for {records.shortened(value)}"
-    return records.shortened(value)
-
-
-def _from_prompt(row: Row, where: str) -> Record:
-    return Record(_prompt(row), (), where)
-
 
 Content = Literal["prompt", "answer", "pair", "ranking", "label"]
 """What rows may have: a prompt to respond to, a response to learn, one that is better than another, several in their order, a
@@ -192,13 +36,17 @@ class Format:
     optional: tuple[str, ...] = ()
     without_prompts: Converter | None = None  # for sources none of whose first rows has a prompt, be they messages or texts
     recognise: Callable[[Row], bool] | None = None  # is a row, without its nulls, one of these? None: if it has all columns
+    spellings: tuple[Columns, ...] = ()  # how others name its columns; all that a spelling names must be there, but for NAME?
+    gather: Callable[[Iterator[RawRow]], Iterator[RawRow]] | None = None  # rows that are one row of ours
 
     def converter(self, rows: Sequence[Row], chat: bool, place: str) -> Converter:
         """How the rows of a source are read, given its first ones: where these have prompts, a row without one is a bad row.
 
         UsageError: whole texts without prompts, where a chat template is in force.
         """
-        if self.without_prompts is not None and all(row.get("prompt") is None for row in rows):
+        if self.without_prompts is None:
+            return self.convert
+        if all(row.get(name) is None for row in rows for name in PROMPTED):
             if chat and all(type(row.get(name)) is str for row in rows for name in self.columns if name in row):
                 raise UsageError(
                     f"{place}: chosen and rejected are whole texts without a prompt: under a chat template all that they share "
@@ -206,53 +54,224 @@ class Format:
                     "model.chat_template: none"
                 )
             return self.without_prompts
-        return self.convert
+        return of.from_repeating if of.repeats(rows) else self.convert
+
+    def spelling(self, rows: Sequence[Row]) -> Columns:
+        """Our columns as most of the rows name them; empty where they bear our names."""
+        counts = Counter(found for row in rows if (found := self.spelled(row)) is not None)
+        return _required((*({},), *self.spellings)[counts.most_common(1)[0][0]]) if counts else {}
+
+    def spelled(self, row: Row) -> int | None:
+        """Which spelling the row has, from 1; 0: our own names; None: it is no row of this format."""
+        there = {name: value for name, value in row.items() if value is not None}
+        if self.fits(there):
+            return 0
+        for number, names in enumerate(self.spellings, start=1):
+            needed = [theirs for theirs in names.values() if not theirs.endswith("?")]
+            inner = [names[ours] for ours in OF_ITEMS if ours in names]
+            complete = all(theirs in inner or value_of(there, theirs) is not None for theirs in needed)
+            if complete and self.fits(renamed(there, _required(names))):
+                return number
+        return None
 
     def fits(self, row: Row) -> bool:
         return self.recognise(row) if self.recognise is not None else row.keys() >= set(self.columns)
+
+    def used(self, rows: Sequence[Row]) -> set[str]:
+        """The columns that are read, of rows like these."""
+        own = {*self.columns, *self.optional, "subset"} | (set(BESIDE_PROMPTS) if "prompt" in self.contains else set())
+        if "prompt" not in self.columns:
+            return own
+        reads = next((name for name in PROMPTED if any(row.get(name) is not None for row in rows)), "prompt")
+        return own | {reads} | ({"input", "history"} if reads == "instruction" else set())
 
     def __str__(self) -> str:
         return " + ".join(self.columns)
 
 
+def _required(names: Columns) -> Columns:
+    return {ours: theirs.removesuffix("?") for ours, theirs in names.items()}
+
+
 def _is_hh(row: Row) -> bool:
-    if "prompt" in row or not row.keys() >= {"chosen", "rejected"}:
+    if any(name in row for name in PROMPTED) or not row.keys() >= {"chosen", "rejected"}:
         return False
     return type(row["chosen"]) is str and row["chosen"].lstrip().startswith("Human:")
 
 
+def _is_labelled(row: Row) -> bool:
+    """Is it a response with a label, and not one of a class?"""
+    label = row.get("label")
+    known = type(label) is bool or (type(label) in (int, float, str) and label in of.LABELS)
+    answered = ({"prompt", "completion"}, {"instruction", "output"}, {"messages"}, {"conversations"})
+    return known and any(row.keys() >= columns for columns in answered)
+
+
+def _is_chosen(row: Row) -> bool:
+    talks = all(type(row.get(name)) in (list, dict) for name in ("response_a", "response_b"))
+    return (
+        row.keys() >= {"response_a", "response_b"}
+        and bool(row.keys() & {"winner", "strength"})
+        and (talks or bool(row.keys() & set(PROMPTED)))
+    )
+
+
+def _is_scored(row: Row) -> bool:
+    if row.keys() >= {"prompt", "response"}:
+        return bool(row.keys() & {"score", "rank"})
+    items = row.get("responses")
+    return (
+        bool(row.keys() & set(PROMPTED))
+        and isinstance(items, list)
+        and any(type(item) is dict and item.keys() >= {"text"} and bool(item.keys() & {"score", "rank"}) for item in items)
+    )
+
+
+def _is_ranked(row: Row) -> bool:
+    return row.keys() >= {"prompt", "responses"} and not _is_scored(row)
+
+
 _OF_PAIRS = ("score_chosen", "score_rejected", "probability")  # the latter: that the chosen response is the better one
+_ANSWER: frozenset[Content] = frozenset({"prompt", "answer"})
+_PAIR: frozenset[Content] = frozenset({"prompt", "answer", "pair"})
+_RANKING: frozenset[Content] = frozenset({"prompt", "answer", "ranking"})
 
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
-        Format("messages", ("messages",), frozenset({"prompt", "answer"}), _from_messages),
+        Format(
+            "messages",
+            ("messages",),
+            _ANSWER,
+            of.from_messages,
+            recognise=lambda row: "messages" in row and not _is_labelled(row),
+        ),
+        Format(
+            "sharegpt",
+            ("conversations",),
+            _ANSWER,
+            of.from_messages,
+            recognise=lambda row: "conversations" in row and "messages" not in row and not _is_labelled(row),
+        ),
         Format(
             "prompt-completion",
             ("prompt", "completion"),
-            frozenset({"prompt", "answer"}),
-            _from_completion,
-            recognise=lambda row: row.keys() >= {"prompt", "completion"} and type(row.get("label")) is not bool,
+            _ANSWER,
+            of.from_completion,
+            recognise=lambda row: row.keys() >= {"prompt", "completion"} and not _is_labelled(row),
         ),
-        Format("text", ("text",), frozenset({"answer"}), _from_text),
+        Format(
+            "alpaca",
+            ("instruction", "output"),
+            _ANSWER,
+            of.from_alpaca,
+            optional=("input", "history"),
+            recognise=lambda row: row.keys() >= {"instruction", "output"} and not _is_labelled(row),
+            spellings=({"output": "response", "input": "context?"}, {"instruction": "query", "output": "response"}),
+        ),
+        Format(
+            "text",
+            ("text",),
+            frozenset({"answer"}),
+            of.from_text,
+            recognise=lambda row: "text" in row and "message_id" not in row,
+        ),
         Format(
             "preference",
             ("prompt", "chosen", "rejected"),
-            frozenset({"prompt", "answer", "pair"}),
-            _from_preference,
+            _PAIR,
+            of.from_preference,
             _OF_PAIRS,
-            without_prompts=_from_whole_pair,
+            without_prompts=of.from_whole_pair,
             recognise=lambda row: row.keys() >= {"chosen", "rejected"} and not _is_hh(row),
+            spellings=(
+                {
+                    "prompt": "input.messages",
+                    "tools": "input.tools?",
+                    "chosen": "preferred_output",
+                    "rejected": "non_preferred_output",
+                },
+                {"prompt": "question", "chosen": "response_j", "rejected": "response_k"},
+            ),
         ),
-        Format("hh", ("chosen", "rejected"), frozenset({"prompt", "answer", "pair"}), _from_hh, _OF_PAIRS, recognise=_is_hh),
-        Format("ranked", ("prompt", "responses"), frozenset({"prompt", "answer", "ranking"}), _from_ranked, ("ranks", "scores")),
-        Format("unpaired", ("prompt", "completion", "label"), frozenset({"prompt", "answer", "label"}), _from_unpaired),
-        Format("prompt", ("prompt",), frozenset({"prompt"}), _from_prompt),
+        Format("hh", ("chosen", "rejected"), _PAIR, of.from_hh, _OF_PAIRS, recognise=_is_hh),
+        Format(
+            "choice",
+            ("prompt", "response_a", "response_b", "winner"),
+            _PAIR,
+            of.from_choice,
+            ("strength", "id_a", "id_b"),
+            recognise=_is_chosen,
+            spellings=(
+                {"response_a": "response_0", "response_b": "response_1", "winner": "better_response_id"},
+                # Their label is 1 where A is better: the place of the better one, counted from B.
+                {"prompt": "history", "response_a": "human_ref_B", "response_b": "human_ref_A", "winner": "labels"},
+                {"prompt": "info.post", "response_a": "summaries.0.text", "response_b": "summaries.1.text", "winner": "choice"},
+                {"response_a": "conversation_a", "response_b": "conversation_b"},
+                {"response_a": "response_1", "response_b": "response_2", "strength": "preference_strength"},
+                {"prompt": "context", "response_a": "response1", "response_b": "response2", "strength": "overall_preference"},
+            ),
+        ),
+        Format(
+            "ranked",
+            ("prompt", "responses"),
+            _RANKING,
+            of.from_ranked,
+            ("ranks", "scores"),
+            recognise=_is_ranked,
+            spellings=(
+                {
+                    "prompt": "question.full_text",
+                    "responses.0": "answer_0",
+                    "responses.1": "answer_1",
+                    "scores.0": "score_0",
+                    "scores.1": "score_1",
+                },
+            ),
+        ),
+        Format(
+            "scored",
+            ("prompt", "responses"),
+            _RANKING,
+            of.from_scored,
+            ("response", *OF_ITEMS),
+            recognise=_is_scored,
+            gather=of.joined_by_prompt,
+            spellings=(
+                {"prompt": "instruction", "responses": "completions", "text": "response", "score": "overall_score"},
+                {"responses": "answers", "text": "answer", "rank": "rank"},
+            ),
+        ),
+        Format(
+            "unpaired",
+            ("prompt", "completion", "label"),
+            frozenset({"prompt", "answer", "label"}),
+            of.from_unpaired,
+            ("messages", "conversations", "instruction", "output"),
+            recognise=_is_labelled,
+            spellings=({"label": "kto_tag"},),
+        ),
+        Format(
+            "tree",
+            ("message_id", "parent_id", "role", "text"),
+            _RANKING,
+            of.from_scored,
+            ("rank",),
+            recognise=lambda row: row.keys() >= {"message_id", "text", "role"},
+            gather=of.answered,
+        ),
+        Format(
+            "prompt",
+            ("prompt",),
+            frozenset({"prompt"}),
+            of.from_prompt,
+            spellings=({"prompt": "question"}, {"prompt": "problem"}),
+        ),
     )
 }
 
-_COLUMNS = (*(format.columns for format in FORMATS.values()), *(format.optional for format in FORMATS.values()), ("subset",))
-KNOWN_COLUMNS = tuple(dict.fromkeys(chain(*_COLUMNS)))  # `subset` of any row is the group it is counted in
+_COLUMNS = (*(format.columns for format in FORMATS.values()), *(format.optional for format in FORMATS.values()), BESIDE_PROMPTS)
+KNOWN_COLUMNS = (*dict.fromkeys(chain(*_COLUMNS)), "subset")  # `subset` of any row is the group it is counted in
 RENAME = "; name those that are meant in data.train.0.columns: {ours: theirs}"
 ALIASES = {"prompt": ("instruction", "question", "query"), "completion": ("response", "output", "answer")}
 """Names that other data sets use; only for the suggestion in an error, never read on their own."""
@@ -275,14 +294,24 @@ class Use:
 def _answer(record: Record) -> Record | str:
     if record.facts.label is False:
         return "undesirable (not for sft)"
+    if record.facts.probability == 0.5:
+        return TIED
     return record._replace(responses=record.responses[:1], facts=Facts(subset=record.facts.subset))
 
 
 def _comparison(record: Record) -> Record | str:
     ranks = record.facts.ranks
+    if len(record.responses) < 2 and record.facts.label is None:
+        return "one response to its prompt"
     return record if ranks is None or len(set(ranks)) > 1 else "all responses are tied"
 
 
+def untied(use: Use) -> Use:
+    """The same without pairs neither of whose responses is the better one, for what knows no soft labels."""
+    return Use(use.needs, use.responses, lambda record: TIED if record.facts.probability == 0.5 else use.keep(record))
+
+
+TIED = "a tie: neither response is better"
 ANSWERS = Use(frozenset({"answer"}), "first", _answer)
 COMPARISONS = Use(frozenset({"pair", "ranking"}), "all", _comparison)
 LABELS = Use(frozenset({"pair", "ranking", "label"}), "all", _comparison)
@@ -290,15 +319,20 @@ PROMPTS = Use(frozenset({"prompt"}), "none")
 
 
 def convert(row: Row, where: str, converter: Converter) -> Record:
-    """The record of a row, with the row's `subset` if it has one; raises BadRow."""
+    """The record of a row, with what stands beside its prompt, and its `subset` if it has one; raises BadRow."""
     record = converter(row, where)
+    if record.prompt and row.keys() & _BESIDE:
+        record = of.surrounded(record, row)
     subset = row.get("subset")
     return record if subset is None else record._replace(facts=record.facts._replace(subset=a_text(subset, "'subset'")))
 
 
+_BESIDE = set(BESIDE_PROMPTS)
+
+
 def with_margin(record: Record, row: Row, column: str) -> Record:
     """The record of a pair with the margin that the row has under that name; raises BadRow."""
-    return record._replace(facts=record.facts._replace(margin=_number(_field(row, column), f"'{column}'")))
+    return record._replace(facts=record.facts._replace(margin=of.number(of.field(row, column), f"'{column}'")))
 
 
 @dataclass(frozen=True)
@@ -324,7 +358,7 @@ class Purpose:
 def detect(rows: Sequence[Row], purpose: Purpose, place: str) -> Format:
     """The one format most of the rows have and is of use; UsageError that begins with `place` otherwise."""
     counts = Counter(found for row in rows if (found := readings(row)))
-    columns = shown_columns(rows)
+    columns = shown(rows)
     if not counts:
         hint = _rename_hint(rows, purpose.use)
         raise UsageError(f"{place}: found the columns {columns}; {purpose.label} needs {purpose.needs}{hint or RENAME}")
@@ -340,18 +374,14 @@ def detect(rows: Sequence[Row], purpose: Purpose, place: str) -> Format:
 
 
 def readings(row: Row) -> tuple[str, ...]:
-    """The names of the formats that a row can be read as; a prompt alone is one where no other format takes it."""
-    there = {name: value for name, value in row.items() if value is not None}
-    found = [format for format in FORMATS.values() if format.fits(there)]
-    prompted = [format for format in found if "prompt" in format.columns]
-    return tuple(format.name for format in found if format.name != "prompt" or prompted == [format])
+    """The names of the formats that a row can be read as; a prompt or a text alone where no other format takes it."""
+    found = [format for format in FORMATS.values() if format.spelled(row) is not None]
+    more = {content for format in found if format.name not in LESS for content in format.contains}
+    return tuple(format.name for format in found if not (format.name in LESS and format.contains <= more))
 
 
-def shown_columns(rows: Sequence[Row]) -> str:
-    """The names of all columns of the rows, for a message."""
-    names = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
-    shown = [name if name.isprintable() else records.shortened(name) for name in names[:12]]
-    return ", ".join(shown + ["…"] * (len(names) > 12)) or "(none)"
+LESS = ("prompt", "text")
+"""Formats of one column, which rows of many others have too."""
 
 
 def _rename_hint(rows: Sequence[Row], use: Use) -> str:

@@ -32,8 +32,10 @@ OF_RESPONSES = {
 
 MEANINGFUL = OF_PROMPTS.keys() | OF_RESPONSES.keys()
 
+READ_OF_TURNS = ("weight", "loss_weight", "train", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
+
 OF_TURNS = {
-    **{name: what for name, what in OF_RESPONSES.items() if name not in ("label", "winner", "choice")},
+    **{name: what for name, what in OF_RESPONSES.items() if name not in ("label", "winner", "choice", *READ_OF_TURNS)},
     **{name: what for name, what in OF_PROMPTS.items() if what.startswith("no text")},
 }
 """The same of the keys of a turn, beside its role and its content."""

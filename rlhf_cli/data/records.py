@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from rlhf_cli.data.meaning import check_turn
-
-ROLES = ("system", "user", "assistant")
 KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-TURN_MARK = re.compile(r"\n\n(Human|Assistant):")
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 class Message(NamedTuple):
     """One turn of a conversation."""
 
-    role: str  # system | user | assistant
+    role: str  # system | developer | user | assistant | tool
     content: str
+    extra: str = ""  # JSON object of what else a chat template is given of it: tool_calls, reasoning_content, name, …
+    learned: bool = True  # false: not supervised, though it is the assistant's
+
+    def plain(self) -> dict[str, Any]:
+        """The turn as chat templates, files and Python functions take it."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.extra) if self.extra else {})}
 
 
 Prompt = str | tuple[Message, ...]  # a text stands for itself under `chat_template: none`, else for one user turn
 
-PlainPrompt = str | list[dict[str, str]]
-"""A prompt as files and Python functions have it: a text, or a conversation as a list of {"role", "content"}."""
+Answer = str | Message
+"""A response: its text or, where it has reasoning or calls of functions beside it, the assistant's turn."""
+
+PlainPrompt = str | list[dict[str, Any]]
+"""A prompt as files and Python functions have it: a text, or a conversation as a list of {"role", "content", …}."""
 
 
 def plain_prompt(prompt: Prompt) -> PlainPrompt:
@@ -33,12 +37,19 @@ def plain_prompt(prompt: Prompt) -> PlainPrompt:
         return prompt
     if len(prompt) == 1 and prompt[0].role == "user":
         return prompt[0].content
-    return [message._asdict() for message in prompt]
+    return [message.plain() for message in prompt]
 
 
 def prompt_lines(prompt: PlainPrompt) -> str:
     """All of a prompt as a reader needs it: a conversation as lines of "role: content"."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn['role']}: {' '.join((turn['content'], *_calls(turn))).strip()}" for turn in prompt)
+
+
+def _calls(turn: Mapping[str, Any]) -> list[str]:
+    """The calls of a turn, each as JSON of its name and arguments."""
+    return [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
 
 
 class Facts(NamedTuple):
@@ -63,9 +74,22 @@ class Record(NamedTuple):
     """
 
     prompt: Prompt
-    responses: tuple[str, ...]  # empty for prompt-only rows
+    responses: tuple[Answer, ...]  # empty for prompt-only rows
     where: str  # file:line, or hub-id[split]:row, both counted from 1
     facts: Facts = Facts()
+    given: str = ""  # JSON object of what else the chat template is given: the row's tools, and options of its own
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the chat template is given beside the turns."""
+        return json.loads(self.given) if self.given else {}
+
+    @property
+    def serialised(self) -> str:
+        """All that it says, as JSON; where it stands is left out."""
+        prompt = self.prompt if isinstance(self.prompt, str) else [_brief(turn) for turn in self.prompt]
+        responses = [text if isinstance(text, str) else _brief(text) for text in self.responses]
+        return json.dumps((prompt, responses, self.facts, *([self.given] if self.given else [])))
 
     @property
     def question(self) -> str:
@@ -123,45 +147,10 @@ def a_list(value: Any, name: str) -> list[Any]:
     return value
 
 
-def messages(value: Any, name: str) -> tuple[Message, ...]:
-    """The turns of a list of {role, content}, in any order. BadRow otherwise; LostMeaning where a turn says more than is read."""
-    turns = []
-    for i, turn in enumerate(a_list(value, name), start=1):
-        at = f"turn {i}"
-        if type(turn) is not dict:
-            raise BadRow(f"a turn of {name} is {kind_of(turn)}, expected an object with role and content", at)
-        if missing := [part for part in ("role", "content") if part not in turn]:
-            raise BadRow(f"a turn of {name} has no '{missing[0]}'", at)
-        role = turn["role"]
-        if role not in ROLES:
-            raise BadRow(f"a role of {name} is not system, user or assistant", f"{at}: {shortened(role)}")
-        check_turn(turn, name, i)
-        turns.append(Message(role, a_text(turn["content"], f"a turn of {name}", at)))
-    return tuple(turns)
-
-
 def shortened(value: Any) -> str:
     """A value from a row, safe and short enough to be shown."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def check_order(turns: tuple[Message, ...], name: str) -> None:
-    """An optional system turn, then user and assistant by turns."""
-    first = 1 if turns[0].role == "system" else 0
-    for i, turn in enumerate(turns[first:]):
-        expected = ("user", "assistant")[i % 2]
-        if turn.role != expected:
-            raise BadRow(f"wrong role order in {name}", f"turn {first + i + 1} is {turn.role}, expected {expected}")
-
-
-def conversation(turns: tuple[Message, ...], name: str) -> tuple[tuple[Message, ...], str]:
-    """The prompt and the last assistant turn of a whole conversation."""
-    check_order(turns, name)
-    if turns[-1].role != "assistant":
-        some = any(turn.role == "assistant" for turn in turns)
-        raise BadRow(f"{name} does not end in an assistant turn" if some else f"{name} has no assistant turn")
-    return turns[:-1], turns[-1].content
 
 
 def as_turns(prompt: Prompt) -> tuple[Message, ...]:
@@ -174,27 +163,19 @@ def shared_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def as_spoken(prompt: Prompt) -> Prompt:
-    r"""The turns of a text that is "Human: … \n\nAssistant:"; any other prompt as it is.
-
-    >>> as_spoken("\n\nHuman: 2+2?\n\nAssistant:")
-    (Message(role='user', content='2+2?'),)
-    """
-    if not isinstance(prompt, str) or not prompt.lstrip().startswith("Human:"):
-        return prompt
-    text = prompt.strip()
-    turns, _ = transcript(text + " …" if text.endswith("\n\nAssistant:") else text + "\n\nAssistant: …", "'prompt'")
-    return turns
+def as_turn(answer: Answer) -> Message:
+    """A response as the assistant's turn."""
+    return Message("assistant", answer) if isinstance(answer, str) else answer
 
 
-def transcript(value: Any, name: str) -> tuple[tuple[Message, ...], str]:
-    r"""The prompt and the last assistant turn of "\n\nHuman: … \n\nAssistant: …", stripped."""
-    before, *parts = TURN_MARK.split("\n\n" + a_text(value, name).strip())
-    if before.strip() or not parts:
-        raise BadRow(f"{name} is not a transcript that begins with 'Human:'")
-    turns = []
-    for i, (speaker, content) in enumerate(zip(parts[::2], parts[1::2], strict=True), start=1):
-        if not content.strip():
-            raise BadRow(f"{name} has an empty turn", f"turn {i}")
-        turns.append(Message(SPEAKERS[speaker], content.strip()))
-    return conversation(tuple(turns), name)
+def spoken(answer: Answer) -> str:
+    """A response as a reader needs it: its reasoning, its text and its calls."""
+    if isinstance(answer, str):
+        return answer
+    extra = json.loads(answer.extra) if answer.extra else {}
+    return "\n".join(part for part in (extra.get("reasoning_content"), answer.content, *_calls(extra)) if part)
+
+
+def _brief(turn: Message) -> tuple[Any, ...]:
+    """A turn without what it leaves at the default."""
+    return turn[:2] if turn[2:] == ("", True) else turn

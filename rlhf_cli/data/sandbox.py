@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,12 @@ from rlhf_cli.data.records import BadRow, Message
 SECONDS = 2.0  # of CPU time for one row; a long conversation needs milliseconds
 HEADROOM = 1 << 30  # bytes of address space that rendering may add to the process
 SLACK, FACTOR = 1_000_000, 4  # a rendered text has at most SLACK + FACTOR · (characters of its messages) characters
+
+OWN_VARIABLES = (
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length", "bos_token", "eos_token"),
+)
+"""What is given to a chat template, or to the function that renders it, and no option of a row or a recipe may stand for."""
 
 CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 """Templates that ask for today's date get a fixed one (Llama 3's own default): tokens must not depend on the day of the run."""
@@ -94,12 +100,19 @@ def memory_limit() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def render(tokenizer: Any, text: str, messages: Sequence[Message], *, generation: bool) -> str:
-    """The conversation as one string; what goes wrong inside the template is a BadRow, its syntax a TemplateSyntaxError."""
+def render(tokenizer: Any, text: str, messages: Sequence[Message], given: Mapping[str, Any], *, generation: bool) -> str:
+    """The conversation as one string; what goes wrong inside the template is a BadRow, its syntax a TemplateSyntaxError.
+
+    `given`: what else the template is given, tools and options.
+    """
     clocked = CLOCK + text if "strftime_now" in text else text
     try:
         rendered: str = tokenizer.apply_chat_template(
-            [message._asdict() for message in messages], chat_template=clocked, tokenize=False, add_generation_prompt=generation
+            [message.plain() for message in messages],
+            chat_template=clocked,
+            tokenize=False,
+            add_generation_prompt=generation,
+            **given,
         )
     except (TookTooLong, TemplateSyntaxError):
         raise
@@ -107,7 +120,7 @@ def render(tokenizer: Any, text: str, messages: Sequence[Message], *, generation
         raise BadRow("the chat template takes too much memory", f"more than {HEADROOM >> 20} MiB") from None
     except Exception as error:  # a template may raise anything
         raise BadRow("the chat template fails", f"{type(error).__name__}: {error}"[:200]) from error
-    limit = SLACK + FACTOR * sum(len(message.content) for message in messages)
+    limit = SLACK + FACTOR * (sum(len(part) for message in messages for part in message[1:3]) + len(str(given)))
     if len(rendered) > limit:
         raise BadRow("the chat template writes too much", f"{len(rendered):,} characters, at most {limit:,} are allowed")
     return rendered

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from hashlib import blake2b
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf_cli import sections
 from rlhf_cli.data import formats
+from rlhf_cli.data.columns import Columns, Row, check_named, renamed, shown
+from rlhf_cli.data.conversations import as_spoken
 from rlhf_cli.data.files import RawRow, find_files, is_hub_id, read_file
-from rlhf_cli.data.formats import FORMATS, Converter, Format, Purpose, Row, Use, shown_columns
+from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, Converter, Format, Purpose, Use
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.meaning import LostMeaning, check_columns, check_ignored, without
-from rlhf_cli.data.records import BadRow, Record, as_spoken, as_turns, remedies
+from rlhf_cli.data.records import BadRow, Record, as_turns, remedies, spoken
 from rlhf_cli.data.streams import DataStream
 from rlhf_cli.errors import UsageError
 
@@ -126,21 +127,25 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
             tally.add_bad(f"{name}:{line}", bad_row)
         raise _no_good_row(name, tally, f"one of {purpose.needs}")
     check_ignored(source.ignore, objects, where(f"{key}.ignore"))
-    renamed = _rename_all([without(row, source.ignore) for row in objects], source.columns, where(f"{key}.columns"))
-    format = _format_of(source, key, name, renamed, request)
+    own = [without(row, source.ignore) for row in objects]
+    check_named(source.columns, KNOWN_COLUMNS, own, where(f"{key}.columns"))
+    own = [renamed(row, source.columns) for row in own]
+    format = _format_of(source, key, name, own, request)
+    spelling = format.spelling(own)
+    own = [renamed(row, spelling) for row in own]
     if margin is not None and not any(margin in row for row in objects):
         place = f"{where('objective.margin_column')}: {name}"
-        raise UsageError(f"{place}: the data has no column '{margin}'; found {shown_columns(objects)}")
-    converter = format.converter(renamed, request.chat, f"{where(f'{key}.path')}: {name}")
-    convert = _Conversion(source, key, format, converter, request)
+        raise UsageError(f"{place}: the data has no column '{margin}'; found {shown(objects)}")
+    converter = format.converter(own, request.chat, f"{where(f'{key}.path')}: {name}")
+    convert = _Conversion(source, key, format, converter, request, spelling, format.used(own) | ({margin} if margin else set()))
     files[0] = (name, chain(head, rows))
     tally, records = _Tally(), list[Record]()
     for file, raw in files:
-        own = _Tally(digest=tally.digest)
-        records += _records(raw, file, convert, purpose.use, own)
-        if own.read == own.bad.total():
-            raise _no_good_row(file, own, f"{format.name} rows ({format})")
-        tally.merge(own)
+        counted = _Tally(digest=tally.digest)
+        records += _records(raw, file, convert, purpose.use, counted)
+        if counted.read == counted.bad.total():
+            raise _no_good_row(file, counted, f"{format.name} rows ({format})")
+        tally.merge(counted)
     if not records:
         raise UsageError(
             f"{where(f'{key}.path')}: {purpose.label} can use none of the {tally.read} rows: {_counts(tally.unused + tally.bad)}"
@@ -173,29 +178,49 @@ class _Conversion:
     format: Format
     converter: Converter
     request: RowRequest
+    spelling: Columns
+    used: set[str]
     seen: dict[str, None] = field(default_factory=dict)  # all columns under our names
     transcripts: int = 0
 
-    @cached_property
-    def used(self) -> set[str | None]:
-        return {*self.format.columns, *self.format.optional, "subset", self.request.margin_column}
+    def rows(self, raw: Iterator[RawRow], file: str) -> Iterator[RawRow]:
+        """The rows of a file under our names, those of which the format makes one together.
 
-    def __call__(self, row: Row, place: str) -> Record:
-        """UsageError where a column that changes what the row means is not read. Raises BadRow."""
-        request, own = self.request, without(row, self.source.ignore)
-        own = _renamed(own, self.source.columns) if self.source.columns else own
+        UsageError: a column that changes what a row means is not read.
+        """
+        own = ((line, row if isinstance(row, BadRow) else self._ours(row, f"{file}:{line}")) for line, row in raw)
+        return own if self.format.gather is None else self.format.gather(own)
+
+    def _ours(self, row: Row, place: str) -> dict[str, Any]:
+        own, margin = without(row, self.source.ignore), self.request.margin_column
+        for columns in (self.source.columns, self.spelling):
+            own = renamed(own, columns) if columns else own
         if not own.keys() <= self.seen.keys():
             self.seen.update(dict.fromkeys(own))
+        with self._meant(place):
+            check_columns(own, self.used, self.request.purpose.use.responses == "none")
+        return dict(own) if margin is None or margin not in row else {**own, margin: row[margin]}
+
+    def __call__(self, row: Row, place: str) -> Record:
+        """UsageError where a turn says what is not read. Raises BadRow."""
+        request = self.request
+        with self._meant(place):
+            record = formats.convert(row, place, self.converter)
+        if not record.responses and request.purpose.use.responses != "none":
+            raise BadRow(f"{' or '.join(self.format.columns)} does not end in an assistant turn")
+        prompt = as_spoken(record.prompt) if request.chat else record.prompt
+        self.transcripts += self.format.name == "hh" or prompt is not record.prompt
+        record, margin = record._replace(prompt=prompt), request.margin_column
+        return record if margin is None else formats.with_margin(record, row, margin)
+
+    @contextmanager
+    def _meant(self, place: str) -> Iterator[None]:
+        """LostMeaning within is a UsageError that says what the recipe can do."""
         try:
-            check_columns(own, self.used, request.purpose.use.responses == "none")
-            record = formats.convert(own, place, self.converter)
+            yield
         except LostMeaning as lost:
             advice = f"read it by a format or columns, or leave it out on purpose: {self.key}.ignore: [{lost.name}]"
-            raise UsageError(f"{request.where(f'{self.key}.path')}: {place}: {lost}\n  {advice}") from None
-        spoken = as_spoken(record.prompt) if request.chat else record.prompt
-        self.transcripts += self.format.name == "hh" or spoken is not record.prompt
-        record, margin = record._replace(prompt=spoken), request.margin_column
-        return record if margin is None else formats.with_margin(record, row, margin)
+            raise UsageError(f"{self.request.where(f'{self.key}.path')}: {place}: {lost}\n  {advice}") from None
 
 
 def _format_of(source: sections.Source, key: str, name: str, rows: Sequence[Row], request: RowRequest) -> Format:
@@ -234,25 +259,9 @@ def _peek(rows: Iterator[RawRow]) -> tuple[list[RawRow], list[Row]]:
     return head, objects
 
 
-def _rename_all(rows: Sequence[Row], columns: Mapping[str, str], place: str) -> list[Row]:
-    found = {name for row in rows for name in row}
-    for ours, theirs in columns.items():
-        if ours not in formats.KNOWN_COLUMNS:
-            raise UsageError(f"{place}: '{ours}' is none of our columns: {', '.join(formats.KNOWN_COLUMNS)}")
-        if theirs not in found:
-            raise UsageError(f"{place}: the data has no column '{theirs}'; found {shown_columns(rows)}")
-    return [_renamed(row, columns) for row in rows]
-
-
-def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row under our names; a column that was renamed is gone under its own."""
-    kept = {name: value for name, value in row.items() if name not in columns.values()}
-    return kept | {ours: row[name] for ours, name in columns.items() if name in row}
-
-
-def _records(rows: Iterable[RawRow], name: str, convert: Converter, use: Use, tally: _Tally) -> Iterator[Record]:
+def _records(rows: Iterator[RawRow], name: str, convert: _Conversion, use: Use, tally: _Tally) -> Iterator[Record]:
     """The records of one file that are of use; everything else is counted."""
-    for line, row in rows:
+    for line, row in convert.rows(rows, name):
         place = f"{name}:{line}"
         tally.read += 1
         try:
@@ -262,7 +271,7 @@ def _records(rows: Iterable[RawRow], name: str, convert: Converter, use: Use, ta
         except BadRow as bad:
             tally.add_bad(place, bad)
             continue
-        tally.digest.update(json.dumps((record.prompt, *record[1:2], *record[3:])).encode())
+        tally.digest.update(record.serialised.encode())
         used = use.keep(record)
         if isinstance(used, str):
             tally.unused[used] += 1
@@ -304,7 +313,7 @@ def prompt_share(record: Record, seed: int) -> float:
 
     It follows from the first user turn, capitals and spaces aside: the longer versions of a dialogue fall where it does.
     """
-    turns = as_turns(record.prompt or record.responses[0])
+    turns = as_turns(record.prompt or spoken(record.responses[0]))
     first = next((turn.content for turn in turns if turn.role == "user"), turns[0].content)
     digest = blake2b(" ".join(first.casefold().split()).encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest) / 2**64

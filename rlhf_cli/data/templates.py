@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateSyntaxError
 
 from rlhf_cli.data.records import BadRow, Message, Prompt, as_turns, shared_length
-from rlhf_cli.data.sandbox import TookTooLong, ends_in_time, memory_limit, render, time_limit
+from rlhf_cli.data.sandbox import OWN_VARIABLES, TookTooLong, ends_in_time, memory_limit, render, time_limit
 from rlhf_cli.errors import UsageError
 
 BUILT_IN = (
@@ -24,6 +24,9 @@ BUILT_IN = (
     "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
 """For tokenizers without a template. The name and text meet at a newline, where every tokenizer splits."""
+
+THINK_MARK = re.compile(r"[<\[◁]\W*(?:(?:START|END)_)?(?:think|thought|reason)\w*\W*[>\]▷]", re.IGNORECASE)
+"""Where reasoning begins or ends: a part of what the assistant writes, and not of how turns are told apart."""
 
 MARK = "markedanswer"
 QUESTION, ANSWER = Message("user", "Hi"), Message("assistant", MARK)
@@ -44,8 +47,11 @@ class Template:
         return "none" if self.text is None else hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def choose_template(tokenizer: Any, setting: str | None) -> Template:
-    """The template that `model.chat_template` asks for. Raises UsageError if it is missing or no Jinja."""
+def choose_template(tokenizer: Any, setting: str | None, options: Mapping[str, Any] | None = None) -> Template:
+    """The template that `model.chat_template` asks for, with `model.template_options` as defaults of its variables.
+
+    Raises UsageError if it is missing or no Jinja.
+    """
     if setting == "none":
         return Template("none: prompt and response as they stand", None)
     if setting is not None:
@@ -66,6 +72,7 @@ def choose_template(tokenizer: Any, setting: str | None) -> Template:
                 "the tokenizer has several chat templates and none of them is its default: "
                 "set model.chat_template to a Jinja file"
             ) from None
+    template = _with_defaults(template, options or {})
     try:
         _render_probe(tokenizer, template, (QUESTION,), generation=True)
     except TemplateSyntaxError as error:
@@ -75,6 +82,22 @@ def choose_template(tokenizer: Any, setting: str | None) -> Template:
     except BadRow:
         pass  # it may want more turns than one; `read_chat_format` tries those
     return template
+
+
+def _with_defaults(template: Template, options: Mapping[str, Any]) -> Template:
+    """The template with its variables set where nobody sets them.
+
+    They are written into its text: so they have their part in its hash, and go wherever it goes, to the next stage and to those
+    who serve the model.
+    """
+    assert template.text is not None
+    for name in options:
+        if not name.isidentifier() or name in OWN_VARIABLES:
+            raise UsageError(f"model.template_options: '{name}' is no variable of a chat template that can be set")
+    lines = [f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}" for name, value in options.items()]
+    new = "".join(line for line in lines if line not in template.text)
+    said = "".join(f", {name}: {value}" for name, value in options.items())
+    return Template(template.source + said, new + template.text)
 
 
 _ENDING: set[str] = set()
@@ -87,7 +110,7 @@ def _render_probe(tokenizer: Any, template: Template, messages: Sequence[Message
 
     def attempt() -> str:
         with memory_limit(), time_limit():
-            return render(tokenizer, text, messages, generation=generation)
+            return render(tokenizer, text, messages, {}, generation=generation)
 
     if text not in _ENDING and not ends_in_time(attempt):
         raise TookTooLong
@@ -132,7 +155,11 @@ def read_chat_format(tokenizer: Any, template: Template) -> ChatFormat:
         end_ids=tuple(tokenise(tokenizer, [end])[0]) if end else (tokenizer.eos_token_id,),
         eos_id=tokenizer.eos_token_id,
         # An added token that is not marked special opens or closes a turn too, if the template uses it for that.
-        control=_any_of(token.content for token in added if token.special or token.content in dialogue),
+        control=_any_of(
+            token.content
+            for token in added
+            if (token.special or token.content in dialogue) and not THINK_MARK.fullmatch(token.content)
+        ),
     )
 
 
@@ -183,7 +210,7 @@ def tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-def prompt_text(tokenizer: Any, template: Template, prompt: Prompt) -> str:
+def prompt_text(tokenizer: Any, template: Template, prompt: Prompt, given: Mapping[str, Any]) -> str:
     """The text a model continues: generation prompt on; an empty string and template `none` stand for themselves.
 
     The caller sets the limits of memory and time. Raises BadRow if the template cannot write this prompt.
@@ -194,4 +221,4 @@ def prompt_text(tokenizer: Any, template: Template, prompt: Prompt) -> str:
         return prompt
     if not prompt:
         raise BadRow("nothing comes before the response")
-    return render(tokenizer, template.text, as_turns(prompt), generation=True)
+    return render(tokenizer, template.text, as_turns(prompt), given, generation=True)

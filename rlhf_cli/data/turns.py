@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_cli.data.records import BadRow, Message, Record, as_turns, shared_length
+from rlhf_cli.data.records import Answer, BadRow, Message, Record, as_turn, as_turns, shared_length
 from rlhf_cli.data.sandbox import render
-from rlhf_cli.data.templates import ChatFormat, prompt_text
+from rlhf_cli.data.templates import THINK_MARK, ChatFormat, prompt_text
 from rlhf_cli.errors import UsageError
+
+EMPTY_THINK = re.compile(rf"\s*(?:{THINK_MARK.pattern})?\s*{THINK_MARK.pattern}\s*", re.IGNORECASE)
+"""A think block with nothing in it, or the rest of one that the prompt has begun."""
+
+SPACED = "the chat template writes white space otherwise than {count:,} rows do"
+STRIPPED = "the chat template leaves out the reasoning, or another part, of earlier assistant turns: {count:,} rows"
+GREETED = "an assistant turn before the first user turn is not learned, it answers nothing: {count:,} rows"
+THOUGHTLESS = "the empty think block that the chat template writes is a part of the prompt, and not learned: {count:,} rows"
+"""What a run says of rows that are not written as they stand."""
 
 
 class Rendered(NamedTuple):
@@ -19,45 +31,172 @@ class Rendered(NamedTuple):
     turns: tuple[tuple[int, int], ...]
     responses: tuple[str, ...]  # without the end-of-turn token
     end_ids: tuple[int, ...]  # which follows each of them
+    said: tuple[str, ...] = ()  # what is to be said of it, of those above
 
 
 def check_text(form: ChatFormat, record: Record) -> None:
     """Raises BadRow for text that would forge a control token."""
-    for text in (*(message.content for message in as_turns(record.prompt)), *record.responses):
-        if form.control is not None and (found := form.control.search(text)):
+    if form.control is None:
+        return
+    turns = (*as_turns(record.prompt), *map(as_turn, record.responses))
+    for text in (record.given, *(part for turn in turns for part in turn[1:3])):
+        if found := form.control.search(text):
             raise BadRow("a control token in the text", repr(found.group()))
 
 
-def render_row(form: ChatFormat, record: Record, *, find_turns: bool) -> Rendered:
+def render_row(form: ChatFormat, record: Record, *, find_turns: bool, learn_empty_think: bool = False) -> Rendered:
     """Renders the prompt, each response, and (find_turns) where earlier assistant turns lie.
 
-    Raises BadRow if the template cannot write the row, UsageError if it rewrites or loses a part of a text.
+    Raises BadRow if the template cannot write the row, or leaves out what is not the assistant's; UsageError if it rewrites or
+    loses a part of an answer.
     """
-    prompt = prompt_text(form.tokenizer, form.template, record.prompt)
+    first: BadRow | None = None
+    for fitted in _fitted(form, record):
+        try:
+            return _render(form, fitted, find_turns, learn_empty_think)
+        except BadRow as bad:
+            first = first or bad
+    assert first is not None
+    raise first
+
+
+def _fitted(form: ChatFormat, record: Record) -> Iterator[Record]:
+    """The row as the template may want it: developer turns as the system's, arguments of calls as objects or as JSON text."""
+    text, turns = form.template.text or "", as_turns(record.prompt)
+    if "developer" not in text and any(turn.role == "developer" for turn in turns):
+        turns = tuple(turn._replace(role="system") if turn.role == "developer" else turn for turn in turns)
+        record = record._replace(prompt=turns)
+    yield record
+    answers = [as_turn(answer) for answer in record.responses]
+    if any("tool_calls" in turn.extra for turn in (*turns, *answers)):
+        yield record._replace(prompt=tuple(map(_written_out, turns)), responses=tuple(map(_written_out, answers)))
+
+
+def _written_out(turn: Message) -> Message:
+    extra = json.loads(turn.extra) if turn.extra else {}
+    for call in extra.get("tool_calls", ()):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return turn._replace(extra=json.dumps(extra, ensure_ascii=False)) if extra else turn
+
+
+def _render(form: ChatFormat, record: Record, find_turns: bool, learn_empty_think: bool) -> Rendered:
+    given = record.options
+    prompt = prompt_text(form.tokenizer, form.template, record.prompt, given)
     if form.template.text is None:
-        return Rendered(prompt, (), record.responses, (form.eos_id,))
-    texts = tuple(_bare(form, text) for text in record.responses)
+        if given or not all(isinstance(answer, str) for answer in record.responses):
+            raise BadRow("tools, reasoning or calls need a chat template")
+        return Rendered(prompt, (), tuple(map(str, record.responses)), (form.eos_id,))
+    answers = tuple(_bare(form, answer) if isinstance(answer, str) else answer for answer in record.responses)
     if record.prompt == "":
-        ends_turn = bool(form.end) and any(text.rstrip().endswith(form.end) for text in record.responses)
+        texts = tuple(map(str, answers))
+        ends_turn = bool(form.end) and any(str(text).rstrip().endswith(form.end) for text in record.responses)
         return Rendered(prompt, (), texts, form.end_ids if ends_turn else (form.eos_id,))
     if isinstance(record.prompt, str):
         opening = prompt.rpartition(record.prompt.strip())[2].strip()
         if opening and record.prompt.rstrip().endswith(opening):
             raise BadRow("the prompt is ready-made, in turns of the template's own", "set model.chat_template: none")
     messages = as_turns(record.prompt)
+    said = _check_prompt(prompt, messages, given)
     responses = tuple(
-        added_turn(form, prompt, (*messages, Message("assistant", text)), record.where) + form.close for text in texts
+        added_turn(form, prompt, (*messages, as_turn(answer)), given, record.where) + form.close for answer in answers
     )
-    for text, written in zip(texts, responses, strict=True):
-        if text.strip() not in written:
-            raise UsageError(
-                f"chat template ({form.template.source}): it does not write the whole response\n"
-                f"{record.where}: {_difference(text.strip(), written.strip())}\n"
-                "set model.chat_template to a Jinja file that writes all of it, or leave that part out of the data"
-            )
-    earlier = [k for k, message in enumerate(messages) if message.role == "assistant"] if find_turns else []
-    turns = tuple(_find_turn(form, prompt, messages, k, record.where) for k in earlier)
-    return Rendered(prompt, turns, responses, form.end_ids)
+    for answer, written in zip(answers, responses, strict=True):
+        said |= _check_answer(form, prompt, as_turn(answer), written, record.where)
+    empty = {found[0] if (found := EMPTY_THINK.match(written)) else "" for written in responses}
+    earlier = [k for k, message in enumerate(messages) if message.role == "assistant" and message.learned] if find_turns else []
+    answering = [k for k in earlier if any(message.role == "user" for message in messages[:k])]
+    turns = [_find_turn(form, prompt, messages, k, given, record.where) for k in answering]
+    if not learn_empty_think:
+        turns = [_without_empty(prompt, turn, messages[k]) for turn, k in zip(turns, answering, strict=True)]
+    if len(answering) < len(earlier):
+        said.add(GREETED)
+    lead = empty.pop() if len(empty) == 1 and not learn_empty_think else ""
+    if lead and not any(map(_thinks, answers)):
+        said.add(THOUGHTLESS)
+        prompt, responses = prompt + lead, tuple(written[len(lead) :] for written in responses)
+    return Rendered(prompt, tuple(turns), responses, form.end_ids, tuple(said))
+
+
+def _thinks(answer: Answer) -> bool:
+    """Does the row itself say what the assistant thinks, be it nothing?"""
+    turn = as_turn(answer)
+    return "reasoning_content" in turn.extra or THINK_MARK.search(turn.content) is not None
+
+
+def _without_empty(prompt: str, turn: tuple[int, int], message: Message) -> tuple[int, int]:
+    """The turn from behind a think block that is empty and not the row's."""
+    found = None if _thinks(message if message.extra else message.content) else EMPTY_THINK.match(prompt, turn[0], turn[1])
+    return (found.end(), turn[1]) if found else turn
+
+
+def _check_prompt(prompt: str, messages: tuple[Message, ...], given: Mapping[str, Any]) -> set[str]:
+    """BadRow for what the template leaves out of a prompt, but for the assistant's own: that is what sampling sees too."""
+    said = set()
+    for tool in given.get("tools", ()):
+        if tool["function"]["name"] not in prompt:
+            raise BadRow("the chat template has no place for tools", tool["function"]["name"])
+    for message in messages:
+        if message.role == "assistant":
+            if not all(_holds(prompt, text) for text in _texts(message)):
+                said.add(STRIPPED)
+        elif not _holds(prompt, message.content):
+            raise BadRow(f"the chat template leaves out a {message.role} turn")
+        if message.content not in prompt:
+            said.add(SPACED if _holds(prompt, message.content) else STRIPPED)
+    return said
+
+
+def _check_answer(form: ChatFormat, prompt: str, turn: Message, written: str, where: str) -> set[str]:
+    """BadRow for reasoning or calls that the template has no place for, UsageError for text that it does not write."""
+    # What begins in the prompt, such as the mark of reasoning, is a part of what the row has.
+    whole = prompt[max(0, len(prompt) - len(turn.content) - 1) :] + written
+    if not _holds(whole, turn.content):
+        raise UsageError(
+            f"chat template ({form.template.source}): it does not write the whole response\n"
+            f"{where}: {_difference(turn.content.strip(), written.strip())}\n"
+            "set model.chat_template to a Jinja file that writes all of it, or leave that part out of the data"
+        )
+    extra = json.loads(turn.extra) if turn.extra else {}
+    if not _holds(written, extra.get("reasoning_content", "")):
+        raise BadRow("the chat template has no place for reasoning", "write it into the text, in <think> and </think>")
+    for call in extra.get("tool_calls", ()):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        as_python = isinstance(arguments, dict) and bool(arguments) and str(arguments) in written
+        if name not in written or (as_python and str(arguments) != json.dumps(arguments)):
+            raise BadRow("the chat template has no place for calls of functions", name)
+        if not all(_holds(written, text) for text in _leaves(arguments)):
+            raise BadRow("the chat template does not write the arguments of a call", name)
+    return set() if turn.content in whole else {SPACED}
+
+
+def _texts(turn: Message) -> Iterator[str]:
+    """What an assistant's turn says."""
+    extra = json.loads(turn.extra) if turn.extra else {}
+    yield turn.content
+    yield extra.get("reasoning_content", "")
+    for call in extra.get("tool_calls", ()):
+        yield call["function"]["name"]
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """All texts in a value of JSON, and the names of what has one."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def _holds(text: str, part: str) -> bool:
+    """Does the text hold the part, as it is or as JSON, white space aside?"""
+    if part in text:
+        return True
+    bare, found = "".join(part.split()), "".join(text.split())
+    return bare in found or "".join(json.dumps(part, ensure_ascii=False)[1:-1].split()) in found
 
 
 def _bare(form: ChatFormat, text: str) -> str:
@@ -70,15 +209,18 @@ def _bare(form: ChatFormat, text: str) -> str:
     return bare if bare.strip() else text
 
 
-def added_turn(form: ChatFormat, before: str, messages: tuple[Message, ...], where: str) -> str:
+def added_turn(form: ChatFormat, before: str, messages: tuple[Message, ...], given: Mapping[str, Any], where: str) -> str:
     """What the last of `messages` adds to the rendered text `before`, without the turn's end."""
     assert form.template.text is not None
-    after = render(form.tokenizer, form.template.text, messages, generation=False)
+    after = render(form.tokenizer, form.template.text, messages, given, generation=False)
     if not after.startswith(before):
+        silent = _fits_without_thinking(form, messages, given)
         raise UsageError(
             f"chat template ({form.template.source}): the prompt is written otherwise once its answer follows\n"
             f"{where}: {_difference(before, after)}\n"
-            "sampling would not see what training saw: set model.chat_template to a Jinja file that writes both alike"
+            "sampling would not see what training saw: set "
+            + ("model.template_options: {enable_thinking: false}, or " if silent else "")
+            + "model.chat_template to a Jinja file that writes both alike"
         )
     added = after[len(before) :]
     if not added.endswith(form.tail):
@@ -86,10 +228,22 @@ def added_turn(form: ChatFormat, before: str, messages: tuple[Message, ...], whe
     return added[: len(added) - len(form.tail)]
 
 
-def _find_turn(form: ChatFormat, prompt: str, messages: tuple[Message, ...], k: int, where: str) -> tuple[int, int]:
+def _fits_without_thinking(form: ChatFormat, messages: tuple[Message, ...], given: Mapping[str, Any]) -> bool:
+    """Would the template write an answer without reasoning as it writes the prompt, if it were told that there is none?"""
+    silent = {**given, "enable_thinking": False}
+    try:
+        before = prompt_text(form.tokenizer, form.template, messages[:-1], silent)
+        return render(form.tokenizer, form.template.text or "", messages, silent, generation=False).startswith(before)
+    except BadRow:
+        return False
+
+
+def _find_turn(
+    form: ChatFormat, prompt: str, messages: tuple[Message, ...], k: int, given: Mapping[str, Any], where: str
+) -> tuple[int, int]:
     """Where assistant turn k lies in the rendered prompt: from the end of its header to the end of its end-of-turn token."""
-    header = prompt_text(form.tokenizer, form.template, messages[:k])
-    written = header + added_turn(form, header, messages[: k + 1], where) + form.close + form.end
+    header = prompt_text(form.tokenizer, form.template, messages[:k], given)
+    written = header + added_turn(form, header, messages[: k + 1], given, where) + form.close + form.end
     if not prompt.startswith(written):
         raise UsageError(
             f"chat template ({form.template.source}): an earlier assistant turn is rewritten once more turns follow\n"

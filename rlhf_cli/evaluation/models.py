@@ -101,10 +101,10 @@ def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> li
         for name, path in _expand(entry, pattern, place):
             start = resolve_start(path, None, place, stages=TRAINING_STAGES)
             tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.trust_remote_code)
-            if recipe.chat_template is None:
+            if recipe.chat_template is None and not recipe.template_options:
                 template = recorded_template(start, tokenizer, path, place)
             else:
-                template = choose_template(tokenizer, recipe.chat_template)
+                template = choose_template(tokenizer, recipe.chat_template, recipe.template_options)
             recorded = start.manifest["base_model"] if start.adapter and start.manifest else {}
             key = start.base, start.revision, recorded.get("weights_hash"), recorded.get("settings_hash")
             if key not in bases and (not check or Path(start.base).exists()):

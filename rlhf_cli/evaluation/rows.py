@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
-from rlhf_cli.data.formats import ANSWERS, COMPARISONS, PROMPTS, Purpose, Use
-from rlhf_cli.data.records import Record
+from rlhf_cli.data.formats import ANSWERS, COMPARISONS, PROMPTS, Purpose, Use, untied
+from rlhf_cli.data.records import Record, spoken
 from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
@@ -18,7 +18,7 @@ from rlhf_cli.evaluation.models import Tokenisation, recipe_of
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.rewards import Answers
 
-SECTIONS: dict[str, Use] = {"prompts": PROMPTS, "preferences": COMPARISONS, "text": ANSWERS}
+SECTIONS: dict[str, Use] = {"prompts": PROMPTS, "preferences": untied(COMPARISONS), "text": ANSWERS}
 """Section of the recipe → what its rows are read for."""
 
 
@@ -39,7 +39,7 @@ class Rows:
     def answers(self) -> Answers:
         """The responses that the data give, as if a policy had written them."""
         records = [self.records[tree.row] for tree in self.trees]
-        texts = [list(record.responses) for record in records]
+        texts = [list(map(spoken, record.responses)) for record in records]
         return Answers(list(self.trees), records, texts, [[True] * len(own) for own in texts])
 
 
@@ -90,6 +90,7 @@ def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
         max_length=recipe.max_length,
         overlong=recipe.overlong,
         control_tokens=recipe.control_tokens,
+        empty_think=recipe.empty_think,
         max_lost=recipe.max_lost,
         train_on="all" if section == "text" else "last",
     )

@@ -104,6 +104,11 @@ def hub_keys(key: str, source: Rows) -> Iterator[Finding]:
             yield from no_effect(source, f"{key}.", (name,), f"on a local file, it chooses a hub {what}. remove it")
 
 
+def _template(recipe: TrainingRecipe) -> Iterator[Finding]:
+    if recipe.model.chat_template == "none":
+        yield from no_effect(recipe.model, "model.", ("template_options",), "with chat_template: none. remove it")
+
+
 def _quantised(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.model.quantize is not None and recipe.lora is None:
         yield "model.quantize", "quantised weights cannot be trained, and lora is null. remove one of the two"
@@ -251,6 +256,7 @@ TRAINING = (
     Check(("train.stop_if", "train.keep_best", "objective.kind", "rollout", "reward", "gold", "ptx"), _watched),
     Check(("data.train", "data.eval"), _sources),
     Check(("model.quantize", "lora"), _quantised),
+    Check(("model.chat_template", "model.template_options"), _template),
     Check(("data.overlong", "data.max_length", "rollout"), _drawn),
 )
 

@@ -15,7 +15,7 @@ from rlhf_cli.console import Console
 from rlhf_cli.data.batches import DatasetSource, total_steps
 from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.data.encode import show_example
-from rlhf_cli.data.formats import PROMPTS, Purpose
+from rlhf_cli.data.formats import PROMPTS, Purpose, untied
 from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
@@ -98,8 +98,9 @@ def prepare_job(
     console, stage = Console(os.environ.get("RANK", "0") == "0"), TRAINING_STAGES[loaded.stage]
     start = resolve_start(recipe.model.path, recipe.model.revision, loaded.named("model.path"), stage.parents)
     tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.model.trust_remote_code)
-    template = choose_template(tokenizer, recipe.model.chat_template)
-    if start.template_hash not in (None, template.hash) and recipe.model.chat_template is None:
+    template = choose_template(tokenizer, recipe.model.chat_template, recipe.model.template_options)
+    asked = recipe.model.chat_template is not None or recipe.model.template_options
+    if start.template_hash not in (None, template.hash) and not asked:
         raise UsageError(
             f"{loaded.where('model.path')}: {recipe.model.path} was trained with another chat template than {template.source}. "
             "name the one you want in model.chat_template"
@@ -136,7 +137,8 @@ def row_request(recipe: recipes.TrainingRecipe, where: Callable[[str], str]) -> 
     objective, draws = recipe.objective, recipe.draws
     if draws:
         return RowRequest(Purpose(recipe.stage, PROMPTS, ROW_USES), recipe.seed, where, reserve=draws.max_new_tokens)
-    purpose = Purpose(recipe.stage, objective.rows, ROW_USES)
+    use = objective.rows if objective.soft_labels else untied(objective.rows)
+    purpose = Purpose(recipe.stage, use, ROW_USES)
     return RowRequest(purpose, recipe.seed, where, margin_column=objective.margin_from, check=objective.check_tree)
 
 

@@ -6,8 +6,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from rlhf_cli.data.formats import ANSWERS, COMPARISONS, FORMATS, LABELS, PROMPTS, BadRow, convert, detect, readings, with_margin
-from rlhf_cli.data.records import Facts, Message, Record
+from rlhf_cli.data.formats import ANSWERS, COMPARISONS, FORMATS, LABELS, PROMPTS, convert, detect, readings, with_margin
+from rlhf_cli.data.records import BadRow, Facts, Message, Record
 from rlhf_cli.errors import UsageError
 from rlhf_cli.sections import Source
 from tests.data.uses import purpose_of

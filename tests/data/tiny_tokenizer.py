@@ -64,7 +64,7 @@ def tiny_tokenizer(
 
 def render_prompt(tokenizer: PreTrainedTokenizerFast, template: Template, prompt: Prompt) -> str:
     with memory_limit(), time_limit():
-        return prompt_text(tokenizer, template, prompt)
+        return prompt_text(tokenizer, template, prompt, {})
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, template: Template, prompt: Prompt) -> list[int]:
