@@ -84,9 +84,11 @@ RowFormat = Literal[
 class Rows:
     """Rows of a file, a folder or the hub."""
 
-    path: str = key(help="hub id, .jsonl[.gz] | .json | .csv | .parquet file, glob or folder", path=True)
+    path: str = key(
+        help="hub id, .jsonl[.gz] | .json | .csv | .tsv | .parquet file, glob, folder, or what save_to_disk wrote", path=True
+    )
     name: str | None = key(None, "hub configuration (data_dir included)")
-    split: str = key("train", "hub split")
+    split: str = key("train", "split of the hub, or of a folder that has train, test or validation")
     format: RowFormat = key("auto", "row format")
     columns: dict[str, str] = key({}, 'ours: theirs, or a text with columns in braces, as in "{instruction}\\n\\n{input}"')
     ignore: list[str] = key([], "columns, and keys of turns, that change what a row means and are left out on purpose")

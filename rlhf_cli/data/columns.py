@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf_cli.errors import UsageError
+from rlhf_cli.suggest import did_you_mean
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str]
@@ -73,7 +74,8 @@ def check_named(columns: Columns, known: Iterable[str], rows: Sequence[Row], pla
     there = {name for row in rows for name in (*row, *_of_items(row))}
     for ours, theirs in columns.items():
         if ours not in known:
-            raise UsageError(f"{place}: '{ours}' is none of our columns: {', '.join(known)}")
+            all_of_them = f"they are {', '.join(known)}"
+            raise UsageError(f"{place}: '{ours}' is none of our columns. {did_you_mean(ours, known, all_of_them)}")
         for name in read_by(theirs, dict.fromkeys(there)):
             if name not in there:
                 raise UsageError(f"{place}: the data has no column '{name}'; found {shown(rows)}")

@@ -100,6 +100,8 @@ def _parts(parts: Sequence[Any], called: str, at: str) -> _Parts:
             case "tool_result":
                 extra = {"tool_call_id": part["tool_use_id"]} if part.get("tool_use_id") else {}
                 results.append(Message("tool", _result(part.get("content")), json.dumps(extra) if extra else ""))
+            case "text" | "input_text" | "output_text" | "thinking" | "reasoning":
+                raise BadRow(f"{called} has a part of type {kind} without a text", at)
             case _:
                 raise BadRow(f"{called} has a part of type {shortened(kind).strip(chr(39))}, and only text is read", at)
     return _Parts("".join(text), "".join(thoughts) or None, calls, results)

@@ -368,7 +368,7 @@ def surrounded(record: Record, row: Row) -> Record:
         system = "".join(part["text"] for part in system if isinstance(part, dict) and type(part.get("text")) is str)
     if system is not None and a_text(system, "'system'"):
         record = record._replace(prompt=with_system(as_turns(record.prompt), system))
-    tools = next((row[name] for name in ("tools", "functions") if row.get(name) not in (None, "", [], "[]")), None)
+    tools = next((row[name] for name in ("tools", "functions") if row.get(name) not in (None, "", [], {}, "[]")), None)
     options = row.get("chat_template_kwargs") or {}
     options = parsed(options, "'chat_template_kwargs'") if type(options) is str else options
     if type(options) is not dict or any(name in OWN_VARIABLES for name in options):

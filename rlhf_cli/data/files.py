@@ -25,6 +25,8 @@ FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".tsv", ".gz", "
 """A path that ends so means a file, also when it does not exist."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SPLITS = {name: name for name in ("train", "test", "validation")} | dict.fromkeys(("valid", "val", "dev", "eval"), "validation")
+SPLIT = re.compile(rf"({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?=[^a-z])")
 BOM = b"\xef\xbb\xbf"
 SPACE = re.compile(r"[ \t\n\r]*")
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
@@ -36,15 +38,16 @@ def is_hub_id(path: str) -> bool:
     return not local and HUB_ID.fullmatch(path) is not None
 
 
-def find_files(path: str, place: str) -> list[Path]:
-    """The data files of a file, glob or folder, sorted; UsageError that begins with `place` if there are none."""
+def find_files(path: str, place: str, split: str = "train") -> list[Path]:
+    """The data files of a file, a glob, or a folder's `split`, sorted; UsageError that begins with `place` if there are none."""
     target = Path(path).expanduser()
     if target.is_file():
         if reader_of(target) is None:
-            raise UsageError(f"{place}: cannot read {path}; expected {', '.join(READERS)}")
+            text = '. a text does not say where a row ends: write lines of {"text": …}' if target.suffix == ".txt" else ""
+            raise UsageError(f"{place}: cannot read {path}; expected {', '.join(READERS)}{text}")
         return [target]
     if target.is_dir():
-        found, what = list(target.iterdir()), "the folder"
+        found, what = _of_split(target, split, place), "the folder"
     elif any(character in path for character in "*?["):
         found, what = list(Path(target.anchor).glob(str(target.relative_to(target.anchor)))), "the pattern"
     else:
@@ -53,6 +56,53 @@ def find_files(path: str, place: str) -> list[Path]:
     if not files:
         raise UsageError(f"{place}: {what} {path} has no data file among its {len(found)} entries; expected {', '.join(READERS)}")
     return files
+
+
+def _of_split(folder: Path, split: str, place: str) -> list[Path]:
+    """What is in a folder or, where its files (else its folders) are named after splits, in that split of it."""
+    inside = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    files = [entry for entry in inside if entry.is_file() and reader_of(entry)]
+    splits: dict[str, list[Path]] = {}
+    for entry in files or [entry for entry in inside if entry.is_dir() and entry.name in SPLITS]:
+        named = SPLIT.match(f"{entry.name.lower()}.")
+        splits.setdefault(SPLITS[named[1]] if named else "", []).extend([entry] if files else entry.iterdir())
+    if split in splits and "" not in splits:
+        return splits[split]
+    if split == "train" and splits.keys() <= {""}:
+        return inside
+    there = ", ".join(f"{name or 'no split'}: {found[0].name}" for name, found in sorted(splits.items()) if found) or "none"
+    raise UsageError(f"{place}: which files of {folder} are its split {split}? found {there}; give the path of a file or a glob")
+
+
+def is_saved(path: str) -> bool:
+    """A folder that `save_to_disk` of datasets wrote."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def read_saved(path: str, split: str, place: str) -> Iterator[RawRow]:
+    """The rows of such a folder; UsageError for a split that it lacks, or damage."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(path)
+        if isinstance(saved, datasets.DatasetDict) and split not in saved:
+            raise UsageError(f"{place}: {path} has no split {split}; it has {', '.join(saved)}")
+        batches = (saved[split] if isinstance(saved, datasets.DatasetDict) else saved).iter(batch_size=1000)
+        found = (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
+        yield from ((number, sparse(row)) for number, row in enumerate(found, start=1))
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{place}: {path}: damaged ({str(error).splitlines()[0]})") from None
+
+
+def sparse(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without the nulls inside its values: where columns have types, every object has the keys of all others."""
+    return {name: _sparse(value) if isinstance(value, (list, dict)) else value for name, value in row.items()}
+
+
+def _sparse(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _sparse(inner) for name, inner in value.items() if inner is not None}
+    return [_sparse(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _near(target: Path) -> str:
@@ -77,7 +127,7 @@ def read_file(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[
     line = 0
     try:
         for line, row in reader(path):
-            if reader is _csv and not isinstance(row, BadRow):
+            if reader in (_csv, _tsv) and not isinstance(row, BadRow):
                 row = {name: CELLS.get((columns or {}).get(name, name), str)(cell) for name, cell in row.items()}
             yield line, row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -205,10 +255,18 @@ def _skip(text: str, position: int) -> int:
     return match.end()
 
 
-def _csv(path: Path) -> Iterator[RawRow]:
+def _tsv(path: Path) -> Iterator[RawRow]:
+    return _csv(path, "\t")
+
+
+def _csv(path: Path, delimiter: str | None = None) -> Iterator[RawRow]:
+    """Cells between commas or, where the header has none, semicolons or tabs."""
     csv.field_size_limit(MAX_LINE)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        reader = csv.reader(stream, strict=True)
+        header_line = stream.readline()
+        stream.seek(0)
+        found = next((mark for mark in ",;\t" if mark in header_line), ",") if delimiter is None else delimiter
+        reader = csv.reader(stream, strict=True, delimiter=found)
         try:
             header = next(reader, [])
         except csv.Error as error:
@@ -237,9 +295,10 @@ def _csv(path: Path) -> Iterator[RawRow]:
 
 
 def _json_cell(cell: str) -> Any:
-    """Lists and labels are written as JSON in a cell; what is none stays text, and is then a bad row by its type."""
-    with suppress(ValueError, RecursionError, BadRow):
-        return STRICT.decode(cell)
+    """A list or an object is written as JSON in a cell; what is none stays text."""
+    if cell[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError, BadRow):
+            return STRICT.decode(cell)
     return cell
 
 
@@ -251,8 +310,9 @@ def _number_cell(cell: str) -> Any:
 
 
 CELLS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("messages", "responses", "ranks", "scores"), _json_cell),
-    **dict.fromkeys(("score_chosen", "score_rejected", "probability", "margin"), _number_cell),
+    **dict.fromkeys(("messages", "conversations", "history", "tools", "responses", "ranks", "scores"), _json_cell),
+    **dict.fromkeys(("completions", "answers", "conversation_a", "conversation_b", "chat_template_kwargs"), _json_cell),
+    **dict.fromkeys(("score_chosen", "score_rejected", "probability", "margin", "score", "rank", "strength"), _number_cell),
     "label": lambda cell: {"true": True, "false": False}.get(cell.strip().lower(), cell),
 }
 
@@ -266,7 +326,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1000):
                 for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020
-                    yield number, row
+                    yield number, sparse(row)
     except PermissionError:
         raise
     except (pyarrow.ArrowException, ValueError, OSError) as error:
@@ -275,7 +335,14 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 
 
 Reader = Callable[[Path], Iterator[RawRow]]
-READERS: dict[str, Reader] = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+READERS: dict[str, Reader] = {
+    ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+}
 
 
 def reader_of(path: Path) -> Reader | None:

@@ -346,7 +346,7 @@ class Purpose:
     @property
     def needs(self) -> str:
         """The columns of every format that it takes."""
-        return " | ".join(map(str, self.use.formats.values()))
+        return " | ".join(dict.fromkeys(map(str, self.use.formats.values())))
 
     def refuse(self, format: Format, place: str, hint: str = "") -> UsageError:
         """The error for rows that it cannot use, and others can."""

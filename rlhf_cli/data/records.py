@@ -107,6 +107,7 @@ class BadRow(Exception):
 
 REMEDIES = {
     "longer than data.max_length": "raise data.max_length or let data.overlong cut them",
+    "the chat template has no place for": "name a Jinja file that has one in model.chat_template, or leave them out by ignore",
     "a control token in the text": "set data.control_tokens: keep where such tokens belong into the text",
 }
 

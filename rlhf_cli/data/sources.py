@@ -17,7 +17,7 @@ from rlhf_cli import sections
 from rlhf_cli.data import formats
 from rlhf_cli.data.columns import Columns, Row, check_named, renamed, shown
 from rlhf_cli.data.conversations import as_spoken
-from rlhf_cli.data.files import RawRow, find_files, is_hub_id, read_file
+from rlhf_cli.data.files import RawRow, find_files, is_hub_id, is_saved, read_file, read_saved
 from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, Converter, Format, Purpose, Use
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.meaning import LostMeaning, check_columns, check_ignored, without
@@ -242,8 +242,10 @@ def _files(source: sections.Source, place: str, margin: str | None) -> list[tupl
     """(name, raw rows) of each file of a source, or of its one hub split."""
     if is_hub_id(source.path):
         return [(f"{source.path}[{source.split}]", read_hub(source.path, source.name, source.split, place))]
+    if is_saved(source.path):
+        return [(source.path, read_saved(source.path, source.split, place))]
     columns = {theirs: ours for ours, theirs in source.columns.items()} | ({margin: "margin"} if margin is not None else {})
-    return [(str(file), read_file(file, columns)) for file in find_files(source.path, place)]
+    return [(str(file), read_file(file, columns)) for file in find_files(source.path, place, source.split)]
 
 
 def _peek(rows: Iterator[RawRow]) -> tuple[list[RawRow], list[Row]]:

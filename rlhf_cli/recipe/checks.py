@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.data.files import is_hub_id
@@ -98,10 +99,11 @@ def _mixture(key: str, sources: list[Source]) -> Iterator[Finding]:
 
 
 def hub_keys(key: str, source: Rows) -> Iterator[Finding]:
-    """Of a hub's keys on a local file."""
+    """Of a hub's keys on a local file, or on a folder, which may have splits."""
     if not is_hub_id(source.path):
-        for name, what in {"name": "configuration", "split": "split"}.items():
-            yield from no_effect(source, f"{key}.", (name,), f"on a local file, it chooses a hub {what}. remove it")
+        yield from no_effect(source, f"{key}.", ("name",), "on a local file, it chooses a hub configuration. remove it")
+        if not Path(source.path).is_dir():
+            yield from no_effect(source, f"{key}.", ("split",), "on a local file, it chooses a split. remove it")
 
 
 def _template(recipe: TrainingRecipe) -> Iterator[Finding]:

@@ -118,12 +118,15 @@ def test_thinking_is_refused_in_earlier_turns_and_kept_in_the_last() -> None:
         "set data.train_on: last, or model.chat_template to a Jinja file that leaves earlier turns alone"
     )
     tree = run([DIALOGUE], tokenizer, THINK, train_on="last").trees[0]
-    assert spoken(tree, tokenizer) == ["<think>\n\n</think>\n\nI am well, thank you.<|im_end|>"]
+    assert spoken(tree, tokenizer) == ["I am well, thank you.<|im_end|>"]
+    assert tokenizer.decode(tree.prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    learned = run([DIALOGUE], tokenizer, THINK, train_on="last", empty_think="learn").trees[0]
+    assert spoken(learned, tokenizer) == ["<think>\n\n</think>\n\nI am well, thank you.<|im_end|>"]
     assert run([DIALOGUE._replace(prompt="Hi")], tokenizer, THINK).kept == 1
 
 
 def test_a_template_that_forgets_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"'art\|>assistant\\nIt is four.*' becomes '.*…<\|im_end\|>"):
+    with pytest.raises(UsageError, match=r"the chat template leaves out a user turn \(1\)"):
         run([DIALOGUE], tiny_tokenizer(), FORGETS)
 
 

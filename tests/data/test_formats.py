@@ -130,15 +130,22 @@ SWAP = "that of the chosen response; where it is lower, swap the two"
 BAD = [
     ("messages", {}, "'messages' is missing"),
     ("messages", {"messages": None}, "'messages' is null, expected a list"),
-    ("messages", {"messages": "hi"}, "'messages' is text, expected a list"),
+    ("messages", {"messages": "hi"}, "'messages' is text that is not JSON ('hi')"),
     ("messages", {"messages": []}, "'messages' is empty"),
     ("messages", {"messages": ["hi"]}, "a turn of 'messages' is text, expected an object with role and content (turn 1)"),
     ("messages", {"messages": [{"role": U}]}, "a turn of 'messages' has no 'content' (turn 1)"),
-    ("messages", {"messages": [{"from": "human", "content": "a"}]}, "a turn of 'messages' has no 'role' (turn 1)"),
-    ("messages", {"messages": ASK}, "'messages' has no assistant turn"),
+    ("messages", {"messages": [{"speaker": "human", "content": "a"}]}, "a turn of 'messages' has no 'role' (turn 1)"),
     ("messages", {"messages": turns((S, "Be brief."))}, "'messages' has no assistant turn"),
-    ("messages", {"messages": LONG}, "'messages' does not end in an assistant turn"),
-    ("messages", {"messages": turns((A, "hi"))}, "wrong role order in 'messages' (turn 1 is assistant, expected user)"),
+    (
+        "messages",
+        {"messages": turns(("narrator", "b"))},
+        "a role of 'messages' is not system, user, assistant or tool (turn 1: 'narrator')",
+    ),
+    (
+        "messages",
+        {"messages": turns((U, "a"), (A, "b"), (A, "c"))},
+        "wrong role order in 'messages' (turn 3 is assistant, expected user or tool)",
+    ),
     ("messages", {"messages": turns((U, "a"), (U, "b"))}, "wrong role order in 'messages' (turn 2 is user, expected assistant)"),
     (
         "messages",
@@ -148,10 +155,14 @@ BAD = [
     (
         "messages",
         {"messages": turns((U, "a"), ("tool", "b"))},
-        "a role of 'messages' is not system, user or assistant (turn 2: 'tool')",
+        "wrong role order in 'messages' (turn 2 is tool, expected assistant)",
     ),
     ("messages", {"messages": [*ASK, {"role": A, "content": None}]}, "a turn of 'messages' is null, expected text (turn 2)"),
-    ("messages", {"messages": [*ASK, {"role": A, "content": [{}]}]}, "a turn of 'messages' is a list, expected text (turn 2)"),
+    (
+        "messages",
+        {"messages": [*ASK, {"role": A, "content": [{}]}]},
+        "a turn of 'messages' has a part of type text without a text (turn 2)",
+    ),
     ("messages", {"messages": turns((U, "a"), (A, " \n"))}, "a turn of 'messages' is blank (turn 2)"),
     ("messages", {"messages": turns((U, ""), (A, "b"))}, "a turn of 'messages' is empty (turn 1)"),
     ("prompt-completion", {"prompt": "a"}, "'completion' is missing"),
@@ -177,8 +188,12 @@ BAD = [
     ("hh", hh(GOOD_HH, GOOD_HH), "'chosen' and 'rejected' are the same"),
     ("hh", hh(GOOD_HH, "\n\nHuman: ho\n\nAssistant: hey"), "the prompts of 'chosen' and 'rejected' differ"),
     ("hh", hh(Q + "\n\nAssistant:", GOOD_HH), "'chosen' has an empty turn (turn 2)"),
-    ("hh", hh(GOOD_HH + "\n\nAssistant: a", GOOD_HH), "wrong role order in 'chosen' (turn 3 is assistant, expected user)"),
-    ("hh", hh("\n\nAssistant: a" + GOOD_HH, GOOD_HH), "wrong role order in 'chosen' (turn 1 is assistant, expected user)"),
+    (
+        "hh",
+        hh(GOOD_HH + "\n\nAssistant: a", GOOD_HH),
+        "wrong role order in 'chosen' (turn 3 is assistant, expected user or tool)",
+    ),
+    ("hh", hh("\n\nAssistant: a" + GOOD_HH, GOOD_HH), "the prompts of 'chosen' and 'rejected' differ"),
     ("ranked", {"prompt": "a", "responses": ["b"]}, "'responses' has one response, a ranking needs two"),
     ("ranked", {"prompt": "a", "responses": "b"}, "'responses' is text, expected a list"),
     ("ranked", {"prompt": "a", "responses": ["b", ""]}, "a response is empty"),
@@ -213,8 +228,8 @@ BAD = [
     ("unpaired", {"prompt": "a", "completion": "b"}, "'label' is missing"),
     (
         "unpaired",
-        {"prompt": "a", "completion": "b", "label": 1},
-        "'label' is a number, expected true or false (write true for 1)",
+        {"prompt": "a", "completion": "b", "label": "up"},
+        "'label' is neither true nor false, 1 nor 0 (write true for 'up')",
     ),
     ("prompt", {"prompt": "a", "subset": 3}, "'subset' is a number, expected text"),
 ]
@@ -294,16 +309,17 @@ def test_the_recipe_knows_every_format():
 
 
 def test_a_use_takes_the_formats_that_contain_what_it_needs():
-    pairs = ("preference", "hh", "ranked")
-    assert tuple(ANSWERS.formats) == ("messages", "prompt-completion", "text", *pairs, "unpaired")
-    assert tuple(COMPARISONS.formats) == pairs
-    assert tuple(LABELS.formats) == (*pairs, "unpaired")
-    assert tuple(PROMPTS.formats) == ("messages", "prompt-completion", *pairs, "unpaired", "prompt")
+    talks, pairs = ("messages", "sharegpt", "prompt-completion", "alpaca"), ("preference", "hh", "choice", "ranked", "scored")
+    assert tuple(ANSWERS.formats) == (*talks, "text", *pairs, "unpaired", "tree")
+    assert tuple(COMPARISONS.formats) == (*pairs, "tree")
+    assert tuple(LABELS.formats) == (*pairs, "unpaired", "tree")
+    assert tuple(PROMPTS.formats) == (*talks, *pairs, "unpaired", "tree", "prompt")
 
 
 SFT_NEEDS = (
-    "messages | prompt + completion | text | prompt + chosen + rejected | chosen + rejected | prompt + responses"
-    " | prompt + completion + label"
+    "messages | conversations | prompt + completion | instruction + output | text | prompt + chosen + rejected"
+    " | chosen + rejected | prompt + response_a + response_b + winner | prompt + responses | prompt + completion + label"
+    " | message_id + parent_id + role + text"
 )
 RENAME = "; name those that are meant in data.train.0.columns: {ours: theirs}"
 REFUSED = [
@@ -313,25 +329,14 @@ REFUSED = [
     (
         [{"question": "a", "answer": "b"}],
         "sft",
-        f"x: found the columns question, answer; sft needs {SFT_NEEDS}"
+        f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"
         "; perhaps data.train.0.columns: {prompt: question, completion: answer}",
     ),
-    # Alpaca's input would be lost without a word: nothing is suggested.
+    # Of two columns one would be lost without a word: nothing is suggested.
     (
-        [{"instruction": "a", "input": "b", "output": "c"}],
+        [{"question": "a", "input": "b", "output": "c"}],
         "sft",
-        f"x: found the columns instruction, input, output; sft needs {SFT_NEEDS}{RENAME}",
-    ),
-    (
-        [{"instruction": "a", "context": "b", "response": "c"}],
-        "sft",
-        f"x: found the columns instruction, context, response; sft needs {SFT_NEEDS}{RENAME}",
-    ),
-    (
-        [{"instruction": "a", "input": "", "output": "c"}],
-        "sft",
-        f"x: found the columns instruction, input, output; sft needs {SFT_NEEDS}"
-        "; perhaps data.train.0.columns: {prompt: instruction, completion: output}",
+        f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}",
     ),
     ([{"prompt": "a"}], "sft", f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"),
     (
@@ -344,24 +349,14 @@ REFUSED = [
         [{"text": "a"}],
         "dpo",
         "x: found text data (text), which sft can use; "
-        "dpo needs prompt + chosen + rejected | chosen + rejected | prompt + responses",
+        "dpo needs prompt + chosen + rejected | chosen + rejected | prompt + response_a + response_b + winner"
+        " | prompt + responses | message_id + parent_id + role + text",
     ),
     (
         [{"messages": [], **PAIR}],
         "sft",
         "x: the columns messages, prompt, chosen, rejected can be read as messages or as preference"
         "; set format: to the one you mean",
-    ),
-    (
-        [{"prompt": "a", "completion": "b", "label": 1}],
-        "sft",
-        "x: the columns prompt, completion, label can be read as prompt-completion or as unpaired"
-        "; set format: to the one you mean",
-    ),
-    (
-        [{"text": "a", "prompt": "a", "completion": "b"}],
-        "sft",
-        "x: the columns text, prompt, completion can be read as prompt-completion or as text; set format: to the one you mean",
     ),
 ]
 
@@ -377,6 +372,7 @@ def test_detection_asks_what_the_stage_can_take():
     both = [{"messages": [], **PAIR}]
     assert detect(both, purpose_of("dpo"), "x").name == "preference"
     assert detect([{"prompt": "a", "prompt_id": "b", "messages": []}], purpose_of("sft"), "x").name == "messages"
+    assert detect([{"text": "a", "prompt": "a", "completion": "b"}], purpose_of("sft"), "x").name == "prompt-completion"
 
 
 def test_detection_goes_with_most_of_the_rows():

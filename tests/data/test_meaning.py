@@ -37,11 +37,8 @@ def turn(**more: Any) -> dict[str, Any]:
 COLUMNS: list[tuple[str, dict[str, Any], str, str]] = [
     ("sft", PLAIN | {"input": "a list"}, "input", "a part of the prompt"),
     ("sft", PLAIN | {"context": "c"}, "context", "a part of the prompt"),
-    ("sft", PLAIN | {"system": "s"}, "system", "a system turn"),
-    ("sft", TALK | {"system_prompt": "s"}, "system_prompt", "a system turn"),
+    ("sft", {"text": "t", "system": "s"}, "system", "a system turn"),
     ("sft", PLAIN | {"history": [["q", "a"]]}, "history", "earlier turns"),
-    ("sft", TALK | {"tools": [{"name": "f"}]}, "tools", "functions that the model may call"),
-    ("sft", TALK | {"tools": '[{"name": "f"}]'}, "tools", "functions that the model may call"),
     ("sft", TALK | {"images": ["x.png"]}, "images", "no text, and only text is read"),
     ("sft", {"text": "t", "parent_id": "7"}, "parent_id", "a place in a tree of messages"),
     (
@@ -59,15 +56,8 @@ COLUMNS: list[tuple[str, dict[str, Any], str, str]] = [
     ("sft", PLAIN | {"weight": 0.5}, "weight", "how much of it is learned"),
     ("sft", PLAIN | {"reasoning": "r"}, "reasoning", "a part of the response"),
     ("dpo", PAIR | {"better_response_id": 0}, "better_response_id", "which response is better"),
-    ("ppo", {"prompt": "q", "tools": [{}]}, "tools", "functions that the model may call"),
-    ("sft", turn(weight=0), "weight", "how much of it is learned"),
-    ("sft", turn(train=False), "train", "how much of it is learned"),
-    ("sft", turn(loss_weight=0.3), "loss_weight", "how much of it is learned"),
-    ("sft", turn(reasoning_content="r"), "reasoning_content", "a part of the response"),
-    ("sft", turn(thinking="r"), "thinking", "a part of the response"),
-    ("sft", turn(tool_calls=[{}]), "tool_calls", "a call of a function"),
+    ("sft", turn(loss_weight=0.3), "loss_weight", "0.3 is neither 0 nor 1"),
     ("sft", turn(images=["x.png"]), "images", "no text, and only text is read"),
-    ("dpo", {"prompt": "q", "chosen": [ANSWERED | {"weight": 0}], "rejected": "b"}, "weight", "how much of it is learned"),
 ]
 
 
@@ -116,5 +106,5 @@ def test_a_waiver_for_nothing_is_refused() -> None:
 
 
 def test_it_is_no_matter_how_far_down_the_row_is() -> None:
-    with pytest.raises(UsageError, match=r"x\.jsonl:300: 'system' is not read"):
-        read([PLAIN] * 299 + [PLAIN | {"system": "s"}])
+    with pytest.raises(UsageError, match=r"x\.jsonl:300: 'context' is not read"):
+        read([PLAIN] * 299 + [PLAIN | {"context": "s"}])

@@ -25,7 +25,7 @@ from rlhf_cli.data.sources import check_lost, epoch_order, prompt_share, read_da
 from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.recipe.stages import ROW_USES
 from rlhf_cli.sections import Data, Source
-from tests.data.uses import request_of
+from tests.data.uses import purpose_of, request_of
 
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(20)]
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -168,7 +168,7 @@ def test_typed_cells_of_a_csv(tmp_path):
     report = read("x.csv").reports[0]
     assert (report.kept, report.unused) == (1, {"undesirable (not for sft)": 1})
     assert report.bad_examples == (
-        "x.csv:4: 'label' is text, expected true or false ('maybe')",
+        "x.csv:4: 'label' is neither true nor false, 1 nor 0 ('maybe')",
         "x.csv:5: another number of cells than the header (2, expected 3)",
         "x.csv:6: not CSV (',' expected after '\"')",
     )
@@ -230,12 +230,9 @@ WHOLE_FILE = {
     "bytes.json": (b'[\n{"text": "\xff"}]', "bytes.json:2: not UTF-8; save the file as UTF-8"),
     "twice.csv": (b"prompt,prompt\na,b\n", "twice.csv:1: the header names a column twice: prompt, prompt"),
     "quote.csv": (b'text\na\n"b\nc\nd\n', "quote.csv:3: a quote is opened and never closed"),
-    "x.pkl": (b"cos\nsystem\n.", "data.train.0.path: cannot read x.pkl; expected .jsonl, .jsonl.gz, .json, .csv, .parquet"),
+    "x.pkl": (b"cos\nsystem\n.", "data.train.0.path: cannot read x.pkl; expected .jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet"),
 }
-NEEDS = (
-    "messages | prompt + completion | text | prompt + chosen + rejected | chosen + rejected | prompt + responses"
-    " | prompt + completion + label"
-)
+NEEDS = purpose_of("sft").needs
 
 
 @pytest.mark.parametrize("name", WHOLE_FILE)
@@ -291,10 +288,7 @@ def test_columns_are_renamed():
     assert str(error.value) == "data.train.0.columns: the data has no column 'qestion'; found question, good, bad, text"
     with pytest.raises(UsageError) as error:
         read(Source("x.jsonl", columns={"promt": "question"}))
-    assert str(error.value) == (
-        "data.train.0.columns: 'promt' is none of our columns: messages, prompt, completion, text, chosen, rejected, "
-        "responses, label, score_chosen, score_rejected, probability, ranks, scores, subset"
-    )
+    assert str(error.value) == "data.train.0.columns: 'promt' is none of our columns. did you mean prompt?"
 
 
 class Trap:
@@ -369,7 +363,7 @@ def test_folders_and_globs(tmp_path):
         read("d/*.txt")
     assert str(error.value) == (
         "data.train.0.path: the pattern d/*.txt has no data file among its 0 entries; "
-        "expected .jsonl, .jsonl.gz, .json, .csv, .parquet"
+        "expected .jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet"
     )
 
 
@@ -664,7 +658,7 @@ TRANSCRIPT = "\n\nHuman: Hi there\n\nAssistant: Hello.\n\nHuman: 2+2?\n\nAssista
 def test_a_transcript_in_a_prompt_is_read_as_its_turns():
     write("x.jsonl", [{"prompt": TRANSCRIPT, "chosen": " 4", "rejected": " 5"}, PAIR])
     (spoken, plain) = read("x.jsonl", stage="dpo").train
-    assert [turn[:] for turn in spoken.prompt] == [("user", "Hi there"), ("assistant", "Hello."), ("user", "2+2?")]
+    assert [turn[:2] for turn in spoken.prompt] == [("user", "Hi there"), ("assistant", "Hello."), ("user", "2+2?")]
     assert plain.prompt == "q"
     request = dataclasses.replace(request_of("dpo"), chat=False)
     assert read_data(Data([Source("x.jsonl")]), request).train[0].prompt == TRANSCRIPT

@@ -133,7 +133,7 @@ def test_control_strings_include_what_the_template_writes_though_it_is_not_speci
     [
         ("{{ raise_exception('no such role') }}", r"the chat template fails \(TemplateError: no such role"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", r"the chat template fails \(SecurityError"),
-        ("{{ 'x' * 2000000 }}", r"the chat template writes too much \(2,000,000 characters, at most 1,000,008"),
+        ("{{ 'x' * 2000000 }}", r"the chat template writes too much \(2,000,000 characters, at most 1,000,016"),
         ("{{ ('x' * 8000000000) | length }}", r"the chat template takes too much memory"),
     ],
 )

@@ -87,6 +87,8 @@ def test_defaults(tmp_path: Path) -> None:
         "dtype": "auto",
         "attention": "auto",
         "chat_template": None,
+        "template_options": {},
+        "empty_think": "prompt",
         "trust_remote_code": False,
         "max_length": 1024,
         "overlong": "drop",
@@ -213,7 +215,7 @@ FAULTS = {
     (
         GOOD,
         "preferences: {path: a.jsonl, split: test}",
-    ): "4: preferences.split: has no effect on a local file, it chooses a hub split. remove it",
+    ): "4: preferences.split: has no effect on a local file, it chooses a split. remove it",
     (
         GOOD,
         "text: {path: a.csv, name: en}",
@@ -223,7 +225,7 @@ FAULTS = {
     (
         MODELS,
         "prompts:\n  - a.jsonl\n  - path: b.jsonl\n    split: test",
-    ): "6: prompts.1.split: has no effect on a local file, it chooses a hub split. remove it",
+    ): "6: prompts.1.split: has no effect on a local file, it chooses a split. remove it",
     # what has no effect without prompts, or without a reward
     (TEXT_ONLY, "rollout: {temperature: 0.5}"): "4: rollout: has no effect without prompts. name some, or remove it",
     (TEXT_ONLY, "reward: [{model: rm}]"): "4: reward: has no effect without prompts or preferences. name some, or remove it",

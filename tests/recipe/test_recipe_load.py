@@ -128,16 +128,15 @@ SOURCES = {
     "${RLHF_TEST_UNSET}/x.jsonl": "data.train: the environment variable RLHF_TEST_UNSET is not set. set it, or write the path out",
     "{path: x.jsonl, weight: 2}": "data.train.weight: has no effect with one source. remove it",
     "{path: x.jsonl, splt: a}": "data.train.splt: unknown key. did you mean data.train.split?",
-    "{path: x.jsonl, split: test}": "data.train.split: has no effect on a local file, it chooses a hub split. remove it",
+    "{path: x.jsonl, split: test}": "data.train.split: has no effect on a local file, it chooses a split. remove it",
     "{path: x.csv, name: en}": "data.train.name: has no effect on a local file, it chooses a hub configuration. remove it",
     "{path: x.jsonl, limit: 0}": "data.train.limit: expected at least 1, found 0",
     "{path: x.jsonl, columns: {prompt: 3}}": "data.train.columns.prompt: expected text, found 3. put it in quotes: '3'",
-    "{path: x.jsonl, format: prefrence}": "data.train.format: expected auto | messages | prompt-completion | text | preference | hh | ranked"
-    " | unpaired | prompt, found the text 'prefrence'. did you mean preference?",
+    "{path: x.jsonl, format: prefrence}": "data.train.format: expected auto | messages | sharegpt | prompt-completion | alpaca | text"
+    " | preference | hh | choice | ranked | scored | unpaired | tree | prompt, found the text 'prefrence'. did you mean preference?",
     "[a.jsonl, {paht: b}]": "data.train.1.paht: unknown key. did you mean data.train.1.path?",
     "[{path: a}, {path: b, weight: 0}]": "data.train.1.weight: 0 never draws from b. remove the source",
     "{path: a, weight: 0}": "data.train.weight: 0 never draws from a. remove the source",
-    "{path: ., split: test}": "data.train.split: has no effect on a local file, it chooses a hub split. remove it",
 }
 
 
