@@ -44,6 +44,8 @@ def _turn(turn: Any, name: str, number: int) -> list[Message]:
     at, called = f"turn {number}", f"a turn of {name}"
     if type(turn) is not dict:
         raise BadRow(f"{called} is {kind_of(turn)}, expected an object with role and content", at)
+    if len(turn) == 2 and turn.get("role") in ("user", "assistant") and type(turn.get("content")) is str:
+        return [Message(turn["role"], a_text(turn["content"], called, at))]
     keys = [next((key for key in names if key in turn), None) for names in (("role", "from"), ("content", "value"))]
     if None in keys and not (keys[0] and turn.get("tool_calls")):
         raise BadRow(f"{called} has no '{('role', 'content')[keys.index(None)]}'", at)

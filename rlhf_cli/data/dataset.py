@@ -76,7 +76,7 @@ def prepare(data: sections.Data, request: RowRequest, tokenizer: Any, template: 
         data = dataclasses.replace(data, train_on="last")
         notices = (OF_TRANSCRIPTS,) if responses == "first" else ()
 
-    def trees_of(records: list[Record]) -> Encoded:
+    def trees_of(records: Sequence[Record]) -> Encoded:
         encoded = encode(records, tokenizer, template, data, responses=responses, cache=default_folder(), reserve=reserve)
         encoded = reduce(checked, checks, encoded)
         return dataclasses.replace(encoded, notices=(*notices, *encoded.notices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,12 @@ import numpy as np
 
 from rlhf_cli import sections
 from rlhf_cli.data import cache as store
-from rlhf_cli.data import sandbox, templates, turns
-from rlhf_cli.data.flat import Trees, flatten, select
+from rlhf_cli.data import sandbox, stored, templates, turns
+from rlhf_cli.data.flat import Trees, flat_arrays, joined_arrays, select
 from rlhf_cli.data.formats import Taken
 from rlhf_cli.data.records import BadRow, Facts, Message, Prompt, Record, remedies
 from rlhf_cli.data.sandbox import TookTooLong, memory_limit, time_limit
+from rlhf_cli.data.stored import Stored
 from rlhf_cli.data.templates import ChatFormat, Template, tokenise
 from rlhf_cli.data.trees import Tree, span
 from rlhf_cli.data.turns import Letters, Rendered, check_text, read_letters, render_row, supervised
@@ -62,6 +64,7 @@ def encode(
     responses: Taken,
     cache: Path | None,
     reserve: int = 0,
+    progress: Callable[[int, int], None] = lambda done, rows: None,
 ) -> Encoded:
     """Tokenises the first, all or none of the responses of each record, or reads the same tokens from the `cache` folder.
 
@@ -69,34 +72,34 @@ def encode(
     `none`: trees without responses, whose prompts leave `reserve` tokens of max_length free; facts about responses are dropped.
     Raises UsageError if the template or every row is unusable, or (overlong: error) a row is too long.
     """
-    if responses == "first":
-        records = [record._replace(responses=record.responses[:1]) for record in records]
-    elif responses == "none":
-        records = [record._replace(responses=(), facts=Facts(subset=record.facts.subset)) for record in records]
-    encoder = _Encoder(records, tokenizer, template, data, responses, reserve)
+    encoder = _Encoder(records, tokenizer, template, data, responses, reserve, progress)
     if cache is None:
-        return _restore(encoder.run(), records)
+        return _restore(encoder.run(), records, responses)
     path = cache / f"tokens-{store.key(encoder.key_parts())}.safetensors"
     notices: tuple[str, ...] = ()
     try:
-        stored = store.read(path)
+        kept = store.read(path)
     except store.Damaged as damaged:
-        stored, notices = None, (f"{damaged}: damaged; its tokens are made again",)
-    if stored is None:
-        stored = encoder.run()
-        store.write(path, stored)
-    encoded = _restore(stored, records)
+        kept, notices = None, (f"{damaged}: damaged; its tokens are made again",)
+    if kept is None:
+        kept = encoder.run()
+        store.write(path, kept)
+    encoded = _restore(kept, records, responses)
     return replace(encoded, notices=(*notices, *encoded.notices))
 
 
-def _restore(stored: store.Stored, records: Sequence[Record]) -> Encoded:
+def _restore(kept: store.Stored, records: Sequence[Record], responses: Taken) -> Encoded:
     """Adds what the cache does not know: where rows stand and what is said of them, which may change while their text stays."""
-    facts = dict(stored.facts)
-    examples = tuple(f"{records[row].where}: {text}" for row, text in facts.pop("examples"))
-    locations = tuple(records[row].where for row in stored.arrays["rows"])
-    trees = Trees(**stored.arrays, locations=locations, facts=tuple(records[row].facts for row in stored.arrays["rows"]))
-    truncated, notices = (tuple(facts.pop(name)) for name in ("truncated", "notices"))
-    return Encoded(trees, len(records), len(trees), truncated_rows=truncated, examples=examples, notices=notices, **facts)
+    said, rows = dict(kept.facts), kept.arrays["rows"]
+    examples = tuple(f"{records[row].where}: {text}" for row, text in said.pop("examples"))
+    used = stored.take(records, rows) if len(rows) < len(records) else records
+    locations = stored.each(used, lambda record: record.where, Stored.places)
+    facts: list[Facts] = stored.each(used, lambda record: record.facts, Stored.all_facts)
+    if responses == "none":
+        facts = [own if own == Facts() else Facts(subset=own.subset) for own in facts]
+    trees = Trees(**kept.arrays, locations=tuple(locations), facts=tuple(facts))
+    truncated, notices = (tuple(said.pop(name)) for name in ("truncated", "notices"))
+    return Encoded(trees, len(records), len(trees), truncated_rows=truncated, examples=examples, notices=notices, **said)
 
 
 def _unusable(rows: int, lost: Counter[str], first: str) -> UsageError:
@@ -143,10 +146,10 @@ class _Encoder:
     data: sections.Data
     responses: Taken
     reserve: int  # tokens of max_length that are kept free
-    trees: list[Tree] = field(default_factory=list)
+    progress: Callable[[int, int], None]  # is told how many of how many rows are done
     lost: Counter[str] = field(default_factory=Counter)
     examples: list[tuple[int, str]] = field(default_factory=list)
-    sizes: list[tuple[int, int, int]] = field(default_factory=list)  # tokens of the prompt, of the longest response, of both
+    sizes: array[int] = field(default_factory=lambda: array("i"))  # of each row: tokens of the prompt, the longest response, both
     truncated: list[int] = field(default_factory=list)
     said: Counter[str] = field(default_factory=Counter)  # what is to be said of rows, with their number
 
@@ -181,56 +184,64 @@ class _Encoder:
         yield json.dumps(
             [data.max_length, data.overlong, data.control_tokens, data.empty_think, self.find_turns, drawn, self.reserve]
         )
-        for record in self.records:
+        if isinstance(self.records, Stored | stored.Records):
+            yield stored.digest(self.records)
+            return
+        for record in map(self.taken, range(len(self.records))):
             yield json.dumps([record.prompt, record.responses, record.given])
 
     def run(self) -> store.Stored:
         """The trees and the counts, as the cache keeps them."""
+        chunks = [flat_arrays([])]
         for start in range(0, len(self.records), CHUNK):
-            for tree in self.tokenise(self.render(range(start, min(start + CHUNK, len(self.records))))):
-                try:
-                    self.add(tree)
-                except BadRow as bad:
-                    self.lose(tree.row, bad)
-        if self.records and not self.trees:
+            rows = range(start, min(start + CHUNK, len(self.records)))
+            chunks.append(flat_arrays([kept for tree in self.tokenise(self.render(rows)) if (kept := self.fitted(tree))]))
+            self.progress(rows.stop, len(self.records))
+        arrays = joined_arrays(chunks)
+        if self.records and not len(arrays["rows"]):
             row, text = self.examples[0]
             raise _unusable(len(self.records), self.lost, f"{self.records[row].where}: {text}")
-        last = np.array([response[-1] for tree in self.trees for response in tree.responses])
+        last = arrays["ids"][np.delete(arrays["segments"][1:], arrays["first"][:-1]) - 1]
         ended = np.isin(last, [self.form.end_ids[-1], self.form.eos_id])
+        sizes = np.frombuffer(self.sizes, np.int32).reshape(-1, 3)
         names = ("prompt", "response", "total") if self.responses != "none" else ("prompt",)
         facts = {
             "lost": dict(self.lost),
             "truncated": self.truncated,
             "examples": self.examples,
             "eos_share": float(ended.mean()) if len(last) else None,
-            "percentiles": {name: _percentiles([size[k] for size in self.sizes]) for k, name in enumerate(names)},
+            "percentiles": {name: _percentiles(sizes[:, k]) for k, name in enumerate(names)},
             "notices": [words.format(count=count) for words, count in sorted(self.said.items()) if count],
         }
-        arrays = vars(flatten(self.trees, self.records)).items()
-        return store.Stored({name: value for name, value in arrays if isinstance(value, np.ndarray)}, facts)
+        return store.Stored(arrays, facts)
 
     def lose(self, row: int, bad: BadRow) -> None:
         self.lost[bad.reason] += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append((row, str(bad)))
 
+    def taken(self, row: int) -> Record:
+        """The record with those of its responses that are tokenised."""
+        record = self.records[row]
+        return record if self.responses == "all" else record._replace(responses=record.responses[: self.responses == "first"])
+
     def written(self, record: Record) -> Rendered:
         return render_row(self.form, record, find_turns=self.find_turns, learn_empty_think=self.data.empty_think == "learn")
 
     def render(self, rows: range) -> list[tuple[int, Rendered]]:
         rendered = []
-        with memory_limit():
+        with memory_limit(), time_limit() as start:
             for row in rows:
-                record = self.records[row]
+                record = self.taken(row)
                 try:
+                    start()
                     if self.responses == "none" and not record.prompt:
                         raise BadRow("no prompt")
                     if self.responses != "none" and not record.responses:
                         raise BadRow("no response")
                     if self.data.control_tokens == "reject":
                         check_text(self.form, record)
-                    with time_limit():
-                        written = self.written(record)
+                    written = self.written(record)
                     self.said.update(written.said)
                     self.said[READY] += not record.prompt and written.responses != record.responses
                     rendered.append((row, written))
@@ -268,18 +279,22 @@ class _Encoder:
             prompts.append((np.array(full, np.int32), np.concatenate([np.zeros(len(full) - len(mask), bool), mask])))
         return prompts
 
-    def add(self, tree: Tree) -> None:
-        """Adds the tree, fitted to max_length. Raises BadRow if it cannot be used."""
+    def fitted(self, tree: Tree) -> Tree | None:
+        """The tree, fitted to max_length; None if it cannot be used."""
         alone, total = self.responses == "none", span(tree)
-        self.sizes.append((len(tree.prompt), total - len(tree.prompt), total))
-        fitted = tree if total <= self.room else self._fitted(tree)
-        if alone and not len(fitted.prompt):
-            raise BadRow("no prompt", "its text is nothing to the tokenizer")
-        if not alone and not len(fitted.prompt) and max(map(len, fitted.responses)) < 2:
-            raise BadRow("no supervised token", "one token alone has nothing to be predicted from")
-        self.trees.append(fitted)
+        self.sizes.extend((len(tree.prompt), total - len(tree.prompt), total))
+        try:
+            fitted = tree if total <= self.room else self._fitted(tree)
+            if alone and not len(fitted.prompt):
+                raise BadRow("no prompt", "its text is nothing to the tokenizer")
+            if not alone and not len(fitted.prompt) and max(map(len, fitted.responses)) < 2:
+                raise BadRow("no supervised token", "one token alone has nothing to be predicted from")
+        except BadRow as bad:
+            self.lose(tree.row, bad)
+            return None
         if fitted is not tree:
             self.truncated.append(tree.row)
+        return fitted
 
     def _fitted(self, tree: Tree) -> Tree:
         """The tree that is too long as `data.overlong` wants it; responses that are cut have no end-of-turn."""
@@ -324,7 +339,7 @@ class _Encoder:
 
     def _encode_one(self, row: int, prompt: Prompt) -> Tree:
         with memory_limit(), time_limit():
-            rendered = self.written(self.records[row]._replace(prompt=prompt))
+            rendered = self.written(self.taken(row)._replace(prompt=prompt))
         return self.tokenise([(row, rendered)])[0]
 
 
@@ -343,9 +358,9 @@ def _without_oldest(prompt: Prompt) -> Iterator[tuple[Message, ...]]:
             yield prompt[:systems] + prompt[k:]
 
 
-def _percentiles(sizes: list[int]) -> dict[str, int]:
+def _percentiles(sizes: np.ndarray) -> dict[str, int]:
     """Nearest rank: each is the length of some row."""
-    if not sizes:
+    if not len(sizes):
         return {}
     values = np.percentile(sizes, [50, 90, 99, 100], method="inverted_cdf")
     return dict(zip(("p50", "p90", "p99", "max"), map(int, values), strict=True))

@@ -102,14 +102,29 @@ def select(trees: Trees, indices: np.ndarray) -> Trees:
 
 def flatten(trees: Sequence[Tree], records: Sequence[Record]) -> Trees:
     """Copies the trees, which name their records by `row`, into flat arrays."""
+    locations = tuple(records[tree.row].where for tree in trees)
+    return Trees(**flat_arrays(trees), locations=locations, facts=tuple(tree.facts for tree in trees))
+
+
+def flat_arrays(trees: Sequence[Tree]) -> dict[str, np.ndarray]:
+    """The arrays of `Trees`, less what is said of them."""
     parts = [part for tree in trees for part in (tree.prompt, *tree.responses)]
     masks = [mask for tree in trees for mask in (tree.supervised, *(np.ones(len(part), bool) for part in tree.responses))]
-    return Trees(
-        ids=np.concatenate([np.zeros(0, np.int32), *parts]),
-        supervised=np.concatenate([np.zeros(0, bool), *masks]),
-        segments=np.cumsum([0, *map(len, parts)], dtype=np.int64),
-        first=np.cumsum([0, *(1 + len(tree.responses) for tree in trees)], dtype=np.int64),
-        rows=np.array([tree.row for tree in trees], np.int64),
-        locations=tuple(records[tree.row].where for tree in trees),
-        facts=tuple(tree.facts for tree in trees),
-    )
+    return {
+        "ids": np.concatenate([np.zeros(0, np.int32), *parts]),
+        "supervised": np.concatenate([np.zeros(0, bool), *masks]),
+        "segments": np.cumsum([0, *map(len, parts)], dtype=np.int64),
+        "first": np.cumsum([0, *(1 + len(tree.responses) for tree in trees)], dtype=np.int64),
+        "rows": np.array([tree.row for tree in trees], np.int64),
+    }
+
+
+def joined_arrays(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of the trees of all chunks, one after the other; `chunks` is emptied, since both would need twice the memory."""
+    result = {}
+    for name in ("ids", "supervised", "rows"):
+        result[name] = np.concatenate([chunk.pop(name) for chunk in chunks])
+    for name in ("segments", "first"):
+        sizes = [np.diff(chunk.pop(name)) for chunk in chunks]
+        result[name] = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]))
+    return result

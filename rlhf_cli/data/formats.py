@@ -284,6 +284,7 @@ class Use:
     needs: frozenset[Content]  # a format that contains one of these will do
     responses: Taken
     keep: Callable[[Record], Record | str] = lambda record: record  # what of a record, or why there is no use for it
+    ties: bool = True  # is a pair of use, neither of whose responses is the better one?
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -294,8 +295,6 @@ class Use:
 def _answer(record: Record) -> Record | str:
     if record.facts.label is False:
         return "undesirable (not for sft)"
-    if record.facts.probability == 0.5:
-        return TIED
     return record._replace(responses=record.responses[:1], facts=Facts(subset=record.facts.subset))
 
 
@@ -306,13 +305,8 @@ def _comparison(record: Record) -> Record | str:
     return record if ranks is None or len(set(ranks)) > 1 else "all responses are tied"
 
 
-def untied(use: Use) -> Use:
-    """The same without pairs neither of whose responses is the better one, for what knows no soft labels."""
-    return Use(use.needs, use.responses, lambda record: TIED if record.facts.probability == 0.5 else use.keep(record))
-
-
 TIED = "a tie: neither response is better"
-ANSWERS = Use(frozenset({"answer"}), "first", _answer)
+ANSWERS = Use(frozenset({"answer"}), "first", _answer, ties=False)
 COMPARISONS = Use(frozenset({"pair", "ranking"}), "all", _comparison)
 LABELS = Use(frozenset({"pair", "ranking", "label"}), "all", _comparison)
 PROMPTS = Use(frozenset({"prompt"}), "none")

@@ -91,6 +91,19 @@ class Record(NamedTuple):
         responses = [text if isinstance(text, str) else _brief(text) for text in self.responses]
         return json.dumps((prompt, responses, self.facts, *([self.given] if self.given else [])))
 
+    @classmethod
+    def read(cls, text: str, where: str) -> Record:
+        """What `serialised` wrote."""
+        prompt, responses, facts, *given = json.loads(text)
+        turns = prompt if isinstance(prompt, str) else tuple(Message(*turn) for turn in prompt)
+        answers = tuple(answer if isinstance(answer, str) else Message(*answer) for answer in responses)
+        return cls(turns, answers, where, cls.read_facts(facts), *given)
+
+    @staticmethod
+    def read_facts(values: list[Any]) -> Facts:
+        """Facts from JSON."""
+        return Facts._make(tuple(value) if isinstance(value, list) else value for value in values)
+
     @property
     def question(self) -> str:
         """What a person reads as the prompt: its last turn, or the text itself."""

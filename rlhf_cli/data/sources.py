@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,26 +11,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from rlhf_cli import sections
-from rlhf_cli.data import formats
+from rlhf_cli.data import cache, formats, stored
+from rlhf_cli.data.cache import default_folder
 from rlhf_cli.data.columns import Columns, Row, check_named, renamed, shown
 from rlhf_cli.data.conversations import as_spoken
 from rlhf_cli.data.files import RawRow, find_files, is_hub_id, is_saved, read_file, read_saved
-from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, Converter, Format, Purpose, Use
+from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, TIED, Converter, Format, Purpose, Use
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.meaning import LostMeaning, check_columns, check_ignored, without
 from rlhf_cli.data.records import BadRow, Record, as_turns, remedies, spoken
+from rlhf_cli.data.stored import joined, take
 from rlhf_cli.data.streams import DataStream
 from rlhf_cli.errors import UsageError
+from rlhf_cli.files import sha256_file
 
 if TYPE_CHECKING:
     from rlhf_cli.data.trees import Tree
 
 DETECT_ROWS = 100
+KEPT_FROM = 1 << 22  # bytes of files whose records are kept between runs
 EXAMPLES = 10
 BEYOND_LIMIT = "beyond the limit"
 
@@ -49,12 +56,20 @@ class SourceReport:
     transcripts: int = 0  # good rows whose text was read as the turns of a Human/Assistant transcript
 
 
+class _Source(NamedTuple):
+    """What was read of a source."""
+
+    records: Sequence[Record]
+    falls: np.ndarray  # (N,) where the prompt of each falls, if some are held out
+    report: SourceReport
+
+
 @dataclass(frozen=True)
 class Reading:
     """All records of a run. Those of source i are the next sizes[i] of train."""
 
-    train: list[Record]
-    held_out: list[Record]
+    train: Sequence[Record]
+    held_out: Sequence[Record]
     reports: list[SourceReport]
     eval_reports: list[SourceReport]
     sizes: tuple[int, ...]
@@ -99,23 +114,55 @@ def read_data(data: sections.Data, request: RowRequest) -> Reading:
 
     Raises UsageError for what the recipe or a file has wrong, MachineError for a hub that cannot be reached.
     """
-    read = [_read_source(source, f"data.train.{i}", data.shuffle, request) for i, source in enumerate(data.train)]
-    apart = [_read_source(source, f"data.eval.{i}", data.shuffle, request) for i, source in enumerate(data.eval or [])]
-    train, held_out = [records for records, _ in read], [records for records, _ in apart]
+    read = [_read_source(source, f"data.train.{i}", data, request) for i, source in enumerate(data.train)]
+    apart = [_read_source(source, f"data.eval.{i}", data, request) for i, source in enumerate(data.eval or [])]
+    train, held_out = [own.records for own in read], [own.records for own in apart]
     if data.holdout > 0:
-        train, held_out = _hold_out(train, data.holdout, data.holdout_seed, request.where("data.holdout"))
+        train, held_out = _hold_out(read, data.holdout, request.where("data.holdout"))
     total = math.fsum(source.weight for source in data.train)
     return Reading(
-        list(chain(*train)),
-        list(chain(*held_out)),
-        [report for _, report in read],
-        [report for _, report in apart],
+        joined(train),
+        joined(held_out),
+        [own.report for own in read],
+        [own.report for own in apart],
         sizes=tuple(map(len, train)),
         shares=tuple(source.weight / total for source in data.train),
     )
 
 
-def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowRequest) -> tuple[list[Record], SourceReport]:
+def _read_source(source: sections.Source, key: str, data: sections.Data, request: RowRequest) -> _Source:
+    """The records of a source: those of large files are kept, and found again by the files' content."""
+    seed, folder = data.holdout_seed if data.holdout > 0 else None, default_folder()
+    path = folder / f"rows-{found}.arrow" if folder and (found := _cache_key(source, key, seed, request)) else None
+    if path is not None and (kept := stored.read(path)) is not None:
+        read = _Source(kept[0], kept[0].falls(), SourceReport(**kept[1]))
+    else:
+        with stored.Writer(folder) as writer:
+            report = _convert(source, key, seed, request, writer)
+            read = _Source(*writer.finish(path, dataclasses.asdict(report)), report)
+    records, falls, report = read
+    if source.limit is None or source.limit >= len(records):
+        return read
+    chosen = _limited(len(records), source.limit, source.path, request.seed, data.shuffle)
+    unused = report.unused | {BEYOND_LIMIT: len(records) - len(chosen)}
+    return _Source(take(records, chosen), falls[chosen], dataclasses.replace(report, kept=len(chosen), unused=unused))
+
+
+def _cache_key(source: sections.Source, key: str, seed: int | None, request: RowRequest) -> str | None:
+    """All that the records of a source depend on; None where they are not kept."""
+    if is_hub_id(source.path) or is_saved(source.path):
+        return None
+    files = find_files(source.path, request.where(f"{key}.path"), source.split)
+    if sum(file.stat().st_size for file in files) < KEPT_FROM:
+        return None
+    use = request.purpose.use
+    asked = [source.format, source.columns, source.ignore, sorted(use.needs), use.responses, use.keep.__qualname__, use.ties]
+    settings = json.dumps([*asked, request.margin_column, request.chat, seed, *map(str, files)])
+    return cache.key([_CODE, settings, *map(sha256_file, files)])
+
+
+def _convert(source: sections.Source, key: str, seed: int | None, request: RowRequest, writer: stored.Writer) -> SourceReport:
+    """Writes the records of a source, and says what became of its rows; `seed`: of the hold-out."""
     where, margin, purpose = request.where, request.margin_column, request.purpose
     files = _files(source, where(f"{key}.path"), margin)
     name, rows = files[0]
@@ -139,34 +186,34 @@ def _read_source(source: sections.Source, key: str, shuffle: bool, request: RowR
     converter = format.converter(own, request.chat, f"{where(f'{key}.path')}: {name}")
     convert = _Conversion(source, key, format, converter, request, spelling, format.used(own) | ({margin} if margin else set()))
     files[0] = (name, chain(head, rows))
-    tally, records = _Tally(), list[Record]()
+    tally, kept = _Tally(), 0
     for file, raw in files:
         counted = _Tally(digest=tally.digest)
-        records += _records(raw, file, convert, purpose.use, counted)
+        for record in _records(raw, file, convert, purpose.use, counted):
+            writer.add(*record, 0.0 if seed is None else prompt_share(record[0], seed))
+            kept += 1
         if counted.read == counted.bad.total():
             raise _no_good_row(file, counted, f"{format.name} rows ({format})")
         tally.merge(counted)
-    if not records:
+    if not kept:
         raise UsageError(
             f"{where(f'{key}.path')}: {purpose.label} can use none of the {tally.read} rows: {_counts(tally.unused + tally.bad)}"
         )
-    chosen = _limited(records, source, request.seed, shuffle)
-    if len(chosen) < len(records):
-        tally.unused[BEYOND_LIMIT] = len(records) - len(chosen)
-    bad, unused = dict(tally.bad.most_common()), dict(tally.unused.most_common())
-    report = SourceReport(
+    return SourceReport(
         source.path,
         format.name,
         tally.read,
-        len(chosen),
-        bad,
-        unused,
+        kept,
+        dict(tally.bad.most_common()),
+        dict(tally.unused.most_common()),
         tuple(tally.examples),
         tally.digest.hexdigest(),
         tuple(name for name in convert.seen if name not in convert.used),
         convert.transcripts,
     )
-    return chosen, report
+
+
+_CODE = cache.source_hash(*map(str, sorted(Path(__file__).parent.glob("*.py"))))
 
 
 @dataclass
@@ -261,8 +308,8 @@ def _peek(rows: Iterator[RawRow]) -> tuple[list[RawRow], list[Row]]:
     return head, objects
 
 
-def _records(rows: Iterator[RawRow], name: str, convert: _Conversion, use: Use, tally: _Tally) -> Iterator[Record]:
-    """The records of one file that are of use; everything else is counted."""
+def _records(rows: Iterator[RawRow], name: str, convert: _Conversion, use: Use, tally: _Tally) -> Iterator[tuple[Record, str]]:
+    """The records of one file that are of use, as objects and as text; everything else is counted."""
     for line, row in convert.rows(rows, name):
         place = f"{name}:{line}"
         tally.read += 1
@@ -273,12 +320,13 @@ def _records(rows: Iterator[RawRow], name: str, convert: _Conversion, use: Use, 
         except BadRow as bad:
             tally.add_bad(place, bad)
             continue
-        tally.digest.update(record.serialised.encode())
-        used = use.keep(record)
+        text = record.serialised
+        tally.digest.update(text.encode())
+        used = use.keep(record) if use.ties or record.facts.probability != 0.5 else TIED
         if isinstance(used, str):
             tally.unused[used] += 1
         else:
-            yield used
+            yield used, text if used == record else used.serialised
 
 
 def _no_good_row(name: str, tally: _Tally, expected: str) -> UsageError:
@@ -291,12 +339,12 @@ def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{count} × {reason}" for reason, count in counter.most_common(5))
 
 
-def _limited(records: list[Record], source: sections.Source, seed: int, shuffle: bool) -> list[Record]:
-    if source.limit is None or source.limit >= len(records) or not shuffle:
-        return records[: source.limit]
-    key = int.from_bytes(blake2b(source.path.encode(), digest_size=8).digest())
-    chosen = np.random.default_rng([seed, key]).permutation(len(records))[: source.limit]
-    return [records[i] for i in sorted(chosen)]
+def _limited(count: int, limit: int, path: str, seed: int, shuffle: bool) -> np.ndarray:
+    """Which of so many records, in their order."""
+    if not shuffle:
+        return np.arange(limit)
+    key = int.from_bytes(blake2b(path.encode(), digest_size=8).digest())
+    return np.sort(np.random.default_rng([seed, key]).permutation(count)[:limit])
 
 
 def check_lost(lost: int, read: int, max_lost: float, examples: Sequence[str]) -> None:
@@ -321,17 +369,15 @@ def prompt_share(record: Record, seed: int) -> float:
     return int.from_bytes(digest) / 2**64
 
 
-def _hold_out(train: list[list[Record]], share: float, seed: int, place: str) -> tuple[list[list[Record]], list[list[Record]]]:
+def _hold_out(sources: Sequence[_Source], share: float, place: str) -> tuple[list[Sequence[Record]], list[Sequence[Record]]]:
     """Each source's records split by their prompts; each side keeps at least one prompt."""
-    falls = [[prompt_share(record, seed) for record in records] for records in train]
-    every = sorted(set(chain(*falls)))
+    every = np.unique(np.concatenate([source.falls for source in sources]))
     if len(every) < 2:
         raise UsageError(f"{place}: all rows have the same prompt, so none can be held out; set data.eval instead")
     # The lowest prompt is always held out and the highest never.
     bound = min(max(share, math.nextafter(every[0], 1)), every[-1])
-    kept = [[r for r, fall in zip(records, at, strict=True) if fall >= bound] for records, at in zip(train, falls, strict=True)]
-    held = [[r for r, fall in zip(records, at, strict=True) if fall < bound] for records, at in zip(train, falls, strict=True)]
-    return kept, held
+    kept = [take(source.records, np.flatnonzero(source.falls >= bound)) for source in sources]
+    return kept, [take(source.records, np.flatnonzero(source.falls < bound)) for source in sources]
 
 
 def epoch_order(sizes: Sequence[int], shares: Sequence[float], seed: int, epoch: int, shuffle: bool) -> np.ndarray:

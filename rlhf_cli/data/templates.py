@@ -204,10 +204,10 @@ def tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, with nothing added."""
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
-    return ids
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # left from other calls
+    backend.no_truncation()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def prompt_text(tokenizer: Any, template: Template, prompt: Prompt, given: Mapping[str, Any]) -> str:

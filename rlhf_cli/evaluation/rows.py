@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
-from rlhf_cli.data.formats import ANSWERS, COMPARISONS, PROMPTS, Purpose, Use, untied
+from rlhf_cli.data.formats import ANSWERS, COMPARISONS, PROMPTS, Purpose, Use
 from rlhf_cli.data.records import Record, spoken
 from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.data.trees import Tree
@@ -18,7 +18,7 @@ from rlhf_cli.evaluation.models import Tokenisation, recipe_of
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.rewards import Answers
 
-SECTIONS: dict[str, Use] = {"prompts": PROMPTS, "preferences": untied(COMPARISONS), "text": ANSWERS}
+SECTIONS: dict[str, Use] = {"prompts": PROMPTS, "preferences": dataclasses.replace(COMPARISONS, ties=False), "text": ANSWERS}
 """Section of the recipe → what its rows are read for."""
 
 

@@ -15,7 +15,7 @@ from rlhf_cli.console import Console
 from rlhf_cli.data.batches import DatasetSource, total_steps
 from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.data.encode import show_example
-from rlhf_cli.data.formats import PROMPTS, Purpose, untied
+from rlhf_cli.data.formats import PROMPTS, Purpose
 from rlhf_cli.data.sources import RowRequest
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
@@ -137,7 +137,7 @@ def row_request(recipe: recipes.TrainingRecipe, where: Callable[[str], str]) -> 
     objective, draws = recipe.objective, recipe.draws
     if draws:
         return RowRequest(Purpose(recipe.stage, PROMPTS, ROW_USES), recipe.seed, where, reserve=draws.max_new_tokens)
-    use = objective.rows if objective.soft_labels else untied(objective.rows)
+    use = dataclasses.replace(objective.rows, ties=objective.soft_labels)
     purpose = Purpose(recipe.stage, use, ROW_USES)
     return RowRequest(purpose, recipe.seed, where, margin_column=objective.margin_from, check=objective.check_tree)
 
