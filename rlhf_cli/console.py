@@ -41,6 +41,7 @@ class Console:
         self.err = err or sys.stderr or _void()
         self.live = enabled and _is_terminal(self.out)
         self._bar: Bar | None = None
+        self._counted, self._counting = time.monotonic(), False  # when rows were last counted, and whether a line shows it
 
     def say(self, line: str) -> None:
         """A line on stdout."""
@@ -89,12 +90,24 @@ class Console:
         """Progress over `total` steps, as a context manager; without `log_every` in about LINES lines, however many steps."""
         return Progress(self, total, log_every or max(1, total // LINES))
 
-    def _write(self, stream: TextIO, text: str) -> None:
+    def count(self, done: str, rows: int, total: int | None = None) -> None:
+        """How many rows are read or tokenised: in one line of a terminal that is written anew, else a line each half minute."""
+        now = time.monotonic()
+        line = f"{done} {rows:,}" + (f" of {total:,}" if total else "") + " rows"
+        if rows == total and self._counting:
+            self._counting = False
+            self._write(self.out, "\r\x1b[K", end="")
+        elif rows != total and self.enabled and now - self._counted >= (0.25 if self.live else 30):
+            self._counted = now
+            self._counting = self.live
+            self._write(self.out, f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n")
+
+    def _write(self, stream: TextIO, text: str, end: str = "\n") -> None:
         try:
             if self._bar and _is_terminal(stream):
                 self._bar.console.print(_encodable(self.out, text), markup=False, highlight=False, soft_wrap=True)
             else:
-                stream.write(_encodable(stream, text) + "\n")
+                stream.write(_encodable(stream, text) + end)
                 stream.flush()
         except (OSError, ValueError):
             self._mute(stream)

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from math import comb
 from typing import Any
 
@@ -77,7 +77,16 @@ def prepare(data: sections.Data, request: RowRequest, tokenizer: Any, template: 
         notices = (OF_TRANSCRIPTS,) if responses == "first" else ()
 
     def trees_of(records: Sequence[Record]) -> Encoded:
-        encoded = encode(records, tokenizer, template, data, responses=responses, cache=default_folder(), reserve=reserve)
+        encoded = encode(
+            records,
+            tokenizer,
+            template,
+            data,
+            responses=responses,
+            cache=default_folder(),
+            reserve=reserve,
+            progress=partial(request.progress, "tokenised"),
+        )
         encoded = reduce(checked, checks, encoded)
         return dataclasses.replace(encoded, notices=(*notices, *encoded.notices))
 

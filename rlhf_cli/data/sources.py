@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rlhf_cli.data.trees import Tree
 
 DETECT_ROWS = 100
+TOLD = 10_000  # rows after which the progress is told
 KEPT_FROM = 1 << 22  # bytes of files whose records are kept between runs
 EXAMPLES = 10
 BEYOND_LIMIT = "beyond the limit"
@@ -106,6 +107,7 @@ class RowRequest:
     margin_column: str | None = None  # the column, as the files name it, of the margins of pairs: then every row has one
     check: Callable[[Tree], str | None] | None = None  # why a tree cannot be used, if it cannot
     reserve: int = 0  # tokens that a prompt without responses leaves free
+    progress: Callable[[str, int, int | None], None] = lambda done, rows, total: None  # is told what was done to how many rows
     chat: bool = True  # is a chat template in force? Then a text is one user turn, unless it is a transcript
 
 
@@ -192,6 +194,8 @@ def _convert(source: sections.Source, key: str, seed: int | None, request: RowRe
         for record in _records(raw, file, convert, purpose.use, counted):
             writer.add(*record, 0.0 if seed is None else prompt_share(record[0], seed))
             kept += 1
+            if kept % TOLD == 0:
+                request.progress("read", kept, None)
         if counted.read == counted.bad.total():
             raise _no_good_row(file, counted, f"{format.name} rows ({format})")
         tally.merge(counted)

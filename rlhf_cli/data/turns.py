@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_cli.data.records import Answer, BadRow, Message, Record, as_turn, as_turns, shared_length
-from rlhf_cli.data.sandbox import render
+from rlhf_cli.data.sandbox import TookTooLong, render
 from rlhf_cli.data.templates import THINK_MARK, ChatFormat, prompt_text
 from rlhf_cli.errors import UsageError
 
@@ -50,14 +50,16 @@ def render_row(form: ChatFormat, record: Record, *, find_turns: bool, learn_empt
     Raises BadRow if the template cannot write the row, or leaves out what is not the assistant's; UsageError if it rewrites or
     loses a part of an answer.
     """
-    first: BadRow | None = None
+    failures: list[BadRow] = []
     for fitted in _fitted(form, record):
         try:
             return _render(form, fitted, find_turns, learn_empty_think)
+        except TookTooLong:
+            raise
         except BadRow as bad:
-            first = first or bad
-    assert first is not None
-    raise first
+            failures.append(bad)
+    # A template that wants the other kind of arguments fails in Python's words.
+    raise next((bad for bad in failures if bad.__cause__ is None), failures[0])
 
 
 def _fitted(form: ChatFormat, record: Record) -> Iterator[Record]:
@@ -96,13 +98,15 @@ def _render(form: ChatFormat, record: Record, find_turns: bool, learn_empty_thin
         if opening and record.prompt.rstrip().endswith(opening):
             raise BadRow("the prompt is ready-made, in turns of the template's own", "set model.chat_template: none")
     messages = as_turns(record.prompt)
-    said = _check_prompt(prompt, messages, given)
+    if given.get("tools") and prompt_text(form.tokenizer, form.template, record.prompt, {**given, "tools": None}) == prompt:
+        raise BadRow("the chat template has no place for tools")
+    said = _check_prompt(prompt, messages)
     responses = tuple(
         added_turn(form, prompt, (*messages, as_turn(answer)), given, record.where) + form.close for answer in answers
     )
     for answer, written in zip(answers, responses, strict=True):
         said |= _check_answer(form, prompt, as_turn(answer), written, record.where)
-    empty = {found[0] if (found := EMPTY_THINK.match(written)) else "" for written in responses}
+    empty = {_empty_think(written, as_turn(answer).content) for answer, written in zip(answers, responses, strict=True)}
     earlier = [k for k, message in enumerate(messages) if message.role == "assistant" and message.learned] if find_turns else []
     answering = [k for k in earlier if any(message.role == "user" for message in messages[:k])]
     turns = [_find_turn(form, prompt, messages, k, given, record.where) for k in answering]
@@ -117,6 +121,13 @@ def _render(form: ChatFormat, record: Record, find_turns: bool, learn_empty_thin
     return Rendered(prompt, tuple(turns), responses, form.end_ids, tuple(said))
 
 
+def _empty_think(written: str, text: str) -> str:
+    """The empty think block that a response begins with, less white space of its own text."""
+    found = EMPTY_THINK.match(written)
+    at = written.find(text)
+    return written[: found.end() if at < 0 else min(at, found.end())] if found else ""
+
+
 def _thinks(answer: Answer) -> bool:
     """Does the row itself say what the assistant thinks, be it nothing?"""
     turn = as_turn(answer)
@@ -129,12 +140,9 @@ def _without_empty(prompt: str, turn: tuple[int, int], message: Message) -> tupl
     return (found.end(), turn[1]) if found else turn
 
 
-def _check_prompt(prompt: str, messages: tuple[Message, ...], given: Mapping[str, Any]) -> set[str]:
+def _check_prompt(prompt: str, messages: tuple[Message, ...]) -> set[str]:
     """BadRow for what the template leaves out of a prompt, but for the assistant's own: that is what sampling sees too."""
     said = set()
-    for tool in given.get("tools", ()):
-        if tool["function"]["name"] not in prompt:
-            raise BadRow("the chat template has no place for tools", tool["function"]["name"])
     for message in messages:
         if message.role == "assistant":
             if not all(_holds(prompt, text) for text in _texts(message)):

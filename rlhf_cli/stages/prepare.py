@@ -110,7 +110,8 @@ def prepare_job(
     for said in shrunk:
         console.say(said)
     objective = recipe.objective
-    dataset = prepare(recipe.data, row_request(recipe, loaded.where), tokenizer, template)
+    request = dataclasses.replace(row_request(recipe, loaded.where), progress=console.count)
+    dataset = prepare(recipe.data, request, tokenizer, template)
     dataset.check_ids(config.get_text_config().vocab_size, tokenizer, recipe.model.path)
     if shape is not None:
         dataset, objective = shape(dataset, recipe)
