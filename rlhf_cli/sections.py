@@ -77,7 +77,8 @@ class Rows:
     """Rows of a file, a folder or the hub."""
 
     path: str = key(help="hub id, .jsonl[.gz] | .json | .csv | .parquet file, glob or folder", path=True)
-    name: str | None = key(None, "hub configuration (data_dir included)")
+    revision: str | None = key(None, "hub revision: a branch, a tag or the hash of a commit")
+    name: str | None = key(None, "hub configuration, or a folder of the data set")
     split: str = key("train", "hub split")
     format: RowFormat = key("auto", "row format")
     columns: dict[str, str] = key({}, "ours: theirs")

@@ -216,7 +216,7 @@ def _format_of(source: sections.Source, key: str, name: str, rows: Sequence[Row]
 def _files(source: sections.Source, place: str, margin: str | None) -> list[tuple[str, Iterator[RawRow]]]:
     """(name, raw rows) of each file of a source, or of its one hub split."""
     if is_hub_id(source.path):
-        return [(f"{source.path}[{source.split}]", read_hub(source.path, source.name, source.split, place))]
+        return [(f"{source.path}[{source.split}]", read_hub(source, place))]
     columns = {theirs: ours for ours, theirs in source.columns.items()} | ({margin: "margin"} if margin is not None else {})
     return [(str(file), read_file(file, columns)) for file in find_files(source.path, place)]
 

@@ -100,7 +100,7 @@ def _mixture(key: str, sources: list[Source]) -> Iterator[Finding]:
 def hub_keys(key: str, source: Rows) -> Iterator[Finding]:
     """Of a hub's keys on a local file."""
     if not is_hub_id(source.path):
-        for name, what in {"name": "configuration", "split": "split"}.items():
+        for name, what in {"revision": "revision", "name": "configuration", "split": "split"}.items():
             yield from no_effect(source, f"{key}.", (name,), f"on a local file, it chooses a hub {what}. remove it")
 
 
