@@ -23,7 +23,7 @@ from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from rlhf_cli import __version__
-from rlhf_cli.console import Console, silence
+from rlhf_cli.console import leave, of_rank, silence
 from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES, Stage
@@ -90,7 +90,7 @@ class StageCall:
     force: bool
 
     def __call__(self) -> None:
-        from rlhf_cli.data.hub import is_offline
+        from rlhf_cli.hub import why_silent
         from rlhf_cli.recipe.load import load_recipe
         from rlhf_cli.runs.folder import refuse_occupied
 
@@ -99,9 +99,8 @@ class StageCall:
         loaded = load_recipe(self.stage, self.recipe, self.overrides, self.output)
         if not self.check and not self.force and os.environ.get("RANK", "0") == "0":
             refuse_occupied(Path(loaded.recipe.output), self.resume)  # again when the run is opened; here it costs no imports
-        if not all(Path(path).exists() for path in loaded.recipe.paths) and is_offline():
-            # Before anything imports huggingface_hub: it reads the variable once, and would otherwise retry for a minute.
-            os.environ["HF_HUB_OFFLINE"] = "1"
+        if not all(Path(path).exists() for path in loaded.recipe.paths):
+            why_silent()  # before anything imports huggingface_hub, which reads the environment once
         _leave_on_signals()
         module = STAGES[self.stage].module
         if module not in sys.modules:
@@ -179,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunError, TyperException) as error:
         return _fail(error, debug)
     except KeyboardInterrupt:
-        _console().note("stopped by Ctrl-C")
+        of_rank().note("stopped by Ctrl-C")
         return 130
     except BrokenPipeError:
         for stream in (sys.stdout, sys.stderr):
@@ -212,7 +211,7 @@ def _command_of(word: str) -> str | None:
 
 def _fail(error: RunError | TyperException, debug: bool) -> int:
     """What every rank finds alike, as a fault in a recipe, is told by rank 0."""
-    console = _console(every_rank=isinstance(error, RunError) and error.one_rank)
+    console = of_rank(every=isinstance(error, RunError) and error.one_rank)
     if debug:
         console.note("".join(traceback.format_exception(error)))
     if isinstance(error, Stopped):
@@ -229,17 +228,13 @@ def _crash(error: Exception, debug: bool) -> int:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "rlhf_cli" in Path(frame.filename).parts]
     places = dict.fromkeys(f"{frame.filename}:{frame.lineno}" for frame in (*frames[-1:], *ours[-1:]))
-    rank, console = os.environ.get("RANK", "0"), _console(every_rank=True)
+    rank, console = os.environ.get("RANK", "0"), of_rank(every=True)
     what = (str(error).splitlines() or [""])[0][:300]
     if debug:
         console.note("".join(traceback.format_exception(error)))
     console.error(f"{f'rank {rank}: ' if rank != '0' else ''}{type(error).__name__}: {what}")
     console.error(f"at {', from '.join(places)}" + ("" if debug else ". --debug shows the full traceback"))
     return 1
-
-
-def _console(every_rank: bool = False) -> Console:
-    return Console(every_rank or os.environ.get("RANK", "0") == "0")
 
 
 def _end_with_launcher() -> None:
@@ -270,11 +265,6 @@ def _adopted(parent: int) -> bool:
 
 def _leave_on_signals() -> None:
     """While libraries are imported nothing is held yet, and an exception raised amid them may be swallowed: end at once."""
-
-    def leave(number: int, _: object) -> None:
-        number = signal.SIGTERM if number == signal.SIGHUP else number
-        _console().note(f"stopped by {signal.Signals(number).name} before the first step; nothing was trained")
-        os._exit(128 + number)
 
     for number in stopping():
         signal.signal(number, leave)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -13,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from rlhf_cli.metrics import Metric, in_order
+from rlhf_cli.signals import BEFORE
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -118,6 +120,18 @@ class Console:
         else:
             self.err = _void()
         silence(stream)
+
+
+def of_rank(every: bool = False) -> Console:
+    """Of this process, which rank 0 alone speaks on, or every rank."""
+    return Console(every or os.environ.get("RANK", "0") == "0")
+
+
+def leave(number: int, _: object) -> NoReturn:
+    """A signal's handler that ends the process where it stands, whatever threads it has."""
+    number = signal.SIGTERM if number == signal.SIGHUP else number
+    of_rank().note(f"stopped by {signal.Signals(number).name} {BEFORE}")
+    os._exit(128 + number)
 
 
 class Progress:

@@ -27,11 +27,11 @@ class UsageError(RunError):
 
 @contextlib.contextmanager
 def prefixed(place: str) -> Iterator[None]:
-    """Says the place in the recipe before what a UsageError of the block says."""
+    """Says the place in the recipe before what a UsageError or MachineError of the block says."""
     try:
         yield
-    except UsageError as error:
-        raise UsageError(f"{place}: {error}") from error
+    except (UsageError, MachineError) as error:
+        raise type(error)(f"{place}: {error}") from error
 
 
 class NumberError(RunError):

@@ -87,7 +87,8 @@ class Rows:
     path: str = key(
         help="hub id, .jsonl[.gz] | .json | .csv | .tsv | .parquet file, glob, folder, or what save_to_disk wrote", path=True
     )
-    name: str | None = key(None, "hub configuration (data_dir included)")
+    revision: str | None = key(None, "hub revision: a branch, a tag or the hash of a commit")
+    name: str | None = key(None, "hub configuration, or a folder of the data set")
     split: str = key("train", "split of the hub, or of a folder that has train, test or validation")
     format: RowFormat = key("auto", "row format")
     columns: dict[str, str] = key({}, 'ours: theirs, or a text with columns in braces, as in "{instruction}\\n\\n{input}"')

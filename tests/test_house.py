@@ -15,6 +15,7 @@ FLOORS = (
     ("errors", "__version__"),
     ("figures", "files", "metrics", "sections", "signals", "suggest"),
     ("console", "ranks"),
+    ("hub",),
     ("data",),
     ("models",),
     ("objectives",),

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli import cli
+from rlhf_cli.data.convert import BESIDE_PROMPTS
 from rlhf_cli.data.formats import ANSWERS, FORMATS, PROMPTS, Purpose, detect
 from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.load import Loaded, load_recipe
@@ -97,9 +98,11 @@ class TestReadme:
         (table,) = re.findall(r"^\| optional column .*?\n\n", README, re.MULTILINE | re.DOTALL)
         rows = [line.split("|") for line in table.strip().splitlines()[2:]]
         named = [name for row in rows for name in re.findall(r"`([a-z_]+)`", row[1])]
-        assert sorted(named) == sorted({"subset", *(name for format in FORMATS.values() for name in format.optional)})
+        elsewhere = {name for format in FORMATS.values() for name in format.columns if format.name != "tree"}
+        optional = {name for format in FORMATS.values() for name in format.optional} - (elsewhere - {"text"})
+        assert set(named) == {"subset", *optional, *BESIDE_PROMPTS, "text"}
         formats = {name for row in rows for name in re.findall(r"`([a-z-]+)`", row[2])}
-        assert formats == {"preference", "hh", "ranked"}
+        assert formats == {"alpaca", "preference", "hh", "choice", "ranked", "scored", "tree"}
 
     def test_lists_every_kind_of_loss(self) -> None:
         (table,) = re.findall(r"^\| command \| `objective.kind` .*?\n\n", README, re.MULTILINE | re.DOTALL)

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.errors import UsageError
+from rlhf_cli.sections import Rows
 from rlhf_cli.suggest import closest_path
 from tests.tiny import rlhf, write_recipe, write_rows
 
@@ -37,7 +38,11 @@ def test_every_part_of_a_path_may_be_mistyped(path: str, near: str | None, tmp_p
 
 def test_a_mistyped_folder_is_no_hub_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for start, rows, said in (
-        ("model/tiny-base", "answers.jsonl", "model/tiny-base: no folder here, and no tokenizer from the hub"),
+        (
+            "model/tiny-base",
+            "answers.jsonl",
+            "model.path: model/tiny-base is not in the cache, or not whole, and HF_HUB_OFFLINE is set",
+        ),
         ("models/tiny-bsae", "answers.jsonl", "x.yaml:5: model.path: there is no folder models/tiny-bsae"),
     ):
         recipe = write_recipe(tmp_path / "x.yaml", Path(start), Path(rows), tmp_path / "run")
@@ -48,5 +53,5 @@ def test_a_mistyped_folder_is_no_hub_id(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_mistyped_folder_is_no_data_set_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "answers" / "rows").mkdir(parents=True)
-    with pytest.raises(UsageError, match=r"^data.train: there is no answrs/rows. did you mean answers/rows\?$"):
-        list(read_hub("answrs/rows", None, "train", "data.train"))
+    with pytest.raises(UsageError, match=r"^data.train: answrs/rows is not in the cache, .* did you mean answers/rows\?$"):
+        list(read_hub(Rows("answrs/rows"), "data.train"))

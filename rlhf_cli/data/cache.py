@@ -23,7 +23,7 @@ class Stored(NamedTuple):
     facts: dict[str, Any]
 
 
-DTYPES = {"BOOL": "bool", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
+DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 """Of safetensors → of numpy."""
 
 

@@ -292,7 +292,7 @@ def _format_of(source: sections.Source, key: str, name: str, rows: Sequence[Row]
 def _files(source: sections.Source, place: str, margin: str | None) -> list[tuple[str, Iterator[RawRow]]]:
     """(name, raw rows) of each file of a source, or of its one hub split."""
     if is_hub_id(source.path):
-        return [(f"{source.path}[{source.split}]", read_hub(source.path, source.name, source.split, place))]
+        return [(f"{source.path}[{source.split}]", read_hub(source, place))]
     if is_saved(source.path):
         return [(source.path, read_saved(source.path, source.split, place))]
     columns = {theirs: ours for ours, theirs in source.columns.items()} | ({margin: "margin"} if margin is not None else {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rlhf_cli import sections
-from rlhf_cli.console import Console
+from rlhf_cli.console import Console, of_rank
 from rlhf_cli.data.dataset import check_ids, data_report
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
@@ -106,7 +105,7 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     quiet_libraries()
     started, recipe = time.monotonic(), recipe_of(loaded)
     signals.say("before the first model; nothing was drawn")
-    console, ranks = Console(os.environ.get("RANK", "0") == "0"), Ranks(expected=not check)
+    console, ranks = of_rank(), Ranks(expected=not check)
     tokenisations = Tokenisations()
     models = find_models(loaded, tokenisations, check)
     _check_roles(loaded, models)

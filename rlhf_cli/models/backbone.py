@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from rlhf_cli import sections
 from rlhf_cli.data.templates import Template, read_chat_format
@@ -230,8 +231,14 @@ class Backbone:
     def _has_adapter(self, role: str) -> bool:
         return self.peft is not None and role in self.peft.peft_config
 
+    def _adapter_state(self, role: str) -> Any:
+        """As plain PEFT saves it, which would ask the hub every time whether the base has as many embeddings at its newest."""
+        modules = self.peft.peft_config[role].target_modules
+        embeddings = "auto" if isinstance(modules, str) else bool({*modules} & {*EMBEDDING_LAYER_NAMES})
+        return get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=embeddings)
+
     def _set_adapter_weights(self, role: str, state: dict[str, torch.Tensor]) -> None:
-        own = get_peft_model_state_dict(self.peft, adapter_name=role)
+        own = self._adapter_state(role)
         wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
         if wrong:
             raise UsageError(f"the adapter does not fit the base model: {len(wrong)} tensors differ, the first is {wrong[0]}")
@@ -241,7 +248,7 @@ class Backbone:
         """Write what plain PEFT (an adapter) or transformers (all weights) loads."""
         head = self.heads[role].weight if role in self.heads else None
         if self._has_adapter(role):
-            config, state = self.peft.peft_config[role], get_peft_model_state_dict(self.peft, adapter_name=role)
+            config, state = self.peft.peft_config[role], self._adapter_state(role)
             if head is not None:  # as a sequence classifier's
                 state |= {f"base_model.model.{SCORE}": head}
                 config = dataclasses.replace(config, task_type="SEQ_CLS", modules_to_save=["score"], inference_mode=True)

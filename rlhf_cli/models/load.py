@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
@@ -19,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from rlhf_cli import sections
 from rlhf_cli.errors import MachineError, NumberError, UsageError
 from rlhf_cli.files import SETTINGS, read_json, write_json
+from rlhf_cli.hub import model_folder
 from rlhf_cli.models.heads import SCORE
 from rlhf_cli.models.memory import is_out_of_memory
-from rlhf_cli.suggest import closest_path
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence in configurations
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,9 +37,7 @@ class Weights:
     @property
     def head(self) -> torch.Tensor:
         """A reward model's scalar head (1, D). Raises UsageError if there is none."""
-        if self.adapter is not None or Path(self.base).exists():
-            return read_head(self.adapter or Path(self.base))
-        return read_head(Path(snapshot_download(self.base, revision=self.revision, local_files_only=True)))
+        return read_head(self.adapter or model_folder(self.base, self.revision))
 
 
 class Adapter(NamedTuple):
@@ -107,6 +104,7 @@ def load_model(
         "model",
         config=load_config(path, revision, settings.trust_remote_code),
         revision=revision,
+        weights=True,
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=settings.trust_remote_code,
@@ -114,6 +112,7 @@ def load_model(
         ignore_mismatched_sizes=True,  # refused below, by name
         **options,
     )
+    model.name_or_path = path  # and not its folder in the hub's cache: adapters name it as their base
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise UsageError(f"{path}: {name} has the shape {tuple(found)}, config.json asks for {tuple(expected)}; is it damaged?")
@@ -236,30 +235,23 @@ def _check_head(folder: Path, head: torch.Tensor | None) -> torch.Tensor:
     return head
 
 
-def _load(loader: Any, path: str, what: str, **options: Any) -> Any:
-    _check_settings(path, ("config.json", "generation_config.json"))  # small ones: the library passes over much in them
+def _load(loader: Any, path: str, what: str, revision: str | None, weights: bool = False, **options: Any) -> Any:
+    folder = str(model_folder(path, revision, weights))
+    _check_settings(folder, ("config.json", "generation_config.json"))  # small ones: the library passes over much in them
     try:
-        return loader(path, **options)
+        return loader(folder, **options)
     except ImportError as error:
         raise MachineError(f"{path}: a library is missing: {_first_line(error)}") from error
     except SafetensorError as error:
         raise UsageError(f"{path}: the weights are damaged: {_first_line(error)}; fetch them again") from error
-    except (OSError, ValueError) as error:
-        text = _first_line(error)
-        if "trust_remote_code" in str(error):
-            raise UsageError(f"{path}: the {what} brings its own code; to run it: --set model.trust_remote_code=true") from error
-        if Path(path).exists():
-            _check_settings(path, SETTINGS)
-            raise UsageError(f"{path}: no {what} can be read here: {text}") from error
-        if near := closest_path(path):
-            raise UsageError(f"{path}: no folder here, and no {what} from the hub ({text}). did you mean {near}?") from error
-        raise MachineError(f"{path}: this hub {what} could not be fetched, and it is not in the cache: {text}") from error
-    except Exception as error:
+    except Exception as error:  # whatever a library stumbles over: it was handed a folder, and nothing else of ours
         if is_out_of_memory(error):
             raise
-        _check_settings(path, SETTINGS)
-        # Whatever a library stumbles over: it was handed a folder, and nothing else of ours.
-        raise UsageError(f"{path}: no {what} can be read here: {type(error).__name__}: {_first_line(error)}") from error
+        if "trust_remote_code" in str(error):
+            raise UsageError(f"{path}: the {what} brings its own code; to run it: --set model.trust_remote_code=true") from error
+        _check_settings(folder, SETTINGS)
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise UsageError(f"{path}: no {what} can be read here: {kind}{_first_line(error)}") from error
 
 
 def _check_settings(path: str, names: Sequence[str]) -> None:

@@ -101,7 +101,8 @@ def _mixture(key: str, sources: list[Source]) -> Iterator[Finding]:
 def hub_keys(key: str, source: Rows) -> Iterator[Finding]:
     """Of a hub's keys on a local file, or on a folder, which may have splits."""
     if not is_hub_id(source.path):
-        yield from no_effect(source, f"{key}.", ("name",), "on a local file, it chooses a hub configuration. remove it")
+        for name, what in {"revision": "revision", "name": "configuration"}.items():
+            yield from no_effect(source, f"{key}.", (name,), f"on a local file, it chooses a hub {what}. remove it")
         if not Path(source.path).is_dir():
             yield from no_effect(source, f"{key}.", ("split",), "on a local file, it chooses a split. remove it")
 

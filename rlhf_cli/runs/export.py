@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_cli.data.templates import read_chat_format
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.files import disk_errors
+from rlhf_cli.hub import model_folder
 from rlhf_cli.models.backbone import end_ids
 from rlhf_cli.models.heads import classifier_class, save_full_reward
 from rlhf_cli.models.load import is_reward_model, load_tokenizer, name_ends, quiet_libraries, read_adapter, read_head
@@ -108,7 +109,7 @@ def _stops(model: Any, generation: GenerationConfig, ids: torch.Tensor, ends: li
 
 
 def _load(loader: Any, path: str, revision: str | None = None, **options: Any) -> Any:
-    return loader.from_pretrained(path, revision=revision, dtype=torch.float32, use_safetensors=True, **options)
+    return loader.from_pretrained(str(model_folder(path, revision)), dtype=torch.float32, use_safetensors=True, **options)
 
 
 def _load_run(start: Start) -> tuple[Any, torch.Tensor | None]:

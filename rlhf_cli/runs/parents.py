@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from rlhf_cli.data.templates import Template, choose_template
-from rlhf_cli.errors import MachineError, UsageError, prefixed
+from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.files import SETTINGS, hash_tree, read_json, sha256_file
+from rlhf_cli.hub import model_folder
 from rlhf_cli.models.load import Weights, check_tensors, is_reward_model
 from rlhf_cli.recipe.stages import POLICY_STAGES, REWARD_STAGES
 from rlhf_cli.runs.manifest import BaseModel, Parent, read_manifest, settings_hash, weights_hash
@@ -54,24 +53,32 @@ def resolve_start(path: str, revision: str | None, place: str, stages: Collectio
         inputs = folder.parent.parent / "inputs.json"
         template = read_json(inputs).get("template") if inputs.exists() else None
         return dataclasses.replace(resolve_start(str(folder / "model"), revision, place, stages), template=template)
+    on_hub = not folder.exists()
+    if on_hub:
+        if is_meant_as_path(path):
+            near = closest_path(path)
+            raise UsageError(f"{place}: there is no folder {path}" + (f". did you mean {near}?" if near else ""))
+        with prefixed(place):
+            folder = model_folder(path, revision, weights=False)
+            if (folder / "adapter_config.json").exists():
+                folder = model_folder(path, revision)
     kept = [name for name in ("adapter_config.json", "config.json") if (folder / name).exists()]
     if kept and not set(REWARD_STAGES) & set(stages):
         with prefixed(place):
-            scores = is_reward_model(path, None)
+            scores = is_reward_model(str(folder), None)
         if scores:
             raise UsageError(f"{place}: {path} is a reward model, not a policy; name a language model")
     if "adapter_config.json" in kept:
         config = read_json(folder / "adapter_config.json")
         if not isinstance(config.get("base_model_name_or_path"), str):
             raise UsageError(f"{place}: {folder / 'adapter_config.json'} does not name the adapter's base_model_name_or_path")
-        tokenizer = path if (folder / "tokenizer_config.json").exists() else config["base_model_name_or_path"]
-        return Start(config["base_model_name_or_path"], config.get("revision"), folder, tokenizer, None, None)
-    if not folder.exists() and is_meant_as_path(path):
-        near = closest_path(path)
-        raise UsageError(f"{place}: there is no folder {path}" + (f". did you mean {near}?" if near else ""))
-    if folder.exists() and not kept:
+        base, of_base = config["base_model_name_or_path"], config.get("revision")
+        with prefixed(f"{place}: the base of the adapter {path}"):
+            model_folder(base, of_base, weights=False)
+        return Start(base, of_base, folder, str(folder) if (folder / "tokenizer_config.json").exists() else base, None, None)
+    if not kept:
         raise UsageError(f"{place}: {path} is neither a model (config.json), an adapter nor a run (manifest.json)")
-    return Start(path, None if folder.exists() else revision, None, path, None, None)
+    return Start(path, revision if on_hub else None, None, path, None, None)
 
 
 def recorded_template(start: Start, tokenizer: Any, path: str, place: str) -> Template:
@@ -108,15 +115,7 @@ def base_model(start: Start) -> BaseModel:
 
     UsageError: the base has changed since the parent was trained on it, or a file of tensors is none.
     """
-    folder = Path(start.base)
-    if not folder.exists():
-        try:
-            folder = Path(snapshot_download(start.base, revision=start.revision, allow_patterns=["*.json", "*.safetensors"]))
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise MachineError(
-                f"{start.base}: its weights could not be fetched, and they are not in the cache: {reason}"
-            ) from error
+    folder = model_folder(start.base, start.revision)
     for own in (folder, start.adapter):
         if own is not None:
             check_tensors(own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rlhf_cli import sections
-from rlhf_cli.console import Console
+from rlhf_cli.console import Console, of_rank
 from rlhf_cli.data.batches import DatasetSource, total_steps
 from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.data.encode import show_example
@@ -95,7 +94,7 @@ def prepare_job(
     started = time.monotonic()
     recipe = loaded.recipe
     assert isinstance(recipe, recipes.TrainingRecipe)
-    console, stage = Console(os.environ.get("RANK", "0") == "0"), TRAINING_STAGES[loaded.stage]
+    console, stage = of_rank(), TRAINING_STAGES[loaded.stage]
     start = resolve_start(recipe.model.path, recipe.model.revision, loaded.named("model.path"), stage.parents)
     tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.model.trust_remote_code)
     template = choose_template(tokenizer, recipe.model.chat_template, recipe.model.template_options)

@@ -8,7 +8,6 @@ import gzip
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +17,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf_cli.data import hub
 from rlhf_cli.data.files import MAX_LINE, is_hub_id
 from rlhf_cli.data.records import Facts, Message, Record
 from rlhf_cli.data.sources import check_lost, epoch_order, prompt_share, read_data
-from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.stages import ROW_USES
 from rlhf_cli.sections import Data, Source
 from tests.data.uses import purpose_of, request_of
@@ -392,7 +390,7 @@ MISSING = {
 
 @pytest.mark.parametrize("path", MISSING)
 def test_a_mistyped_path_is_no_hub_id(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "is_offline", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr("rlhf_cli.hub.find", lambda *_: pytest.fail("asked the hub"))
     (tmp_path / "data").mkdir()
     write("data/train.jsonl", ROWS)
     with pytest.raises(UsageError) as error:
@@ -405,71 +403,6 @@ def test_hub_ids():
     assert not is_hub_id("owner/name.json")
     assert not is_hub_id("/owner/name")
     assert not is_hub_id("~/name")
-
-
-def test_a_hub_id_without_a_network_is_the_environments_fault(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(MachineError) as error:
-        read("no-such-owner/no-such-name")
-    assert str(error.value) == (
-        "data.train.0.path: the hub cannot be reached and no-such-owner/no-such-name is not in the local cache; "
-        "connect, or name a local file"
-    )
-
-
-def test_the_hub_is_probed_at_its_endpoint_or_proxy(monkeypatch):
-    for key in (
-        "HF_HUB_OFFLINE",
-        "HF_DATASETS_OFFLINE",
-        "TRANSFORMERS_OFFLINE",
-        "https_proxy",
-        "HTTPS_PROXY",
-        "no_proxy",
-        "http_proxy",
-    ):
-        monkeypatch.delenv(key, raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        here = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setenv("HF_ENDPOINT", here)
-        assert not hub.is_offline()
-        monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
-        assert hub.is_offline()
-        monkeypatch.setenv("https_proxy", here)
-        assert not hub.is_offline()
-    monkeypatch.delenv("https_proxy")
-    monkeypatch.setenv("HF_ENDPOINT", here)
-    assert hub.is_offline()
-
-
-def test_a_cached_hub_split_is_read_offline(tmp_path, monkeypatch):
-    import datasets
-    from datasets.arrow_writer import ArrowWriter
-
-    folder = tmp_path / "cache" / "owner___sums" / "default" / "0.0.0" / "abc"
-    folder.mkdir(parents=True)
-    with ArrowWriter(path=str(folder / "sums-train.arrow")) as writer:
-        writer.write_batch({"prompt": ["q0", "q1"], "completion": ["a0", "a1"]})
-        rows, size = writer.finalize()
-    splits = datasets.SplitDict(dataset_name="sums")
-    splits.add(datasets.splits.SplitInfo("train", num_bytes=size, num_examples=rows, dataset_name="sums"))
-    text = datasets.Value("string")
-    datasets.DatasetInfo(
-        features=datasets.Features({"prompt": text, "completion": text}),
-        builder_name="parquet",
-        dataset_name="sums",
-        config_name="default",
-        version="0.0.0",
-        splits=splits,
-    ).write_to_directory(str(folder))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    reading = read("owner/sums")
-    assert [(record.prompt, record.where) for record in reading.train] == [
-        ("q0", "owner/sums[train]:1"),
-        ("q1", "owner/sums[train]:2"),
-    ]
-    with pytest.raises(UsageError, match=r'^data\.train\.0\.path: owner/sums: Unknown split "test"'):
-        read(Source("owner/sums", split="test"))
 
 
 def test_local_files_import_no_hub_library():

@@ -129,6 +129,7 @@ SOURCES = {
     "{path: x.jsonl, weight: 2}": "data.train.weight: has no effect with one source. remove it",
     "{path: x.jsonl, splt: a}": "data.train.splt: unknown key. did you mean data.train.split?",
     "{path: x.jsonl, split: test}": "data.train.split: has no effect on a local file, it chooses a split. remove it",
+    "{path: x.csv, revision: v1}": "data.train.revision: has no effect on a local file, it chooses a hub revision. remove it",
     "{path: x.csv, name: en}": "data.train.name: has no effect on a local file, it chooses a hub configuration. remove it",
     "{path: x.jsonl, limit: 0}": "data.train.limit: expected at least 1, found 0",
     "{path: x.jsonl, columns: {prompt: 3}}": "data.train.columns.prompt: expected text, found 3. put it in quotes: '3'",
