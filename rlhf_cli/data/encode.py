@@ -187,7 +187,7 @@ class _Encoder:
         if isinstance(self.records, Stored | stored.Records):
             yield stored.digest(self.records)
             return
-        for record in map(self.taken, range(len(self.records))):
+        for record in map(self.taken, self.records):
             yield json.dumps([record.prompt, record.responses, record.given])
 
     def run(self) -> store.Stored:
@@ -220,9 +220,8 @@ class _Encoder:
         if len(self.examples) < EXAMPLES:
             self.examples.append((row, str(bad)))
 
-    def taken(self, row: int) -> Record:
+    def taken(self, record: Record) -> Record:
         """The record with those of its responses that are tokenised."""
-        record = self.records[row]
         return record if self.responses == "all" else record._replace(responses=record.responses[: self.responses == "first"])
 
     def written(self, record: Record) -> Rendered:
@@ -231,8 +230,8 @@ class _Encoder:
     def render(self, rows: range) -> list[tuple[int, Rendered]]:
         rendered = []
         with memory_limit(), time_limit() as start:
-            for row in rows:
-                record = self.taken(row)
+            for row, record in zip(rows, self.records[rows.start : rows.stop], strict=True):
+                record = self.taken(record)
                 try:
                     start()
                     if self.responses == "none" and not record.prompt:
@@ -339,7 +338,7 @@ class _Encoder:
 
     def _encode_one(self, row: int, prompt: Prompt) -> Tree:
         with memory_limit(), time_limit():
-            rendered = self.written(self.taken(row)._replace(prompt=prompt))
+            rendered = self.written(self.taken(self.records[row])._replace(prompt=prompt))
         return self.tokenise([(row, rendered)])[0]
 
 

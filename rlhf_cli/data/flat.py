@@ -109,10 +109,11 @@ def flatten(trees: Sequence[Tree], records: Sequence[Record]) -> Trees:
 def flat_arrays(trees: Sequence[Tree]) -> dict[str, np.ndarray]:
     """The arrays of `Trees`, less what is said of them."""
     parts = [part for tree in trees for part in (tree.prompt, *tree.responses)]
-    masks = [mask for tree in trees for mask in (tree.supervised, *(np.ones(len(part), bool) for part in tree.responses))]
+    own = np.repeat([response for tree in trees for response in (False, *(True for _ in tree.responses))], [*map(len, parts)])
+    own[~own] = np.concatenate([np.zeros(0, bool), *(tree.supervised for tree in trees)])
     return {
         "ids": np.concatenate([np.zeros(0, np.int32), *parts]),
-        "supervised": np.concatenate([np.zeros(0, bool), *masks]),
+        "supervised": own,
         "segments": np.cumsum([0, *map(len, parts)], dtype=np.int64),
         "first": np.cumsum([0, *(1 + len(tree.responses) for tree in trees)], dtype=np.int64),
         "rows": np.array([tree.row for tree in trees], np.int64),

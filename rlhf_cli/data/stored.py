@@ -41,7 +41,13 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: slice) -> Sequence[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
         if isinstance(index, slice):
-            return Records(self.parts, self.part[index], self.at[index])
+            part, at = self.part[index], self.at[index]
+            found: dict[int, Record] = {}
+            for k in np.unique(part):
+                own, inner = np.flatnonzero(part == k), self.parts[k]
+                rows = inner.read(at[own]) if isinstance(inner, Stored) else [inner[i] for i in at[own]]
+                found |= zip(own.tolist(), rows, strict=True)
+            return [found[i] for i in range(len(part))]
         record: Record = self.parts[self.part[index]][int(self.at[index])]
         return record
 
@@ -52,7 +58,6 @@ class Stored(Sequence[Record]):
     def __init__(self, table: pyarrow.Table, mapped: mmap.mmap, names: list[str], digest: str) -> None:
         self.columns = {name: table.column(name) for name in COLUMNS}
         self.mapped, self.names, self.digest, self.size = mapped, names, digest, len(table)
-        self.chunk = 0  # that was read last
 
     def __len__(self) -> int:
         return self.size
@@ -63,18 +68,20 @@ class Stored(Sequence[Record]):
     def __getitem__(self, index: slice) -> Sequence[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
         if isinstance(index, slice):
-            return take(self, np.arange(len(self))[index])
+            return self.read(np.arange(self.size)[index])
         chunk, row = divmod(range(self.size)[index], BATCH)
-        if chunk != self.chunk:
-            self.chunk = chunk
-            self._forget()
         text, file, line = (self.columns[name].chunk(chunk)[row].as_py() for name in ("text", "file", "line"))
         return Record.read(text, f"{self.names[file]}:{line}")
 
-    def _forget(self) -> None:
-        """Takes what was read out of this process's memory; it is read again where it is wanted."""
+    def read(self, at: np.ndarray) -> list[Record]:
+        """Those records; what is mapped leaves this process's memory again."""
+        import pyarrow
+
+        rows = pyarrow.array(at)
+        texts, files, lines = (self.columns[name].take(rows).to_pylist() for name in ("text", "file", "line"))
         if hasattr(mmap, "MADV_DONTNEED"):
             self.mapped.madvise(mmap.MADV_DONTNEED)
+        return [Record.read(text, f"{self.names[i]}:{line}") for text, i, line in zip(texts, files, lines, strict=True)]
 
     def falls(self) -> np.ndarray:
         """(N,) float64"""

@@ -209,9 +209,11 @@ def _holds(text: str, part: str) -> bool:
 
 def _bare(form: ChatFormat, text: str) -> str:
     """The text without a BOS and an end of its own, which are added to every text."""
-    begin = form.tokenizer.bos_token if form.prefix else None
+    begin, eos = form.tokenizer.bos_token if form.prefix else None, form.tokenizer.eos_token
+    if not any(mark and mark in text for mark in (begin, form.end, eos)):
+        return text
     bare = text.lstrip().removeprefix(begin) if begin and text.lstrip().startswith(begin) else text
-    for end in (form.end, form.tokenizer.eos_token):
+    for end in (form.end, eos):
         if end and bare.rstrip().endswith(end):
             bare = bare.rstrip().removesuffix(end)
     return bare if bare.strip() else text
