@@ -21,15 +21,15 @@ from rlhf_cli.files import from_anywhere
 from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, Kernel
 from rlhf_cli.models.heads import SCORE, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
-from rlhf_cli.models.logps import token_logps
+from rlhf_cli.models.logps import PLAIN_LOGITS, LogitRule, find_rule, token_logps
 
 BASE = "base"  # the role of the bare base model, whatever adapters sit on it
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of a token's packed and separate hidden states, relative to their norm."""
 
-HEAD_TOLERANCE = 2e-2
-"""Largest difference between the model's logits and head · hidden, relative to the largest logit; both come from one dtype."""
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""Largest difference between the model's logits and what its rule makes of head · hidden, relative to the largest logit."""
 
 
 class Backbone:
@@ -57,6 +57,7 @@ class Backbone:
         self.window: int | None = text.get("sliding_window") if text.get("use_sliding_window", True) else None
         self.layer_types = tuple(dict.fromkeys(text.get("layer_types") or ()))
         self._plain: str = model.config._attn_implementation
+        self.rule: LogitRule = PLAIN_LOGITS
         self.kernel = self._choose_kernel(attention, headless)
 
     def add_lora(self, role: str, config: LoraConfig, state: dict[str, torch.Tensor] | None, *, trained: bool) -> None:
@@ -142,6 +143,18 @@ class Backbone:
             parameter.requires_grad_(name in trained)
         self.active = role
 
+    @property
+    def body(self) -> Any:
+        """The model without its output head."""
+        inner = self.model.base_model
+        # Llama 4's text model calls it otherwise than its class says; then transformers takes the whole model for the body.
+        return inner if inner is not self.model else self.model.model
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The model's own logits of last hidden states (…, D): (…, V) float32."""
+        with self.autocast():
+            return self.rule.logits(self.model.get_output_embeddings()(states.to(self.compute_dtype)).float())
+
     def at(self, role: str) -> Backbone:
         """The backbone that holds the weights of `role`: this one, or another frozen model's."""
         return self.elsewhere.get(role, self)
@@ -179,7 +192,7 @@ class Backbone:
         self.activate(role)
         arguments = self.kernel.arguments(batch, self.layer_types, self.window, self.compute_dtype)
         with self.autocast():
-            out = self.model.base_model(input_ids=batch.ids, use_cache=False, **arguments)
+            out = self.body(input_ids=batch.ids, use_cache=False, **arguments)
         return torch.flatten(out.last_hidden_state, 0, 1)
 
     def logps(self, role: str, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,10 +272,8 @@ class Backbone:
     def _head(self, hidden: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         head = self.model.get_output_embeddings()
         bias = None if head.bias is None else head.bias.to(self.compute_dtype)
-        if temperature != 1:
-            # The head is linear: scaled states are scaled logits.
-            hidden, bias = hidden / temperature, None if bias is None else bias / temperature
-        return token_logps(hidden.to(self.compute_dtype), head.weight.to(self.compute_dtype), bias, target)
+        weight, rule = head.weight.to(self.compute_dtype), self.rule.at(temperature)
+        return token_logps(hidden.to(self.compute_dtype), weight, bias, target, rule)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:
@@ -289,7 +300,7 @@ class Backbone:
         self.kernel = KERNELS["alone"]
         wanted = self._probe(trees)
         if not headless:
-            self._check_head(trees)
+            self.rule = self._find_rule(trees)
         candidates = ("trees",) * (setting == "auto" and self.device.type == "cpu") + CANDIDATES[setting]
         if not LAYER_TYPES.issuperset(self.layer_types):
             candidates = tuple(name for name in candidates if KERNELS[name].layout == "alone")
@@ -316,22 +327,24 @@ class Backbone:
         return torch.cat([found[name] for name in sorted(found)])
 
     @torch.no_grad()
-    def _check_head(self, trees: list[Tree]) -> None:
-        """Compare with the model's own logits, so that soft-capped or rescaled ones are not mistaken for plain ones."""
-        head = self.model.get_output_embeddings()
+    def _find_rule(self, trees: list[Tree]) -> LogitRule:
+        """What makes the model's own logits of its head's numbers. UsageError: nothing that is known here does."""
+        head, own, heads = self.model.get_output_embeddings(), [], []
         for tree in trees:
             ids = torch.from_numpy(np.concatenate((tree.prompt, *tree.responses)).astype(np.int64)).to(self.device)[None]
             with self.autocast():
-                own = self.model(input_ids=ids, use_cache=False).logits.float()
-                plain = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-            if not torch.isfinite(own).all():
-                raise NumberError("the model's logits are not finite before any training: its weights are damaged")
-            difference = float((own - plain).abs().max() / own.abs().max())
-            if difference > HEAD_TOLERANCE:
-                raise UsageError(
-                    f"the model's logits are not its head times its hidden states (they differ by {difference:.0%}; "
-                    "soft-capping or scaling?): this model is not supported"
-                )
+                own.append(self.model(input_ids=ids, use_cache=False).logits[0].float())
+                heads.append(head(self.body(input_ids=ids, use_cache=False).last_hidden_state)[0].float())
+        logits = torch.cat(own)
+        if not torch.isfinite(logits).all():
+            raise NumberError("the model's logits are not finite before any training: its weights are damaged")
+        rule, difference = find_rule(self.model.config.get_text_config().to_dict(), torch.cat(heads), logits)
+        if difference > HEAD_TOLERANCE[self.compute_dtype]:
+            raise UsageError(
+                f"the model's logits are not its head times its hidden states, scaled or soft-capped as its config says (they "
+                f"differ by {difference:.2%}): this model is not supported"
+            )
+        return rule
 
 
 def end_ids(model: Any, *more: int) -> list[int]:

@@ -118,9 +118,7 @@ class TransformersEngine:
         states = decoder.begin()
         for t in range(request.max_new_tokens):
             chances = torch.from_numpy(uniforms[rows, t]).to(states.device)
-            with self.backbone.autocast():
-                logits = self.backbone.model.get_output_embeddings()(states.to(self.backbone.compute_dtype)).float()
-            tokens = choose(logits, request.temperature, chances)
+            tokens = choose(self.backbone.logits(states), request.temperature, chances)
             ids[rows, t] = tokens.cpu().numpy()
             ended = np.isin(ids[rows, t], request.ends)
             last = t + 1 == request.max_new_tokens
@@ -186,7 +184,7 @@ class _Aligned:
         age = query - key
         seen = (age >= 0) & (key >= start[:, None, None])
         with self.backbone.autocast():
-            out = self.backbone.model.base_model(
+            out = self.backbone.body(
                 input_ids=ids.to(start.device),
                 position_ids=(key[first:] - start[:, None]).clamp_min(0),
                 attention_mask=self._masks(seen[:, None], age),
@@ -245,7 +243,7 @@ class _Alike:
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         with self.backbone.autocast():
-            out = self.backbone.model.base_model(input_ids=ids, use_cache=True, **self.cache)
+            out = self.backbone.body(input_ids=ids, use_cache=True, **self.cache)
         self.cache = {name: out[name] for name in CACHE_NAMES if name in out}
         states: torch.Tensor = out.last_hidden_state[:, -1]
         return states
