@@ -24,6 +24,7 @@ from rlhf_cli.models.load import load_config, load_tokenizer, positions_of, quie
 from rlhf_cli.models.memory import Memory, auto_budget, estimate
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.policy import parent_lora, resolve_lora
+from rlhf_cli.models.targets import ALL_LINEAR
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
@@ -126,6 +127,9 @@ def prepare_job(
     job = TrainingJob(*known, ranks, console, signals, started)
     console.plan(plan(recipe, dataset, source, steps, memory, job.budget, _facts(job)))
     console.example(show_example(source.batch(1)[0], tokenizer), _example_words(recipe))
+    if job.lora and job.lora.target_modules == ALL_LINEAR and (start.adapter is None or job.lora.merge_parent):
+        for said in memory.notices:
+            console.say(said)
     for message in _warnings(job, memory):
         console.warn(message)
     return job

@@ -1,0 +1,116 @@
+"""Which weights of a model LoRA adapts, and which it leaves out, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_cli.errors import UsageError
+
+ALL_LINEAR = "all-linear"
+
+ROUTER = "routers stay as they are, and with them how evenly the experts are used"
+MIXER = "in state-space layers fused kernels read them past an adapter"
+SHARED = "several layers share them, and adapters on each could not be merged"
+STACKED = "experts that are not stacked in three dimensions"
+ON_FUSED = (
+    "lora.dropout: {name} and other weights of this mixture of experts get their adapter without an input of its own, where "
+    "nothing can be dropped; set lora.dropout: 0, or name layers outside of the experts in lora.target_modules"
+)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What gets an adapter; names are those of the model without adapters."""
+
+    modules: tuple[str, ...]  # layers
+    parameters: tuple[str, ...]  # weights that PEFT adapts where they lie: stacks of experts; see `find_targets`
+    left_out: dict[str, tuple[str, ...]]  # why → names of linear layers
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What to say of layers that `all-linear` leaves out."""
+        return tuple(
+            f"lora: {len(names)} weights have no adapter, the first is {names[0]} ({why})" for why, names in self.left_out.items()
+        )
+
+
+def find_targets(model: Any) -> Targets:
+    """What `all-linear` means for a model, adapters on it or not: its linear layers and experts, but for the output head.
+
+    Linear layers of mixtures of experts that PEFT would take for single experts of an older layout, by their names, are adapted
+    as parameters: as layers they would lose their adapter without a word.
+    """
+    head, modules, experts = model.get_output_embeddings(), [], []
+    left_out: dict[str, list[str]] = {}
+    layers = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if ".lora_" not in n}
+    uses = Counter(id(m.weight) for m in layers.values() if isinstance(m, torch.nn.Linear | Conv1D))
+    routers = _router_classes(model)
+    for name, layer in layers.items():
+        above = [layers[name[: dot.start()]] for dot in re.finditer(r"\.", name)]
+        linear = isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head
+        own = dict(above[-1].named_parameters(recurse=False)) if above else {}
+        if any(isinstance(part, routers) or "Router" in type(part).__name__ for part in (layer, *above)):
+            if linear or "weight" in dict(layer.named_parameters(recurse=False)):
+                left_out.setdefault(ROUTER, []).append(name)
+        elif linear and {"A_log", "D"} <= own.keys() and not name.endswith(".in_proj"):
+            left_out.setdefault(MIXER, []).append(name)
+        elif linear and uses[id(layer.weight)] > 1:
+            left_out.setdefault(SHARED, []).append(name)
+        elif linear:
+            modules.append(name)
+        elif "Expert" in type(layer).__name__:
+            weights = {n: p for n, p in layer.named_parameters(recurse=False) if p.dim() > 1 and "bias" not in n}
+            experts += [f"{name}.{n}" for n, p in weights.items() if p.dim() == 3]
+            if flat := [f"{name}.{n}" for n, p in weights.items() if p.dim() == 2]:
+                left_out.setdefault(STACKED, []).extend(flat)
+    config = LoraConfig(target_modules=list(modules))
+    convert_peft_config_for_transformers(config, model, None)
+    kept = [name for name in modules if name in config.target_modules]
+    renamed = [f"{name}.weight" for name in modules if name not in config.target_modules]
+    return Targets(tuple(kept), tuple(experts + renamed), {why: tuple(names) for why, names in left_out.items()})
+
+
+def _router_classes(model: Any) -> tuple[type, ...]:
+    """The classes that a model names as those of its routers, but for whole blocks that hold the experts too."""
+    found: set[type] = set()
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            named = (part._can_record_outputs or {}).get("router_logits", ())
+            found |= {each.target_class for each in (named if isinstance(named, list | tuple) else [named])}
+    blocks = {type(m) for m in model.modules() if any(p.dim() == 3 or isinstance(m, torch.nn.Embedding) for p in m.parameters())}
+    return tuple(found - blocks)
+
+
+def with_targets(config: LoraConfig, model: Any) -> LoraConfig:
+    """The settings of a fresh adapter with its targets by name; of a list, names of linear layers, experts or other modules.
+
+    UsageError: `lora.target_modules` names nothing that is there; or dropout is asked for where PEFT has none.
+    """
+    asked, found = config.target_modules, find_targets(model)
+    modules, parameters = list(found.modules), list(found.parameters)
+    if asked != ALL_LINEAR:
+        if isinstance(asked, str):  # PEFT's own pattern
+            return config
+        names = {name.replace(".base_layer", "") for name, _ in (*model.named_modules(), *model.named_parameters())}
+        if missing := [each for each in sorted(asked) if not any(_ends(name, each) for name in names)]:
+            raise UsageError(f"lora.target_modules: {missing[0]} is the name of nothing in this model; use all-linear")
+        parameters = [n for n in parameters if any(_ends(n, each) or _ends(n.removesuffix(".weight"), each) for each in asked)]
+        layers = names - {name.removesuffix(".weight") for name in parameters}
+        modules = [each for each in asked if any(_ends(name, each) for name in layers - set(parameters))]
+    if config.lora_dropout and parameters:
+        raise UsageError(ON_FUSED.format(name=parameters[0]))
+    return dataclasses.replace(config, target_modules=modules, target_parameters=parameters or None)
+
+
+def _ends(name: str, part: str) -> bool:
+    return name == part or name.endswith(f".{part}")
