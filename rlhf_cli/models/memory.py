@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.targets import find_targets
+from rlhf_cli.models.targets import BALANCE, find_targets
 
 CPU_ACTIVATIONS = 3 * 2**28
 """Bytes that `tokens_per_device: auto` lets the activations of a pass take on a CPU; longer passes were not faster there."""
@@ -33,7 +33,7 @@ class Memory:
     weights: int
     trained: int  # parameters
     per_token: int  # activations of a forward pass that are kept for backward
-    notices: tuple[str, ...] = ()  # what to say of the weights that `all-linear` does not adapt
+    notices: tuple[str, ...] = ()  # what to say of weights that `all-linear` does not adapt, or of routers that train
 
     def total(self, tokens: int) -> float:
         """With gradients and AdamW's two moments, in float32, and a pass of so many tokens."""
@@ -69,7 +69,8 @@ def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing
     size = torch.finfo(dtype).bits // 8
     twice = sum(map(math.prod, in_place)) / (text.num_hidden_layers if checkpointing else 1)
     weights = 4 * parameters if rank is None else size * (parameters + int(twice)) + 4 * trained
-    return Memory(weights, trained, kept * size, targets.notices)
+    asks = all(text.to_dict().get(key) for key in ("output_router_logits", "router_aux_loss_coef"))
+    return Memory(weights, trained, kept * size, targets.notices if rank is not None else (BALANCE,) * asks)
 
 
 def auto_budget(memory: Memory, longest: int, device: torch.device, *, values: bool = False) -> int:

@@ -21,6 +21,10 @@ ALL_LINEAR = "all-linear"
 ROUTER = "routers stay as they are, and with them how evenly the experts are used"
 MIXER = "in state-space layers fused kernels read them past an adapter"
 SHARED = "several layers share them, and adapters on each could not be merged"
+BALANCE = (
+    "the model's config asks for an auxiliary loss that keeps its experts evenly used (output_router_logits: true, "
+    "router_aux_loss_coef): it is not added, and the routers follow the objective alone; with lora they stay as they are"
+)
 STACKED = "experts that are not stacked in three dimensions"
 ON_FUSED = (
     "lora.dropout: {name} and other weights of this mixture of experts get their adapter without an input of its own, where "

@@ -127,7 +127,7 @@ def prepare_job(
     job = TrainingJob(*known, ranks, console, signals, started)
     console.plan(plan(recipe, dataset, source, steps, memory, job.budget, _facts(job)))
     console.example(show_example(source.batch(1)[0], tokenizer), _example_words(recipe))
-    if job.lora and job.lora.target_modules == ALL_LINEAR and (start.adapter is None or job.lora.merge_parent):
+    if not job.lora or (job.lora.target_modules == ALL_LINEAR and (start.adapter is None or job.lora.merge_parent)):
         for said in memory.notices:
             console.say(said)
     for message in _warnings(job, memory):
