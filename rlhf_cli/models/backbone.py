@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ BASE = "base"  # the role of the bare base model, whatever adapters sit on it
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of a token's packed and separate hidden states, relative to their norm."""
+
+ADAPTER_PART = re.compile(r"\.(?:lora_|trainable_tokens_)")
+"""What begins the names of an adapter's parameters, behind a layer's."""
 
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Largest difference between the model's logits and what its rule makes of head · hidden, relative to the largest logit."""
@@ -67,7 +71,7 @@ class Backbone:
         Raises UsageError if the tensors do not fit the adapter, or it would change the output head.
         """
         if state is None:
-            config = with_targets(config, self.model)
+            config = with_targets(config, self.model, scalar=role in self.heads)
         if not trained:
             config = dataclasses.replace(config, lora_dropout=0.0)  # it may run while the policy's dropout is on
         try:
@@ -80,8 +84,9 @@ class Backbone:
         if state is not None:
             self._set_adapter_weights(role, state)
         if trained:
-            # Only behind the name of a LoRA part: a layer of the base may have the role's name.
-            self.trained[role] |= {n for n, _ in self.model.named_parameters() if role in n.partition(".lora_")[2].split(".")}
+            # Only behind the name of an adapter's part: a layer of the base may have the role's name.
+            parts = {n: ADAPTER_PART.split(n, 1)[1:] for n, _ in self.model.named_parameters()}
+            self.trained[role] |= {n for n, part in parts.items() if part and role in part[0].split(".")}
         self.active = None
         self.activate(role)
         if any(n.startswith("lora_") for n, _ in self.model.get_output_embeddings().named_parameters()):
@@ -274,7 +279,8 @@ class Backbone:
 
     def _head(self, hidden: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         head = self.model.get_output_embeddings()
-        bias = None if head.bias is None else head.bias.to(self.compute_dtype)
+        bias = getattr(head, "bias", None)  # where tokens are trained, PEFT's layer has none
+        bias = None if bias is None else bias.to(self.compute_dtype)
         weight, rule = head.weight.to(self.compute_dtype), self.rule.at(temperature)
         return token_logps(hidden.to(self.compute_dtype), weight, bias, target, rule)
 
@@ -362,8 +368,13 @@ def end_ids(model: Any, *more: int) -> list[int]:
     return sorted({*named, *more})
 
 
-def lora_config(settings: sections.Lora, base: str, revision: str | None, parent: LoraConfig | None = None) -> LoraConfig:
-    """The recipe's section as PEFT's config; of a `parent` that goes on, only the dropout is the recipe's."""
+def lora_config(
+    settings: sections.Lora, base: str, revision: str | None, parent: LoraConfig | None = None, tokens: Sequence[int] = ()
+) -> LoraConfig:
+    """The recipe's section as PEFT's config; of a `parent` that goes on, only the dropout is the recipe's.
+
+    `tokens`: ids whose embeddings train too.
+    """
     named = {"base_model_name_or_path": from_anywhere(base), "revision": revision}
     if parent is not None:
         return dataclasses.replace(parent, lora_dropout=settings.dropout, inference_mode=False, **named)
@@ -374,5 +385,6 @@ def lora_config(settings: sections.Lora, base: str, revision: str | None, parent
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
+        trainable_token_indices=list(tokens) or None,
         **named,
     )

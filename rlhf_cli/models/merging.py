@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.models.backbone import BASE, Backbone
@@ -35,9 +36,12 @@ def merged(backbone: Backbone, role: str) -> Iterator[None]:
     if layers:
         backbone.activate(BASE)
     folds = {_weight(layer): partial(_folded, layer, adapter) for layer in layers}
+    tokens = [m for m in backbone.model.modules() if isinstance(m, TrainableTokensLayer) and adapter in m.token_indices]
+    folds |= {m.base_layer.weight: partial(_with_tokens, m, adapter) for m in tokens if layers}
     packs = backbone.compute_dtype == torch.float32
     packable = {layer.weight for layer in backbone.model.modules() if packs and _can_pack(layer)}
-    rest = {weight: fold for weight, fold in folds.items() if weight not in packable}
+    embedded = {m.base_layer.weight for m in tokens}  # tied ones are packed, and looked up
+    rest = {weight: fold for weight, fold in folds.items() if weight not in packable or weight in embedded}
     with _swapped(rest), packed(backbone.model, folds) if packs else contextlib.nullcontext():
         yield
 
@@ -112,3 +116,10 @@ def _folded(layer: Any, adapter: str | None) -> torch.Tensor:
     """W + scaling · B A."""
     delta: torch.Tensor = layer.get_delta_weight(adapter)  # with PEFT's own scaling and orientation
     return delta.add_(_weight(layer))
+
+
+@torch.no_grad()
+def _with_tokens(layer: Any, adapter: str | None) -> torch.Tensor:
+    """An embedding with the rows of the tokens that an adapter trains."""
+    found: torch.Tensor = layer.get_merged_weights([adapter])
+    return found.detach()

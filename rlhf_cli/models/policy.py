@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,8 @@ def resolve_lora(setting: sections.Lora | str | None, parent: sections.Lora | No
         return parent or sections.Lora()
     if setting is not None and parent is not None and not setting.merge_parent and _shape(setting) != _shape(parent):
         raise UsageError(
-            f"{place}: lora: the parent's adapter has r {parent.r}, alpha {parent.alpha:g}, modules {parent.target_modules}; "
+            f"{place}: lora: the parent's adapter has r {parent.r}, alpha {parent.alpha:g}, modules {parent.target_modules}, "
+            f"tokens {parent.train_tokens}; "
             "the recipe asks for others. use lora: auto, or lora.merge_parent: true to start anew on the merged parent"
         )
     return setting
@@ -48,7 +50,7 @@ def parent_lora(adapter: Path | None, recorded: dict[str, Any] | None) -> sectio
 
 def _shape(lora: sections.Lora) -> tuple[Any, ...]:
     modules = lora.target_modules
-    return lora.r, lora.alpha, modules if isinstance(modules, str) else tuple(sorted(modules))
+    return lora.r, lora.alpha, modules if isinstance(modules, str) else tuple(sorted(modules)), sorted(lora.train_tokens)
 
 
 def load_trained(
@@ -60,8 +62,9 @@ def load_trained(
     seed: int,
     merged: Path,
     role: Literal["policy", "reward"] = "policy",
+    tokens: Sequence[int] = (),
 ) -> tuple[Backbone, Weights]:
-    """The backbone with its one trained role, and the base that the adapter sits on.
+    """The backbone with its one trained role, and the base that the adapter sits on; `tokens`: ids of `lora.train_tokens`.
 
     An adapter that cannot go on, because all weights are trained or its shape changes, is merged into the base in float32;
     with LoRA that merged base is saved in `merged`, so that the new adapter has a base on disk. A reward model's head goes on
@@ -89,7 +92,7 @@ def load_trained(
     if lora is None:
         backbone.train_all_weights(role)
     else:
-        config = lora_config(lora, base.base, base.revision, adapter and adapter.config)
+        config = lora_config(lora, base.base, base.revision, adapter and adapter.config, tokens)
         backbone.add_lora(role, config, adapter and adapter.state, trained=True)
     if settings.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()

@@ -56,7 +56,7 @@ def find_targets(model: Any) -> Targets:
     """
     head, modules, experts = model.get_output_embeddings(), [], []
     left_out: dict[str, list[str]] = {}
-    layers = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if ".lora_" not in n}
+    layers = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if not re.search(r"\.(lora_|token_adapter)", n)}
     uses = Counter(id(m.weight) for m in layers.values() if isinstance(m, torch.nn.Linear | Conv1D))
     routers = _router_classes(model)
     for name, layer in layers.items():
@@ -95,11 +95,20 @@ def _router_classes(model: Any) -> tuple[type, ...]:
     return tuple(found - blocks)
 
 
-def with_targets(config: LoraConfig, model: Any) -> LoraConfig:
+def with_targets(config: LoraConfig, model: Any, *, scalar: bool = False) -> LoraConfig:
     """The settings of a fresh adapter with its targets by name; of a list, names of linear layers, experts or other modules.
 
-    UsageError: `lora.target_modules` names nothing that is there; or dropout is asked for where PEFT has none.
+    Tokens that train do so in the embeddings and, unless the adapter has a `scalar` head instead, in the output head.
+    UsageError: `lora.target_modules` names nothing that is there; or what is asked for is nothing that PEFT has.
     """
+    if tokens := config.trainable_token_indices:
+        head, ends = model.get_output_embeddings(), [model.get_input_embeddings()]
+        if not scalar and not model.config.get_text_config().tie_word_embeddings:
+            ends.append(head)
+        if getattr(head, "bias", None) is not None:
+            raise UsageError("lora.train_tokens: this model's output head has a bias, which PEFT would lose; set lora: null")
+        names_of = {module: name for name, module in model.named_modules()}
+        config = dataclasses.replace(config, trainable_token_indices={names_of[end]: tokens for end in ends})
     asked, found = config.target_modules, find_targets(model)
     modules, parameters = list(found.modules), list(found.parameters)
     if asked != ALL_LINEAR:

@@ -25,6 +25,7 @@ from rlhf_cli.models.memory import Memory, auto_budget, estimate
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.policy import parent_lora, resolve_lora
 from rlhf_cli.models.targets import ALL_LINEAR
+from rlhf_cli.models.tokens import token_ids
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
@@ -122,6 +123,7 @@ def prepare_job(
     if resume and (before := recorded_recipe(Path(recipe.output))):
         recipe = _as_resolved_before(recipe, before)
     recipe, memory = _resolve(dataclasses.replace(recipe, objective=objective), start, config, dataset, steps, ranks, loaded)
+    token_ids(tokenizer, recipe.lora if isinstance(recipe.lora, sections.Lora) else None)
     base = base_model(start) if not check or Path(start.base).exists() else None
     known = loaded, recipe, start, base, tokenizer, template, dataset, source, steps
     job = TrainingJob(*known, ranks, console, signals, started)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from rlhf_cli.models.heads import choose_pad_id
 from rlhf_cli.models.load import Weights, name_ends
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.models.policy import load_trained
+from rlhf_cli.models.tokens import token_ids, untouched
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.reports.training import write_report
@@ -106,11 +108,35 @@ def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
     recipe = job.recipe
     merged, role = Path(recipe.output) / "base", job.objective.role
     backbone, base = load_trained(
-        recipe.model, job.lora, job.start, device=job.ranks.device, seed=recipe.seed, merged=merged, role=role
+        recipe.model,
+        job.lora,
+        job.start,
+        device=job.ranks.device,
+        seed=recipe.seed,
+        merged=merged,
+        role=role,
+        tokens=token_ids(job.tokenizer, job.lora),
     )
     backbone.pad_id = choose_pad_id(job.tokenizer, backbone.stop_ids(job.tokenizer, job.template))
     job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")
+    if job.lora and (tokens := _untouched(job, backbone)):
+        job.console.warn(
+            f"the model has never learned {', '.join(tokens)}, and LoRA leaves embeddings as they are: "
+            f"set lora.train_tokens: {json.dumps(tokens, ensure_ascii=False)}, or start from a model that knows its chat template"
+        )
     return backbone, base
+
+
+def _untouched(job: TrainingJob, backbone: Backbone) -> list[str]:
+    """Control tokens of the first row whose embeddings look as if they had never been learned, and are not trained now."""
+    first, trained = job.dataset.train.trees[0], set(token_ids(job.tokenizer, job.lora))
+    used = {int(i) for part in (first.prompt, *first.responses) for i in part} | {*backbone.stop_ids(job.tokenizer, job.template)}
+    model = backbone.model
+    embeddings = [model.get_input_embeddings().weight]
+    if job.objective.role == "policy" and not model.config.get_text_config().tie_word_embeddings:
+        embeddings.append(model.get_output_embeddings().weight)
+    ids = untouched(embeddings, (used & job.tokenizer.added_tokens_decoder.keys()) - trained)
+    return list(job.tokenizer.convert_ids_to_tokens(ids))
 
 
 @dataclass(frozen=True)
