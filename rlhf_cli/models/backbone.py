@@ -368,13 +368,8 @@ def end_ids(model: Any, *more: int) -> list[int]:
     return sorted({*named, *more})
 
 
-def lora_config(
-    settings: sections.Lora, base: str, revision: str | None, parent: LoraConfig | None = None, tokens: Sequence[int] = ()
-) -> LoraConfig:
-    """The recipe's section as PEFT's config; of a `parent` that goes on, only the dropout is the recipe's.
-
-    `tokens`: ids whose embeddings train too.
-    """
+def lora_config(settings: sections.Lora, base: str, revision: str | None, parent: LoraConfig | None = None) -> LoraConfig:
+    """The recipe's section as PEFT's config; of a `parent` that goes on, only the dropout is the recipe's."""
     named = {"base_model_name_or_path": from_anywhere(base), "revision": revision}
     if parent is not None:
         return dataclasses.replace(parent, lora_dropout=settings.dropout, inference_mode=False, **named)
@@ -385,6 +380,6 @@ def lora_config(
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
-        trainable_token_indices=list(tokens) or None,
+        trainable_token_indices=list(settings.train_tokens) or None,
         **named,
     )

@@ -60,10 +60,7 @@ def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing
     adapted = [math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in (*linear, *in_place)]
     trained = parameters if rank is None else rank * sum(adapted)
     text = config.get_text_config()
-    head = model.get_output_embeddings()
-    wide = max(
-        [m.out_features for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head] or [4 * text.hidden_size]
-    )
+    wide = max([shape[-2] for shape in (*linear, *in_place)] or [4 * text.hidden_size])
     layer = 12 * text.hidden_size + 4 * wide
     kept = text.hidden_size * text.num_hidden_layers + layer if checkpointing else layer * text.num_hidden_layers
     size = torch.finfo(dtype).bits // 8

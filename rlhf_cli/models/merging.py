@@ -37,7 +37,7 @@ def merged(backbone: Backbone, role: str) -> Iterator[None]:
         backbone.activate(BASE)
     folds = {_weight(layer): partial(_folded, layer, adapter) for layer in layers}
     tokens = [m for m in backbone.model.modules() if isinstance(m, TrainableTokensLayer) and adapter in m.token_indices]
-    folds |= {m.base_layer.weight: partial(_with_tokens, m, adapter) for m in tokens if layers}
+    folds |= {m.base_layer.weight: partial(torch.no_grad()(m.get_merged_weights), [adapter]) for m in tokens if layers}
     packs = backbone.compute_dtype == torch.float32
     packable = {layer.weight for layer in backbone.model.modules() if packs and _can_pack(layer)}
     embedded = {m.base_layer.weight for m in tokens}  # tied ones are packed, and looked up
@@ -116,10 +116,3 @@ def _folded(layer: Any, adapter: str | None) -> torch.Tensor:
     """W + scaling · B A."""
     delta: torch.Tensor = layer.get_delta_weight(adapter)  # with PEFT's own scaling and orientation
     return delta.add_(_weight(layer))
-
-
-@torch.no_grad()
-def _with_tokens(layer: Any, adapter: str | None) -> torch.Tensor:
-    """An embedding with the rows of the tokens that an adapter trains."""
-    found: torch.Tensor = layer.get_merged_weights([adapter])
-    return found.detach()

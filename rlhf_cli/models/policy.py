@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,9 +61,8 @@ def load_trained(
     seed: int,
     merged: Path,
     role: Literal["policy", "reward"] = "policy",
-    tokens: Sequence[int] = (),
 ) -> tuple[Backbone, Weights]:
-    """The backbone with its one trained role, and the base that the adapter sits on; `tokens`: ids of `lora.train_tokens`.
+    """The backbone with its one trained role, and the base that the adapter sits on.
 
     An adapter that cannot go on, because all weights are trained or its shape changes, is merged into the base in float32;
     with LoRA that merged base is saved in `merged`, so that the new adapter has a base on disk. A reward model's head goes on
@@ -92,7 +90,7 @@ def load_trained(
     if lora is None:
         backbone.train_all_weights(role)
     else:
-        config = lora_config(lora, base.base, base.revision, adapter and adapter.config, tokens)
+        config = lora_config(lora, base.base, base.revision, adapter and adapter.config)
         backbone.add_lora(role, config, adapter and adapter.state, trained=True)
     if settings.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.errors import UsageError
 
 ALL_LINEAR = "all-linear"
+ROUTERS = re.compile(r"Router|Gating|MoE\w*Gate")
+"""In the names of their classes in transformers."""
 
 ROUTER = "routers stay as they are, and with them how evenly the experts are used"
 MIXER = "in state-space layers fused kernels read them past an adapter"
 SHARED = "several layers share them, and adapters on each could not be merged"
 BALANCE = (
-    "the model's config asks for an auxiliary loss that keeps its experts evenly used (output_router_logits: true, "
-    "router_aux_loss_coef): it is not added, and the routers follow the objective alone; with lora they stay as they are"
+    "the model's config asks for a loss that keeps its experts evenly used (output_router_logits: true, router_aux_loss_coef): "
+    "it is not added, and the routers follow the objective alone; with lora they stay as they are"
 )
 STACKED = "experts that are not stacked in three dimensions"
 ON_FUSED = (
@@ -36,9 +37,9 @@ ON_FUSED = (
 class Targets:
     """What gets an adapter; names are those of the model without adapters."""
 
-    modules: tuple[str, ...]  # layers
-    parameters: tuple[str, ...]  # weights that PEFT adapts where they lie: stacks of experts; see `find_targets`
-    left_out: dict[str, tuple[str, ...]]  # why → names of linear layers
+    modules: list[str]  # layers
+    parameters: list[str]  # weights that PEFT adapts where they lie: stacks of experts; see `find_targets`
+    left_out: dict[str, list[str]]  # why → layers
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -58,12 +59,11 @@ def find_targets(model: Any) -> Targets:
     left_out: dict[str, list[str]] = {}
     layers = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if not re.search(r"\.(lora_|token_adapter)", n)}
     uses = Counter(id(m.weight) for m in layers.values() if isinstance(m, torch.nn.Linear | Conv1D))
-    routers = _router_classes(model)
     for name, layer in layers.items():
         above = [layers[name[: dot.start()]] for dot in re.finditer(r"\.", name)]
         linear = isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head
         own = dict(above[-1].named_parameters(recurse=False)) if above else {}
-        if any(isinstance(part, routers) or "Router" in type(part).__name__ for part in (layer, *above)):
+        if any(ROUTERS.search(type(part).__name__) for part in (layer, *above)):
             if linear or "weight" in dict(layer.named_parameters(recurse=False)):
                 left_out.setdefault(ROUTER, []).append(name)
         elif linear and {"A_log", "D"} <= own.keys() and not name.endswith(".in_proj"):
@@ -75,24 +75,12 @@ def find_targets(model: Any) -> Targets:
         elif "Expert" in type(layer).__name__:
             weights = {n: p for n, p in layer.named_parameters(recurse=False) if p.dim() > 1 and "bias" not in n}
             experts += [f"{name}.{n}" for n, p in weights.items() if p.dim() == 3]
-            if flat := [f"{name}.{n}" for n, p in weights.items() if p.dim() == 2]:
-                left_out.setdefault(STACKED, []).extend(flat)
+            if any(p.dim() == 2 for p in weights.values()):
+                left_out.setdefault(STACKED, []).append(name)
     config = LoraConfig(target_modules=list(modules))
     convert_peft_config_for_transformers(config, model, None)
-    kept = [name for name in modules if name in config.target_modules]
-    renamed = [f"{name}.weight" for name in modules if name not in config.target_modules]
-    return Targets(tuple(kept), tuple(experts + renamed), {why: tuple(names) for why, names in left_out.items()})
-
-
-def _router_classes(model: Any) -> tuple[type, ...]:
-    """The classes that a model names as those of its routers, but for whole blocks that hold the experts too."""
-    found: set[type] = set()
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            named = (part._can_record_outputs or {}).get("router_logits", ())
-            found |= {each.target_class for each in (named if isinstance(named, list | tuple) else [named])}
-    blocks = {type(m) for m in model.modules() if any(p.dim() == 3 or isinstance(m, torch.nn.Embedding) for p in m.parameters())}
-    return tuple(found - blocks)
+    experts += [f"{name}.weight" for name in modules if name not in config.target_modules]
+    return Targets([name for name in modules if name in config.target_modules], experts, left_out)
 
 
 def with_targets(config: LoraConfig, model: Any, *, scalar: bool = False) -> LoraConfig:
@@ -110,7 +98,7 @@ def with_targets(config: LoraConfig, model: Any, *, scalar: bool = False) -> Lor
         names_of = {module: name for name, module in model.named_modules()}
         config = dataclasses.replace(config, trainable_token_indices={names_of[end]: tokens for end in ends})
     asked, found = config.target_modules, find_targets(model)
-    modules, parameters = list(found.modules), list(found.parameters)
+    modules, parameters = found.modules, found.parameters
     if asked != ALL_LINEAR:
         if isinstance(asked, str):  # PEFT's own pattern
             return config
@@ -122,6 +110,9 @@ def with_targets(config: LoraConfig, model: Any, *, scalar: bool = False) -> Lor
         modules = [each for each in asked if any(_ends(name, each) for name in layers - set(parameters))]
     if config.lora_dropout and parameters:
         raise UsageError(ON_FUSED.format(name=parameters[0]))
+    whole = {name.replace(".base_layer", ""): weight.is_floating_point() for name, weight in model.named_parameters()}
+    if packed := [name for name in parameters if not whole[name]]:
+        raise UsageError(f"model.quantize: {packed[0]} is quantised and cannot be adapted; name others in lora.target_modules")
     return dataclasses.replace(config, target_modules=modules, target_parameters=parameters or None)
 
 

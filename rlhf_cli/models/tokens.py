@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
 
 UNTOUCHED = 0.05
@@ -16,12 +15,12 @@ share of the median row's length. In SmolLM2-135M-Instruct those of unused contr
 learned late, are 0.12 and 0.15 from their next, and of 3,000 ordinary tokens the nearest pair is 0.10 apart."""
 
 
-def token_ids(tokenizer: Any, lora: sections.Lora | None) -> list[int]:
+def token_ids(tokenizer: Any, named: Sequence[str | int]) -> list[str | int]:
     """The ids of `lora.train_tokens`. UsageError: one is no token of the tokenizer."""
-    vocabulary, named = tokenizer.get_vocab(), lora.train_tokens if lora else []
-    if unknown := [token for token in named if token not in vocabulary]:
+    ids = tokenizer.get_vocab()
+    if unknown := [token for token in named if token not in ids and token not in ids.values()]:
         raise UsageError(f"lora.train_tokens: {unknown[0]!r} is no token of this tokenizer; write it as the chat template does")
-    return sorted({vocabulary[token] for token in named})
+    return sorted({ids.get(token, token) for token in named})
 
 
 @torch.no_grad()

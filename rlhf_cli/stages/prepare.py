@@ -111,6 +111,9 @@ def prepare_job(
     for said in shrunk:
         console.say(said)
     objective = recipe.objective
+    if isinstance(recipe.lora, sections.Lora):
+        tokens = token_ids(tokenizer, recipe.lora.train_tokens)
+        recipe = dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, train_tokens=tokens))
     dataset = prepare(recipe.data, row_request(recipe, loaded.where), tokenizer, template)
     dataset.check_ids(config.get_text_config().vocab_size, tokenizer, recipe.model.path)
     if shape is not None:
@@ -123,7 +126,6 @@ def prepare_job(
     if resume and (before := recorded_recipe(Path(recipe.output))):
         recipe = _as_resolved_before(recipe, before)
     recipe, memory = _resolve(dataclasses.replace(recipe, objective=objective), start, config, dataset, steps, ranks, loaded)
-    token_ids(tokenizer, recipe.lora if isinstance(recipe.lora, sections.Lora) else None)
     base = base_model(start) if not check or Path(start.base).exists() else None
     known = loaded, recipe, start, base, tokenizer, template, dataset, source, steps
     job = TrainingJob(*known, ranks, console, signals, started)

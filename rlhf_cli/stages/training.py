@@ -21,7 +21,7 @@ from rlhf_cli.models.heads import choose_pad_id
 from rlhf_cli.models.load import Weights, name_ends
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.models.policy import load_trained
-from rlhf_cli.models.tokens import token_ids, untouched
+from rlhf_cli.models.tokens import untouched
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.reports.training import write_report
@@ -108,14 +108,7 @@ def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
     recipe = job.recipe
     merged, role = Path(recipe.output) / "base", job.objective.role
     backbone, base = load_trained(
-        recipe.model,
-        job.lora,
-        job.start,
-        device=job.ranks.device,
-        seed=recipe.seed,
-        merged=merged,
-        role=role,
-        tokens=token_ids(job.tokenizer, job.lora),
+        recipe.model, job.lora, job.start, device=job.ranks.device, seed=recipe.seed, merged=merged, role=role
     )
     backbone.pad_id = choose_pad_id(job.tokenizer, backbone.stop_ids(job.tokenizer, job.template))
     job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")
@@ -129,14 +122,13 @@ def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
 
 def _untouched(job: TrainingJob, backbone: Backbone) -> list[str]:
     """Control tokens of the first row whose embeddings look as if they had never been learned, and are not trained now."""
-    first, trained = job.dataset.train.trees[0], set(token_ids(job.tokenizer, job.lora))
+    first, model = job.dataset.train.trees[0], backbone.model
     used = {int(i) for part in (first.prompt, *first.responses) for i in part} | {*backbone.stop_ids(job.tokenizer, job.template)}
-    model = backbone.model
+    used -= set(job.lora.train_tokens if job.lora else ())
     embeddings = [model.get_input_embeddings().weight]
     if job.objective.role == "policy" and not model.config.get_text_config().tie_word_embeddings:
         embeddings.append(model.get_output_embeddings().weight)
-    ids = untouched(embeddings, (used & job.tokenizer.added_tokens_decoder.keys()) - trained)
-    return list(job.tokenizer.convert_ids_to_tokens(ids))
+    return list(job.tokenizer.convert_ids_to_tokens(untouched(embeddings, used & job.tokenizer.added_tokens_decoder.keys())))
 
 
 @dataclass(frozen=True)
