@@ -74,10 +74,7 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
 
 
 def load_config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The model's configuration with every dropout of the base off: only `lora.dropout` may make a step random.
-
-    UsageError: the model takes images or sounds too.
-    """
+    """The configuration of a model of text, every dropout of the base off: only `lora.dropout` may make a step random."""
     config = _load(AutoConfig.from_pretrained, path, "model", revision=revision, trust_remote_code=trust_remote_code)
     if "text_config" in config.sub_configs and (more := sorted(config.sub_configs.keys() - {"text_config"})):
         raise UsageError(

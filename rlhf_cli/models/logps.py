@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_ELEMENTS = 2**23  # logits held at a time: 32 MiB in float32
@@ -22,13 +23,13 @@ class LogitRule:
         """The rule that gives these logits divided by the temperature."""
         return LogitRule(self.scale / temperature, self.cap and self.cap / temperature)
 
-    def logits(self, heads: torch.Tensor) -> torch.Tensor:
+    def logits(self, heads: Tensor) -> Tensor:
         """Of the head's numbers, (…, V) float32, which are overwritten."""
         if self.scale != 1:
             heads = heads.mul_(self.scale)
         return heads if self.cap is None else heads.div_(self.cap).tanh_().mul_(self.cap)
 
-    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+    def slope(self, logits: Tensor) -> Tensor | float:
         """∂ logits / ∂ h, elementwise."""
         return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap) ** 2)
 
@@ -41,7 +42,7 @@ SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 """Names of the scale. Some models multiply by it, others divide: the rule is the one that their logits agree with."""
 
 
-def find_rule(config: dict[str, Any], heads: torch.Tensor, logits: torch.Tensor) -> tuple[LogitRule, float]:
+def find_rule(config: dict[str, Any], heads: Tensor, logits: Tensor) -> tuple[LogitRule, float]:
     """What a model makes of its head's numbers (N, V), by its configuration's names; and how far off that is, at most.
 
     `logits` (N, V) are the model's own; the difference is relative to the largest of them.
@@ -62,14 +63,7 @@ class _TokenLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
-        rule: LogitRule,
-    ) -> Any:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rule: LogitRule) -> Any:
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         keep = hidden.requires_grad and not trained
         logps = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
@@ -93,7 +87,7 @@ class _TokenLogps(torch.autograd.Function):
         return logps, hits
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         if not ctx.trained:
             (slope,) = ctx.saved_tensors
             return slope * grad[:, None].to(slope.dtype), None, None, None, None
@@ -121,16 +115,11 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def token_logps(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    rule: LogitRule = PLAIN_LOGITS,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rule: LogitRule = PLAIN_LOGITS
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N,) float32 of `target` (N,) under the head, and whether each is the most likely token (N,).
 
-    hidden (N, D), weight (V, D) and bias (V,) share one dtype; what `rule` makes of the head's numbers, and the log-softmax,
-    is float32.
+    hidden (N, D), weight (V, D) and bias (V,) share one dtype; the rule and the log-softmax are float32.
     """
     logps, hits = _TokenLogps.apply(hidden, weight, bias, target, rule)  # type: ignore[no-untyped-call]
     return logps, hits

@@ -27,10 +27,6 @@ BALANCE = (
     "it is not added, and the routers follow the objective alone; with lora they stay as they are"
 )
 STACKED = "experts that are not stacked in three dimensions"
-ON_FUSED = (
-    "lora.dropout: {name} and other weights of this mixture of experts get their adapter without an input of its own, where "
-    "nothing can be dropped; set lora.dropout: 0, or name layers outside of the experts in lora.target_modules"
-)
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def with_targets(config: LoraConfig, model: Any, *, scalar: bool = False) -> Lor
         layers = names - {name.removesuffix(".weight") for name in parameters}
         modules = [each for each in asked if any(_ends(name, each) for name in layers - set(parameters))]
     if config.lora_dropout and parameters:
-        raise UsageError(ON_FUSED.format(name=parameters[0]))
+        raise UsageError(f"lora.dropout: {parameters[0]} takes none; set it to 0, or name other layers in lora.target_modules")
     whole = {name.replace(".base_layer", ""): weight.is_floating_point() for name, weight in model.named_parameters()}
     if packed := [name for name in parameters if not whole[name]]:
         raise UsageError(f"model.quantize: {packed[0]} is quantised and cannot be adapted; name others in lora.target_modules")

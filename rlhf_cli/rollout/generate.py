@@ -277,39 +277,38 @@ _MEASURED: WeakKeyDictionary[Backbone, tuple[Decoder, tuple[float, float]]] = We
 
 @torch.no_grad()
 def _choose_decoder(backbone: Backbone) -> Decoder:
-    """The first whose states are those of whole sequences: prompts are copied, tokens appended, and a row is dropped."""
+    """The first whose states are those of whole sequences."""
     takes_masks = backbone.kernel.name != PLAIN and LAYER_TYPES.issuperset(backbone.layer_types)
-    random = np.random.default_rng(0)
-    prompts = [random.integers(0, backbone.model.config.get_text_config().vocab_size, length) for length in (9, 6, 6)]
     backbone.activate(BASE)
     backbone.train(False)
     with backbone.plain_attention():
         for decoder in ((_Aligned,) if takes_masks else ()) + (_Alike,):
             # What a model does with a cache that it does not know, or with one of its own, is its own affair.
             with contextlib.suppress(NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
-                if _is_right(decoder, backbone, prompts):
+                if _is_right(decoder, backbone):
                     return decoder
     return _Anew
 
 
-def _is_right(decoder: Decoder, backbone: Backbone, prompts: list[np.ndarray]) -> bool:
-    found, wanted = [], []
-    for together in decoder.apart(np.arange(len(prompts)), np.array(list(map(len, prompts)))):
+def _is_right(decoder: Decoder, backbone: Backbone) -> bool:
+    """Does it give what whole sequences give, when prompts are copied, tokens appended and rows dropped?"""
+    random, found, wanted = np.random.default_rng(0), [], []
+    prompts = [random.integers(0, backbone.model.config.get_text_config().vocab_size, length) for length in (9, 6, 6)]
+    for together in decoder.apart(np.arange(3), np.array([9, 6, 6])):
         rows = [prompts[number] for number in together for _ in range(2)]
-        running = decoder(backbone, [prompts[number] for number in together], [2] * len(together), 4)
+        running = decoder(backbone, [prompts[number] for number in together], [2] * len(together), 3)
         states = running.begin()
-        for live in (np.arange(len(rows)) != 0, np.ones(len(rows) - 1, bool), np.ones(len(rows) - 1, bool)):
-            kept = running.keep(live)
-            more = (np.arange(len(kept)) * 7 + len(rows[0])) % 5
-            rows = [np.append(rows[old], token) for old, token in zip(kept, more, strict=True)]
+        for dropped in (1, 0, 0):
+            order = running.keep(np.arange(len(rows)) >= dropped)
+            more = (np.arange(len(order)) * 7 + len(rows[0])) % 5
+            rows = [np.append(rows[old], token) for old, token in zip(order, more, strict=True)]
             states = running.append(torch.from_numpy(more).to(backbone.device))
         found.append(states.float())
-        for row in rows:
-            ids = torch.from_numpy(row[None]).to(backbone.device)
-            with backbone.autocast():
-                wanted.append(backbone.body(input_ids=ids, use_cache=False).last_hidden_state[0, -1].float())
-    difference, whole = torch.cat(found) - torch.stack(wanted), torch.stack(wanted)
-    return bool(difference.norm() <= PROBE_TOLERANCE[backbone.compute_dtype] * whole.norm())
+        with backbone.autocast():
+            whole = [backbone.body(input_ids=torch.from_numpy(row[None]).to(backbone.device), use_cache=False) for row in rows]
+        wanted += [out.last_hidden_state[0, -1].float() for out in whole]
+    target = torch.stack(wanted)
+    return bool((torch.cat(found) - target).norm() <= PROBE_TOLERANCE[backbone.compute_dtype] * target.norm())
 
 
 @torch.no_grad()

@@ -123,8 +123,7 @@ def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
 def _untouched(job: TrainingJob, backbone: Backbone) -> list[str]:
     """Control tokens of the first row whose embeddings look as if they had never been learned, and are not trained now."""
     first, model = job.dataset.train.trees[0], backbone.model
-    used = {int(i) for part in (first.prompt, *first.responses) for i in part} | {*backbone.stop_ids(job.tokenizer, job.template)}
-    used -= set(job.lora.train_tokens if job.lora else ())
+    used = {int(i) for part in (first.prompt, *first.responses) for i in part} - {*(job.lora.train_tokens if job.lora else ())}
     embeddings = [model.get_input_embeddings().weight]
     if job.objective.role == "policy" and not model.config.get_text_config().tie_word_embeddings:
         embeddings.append(model.get_output_embeddings().weight)
