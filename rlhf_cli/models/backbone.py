@@ -23,7 +23,7 @@ from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, K
 from rlhf_cli.models.heads import SCORE, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
 from rlhf_cli.models.logps import PLAIN_LOGITS, LogitRule, find_rule, token_logps
-from rlhf_cli.models.targets import with_targets
+from rlhf_cli.models.targets import with_targets, without_output_tokens
 
 BASE = "base"  # the role of the bare base model, whatever adapters sit on it
 
@@ -71,7 +71,9 @@ class Backbone:
         Raises UsageError if the tensors do not fit the adapter, or it would change the output head.
         """
         if state is None:
-            config = with_targets(config, self.model, scalar=role in self.heads)
+            config = with_targets(config, self.model)
+        if role in self.heads:
+            config, state = without_output_tokens(config, state, self.model)
         if not trained:
             config = dataclasses.replace(config, lora_dropout=0.0)  # it may run while the policy's dropout is on
         try:

@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.errors import UsageError
 
+State = dict[str, torch.Tensor] | None
+
 ALL_LINEAR = "all-linear"
 ROUTERS = re.compile(r"Router|Gating|MoE\w*Gate")
 """In the names of their classes in transformers."""
@@ -79,15 +81,15 @@ def find_targets(model: Any) -> Targets:
     return Targets([name for name in modules if name in config.target_modules], experts, left_out)
 
 
-def with_targets(config: LoraConfig, model: Any, *, scalar: bool = False) -> LoraConfig:
+def with_targets(config: LoraConfig, model: Any) -> LoraConfig:
     """The settings of a fresh adapter with its targets by name; of a list, names of linear layers, experts or other modules.
 
-    Tokens that train do so in the embeddings and, unless the adapter has a `scalar` head instead, in the output head.
+    Tokens that train do so in the embeddings and in the output head.
     UsageError: `lora.target_modules` names nothing that is there; or what is asked for is nothing that PEFT has.
     """
     if tokens := config.trainable_token_indices:
         head, ends = model.get_output_embeddings(), [model.get_input_embeddings()]
-        if not scalar and not model.config.get_text_config().tie_word_embeddings:
+        if not model.config.get_text_config().tie_word_embeddings:
             ends.append(head)
         if getattr(head, "bias", None) is not None:
             raise UsageError("lora.train_tokens: this model's output head has a bias, which PEFT would lose; set lora: null")
@@ -110,6 +112,16 @@ def with_targets(config: LoraConfig, model: Any, *, scalar: bool = False) -> Lor
     if packed := [name for name in parameters if not whole[name]]:
         raise UsageError(f"model.quantize: {packed[0]} is quantised and cannot be adapted; name others in lora.target_modules")
     return dataclasses.replace(config, target_modules=modules, target_parameters=parameters or None)
+
+
+def without_output_tokens(config: LoraConfig, state: State, model: Any) -> tuple[LoraConfig, State]:
+    """An adapter without the tokens that it trains in the output head, which a classifier does not have."""
+    if not isinstance(tokens := config.trainable_token_indices, dict):
+        return config, state
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    kept = {name: ids for name, ids in tokens.items() if name != head}
+    state = state and {name: tensor for name, tensor in state.items() if f".{head}.token_adapter." not in name}
+    return dataclasses.replace(config, trainable_token_indices=kept), state
 
 
 def _ends(name: str, part: str) -> bool:

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.heads import classifier_class, save_full_reward
+from rlhf_cli.models.load import quiet_libraries
 from rlhf_cli.models.merging import merged
+from rlhf_cli.models.targets import ROUTER, find_targets
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 from tests.models.families import COMMON, FAMILIES, make_family
 from tests.models.tiny_backbone import draw_trees, make_backbone, packed_logps, passes, plain_logps, sequences
@@ -22,7 +25,13 @@ from tests.models.tiny_backbone import draw_trees, make_backbone, packed_logps, 
 ROOT = Path(__file__).parents[2]
 TREES = [*draw_trees(1, branches=2, earlier=True), *draw_trees(1, seed=1, longest=16), *draw_trees(1, seed=2, branches=3)]
 IDS = torch.arange(2, 26).reshape(2, 12)
+HEAD = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
 CLOSE = 2e-5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> None:
+    quiet_libraries()
 
 
 def rows() -> Iterator[Any]:
@@ -36,11 +45,14 @@ def test_a_family_goes_the_whole_way(name: str, tmp_path: Path) -> None:
     with torch.no_grad(), backbone.plain_attention() as model:
         wanted = plain_logps(model, TREES)
     assert float(wanted.std()) > 0.05, "tokens that are told apart"
-    for budget in (1, 40, 4096):
+    for budget in (1, 4096):
         with torch.no_grad():
             assert largest(packed_logps(backbone, TREES, budget) - wanted) < CLOSE, budget
     samples_are_those_of_generate(backbone)
     heads_read_the_states(backbone)
+    if classifier_class(backbone.model.config):
+        save_full_reward(backbone.model, HEAD, None, tmp_path / "reward")
+        scores_are_a_plain_classifiers(backbone, tmp_path / "reward")
     all_weights_learn(name, tmp_path / "full")
     adapters_learn(name, tmp_path)
     assert f"\n{described(name, backbone)}\n" in (ROOT / "docs/models.md").read_text(), described(name, backbone)
@@ -49,11 +61,11 @@ def test_a_family_goes_the_whole_way(name: str, tmp_path: Path) -> None:
 def samples_are_those_of_generate(backbone: Backbone) -> None:
     """Greedy ones; where a model's own cache gives other tokens than whole sequences, plain `generate` has to go without it."""
     prompts, engine = [tree.prompt for tree in TREES], TransformersEngine(backbone, "base")
-    drawn = engine.generate(Request(prompts, range(len(prompts)), 1, 8, 0.0, [2], 0))
+    drawn = engine.generate(Request(prompts, range(len(prompts)), 1, 6, 0.0, [2], 0))
     with backbone.plain_attention() as model:
         for prompt, ((ids, _),) in zip(prompts, drawn, strict=True):
             asked = torch.from_numpy(prompt.astype(np.int64))[None]
-            stops = {"max_new_tokens": 8, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
+            stops = {"max_new_tokens": 6, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
             cached = engine.decoder.__name__ != "_Anew"
             whole = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), use_cache=cached, **stops)
             assert whole[0, len(prompt) :].tolist() == ids.tolist()
@@ -105,6 +117,10 @@ def adapters_learn(name: str, folder: Path) -> None:
     after = {n.replace(".base_layer", ""): p for n, p in base.named_parameters() if ".lora_" not in n}
     assert all(torch.equal(after[n], before[n]) for n in before), "the base stays as it is"
     backbone.save("policy", folder / "adapter")
+    if classifier_class(base.config):
+        backbone.add_head("policy", HEAD)
+        backbone.save("policy", folder / "reward_adapter")
+        scores_are_a_plain_classifiers(backbone, folder / "reward_adapter", folder / "base")
     with torch.no_grad():
         with backbone.plain_attention() as model:
             wanted = model(IDS, use_cache=False).logits
@@ -116,6 +132,16 @@ def adapters_learn(name: str, folder: Path) -> None:
         assert largest(adapted(IDS, use_cache=False).logits - wanted) < 1e-6
         adapted.merge_and_unload().save_pretrained(folder / "merged")
         assert largest(load(folder / "merged")(IDS, use_cache=False).logits - wanted) < 1e-4
+
+
+def scores_are_a_plain_classifiers(backbone: Backbone, folder: Path, base: Path | None = None) -> None:
+    """All weights or (with a `base`) an adapter, saved with HEAD: transformers' classifier, and PEFT on it, give the scores."""
+    plain = AutoModelForSequenceClassification.from_pretrained(base or folder, num_labels=1, dtype=torch.float32)
+    plain = (PeftModel.from_pretrained(plain, str(folder)) if base else plain).eval()
+    with torch.no_grad(), backbone.plain_attention():
+        for ids in IDS:
+            states = backbone.body(input_ids=ids[None], use_cache=False).last_hidden_state
+            assert largest(states[:, -1] @ HEAD.T - plain(input_ids=ids[None]).logits) < 1e-5
 
 
 def gradients_are_those_of_plain_calls(backbone: Backbone) -> dict[str, torch.Tensor]:
@@ -162,9 +188,6 @@ SAMPLED = {"_Aligned": "together", "_Alike": "by length", "_Anew": "anew"}
 
 def described(name: str, backbone: Backbone) -> str:
     """The family's line in docs/models.md."""
-    from rlhf_cli.models.heads import classifier_class
-    from rlhf_cli.models.targets import ROUTER, find_targets
-
     rule, targets = backbone.rule, find_targets(backbone.model)
     logits = "capped" if rule.cap else "scaled" if rule.scale != 1 else ""
     left_out = [] if ROUTER not in targets.left_out else ["routers"]

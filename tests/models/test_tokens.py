@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -203,5 +204,9 @@ def test_a_base_that_never_saw_its_template_is_told_of_and_taught(tmp_path: Path
     assert load_file(tmp_path / "dpo/model/adapter_model.safetensors").keys() == state.keys()
     code, said = run("other", tmp_path / "taught", lora={"r": 4})
     assert code == 2 and "the parent's adapter has r 4" in said and f"tokens {turns}" in said
-    for options in ([], ["--merge"]):
-        assert rlhf("export", tmp_path / "dpo", tmp_path / f"out{len(options)}", *options) == 0
+    assert run("rm", tmp_path / "taught", "train-rm", tmp_path / "pairs.jsonl")[0] == 0
+    kept = json.loads((tmp_path / "rm/model/adapter_config.json").read_text())["trainable_token_indices"]
+    assert kept == {"model.embed_tokens": turns}, "a classifier has no output head"
+    for name in ("dpo", "rm"):
+        for options in ([], ["--merge"]):
+            assert rlhf("export", tmp_path / name, tmp_path / f"{name}{len(options)}", *options) == 0
