@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
 from rlhf_cli import sections
 from rlhf_cli.data.templates import Template, read_chat_format
@@ -23,7 +23,7 @@ from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, K
 from rlhf_cli.models.heads import SCORE, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
 from rlhf_cli.models.logps import PLAIN_LOGITS, LogitRule, find_rule, token_logps
-from rlhf_cli.models.targets import with_targets, without_output_tokens
+from rlhf_cli.models.targets import adapter_state, foreign_tokens, with_targets, without_output_tokens
 
 BASE = "base"  # the role of the bare base model, whatever adapters sit on it
 
@@ -254,17 +254,18 @@ class Backbone:
         return self.peft is not None and role in self.peft.peft_config
 
     def _set_adapter_weights(self, role: str, state: dict[str, torch.Tensor]) -> None:
-        own = get_peft_model_state_dict(self.peft, adapter_name=role)
+        own = adapter_state(self.peft, role)
         wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
         if wrong:
             raise UsageError(f"the adapter does not fit the base model: {len(wrong)} tensors differ, the first is {wrong[0]}")
-        set_peft_model_state_dict(self.peft, state, adapter_name=role)
+        foreign = dict.fromkeys(foreign_tokens(self.peft, role), torch.empty(0))
+        set_peft_model_state_dict(self.peft, state | foreign, adapter_name=role)
 
     def save(self, role: str, folder: Path) -> None:
         """Write what plain PEFT (an adapter) or transformers (all weights) loads."""
         head = self.heads[role].weight if role in self.heads else None
         if self._has_adapter(role):
-            config, state = self.peft.peft_config[role], get_peft_model_state_dict(self.peft, adapter_name=role)
+            config, state = self.peft.peft_config[role], adapter_state(self.peft, role)
             if head is not None:  # as a sequence classifier's
                 state |= {f"base_model.model.{SCORE}": head}
                 config = dataclasses.replace(config, task_type="SEQ_CLS", modules_to_save=["score"], inference_mode=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers.pytorch_utils import Conv1D
 
@@ -122,6 +123,20 @@ def without_output_tokens(config: LoraConfig, state: State, model: Any) -> tuple
     kept = {name: ids for name, ids in tokens.items() if name != head}
     state = state and {name: tensor for name, tensor in state.items() if f".{head}.token_adapter." not in name}
     return dataclasses.replace(config, trainable_token_indices=kept), state
+
+
+def adapter_state(peft: Any, role: str) -> dict[str, torch.Tensor]:
+    """The tensors of one of several adapters, by the names under which PEFT saves them."""
+    foreign = foreign_tokens(peft, role)
+    whole = peft.state_dict() | {f"{name}.{role}": torch.empty(0) for name in foreign}
+    state = get_peft_model_state_dict(peft, whole, adapter_name=role)
+    return {name: tensor for name, tensor in state.items() if name not in foreign}
+
+
+def foreign_tokens(peft: Any, role: str) -> list[str]:
+    """Names of the tensors of trained tokens that others have and `role` has not: PEFT looks for them all the same."""
+    layers = {name: m for name, m in peft.named_modules() if isinstance(m, TrainableTokensLayer) and not m.tied_adapter}
+    return [f"{name}.trainable_tokens_delta" for name, layer in layers.items() if role not in layer.token_indices]
 
 
 def _ends(name: str, part: str) -> bool:

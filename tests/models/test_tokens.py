@@ -90,7 +90,7 @@ def test_only_rows_of_the_tokens_learn_and_by_their_own_gradients(tied: bool, tm
     assert changed == set(backbone.trained_parameters())
 
 
-def test_roles_have_rows_of_their_own() -> None:
+def test_roles_have_rows_of_their_own(tmp_path: Path) -> None:
     with torch.no_grad():
         alone = packed_logps(make_backbone(make_family("llama")), TREES, 40)
         bare = packed_logps(Backbone(make_family("llama"), torch.float32), TREES, 40, BASE)
@@ -104,6 +104,13 @@ def test_roles_have_rows_of_their_own() -> None:
             found = packed_logps(backbone, TREES, 40, role)
             wanted = {BASE: bare, "value": packed_logps(plain, TREES, 40)}.get(role, alone)
             assert torch.equal(found, wanted) == (role != "other"), role
+        for role in ("policy", "value"):
+            backbone.save(role, tmp_path / role)
+            before = {n: p.clone() for n, p in backbone.trained_roles[role].items()}
+            for parameter in backbone.trained_roles[role].values():
+                parameter.add_(1.0)
+            backbone.load(role, tmp_path / role)
+            assert all(torch.equal(p, before[n]) for n, p in backbone.trained_roles[role].items())
         for parameter in backbone.trained_roles["policy"].values():
             parameter.add_(0.05)
         assert torch.equal(packed_logps(backbone, TREES, 40, "reference"), alone)
