@@ -114,7 +114,7 @@ class Backbone:
 
         Their standard deviation is 1/√(D + 1) (Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B).
         """
-        width = self.model.config.get_text_config().hidden_size
+        width = self.model.get_output_embeddings().weight.shape[1]  # some models narrow their last states
         head = torch.nn.Linear(width, 1, bias=bias is not None, device=self.device, dtype=torch.float32)
         with torch.no_grad():
             head.weight.copy_(torch.randn(1, width) * (width + 1) ** -0.5 if weight is None else weight)

@@ -82,13 +82,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0, "laurel_rank": 4}
     | {"altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0], "intermediate_size": [32, 32]}
     | {"final_logit_softcapping": 2.0},
-    "gemma4_text": TWO_KINDS
-    | {
-        "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": VOCABULARY,
-        "num_kv_shared_layers": 0,
-        "global_head_dim": 8,
-    },
+    "gemma4_text": {"layer_types": 2 * TWO_KINDS["layer_types"], "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 8},
     "glm": {},
     "glm4": {},
     "glm4_moe": {},
@@ -139,7 +134,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": TWO_KINDS,
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "olmoe": {},
-    "opt": {"word_embed_proj_dim": 16},
+    "opt": {"word_embed_proj_dim": 8, "do_layer_norm_before": False},
     "persimmon": {},
     "phi": {},
     "phi3": {},
@@ -149,7 +144,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen3_5_moe_text": DELTA,
     "qwen3_5_text": DELTA,
-    "qwen3_moe": {},
+    "qwen3_moe": {"mlp_only_layers": [0]},
     "qwen3_next": DELTA,
     "recurrent_gemma": {
         **{"lru_width": 16, "attention_window_size": 8, "block_types": ["recurrent", "attention"], "logits_soft_cap": 2.0}

@@ -25,7 +25,6 @@ from tests.models.tiny_backbone import draw_trees, make_backbone, packed_logps, 
 ROOT = Path(__file__).parents[2]
 TREES = [*draw_trees(1, branches=2, earlier=True), *draw_trees(1, seed=1, longest=16), *draw_trees(1, seed=2, branches=3)]
 IDS = torch.arange(2, 26).reshape(2, 12)
-HEAD = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
 CLOSE = 2e-5
 
 
@@ -51,7 +50,7 @@ def test_a_family_goes_the_whole_way(name: str, tmp_path: Path) -> None:
     samples_are_those_of_generate(backbone)
     heads_read_the_states(backbone)
     if classifier_class(backbone.model.config):
-        save_full_reward(backbone.model, HEAD, None, tmp_path / "reward")
+        save_full_reward(backbone.model, make_head(backbone), None, tmp_path / "reward")
         scores_are_a_plain_classifiers(backbone, tmp_path / "reward")
     all_weights_learn(name, tmp_path / "full")
     adapters_learn(name, tmp_path)
@@ -118,7 +117,7 @@ def adapters_learn(name: str, folder: Path) -> None:
     assert all(torch.equal(after[n], before[n]) for n in before), "the base stays as it is"
     backbone.save("policy", folder / "adapter")
     if classifier_class(base.config):
-        backbone.add_head("policy", HEAD)
+        backbone.add_head("policy", make_head(backbone))
         backbone.save("policy", folder / "reward_adapter")
         scores_are_a_plain_classifiers(backbone, folder / "reward_adapter", folder / "base")
     with torch.no_grad():
@@ -134,14 +133,19 @@ def adapters_learn(name: str, folder: Path) -> None:
         assert largest(load(folder / "merged")(IDS, use_cache=False).logits - wanted) < 1e-4
 
 
+def make_head(backbone: Backbone) -> torch.Tensor:
+    width = backbone.model.get_output_embeddings().weight.shape[1]
+    return torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+
+
 def scores_are_a_plain_classifiers(backbone: Backbone, folder: Path, base: Path | None = None) -> None:
-    """All weights or (with a `base`) an adapter, saved with HEAD: transformers' classifier, and PEFT on it, give the scores."""
+    """All weights or (with a `base`) an adapter, saved with a head: transformers' classifier, and PEFT on it, give the scores."""
     plain = AutoModelForSequenceClassification.from_pretrained(base or folder, num_labels=1, dtype=torch.float32)
     plain = (PeftModel.from_pretrained(plain, str(folder)) if base else plain).eval()
     with torch.no_grad(), backbone.plain_attention():
         for ids in IDS:
             states = backbone.body(input_ids=ids[None], use_cache=False).last_hidden_state
-            assert largest(states[:, -1] @ HEAD.T - plain(input_ids=ids[None]).logits) < 1e-5
+            assert largest(states[:, -1] @ make_head(backbone).T - plain(input_ids=ids[None]).logits) < 1e-5
 
 
 def gradients_are_those_of_plain_calls(backbone: Backbone) -> dict[str, torch.Tensor]:
