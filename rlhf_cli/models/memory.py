@@ -66,8 +66,12 @@ def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing
     size = torch.finfo(dtype).bits // 8
     twice = sum(map(math.prod, in_place)) / (text.num_hidden_layers if checkpointing else 1)
     weights = 4 * parameters if rank is None else size * (parameters + int(twice)) + 4 * trained
-    asks = all(text.to_dict().get(key) for key in ("output_router_logits", "router_aux_loss_coef"))
-    return Memory(weights, trained, kept * size, targets.notices if rank is not None else (BALANCE,) * asks)
+    said = [
+        f"lora: {len(names)} weights have no adapter, the first is {names[0]} ({why})" for why, names in targets.left_out.items()
+    ]
+    if rank is None:
+        said = [BALANCE] * all(text.to_dict().get(key) for key in ("output_router_logits", "router_aux_loss_coef"))
+    return Memory(weights, trained, kept * size, tuple(said))
 
 
 def auto_budget(memory: Memory, longest: int, device: torch.device, *, values: bool = False) -> int:

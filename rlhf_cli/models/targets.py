@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -32,20 +31,12 @@ BALANCE = (
 STACKED = "experts that are not stacked in three dimensions"
 
 
-@dataclass(frozen=True)
-class Targets:
+class Targets(NamedTuple):
     """What gets an adapter; names are those of the model without adapters."""
 
     modules: list[str]  # layers
     parameters: list[str]  # weights that PEFT adapts where they lie: stacks of experts; see `find_targets`
     left_out: dict[str, list[str]]  # why → layers
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What to say of layers that `all-linear` leaves out."""
-        return tuple(
-            f"lora: {len(names)} weights have no adapter, the first is {names[0]} ({why})" for why, names in self.left_out.items()
-        )
 
 
 def find_targets(model: Any) -> Targets:
