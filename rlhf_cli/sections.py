@@ -58,6 +58,7 @@ class Lora:
     alpha: float = key(32.0, "scale: the update is alpha/r · B·A")
     dropout: float = key(0.0, "on the adapter's input", low=0.0, high=0.99)
     target_modules: str | list[str] = key("all-linear", "module names, or all-linear")
+    train_tokens: list[str | int] = key([], "tokens, or their ids, whose embeddings train too: those that the base never saw")
     merge_parent: bool = key(False, "merge the parent's adapter into the base when its settings differ")
 
 

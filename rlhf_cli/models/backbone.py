@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
 from rlhf_cli import sections
 from rlhf_cli.data.templates import Template, read_chat_format
@@ -22,15 +22,19 @@ from rlhf_cli.files import from_anywhere
 from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, Kernel
 from rlhf_cli.models.heads import SCORE, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
-from rlhf_cli.models.logps import token_logps
+from rlhf_cli.models.logps import PLAIN_LOGITS, LogitRule, find_rule, token_logps
+from rlhf_cli.models.targets import adapter_state, foreign_tokens, with_targets, without_output_tokens
 
 BASE = "base"  # the role of the bare base model, whatever adapters sit on it
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of a token's packed and separate hidden states, relative to their norm."""
 
-HEAD_TOLERANCE = 2e-2
-"""Largest difference between the model's logits and head · hidden, relative to the largest logit; both come from one dtype."""
+ADAPTER_PART = re.compile(r"\.(?:lora_|trainable_tokens_)")
+"""What begins the names of an adapter's parameters, behind a layer's."""
+
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""Largest difference between the model's logits and what its rule makes of head · hidden, relative to the largest logit."""
 
 
 class Backbone:
@@ -58,6 +62,7 @@ class Backbone:
         self.window: int | None = text.get("sliding_window") if text.get("use_sliding_window", True) else None
         self.layer_types = tuple(dict.fromkeys(text.get("layer_types") or ()))
         self._plain: str = model.config._attn_implementation
+        self.rule: LogitRule = PLAIN_LOGITS
         self.kernel = self._choose_kernel(attention, headless)
 
     def add_lora(self, role: str, config: LoraConfig, state: dict[str, torch.Tensor] | None, *, trained: bool) -> None:
@@ -65,6 +70,10 @@ class Backbone:
 
         Raises UsageError if the tensors do not fit the adapter, or it would change the output head.
         """
+        if state is None:
+            config = with_targets(config, self.model)
+        if role in self.heads:
+            config, state = without_output_tokens(config, state, self.model)
         if not trained:
             config = dataclasses.replace(config, lora_dropout=0.0)  # it may run while the policy's dropout is on
         try:
@@ -77,8 +86,9 @@ class Backbone:
         if state is not None:
             self._set_adapter_weights(role, state)
         if trained:
-            # Only behind the name of a LoRA part: a layer of the base may have the role's name.
-            self.trained[role] |= {n for n, _ in self.model.named_parameters() if role in n.partition(".lora_")[2].split(".")}
+            # Only behind the name of an adapter's part: a layer of the base may have the role's name.
+            parts = {n: ADAPTER_PART.split(n, 1)[1:] for n, _ in self.model.named_parameters()}
+            self.trained[role] |= {n for n, part in parts.items() if part and role in part[0].split(".")}
         self.active = None
         self.activate(role)
         if any(n.startswith("lora_") for n, _ in self.model.get_output_embeddings().named_parameters()):
@@ -104,7 +114,7 @@ class Backbone:
 
         Their standard deviation is 1/√(D + 1) (Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B).
         """
-        width = self.model.config.get_text_config().hidden_size
+        width = self.model.get_output_embeddings().weight.shape[1]  # some models narrow their last states
         head = torch.nn.Linear(width, 1, bias=bias is not None, device=self.device, dtype=torch.float32)
         with torch.no_grad():
             head.weight.copy_(torch.randn(1, width) * (width + 1) ** -0.5 if weight is None else weight)
@@ -143,6 +153,18 @@ class Backbone:
             parameter.requires_grad_(name in trained)
         self.active = role
 
+    @property
+    def body(self) -> Any:
+        """The model without its output head."""
+        inner = self.model.base_model
+        # Llama 4's text model calls it otherwise than its class says; then transformers takes the whole model for the body.
+        return inner if inner is not self.model else self.model.model
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The model's own logits of last hidden states (…, D): (…, V) float32."""
+        with self.autocast():
+            return self.rule.logits(self.model.get_output_embeddings()(states.to(self.compute_dtype)).float())
+
     def at(self, role: str) -> Backbone:
         """The backbone that holds the weights of `role`: this one, or another frozen model's."""
         return self.elsewhere.get(role, self)
@@ -180,7 +202,7 @@ class Backbone:
         self.activate(role)
         arguments = self.kernel.arguments(batch, self.layer_types, self.window, self.compute_dtype)
         with self.autocast():
-            out = self.model.base_model(input_ids=batch.ids, use_cache=False, **arguments)
+            out = self.body(input_ids=batch.ids, use_cache=False, **arguments)
         return torch.flatten(out.last_hidden_state, 0, 1)
 
     def logps(self, role: str, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,24 +253,19 @@ class Backbone:
     def _has_adapter(self, role: str) -> bool:
         return self.peft is not None and role in self.peft.peft_config
 
-    def _adapter_state(self, role: str) -> Any:
-        """As plain PEFT saves it, which would ask the hub every time whether the base has as many embeddings at its newest."""
-        modules = self.peft.peft_config[role].target_modules
-        embeddings = "auto" if isinstance(modules, str) else bool({*modules} & {*EMBEDDING_LAYER_NAMES})
-        return get_peft_model_state_dict(self.peft, adapter_name=role, save_embedding_layers=embeddings)
-
     def _set_adapter_weights(self, role: str, state: dict[str, torch.Tensor]) -> None:
-        own = self._adapter_state(role)
+        own = adapter_state(self.peft, role)
         wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
         if wrong:
             raise UsageError(f"the adapter does not fit the base model: {len(wrong)} tensors differ, the first is {wrong[0]}")
-        set_peft_model_state_dict(self.peft, state, adapter_name=role)
+        foreign = dict.fromkeys(foreign_tokens(self.peft, role), torch.empty(0))
+        set_peft_model_state_dict(self.peft, state | foreign, adapter_name=role)
 
     def save(self, role: str, folder: Path) -> None:
         """Write what plain PEFT (an adapter) or transformers (all weights) loads."""
         head = self.heads[role].weight if role in self.heads else None
         if self._has_adapter(role):
-            config, state = self.peft.peft_config[role], self._adapter_state(role)
+            config, state = self.peft.peft_config[role], adapter_state(self.peft, role)
             if head is not None:  # as a sequence classifier's
                 state |= {f"base_model.model.{SCORE}": head}
                 config = dataclasses.replace(config, task_type="SEQ_CLS", modules_to_save=["score"], inference_mode=True)
@@ -265,11 +282,10 @@ class Backbone:
 
     def _head(self, hidden: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         head = self.model.get_output_embeddings()
-        bias = None if head.bias is None else head.bias.to(self.compute_dtype)
-        if temperature != 1:
-            # The head is linear: scaled states are scaled logits.
-            hidden, bias = hidden / temperature, None if bias is None else bias / temperature
-        return token_logps(hidden.to(self.compute_dtype), head.weight.to(self.compute_dtype), bias, target)
+        bias = getattr(head, "bias", None)  # where tokens are trained, PEFT's layer has none
+        bias = None if bias is None else bias.to(self.compute_dtype)
+        weight, rule = head.weight.to(self.compute_dtype), self.rule.at(temperature)
+        return token_logps(hidden.to(self.compute_dtype), weight, bias, target, rule)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:
@@ -296,7 +312,7 @@ class Backbone:
         self.kernel = KERNELS["alone"]
         wanted = self._probe(trees)
         if not headless:
-            self._check_head(trees)
+            self.rule = self._find_rule(trees)
         candidates = ("trees",) * (setting == "auto" and self.device.type == "cpu") + CANDIDATES[setting]
         if not LAYER_TYPES.issuperset(self.layer_types):
             candidates = tuple(name for name in candidates if KERNELS[name].layout == "alone")
@@ -323,22 +339,24 @@ class Backbone:
         return torch.cat([found[name] for name in sorted(found)])
 
     @torch.no_grad()
-    def _check_head(self, trees: list[Tree]) -> None:
-        """Compare with the model's own logits, so that soft-capped or rescaled ones are not mistaken for plain ones."""
-        head = self.model.get_output_embeddings()
+    def _find_rule(self, trees: list[Tree]) -> LogitRule:
+        """What makes the model's own logits of its head's numbers. UsageError: nothing that is known here does."""
+        head, own, heads = self.model.get_output_embeddings(), [], []
         for tree in trees:
             ids = torch.from_numpy(np.concatenate((tree.prompt, *tree.responses)).astype(np.int64)).to(self.device)[None]
             with self.autocast():
-                own = self.model(input_ids=ids, use_cache=False).logits.float()
-                plain = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-            if not torch.isfinite(own).all():
-                raise NumberError("the model's logits are not finite before any training: its weights are damaged")
-            difference = float((own - plain).abs().max() / own.abs().max())
-            if difference > HEAD_TOLERANCE:
-                raise UsageError(
-                    f"the model's logits are not its head times its hidden states (they differ by {difference:.0%}; "
-                    "soft-capping or scaling?): this model is not supported"
-                )
+                own.append(self.model(input_ids=ids, use_cache=False).logits[0].float())
+                heads.append(head(self.body(input_ids=ids, use_cache=False).last_hidden_state)[0].float())
+        logits = torch.cat(own)
+        if not torch.isfinite(logits).all():
+            raise NumberError("the model's logits are not finite before any training: its weights are damaged")
+        rule, difference = find_rule(self.model.config.get_text_config().to_dict(), torch.cat(heads), logits)
+        if difference > HEAD_TOLERANCE[self.compute_dtype]:
+            raise UsageError(
+                f"the model's logits are not its head times its hidden states, scaled or soft-capped as its config says (they "
+                f"differ by {difference:.2%}): this model is not supported"
+            )
+        return rule
 
 
 def end_ids(model: Any, *more: int) -> list[int]:
@@ -365,5 +383,6 @@ def lora_config(settings: sections.Lora, base: str, revision: str | None, parent
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
+        trainable_token_indices=list(settings.train_tokens) or None,
         **named,
     )

@@ -34,10 +34,10 @@ def save_full_reward(model: Any, head: torch.Tensor, pad_id: int | None, folder:
     config = copy.deepcopy(model.config)
     config.num_labels, config.pad_token_id = 1, pad_id
     unused = {id(p) for p in model.get_output_embeddings().parameters()} if not config.tie_word_embeddings else set()
-    state = {name: p.detach() for name, p in model.named_parameters() if id(p) not in unused}
+    state = {name: p.detach() for name, p in model.state_dict(keep_vars=True).items() if id(p) not in unused}
     with torch.device("meta"):
         classifier = classifier_class(config)(config)
     classifier.load_state_dict(state | {SCORE: head.detach()}, strict=False, assign=True)
-    if lost := [name for name, p in classifier.named_parameters() if p.is_meta]:
+    if lost := [name for name, p in classifier.state_dict(keep_vars=True).items() if p.is_meta]:
         raise UsageError(f"the reward model cannot be written as {type(classifier).__name__}: {lost[0]} has no value")
     classifier.save_pretrained(str(folder))

@@ -71,8 +71,13 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
 
 
 def load_config(path: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The model's configuration with every dropout of the base off: only `lora.dropout` may make a step random."""
+    """The configuration of a model of text, every dropout of the base off: only `lora.dropout` may make a step random."""
     config = _load(AutoConfig.from_pretrained, path, "model", revision=revision, trust_remote_code=trust_remote_code)
+    if "text_config" in config.sub_configs and (more := sorted(config.sub_configs.keys() - {"text_config"})):
+        raise UsageError(
+            f"{path}: {config.model_type} takes more than text ({', '.join(more)}), and only models of text are trained; "
+            "docs/models.md shows how to save its text part as a model of its own"
+        )
     for name, value in config.to_dict().items():
         if isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_prob")):
             setattr(config, name, 0.0)

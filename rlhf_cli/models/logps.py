@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_ELEMENTS = 2**23  # logits held at a time: 32 MiB in float32
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """What a model makes of its head's numbers h: logits = cap · tanh(scale · h / cap), or scale · h where there is no cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def at(self, temperature: float) -> LogitRule:
+        """The rule that gives these logits divided by the temperature."""
+        return LogitRule(self.scale / temperature, self.cap and self.cap / temperature)
+
+    def logits(self, heads: Tensor) -> Tensor:
+        """Of the head's numbers, (…, V) float32, which are overwritten."""
+        if self.scale != 1:
+            heads = heads.mul_(self.scale)
+        return heads if self.cap is None else heads.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """∂ logits / ∂ h, elementwise."""
+        return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap) ** 2)
+
+
+PLAIN_LOGITS = LogitRule()
+
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of the cap in configurations."""
+SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
+"""Names of the scale. Some models multiply by it, others divide: the rule is the one that their logits agree with."""
+
+
+def find_rule(config: dict[str, Any], heads: Tensor, logits: Tensor) -> tuple[LogitRule, float]:
+    """What a model makes of its head's numbers (N, V), by its configuration's names; and how far off that is, at most.
+
+    `logits` (N, V) are the model's own; the difference is relative to the largest of them.
+    """
+    cap = next((config[name] for name in CAPS if config.get(name)), None)
+    named = [float(config[name]) for name in SCALES if config.get(name)]
+    rules = [LogitRule(scale, cap) for scale in (1.0, *(s for value in named for s in (value, 1 / value)))]
+    off = [float((rule.logits(heads.clone()) - logits).abs().max() / logits.abs().max()) for rule in rules]
+    return rules[off.index(min(off))], min(off)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -19,47 +63,50 @@ class _TokenLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor) -> Any:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rule: LogitRule) -> Any:
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         keep = hidden.requires_grad and not trained
         logps = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
         hits = torch.empty(len(hidden), device=hidden.device, dtype=torch.bool)
         slope = torch.empty_like(hidden) if keep else None
         for part in _chunks(len(hidden), len(weight)):
-            logits = F.linear(hidden[part], weight, bias).float()
+            logits = rule.logits(F.linear(hidden[part], weight, bias).float())
             lse = logits.logsumexp(-1)
             chosen = logits.gather(-1, target[part, None])[:, 0]
             logps[part] = chosen - lse
             hits[part] = chosen >= logits.amax(-1)
             if slope is not None:
+                inner = rule.slope(logits)
                 # One-hot minus softmax before the product: afterwards, in bfloat16, the difference would be rounding noise.
                 change = logits.sub_(lse[:, None]).exp_().neg_()
                 change.scatter_add_(-1, target[part, None], torch.ones_like(change[:, :1]))
-                slope[part] = (change.to(weight.dtype) @ weight).to(hidden.dtype)
-        ctx.trained = trained
+                slope[part] = (change.mul_(inner).to(weight.dtype) @ weight).to(hidden.dtype)
+        ctx.trained, ctx.rule = trained, rule
         ctx.save_for_backward(*((hidden, weight, bias, target) if trained else (slope,)))
         ctx.mark_non_differentiable(hits)
         return logps, hits
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         if not ctx.trained:
             (slope,) = ctx.saved_tensors
-            return slope * grad[:, None].to(slope.dtype), None, None, None
+            return slope * grad[:, None].to(slope.dtype), None, None, None, None
         hidden, weight, bias, target = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         # Summed in float32 over the chunks, whatever the dtype of the products.
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=grad_weight.dtype)
         for part in _chunks(len(hidden), len(weight)):
-            slope = F.linear(hidden[part], weight, bias).float().softmax(-1).neg_()
+            logits = ctx.rule.logits(F.linear(hidden[part], weight, bias).float())
+            slope = logits.softmax(-1).neg_()
             slope.scatter_add_(-1, target[part, None], torch.ones_like(slope[:, :1]))
-            slope = slope.mul_(grad[part, None]).to(weight.dtype)
+            slope = slope.mul_(grad[part, None]).mul_(ctx.rule.slope(logits)).to(weight.dtype)
             grad_hidden[part] = slope @ weight
             grad_weight += slope.T @ hidden[part]
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
-        return grad_hidden, grad_weight.to(weight.dtype), None if grad_bias is None else grad_bias.to(weight.dtype), None
+        grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -68,11 +115,11 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def token_logps(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rule: LogitRule = PLAIN_LOGITS
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N,) float32 of `target` (N,) under the head, and whether each is the most likely token (N,).
 
-    hidden (N, D), weight (V, D) and bias (V,) share one dtype; the log-softmax is float32.
+    hidden (N, D), weight (V, D) and bias (V,) share one dtype; the rule and the log-softmax are float32.
     """
-    logps, hits = _TokenLogps.apply(hidden, weight, bias, target)  # type: ignore[no-untyped-call]
+    logps, hits = _TokenLogps.apply(hidden, weight, bias, target, rule)  # type: ignore[no-untyped-call]
     return logps, hits

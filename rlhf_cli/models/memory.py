@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_cli.errors import UsageError
+from rlhf_cli.models.targets import BALANCE, find_targets
 
 CPU_ACTIVATIONS = 3 * 2**28
 """Bytes that `tokens_per_device: auto` lets the activations of a pass take on a CPU; longer passes were not faster there."""
@@ -31,6 +33,7 @@ class Memory:
     weights: int
     trained: int  # parameters
     per_token: int  # activations of a forward pass that are kept for backward
+    notices: tuple[str, ...] = ()  # what to say of weights that `all-linear` does not adapt, or of routers that train
 
     def total(self, tokens: int) -> float:
         """With gradients and AdamW's two moments, in float32, and a pass of so many tokens."""
@@ -38,8 +41,9 @@ class Memory:
 
 
 def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing: bool, trust_remote_code: bool) -> Memory:
-    """The step's memory; `rank` is the LoRA rank on all linear layers, None for full training.
+    """The step's memory; `rank` is the LoRA rank on all linear layers and experts, None for full training.
 
+    Weights that PEFT adapts where they lie, as experts, are there twice during a pass: as they are, and with B A added.
     Activations: 12 hidden and 4 intermediate vectors a layer and token, as was measured for Llama layers with LoRA in float32;
     with gradient checkpointing one hidden vector a layer, and one layer in full.
     """
@@ -48,17 +52,26 @@ def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise UsageError(f"model.path: this is no causal language model: {str(error).splitlines()[0]}") from error
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    targets = find_targets(model)
+    weights_of = dict(model.named_parameters())
+    in_place = [weights_of[name].shape for name in targets.parameters]
+    linear = [weights_of[f"{name}.weight"].shape for name in targets.modules]
     parameters = sum(p.numel() for p in model.parameters())
-    trained = parameters if rank is None else sum(rank * (m.in_features + m.out_features) for m in linear)
+    adapted = [math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in (*linear, *in_place)]
+    trained = parameters if rank is None else rank * sum(adapted)
     text = config.get_text_config()
-    wide = max([m.out_features for m in linear] or [4 * text.hidden_size])
+    wide = max([shape[-2] for shape in (*linear, *in_place)] or [4 * text.hidden_size])
     layer = 12 * text.hidden_size + 4 * wide
     kept = text.hidden_size * text.num_hidden_layers + layer if checkpointing else layer * text.num_hidden_layers
     size = torch.finfo(dtype).bits // 8
-    weights = 4 * parameters if rank is None else size * parameters + 4 * trained
-    return Memory(weights, trained, kept * size)
+    twice = sum(map(math.prod, in_place)) / (text.num_hidden_layers if checkpointing else 1)
+    weights = 4 * parameters if rank is None else size * (parameters + int(twice)) + 4 * trained
+    said = [
+        f"lora: {len(names)} weights have no adapter, the first is {names[0]} ({why})" for why, names in targets.left_out.items()
+    ]
+    if rank is None:
+        said = [BALANCE] * all(text.to_dict().get(key) for key in ("output_router_logits", "router_aux_loss_coef"))
+    return Memory(weights, trained, kept * size, tuple(said))
 
 
 def auto_budget(memory: Memory, longest: int, device: torch.device, *, values: bool = False) -> int:

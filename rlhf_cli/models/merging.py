@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.models.backbone import BASE, Backbone
@@ -17,8 +18,8 @@ ROWS = 8
 """How many rows the packing is chosen for; the same one serves 3 to 64 rows 1.3 to 2.4 × as fast as F.linear, which packs anew
 for every product (576 × 1536 in float32, AVX-512)."""
 
-Folds = Mapping[torch.nn.Module, Callable[[], torch.Tensor]]
-"""Layer → a function that makes another weight for it, one adapter folded in."""
+Folds = Mapping[torch.nn.Parameter, Callable[[], torch.Tensor]]
+"""Weight → a function that makes another one for it, one adapter folded in."""
 
 
 @contextlib.contextmanager
@@ -27,16 +28,20 @@ def merged(backbone: Backbone, role: str) -> Iterator[None]:
 
     On a CPU in float32 the weights W + scaling · B A are made one by one and packed. Elsewhere each adapted linear layer points
     at such a tensor, and afterwards at its own again, the same memory: weights that are merged and unmerged by subtraction drift.
-    The adapter stays as it is where a layer is no plain linear one (quantised, DoRA), or in half precision: most of a young
+    The adapter stays as it is where a weight is no plain one (quantised, DoRA), or in half precision: most of a young
     adapter's B A is less than half a step of W's own numbers, and would be rounded away. A role without one needs nothing.
     """
     backbone.activate(role)
     adapter, layers = backbone.active, _mergeable(backbone)
     if layers:
         backbone.activate(BASE)
-    folds = {layer.base_layer: partial(_folded, layer, adapter) for layer in layers}
+    folds = {_weight(layer): partial(_folded, layer, adapter) for layer in layers}
+    tokens = [m for m in backbone.model.modules() if isinstance(m, TrainableTokensLayer) and adapter in m.token_indices]
+    folds |= {m.base_layer.weight: partial(torch.no_grad()(m.get_merged_weights), [adapter]) for m in tokens if layers}
     packs = backbone.compute_dtype == torch.float32
-    rest = {layer: fold for layer, fold in folds.items() if not (packs and _can_pack(layer))}
+    packable = {layer.weight for layer in backbone.model.modules() if packs and _can_pack(layer)}
+    embedded = {m.base_layer.weight for m in tokens}  # tied ones are packed, and looked up
+    rest = {weight: fold for weight, fold in folds.items() if weight not in packable or weight in embedded}
     with _swapped(rest), packed(backbone.model, folds) if packs else contextlib.nullcontext():
         yield
 
@@ -51,7 +56,7 @@ def packed(model: Any, folds: Folds) -> Iterator[None]:
     layers = [layer for layer in model.modules() if _can_pack(layer)]
     try:
         for layer in layers:
-            weight = folds[layer]() if layer in folds else layer.weight.detach()
+            weight = folds[layer.weight]() if layer.weight in folds else layer.weight.detach()
             copy = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
             # On the instance, where it comes before the method of its class.
             vars(layer)["forward"] = partial(_multiply, copy, layer.bias)
@@ -76,14 +81,14 @@ def _multiply(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) 
 
 @contextlib.contextmanager
 def _swapped(folds: Folds) -> Iterator[None]:
-    originals = {layer: layer.weight.data for layer in folds}
+    originals = {weight: weight.data for weight in folds}
     try:
-        for layer, fold in folds.items():
-            layer.weight.data = fold()
+        for weight, fold in folds.items():
+            weight.data = fold()
         yield
     finally:
-        for layer, original in originals.items():
-            layer.weight.data = original
+        for weight, original in originals.items():
+            weight.data = original
 
 
 def _mergeable(backbone: Backbone) -> list[Any]:
@@ -91,9 +96,8 @@ def _mergeable(backbone: Backbone) -> list[Any]:
     role = backbone.active
     layers = [m for m in backbone.model.modules() if isinstance(m, LoraLayer) and role in (*m.lora_A, *m.lora_embedding_A)]
     plain = all(
-        type(m) is Linear
-        and type(m.base_layer) in (torch.nn.Linear, Conv1D)
-        and m.base_layer.weight.dtype == torch.float32
+        (type(m) is ParamWrapper or (type(m) is Linear and type(m.base_layer) in (torch.nn.Linear, Conv1D)))
+        and _weight(m).dtype == torch.float32
         and role not in m.lora_variant
         and not m.lora_bias[role]
         for m in layers
@@ -101,8 +105,14 @@ def _mergeable(backbone: Backbone) -> list[Any]:
     return layers if plain else []
 
 
+def _weight(layer: Any) -> torch.nn.Parameter:
+    """What a layer's adapter changes."""
+    found: torch.nn.Parameter = layer.get_param() if type(layer) is ParamWrapper else layer.base_layer.weight
+    return found
+
+
 @torch.no_grad()
 def _folded(layer: Any, adapter: str | None) -> torch.Tensor:
     """W + scaling · B A."""
     delta: torch.Tensor = layer.get_delta_weight(adapter)  # with PEFT's own scaling and orientation
-    return delta.add_(layer.base_layer.weight)
+    return delta.add_(_weight(layer))

@@ -106,8 +106,8 @@ class Placement(FrozenModels):
                 f"value: {weights.base} takes {host.kernel.layout} rows and the policy {self.policy.kernel.layout} ones: "
                 "they cannot learn from the same passes; set value.init: policy"
             )
-        host.add_lora("value", config, adapter and adapter.state, trained=True)
         host.add_head("value", head.weight, head.bias)
+        host.add_lora("value", config, adapter and adapter.state, trained=True)
         if self._settings.gradient_checkpointing and host is not self.policy:
             host.enable_gradient_checkpointing()
         self._place("value", host)

@@ -27,7 +27,8 @@ def resolve_lora(setting: sections.Lora | str | None, parent: sections.Lora | No
         return parent or sections.Lora()
     if setting is not None and parent is not None and not setting.merge_parent and _shape(setting) != _shape(parent):
         raise UsageError(
-            f"{place}: lora: the parent's adapter has r {parent.r}, alpha {parent.alpha:g}, modules {parent.target_modules}; "
+            f"{place}: lora: the parent's adapter has r {parent.r}, alpha {parent.alpha:g}, modules {parent.target_modules}, "
+            f"tokens {parent.train_tokens}; "
             "the recipe asks for others. use lora: auto, or lora.merge_parent: true to start anew on the merged parent"
         )
     return setting
@@ -48,7 +49,7 @@ def parent_lora(adapter: Path | None, recorded: dict[str, Any] | None) -> sectio
 
 def _shape(lora: sections.Lora) -> tuple[Any, ...]:
     modules = lora.target_modules
-    return lora.r, lora.alpha, modules if isinstance(modules, str) else tuple(sorted(modules))
+    return lora.r, lora.alpha, modules if isinstance(modules, str) else tuple(sorted(modules)), sorted(lora.train_tokens)
 
 
 def load_trained(

@@ -6,12 +6,15 @@ dealt to ranks changes no response as long as the logits are equal.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from torch.nn import functional as F
 
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import LAYER_TYPES, PLAIN
-from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.backbone import BASE, PROBE_TOLERANCE, Backbone
 from rlhf_cli.models.kv_cache import RowCache
 from rlhf_cli.models.merging import merged
 from rlhf_cli.signals import Pause, no_pause
@@ -78,9 +81,10 @@ class TransformersEngine:
 
     def __init__(self, backbone: Backbone, role: str) -> None:
         self.backbone, self.role = backbone, role
-        takes_masks = backbone.kernel.name != PLAIN and LAYER_TYPES.issuperset(backbone.layer_types)
-        self.decoder: type[_Aligned] | type[_Alike] = _Aligned if takes_masks else _Alike
-        self.fixed, self.per_token = _cache_bytes(backbone)
+        if backbone not in _MEASURED:
+            decoder = _choose_decoder(backbone)
+            _MEASURED[backbone] = decoder, (0.0, 0.0) if decoder is _Anew else _cache_bytes(backbone)
+        self.decoder, (self.fixed, self.per_token) = _MEASURED[backbone]
 
     @torch.no_grad()
     def generate(self, request: Request, pause: Pause = no_pause) -> list[list[Response]]:
@@ -118,9 +122,7 @@ class TransformersEngine:
         states = decoder.begin()
         for t in range(request.max_new_tokens):
             chances = torch.from_numpy(uniforms[rows, t]).to(states.device)
-            with self.backbone.autocast():
-                logits = self.backbone.model.get_output_embeddings()(states.to(self.backbone.compute_dtype)).float()
-            tokens = choose(logits, request.temperature, chances)
+            tokens = choose(self.backbone.logits(states), request.temperature, chances)
             ids[rows, t] = tokens.cpu().numpy()
             ended = np.isin(ids[rows, t], request.ends)
             last = t + 1 == request.max_new_tokens
@@ -186,7 +188,7 @@ class _Aligned:
         age = query - key
         seen = (age >= 0) & (key >= start[:, None, None])
         with self.backbone.autocast():
-            out = self.backbone.model.base_model(
+            out = self.backbone.body(
                 input_ids=ids.to(start.device),
                 position_ids=(key[first:] - start[:, None]).clamp_min(0),
                 attention_mask=self._masks(seen[:, None], age),
@@ -221,16 +223,20 @@ class _Alike:
             yield from np.array_split(same, math.ceil(len(same) * length / max(length, PROMPT_TOKENS)))
 
     def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray], copies: Sequence[int], more: int) -> None:
-        self.backbone, self.prompts = backbone, prompts
+        self.backbone = backbone
+        self.ids = torch.from_numpy(np.stack(prompts).astype(np.int64)).to(backbone.device)
         self.copies = torch.tensor(copies, device=backbone.device)
         self.cache: dict[str, Any] = {}
+        # Not every model counts what its cache holds: some would begin at position 0 again.
+        self.takes_positions = "position_ids" in inspect.signature(backbone.body.forward).parameters
 
     def begin(self) -> torch.Tensor:
-        states = self._forward(torch.from_numpy(np.stack(self.prompts).astype(np.int64)).to(self.backbone.device))
+        states = self._forward(self.ids)
         rows = torch.repeat_interleave(torch.arange(len(states), device=states.device), self.copies)
         return states[self._select(rows)]
 
     def append(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.ids = torch.cat((self.ids, tokens[:, None]), 1)
         return self._forward(tokens[:, None])
 
     def keep(self, live: np.ndarray) -> np.ndarray:
@@ -239,21 +245,75 @@ class _Alike:
         return order
 
     def _select(self, rows: torch.Tensor) -> torch.Tensor:
+        self.ids = self.ids[rows]
         for cache in self.cache.values():
             cache.reorder_cache(rows)
         return rows
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(self.ids.shape[1], device=ids.device)[-ids.shape[1] :].expand_as(ids)
+        arguments = self.cache | ({"position_ids": places} if self.takes_positions else {})
         with self.backbone.autocast():
-            out = self.backbone.model.base_model(input_ids=ids, use_cache=True, **self.cache)
+            out = self.backbone.body(input_ids=ids, use_cache=True, **arguments)
         self.cache = {name: out[name] for name in CACHE_NAMES if name in out}
         states: torch.Tensor = out.last_hidden_state[:, -1]
         return states
 
 
+class _Anew(_Alike):
+    """The same without a cache, every row read anew for each of its tokens: for models whose cache cannot be relied on."""
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        with self.backbone.autocast():
+            states: torch.Tensor = self.backbone.body(input_ids=self.ids, use_cache=False).last_hidden_state[:, -1]
+        return states
+
+
+Decoder = type[_Aligned] | type[_Alike]
+
+_MEASURED: WeakKeyDictionary[Backbone, tuple[Decoder, tuple[float, float]]] = WeakKeyDictionary()
+"""Of every backbone: its decoder, and the bytes that `_cache_bytes` found."""
+
+
+@torch.no_grad()
+def _choose_decoder(backbone: Backbone) -> Decoder:
+    """The first whose states are those of whole sequences."""
+    takes_masks = backbone.kernel.name != PLAIN and LAYER_TYPES.issuperset(backbone.layer_types)
+    backbone.activate(BASE)
+    backbone.train(False)
+    with backbone.plain_attention():
+        for decoder in ((_Aligned,) if takes_masks else ()) + (_Alike,):
+            # What a model does with a cache that it does not know, or with one of its own, is its own affair.
+            with contextlib.suppress(NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+                if _is_right(decoder, backbone):
+                    return decoder
+    return _Anew
+
+
+def _is_right(decoder: Decoder, backbone: Backbone) -> bool:
+    """Does it give what whole sequences give, when prompts are copied, tokens appended and rows dropped?"""
+    random, found, wanted = np.random.default_rng(0), [], []
+    prompts = [random.integers(0, backbone.model.config.get_text_config().vocab_size, length) for length in (9, 6, 6)]
+    for together in decoder.apart(np.arange(3), np.array([9, 6, 6])):
+        rows = [prompts[number] for number in together for _ in range(2)]
+        running = decoder(backbone, [prompts[number] for number in together], [2] * len(together), 3)
+        states = running.begin()
+        for dropped in (1, 0, 0):
+            order = running.keep(np.arange(len(rows)) >= dropped)
+            more = (np.arange(len(order)) * 7 + len(rows[0])) % 5
+            rows = [np.append(rows[old], token) for old, token in zip(order, more, strict=True)]
+            states = running.append(torch.from_numpy(more).to(backbone.device))
+        found.append(states.float())
+        with backbone.autocast():
+            whole = [backbone.body(input_ids=torch.from_numpy(row[None]).to(backbone.device), use_cache=False) for row in rows]
+        wanted += [out.last_hidden_state[0, -1].float() for out in whole]
+    target = torch.stack(wanted)
+    return bool((torch.cat(found) - target).norm() <= PROBE_TOLERANCE[backbone.compute_dtype] * target.norm())
+
+
 @torch.no_grad()
 def _cache_bytes(backbone: Backbone) -> tuple[float, float]:
-    """What a row of the model's cache takes: bytes whatever its length, and bytes of each token; measured on short prompts."""
+    """What a row of the model's own cache takes: bytes whatever its length, and bytes a token; measured on short prompts."""
     sizes = []
     for length in (4, 8):
         decoder = _Alike(backbone, [np.zeros(length, np.int32)], [1], 0)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cli.errors import MachineError
+from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.files import read_json
 from rlhf_cli.rollout.generate import Request, Response
 from rlhf_cli.signals import Pause, no_pause
@@ -70,8 +70,11 @@ class VllmEngine:
             self.running = None  # its memory is needed for the new weights
             self.running = self._start(str(folder), None)
             return None
+        settings = read_json(config)
+        if settings.get("target_parameters") or settings.get("trainable_token_indices"):
+            raise UsageError("rollout.engine: vllm reads no adapters of experts or of tokens; use transformers")
         if self.running is None:
-            rank = read_json(config)["r"]
+            rank = settings["r"]
             largest = next((size for size in LORA_RANKS if size >= rank), rank)
             self.running = self._start(self.base, self.revision, enable_lora=True, max_loras=1, max_lora_rank=largest)
         # A new number, for vLLM keeps adapters by it.

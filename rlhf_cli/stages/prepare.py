@@ -23,6 +23,8 @@ from rlhf_cli.models.load import load_config, load_tokenizer, positions_of, quie
 from rlhf_cli.models.memory import Memory, auto_budget, estimate
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.policy import parent_lora, resolve_lora
+from rlhf_cli.models.targets import ALL_LINEAR
+from rlhf_cli.models.tokens import token_ids
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
@@ -110,6 +112,9 @@ def prepare_job(
         console.say(said)
     objective = recipe.objective
     request = dataclasses.replace(row_request(recipe, loaded.where), progress=console.count)
+    if isinstance(recipe.lora, sections.Lora):
+        tokens = token_ids(tokenizer, recipe.lora.train_tokens)
+        recipe = dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, train_tokens=tokens))
     dataset = prepare(recipe.data, request, tokenizer, template)
     dataset.check_ids(config.get_text_config().vocab_size, tokenizer, recipe.model.path)
     if shape is not None:
@@ -127,6 +132,9 @@ def prepare_job(
     job = TrainingJob(*known, ranks, console, signals, started)
     console.plan(plan(recipe, dataset, source, steps, memory, job.budget, _facts(job)))
     console.example(show_example(source.batch(1)[0], tokenizer), _example_words(recipe))
+    if not job.lora or (job.lora.target_modules == ALL_LINEAR and (start.adapter is None or job.lora.merge_parent)):
+        for said in memory.notices:
+            console.say(said)
     for message in _warnings(job, memory):
         console.warn(message)
     return job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from rlhf_cli.models.heads import choose_pad_id
 from rlhf_cli.models.load import Weights, name_ends
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.models.policy import load_trained
+from rlhf_cli.models.tokens import untouched
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.reports.training import write_report
@@ -110,7 +112,22 @@ def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
     )
     backbone.pad_id = choose_pad_id(job.tokenizer, backbone.stop_ids(job.tokenizer, job.template))
     job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")
+    if job.lora and (tokens := _untouched(job, backbone)):
+        job.console.warn(
+            f"the model has never learned {', '.join(tokens)}, and LoRA leaves embeddings as they are: "
+            f"set lora.train_tokens: {json.dumps(tokens, ensure_ascii=False)}, or start from a model that knows its chat template"
+        )
     return backbone, base
+
+
+def _untouched(job: TrainingJob, backbone: Backbone) -> list[str]:
+    """Control tokens of the first row whose embeddings look as if they had never been learned, and are not trained now."""
+    first, model = job.dataset.train.trees[0], backbone.model
+    used = {int(i) for part in (first.prompt, *first.responses) for i in part} - {*(job.lora.train_tokens if job.lora else ())}
+    embeddings = [model.get_input_embeddings().weight]
+    if job.objective.role == "policy" and not model.config.get_text_config().tie_word_embeddings:
+        embeddings.append(model.get_output_embeddings().weight)
+    return list(job.tokenizer.convert_ids_to_tokens(untouched(embeddings, used & job.tokenizer.added_tokens_decoder.keys())))
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _alone(backbone: Backbone, role: str, trees: list[Tree]) -> Values:
             for k, response in enumerate(tree.responses):
                 ids = torch.from_numpy(np.concatenate((tree.prompt, response)).astype(np.int64)).to(backbone.device)
                 if role in backbone.heads:
-                    state = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, -1].float()
+                    state = backbone.body(input_ids=ids[None], use_cache=False).last_hidden_state[0, -1].float()
                     found[number, k] = (backbone.heads[role].weight @ state).double().cpu()
                     continue
                 logps = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig
 
 from rlhf_cli.data.trees import Piece, Tree, build_batch, plan_passes, tree_length
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import KERNELS
 from rlhf_cli.models.backbone import BASE, Backbone
-from tests.models.tiny_backbone import draw_trees, make, make_backbone, packed_logps, plain_logps
+from tests.models.tiny_backbone import SHAPE, draw_trees, make, make_backbone, packed_logps, plain_logps
 
 TREES = [*draw_trees(3, branches=2, earlier=True), *draw_trees(2, seed=1, branches=1), *draw_trees(1, seed=2, branches=4)]
 
@@ -90,11 +91,15 @@ def _one_row(trees: list[Tree]) -> list[Piece]:
     return [Piece(i, tuple(range(len(tree.responses)))) for i, tree in enumerate(trees)]
 
 
-def test_soft_capped_logits_are_refused() -> None:
+def test_logits_that_no_rule_gives_are_refused() -> None:
+    """ModernBERT's decoder has a layer and a norm between its body and its output head."""
+    settings = SHAPE | {"global_attn_every_n_layers": 2, "local_attention": 8, "num_key_value_heads": None}
+    torch.manual_seed(0)
+    model = hf.ModernBertDecoderForCausalLM(hf.ModernBertDecoderConfig(**settings, pad_token_id=0)).eval()
     with pytest.raises(
-        UsageError, match=r"the model's logits are not its head times its hidden states .*this model is not supported"
+        UsageError, match=r"the model's logits are not its head times its hidden states, scaled or .*this model is not supported"
     ):
-        Backbone(make("gemma2"), torch.float32)
+        Backbone(model, torch.float32)
 
 
 def test_broken_weights_are_refused() -> None:

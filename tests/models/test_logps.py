@@ -7,9 +7,17 @@ import torch
 from torch.nn import functional as F
 
 from rlhf_cli.models import logps as module
-from rlhf_cli.models.logps import token_logps
+from rlhf_cli.models.logps import LogitRule, token_logps
 
 N, D, V = 50, 8, 12
+RULES = [LogitRule(), LogitRule(0.3), LogitRule(1.7, 2.0)]
+"""Plain, scaled (Cohere, Granite) and capped so low that most logits are near it (Gemma 2)."""
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rule: LogitRule) -> torch.Tensor:
+    """By the definition, with autograd's own derivatives."""
+    scaled = rule.scale * F.linear(hidden, weight, bias)
+    return scaled if rule.cap is None else rule.cap * torch.tanh(scaled / rule.cap)
 
 
 def _inputs(dtype: torch.dtype = torch.float32, *, trained: bool, bias: bool) -> tuple[torch.Tensor, ...]:
@@ -28,18 +36,21 @@ def test_by_hand() -> None:
     assert hits.tolist() == [True, False]
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("chunk", [1, 20 * V, 2**23])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-def test_equals_log_softmax_and_gather(trained: bool, bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_log_softmax_and_gather(
+    trained: bool, bias: bool, chunk: int, rule: LogitRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
     results = []
     for ours in (True, False):
         hidden, weight, offset, target, upstream = _inputs(trained=trained, bias=bias)
         if ours:
-            logps, hits = token_logps(hidden, weight, offset, target)
+            logps, hits = token_logps(hidden, weight, offset, target, rule)
         else:
-            logits = F.linear(hidden, weight, offset)
+            logits = _logits(hidden, weight, offset, rule)
             logps, hits = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0], logits.argmax(-1) == target
         (logps * upstream).sum().backward()
         results.append((logps, hidden.grad, weight.grad, None if offset is None else offset.grad, hits))
@@ -50,13 +61,14 @@ def test_equals_log_softmax_and_gather(trained: bool, bias: bool, chunk: int, mo
     assert (results[0][2] is not None) == trained
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("trained", [False, True])
-def test_gradcheck(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck(trained: bool, rule: LogitRule, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64; the function's own log-softmax is float32, so it is kept at float64 here."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch, "float32", torch.float64)
     hidden, weight, bias, target, _ = _inputs(torch.float64, trained=trained, bias=True)
-    function = lambda h, w, b: token_logps(h[:5], w, b, target[:5])[0]  # noqa: E731
+    function = lambda h, w, b: token_logps(h[:5], w, b, target[:5], rule)[0]  # noqa: E731
     assert torch.autograd.gradcheck(function, (hidden, weight, bias))
 
 
@@ -75,3 +87,12 @@ def test_logits_hundreds_apart_stay_finite() -> None:
     assert logps.tolist() == [0.0, -600.0]
     assert hidden.grad is not None
     assert hidden.grad.tolist() == [[0.0, 0.0], [1.0, -1.0]]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_temperature_divides_what_the_rule_gives(rule: LogitRule) -> None:
+    hidden, weight, _, target, _ = _inputs(trained=False, bias=False)
+    with torch.no_grad():
+        logps, _ = token_logps(hidden, weight, None, target, rule.at(0.7))
+        wanted = (_logits(hidden, weight, None, rule) / 0.7).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    assert float((logps - wanted).abs().max()) < 1e-5

@@ -84,6 +84,16 @@ def test_an_adapter_is_saved_and_named_anew_for_every_draw(calls: list[tuple[str
     assert not Path(calls[2][1]["lora_request"][2]).exists()
 
 
+@pytest.mark.parametrize("key", ["target_parameters", "trainable_token_indices"])
+def test_an_adapter_of_experts_or_tokens_is_refused(key: str, calls: list[tuple[str, dict[str, Any]]]) -> None:
+    def save(folder: Path) -> None:
+        (folder / "adapter_config.json").write_text(json.dumps({"r": 4, key: ["x"]}))
+
+    with pytest.raises(UsageError, match=r"rollout.engine: vllm reads no adapters of experts or of tokens"):
+        draw(VllmEngine("base", None, "float32", save))
+    assert calls == []
+
+
 def test_each_prompt_has_its_own_seed_and_our_ends_alone(calls: list[tuple[str, dict[str, Any]]]) -> None:
     engine = VllmEngine("base", None, "float32", save_adapter)
     draw(engine)
