@@ -46,7 +46,7 @@ class Model:
     quantize: Literal["4bit", "8bit"] | None = key(None, "quantised frozen base (extra: quant)")
     gradient_checkpointing: bool = key(False, "recompute activations in backward: less memory, ~30 % more time")
     chat_template: str | None = key(None, "null: the tokenizer's own, else a plain built-in one; a Jinja file; none", path=True)
-    template_options: dict[str, Any] = key(
+    template_options: dict[str, bool | int | float | str] = key(
         {}, "variables of the chat template, e.g. {enable_thinking: false}; kept with the model"
     )
     trust_remote_code: bool = key(False, "run code from the model folder; only with --set, never from the file")

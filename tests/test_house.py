@@ -114,7 +114,7 @@ class TestImports:
         assert {distribution.get(name, name) for name in third} - {None} == declared
 
 
-LINES, FILE, FUNCTION, ARGUMENTS, REASONED = 20_500, 400, 60, 7, ("transformers", "typer")
+LINES, FILE, FUNCTION, ARGUMENTS, REASONED = 22_500, 400, 60, 8, ("transformers", "typer")
 """At most: lines of the package, of a file and of a function; arguments, but where a docstring says who asks for more."""
 
 
@@ -135,7 +135,7 @@ class TestSizes:
         sizes = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in functions()}
         assert {name: size for name, size in sizes.items() if size > FUNCTION} == {}
 
-    def test_more_than_seven_arguments_have_a_reason(self) -> None:
+    def test_more_than_eight_arguments_have_a_reason(self) -> None:
         wide = {
             name: node
             for name, node in functions()

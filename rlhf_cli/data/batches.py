@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 
 from rlhf_cli.data.flat import Trees
-from rlhf_cli.data.sources import epoch_order
+from rlhf_cli.data.streams import DataStream
 from rlhf_cli.data.trees import Tree
 
 
@@ -27,6 +27,43 @@ class StepBatches:
 
     def serves(self, step: int) -> bool:
         return self.first <= step < self.first + len(self.batches)
+
+
+def epoch_order(sizes: Sequence[int], shares: Sequence[float], seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """The rows of an epoch (from 0) as indices into the concatenated sources, (sum(sizes),) int64; a pure function.
+
+    Each source fills its share, rounded to whole rows. It is drawn without replacement; when it is exhausted, a fresh
+    permutation of it begins, and goes on in the next epoch where this one ends. Without shuffling, the sources are
+    interleaved evenly, each in file order. A source without rows leaves its share to the others.
+    """
+    counts = _apportion(sum(sizes), [share if size else 0.0 for size, share in zip(sizes, shares, strict=True)])
+    starts = np.cumsum([0, *sizes])
+    drawn = [starts[i] + _draw(size, counts[i], seed, i, epoch, shuffle) for i, size in enumerate(sizes)]
+    rows = np.concatenate(drawn)
+    if shuffle:
+        return rows[np.random.default_rng([seed, DataStream.EPOCH, epoch]).permutation(len(rows))]
+    position = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
+    return rows[np.argsort(position, kind="stable")]
+
+
+def _apportion(total: int, shares: Sequence[float]) -> list[int]:
+    """Whole rows by largest remainder."""
+    exact = [total * share / math.fsum(shares) for share in shares]
+    counts = [int(rows) for rows in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _draw(size: int, count: int, seed: int, source: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """Rows epoch·count … (epoch+1)·count of the endless sequence of a source's permutations, (count,)."""
+    begin, end = epoch * count, (epoch + 1) * count
+    pieces = [np.empty(0, dtype=np.int64)]
+    for cycle in range(begin // size, -(-end // size)) if count else ():
+        order = np.random.default_rng([seed, DataStream.SOURCE, source, cycle]).permutation(size) if shuffle else np.arange(size)
+        pieces.append(order[max(begin - cycle * size, 0) : end - cycle * size])
+    return np.concatenate(pieces)
 
 
 _epoch_order = lru_cache(4)(epoch_order)

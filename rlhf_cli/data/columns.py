@@ -11,8 +11,8 @@ from rlhf_cli.suggest import did_you_mean
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str]
-"""Ours → theirs: a column, a place inside one ("input.messages", "summaries.0.text"), or a text with columns in braces.
-"responses.0" is the first of our list `responses`."""
+"""Ours → theirs: a column, a place inside one ("input.messages", "summaries.0.text"), or a text with columns in braces. In a
+spelling "responses.0" is the first of our list `responses`."""
 
 IN_BRACES = re.compile(r"\{([^{}]+)\}")
 OF_ITEMS = ("text", "score", "rank")
@@ -32,8 +32,13 @@ def renamed(row: Row, columns: Columns) -> Row:
     return kept | own
 
 
+def respelled(row: Row, names: Columns) -> Row:
+    """The row under our names as a public data set spells them; what the row has under ours stays."""
+    return renamed(row, {ours: theirs for ours, theirs in names.items() if ours not in row})
+
+
 def _item(item: Any, inner: Columns) -> Any:
-    return {ours: item.get(theirs) for ours, theirs in inner.items()} if isinstance(item, dict) else item
+    return {**item, **{ours: item.get(theirs) for ours, theirs in inner.items()}} if isinstance(item, dict) else item
 
 
 def read_by(theirs: str, row: Row) -> list[str]:
@@ -79,6 +84,8 @@ def check_named(columns: Columns, known: Iterable[str], rows: Sequence[Row], pla
         for name in read_by(theirs, dict.fromkeys(there)):
             if name not in there:
                 raise UsageError(f"{place}: the data has no column '{name}'; found {shown(rows)}")
+        if "." in theirs and "{" not in theirs and all(value_of(row, theirs) is None for row in rows):
+            raise UsageError(f"{place}: '{theirs}' is nowhere in the first rows")
 
 
 def _of_items(row: Row) -> Iterable[str]:

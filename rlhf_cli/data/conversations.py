@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from rlhf_cli.data.meaning import LostMeaning, check_turn
@@ -12,8 +13,8 @@ from rlhf_cli.data.records import Answer, BadRow, Message, Prompt, a_list, a_tex
 
 SPEAKERS = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
-    **dict.fromkeys(("human", "prompter", "Human"), "user"),
-    **dict.fromkeys(("gpt", "model", "bot", "Assistant", "function_call"), "assistant"),
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "model", "bot", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "ipython"), "tool"),
 }
 """Who speaks, as files name them → the role that chat templates know."""
@@ -24,6 +25,7 @@ FOLLOWS = {"": ("user", "assistant"), "user": ("assistant",), "assistant": ("use
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of what the assistant thinks before it answers. A template reads one of them, so each is given."""
 
+NAMES_OF_TOOLS = {"input_schema": "parameters"}
 LEARNED = ("weight", "loss_weight", "train")
 TURN_MARK = re.compile(r"\n\n(Human|Assistant):")
 
@@ -50,13 +52,13 @@ def _turn(turn: Any, name: str, number: int) -> list[Message]:
     if None in keys and not (keys[0] and turn.get("tool_calls")):
         raise BadRow(f"{called} has no '{('role', 'content')[keys.index(None)]}'", at)
     written, content = turn[keys[0]], turn.get(keys[1])
-    role = SPEAKERS.get(written) if type(written) is str else None
+    role = SPEAKERS.get(written.lower()) if type(written) is str else None
     if role is None:
         raise BadRow(f"a role of {name} is not system, user, assistant or tool", f"{at}: {shortened(written)}")
     parts = _Parts(content, None, [], []) if type(content) is not list or role == "tool" else _parts(content, called, at)
     text, thoughts, calls = parts.text, parts.reasoning, parts.calls
     learned = True
-    if len(turn) > 2:
+    if turn.keys() - {*keys}:
         check_turn(turn, name, number)
         thoughts = next((turn[key] for key in REASONING if turn.get(key)), thoughts)
         calls = calls + _calls(turn.get("tool_calls") or [], called, at) + _calls(turn.get("function_call") or [], called, at)
@@ -124,11 +126,14 @@ def _calls(value: Any, called: str, at: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if type(call) is dict else None
         if type(function) is not dict or type(function.get("name")) is not str:
             raise BadRow(f"a call in {called} names no function", at)
-        arguments = function.get("arguments", function.get("input", {}))
+        given = [function[key] for key in ("arguments", "input", "parameters") if function.get(key) is not None]
+        if not given and (others := sorted(function.keys() - {"name", "id", "type", "arguments", "input", "parameters"})):
+            raise BadRow(f"a call in {called} has no arguments", f"{at}: it has {', '.join(others)}")
+        arguments = given[0] if given else {}
         if type(arguments) is str:
             arguments = parsed(arguments, f"the arguments of a call in {called}") if arguments.strip() else {}
-        given = {"id": call["id"]} if call.get("id") else {}
-        calls.append({**given, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        identity = {"id": call["id"]} if call.get("id") else {}
+        calls.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return calls
 
 
@@ -147,7 +152,17 @@ def functions(value: Any) -> list[Any]:
         function = tool.get("function", tool) if type(tool) is dict else None
         if type(function) is not dict or type(function.get("name")) is not str:
             raise BadRow("an entry of 'tools' names no function", shortened(tool))
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in found]
+    own = [tool.get("function", tool) for tool in found]
+    return [{"type": "function", "function": {NAMES_OF_TOOLS.get(k, k): v for k, v in tool.items()}} for tool in own]
+
+
+def is_talk(value: Any) -> bool:
+    """Is it a list of turns, as JSON text?"""
+    if type(value) is not str or not value.lstrip().startswith("[{") or not value.rstrip().endswith("}]"):
+        return False
+    with suppress(ValueError, RecursionError):
+        return all(type(turn) is dict and bool(turn.keys() & {"role", "from"}) for turn in json.loads(value))
+    return False
 
 
 def parsed(text: str, name: str) -> Any:
@@ -208,7 +223,7 @@ def transcript(value: Any, name: str) -> tuple[tuple[Message, ...], Answer]:
     for i, (speaker, content) in enumerate(zip(parts[::2], parts[1::2], strict=True), start=1):
         if not content.strip():
             raise BadRow(f"{name} has an empty turn", f"turn {i}")
-        turns.append(Message(SPEAKERS[speaker], content.strip()))
+        turns.append(Message(SPEAKERS[speaker.lower()], content.strip()))
     return conversation(tuple(turns), name)
 
 
@@ -218,8 +233,3 @@ def with_system(prompt: tuple[Message, ...], text: str) -> tuple[Message, ...]:
     if own and own != [text]:
         raise BadRow("the row has a system turn and another text in the column 'system'")
     return prompt if own else (Message("system", text), *prompt)
-
-
-def texts_of(turns: Iterable[Message]) -> list[str]:
-    """All that turns say, as control tokens are looked for."""
-    return [text for turn in turns for text in (turn.content, turn.extra)]

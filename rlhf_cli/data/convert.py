@@ -18,6 +18,7 @@ from rlhf_cli.data.conversations import (
     check_order,
     conversation,
     functions,
+    is_talk,
     messages,
     parsed,
     transcript,
@@ -25,8 +26,8 @@ from rlhf_cli.data.conversations import (
     with_system,
 )
 from rlhf_cli.data.files import RawRow
+from rlhf_cli.data.meaning import OWN_VARIABLES, LostMeaning
 from rlhf_cli.data.records import Answer, BadRow, Facts, Message, Prompt, Record, a_list, a_text, as_turns, spoken
-from rlhf_cli.data.sandbox import OWN_VARIABLES
 
 PROMPTED = ("prompt", "instruction", "messages", "conversations")
 """Columns that a prompt is read from: the first that a row has."""
@@ -34,6 +35,8 @@ PROMPTED = ("prompt", "instruction", "messages", "conversations")
 BESIDE_PROMPTS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
 """What belongs to the prompt of a row in every format."""
 
+GOOD_WORDS = ("up", "yes", "good", "like", "thumbs_up", "desirable", "👍")
+BAD_WORDS = ("-1", "down", "no", "bad", "dislike", "thumbs_down", "undesirable", "👎")
 LABELS = {0: False, 1: True, "0": False, "1": True, "false": False, "true": True}
 SIDES = {0: 0, 1: 1, "0": 0, "1": 1, "a": 0, "b": 1}
 SIDE = re.compile(r"(?:(?:model|response|answer|assistant|output|completion)_?)?([ab])")
@@ -70,7 +73,7 @@ def _prompt(row: Row) -> Prompt:
     if column == "instruction":
         return _instruction(row)
     value = field(row, column)
-    if type(value) is not list and column == "prompt":
+    if type(value) is not list and column == "prompt" and not is_talk(value):
         return a_text(value, "'prompt'")
     turns = messages(value, f"'{column}'")
     check_order(turns, f"'{column}'")
@@ -94,9 +97,9 @@ def _instruction(row: Row) -> Prompt:
 
 def _response(prompt: Prompt, value: Any, name: str) -> tuple[Prompt, Answer]:
     """A response (text, the assistant's turn, or a whole conversation) and its prompt, to which turns before the last belong."""
-    if type(value) is not list and type(value) is not dict:
+    if type(value) is not list and type(value) is not dict and not is_talk(value):
         return prompt, a_text(value, name)
-    turns, start = messages(value if type(value) is list else [value], name), as_turns(prompt)
+    turns, start = messages([value] if type(value) is dict else value, name), as_turns(prompt)
     if turns[0].role == "assistant":
         earlier, response = conversation((*start, *turns), name)
     else:
@@ -133,7 +136,7 @@ def pair(row: Row, chosen: tuple[Prompt, Answer], rejected: tuple[Prompt, Answer
 
 
 def from_messages(row: Row, where: str) -> Record:
-    column = "conversations" if row.get("conversations") is not None else "messages"
+    column = "conversations" if row.get("messages") is None and row.get("conversations") is not None else "messages"
     name = f"'{column}'"
     turns = up_to_learned(messages(field(row, column), name), name)
     if turns[-1].role in ("user", "tool"):
@@ -165,22 +168,27 @@ def from_preference(row: Row, where: str) -> Record:
     return pair(row, _response(prompt, values[0], "'chosen'"), _response(prompt, values[1], "'rejected'"), where)
 
 
-def from_repeating(row: Row, where: str) -> Record:
-    """A pair whose responses repeat the prompt, which is cut off."""
-    prompt = a_text(field(row, "prompt"), "'prompt'").strip()
-    said = [a_text(field(row, name), f"'{name}'").strip() for name in ("chosen", "rejected")]
-    if not all(text.startswith(prompt) for text in said):
+def from_repeating(row: Row, where: str, *, strip: bool) -> Record:
+    """A pair whose responses repeat the prompt, which is cut off; `strip`: with the white space around it."""
+    if not _repeats(row):
         raise BadRow("'chosen' or 'rejected' does not begin with 'prompt', as those of the first rows do")
-    cut = dict(zip(("chosen", "rejected"), (text[len(prompt) :].strip() for text in said), strict=True))
-    return from_preference({**row, **cut}, where)
+    size = len(row["prompt"].strip())
+    cut = {name: row[name].strip()[size:] for name in ("chosen", "rejected")}
+    return from_preference({**row, **{name: text.strip() if strip else text for name, text in cut.items()}}, where)
 
 
 def repeats(rows: Sequence[Row]) -> bool:
     """Do chosen and rejected begin with the prompt in all of the rows?"""
-    return all(
-        all(type(row.get(name)) is str for name in ("prompt", "chosen", "rejected"))
-        and all(row[name].strip().startswith(row["prompt"].strip()) for name in ("chosen", "rejected"))
-        for row in rows
+    return all(map(_repeats, rows))
+
+
+def _repeats(row: Row) -> bool:
+    if not all(type(row.get(name)) is str for name in ("prompt", "chosen", "rejected")):
+        return False
+    prompt = row["prompt"].strip()
+    return bool(prompt) and all(
+        row[name].strip().startswith(prompt) and not row[name].strip()[len(prompt) :][:1].isalnum()
+        for name in ("chosen", "rejected")
     )
 
 
@@ -233,6 +241,8 @@ def _winner(row: Row) -> int | None:
     if value is not None and value in ids and ids[0] != ids[1]:
         return ids.index(value)
     word = value.strip().lower() if type(value) is str else value
+    if word in (2, "2"):
+        raise LostMeaning("winner", "2 counts from 1; write a or b, or name the columns so that 0 or 1 is meant")
     if type(word) in (int, float) and word in SIDES:
         return SIDES[word]
     if type(word) is str:
@@ -324,7 +334,10 @@ def answered(rows: Iterator[RawRow]) -> Iterator[RawRow]:
         ranks = [reply.get("rank") for reply in replies]
         ranks = ranks if None not in ranks else [0] * len(ranks)  # nobody compared them
         items = [{"text": reply.get("text"), "rank": rank} for reply, rank in zip(replies, ranks, strict=True)]
-        yield line, {"prompt": [{"role": turn["role"], "content": turn.get("text")} for turn in turns], "responses": items}
+        # Of the turns before an answer, those of the assistant may be ones that people ranked low.
+        spoken_before = [{"role": turn["role"], "content": turn.get("text"), "weight": 0} for turn in turns]
+        beside = {name: replies[0][name] for name in (*BESIDE_PROMPTS, "subset") if name in replies[0]}
+        yield line, {**beside, "prompt": spoken_before, "responses": items}
 
 
 def from_unpaired(row: Row, where: str) -> Record:
@@ -350,9 +363,9 @@ _ANSWERED = {
 def _as_label(value: Any) -> str:
     """What to write for a label of another kind."""
     word = str(value).strip().lower()
-    if word in ("up", "yes", "good", "like", "thumbs_up", "desirable"):
+    if word in GOOD_WORDS:
         return f"write true for {records.shortened(value)}"
-    if word in ("-1", "down", "no", "bad", "dislike", "thumbs_down", "undesirable"):
+    if word in BAD_WORDS:
         return f"write false for {records.shortened(value)}"
     return records.shortened(value)
 
@@ -363,7 +376,9 @@ def from_prompt(row: Row, where: str) -> Record:
 
 def surrounded(record: Record, row: Row) -> Record:
     """The record with the row's system text, its functions, and its options for the chat template."""
-    system = next((row[name] for name in ("system", "system_prompt") if row.get(name)), None)
+    system, *others = [row[name] for name in ("system", "system_prompt") if row.get(name)] or [None]
+    if others and others != [system]:
+        raise BadRow("'system' and 'system_prompt' differ")
     if isinstance(system, list):
         system = "".join(part["text"] for part in system if isinstance(part, dict) and type(part.get("text")) is str)
     if system is not None and a_text(system, "'system'"):

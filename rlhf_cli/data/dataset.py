@@ -71,10 +71,10 @@ def prepare(data: sections.Data, request: RowRequest, tokenizer: Any, template: 
     reading = read_data(data, dataclasses.replace(request, chat=template.text is not None))
     responses, reserve = request.purpose.use.responses, request.reserve
     checks = ([same_tokens] if responses == "all" else []) + ([request.check] if request.check else [])
-    notices: tuple[str, ...] = ()
+    notices = tuple(dict.fromkeys(said for report in (*reading.reports, *reading.eval_reports) for said in report.notices))
     if isinstance(data, sections.SftData) and data.train_on == "auto" and any(report.transcripts for report in reading.reports):
         data = dataclasses.replace(data, train_on="last")
-        notices = (OF_TRANSCRIPTS,) if responses == "first" else ()
+        notices += (OF_TRANSCRIPTS,) if responses == "first" else ()
 
     def trees_of(records: Sequence[Record]) -> Encoded:
         encoded = encode(

@@ -332,7 +332,10 @@ class _Encoder:
             offsets = self.tokenizer(text, **WITH_OFFSETS)["offset_mapping"]
             rest = text[max(1, offsets[excess][0]) :] if excess < len(offsets) else ""
             if not rest.strip():
-                raise _too_long(span(tree) + self.reserve, ", too many even without the prompt's text")
+                raise _too_long(
+                    span(tree) + self.reserve,
+                    ", too many even without what can be cut: old exchanges, and the text of a last user turn",
+                )
             prompt = rest if isinstance(prompt, str) else (*prompt[:-1], prompt[-1]._replace(content=rest))
         raise _too_long(span(tree) + self.reserve)
 

@@ -25,8 +25,12 @@ FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".tsv", ".gz", "
 """A path that ends so means a file, also when it does not exist."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-SPLITS = {name: name for name in ("train", "test", "validation")} | dict.fromkeys(("valid", "val", "dev", "eval"), "validation")
-SPLIT = re.compile(rf"({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?=[^a-z])")
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "development", "eval", "evaluation"), "validation"),
+}
+SPLIT = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])")
 BOM = b"\xef\xbb\xbf"
 SPACE = re.compile(r"[ \t\n\r]*")
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
@@ -63,8 +67,10 @@ def _of_split(folder: Path, split: str, place: str) -> list[Path]:
     inside = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     files = [entry for entry in inside if entry.is_file() and reader_of(entry)]
     splits: dict[str, list[Path]] = {}
+    if not files and (folder / "data").is_dir():  # as the hub's repositories have it
+        return _of_split(folder / "data", split, place)
     for entry in files or [entry for entry in inside if entry.is_dir() and entry.name in SPLITS]:
-        named = SPLIT.match(f"{entry.name.lower()}.")
+        named = SPLIT.search(entry.name.lower())
         splits.setdefault(SPLITS[named[1]] if named else "", []).extend([entry] if files else entry.iterdir())
     if split in splits and "" not in splits:
         return splits[split]
@@ -192,6 +198,13 @@ def _json(path: Path) -> Iterator[RawRow]:
     """A list of objects, or an object whose one list they are; else JSON Lines, which often bear this name too."""
     data = path.read_bytes().removeprefix(BOM)
     wrapped = _is_one_object(data)
+    if not wrapped and data.count(b"\n", 0, -1) == 0 and isinstance(row := _parse_line(data), dict) and len(row) == 1:
+        inner = next(iter(row.values()))  # a list of turns is a row; of other objects they are the rows
+        wrapped = (
+            isinstance(inner, list)
+            and all(isinstance(x, dict) and not x.keys() & {"role", "from"} for x in inner)
+            and bool(inner)
+        )
     if not wrapped and not data.lstrip().startswith(b"["):
         yield from _lines(BytesIO(data))
         return

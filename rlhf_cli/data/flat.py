@@ -109,7 +109,8 @@ def flatten(trees: Sequence[Tree], records: Sequence[Record]) -> Trees:
 def flat_arrays(trees: Sequence[Tree]) -> dict[str, np.ndarray]:
     """The arrays of `Trees`, less what is said of them."""
     parts = [part for tree in trees for part in (tree.prompt, *tree.responses)]
-    own = np.repeat([response for tree in trees for response in (False, *(True for _ in tree.responses))], [*map(len, parts)])
+    in_response = [part for tree in trees for part in (False, *(True for _ in tree.responses))]
+    own = np.repeat(np.array(in_response, bool), np.array([*map(len, parts)], np.int64))
     own[~own] = np.concatenate([np.zeros(0, bool), *(tree.supervised for tree in trees)])
     return {
         "ids": np.concatenate([np.zeros(0, np.int32), *parts]),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Literal
 
 from rlhf_cli.data import convert as of
-from rlhf_cli.data.columns import OF_ITEMS, Columns, Row, renamed, shown, value_of
+from rlhf_cli.data.columns import OF_ITEMS, Columns, Row, respelled, shown, value_of
 from rlhf_cli.data.convert import BESIDE_PROMPTS, PROMPTED
 from rlhf_cli.data.files import RawRow
 from rlhf_cli.data.meaning import MEANINGFUL, says_something
@@ -54,7 +55,7 @@ class Format:
                     "model.chat_template: none"
                 )
             return self.without_prompts
-        return of.from_repeating if of.repeats(rows) else self.convert
+        return partial(of.from_repeating, strip=chat) if of.repeats(rows) else self.convert
 
     def spelling(self, rows: Sequence[Row]) -> Columns:
         """Our columns as most of the rows name them; empty where they bear our names."""
@@ -64,15 +65,15 @@ class Format:
     def spelled(self, row: Row) -> int | None:
         """Which spelling the row has, from 1; 0: our own names; None: it is no row of this format."""
         there = {name: value for name, value in row.items() if value is not None}
-        if self.fits(there):
+        plain = self.fits(there)
+        if plain and ("prompt" not in self.columns or there.keys() & {*PROMPTED}):
             return 0
         for number, names in enumerate(self.spellings, start=1):
-            needed = [theirs for theirs in names.values() if not theirs.endswith("?")]
-            inner = [names[ours] for ours in OF_ITEMS if ours in names]
-            complete = all(theirs in inner or value_of(there, theirs) is not None for theirs in needed)
-            if complete and self.fits(renamed(there, _required(names))):
+            needed = [names[ours] for ours in names if ours not in (*there, *OF_ITEMS) and not names[ours].endswith("?")]
+            complete = bool(needed) and all(value_of(there, theirs) is not None for theirs in needed)
+            if complete and self.fits(respelled(there, _required(names))):
                 return number
-        return None
+        return 0 if plain else None
 
     def fits(self, row: Row) -> bool:
         return self.recognise(row) if self.recognise is not None else row.keys() >= set(self.columns)
@@ -101,8 +102,9 @@ def _is_hh(row: Row) -> bool:
 
 def _is_labelled(row: Row) -> bool:
     """Is it a response with a label, and not one of a class?"""
-    label = row.get("label")
-    known = type(label) is bool or (type(label) in (int, float, str) and label in of.LABELS)
+    label = row.get("label", row.get("kto_tag"))
+    word = label.strip().lower() if type(label) is str else label
+    known = type(word) in (bool, int, float, str) and word in (*of.LABELS, *of.GOOD_WORDS, *of.BAD_WORDS)
     answered = ({"prompt", "completion"}, {"instruction", "output"}, {"messages"}, {"conversations"})
     return known and any(row.keys() >= columns for columns in answered)
 
@@ -192,6 +194,8 @@ FORMATS: dict[str, Format] = {
                     "rejected": "non_preferred_output",
                 },
                 {"prompt": "question", "chosen": "response_j", "rejected": "response_k"},
+                {"prompt": "question"},
+                {"prompt": "input"},
             ),
         ),
         Format("hh", ("chosen", "rejected"), _PAIR, of.from_hh, _OF_PAIRS, recognise=_is_hh),
@@ -248,7 +252,7 @@ FORMATS: dict[str, Format] = {
             frozenset({"prompt", "answer", "label"}),
             of.from_unpaired,
             ("messages", "conversations", "instruction", "output"),
-            recognise=_is_labelled,
+            recognise=lambda row: "label" in row and _is_labelled(row),
             spellings=({"label": "kto_tag"},),
         ),
         Format(
@@ -273,7 +277,7 @@ FORMATS: dict[str, Format] = {
 _COLUMNS = (*(format.columns for format in FORMATS.values()), *(format.optional for format in FORMATS.values()), BESIDE_PROMPTS)
 KNOWN_COLUMNS = (*dict.fromkeys(chain(*_COLUMNS)), "subset")  # `subset` of any row is the group it is counted in
 RENAME = "; name those that are meant in data.train.0.columns: {ours: theirs}"
-ALIASES = {"prompt": ("instruction", "question", "query"), "completion": ("response", "output", "answer")}
+ALIASES = {"prompt": ("instruction", "question", "query", "problem"), "completion": ("response", "output", "answer", "solution")}
 """Names that other data sets use; only for the suggestion in an error, never read on their own."""
 
 
@@ -346,7 +350,8 @@ class Purpose:
         """The error for rows that it cannot use, and others can."""
         others = [name for name, use in self.others.items() if format.name in use.formats]
         found = f"found {format.name} data ({format})"
-        return UsageError(f"{place}: {found}, which {' and '.join(others)} can use; {self.label} needs {self.needs}{hint}")
+        needs = f"{self.label} needs {self.needs}{hint}"
+        return UsageError(f"{place}: {found}, which {' and '.join(others)} can use; {needs}")
 
 
 def detect(rows: Sequence[Row], purpose: Purpose, place: str) -> Format:
@@ -359,7 +364,7 @@ def detect(rows: Sequence[Row], purpose: Purpose, place: str) -> Format:
     found = counts.most_common(1)[0][0]
     fitting = [name for name in found if name in purpose.use.formats]
     if not fitting:
-        raise purpose.refuse(FORMATS[found[0]], place, _rename_hint(rows, purpose.use))
+        raise purpose.refuse(FORMATS[found[0]], f"{place}: the columns {columns}", _rename_hint(rows, purpose.use) or RENAME)
     if len(fitting) > 1:
         raise UsageError(
             f"{place}: the columns {columns} can be read as {' or as '.join(fitting)}; set format: to the one you mean"
@@ -381,7 +386,9 @@ LESS = ("prompt", "text")
 def _rename_hint(rows: Sequence[Row], use: Use) -> str:
     """A `columns:` line that would make a format complete that is taken, where there is one obvious reading."""
     has = {str(name) for row in rows for name in row}
-    lost = any(name in MEANINGFUL and says_something(name, value) for row in rows for name, value in row.items())
+    lost = any(
+        name in MEANINGFUL - {*BESIDE_PROMPTS} and says_something(name, value) for row in rows for name, value in row.items()
+    )
     ours = {name: [theirs for theirs in ALIASES.get(name, ()) if theirs in has] for name in KNOWN_COLUMNS}
     for format in use.formats.values():
         missing = [name for name in format.columns if name not in has]

@@ -12,6 +12,7 @@ import yaml
 
 from rlhf_cli import hub
 from rlhf_cli.console import of_rank
+from rlhf_cli.data.files import sparse
 from rlhf_cli.errors import RunError, UsageError, prefixed
 from rlhf_cli.sections import Rows
 from rlhf_cli.suggest import did_you_mean
@@ -22,7 +23,7 @@ def read_hub(source: Rows, place: str) -> Iterator[tuple[int, dict[str, Any]]]:
     with prefixed(place):
         batches = _load(source).iter(batch_size=1000)
     found = (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
-    yield from enumerate(found, start=1)
+    yield from ((number, sparse(row)) for number, row in enumerate(found, start=1))
 
 
 def _load(source: Rows) -> Any:

@@ -44,6 +44,13 @@ NEUTRAL = {"weight": 1, "loss_weight": 1, "train": True}
 """Values that say what is done anyway."""
 
 
+OWN_VARIABLES = (
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length", "bos_token", "eos_token"),
+)
+"""What is given to a chat template, or to the function that renders it, and no option of a row or a recipe may stand for."""
+
+
 class LostMeaning(Exception):
     """A row says something that changes what is learned, and that nothing reads: not the row is wrong, but the recipe."""
 
@@ -62,8 +69,6 @@ def check_columns(row: Mapping[str, Any], used: Set[str | None], prompts_alone: 
 
 def check_turn(turn: Mapping[str, Any], name: str, number: int) -> None:
     """Raises LostMeaning for a key of a conversation's turn."""
-    if len(turn) == 2:
-        return  # its role and its content
     for key in sorted(turn.keys() & OF_TURNS.keys()):
         if says_something(key, turn[key]):
             raise LostMeaning(key, OF_TURNS[key], f" in turn {number} of {name}")
@@ -82,9 +87,11 @@ def without(row: Mapping[str, Any], ignored: Sequence[str]) -> Mapping[str, Any]
 
 
 def _of_turns(value: Any, ignored: Sequence[str]) -> Any:
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        return value
-    return [{key: own for key, own in turn.items() if key not in ignored} for turn in value]
+    if isinstance(value, list):
+        return [_of_turns(item, ignored) for item in value]
+    return (
+        {key: _of_turns(own, ignored) for key, own in value.items() if key not in ignored} if isinstance(value, dict) else value
+    )
 
 
 def check_ignored(ignored: Sequence[str], rows: Sequence[Mapping[str, Any]], place: str) -> None:
@@ -99,5 +106,5 @@ def _names(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
         yield from row
         for value in row.values():
-            if isinstance(value, list):
-                yield from (key for turn in value if isinstance(turn, dict) for key in turn)
+            inner = value if isinstance(value, list) else [value]
+            yield from _names([item for item in inner if isinstance(item, dict)])

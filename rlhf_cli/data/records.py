@@ -120,7 +120,9 @@ class BadRow(Exception):
 
 REMEDIES = {
     "longer than data.max_length": "raise data.max_length or let data.overlong cut them",
-    "the chat template has no place for": "name a Jinja file that has one in model.chat_template, or leave them out by ignore",
+    "the chat template has no place for": (
+        "name a Jinja file that has one in model.chat_template, or leave them out: data.train.0.ignore: [tools, tool_calls]"
+    ),
     "a control token in the text": "set data.control_tokens: keep where such tokens belong into the text",
 }
 

@@ -16,17 +16,12 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
+from rlhf_cli.data.outlines import outline
 from rlhf_cli.data.records import BadRow, Message
 
 SECONDS = 2.0  # of CPU time for one row; a long conversation needs milliseconds
 HEADROOM = 1 << 30  # bytes of address space that rendering may add to the process
 SLACK, FACTOR = 1_000_000, 4  # a rendered text has at most SLACK + FACTOR · (characters of its messages) characters
-
-OWN_VARIABLES = (
-    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
-    *("tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length", "bos_token", "eos_token"),
-)
-"""What is given to a chat template, or to the function that renders it, and no option of a row or a recipe may stand for."""
 
 CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 """Templates that ask for today's date get a fixed one (Llama 3's own default): tokens must not depend on the day of the run."""
@@ -115,13 +110,21 @@ def render(tokenizer: Any, text: str, messages: Sequence[Message], given: Mappin
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     clocked = CLOCK + text if "strftime_now" in text else text
-    try:
-        # Not by apply_chat_template, which copies all that it is given, and takes twice the time.
-        rendered: str = _compile_jinja_template(clocked).render(
-            messages=[message.plain() for message in messages],
-            add_generation_prompt=generation,
-            **{"tools": None, "documents": None, **tokenizer.special_tokens_map, **given},
+
+    def written(turns: Sequence[Message]) -> str:
+        return str(
+            _compile_jinja_template(clocked).render(
+                messages=[turn.plain() for turn in turns],
+                add_generation_prompt=generation,
+                **{"tools": None, "documents": None, **tokenizer.special_tokens_map, **given},
+            )
         )
+
+    try:
+        if not given and (found := outline(tokenizer, clocked, messages, generation, written)):
+            return found.fill(messages)
+        # Not by apply_chat_template, which copies all that it is given, and takes twice the time.
+        rendered = written(messages)
     except (TookTooLong, TemplateSyntaxError):
         raise
     except MemoryError:

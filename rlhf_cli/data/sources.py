@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from rlhf_cli import sections
 from rlhf_cli.data import cache, formats, stored
 from rlhf_cli.data.cache import default_folder
-from rlhf_cli.data.columns import Columns, Row, check_named, renamed, shown
+from rlhf_cli.data.columns import OF_ITEMS, Columns, Row, check_named, renamed, respelled, shown
 from rlhf_cli.data.conversations import as_spoken
 from rlhf_cli.data.files import RawRow, find_files, is_hub_id, is_saved, read_file, read_saved
 from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, TIED, Converter, Format, Purpose, Use
@@ -27,7 +28,6 @@ from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.meaning import LostMeaning, check_columns, check_ignored, without
 from rlhf_cli.data.records import BadRow, Record, as_turns, remedies, spoken
 from rlhf_cli.data.stored import joined, take
-from rlhf_cli.data.streams import DataStream
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import sha256_file
 
@@ -55,6 +55,7 @@ class SourceReport:
     fingerprint: str  # hash of the good rows in file order, before the limit: the same for the same rows in another file type
     left_out: tuple[str, ...] = ()  # columns that nothing reads
     transcripts: int = 0  # good rows whose text was read as the turns of a Human/Assistant transcript
+    notices: tuple[str, ...] = ()  # for the console
 
 
 class _Source(NamedTuple):
@@ -137,7 +138,8 @@ def _read_source(source: sections.Source, key: str, data: sections.Data, request
     seed, folder = data.holdout_seed if data.holdout > 0 else None, default_folder()
     path = folder / f"rows-{found}.arrow" if folder and (found := _cache_key(source, key, seed, request)) else None
     if path is not None and (kept := stored.read(path)) is not None:
-        read = _Source(kept[0], kept[0].falls(), SourceReport(**kept[1]))
+        facts: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in kept[1].items()}
+        read = _Source(kept[0], kept[0].falls(), SourceReport(**facts))
     else:
         with stored.Writer(folder) as writer:
             report = _convert(source, key, seed, request, writer)
@@ -148,6 +150,16 @@ def _read_source(source: sections.Source, key: str, data: sections.Data, request
     chosen = _limited(len(records), source.limit, source.path, request.seed, data.shuffle)
     unused = report.unused | {BEYOND_LIMIT: len(records) - len(chosen)}
     return _Source(take(records, chosen), falls[chosen], dataclasses.replace(report, kept=len(chosen), unused=unused))
+
+
+def _said(format: Format, converter: Converter, rows: Sequence[Row], path: str) -> Iterator[str]:
+    """What a person should know of how the rows are read."""
+    if isinstance(converter, partial):
+        yield f"{path}: the responses repeat the prompt, which is cut off them"
+    if format.gather is not None and format.name == "tree":
+        yield f"{path}: each message of a person with its answers is one row"
+    elif format.gather is not None and any("response" in row for row in rows):
+        yield f"{path}: rows of one prompt, with a response each, are one row"
 
 
 def _cache_key(source: sections.Source, key: str, seed: int | None, request: RowRequest) -> str | None:
@@ -181,7 +193,9 @@ def _convert(source: sections.Source, key: str, seed: int | None, request: RowRe
     own = [renamed(row, source.columns) for row in own]
     format = _format_of(source, key, name, own, request)
     spelling = format.spelling(own)
-    own = [renamed(row, spelling) for row in own]
+    if spelling:
+        spelling = {**spelling, **{ours: theirs for ours, theirs in source.columns.items() if ours in OF_ITEMS}}
+    own = [respelled(row, spelling) for row in own]
     if margin is not None and not any(margin in row for row in objects):
         place = f"{where('objective.margin_column')}: {name}"
         raise UsageError(f"{place}: the data has no column '{margin}'; found {shown(objects)}")
@@ -214,6 +228,7 @@ def _convert(source: sections.Source, key: str, seed: int | None, request: RowRe
         tally.digest.hexdigest(),
         tuple(name for name in convert.seen if name not in convert.used),
         convert.transcripts,
+        tuple(_said(format, converter, own, source.path)),
     )
 
 
@@ -244,8 +259,8 @@ class _Conversion:
 
     def _ours(self, row: Row, place: str) -> dict[str, Any]:
         own, margin = without(row, self.source.ignore), self.request.margin_column
-        for columns in (self.source.columns, self.spelling):
-            own = renamed(own, columns) if columns else own
+        own = renamed(own, self.source.columns) if self.source.columns else own
+        own = respelled(own, self.spelling) if self.spelling else own
         if not own.keys() <= self.seen.keys():
             self.seen.update(dict.fromkeys(own))
         with self._meant(place):
@@ -382,40 +397,3 @@ def _hold_out(sources: Sequence[_Source], share: float, place: str) -> tuple[lis
     bound = min(max(share, math.nextafter(every[0], 1)), every[-1])
     kept = [take(source.records, np.flatnonzero(source.falls >= bound)) for source in sources]
     return kept, [take(source.records, np.flatnonzero(source.falls < bound)) for source in sources]
-
-
-def epoch_order(sizes: Sequence[int], shares: Sequence[float], seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """The rows of an epoch (from 0) as indices into the concatenated sources, (sum(sizes),) int64; a pure function.
-
-    Each source fills its share, rounded to whole rows. It is drawn without replacement; when it is exhausted, a fresh
-    permutation of it begins, and goes on in the next epoch where this one ends. Without shuffling, the sources are
-    interleaved evenly, each in file order. A source without rows leaves its share to the others.
-    """
-    counts = _apportion(sum(sizes), [share if size else 0.0 for size, share in zip(sizes, shares, strict=True)])
-    starts = np.cumsum([0, *sizes])
-    drawn = [starts[i] + _draw(size, counts[i], seed, i, epoch, shuffle) for i, size in enumerate(sizes)]
-    rows = np.concatenate(drawn)
-    if shuffle:
-        return rows[np.random.default_rng([seed, DataStream.EPOCH, epoch]).permutation(len(rows))]
-    position = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
-    return rows[np.argsort(position, kind="stable")]
-
-
-def _apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """Whole rows by largest remainder."""
-    exact = [total * share / math.fsum(shares) for share in shares]
-    counts = [int(rows) for rows in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
-
-
-def _draw(size: int, count: int, seed: int, source: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """Rows epoch·count … (epoch+1)·count of the endless sequence of a source's permutations, (count,)."""
-    begin, end = epoch * count, (epoch + 1) * count
-    pieces = [np.empty(0, dtype=np.int64)]
-    for cycle in range(begin // size, -(-end // size)) if count else ():
-        order = np.random.default_rng([seed, DataStream.SOURCE, source, cycle]).permutation(size) if shuffle else np.arange(size)
-        pieces.append(order[max(begin - cycle * size, 0) : end - cycle * size])
-    return np.concatenate(pieces)

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateSyntaxError
 
+from rlhf_cli.data.meaning import OWN_VARIABLES
 from rlhf_cli.data.records import BadRow, Message, Prompt, as_turns, shared_length
-from rlhf_cli.data.sandbox import OWN_VARIABLES, TookTooLong, ends_in_time, memory_limit, render, time_limit
+from rlhf_cli.data.sandbox import TookTooLong, ends_in_time, memory_limit, render, time_limit
 from rlhf_cli.errors import UsageError
+from rlhf_cli.suggest import did_you_mean
 
 BUILT_IN = (
     "{% for message in messages %}"
@@ -90,14 +92,18 @@ def _with_defaults(template: Template, options: Mapping[str, Any]) -> Template:
     They are written into its text: so they have their part in its hash, and go wherever it goes, to the next stage and to those
     who serve the model.
     """
-    assert template.text is not None
+    from transformers.utils.chat_template_utils import _get_template_variables
+
+    text = template.text or ""
+    known = _get_template_variables(text) - {*OWN_VARIABLES} if options else frozenset()
     for name in options:
-        if not name.isidentifier() or name in OWN_VARIABLES:
-            raise UsageError(f"model.template_options: '{name}' is no variable of a chat template that can be set")
+        if name not in known:
+            there = did_you_mean(name, known, f"it reads {', '.join(sorted(known)) or 'none that can be set'}")
+            raise UsageError(f"model.template_options: the chat template ({template.source}) reads no variable '{name}'. {there}")
+        text = re.sub(rf"\{{% if {name} is not defined %\}}\{{% set {name} = .*? %\}}\{{% endif %\}}", "", text, count=1)
     lines = [f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}" for name, value in options.items()]
-    new = "".join(line for line in lines if line not in template.text)
     said = "".join(f", {name}: {value}" for name, value in options.items())
-    return Template(template.source + said, new + template.text)
+    return Template(template.source + said, "".join(lines) + text)
 
 
 _ENDING: set[str] = set()

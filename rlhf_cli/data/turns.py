@@ -17,10 +17,15 @@ from rlhf_cli.errors import UsageError
 EMPTY_THINK = re.compile(rf"\s*(?:{THINK_MARK.pattern})?\s*{THINK_MARK.pattern}\s*", re.IGNORECASE)
 """A think block with nothing in it, or the rest of one that the prompt has begun."""
 
+PICTURE = "<image>"
 SPACED = "the chat template writes white space otherwise than {count:,} rows do"
 STRIPPED = "the chat template leaves out the reasoning, or another part, of earlier assistant turns: {count:,} rows"
 GREETED = "an assistant turn before the first user turn is not learned, it answers nothing: {count:,} rows"
-THOUGHTLESS = "the empty think block that the chat template writes is a part of the prompt, and not learned: {count:,} rows"
+THOUGHTLESS = (
+    "the empty think block that the chat template writes is a part of the prompt, and not learned: {count:,} rows. Where the "
+    "model samples, its own reasoning may stand there; with most templates, model.template_options: {{enable_thinking: false}} "
+    "prevents that"
+)
 """What a run says of rows that are not written as they stand."""
 
 
@@ -36,12 +41,12 @@ class Rendered(NamedTuple):
 
 def check_text(form: ChatFormat, record: Record) -> None:
     """Raises BadRow for text that would forge a control token."""
-    if form.control is None:
-        return
     turns = (*as_turns(record.prompt), *map(as_turn, record.responses))
     for text in (record.given, *(part for turn in turns for part in turn[1:3])):
-        if found := form.control.search(text):
+        if form.control is not None and (found := form.control.search(text)):
             raise BadRow("a control token in the text", repr(found.group()))
+        if PICTURE in text:
+            raise BadRow(f"the place of a picture ({PICTURE}) in the text, and only text is read")
 
 
 def render_row(form: ChatFormat, record: Record, *, find_turns: bool, learn_empty_think: bool = False) -> Rendered:
@@ -145,7 +150,9 @@ def _check_prompt(prompt: str, messages: tuple[Message, ...]) -> set[str]:
     said = set()
     for message in messages:
         if message.role == "assistant":
-            if not all(_holds(prompt, text) for text in _texts(message)):
+            extra = json.loads(message.extra) if message.extra else {}
+            _check_calls(extra, prompt)
+            if not _holds(prompt, extra.get("reasoning_content", "")):
                 said.add(STRIPPED)
         elif not _holds(prompt, message.content):
             raise BadRow(f"the chat template leaves out a {message.role} turn")
@@ -167,6 +174,12 @@ def _check_answer(form: ChatFormat, prompt: str, turn: Message, written: str, wh
     extra = json.loads(turn.extra) if turn.extra else {}
     if not _holds(written, extra.get("reasoning_content", "")):
         raise BadRow("the chat template has no place for reasoning", "write it into the text, in <think> and </think>")
+    _check_calls(extra, written)
+    return set() if turn.content in whole else {SPACED}
+
+
+def _check_calls(extra: Mapping[str, Any], written: str) -> None:
+    """BadRow for a call that a template has no place for, or does not write as JSON."""
     for call in extra.get("tool_calls", ()):
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         as_python = isinstance(arguments, dict) and bool(arguments) and str(arguments) in written
@@ -174,16 +187,6 @@ def _check_answer(form: ChatFormat, prompt: str, turn: Message, written: str, wh
             raise BadRow("the chat template has no place for calls of functions", name)
         if not all(_holds(written, text) for text in _leaves(arguments)):
             raise BadRow("the chat template does not write the arguments of a call", name)
-    return set() if turn.content in whole else {SPACED}
-
-
-def _texts(turn: Message) -> Iterator[str]:
-    """What an assistant's turn says."""
-    extra = json.loads(turn.extra) if turn.extra else {}
-    yield turn.content
-    yield extra.get("reasoning_content", "")
-    for call in extra.get("tool_calls", ()):
-        yield call["function"]["name"]
 
 
 def _leaves(value: Any) -> Iterator[str]:

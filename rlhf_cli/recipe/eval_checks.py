@@ -125,8 +125,14 @@ def _implicit(recipe: EvalRecipe) -> Iterator[Finding]:
         yield "beta", "scales implicit rewards, which need preferences and a reference. name both, or remove it"
 
 
+def _template(recipe: EvalRecipe) -> Iterator[Finding]:
+    if recipe.chat_template == "none":
+        yield from no_effect(recipe, "", ("template_options",), "with chat_template: none. remove it")
+
+
 EVALUATION = (
     Check(("models", "reference"), _models),
+    Check(("chat_template", "template_options"), _template),
     Check(("prompts", "preferences", "text"), _rows),
     Check(
         (

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.bandit import Bandit
 from rlhf_cli.objectives.base import Objective, Trained
@@ -275,7 +275,9 @@ class Reading:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "of weights and of compute; auto: bfloat16 on a GPU")
     attention: Literal["auto", "sdpa", "flex", "flash", "eager"] = key("auto", "attention kernel, as in training")
     chat_template: str | None = key(None, "null: each model's own; a Jinja file; none", path=True)
-    template_options: dict[str, Any] = key({}, "variables of the chat template, beside those that a model was trained with")
+    template_options: dict[str, bool | int | float | str] = key(
+        {}, "variables of the chat template, beside those that a model was trained with"
+    )
     empty_think: Literal["prompt", "learn"] = key("prompt", "an empty think block of the chat template's own, as in training")
     trust_remote_code: bool = key(False, "run code from model folders; only with --set, never from the file")
     max_length: int = key(1024, "tokens of prompt + response", low=2)

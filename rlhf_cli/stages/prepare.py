@@ -112,9 +112,7 @@ def prepare_job(
         console.say(said)
     objective = recipe.objective
     request = dataclasses.replace(row_request(recipe, loaded.where), progress=console.count)
-    if isinstance(recipe.lora, sections.Lora):
-        tokens = token_ids(tokenizer, recipe.lora.train_tokens)
-        recipe = dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, train_tokens=tokens))
+    recipe = _with_token_ids(recipe, tokenizer)
     dataset = prepare(recipe.data, request, tokenizer, template)
     dataset.check_ids(config.get_text_config().vocab_size, tokenizer, recipe.model.path)
     if shape is not None:
@@ -138,6 +136,14 @@ def prepare_job(
     for message in _warnings(job, memory):
         console.warn(message)
     return job
+
+
+def _with_token_ids(recipe: recipes.TrainingRecipe, tokenizer: Any) -> recipes.TrainingRecipe:
+    """The recipe with the tokens that are to be trained as ids."""
+    if not isinstance(recipe.lora, sections.Lora):
+        return recipe
+    tokens = token_ids(tokenizer, recipe.lora.train_tokens)
+    return dataclasses.replace(recipe, lora=dataclasses.replace(recipe.lora, train_tokens=tokens))
 
 
 def row_request(recipe: recipes.TrainingRecipe, where: Callable[[str], str]) -> RowRequest:
@@ -234,7 +240,8 @@ def _warnings(job: TrainingJob, memory: Memory) -> Iterator[str]:
     if message := learning_rate_warning(job.recipe, memory):
         yield message
     if not job.objective.soft_labels and any(facts.probability is not None for facts in job.dataset.train.trees.facts):
-        yield f"the column 'probability' has no effect with kind {job.objective.kind}: every chosen response counts as better"
+        kind = job.objective.kind
+        yield f"how sure the data are of a pair has no effect with kind {kind}: every chosen response counts as better"
     if job.lora and job.lora.dropout:
         yield "with lora.dropout, results depend on tokens_per_device: the masks follow the cut"
 

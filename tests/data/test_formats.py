@@ -329,28 +329,32 @@ REFUSED = [
     (
         [{"question": "a", "answer": "b"}],
         "sft",
-        f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"
+        f"x: the columns question, answer: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"
         "; perhaps data.train.0.columns: {prompt: question, completion: answer}",
     ),
     # Of two columns one would be lost without a word: nothing is suggested.
     (
         [{"question": "a", "input": "b", "output": "c"}],
         "sft",
-        f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}",
+        f"x: the columns question, input, output: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}{RENAME}",
     ),
-    ([{"prompt": "a"}], "sft", f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"),
+    (
+        [{"prompt": "a"}],
+        "sft",
+        f"x: the columns prompt: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}{RENAME}",
+    ),
     (
         [{"prompt": "a", "response": "b"}],
         "sft",
-        f"x: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"
+        f"x: the columns prompt, response: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"
         "; perhaps data.train.0.columns: {completion: response}",
     ),
     (
         [{"text": "a"}],
         "dpo",
-        "x: found text data (text), which sft can use; "
+        "x: the columns text: found text data (text), which sft can use; "
         "dpo needs prompt + chosen + rejected | chosen + rejected | prompt + response_a + response_b + winner"
-        " | prompt + responses | message_id + parent_id + role + text",
+        f" | prompt + responses | message_id + parent_id + role + text{RENAME}",
     ),
     (
         [{"messages": [], **PAIR}],

@@ -449,8 +449,8 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "no winner": (
         "dpo",
-        {"prompt": "Which?", "response_0": "a", "response_1": "b", "better_response_id": 2},
-        "'winner' is not 0 or 1, a or b, tie, or one of id_a and id_b (2)",
+        {"prompt": "Which?", "response_0": "a", "response_1": "b", "better_response_id": 3},
+        "'winner' is not 0 or 1, a or b, tie, or one of id_a and id_b (3)",
     ),
     "strength in words": (
         "train-rm",

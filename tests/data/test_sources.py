@@ -17,9 +17,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from rlhf_cli.data.batches import epoch_order
 from rlhf_cli.data.files import MAX_LINE, is_hub_id
 from rlhf_cli.data.records import Facts, Message, Record
-from rlhf_cli.data.sources import check_lost, epoch_order, prompt_share, read_data
+from rlhf_cli.data.sources import check_lost, prompt_share, read_data
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.stages import ROW_USES
 from rlhf_cli.sections import Data, Source
@@ -256,7 +257,8 @@ def test_another_stages_data_and_a_wrong_format():
     with pytest.raises(UsageError) as error:
         read("x.jsonl", where=lambda key: f"r.yaml:{key}")
     assert str(error.value) == (
-        f"r.yaml:data.train.0.path: x.jsonl: found prompt data (prompt), which ppo can use; sft needs {NEEDS}"
+        f"r.yaml:data.train.0.path: x.jsonl: the columns prompt: found prompt data (prompt), which ppo can use; sft needs {NEEDS}"
+        "; name those that are meant in data.train.0.columns: {ours: theirs}"
     )
     with pytest.raises(UsageError, match=r"^r\.yaml:data\.eval\.0\.format: x\.jsonl: found prompt data"):
         write("y.jsonl", ROWS)

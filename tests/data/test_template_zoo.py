@@ -138,17 +138,20 @@ def test_an_option_makes_a_template_silent() -> None:
 
 
 def test_options_go_with_the_template_and_are_written_once() -> None:
-    once = choose_template(tiny_tokenizer(template=CHATML), None, {"enable_thinking": False, "date": "it's 1 May"})
-    again = choose_template(tiny_tokenizer(template=once.text), None, {"enable_thinking": False, "date": "it's 1 May"})
-    assert again.hash == once.hash != choose_template(tiny_tokenizer(template=CHATML), None).hash
-    shows = tiny_tokenizer(template="{{ enable_thinking }} {{ date }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    shows.chat_template = choose_template(shows, None, {"enable_thinking": False, "date": "it's 1 May"}).text
+    text = "{{ enable_thinking }} {{ date }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    own, options = tiny_tokenizer(template=text), {"enable_thinking": False, "date": "it's 1 May"}
+    once = choose_template(own, None, options)
+    again = choose_template(tiny_tokenizer(template=once.text), None, options)
+    assert again.hash == once.hash != choose_template(own, None).hash
+    other = choose_template(tiny_tokenizer(template=once.text), None, {"enable_thinking": True})
+    assert choose_template(tiny_tokenizer(template=other.text), None, {"enable_thinking": False}).text.count("{% set") == 2
+    shows = tiny_tokenizer(template=once.text)
     hi = [{"role": "user", "content": "!"}]
     assert shows.apply_chat_template(hi, tokenize=False) == "False it's 1 May!"
     assert shows.apply_chat_template(hi, tokenize=False, enable_thinking=True) == "True it's 1 May!"
-    for name in ("messages", "a-b"):
-        with pytest.raises(UsageError, match=rf"model\.template_options: '{name}' is no variable"):
-            choose_template(tiny_tokenizer(template=CHATML), None, {name: 1})
+    for name, advice in (("messages", "it reads date, enable_thinking"), ("enable_thinkin", r"did you mean enable_thinking\?")):
+        with pytest.raises(UsageError, match=rf"reads no variable '{name}'\. {advice}"):
+            choose_template(own, None, {name: 1})
 
 
 SAID = [
