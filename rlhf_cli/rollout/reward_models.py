@@ -179,7 +179,7 @@ class Reader:
 
     def _rewritten(self, form: ChatFormat, answers: Answers) -> list[Tree]:
         records = [
-            Record(record.prompt, tuple(texts), record.where)
+            Record(record.prompt, tuple(texts), record.where, given=record.given)
             for record, texts in zip(answers.records, answers.texts, strict=True)
         ]
         try:

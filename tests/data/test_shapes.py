@@ -12,7 +12,7 @@ from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.data.templates import choose_template
 from rlhf_cli.errors import UsageError
 from rlhf_cli.sections import Data, SftData, Source
-from tests.data.tiny_tokenizer import tiny_tokenizer
+from tests.data.tiny_tokenizer import CHATML, tiny_tokenizer
 from tests.data.uses import request_of
 
 TOOLS = (
@@ -44,6 +44,13 @@ READ: dict[str, Shape] = {
         "messages",
         [{"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": [WEIGH]}],
         f"system: {json.dumps([WEIGH])}|user: Which?",
+        [WRITTEN_CALL],
+    ),
+    "a call without content, its arguments called parameters": (
+        "sft",
+        "messages",
+        [{"messages": [ASK, {"role": "assistant", "tool_calls": [{"name": "weigh", "parameters": {"fruit": "plum"}}]}]}],
+        "user: Which?",
         [WRITTEN_CALL],
     ),
     "arguments and tools as JSON text": (
@@ -102,6 +109,20 @@ READ: dict[str, Shape] = {
         [{"messages": [ASK, SAY, {"role": "user", "content": "No."}, {"role": "assistant", "content": "Mud.", "train": False}]}],
         "user: Which?",
         ["Plum."],
+    ),
+    "JSON text in pairs": (
+        "dpo",
+        "preference",
+        [{"prompt": json.dumps([ASK]), "chosen": json.dumps([SAY]), "rejected": "Mud."}],
+        "user: Which?",
+        ["Plum.", "Mud."],
+    ),
+    "a question and a pair": (
+        "dpo",
+        "preference",
+        [{"system": "Be brief.", "question": "Which?", "chosen": "Plum.", "rejected": "Mud."}],
+        "system: Be brief.|user: Which?",
+        ["Plum.", "Mud."],
     ),
     "JSON text": ("sft", "messages", [{"messages": json.dumps([ASK, SAY])}], "user: Which?", ["Plum."]),
     "parts": (
@@ -447,6 +468,16 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"instruction": "x", "output": "x", "history": [["q"]]},
         "an entry of 'history' is no [question, answer]",
     ),
+    "a call with nothing that is known": (
+        "sft",
+        {"messages": [ASK, {**SAY, "tool_calls": [{"name": "f", "args": {"x": 1}}]}]},
+        "a call in a turn of 'messages' has no arguments (turn 2: it has args)",
+    ),
+    "the place of a picture": (
+        "sft",
+        {"messages": [{"role": "user", "content": "<image> Which?"}, SAY]},
+        "the place of a picture (<image>) in the text, and only text is read",
+    ),
     "no winner": (
         "dpo",
         {"prompt": "Which?", "response_0": "a", "response_1": "b", "better_response_id": 3},
@@ -532,3 +563,59 @@ def test_a_joined_column() -> None:
 def test_undesirable_conversations_are_not_fine_tuned() -> None:
     rows = [{"messages": [ASK, SAY], "label": good} for good in (True, False)]
     assert dataset("sft", rows).reading.reports[0].unused == {"undesirable (not for sft)": 1}
+
+
+def test_what_the_recipe_names_wins_over_what_public_data_call_it() -> None:
+    completions = [{"response": r, "overall_score": a, "honesty": b} for r, a, b in (("Plum.", 1, 9), ("Mud.", 8, 2))]
+    scored = dataset("train-rm", [{"instruction": "Which?", "completions": completions}], columns={"score": "honesty"})
+    assert as_read(scored.train.trees[0], tiny_tokenizer())[1] == ["Plum.", "Mud."]
+    judged = {"prompt": "Which?", "response_0": "Mud.", "response_1": "Plum.", "safer_response_id": 1}
+    safe = dataset("dpo", [judged], columns={"winner": "safer_response_id"})
+    assert as_read(safe.train.trees[0], tiny_tokenizer())[1] == ["Plum.", "Mud."]
+    with pytest.raises(UsageError, match="'better_response_id' is not read"):
+        dataset("dpo", [judged | {"better_response_id": 0}], columns={"winner": "safer_response_id"})
+    titled = {"title": "Fruit", "question": "Which?", "response_j": "Plum.", "response_k": "Mud."}
+    joined = dataset("dpo", [titled], columns={"prompt": "{title}\n\n{question}"})
+    assert as_read(joined.train.trees[0], tiny_tokenizer())[0] == "user: Fruit\n\nWhich?"
+
+
+def test_a_winner_that_counts_from_one_is_refused() -> None:
+    row = {"prompt": "Which?", "response_1": "Plum.", "response_2": "Mud.", "preferred": 1}
+    columns = {"response_a": "response_1", "response_b": "response_2", "winner": "preferred"}
+    with pytest.raises(UsageError, match="2 counts from 1; write a or b"):
+        dataset("dpo", [row, row | {"preferred": 2}], columns=columns)
+
+
+def test_calls_in_earlier_turns_need_a_place_too() -> None:
+    rows = READ["what a tool returned is not learned"][2]
+    Path("x.jsonl").write_text(json.dumps(rows[0]))
+    tokenizer = tiny_tokenizer(template=CHATML)
+    with pytest.raises(UsageError, match=r"the chat template has no place for calls of functions \(1\)"):
+        prepare(SftData([Source("x.jsonl")]), request_of("sft"), tokenizer, choose_template(tokenizer, None))
+
+
+def test_an_answer_below_another_is_context_in_a_tree() -> None:
+    more = [
+        {"message_id": "4", "parent_id": "2", "role": "prompter", "text": "No.", "system": "Be brief."},
+        {"message_id": "5", "parent_id": "4", "role": "assistant", "text": "Plum."},
+    ]
+    trees = dataset("sft", TREE + more).train.trees
+    assert [as_read(tree, tiny_tokenizer()) for tree in trees] == [
+        ("user: Which?", ["Plum."]),
+        ("user: Which?|assistant: Mud.|user: No.", ["Plum."]),  # "Mud." is in no brackets: not learned
+    ]
+
+
+def test_conversations_beside_messages_are_not_read() -> None:
+    read = dataset("sft", [{"messages": [ASK, SAY], "conversations": [*ASKED, {"from": "gpt", "value": "Mud."}]}])
+    assert as_read(read.train.trees[0], tiny_tokenizer())[1] == ["Plum."]
+    assert read.reading.reports[0].left_out == ("conversations",)
+
+
+def test_repeated_prompts_are_cut_at_words_and_said() -> None:
+    rows = [{"prompt": "P", "chosen": "Plum.", "rejected": "Pear."}]
+    assert as_read(dataset("dpo", rows).train.trees[0], tiny_tokenizer())[1] == ["Plum.", "Pear."]
+    rows = [{"prompt": "Which?", "chosen": "Which? Plum.", "rejected": "Which? Mud."}]
+    read = dataset("dpo", rows)
+    assert as_read(read.train.trees[0], tiny_tokenizer())[1] == ["Plum.", "Mud."]
+    assert "x.jsonl: the responses repeat the prompt, which is cut off them" in read.train.notices

@@ -433,3 +433,12 @@ def test_damaged_recipes_are_refused_in_printable_lines_or_read_back_equal(tmp_p
             assert all(line.isprintable() for line in str(error).splitlines())
         else:
             assert load(tmp_path, dump_recipe(recipe, "sft")).recipe == recipe
+
+
+def test_options_of_a_chat_template(tmp_path: Path) -> None:
+    text = "model: {path: m, template_options: {enable_thinking: false, effort: high}}\noutput: o\ndata: {train: x.jsonl}\n"
+    assert load(tmp_path, text).recipe.model.template_options == {"enable_thinking": False, "effort": "high"}
+    with pytest.raises(UsageError, match=r"model\.template_options\.tools: expected true or false"):
+        load(tmp_path, text, "model.template_options.tools={a: 1}")
+    with pytest.raises(UsageError, match=r"model\.template_options: has no effect with chat_template: none"):
+        load(tmp_path, text, "model.chat_template=none")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_shapes import READ, TOOLS
-from tests.tiny import make_base, rlhf, write_recipe
+from tests.data.test_template_zoo import ZOO
+from tests.tiny import make_base, rlhf, write_pairs, write_recipe
 
 DRAWN = {
     "rollout": {"max_new_tokens": 4},
@@ -45,3 +46,19 @@ def test_every_shape_trains_its_stage_for_two_steps(stage: str, tmp_path: Path, 
     assert report["kept"] == len(sources) and report["dropped"] == {}
     assert [source["format"] for source in report["sources"]][: len(shapes)] == [shape[1] for shape in shapes]
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["steps"] == 2
+
+
+def test_options_of_a_chat_template_go_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_base(tmp_path / "base")
+    (base / "chat_template.jinja").write_text(ZOO["thinking unless told"])
+    rows = write_pairs(tmp_path / "rows.jsonl", 4)
+    short = {"steps": 1, "batch_size": 4, "save_every": None}
+    plain = write_recipe(tmp_path / "plain.yaml", base, rows, tmp_path / "sft", train=short)
+    assert rlhf("sft", plain, "--check") == 2
+    assert "set model.template_options: {enable_thinking: false}" in " ".join(capsys.readouterr().err.split())
+    assert rlhf("sft", plain, "--set", "model.template_options.enable_thinking=false") == 0
+    template = (tmp_path / "sft" / "model" / "chat_template.jinja").read_text()
+    assert template.startswith("{% if enable_thinking is not defined %}{% set enable_thinking = False %}{% endif %}")
+    after = write_recipe(tmp_path / "dpo.yaml", tmp_path / "sft", rows, tmp_path / "dpo", train=short)
+    assert rlhf("dpo", after, "--check") == 0
+    assert "<think></think>" in capsys.readouterr().out
