@@ -139,6 +139,7 @@ bench: $(SMOLLM2)/config.json .venv/trl-ppo/trl/__init__.py | $(DEV) .venv/.inst
 	@$(BIN)/python scripts/bench.py $(if $(HH),'$(HH)')
 	@$(BIN)/python scripts/bench_rollout.py --model $(SMOLLM2) $(if $(HH),--data '$(HH)')
 	@$(BIN)/python scripts/bench_ppo.py $(if $(HH),'$(HH)') --peer .venv/trl-ppo
+	@$(BIN)/python scripts/bench_data.py --model $(SMOLLM2)
 
 # The last TRL that had PPO, beside the one that the other stages are compared with.
 .venv/trl-ppo/trl/__init__.py: | .venv/bin/pip

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 
 class Stored(NamedTuple):
@@ -89,13 +87,30 @@ def write(path: Path, stored: Stored) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:20]}-", suffix=".tmp", delete=False) as file:
             partial = Path(file.name)
-        save_file(dict(stored.arrays), partial, metadata=metadata)
+        _save(partial, stored.arrays, metadata)
         partial.replace(path)
-    except (OSError, SafetensorError):
+    except OSError:
         if partial is not None:
             partial.unlink(missing_ok=True)
         return False
     return True
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, without a copy of every array, as the library makes."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    widest_first = sorted(arrays.items(), key=lambda item: -item[1].itemsize)  # so that each is aligned
+    for name, array in widest_first:
+        begin, end = end, end + array.nbytes
+        dtype = next(theirs for theirs, ours in DTYPES.items() if np.dtype(ours) == array.dtype)
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, array in widest_first:
+            file.write(np.ascontiguousarray(array).data)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], facts: str) -> str:

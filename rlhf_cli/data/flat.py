@@ -12,6 +12,8 @@ import numpy as np
 from rlhf_cli.data.records import Facts, Record
 from rlhf_cli.data.trees import Tree
 
+BLOCK = 10_000  # trees that are counted at a time: a running total of all tokens takes eight times their memory
+
 
 @dataclass(frozen=True, eq=False)
 class Trees(Sequence[Tree]):
@@ -56,10 +58,13 @@ class Trees(Sequence[Tree]):
     @property
     def supervised_counts(self) -> np.ndarray:
         """(N,) tokens that can be predicted: where there is no prompt, nothing comes before a response's first token."""
-        totals = np.concatenate([[0], np.cumsum(self.supervised)])
+        bounds, counted = self.segments[self.first], np.zeros(len(self), np.int64)
+        for a in range(0, len(self), BLOCK):
+            own = bounds[a : a + BLOCK + 1]
+            totals = np.concatenate([[0], np.cumsum(self.supervised[own[0] : own[-1]])])
+            counted[a : a + BLOCK] = np.diff(totals[own - own[0]])
         prompts = np.diff(self.segments)[self.first[:-1]]
-        unpredicted = np.where(prompts == 0, np.diff(self.first) - 1, 0)
-        predicted: np.ndarray = np.diff(totals[self.segments[self.first]]) - unpredicted
+        predicted: np.ndarray = counted - np.where(prompts == 0, np.diff(self.first) - 1, 0)
         return predicted
 
 

@@ -151,9 +151,10 @@ def row_request(recipe: recipes.TrainingRecipe, where: Callable[[str], str]) -> 
     objective, draws = recipe.objective, recipe.draws
     if draws:
         return RowRequest(Purpose(recipe.stage, PROMPTS, ROW_USES), recipe.seed, where, reserve=draws.max_new_tokens)
+    check = objective.check_tree if type(objective).check_tree is not Objective.check_tree else None
     use = dataclasses.replace(objective.rows, ties=objective.soft_labels)
     purpose = Purpose(recipe.stage, use, ROW_USES)
-    return RowRequest(purpose, recipe.seed, where, margin_column=objective.margin_from, check=objective.check_tree)
+    return RowRequest(purpose, recipe.seed, where, margin_column=objective.margin_from, check=check)
 
 
 def _as_resolved_before(recipe: recipes.TrainingRecipe, before: dict[str, Any]) -> recipes.TrainingRecipe:
