@@ -212,7 +212,7 @@ class Writer:
             file.write(checksum)
         opened = read(written)
         assert opened is not None
-        if path is not None and written.parent == path.parent:
+        if path is not None and path.parent.is_dir() and written.parent.samefile(path.parent):
             written.replace(path)  # else it is removed, and its content stays as long as it is mapped
         return opened[0], opened[0].falls()
 
