@@ -83,7 +83,8 @@ def encode(
         kept, notices = None, (f"{damaged}: damaged; its tokens are made again",)
     if kept is None:
         kept = encoder.run()
-        store.write(path, kept)
+        if store.write(path, kept):
+            kept = store.read(path) or kept  # mapped, and no longer in memory
     encoded = _restore(kept, records, responses)
     return replace(encoded, notices=(*notices, *encoded.notices))
 

@@ -75,13 +75,14 @@ class Stored(Sequence[Record]):
 
     def read(self, at: np.ndarray) -> list[Record]:
         """Those records; what is mapped leaves this process's memory again."""
-        import pyarrow
-
-        rows = pyarrow.array(at)
-        texts, files, lines = (self.columns[name].take(rows).to_pylist() for name in ("text", "file", "line"))
+        first, end = (int(at.min()), int(at.max()) + 1) if len(at) else (0, 0)
+        if end - first > 4 * len(at):  # far apart
+            return [self[int(i)] for i in at]
+        # Not `take`, which would copy the whole column.
+        texts, files, lines = (self.columns[name].slice(first, end - first).to_pylist() for name in ("text", "file", "line"))
         if hasattr(mmap, "MADV_DONTNEED"):
             self.mapped.madvise(mmap.MADV_DONTNEED)
-        return [Record.read(text, f"{self.names[i]}:{line}") for text, i, line in zip(texts, files, lines, strict=True)]
+        return [Record.read(texts[i], f"{self.names[files[i]]}:{lines[i]}") for i in (at - first).tolist()]
 
     def falls(self) -> np.ndarray:
         """(N,) float64"""
