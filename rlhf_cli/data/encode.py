@@ -17,7 +17,7 @@ import numpy as np
 from rlhf_cli import sections
 from rlhf_cli.data import cache as store
 from rlhf_cli.data import sandbox, stored, templates, turns
-from rlhf_cli.data.flat import Trees, flat_arrays, joined_arrays, select
+from rlhf_cli.data.flat import Flattener, Trees, select
 from rlhf_cli.data.formats import Taken
 from rlhf_cli.data.records import BadRow, Facts, Message, Prompt, Record, remedies
 from rlhf_cli.data.sandbox import TookTooLong, memory_limit, time_limit
@@ -193,12 +193,12 @@ class _Encoder:
 
     def run(self) -> store.Stored:
         """The trees and the counts, as the cache keeps them."""
-        chunks = [flat_arrays([])]
+        flat = Flattener()
         for start in range(0, len(self.records), CHUNK):
             rows = range(start, min(start + CHUNK, len(self.records)))
-            chunks.append(flat_arrays([kept for tree in self.tokenise(self.render(rows)) if (kept := self.fitted(tree))]))
+            flat.add([kept for tree in self.tokenise(self.render(rows)) if (kept := self.fitted(tree))])
             self.progress(rows.stop, len(self.records))
-        arrays = joined_arrays(chunks)
+        arrays = flat.arrays()
         if self.records and not len(arrays["rows"]):
             row, text = self.examples[0]
             raise _unusable(len(self.records), self.lost, f"{self.records[row].where}: {text}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -126,12 +127,32 @@ def flat_arrays(trees: Sequence[Tree]) -> dict[str, np.ndarray]:
     }
 
 
-def joined_arrays(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays of the trees of all chunks, one after the other; `chunks` is emptied, since both would need twice the memory."""
-    result = {}
-    for name in ("ids", "supervised", "rows"):
-        result[name] = np.concatenate([chunk.pop(name) for chunk in chunks])
-    for name in ("segments", "first"):
-        sizes = [np.diff(chunk.pop(name)) for chunk in chunks]
-        result[name] = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]))
-    return result
+class Flattener:
+    """The arrays of `Trees` of many chunks, one after the other. Tokens wait in files: in memory they would be there twice."""
+
+    def __init__(self) -> None:
+        self.spools = {name: tempfile.SpooledTemporaryFile(max_size=1 << 26) for name in ("ids", "supervised")}  # noqa: SIM115
+        self.chunks: list[dict[str, np.ndarray]] = [flat_arrays([])]
+
+    def add(self, trees: Sequence[Tree]) -> None:
+        arrays = flat_arrays(trees)
+        for name, spool in self.spools.items():
+            spool.write(arrays.pop(name).data)
+        self.chunks.append(arrays)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those of all chunks; of the tokens of a large number of trees, mapped from their files."""
+        found = {name: _read_spool(spool, self.chunks[0][name].dtype) for name, spool in self.spools.items()}
+        found["rows"] = np.concatenate([chunk["rows"] for chunk in self.chunks])
+        for name in ("segments", "first"):
+            found[name] = np.cumsum(np.concatenate([np.zeros(1, np.int64), *(np.diff(chunk[name]) for chunk in self.chunks)]))
+        return found
+
+
+def _read_spool(spool: tempfile.SpooledTemporaryFile[bytes], dtype: np.dtype[Any]) -> np.ndarray:
+    size = spool.tell()
+    if size < 1 << 26:
+        spool.seek(0)
+        return np.frombuffer(spool.read(), dtype)
+    spool.flush()
+    return np.asarray(np.memmap(spool, dtype, "r", shape=(size // dtype.itemsize,)))
