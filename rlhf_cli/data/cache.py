@@ -21,6 +21,7 @@ class Stored(NamedTuple):
     facts: dict[str, Any]
 
 
+MAPPED_FROM = 1 << 26  # bytes of an array; a smaller one is copied, and does not mind what becomes of its file
 DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 """Of safetensors → of numpy."""
 
@@ -59,7 +60,7 @@ def read(path: Path) -> Stored | None:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         metadata = header.pop("__metadata__", {})
-        # Mapped, and not copied as safetensors does: the tokens of a million rows are half a gigabyte.
+        # Large ones are mapped, and not copied as safetensors does: the tokens of a million rows are half a gigabyte.
         arrays = {name: _mapped(path, 8 + size, entry) for name, entry in sorted(header.items())}
     except OSError:
         return None
@@ -75,7 +76,8 @@ def _mapped(path: Path, start: int, entry: Mapping[str, Any]) -> np.ndarray:
     dtype, shape, (begin, _) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
     if 0 in shape:
         return np.zeros(shape, dtype)
-    return np.asarray(np.memmap(path, dtype, "r", start + begin, shape))
+    mapped = np.asarray(np.memmap(path, dtype, "r", start + begin, shape))
+    return mapped if mapped.nbytes >= MAPPED_FROM else mapped.copy()
 
 
 def write(path: Path, stored: Stored) -> bool:
