@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from rlhf_cli.data.cache import MAPPED_FROM
 from rlhf_cli.data.records import Facts, Record
 from rlhf_cli.data.trees import Tree
 
@@ -131,7 +132,7 @@ class Flattener:
     """The arrays of `Trees` of many chunks, one after the other. Tokens wait in files: in memory they would be there twice."""
 
     def __init__(self) -> None:
-        self.spools = {name: tempfile.SpooledTemporaryFile(max_size=1 << 26) for name in ("ids", "supervised")}  # noqa: SIM115
+        self.spools = {name: tempfile.SpooledTemporaryFile(max_size=MAPPED_FROM) for name in ("ids", "supervised")}  # noqa: SIM115
         self.chunks: list[dict[str, np.ndarray]] = [flat_arrays([])]
 
     def add(self, trees: Sequence[Tree]) -> None:
@@ -151,7 +152,7 @@ class Flattener:
 
 def _read_spool(spool: tempfile.SpooledTemporaryFile[bytes], dtype: np.dtype[Any]) -> np.ndarray:
     size = spool.tell()
-    if size < 1 << 26:
+    if size < MAPPED_FROM:
         spool.seek(0)
         return np.frombuffer(spool.read(), dtype)
     spool.flush()

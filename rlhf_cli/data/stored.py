@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from rlhf_cli.data.records import Facts, Record
+from rlhf_cli.errors import MachineError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -212,7 +213,8 @@ class Writer:
             file.seek(0, os.SEEK_END)
             file.write(checksum)
         opened = read(written)
-        assert opened is not None
+        if opened is None:
+            raise MachineError(f"{written}: not what was written a moment ago; is the disk full, or failing?")
         if path is not None and path.parent.is_dir() and written.parent.samefile(path.parent):
             written.replace(path)  # else it is removed, and its content stays as long as it is mapped
         return opened[0], opened[0].falls()

@@ -6,7 +6,6 @@ dealt to ranks changes no response as long as the logits are equal.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 from collections import Counter
@@ -24,6 +23,7 @@ from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import LAYER_TYPES, PLAIN
 from rlhf_cli.models.backbone import BASE, PROBE_TOLERANCE, Backbone
 from rlhf_cli.models.kv_cache import RowCache
+from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.models.merging import merged
 from rlhf_cli.signals import Pause, no_pause
 
@@ -284,9 +284,12 @@ def _choose_decoder(backbone: Backbone) -> Decoder:
     with backbone.plain_attention():
         for decoder in ((_Aligned,) if takes_masks else ()) + (_Alike,):
             # What a model does with a cache that it does not know, or with one of its own, is its own affair.
-            with contextlib.suppress(NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+            try:
                 if _is_right(decoder, backbone):
                     return decoder
+            except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+                if is_out_of_memory(error):  # not the cache's fault
+                    raise
     return _Anew
 
 
