@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -135,6 +135,15 @@ def percent_with_interval(own: Interval) -> str:
     if own.low == own.high:
         return percent(own.mean)
     return f"{percent(own.mean)} ({100 * own.low:.1f} to {percent(own.high)})"
+
+
+def sampling(temperature: float, warps: Mapping[str, float]) -> str:
+    """From which distribution responses are drawn.
+
+    >>> sampling(0.7, {"top_k": 50, "top_p": 0.9})
+    'temperature 0.7, top_k 50, top_p 0.9'
+    """
+    return ", ".join(f"{name} {value:g}" for name, value in {"temperature": temperature, **warps}.items())
 
 
 def count(amount: int, what: str) -> str:

@@ -8,7 +8,7 @@ The loader, `--help`, the docs and the resolved recipe read these dataclasses; d
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 
@@ -223,7 +223,29 @@ class PolicySampling(Sampling):
 
 
 @dataclass(frozen=True)
-class OnlineSampling(PolicySampling):
+class Warping:
+    """From which distribution tokens are drawn instead of the policy's own, in the order in which the keys apply."""
+
+    repetition_penalty: float = key(
+        1.0, "of tokens that prompt or response have already: a logit above 0 is divided by it, one below multiplied", low=0.01
+    )
+    top_k: int | None = key(None, "of the k most likely tokens alone; null: of all", low=1)
+    top_p: float = key(1.0, "of the most likely tokens that together reach this probability", low=1e-6, high=1.0)
+    min_p: float = key(0.0, "of tokens that have this share of the most likely one's probability", low=0.0, high=1.0)
+
+    @property
+    def warps(self) -> dict[str, float]:
+        """The keys that change the distribution, with their values."""
+        return {key.name: vars(self)[key.name] for key in fields(Warping) if vars(self)[key.name] != key.default}
+
+
+@dataclass(frozen=True)
+class EvalSampling(Warping, Sampling):
+    """How responses are drawn from the policies that are evaluated."""
+
+
+@dataclass(frozen=True)
+class OnlineSampling(Warping, PolicySampling):
     responses_per_prompt: int = key(2, "they are ranked by the reward; 2: one pair", low=2)
     refresh: int = key(1, "steps between two draws from the policy; 1: online, more: iterative", low=1)
 

@@ -37,6 +37,7 @@ class About:
     seed: int
     resamples: int
     notes: list[str]
+    warping: dict[str, float] = field(default_factory=dict)  # what else changed the distribution that was drawn from
 
 
 @dataclass(frozen=True)

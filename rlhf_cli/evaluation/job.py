@@ -19,6 +19,7 @@ from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
 from rlhf_cli.evaluation.models import EvaluatedModel, Tokenisation, Tokenisations, find_models, recipe_of
 from rlhf_cli.evaluation.rows import SECTIONS, Rows, SectionRows, own_keys, read_rows
 from rlhf_cli.evaluation.splits import trained_on, with_holdout_seed
+from rlhf_cli.figures import sampling
 from rlhf_cli.files import sha256_file
 from rlhf_cli.models.load import positions_of, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
@@ -221,10 +222,12 @@ def _resolved(
 
 def _comparability(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel]) -> Iterator[str]:
     """Between which models what is not comparable."""
-    if recipe.prompts is not None and recipe.rollout.temperature != 1:
+    drawn = recipe.rollout
+    if recipe.prompts is not None and (drawn.temperature != 1 or drawn.warps):
+        best = " That of best of n is its distance from the reference as it was drawn from, not from the reference itself."
         yield (
-            f"Responses were drawn at temperature {recipe.rollout.temperature:g}, and log-probabilities are those at 1: the "
-            "KL is that of what was drawn, not of the policies."
+            f"Responses were drawn at {sampling(drawn.temperature, drawn.warps)}, and log-probabilities are those of the whole "
+            f"policies at temperature 1: the KL is that of what was drawn, not of the policies.{best if recipe.best_of_n else ''}"
         )
     reference = next((each for each in models if each.name == recipe.reference), None)
     if reference is not None:
@@ -262,7 +265,7 @@ def plan_evaluation(job: EvaluationJob) -> list[tuple[str, Titled]]:
     ]
     if recipe.prompts is not None:
         drawn = f"{recipe.rollout.responses_per_prompt} to each prompt, of up to {recipe.rollout.max_new_tokens} tokens, at "
-        drawn += f"temperature {recipe.rollout.temperature:g}"
+        drawn += sampling(recipe.rollout.temperature, recipe.rollout.warps)
         most = max(recipe.best_of_n, default=0)
         more = f"; {most} of {recipe.reference}, for best of n" if most > recipe.rollout.responses_per_prompt else ""
         settings.insert(0, ("responses", drawn + more))

@@ -53,6 +53,7 @@ def summarise(
             seed=recipe.seed,
             resamples=DRAWS,
             notes=[*job.notes, *notes],
+            warping=drawn.warps,
         ),
         models=_models(recipe, measured, equal, counts),
         winrate=_win_rates(winrate.baseline, equal, outcomes, counts) if winrate else {},

@@ -127,7 +127,7 @@ def mean_interval(table: np.ndarray, counts: np.ndarray) -> Interval:
 def log_ratios(samples: Samples) -> np.ndarray | None:
     """(P, K) log π(response) − log π_ref(response), nats, whose mean estimates KL(π ‖ π_ref); None without a reference.
 
-    Unbiased for responses drawn at temperature 1; a mean may be below 0 by chance.
+    Unbiased for responses drawn at temperature 1 from the whole distribution; a mean may be below 0 by chance.
     """
     if any(sample.reference_logp is None for responses in samples.own for sample in responses):
         return None

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from rlhf_cli.recipe.keys import Key, arms, as_yaml, describe, keys_of, kind_of, known_keys, sections_in, shape, source_list
 from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
-from rlhf_cli.recipe.suggest import OTHER_VALUES, REMARKS, closest_key
+from rlhf_cli.recipe.suggest import OTHER_VALUES, REASONS, REMARKS, closest_key
 from rlhf_cli.recipe.yaml_reader import BAD, Node, Problem
 from rlhf_cli.suggest import closest, did_you_mean
 
@@ -132,7 +132,7 @@ class Builder:
                 self.report(child.line, dotted, what)
                 continue
             if dotted in self.elsewhere and not any(key.endswith(f".{name}") for key in self.beyond(prefix)):
-                self.report(child.line, dotted, f"has no effect in {self.stage}. remove it")
+                self.report(child.line, dotted, REASONS.get(dotted, f"has no effect in {self.stage}. remove it"))
                 continue
             # a key that is there already is the less likely meaning, so unused ones come first
             names = [*unused, *(other for other in keys if other in node.value)]

@@ -242,6 +242,8 @@ def _online(recipe: DirectRecipe) -> Iterator[Finding]:
         why = "without rollout. add `rollout: {}` to draw responses, or remove it"
         yield from no_effect(recipe, "", ("reward", "reward_combine", "gold"), why)
         return
+    if recipe.rollout.engine == "vllm" and recipe.rollout.min_p and recipe.rollout.top_p < 1:
+        yield "rollout.min_p", "vllm would apply it before top_p, which then keeps fewer tokens. keep one of the two"
     if recipe.reward is None:
         yield "rollout", "needs a reward to rank what is drawn. add reward: [{model: …}] or [{function: file.py:name}]"
     if recipe.objective.reference:

@@ -33,6 +33,7 @@ from rlhf_cli.objectives.squared import Squared
 from rlhf_cli.recipe.rewards import term_names
 from rlhf_cli.sections import (
     Data,
+    EvalSampling,
     EvalSource,
     Kl,
     Lora,
@@ -43,7 +44,6 @@ from rlhf_cli.sections import (
     Ptx,
     Reference,
     Reward,
-    Sampling,
     SftData,
     Train,
     Value,
@@ -256,7 +256,7 @@ class Evaluated:
 class Scoring:
     """What an evaluation asks of responses."""
 
-    rollout: Sampling = field(default_factory=Sampling)
+    rollout: EvalSampling = field(default_factory=EvalSampling)
     reward: list[Reward] | None = key(None, "a list of terms: {model: …} or {function: file.py:name}")
     reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
     gold: list[Reward] | None = key(None, "like reward: what people really want, where that can be computed")

@@ -66,6 +66,10 @@ REMARKS = {
 }
 """Names of other trainers → what to know beside the key that is meant."""
 
+_TRUNCATED = "has no place in ppo: the ratio and the KL would compare a truncated distribution with whole ones. remove it"
+REASONS = dict.fromkeys(("rollout.top_p", "rollout.top_k", "rollout.min_p", "rollout.repetition_penalty"), _TRUNCATED)
+"""Keys of other stages → why they are not of one whose recipe has the section they stand in."""
+
 OTHER_VALUES = {
     "attention": {"flash_attention_2": "flash", "flash_attention_3": "flash", "fa2": "flash", "flex_attention": "flex"},
     "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"},

@@ -8,7 +8,7 @@ from itertools import chain
 from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
 from rlhf_cli.evaluation.overoptimisation import Fit
 from rlhf_cli.evaluation.samples import Sample, Samples
-from rlhf_cli.figures import Interval, count, number, percent, percent_with_interval, with_interval
+from rlhf_cli.figures import Interval, count, number, percent, percent_with_interval, sampling, with_interval
 from rlhf_cli.metrics import METRICS, metric
 from rlhf_cli.reports.document import Column, Definitions, Example, Examples, Finding, Items, Paragraph, Response, Section, Table
 from rlhf_cli.reports.findings_evaluation import CHANCE, findings, judge_of, step_of
@@ -250,8 +250,8 @@ def _methods(result: EvaluationResult) -> Iterator[Items | Definitions]:
     said = []
     if about.prompts:
         said.append(
-            f"{_drawn(about)}, drawn at temperature {about.temperature:g}, at most {count(about.max_new_tokens, 'token')} each, "
-            f"seed {about.seed}."
+            f"{_drawn(about)}, drawn at {sampling(about.temperature, about.warping)}, at most "
+            f"{count(about.max_new_tokens, 'token')} each, seed {about.seed}."
         )
     if result.models:
         said += [

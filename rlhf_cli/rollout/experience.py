@@ -148,6 +148,7 @@ class Sampler:
             temperature=self.settings.temperature,
             ends=self.ends,
             seed=seed,
+            warping=self.settings if isinstance(self.settings, sections.Warping) else sections.Warping(),
         )
         return self.engine.generate(request, self.pause)
 

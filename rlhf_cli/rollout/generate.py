@@ -10,21 +10,21 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from rlhf_cli.errors import NumberError, UsageError
+from rlhf_cli.errors import UsageError
 from rlhf_cli.models.attention import LAYER_TYPES, PLAIN
 from rlhf_cli.models.backbone import BASE, PROBE_TOLERANCE, Backbone
 from rlhf_cli.models.kv_cache import RowCache
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.models.merging import merged
+from rlhf_cli.rollout.next_token import choose, draw_uniforms, warp
+from rlhf_cli.sections import Warping
 from rlhf_cli.signals import Pause, no_pause
 
 PROMPT_TOKENS = 4096
@@ -37,8 +37,8 @@ GPU_SHARE = 0.2
 """The same on a GPU, as a share of all its memory: of what is free a resumed run would find another one, and cut other waves."""
 LOGITS = 4
 """Vectors of the vocabulary's length, in float32, that a row takes while its next token is chosen."""
-BLOCK = 256
-"""Tokens whose probabilities are summed before they are searched one by one."""
+WARPED = 10
+"""As many more where the distribution is warped: tokens in order are longer numbers."""
 CACHE_NAMES = ("past_key_values", "cache_params")
 """What models call the cache that they take and return; the second one's have no attention."""
 
@@ -61,6 +61,7 @@ class Request:
     temperature: float  # 0: greedy
     ends: Sequence[int]  # ids that end a response
     seed: int  # of this draw alone: it says which step it is, too
+    warping: Warping = field(default_factory=Warping)
 
     def __post_init__(self) -> None:
         """UsageError: a prompt is empty."""
@@ -86,6 +87,11 @@ class TransformersEngine:
             _MEASURED[backbone] = decoder, (0.0, 0.0) if decoder is _Anew else _cache_bytes(backbone)
         self.decoder, (self.fixed, self.per_token) = _MEASURED[backbone]
 
+    @property
+    def vocabulary(self) -> int:
+        """Numbers of the logits."""
+        return int(self.backbone.model.get_output_embeddings().weight.shape[0])
+
     @torch.no_grad()
     def generate(self, request: Request, pause: Pause = no_pause) -> list[list[Response]]:
         """The responses, [prompt][sample]; pauses after every token, and leaves the backbone as it was also then.
@@ -102,7 +108,7 @@ class TransformersEngine:
     def _waves(self, request: Request) -> Iterator[np.ndarray]:
         """All rows of (prompt, sample), longest prompts first, cut into the fewest waves of about equal size that fit."""
         lengths = np.array([len(prompt) for prompt in request.prompts])
-        logits = LOGITS * 4 * self.backbone.model.get_output_embeddings().weight.shape[0]
+        logits = (LOGITS + WARPED * bool(request.warping.warps)) * 4 * self.vocabulary
         device, room = self.backbone.device, float(CPU_CACHE)
         if device.type == "cuda":
             room = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
@@ -120,9 +126,17 @@ class TransformersEngine:
         ids = np.zeros(uniforms.shape, np.int32)
         rows = np.arange(len(wave))  # of the wave, in the decoder's order
         states = decoder.begin()
+        seen = torch.zeros(len(wave), self.vocabulary, dtype=torch.bool) if request.warping.warps else None
+        if seen is not None:
+            for own, (number, _) in zip(seen, wave, strict=True):
+                own[request.prompts[number]] = True
+            seen = seen.to(states.device)
         for t in range(request.max_new_tokens):
             chances = torch.from_numpy(uniforms[rows, t]).to(states.device)
-            tokens = choose(self.backbone.logits(states), request.temperature, chances)
+            logits = self.backbone.logits(states)
+            if seen is not None:
+                logits = warp(logits, request.temperature, request.warping, seen)
+            tokens = choose(logits, request.temperature, chances)
             ids[rows, t] = tokens.cpu().numpy()
             ended = np.isin(ids[rows, t], request.ends)
             last = t + 1 == request.max_new_tokens
@@ -133,9 +147,12 @@ class TransformersEngine:
             pause()
             if last or ended.all():
                 return
+            if seen is not None:
+                seen.scatter_(1, tokens[:, None], True)
             if ended.any():
                 order = decoder.keep(~ended)
-                rows, tokens = rows[order], tokens[torch.from_numpy(order).to(tokens.device)]
+                left = torch.from_numpy(order).to(tokens.device)
+                rows, tokens, seen = rows[order], tokens[left], None if seen is None else seen[left]
             states = decoder.append(tokens)
 
 
@@ -340,43 +357,3 @@ def cut_prompts(lengths: Sequence[int]) -> list[slice]:
             cuts.append(number)
             padding = 0
     return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(lengths)], strict=True)]
-
-
-def draw_uniforms(seed: int, number: int, sample: int, count: int) -> np.ndarray:
-    """(count,) float64 in [0, 1): one for each token of a prompt's sample, the same however many are asked for."""
-    key = blake2b(f"{seed},{number},{sample}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count)
-
-
-def choose(logits: torch.Tensor, temperature: float, uniforms: torch.Tensor) -> torch.Tensor:
-    """The next token of every row, (B,) int64: the first whose cumulative probability exceeds the row's uniform.
-
-    logits (B, V) float32 are overwritten, uniforms (B,) are float64; probabilities ∝ exp(logits / temperature), summed in
-    float64. A token of probability 0 is never drawn. Temperature 0: the most likely token.
-
-    NumberError: the logits are not finite.
-    """
-    top = logits.amax(-1, keepdim=True)
-    if not torch.isfinite(top).all():
-        raise NumberError("the policy's logits are not finite while it samples; look at the last steps' loss and grad_norm")
-    if temperature == 0:
-        return logits.argmax(-1)
-    weights = logits.sub_(top).div_(temperature).exp_()
-    if weights.shape[1] % BLOCK:
-        weights = F.pad(weights, (0, -weights.shape[1] % BLOCK))
-    blocks = weights.view(len(weights), -1, BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    block, rest = _search(ends, uniforms * ends[:, -1])
-    inside = blocks[torch.arange(len(blocks), device=block.device), block].double().cumsum(-1)
-    return block * BLOCK + _search(inside, rest)[0]
-
-
-def _search(ends: torch.Tensor, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first interval of each row whose end (B, n) exceeds its point (B,), and how far into it the point lies.
-
-    A point that rounding moved to the last end or beyond counts as just before it.
-    """
-    point = torch.minimum(point, torch.nextafter(ends[:, -1], torch.zeros_like(point)))[:, None]
-    at = torch.searchsorted(ends, point, right=True)
-    begin = F.pad(ends, (1, 0)).gather(1, at)
-    return at[:, 0], (point - begin)[:, 0]

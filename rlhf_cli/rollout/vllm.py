@@ -1,6 +1,7 @@
 """Responses drawn by vLLM, from the policy's weights as they are saved for every draw.
 
 Written after vLLM's documentation and tested against a stand-in: the real library could not be run where this was made.
+`min_p` comes before `top_k` and `top_p` there, which makes a difference beside `top_p` alone.
 Old log-probabilities come from the training forward pass, so that its rounding is not the policy's.
 """
 
@@ -96,4 +97,5 @@ class VllmEngine:
             seed=int.from_bytes(seed, "little") >> 1,
             detokenize=False,
             skip_special_tokens=False,
+            **request.warping.warps,
         )

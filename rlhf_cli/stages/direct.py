@@ -13,6 +13,7 @@ from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.formats import LABELS
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.unpaired import unpaired_dataset
+from rlhf_cli.figures import sampling
 from rlhf_cli.models.load import Weights
 from rlhf_cli.models.placement import Placement
 from rlhf_cli.objectives.base import Objective
@@ -71,6 +72,9 @@ def _announce(job: TrainingJob, reference: ReferenceModel | None, terms: RewardT
     if isinstance(job.recipe, recipes.DirectRecipe) and (rollout := job.recipe.rollout):
         often = "every step" if rollout.refresh == 1 else f"every {rollout.refresh} steps"
         yield f"responses are drawn from the policy {often}, {rollout.responses_per_prompt} to a prompt, and ranked by the reward"
+        if rollout.warps:
+            drawn = sampling(rollout.temperature, rollout.warps)
+            yield f"they are drawn at {drawn}; log-probabilities, KL and entropy are the whole policy's, of what is drawn"
     if words := job.objective.announcement:
         yield words
 

@@ -33,6 +33,7 @@ def refused(folder: Path, stage: str, *overrides: str, text: str = GOOD) -> list
 
 
 NO_VALUE = "has no effect with kind: rloo, which learns no value. remove it"
+WHOLE = "has no place in ppo: the ratio and the KL would compare a truncated distribution with whole ones. remove it"
 RLOO = "objective.kind=rloo\nrollout.responses_per_prompt=4\n"
 REFUSALS = {
     # terms
@@ -84,6 +85,11 @@ REFUSALS = {
     "lower it, or raise data.max_length",
     ("ppo", "data.overlong=truncate-response"): "data.overlong: truncate-response has no effect where responses are drawn. "
     "use drop, error or truncate-prompt",
+    ("ppo", "rollout.top_p=0.9"): f"rollout.top_p: {WHOLE}",
+    ("ppo", "rollout.repetition_penalty=1.1"): f"rollout.repetition_penalty: {WHOLE}",
+    ("dpo", "rollout={top_p: 0.9, min_p: 0.1, engine: vllm}"): "rollout.min_p: vllm would apply it before top_p, which then "
+    "keeps fewer tokens. keep one of the two",
+    ("dpo", "rollout={top_k: 0}"): "rollout.top_k: expected at least 1, found 0",
     ("ppo", "rollout.refresh=2"): "rollout.refresh: has no effect in ppo. remove it",
     # values, KL, ptx
     ("ppo", RLOO + "value.init=policy"): f"value.init: {NO_VALUE}",

@@ -20,7 +20,7 @@ from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.keys import keys_of, walk
 from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.recipe.recipes import EvalRecipe
-from rlhf_cli.sections import Endpoint, EvalSource, PolicySampling, Reward, Sampling, Winrate
+from rlhf_cli.sections import Endpoint, EvalSampling, EvalSource, PolicySampling, Reward, Sampling, Winrate
 
 ROOT = Path(__file__).parents[2]
 MODELS = "output: runs/e\nmodels: {sft: runs/sft, dpo: runs/dpo}\n"
@@ -76,7 +76,7 @@ def test_defaults(tmp_path: Path) -> None:
         "prompts": [EvalSource("p.jsonl", name=None, split="train", format="auto", columns={}, limit=None, holdout=0.0)],
         "preferences": None,
         "text": None,
-        "rollout": Sampling(max_new_tokens=128, temperature=1.0, responses_per_prompt=1, missing_eos_penalty=0.0),
+        "rollout": EvalSampling(max_new_tokens=128, temperature=1.0, responses_per_prompt=1, missing_eos_penalty=0.0),
         "reward": None,
         "reward_combine": "sum",
         "gold": None,

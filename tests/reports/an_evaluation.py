@@ -59,6 +59,7 @@ def empty() -> Line:
         "seed": 0,
         "resamples": 2000,
         "notes": [],
+        "warping": {},
     }
     sections: Line = {"models": {}, "winrate": {}, "ratings": {}, "preferences": {}, "overoptimisation": [], "fits": {}}
     return {"about": about, **sections}
@@ -89,6 +90,7 @@ def evaluation() -> Line:
         "baseline": "sft",
         "judge": "gold",
         "notes": ["best of n has 16 responses to a prompt."],
+        "warping": {},
     }
     result["models"] = {name: figures(name) for name in MODELS}
     result["winrate"] = {

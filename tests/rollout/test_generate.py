@@ -11,7 +11,8 @@ import torch
 from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.rollout import generate
-from rlhf_cli.rollout.generate import Request, Response, TransformersEngine, choose, cut_prompts, draw_uniforms
+from rlhf_cli.rollout.generate import Request, Response, TransformersEngine, cut_prompts
+from rlhf_cli.rollout.next_token import choose, draw_uniforms
 from tests.models.tiny_backbone import VOCABULARY, make, make_backbone
 
 MASKED = ["llama", "gpt2", "gemma3", "mistral", "qwen3"]

@@ -15,6 +15,7 @@ import pytest
 from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.rollout.generate import Request
 from rlhf_cli.rollout.vllm import VllmEngine
+from rlhf_cli.sections import Warping
 
 PROMPTS = [np.array([5, 6, 7], np.int32), np.array([8], np.int32)]
 
@@ -105,6 +106,18 @@ def test_each_prompt_has_its_own_seed_and_our_ends_alone(calls: list[tuple[str, 
     assert len({*seeds, *(params["seed"] for params in other)}) == 4
     asked = {"n": 2, "temperature": 0.7, "max_tokens": 20, "stop_token_ids": [2, 3], "ignore_eos": True}
     assert first == [asked | {"detokenize": False, "skip_special_tokens": False}] * 2
+
+
+def test_what_warps_the_distribution_is_passed_on(calls: list[tuple[str, dict[str, Any]]]) -> None:
+    warping = Warping(top_p=0.9, top_k=40, min_p=0.0, repetition_penalty=1.1)
+    draw(VllmEngine("base", None, "float32", save_adapter), warping=warping)
+    params = calls[1][1]["params"][0]
+    assert {name: params.get(name) for name in vars(warping)} == {
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": None,
+        "repetition_penalty": 1.1,
+    }
 
 
 def test_greedy_samples_are_one_response_each(calls: list[tuple[str, dict[str, Any]]]) -> None:

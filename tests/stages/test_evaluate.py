@@ -350,7 +350,7 @@ def test_the_shape_of_a_result(whole: Path) -> None:
     about = found["about"]
     assert {**about, "notes": ...} == {
         **{"reference": "sft", "baseline": "sft", "judge": "gold", "prompts": 13, "responses": 1, "temperature": 1.0},
-        **{"max_new_tokens": 6, "seed": 0, "resamples": 2000, "notes": ...},
+        **{"max_new_tokens": 6, "seed": 0, "resamples": 2000, "notes": ..., "warping": {}},
     }
     assert list(found["models"]) == policies == list(found["ratings"])
     assert list(found["winrate"]) == policies[1:]
@@ -592,12 +592,17 @@ def test_a_prompt_in_several_rows_is_asked_once(home: Path, tmp_path: Path, run:
     assert notes(twice) == [*notes(once), "1 rows have the prompt of another row: each prompt is asked once."]
 
 
-def test_a_temperature_is_said(run: Callable[..., Path]) -> None:
-    """It changes what is drawn, and not at what temperature log-probabilities are."""
-    sections = COMPARED | {"rollout": {"max_new_tokens": 6, "temperature": 0.5}}
+def test_another_distribution_is_said(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """It changes what is drawn, and not of which policies log-probabilities are."""
+    sections = COMPARED | {"rollout": {"max_new_tokens": 6, "temperature": 0.5, "top_p": 0.9}}
     folder = run(models={"sft": "HOME/sft", "ppo": "HOME/ppo"}, **sections)
     (note,) = notes(folder)
-    assert note.startswith("Responses were drawn at temperature 0.5, and log-probabilities are those at 1:")
+    assert note.startswith(
+        "Responses were drawn at temperature 0.5, top_p 0.9, and log-probabilities are those of the whole policies"
+    )
+    assert "at temperature 0.5, top_p 0.9" in capsys.readouterr().out
+    assert "drawn at temperature 0.5, top_p 0.9, at most 6 tokens" in (folder / "report.md").read_text()
+    assert result(folder)["about"]["warping"] == {"top_p": 0.9}
     assert result(folder)["models"]["sft"]["objective/kl"]["mean"] == 0
 
 
