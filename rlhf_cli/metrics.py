@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 
@@ -30,7 +31,7 @@ class Column(NamedTuple):
 class Metric:
     """A measured quantity and where it is shown: nowhere but in metrics.jsonl, unless something below says so."""
 
-    name: str  # one that ends in / stands for all that begin with it: the terms of a reward
+    name: str  # one that ends in / stands for all that begin with it: the terms of a reward; one that begins with /, for its ends
     label: str = ""  # in the table of a training's report
     unit: str = ""  # of the label
     progress: str = ""  # on the line of a step, as a format
@@ -45,11 +46,14 @@ class Metric:
         return self.name.endswith("/")
 
     def matches(self, name: str) -> bool:
+        if self.name.startswith("/"):
+            return name.endswith(self.name)
         return name.startswith(self.name) if self.is_term else name == self.name
 
     def labelled(self, name: str) -> str:
         """The label of one of its names, with the unit."""
-        own = f"{self.label} {name.removeprefix(self.name)}" if self.is_term else self.label
+        rest = name.removeprefix(self.name).removesuffix(self.name)
+        own = f"{self.label} {rest}" if rest else self.label
         return f"{own}, {self.unit}" if self.unit else own
 
     def titled(self, name: str) -> str:
@@ -81,6 +85,7 @@ METRICS: tuple[Metric, ...] = (
         column=Column("Score", "Reward", "all terms of the reward together, penalties taken off; mean over the responses"),
     ),
     Metric("objective/rlhf_reward", "score less the KL penalty"),
+    Metric("/na", "responses that a term says nothing of:"),
     Metric(
         "reward/",
         "reward",
@@ -207,12 +212,13 @@ METRICS: tuple[Metric, ...] = (
 """A row for each metric, in the order in which people read them."""
 
 
+@cache
 def metric(name: str) -> Metric:
-    """The row of a metric; one without a label for a name that has none."""
+    """The first row that matches a metric's name; one without a label for a name that has none."""
     return next((row for row in METRICS if row.matches(name)), Metric(name))
 
 
 def in_order(names: Iterable[str]) -> list[tuple[Metric, str]]:
     """(row, name) of the names that the catalogue has, in its order; terms of one row by name."""
     known = sorted(set(names))
-    return [(row, name) for row in METRICS for name in known if row.matches(name)]
+    return [(row, name) for row in METRICS for name in known if metric(name) is row]

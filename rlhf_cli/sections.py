@@ -251,17 +251,46 @@ class OnlineSampling(Warping, PolicySampling):
 
 
 @dataclass(frozen=True)
+class Match:
+    """Whether a response has the right answer."""
+
+    column: str = key(help="the column of the right answers")
+    extract: str = key(
+        "text",
+        "where an answer stands: text (all of it), last-number, boxed, or a regular expression with one group",
+    )
+    compare: Literal["exact", "number", "math"] = key("exact", "as text, as numbers, or as mathematics (math-verify, an extra)")
+
+
+@dataclass(frozen=True)
+class Length:
+    """A penalty on the tokens of a response, its end included; one of the two."""
+
+    max: int | None = key(None, "0 up to so many tokens, then −1 for each so many more", low=1)
+    target: int | None = key(None, "n: −|tokens − n|/n", low=1)
+
+
+@dataclass(frozen=True)
 class Reward:
-    """One term of the reward: a reward model or a Python function."""
+    """One term of the reward: exactly one of model, function, match, format and length."""
 
     model: str | None = key(
         None, "reward model: the folder of a train-rm run, or a sequence classifier with one label", path=True
     )
     revision: str | None = key(None, "hub revision of the model")
     function: str | None = key(
-        None, "file.py:name, called with lists of prompts and responses, returns a list of numbers", path=True
+        None,
+        "file.py:name, called with lists of prompts, responses and columns of the rows, returns a list of numbers",
+        path=True,
     )
-    name: str | None = key(None, "under which it is logged; default: the model's folder or the function's name")
+    parallel: int | None = key(None, "calls of an async function under way at once; null: 16", low=1)
+    timeout: float | None = key(None, "seconds that a call of an async function may take; null: 60", low=0.001)
+    match: Match | None = key(None, "1 where the response has the answer that a column of its row has, else 0")
+    format: str | None = key(None, "regular expression: 1 where all of the response matches it, else 0")
+    length: Length | None = key(None, "a penalty on its tokens")
+    name: str | None = key(
+        None, "under which it is logged; default: the model's folder, the function's name, or the kind of the term"
+    )
     weight: float = key(1.0, "factor of this term in the score")
     normalize: bool | None = key(None, "scores less their mean, over their deviation, as the train-rm run recorded; its default")
 

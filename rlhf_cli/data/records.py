@@ -78,6 +78,7 @@ class Record(NamedTuple):
     where: str  # file:line, or hub-id[split]:row, both counted from 1
     facts: Facts = Facts()
     given: str = ""  # JSON object of what else the chat template is given: the row's tools, and options of its own
+    columns: str = ""  # JSON object of the row's columns that terms of a reward read
 
     @property
     def options(self) -> dict[str, Any]:
@@ -89,15 +90,16 @@ class Record(NamedTuple):
         """All that it says, as JSON; where it stands is left out."""
         prompt = self.prompt if isinstance(self.prompt, str) else [_brief(turn) for turn in self.prompt]
         responses = [text if isinstance(text, str) else _brief(text) for text in self.responses]
-        return json.dumps((prompt, responses, self.facts, *([self.given] if self.given else [])))
+        rest = [self.given, self.columns] if self.columns else [self.given] if self.given else []
+        return json.dumps((prompt, responses, self.facts, *rest))
 
     @classmethod
     def read(cls, text: str, where: str) -> Record:
         """What `serialised` wrote."""
-        prompt, responses, facts, *given = json.loads(text)
+        prompt, responses, facts, *rest = json.loads(text)
         turns = prompt if isinstance(prompt, str) else tuple(Message(*turn) for turn in prompt)
         answers = tuple(answer if isinstance(answer, str) else Message(*answer) for answer in responses)
-        return cls(turns, answers, where, cls.read_facts(facts), *given)
+        return cls(turns, answers, where, cls.read_facts(facts), *rest)
 
     @staticmethod
     def read_facts(values: list[Any]) -> Facts:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,7 @@ from rlhf_cli.data.records import BadRow, Record, as_turns, remedies, spoken
 from rlhf_cli.data.stored import joined, take
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import sha256_file
+from rlhf_cli.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from rlhf_cli.data.trees import Tree
@@ -54,6 +55,7 @@ class SourceReport:
     bad_examples: tuple[str, ...]  # "file:line: reason" of the first ten
     fingerprint: str  # hash of the good rows in file order, before the limit: the same for the same rows in another file type
     left_out: tuple[str, ...] = ()  # columns that nothing reads
+    lent: tuple[str, ...] = ()  # columns that terms of a reward read
     transcripts: int = 0  # good rows whose text was read as the turns of a Human/Assistant transcript
     notices: tuple[str, ...] = ()  # for the console
 
@@ -98,6 +100,12 @@ class _Tally:
         self.examples = (self.examples + other.examples)[:EXAMPLES]
 
 
+ALL = "*"
+"""Stands for every column of a row."""
+Lent = Mapping[str, str | None]
+"""Columns of a row, or ALL, that terms of a reward read → who cannot do without it; None: it may be missing."""
+
+
 @dataclass(frozen=True)
 class RowRequest:
     """What is asked of the rows that a recipe names."""
@@ -110,6 +118,7 @@ class RowRequest:
     reserve: int = 0  # tokens that a prompt without responses leaves free
     progress: Callable[[str, int, int | None], None] = lambda done, rows, total: None  # is told what was done to how many rows
     chat: bool = True  # is a chat template in force? Then a text is one user turn, unless it is a transcript
+    columns: Lent = field(default_factory=dict)  # what is kept of a row beside its record
 
 
 def read_data(data: sections.Data, request: RowRequest) -> Reading:
@@ -119,6 +128,8 @@ def read_data(data: sections.Data, request: RowRequest) -> Reading:
     """
     read = [_read_source(source, f"data.train.{i}", data, request) for i, source in enumerate(data.train)]
     apart = [_read_source(source, f"data.eval.{i}", data, request) for i, source in enumerate(data.eval or [])]
+    for part in (read, apart):
+        _check_lent([source.report for source in part], request)
     train, held_out = [own.records for own in read], [own.records for own in apart]
     if data.holdout > 0:
         train, held_out = _hold_out(read, data.holdout, request.where("data.holdout"))
@@ -152,6 +163,17 @@ def _read_source(source: sections.Source, key: str, data: sections.Data, request
     return _Source(take(records, chosen), falls[chosen], dataclasses.replace(report, kept=len(chosen), unused=unused))
 
 
+def _check_lent(reports: Sequence[SourceReport], request: RowRequest) -> None:
+    """UsageError for a column that a term of the reward cannot do without, and that no source has."""
+    for name, who in request.columns.items() if reports else ():
+        if who is not None and name != ALL and not any(name in report.lent for report in reports):
+            there = sorted({found for report in reports for found in (*report.left_out, *report.lent)})
+            known = (
+                f"beside what is read of them, the rows have {', '.join(there)}" if there else "the rows have none beside theirs"
+            )
+            raise UsageError(f"{who} reads the column '{name}', and no row has it. {did_you_mean(name, there, known)}")
+
+
 def _said(format: Format, converter: Converter, rows: Sequence[Row], path: str) -> Iterator[str]:
     """What a person should know of how the rows are read."""
     if isinstance(converter, partial):
@@ -171,7 +193,7 @@ def _cache_key(source: sections.Source, key: str, seed: int | None, request: Row
         return None
     use = request.purpose.use
     asked = [source.format, source.columns, source.ignore, sorted(use.needs), use.responses, use.keep.__qualname__, use.ties]
-    settings = json.dumps([*asked, request.margin_column, request.chat, seed, *map(str, files)])
+    settings = json.dumps([*asked, request.margin_column, sorted(request.columns), request.chat, seed, *map(str, files)])
     return cache.key([_CODE, settings, *map(sha256_file, files)])
 
 
@@ -189,7 +211,7 @@ def _convert(source: sections.Source, key: str, seed: int | None, request: RowRe
         raise _no_good_row(name, tally, f"one of {purpose.needs}")
     check_ignored(source.ignore, objects, where(f"{key}.ignore"))
     own = [without(row, source.ignore) for row in objects]
-    check_named(source.columns, KNOWN_COLUMNS, own, where(f"{key}.columns"))
+    check_named(source.columns, (*KNOWN_COLUMNS, *request.columns), own, where(f"{key}.columns"))
     own = [renamed(row, source.columns) for row in own]
     format = _format_of(source, key, name, own, request)
     spelling = format.spelling(own)
@@ -226,7 +248,8 @@ def _convert(source: sections.Source, key: str, seed: int | None, request: RowRe
         dict(tally.unused.most_common()),
         tuple(tally.examples),
         tally.digest.hexdigest(),
-        tuple(name for name in convert.seen if name not in convert.used),
+        tuple(name for name in convert.seen if not {name, ALL} & {*convert.used, *request.columns}),
+        tuple(name for name in (request.columns if ALL not in request.columns else convert.seen) if name in convert.lent),
         convert.transcripts,
         tuple(_said(format, converter, own, source.path)),
     )
@@ -247,6 +270,7 @@ class _Conversion:
     spelling: Columns
     used: set[str]
     seen: dict[str, None] = field(default_factory=dict)  # all columns under our names
+    lent: dict[str, None] = field(default_factory=dict)  # those of any name that terms of a reward read
     transcripts: int = 0
 
     def rows(self, raw: Iterator[RawRow], file: str) -> Iterator[RawRow]:
@@ -265,7 +289,12 @@ class _Conversion:
             self.seen.update(dict.fromkeys(own))
         with self._meant(place):
             check_columns(own, self.used, self.request.purpose.use.responses == "none")
-        return dict(own) if margin is None or margin not in row else {**own, margin: row[margin]}
+        beside: dict[str, Any] = {} if margin is None or margin not in row else {margin: row[margin]}
+        if asked := self.request.columns:
+            every = {**row, **own} if ALL not in asked else own
+            beside[ALL] = {name: every[name] for name in (every if ALL in asked else asked) if name in every}
+            self.lent.update(dict.fromkeys(beside[ALL]))
+        return {**own, **beside}
 
     def __call__(self, row: Row, place: str) -> Record:
         """UsageError where a turn says what is not read. Raises BadRow."""
@@ -276,7 +305,8 @@ class _Conversion:
             raise BadRow(f"{' or '.join(self.format.columns)} does not end in an assistant turn")
         prompt = as_spoken(record.prompt) if request.chat else record.prompt
         self.transcripts += self.format.name == "hh" or prompt is not record.prompt
-        record, margin = record._replace(prompt=prompt), request.margin_column
+        columns = json.dumps(row[ALL], default=str) if ALL in row else ""
+        record, margin = record._replace(prompt=prompt, columns=columns), request.margin_column
         return record if margin is None else formats.with_margin(record, row, margin)
 
     @contextmanager
@@ -339,13 +369,13 @@ def _records(rows: Iterator[RawRow], name: str, convert: _Conversion, use: Use, 
         except BadRow as bad:
             tally.add_bad(place, bad)
             continue
-        text = record.serialised
+        text = record._replace(columns="").serialised  # what stands beside it is no part of its fingerprint
         tally.digest.update(text.encode())
         used = use.keep(record) if use.ties or record.facts.probability != 0.5 else TIED
         if isinstance(used, str):
             tally.unused[used] += 1
         else:
-            yield used, text if used == record else used.serialised
+            yield used, text if used == record and not used.columns else used.serialised
 
 
 def _no_good_row(name: str, tally: _Tally, expected: str) -> UsageError:

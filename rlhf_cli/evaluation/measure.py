@@ -112,8 +112,14 @@ def _agreement_of_terms(job: EvaluationJob, frozen: FrozenModels) -> dict[str, A
             score = partial(together, job.ranks, score if job.ranks.main else list)
         scores: list[np.ndarray] = score()
         if job.ranks.main:
-            check_finite(scores, rows.locations, f"{name} is broken: name an earlier checkpoint of it")
-            found[name] = agreement(term.kind, scores, rows.trees, rows.training)
+            # A term of texts says NaN of a row that it does not apply to.
+            kept = [k for k, own in enumerate(scores) if term.needs_weights or not np.isnan(own).any()]
+            if len(kept) < len(scores):
+                job.console.say(f"{name}: says nothing of {len(scores) - len(kept)} rows, which are left out of its agreement")
+            trees, scores = [rows.trees[k] for k in kept], [scores[k] for k in kept]
+            check_finite(scores, [rows.locations[k] for k in kept], f"{name} is broken: name an earlier checkpoint of it")
+            if kept:
+                found[name] = agreement(term.kind, scores, trees, rows.training)
     return found
 
 

@@ -21,7 +21,7 @@ from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.rollout.experience import Rollout, Sampler
 from rlhf_cli.rollout.generate import TransformersEngine
-from rlhf_cli.rollout.rewards import COMBINE, Answers
+from rlhf_cli.rollout.rewards import Answers, combined
 from rlhf_cli.runs.folder import MetricsLog, RunFolder, read_metrics
 
 PATIENCE = 30.0  # seconds between two words on a model that takes its time
@@ -142,10 +142,11 @@ def score_samples(job: EvaluationJob, model: EvaluatedModel, samples: list[Sampl
         records=[records[sample.row] for sample in samples],
         texts=[[sample.response] for sample in samples],
         ended=[[sample.ended] for sample in samples],
+        tokens=[[sample.tokens] for sample in samples],
     )
     try:
         found = {
-            name: np.array([sample.terms[name] for sample in samples])
+            name: np.array([sample.terms[name] for sample in samples], np.float64)
             if terms.named[name].needs_weights
             else scorer.score(answers)
             for name, scorer in scorers.items()
@@ -156,13 +157,14 @@ def score_samples(job: EvaluationJob, model: EvaluatedModel, samples: list[Sampl
         raise type(error)(f"{error}\n  the responses are kept: mend it, then continue with --resume") from error
     scores = None
     if reward:
-        weighted = np.stack([scorer.weight * found[f"reward/{scorer.name}"] for scorer in reward])
+        each = np.stack([found[f"reward/{scorer.name}"] for scorer in reward])
         ended = np.array([sample.ended for sample in samples])
-        scores = COMBINE[recipe.reward_combine](weighted) - recipe.rollout.missing_eos_penalty * ~ended
+        scores = combined(recipe.reward_combine, each, [scorer.weight for scorer in reward], answers.pairs)
+        scores = scores - recipe.rollout.missing_eos_penalty * ~ended
     return [
         dataclasses.replace(
             sample,
-            terms={name: float(values[at]) for name, values in found.items()},
+            terms={name: None if np.isnan(values[at]) else float(values[at]) for name, values in found.items()},
             score=None if scores is None else float(scores[at]),
         )
         for at, sample in enumerate(samples)

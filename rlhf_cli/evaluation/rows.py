@@ -17,6 +17,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.models import Tokenisation, recipe_of
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.rewards import Answers
+from rlhf_cli.rollout.terms import columns_read
 
 SECTIONS: dict[str, Use] = {"prompts": PROMPTS, "preferences": dataclasses.replace(COMPARISONS, ties=False), "text": ANSWERS}
 """Section of the recipe → what its rows are read for."""
@@ -40,7 +41,8 @@ class Rows:
         """The responses that the data give, as if a policy had written them."""
         records = [self.records[tree.row] for tree in self.trees]
         texts = [list(map(spoken, record.responses)) for record in records]
-        return Answers(list(self.trees), records, texts, [[True] * len(own) for own in texts])
+        tokens = [[*map(len, tree.responses)] for tree in self.trees]
+        return Answers(list(self.trees), records, texts, [[True] * len(own) for own in texts], tokens)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
         return loaded.named(key.replace("data.train", section, 1).removeprefix("data."))
 
     reserve = recipe.rollout.max_new_tokens if section == "prompts" else 0
-    request = RowRequest(Purpose(section, SECTIONS[section], SECTIONS), recipe.seed, where, reserve=reserve)
+    columns = {} if section == "text" else columns_read(loaded)
+    purpose = Purpose(section, SECTIONS[section], SECTIONS)
+    request = RowRequest(purpose, recipe.seed, where, reserve=reserve, columns=columns)
     try:
         return prepare(data, request, tokenisation.tokenizer, tokenisation.template)
     except UsageError as error:

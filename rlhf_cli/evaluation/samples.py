@@ -10,6 +10,7 @@ from itertools import groupby
 import numpy as np
 
 from rlhf_cli.data.records import PlainPrompt
+from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.intervals import jackknife, ratio_interval, within_shares
 from rlhf_cli.figures import Interval
 
@@ -28,7 +29,9 @@ class Sample:
     tokens: int  # its end included
     logp: float  # Σ log π at temperature 1, nats
     reference_logp: float | None  # Σ log π_ref of the same tokens; None: no reference, or one with other tokens
-    terms: dict[str, float] = field(default_factory=dict)  # reward/NAME and gold/NAME → before its weight
+    terms: dict[str, float | None] = field(
+        default_factory=dict
+    )  # reward/NAME and gold/NAME → before its weight; None: it says nothing
     score: float | None = None  # all terms of the reward together, penalties taken off
 
     def worth(self, judge: str) -> float | None:
@@ -39,7 +42,7 @@ class Sample:
         if judge == "reward":
             return self.score
         if judge == "gold":
-            golds = [value for name, value in self.terms.items() if name.startswith("gold/")]
+            golds = [value for name, value in self.terms.items() if name.startswith("gold/") and value is not None]
             return sum(golds) if golds else None
         return self.terms.get(f"reward/{judge}", self.terms.get(f"gold/{judge}"))
 
@@ -64,8 +67,16 @@ class Samples:
         return np.array([[read(sample) for sample in responses] for responses in self.own], np.float64)
 
     def worths(self, judge: str) -> np.ndarray:
-        """(P, K) what each response is worth to the judge."""
-        return self.table(lambda sample: sample.worth(judge) or 0.0)
+        """(P, K) what each response is worth to the judge. UsageError: it says nothing of one."""
+
+        def worth(sample: Sample) -> float:
+            if (found := sample.worth(judge)) is None:
+                raise UsageError(
+                    f"{judge} says nothing of a response to {sample.where}, and cannot compare it: name another judge"
+                )
+            return found
+
+        return self.table(worth)
 
     def texts(self) -> list[list[str]]:
         """(P)(K) responses."""
@@ -96,11 +107,16 @@ def figures(samples: Samples, counts: np.ndarray) -> dict[str, Interval]:
     """
     every = [sample for responses in samples.own for sample in responses]
     terms = [name for name in every[0].terms if all(name in sample.terms for sample in every)]
+    terms = [name for name in terms if any(sample.terms[name] is not None for sample in every)]
     lengths = samples.table(lambda sample: sample.tokens)
     found = {name: _term(samples, name, counts) for name in terms if name.startswith("gold/")}
     if all(sample.score is not None for sample in every):
         found["objective/scores"] = mean_interval(samples.table(lambda sample: sample.score or 0.0), counts)
     found |= {name: _term(samples, name, counts) for name in terms if name.startswith("reward/")}
+    for name in terms:
+        silent = samples.table(lambda sample, name=name: sample.terms[name] is None)  # type: ignore[misc]
+        if silent.any():
+            found[f"{name}/na"] = within_shares(mean_interval(silent, counts))
     ratios = log_ratios(samples)
     if ratios is not None:
         found["objective/kl"] = mean_interval(ratios, counts)
@@ -116,7 +132,9 @@ def figures(samples: Samples, counts: np.ndarray) -> dict[str, Interval]:
 
 
 def _term(samples: Samples, name: str, counts: np.ndarray) -> Interval:
-    return mean_interval(samples.table(lambda sample: sample.terms[name]), counts)
+    """Mean over the responses that it says something of."""
+    table = samples.table(lambda sample: np.nan if (value := sample.terms[name]) is None else value)
+    return ratio_interval(np.nansum(table, 1), (~np.isnan(table)).sum(1), counts)
 
 
 def mean_interval(table: np.ndarray, counts: np.ndarray) -> Interval:

@@ -149,7 +149,7 @@ def _balance(recipe: KtoRecipe) -> Iterator[Finding]:
 def _terms(key: str, terms: list[Reward]) -> Iterator[Finding]:
     """The terms of the reward or of what is only measured."""
     if not terms:
-        yield key, "the list is empty. name a term: {model: …} or {function: file.py:name}"
+        yield key, "the list is empty. name a term, such as {model: …} or {function: file.py:name}"
     names = term_names(terms)
     for index, (name, term) in enumerate(zip(names, terms, strict=True)):
         yield from _term(f"{key}.{index}", term)
@@ -160,8 +160,8 @@ def _terms(key: str, terms: list[Reward]) -> Iterator[Finding]:
 def _term(key: str, term: Reward) -> Iterator[Finding]:
     kinds = kinds_of(term)
     if len(kinds) != 1:
-        found, advice = ("both", "make it two terms") if kinds else ("none", "name one")
-        yield key, f"expected {' or '.join(KINDS)}, found {found}. {advice}"
+        found, advice = (" and ".join(kinds), f"make it {len(kinds)} terms") if kinds else ("none", "name one")
+        yield key, f"expected one of {', '.join(KINDS)}, found {found}. {advice}"
         return
     own = kinds[0]
     if wrong := KINDS[own].check(vars(term)[own]):

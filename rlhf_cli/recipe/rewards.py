@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from rlhf_cli.sections import Reward
+    from rlhf_cli.sections import Length, Match, Reward
 
 
 def _name_of_folder(path: str) -> str:
@@ -28,18 +28,41 @@ def _check_function(reference: str) -> str | None:
     return f"expected file.py:name, found {reference}. name a function in a Python file"
 
 
+def _check_pattern(pattern: str, groups: int | None = None) -> str | None:
+    try:
+        found = re.compile(pattern).groups
+    except (re.error, RecursionError) as error:
+        return f"not a regular expression: {error}. mend it"
+    return None if groups in (None, found) else f"the expression has {found} groups, and one is to hold the answer. write one"
+
+
+def _check_match(match: Match) -> str | None:
+    if match.extract in ("text", "last-number", "boxed"):
+        return None
+    wrong = _check_pattern(match.extract, groups=1)
+    named = "text, last-number, boxed, or a regular expression with one group"
+    return wrong and f"extract: {match.extract} is none of {named}: {wrong}"
+
+
+def _check_length(length: Length) -> str | None:
+    return None if (length.max is None) != (length.target is None) else "expected one of max and target. give one"
+
+
 class Kind(NamedTuple):
     """A kind of term, as far as a recipe shows it."""
 
     noun: str
-    default_name: Callable[[str], str]  # of its value: under which a term without a name of its own is logged
+    default_name: Callable[[Any], str]  # of its value: under which a term without a name of its own is logged
     options: tuple[str, ...] = ()  # keys of a term that have an effect on this kind alone
-    check: Callable[[str], str | None] = lambda value: None  # what is wrong with its value
+    check: Callable[[Any], str | None] = lambda value: None  # what is wrong with its value
 
 
 KINDS: dict[str, Kind] = {
     "model": Kind("reward model", _name_of_folder, options=("revision", "normalize")),
-    "function": Kind("function", lambda reference: reference.rpartition(":")[2], check=_check_function),
+    "function": Kind("function", lambda it: it.rpartition(":")[2], options=("parallel", "timeout"), check=_check_function),
+    "match": Kind("match", lambda it: "match", check=_check_match),
+    "format": Kind("format", lambda it: "format", check=_check_pattern),
+    "length": Kind("length", lambda it: "length", check=_check_length),
 }
 """The key of a term that says what it is → its kind; a term has one of them."""
 

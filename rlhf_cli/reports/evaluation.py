@@ -236,7 +236,7 @@ def _prompt(sample: Sample) -> str:
 
 
 def _response(sample: Sample) -> Response:
-    figures = dict(sample.terms)
+    figures = {name: value for name, value in sample.terms.items() if value is not None}
     if sample.score is not None and len([name for name in figures if name.startswith("reward/")]) != 1:
         figures["objective/scores"] = sample.score
     facts = [f"{metric(name).titled(name)} {number(value)}" for name, value in figures.items()]

@@ -20,7 +20,7 @@ from rlhf_cli.models.passes import token_figures
 from rlhf_cli.objectives.policy_gradient import Experience
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.rollout.generate import Engine, Request, Response
-from rlhf_cli.rollout.rewards import COMBINE, Answers, Scorer
+from rlhf_cli.rollout.rewards import Answers, Scorer, combined
 from rlhf_cli.signals import Pause, no_pause
 
 T = TypeVar("T")
@@ -63,7 +63,9 @@ class Rollout:
         return float((self.tokens.old - self.tokens.reference).sum() / len(self.ended))
 
     def figures(self, kl_coef: float | None = None) -> dict[str, float]:
-        """Means over the responses. KL (at temperature 1) and entropy are sums over tokens, Σ log π/π_ref and −Σ log π.
+        """Means over the responses, of a term over those that it says something of; NAME/na is the share of the others.
+
+        KL (at temperature 1) and entropy are sums over tokens, Σ log π/π_ref and −Σ log π.
 
         `kl_coef`: κ, for the reward that is left when the log-ratio at the rollout's temperature is taken off.
         """
@@ -77,7 +79,9 @@ class Rollout:
         }
         if kl_coef is not None:
             named["objective/rlhf_reward"] = self.scores - kl_coef * np.add.reduceat(tokens.old - tokens.reference, starts)
-        return {name: float(values.mean()) for name, values in named.items()}
+        found = {name: float(np.nanmean(values)) for name, values in named.items() if not np.isnan(values).all()}
+        silent = {f"{name}/na": float(np.isnan(values).mean()) for name, values in self.terms.items() if np.isnan(values).any()}
+        return found | silent
 
 
 @dataclass(frozen=True)
@@ -110,27 +114,22 @@ class Sampler:
         own = together(self.ranks, lambda: self.respond(mine, share, seed, count, self.settings.max_new_tokens))
         return_freed()  # the copies of the weights that sampling used
         drawn_at = time.monotonic()
-        trees = with_responses(mine, own)
-        answers = Answers(
-            trees=trees,
-            records=[self.records[tree.row] for tree in trees],
-            texts=[[self.text(*response) for response in responses] for responses in own],
-            ended=[[response.ended for response in responses] for responses in own],
-        )
-        worth = together(self.ranks, lambda: self._worth(answers))
+        share_of_trees, drawn = with_responses(mine, own), gather_shares(self.ranks, own)
+        trees = with_responses(prompts, drawn)
+        answers = self._answers(trees, drawn)
+        worth = self._worth(self._answers(share_of_trees, own), answers)
         self.pause()
-        tokens = together(self.ranks, lambda: self._tokens(trees, values))
-        found = gather_shares(self.ranks, list(zip(trees, own, worth, tokens, strict=True)))
-        whole = np.concatenate([scores for _, _, scores, _ in found], 1)
+        tokens = gather_shares(self.ranks, together(self.ranks, lambda: self._tokens(share_of_trees, values)))
         names = [f"reward/{term.name}" for term in self.terms] + [f"gold/{term.name}" for term in self.gold]
-        ended = np.array([response.ended for _, responses, _, _ in found for response in responses])
-        weighted = whole[: len(self.terms)] * np.array([term.weight for term in self.terms])[:, None]
+        ended = np.array([response.ended for responses in drawn for response in responses])
+        weights = [term.weight for term in self.terms]
+        scores = combined(self.combine, worth[: len(weights)], weights, answers.pairs) if weights else np.zeros(len(ended))
         return Rollout(
-            trees=[tree for tree, *_ in found],
+            trees=trees,
             ended=ended,
-            terms=dict(zip(names, whole, strict=True)),
-            scores=COMBINE[self.combine](weighted) - self.settings.missing_eos_penalty * ~ended,
-            tokens=TokenFigures(*(np.concatenate(own) for own in zip(*(figures for *_, figures in found), strict=True))),
+            terms=dict(zip(names, worth, strict=True)),
+            scores=scores - self.settings.missing_eos_penalty * ~ended,
+            tokens=TokenFigures(*(np.concatenate(figures) for figures in zip(*tokens, strict=True))),
             seconds={"rollout": drawn_at - started, "score": time.monotonic() - drawn_at},
         )
 
@@ -156,13 +155,33 @@ class Sampler:
         """What a response says, without the token that ended it."""
         return str(self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
 
-    def _worth(self, answers: Answers) -> list[np.ndarray]:
-        """(terms, K) of every tree's responses, gold after the reward."""
-        if not answers.trees:
-            return []
-        ends = np.cumsum([len(tree.responses) for tree in answers.trees])
-        scores = np.array([term.score(answers) for term in (*self.terms, *self.gold)], np.float64).reshape(-1, ends[-1])
-        return np.split(scores, ends[:-1], 1)
+    def _answers(self, trees: list[Tree], drawn: Sequence[Sequence[Response]]) -> Answers:
+        return Answers(
+            trees=trees,
+            records=[self.records[tree.row] for tree in trees],
+            texts=[[self.text(*response) for response in responses] for responses in drawn],
+            ended=[[response.ended for response in responses] for responses in drawn],
+            tokens=[[len(response.ids) for response in responses] for responses in drawn],
+        )
+
+    def _worth(self, own: Answers, answers: Answers) -> np.ndarray:
+        """(terms, M) of all responses, gold after the reward, on every rank.
+
+        A term with weights scores each rank's own answers. One that sees texts alone is asked once, on rank 0, about all of them:
+        what it says may depend on the others.
+        """
+        scorers, ends = (*self.terms, *self.gold), np.cumsum(list(map(len, own.texts)))
+        shares = together(
+            self.ranks,
+            lambda: [np.split(term.score(own), ends[:-1]) if len(ends) else [] for term in scorers if term.needs_weights],
+        )
+        shared = (np.concatenate(gather_shares(self.ranks, share)) for share in shares)
+        asked = together(
+            self.ranks, lambda: [term.score(answers) for term in scorers if not term.needs_weights] if self.ranks.main else []
+        )
+        alone = iter(self.ranks.gather(asked)[0])
+        found = [next(shared) if term.needs_weights else next(alone) for term in scorers]
+        return np.array(found, np.float64).reshape(len(scorers), len(answers.pairs))
 
     def _tokens(self, trees: list[Tree], values: bool) -> list[TokenFigures]:
         """Of the response tokens of every tree."""

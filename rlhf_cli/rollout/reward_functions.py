@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib.util
+import inspect
 import math
 import sys
 import traceback
@@ -11,36 +13,60 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 
 from rlhf_cli import sections
-from rlhf_cli.data.records import PlainPrompt, plain_prompt
+from rlhf_cli.data.records import as_turns, plain_prompt
+from rlhf_cli.data.sources import ALL, Lent
 from rlhf_cli.errors import RunError, UsageError
 from rlhf_cli.files import sha256_file
 from rlhf_cli.rollout.rewards import Answers, PolicyText, TextTerm, check_finite, shortened, shown_answer
 from rlhf_cli.suggest import closest, did_you_mean
 
-Function = Callable[[list[PlainPrompt], list[str]], Any]
+Function = Callable[..., Any]
+
+OURS = ("prompts", "responses", "messages", "ended")
+"""Parameters that are no columns: texts, texts, the prompt's turns, and whether the response ended."""
+PARALLEL, TIMEOUT = 16, 60.0
+"""Calls of an async function that are under way at once, and seconds that one may take."""
 
 
 @dataclass(frozen=True)
 class RewardFunction(TextTerm):
-    """A Python function of lists of prompts and responses, which returns a number for each response.
+    """A Python function of lists with an entry for each response, which returns a number, or None, for each.
 
-    A prompt is a str where it is one text or one user turn, else its conversation as a list of {"role", "content"}.
+    A prompt is a str where it is one text or one user turn, else its conversation as a list of {"role", "content"}. An async
+    function is called for one response at a time.
     """
 
     reference: str  # file.py:name
     function: Function
+    parallel: int
+    timeout: float
+
+    @classmethod
+    def columns(cls, reward: sections.Reward, place: str) -> Lent:
+        """What its parameters name; one with the default None may be missing."""
+        assert reward.function is not None
+        what = f"{place}: {reward.function}"
+        taken = taken_by(load_function(reward.function, place), what)
+        asked = {name: None if name in taken.optional else what for name in taken.given.values() if name not in OURS}
+        return asked | ({ALL: None} if taken.all_columns else {})
 
     @classmethod
     def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> Self:
         """The function of `reward.function`. UsageError: see `load_function`."""
         assert reward.function is not None
-        return cls(name, reward.weight, place, reward.function, load_function(reward.function, place))
+        function, parallel, timeout = load_function(reward.function, place), reward.parallel, reward.timeout
+        if not inspect.iscoroutinefunction(function) and (parallel is not None or timeout is not None):
+            raise UsageError(
+                f"{place}: {reward.function} is called once with all responses, so that parallel and timeout have no effect; "
+                "remove them, or write it as `async def`"
+            )
+        return cls(name, reward.weight, place, reward.function, function, parallel or PARALLEL, timeout or TIMEOUT)
 
     @property
     def source(self) -> dict[str, Any]:
@@ -56,9 +82,9 @@ class RewardFunction(TextTerm):
         return self.identity | {"hash": next(iter(self.code.values()))}
 
     def score(self, answers: Answers) -> np.ndarray:
-        """(M,) float64, tree by tree.
+        """(M,) float64, tree by tree; NaN where it returned None.
 
-        UsageError: the function raises, or returns something else than a number for each response.
+        UsageError: the function raises, or returns something else than a number or None for each response.
         NumberError: one of the numbers is not finite.
         """
         pairs = answers.pairs
@@ -66,11 +92,13 @@ class RewardFunction(TextTerm):
             return np.zeros(0)
         what, first = f"{self.place}: {self.reference}", f"the first: {shown_answer(pairs[0])}"
         try:
-            values = self.function([plain_prompt(record.prompt) for record, _ in pairs], [text for _, text in pairs])
+            values = self._called(answers)
         except RunError:  # a signal's
             raise
         except (Exception, SystemExit) as error:
             said = _raised(error, self.reference.rpartition(":")[0])
+            if isinstance(error, TimeoutError) and inspect.iscoroutinefunction(self.function):
+                said = f"it took longer than {self.timeout:g} s (timeout) for a response"
             raise UsageError(f"{what} failed on {len(pairs)} responses\n{said}\n{first}") from error
         if isinstance(values, (np.ndarray, torch.Tensor)):
             values = values.tolist()
@@ -82,13 +110,77 @@ class RewardFunction(TextTerm):
             )
         if len(values) != len(pairs):
             raise UsageError(f"{what} returned {len(values)} numbers for {len(pairs)} responses\n{first}")
-        numbers = [_number(value) for value in values]
+        silent = np.array([value is None for value in values])
+        numbers = [math.nan if value is None else _number(value) for value in values]
         for value, number, pair in zip(values, numbers, pairs, strict=True):
             if number is None:
                 raise UsageError(f"{what} returned {_shown(value)} for a response, expected a number\n{shown_answer(pair)}")
         scores = np.array(numbers, np.float64)
-        check_finite(scores, pairs, what)
+        check_finite(scores, pairs, what, silent)
         return scores
+
+    def _called(self, answers: Answers) -> Any:
+        """What the function returns for all responses, each argument a list with an entry for each of them."""
+        pairs, rows, taken = answers.pairs, answers.columns, taken_by(self.function, self.place)
+        ours: dict[str, Callable[[], list[Any]]] = {
+            "prompts": lambda: [plain_prompt(record.prompt) for record, _ in pairs],
+            "responses": lambda: [text for _, text in pairs],
+            "messages": lambda: [[turn.plain() for turn in as_turns(record.prompt)] for record, _ in pairs],
+            "ended": lambda: [ended for own in answers.ended for ended in own],
+        }
+        given = {
+            parameter: ours[name]() if name in ours else [row.get(name) for row in rows]
+            for parameter, name in taken.given.items()
+        }
+        if taken.all_columns:
+            rest = dict.fromkeys(name for row in rows for name in row if name not in (*given, *ours))
+            given |= {name: [row.get(name) for row in rows] for name in rest}
+        if not inspect.iscoroutinefunction(self.function):
+            return self.function(**given)
+        return asyncio.run(self._each(given, len(pairs)))
+
+    async def _each(self, given: dict[str, list[Any]], count: int) -> list[Any]:
+        """One call a response, `parallel` at once."""
+        slots = asyncio.Semaphore(self.parallel)
+
+        async def one(k: int) -> Any:
+            async with slots:
+                call = self.function(**{name: [values[k]] for name, values in given.items()})
+                value = await asyncio.wait_for(call, self.timeout)
+            return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+
+        return await asyncio.gather(*map(one, range(count)))
+
+
+class Taken(NamedTuple):
+    """What a function is called with."""
+
+    given: dict[str, str]  # parameter → one of OURS, or a column
+    optional: frozenset[str]  # columns that no row need have: then it is given Nones
+    all_columns: bool  # it takes what columns there are
+
+
+def taken_by(function: Function, what: str) -> Taken:
+    """What the function's parameters name, but for those with a default of their own, other than None: they are its settings.
+
+    Where none is called `responses`, two alone are prompts and responses. UsageError: it cannot be called so.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        raise UsageError(f"{what}: Python cannot tell its parameters; write it as def f(prompts, responses)") from None
+    named = {name: each for name, each in parameters.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    needed = [name for name, each in named.items() if each.default is each.empty]
+    optional = frozenset(name for name, each in named.items() if each.default is None and name not in OURS)
+    given = {name: name for name in named if name in (*OURS, *needed, *optional)}
+    if "responses" not in named:
+        given |= dict(zip(needed, ("prompts", "responses"), strict=False))
+    if ("responses" not in named and len(needed) != 2) or any(each.kind is each.POSITIONAL_ONLY for each in parameters.values()):
+        raise UsageError(
+            f"{what} takes ({', '.join(map(str, parameters.values()))}); expected def f(prompts, responses), and beside these "
+            "two `messages`, `ended` or columns of the rows by their names"
+        )
+    return Taken(given, optional, any(each.kind is each.VAR_KEYWORD for each in parameters.values()))
 
 
 def load_function(reference: str, place: str) -> Function:

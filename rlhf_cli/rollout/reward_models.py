@@ -136,6 +136,8 @@ class RewardModelScorer:
     budget: int  # tokens of one forward pass
     reader: Reader
 
+    needs_weights: ClassVar[bool] = True
+
     def score(self, answers: Answers) -> np.ndarray:
         """(M,) float64, tree by tree.
 

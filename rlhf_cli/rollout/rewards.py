@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
 from rlhf_cli import sections
 from rlhf_cli.data.records import Record
+from rlhf_cli.data.sources import Lent
 from rlhf_cli.data.templates import Template
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.errors import NumberError
+from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.placement import FrozenModels, Head
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.runs.manifest import Parent
@@ -27,15 +29,22 @@ SHOWN = 60
 class Answers:
     """Prompts and the responses that the policy drew to each."""
 
-    trees: list[Tree]  # prompt and its K drawn responses, in the policy's tokens
+    trees: list[Tree]  # prompt and its K drawn responses, in the policy's tokens; empty for terms that see texts alone
     records: list[Record]  # of each tree: its prompt as text or messages, and where it stands
     texts: list[list[str]]  # of each tree: its responses without the ending token
     ended: list[list[bool]]  # of each tree: did the response end, or was it cut off?
+    tokens: list[list[int]] = field(default_factory=list)  # of each tree: those of its responses, their end included
 
     @property
     def pairs(self) -> list[tuple[Record, str]]:
         """(M,) prompt and response, tree by tree: the order of all scores."""
         return [(record, text) for record, texts in zip(self.records, self.texts, strict=True) for text in texts]
+
+    @property
+    def columns(self) -> list[dict[str, Any]]:
+        """(M,) what the row of each response has in the columns that are kept of it."""
+        own = [json.loads(record.columns or "{}") for record in self.records]
+        return [columns for columns, texts in zip(own, self.texts, strict=True) for _ in texts]
 
 
 class Scorer(Protocol):
@@ -45,8 +54,10 @@ class Scorer(Protocol):
     def name(self) -> str: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def needs_weights(self) -> bool: ...
     def score(self, answers: Answers) -> np.ndarray:
-        """(M,) float64 of all responses, tree by tree, before the weight. Raises RunError."""
+        """(M,) float64 of all responses, tree by tree, before the weight; NaN where it says nothing. Raises RunError."""
 
     def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
         """(K,) of the responses of each given row, as they are and not normalised. Raises RunError."""
@@ -77,6 +88,11 @@ class RewardTerm(ABC):
     @abstractmethod
     def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> Self:
         """What the recipe's term names. UsageError: it is not there, or is no reward."""
+
+    @classmethod
+    def columns(cls, reward: sections.Reward, place: str) -> Lent:
+        """The columns of rows that the recipe's term reads. UsageError: it is not there, or is no reward."""
+        return {}
 
     @abstractmethod
     def load(self, models: FrozenModels, role: str, budget: int) -> Scorer:
@@ -133,15 +149,15 @@ class TextTerm(RewardTerm):
 
     @abstractmethod
     def score(self, answers: Answers) -> np.ndarray:
-        """(M,) float64 of all responses, tree by tree, before the weight. Raises RunError."""
+        """(M,) float64 of all responses, tree by tree, before the weight; NaN where it says nothing. Raises RunError."""
 
     def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
         return np.split(self.score(rows), np.cumsum([len(own) for own in rows.texts])[:-1])
 
 
-def check_finite(scores: np.ndarray, pairs: Sequence[tuple[Record, str]], what: str) -> None:
-    """NumberError with the first response whose score is NaN or infinite."""
-    bad = np.flatnonzero(~np.isfinite(scores))
+def check_finite(scores: np.ndarray, pairs: Sequence[tuple[Record, str]], what: str, silent: np.ndarray | None = None) -> None:
+    """NumberError with the first response whose score is NaN or infinite. `silent`: (M,) bool, of which it says nothing."""
+    bad = np.flatnonzero(~np.isfinite(scores) & (True if silent is None else ~silent))
     if len(bad):
         raise NumberError(f"{what} gave a response the score {scores[bad[0]]}\n{shown_answer(pairs[bad[0]])}")
 
@@ -157,9 +173,23 @@ def shortened(text: str) -> str:
 
 
 COMBINE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "sum": lambda weighted: weighted.sum(0),
-    "min": lambda weighted: weighted.min(0),
-    "mean_minus_std": lambda weighted: weighted.mean(0) - weighted.std(0),
+    "sum": lambda weighted: np.nansum(weighted, 0),
+    "min": lambda weighted: np.nanmin(weighted, 0),
+    "mean_minus_std": lambda weighted: np.nanmean(weighted, 0) - np.nanstd(weighted, 0),
 }
 """How (terms, M) terms times their weights make (M,) scores; min and mean less the population deviation are pessimistic ensembles
 (Coste et al. 2024, "Reward model ensembles help mitigate overoptimization"; Eisenstein et al. 2023, "Helping or herding?")."""
+
+
+def combined(how: str, terms: np.ndarray, weights: Sequence[float], pairs: Sequence[tuple[Record, str]]) -> np.ndarray:
+    """(M,) scores of (terms, M) terms; one that says nothing of a response (NaN) has no part in its score.
+
+    UsageError: no term says anything of a response.
+    """
+    mute = np.flatnonzero(np.isnan(terms).all(0))
+    if len(mute):
+        raise UsageError(
+            f"reward: no term applies to a response, so that it has no score\n{shown_answer(pairs[mute[0]])}\n"
+            "let one of the terms return a number for it"
+        )
+    return COMBINE[how](terms * np.array(weights)[:, None])

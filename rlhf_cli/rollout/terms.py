@@ -7,15 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_cli import sections
+from rlhf_cli.data.sources import Lent
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import kinds_of, name_of
 from rlhf_cli.rollout.reward_functions import RewardFunction
 from rlhf_cli.rollout.reward_models import RewardModel
 from rlhf_cli.rollout.rewards import PolicyText, RewardTerm, Scorer
+from rlhf_cli.rollout.verifiable import FormatTerm, LengthTerm, MatchTerm
 from rlhf_cli.runs.manifest import Parent
 
-TERMS: dict[str, type[RewardTerm]] = {"model": RewardModel, "function": RewardFunction}
+TERMS: dict[str, type[RewardTerm]] = {
+    "model": RewardModel,
+    "function": RewardFunction,
+    "match": MatchTerm,
+    "format": FormatTerm,
+    "length": LengthTerm,
+}
 """Key of a term in the recipe → its class."""
 
 
@@ -66,13 +74,24 @@ class RewardTerms:
 
 def find_terms(loaded: Loaded, policy: PolicyText) -> RewardTerms:
     """What `reward` and `gold` name. UsageError: a term's source is not there, or is no reward."""
+    found: dict[str, list[RewardTerm]] = {"reward": [], "gold": []}
+    for key, kind, term in _terms(loaded):
+        found[key.partition(".")[0]].append(TERMS[kind].find(term, name_of(term), loaded.named(f"{key}.{kind}"), policy))
+    return RewardTerms(**found)
 
-    def find(key: str, term: sections.Reward) -> RewardTerm:
-        (kind,) = kinds_of(term)
-        return TERMS[kind].find(term, name_of(term), loaded.named(f"{key}.{kind}"), policy)
 
-    rewards, golds = loaded.recipe.terms
-    return RewardTerms(
-        [find(f"reward.{number}", term) for number, term in enumerate(rewards)],
-        [find(f"gold.{number}", term) for number, term in enumerate(golds)],
-    )
+def columns_read(loaded: Loaded) -> Lent:
+    """The columns of rows that the terms of `reward` and `gold` read. UsageError: a function is not there, or is no reward."""
+    read: dict[str, str | None] = {}
+    for key, kind, term in _terms(loaded):
+        for name, who in TERMS[kind].columns(term, loaded.named(f"{key}.{kind}")).items():
+            read[name] = who or read.get(name)
+    return read
+
+
+def _terms(loaded: Loaded) -> Iterator[tuple[str, str, sections.Reward]]:
+    """Key, kind and section of every term."""
+    for key, terms in zip(("reward", "gold"), loaded.recipe.terms, strict=True):
+        for number, term in enumerate(terms):
+            (kind,) = kinds_of(term)
+            yield f"{key}.{number}", kind, term

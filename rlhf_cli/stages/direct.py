@@ -45,7 +45,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     for words in _announce(job, reference, terms):
         job.console.say(words)
     if reference is not None:
-        job = dataclasses.replace(job, inputs=recorded(reference, terms), code=terms.code)
+        job = dataclasses.replace(job, inputs=recorded(reference, terms, job.dataset.reading), code=terms.code)
     with open_job(job, check=check, resume=resume, force=force) as folder:
         if folder is None:
             return

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
+from rlhf_cli.data.sources import Reading
 from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.data.unpaired import unpaired, with_mismatches
@@ -91,8 +94,13 @@ def as_unpaired(trees: list[Tree], seed: int, records: Sequence[Record], max_len
         raise NumberError(f"what the policy draws has collapsed: {error}") from error
 
 
-def recorded(reference: ReferenceModel, reward_terms: RewardTerms) -> dict[str, str]:
+def recorded(reference: ReferenceModel, reward_terms: RewardTerms, reading: Reading) -> dict[str, str]:
     """What a resumed run must have in common beside its data."""
     scores = {"reward": reward_terms.reward, "gold": reward_terms.gold}
     identities = {name: json.dumps([term.identity for term in terms]) for name, terms in scores.items() if terms}
+    if any(report.lent for report in (*reading.reports, *reading.eval_reports)):
+        lent = hashlib.sha256()
+        for record in chain(reading.train, reading.held_out):
+            lent.update(record.columns.encode() + b"\n")
+        identities["columns"] = lent.hexdigest()
     return {"reference": json.dumps(reference.record), **identities}

@@ -39,7 +39,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     assert reference is not None
     for words in (reference.words, *terms.words, *_announce(job)):
         job.console.say(words)
-    inputs = recorded(reference, terms) | (ptx.fingerprints if ptx else {})
+    inputs = recorded(reference, terms, job.dataset.reading) | (ptx.fingerprints if ptx else {})
     job = dataclasses.replace(job, inputs=inputs, code=terms.code)
     with open_job(job, check=check, resume=resume, force=force) as folder:
         if folder is None:

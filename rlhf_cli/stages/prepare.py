@@ -31,6 +31,7 @@ from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.lengths import Lengths, fitted
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES, resolved
+from rlhf_cli.rollout.terms import columns_read
 from rlhf_cli.runs.ancestry import Split, ancestors, unknown
 from rlhf_cli.runs.manifest import BaseModel
 from rlhf_cli.runs.parents import Start, base_model, resolve_start
@@ -111,7 +112,7 @@ def prepare_job(
     for said in shrunk:
         console.say(said)
     objective = recipe.objective
-    request = dataclasses.replace(row_request(recipe, loaded.where), progress=console.count)
+    request = dataclasses.replace(row_request(recipe, loaded.where), progress=console.count, columns=columns_read(loaded))
     recipe = _with_token_ids(recipe, tokenizer)
     dataset = prepare(recipe.data, request, tokenizer, template)
     dataset.check_ids(config.get_text_config().vocab_size, tokenizer, recipe.model.path)

@@ -254,7 +254,7 @@ FAULTS = {
         "max_length: x",
     ): "5: max_length: expected a whole number, found the text 'x'. the default is 1024",
     # terms
-    (GOOD, "reward: []"): "4: reward: the list is empty. name a term: {model: …} or {function: file.py:name}",
+    (GOOD, "reward: []"): "4: reward: the list is empty. name a term, such as {model: …} or {function: file.py:name}",
     (GOOD, "reward: runs/rm"): "4: reward: expected a list or null, found the text 'runs/rm'. write [{model: runs/rm}]",
     (GOOD, "gold: g.py:true"): "4: gold: expected a list or null, found the text 'g.py:true'. write [{function: g.py:true}]",
     (GOOD, "gold: [{model: g, weight: 2}]"): "4: gold.0.weight: has no effect on a term that is only measured. remove it",
