@@ -30,7 +30,7 @@ from rlhf_cli.console import Console
 from rlhf_cli.data.dataset import prepare
 from rlhf_cli.data.flat import Trees, select
 from rlhf_cli.data.formats import Purpose
-from rlhf_cli.data.sources import RowRequest
+from rlhf_cli.data.requests import RowRequest
 from rlhf_cli.data.templates import choose_template
 from rlhf_cli.data.trees import Tree, supervised_tokens, tree_length
 from rlhf_cli.data.unpaired import unpaired, with_mismatches

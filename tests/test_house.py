@@ -107,14 +107,14 @@ class TestImports:
     def test_third_parties_are_declared(self) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         declared = {re.split(r"[>=]", line)[0].replace("-", "_") for line in project["dependencies"]}
-        extras = {"bitsandbytes": None, "vllm": None}  # imported when they are asked for
+        extras = {"bitsandbytes": None, "math_verify": None, "vllm": None}  # imported when they are asked for
         distribution = {"yaml": "pyyaml", **extras}
         used = {module.split(".")[0] for path in MODULES for _, module, _ in imports(path)}
         third = used - set(sys.stdlib_module_names) - {"rlhf_cli"}
         assert {distribution.get(name, name) for name in third} - {None} == declared
 
 
-LINES, FILE, FUNCTION, ARGUMENTS, REASONED = 22_600, 400, 60, 8, ("transformers", "typer")
+LINES, FILE, FUNCTION, ARGUMENTS, REASONED = 24_000, 400, 60, 8, ("transformers", "typer")
 """At most: lines of the package, of a file and of a function; arguments, but where a docstring says who asks for more."""
 
 

@@ -18,7 +18,8 @@ from rlhf_cli.data.cache import default_folder
 from rlhf_cli.data.encode import Encoded, checked, encode, same_tokens
 from rlhf_cli.data.flat import Trees
 from rlhf_cli.data.records import Record
-from rlhf_cli.data.sources import BEYOND_LIMIT, Reading, RowRequest, SourceReport, check_lost, read_data
+from rlhf_cli.data.requests import RowRequest, SourceReport
+from rlhf_cli.data.sources import BEYOND_LIMIT, Reading, check_lost, read_data
 from rlhf_cli.data.templates import Template
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,41 +23,23 @@ from rlhf_cli.data.cache import default_folder
 from rlhf_cli.data.columns import OF_ITEMS, Columns, Row, check_named, renamed, respelled, shown
 from rlhf_cli.data.conversations import as_spoken
 from rlhf_cli.data.files import RawRow, find_files, is_hub_id, is_saved, read_file, read_saved
-from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, TIED, Converter, Format, Purpose, Use
+from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, TIED, Converter, Format, Use
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.meaning import LostMeaning, check_columns, check_ignored, without
 from rlhf_cli.data.records import BadRow, Record, as_turns, remedies, spoken
+from rlhf_cli.data.requests import ALL, RowRequest, SourceReport, check_lent
 from rlhf_cli.data.stored import joined, take
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import sha256_file
-from rlhf_cli.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from rlhf_cli.data.trees import Tree
+    pass
 
 DETECT_ROWS = 100
 TOLD = 10_000  # rows after which the progress is told
 KEPT_FROM = 1 << 22  # bytes of files whose records are kept between runs
 EXAMPLES = 10
 BEYOND_LIMIT = "beyond the limit"
-
-
-@dataclass(frozen=True)
-class SourceReport:
-    """What became of the rows of one source: read = kept + all of bad + all of unused."""
-
-    path: str
-    format: str
-    read: int
-    kept: int
-    bad: dict[str, int]  # reason → rows
-    unused: dict[str, int]  # reason → rows that are no fault: of no use to the stage, or beyond the limit
-    bad_examples: tuple[str, ...]  # "file:line: reason" of the first ten
-    fingerprint: str  # hash of the good rows in file order, before the limit: the same for the same rows in another file type
-    left_out: tuple[str, ...] = ()  # columns that nothing reads
-    lent: tuple[str, ...] = ()  # columns that terms of a reward read
-    transcripts: int = 0  # good rows whose text was read as the turns of a Human/Assistant transcript
-    notices: tuple[str, ...] = ()  # for the console
 
 
 class _Source(NamedTuple):
@@ -100,27 +82,6 @@ class _Tally:
         self.examples = (self.examples + other.examples)[:EXAMPLES]
 
 
-ALL = "*"
-"""Stands for every column of a row."""
-Lent = Mapping[str, str | None]
-"""Columns of a row, or ALL, that terms of a reward read → who cannot do without it; None: it may be missing."""
-
-
-@dataclass(frozen=True)
-class RowRequest:
-    """What is asked of the rows that a recipe names."""
-
-    purpose: Purpose
-    seed: int
-    where: Callable[[str], str] = str  # the place of a recipe key, for messages
-    margin_column: str | None = None  # the column, as the files name it, of the margins of pairs: then every row has one
-    check: Callable[[Tree], str | None] | None = None  # why a tree cannot be used, if it cannot
-    reserve: int = 0  # tokens that a prompt without responses leaves free
-    progress: Callable[[str, int, int | None], None] = lambda done, rows, total: None  # is told what was done to how many rows
-    chat: bool = True  # is a chat template in force? Then a text is one user turn, unless it is a transcript
-    columns: Lent = field(default_factory=dict)  # what is kept of a row beside its record
-
-
 def read_data(data: sections.Data, request: RowRequest) -> Reading:
     """Read every source of a run; the limit of a source comes first, then the hold-out.
 
@@ -129,7 +90,7 @@ def read_data(data: sections.Data, request: RowRequest) -> Reading:
     read = [_read_source(source, f"data.train.{i}", data, request) for i, source in enumerate(data.train)]
     apart = [_read_source(source, f"data.eval.{i}", data, request) for i, source in enumerate(data.eval or [])]
     for part in (read, apart):
-        _check_lent([source.report for source in part], request)
+        check_lent([source.report for source in part], request)
     train, held_out = [own.records for own in read], [own.records for own in apart]
     if data.holdout > 0:
         train, held_out = _hold_out(read, data.holdout, request.where("data.holdout"))
@@ -161,17 +122,6 @@ def _read_source(source: sections.Source, key: str, data: sections.Data, request
     chosen = _limited(len(records), source.limit, source.path, request.seed, data.shuffle)
     unused = report.unused | {BEYOND_LIMIT: len(records) - len(chosen)}
     return _Source(take(records, chosen), falls[chosen], dataclasses.replace(report, kept=len(chosen), unused=unused))
-
-
-def _check_lent(reports: Sequence[SourceReport], request: RowRequest) -> None:
-    """UsageError for a column that a term of the reward cannot do without, and that no source has."""
-    for name, who in request.columns.items() if reports else ():
-        if who is not None and name != ALL and not any(name in report.lent for report in reports):
-            there = sorted({found for report in reports for found in (*report.left_out, *report.lent)})
-            known = (
-                f"beside what is read of them, the rows have {', '.join(there)}" if there else "the rows have none beside theirs"
-            )
-            raise UsageError(f"{who} reads the column '{name}', and no row has it. {did_you_mean(name, there, known)}")
 
 
 def _said(format: Format, converter: Converter, rows: Sequence[Row], path: str) -> Iterator[str]:

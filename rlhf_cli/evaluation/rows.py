@@ -11,7 +11,7 @@ from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.data.formats import ANSWERS, COMPARISONS, PROMPTS, Purpose, Use
 from rlhf_cli.data.records import Record, spoken
-from rlhf_cli.data.sources import RowRequest
+from rlhf_cli.data.requests import RowRequest
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.models import Tokenisation, recipe_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rlhf_cli.data.sources import SourceReport
+from rlhf_cli.data.requests import SourceReport
 from rlhf_cli.evaluation.agreement import Card
 from rlhf_cli.figures import from_plain
 from rlhf_cli.files import read_json

@@ -20,7 +20,7 @@ import torch
 
 from rlhf_cli import sections
 from rlhf_cli.data.records import as_turns, plain_prompt
-from rlhf_cli.data.sources import ALL, Lent
+from rlhf_cli.data.requests import ALL, Lent
 from rlhf_cli.errors import RunError, UsageError
 from rlhf_cli.files import sha256_file
 from rlhf_cli.rollout.rewards import Answers, PolicyText, TextTerm, check_finite, shortened, shown_answer

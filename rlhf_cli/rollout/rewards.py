@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_cli import sections
 from rlhf_cli.data.records import Record
-from rlhf_cli.data.sources import Lent
+from rlhf_cli.data.requests import Lent
 from rlhf_cli.data.templates import Template
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError, UsageError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_cli import sections
-from rlhf_cli.data.sources import Lent
+from rlhf_cli.data.requests import Lent
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import kinds_of, name_of

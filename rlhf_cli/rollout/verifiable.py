@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_cli import sections
 from rlhf_cli.data.records import kind_of
-from rlhf_cli.data.sources import Lent
+from rlhf_cli.data.requests import Lent
 from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.rollout.rewards import Answers, PolicyText, TextTerm, shown_answer
 

@@ -10,7 +10,7 @@ import torch
 from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.data.formats import ANSWERS, Purpose
-from rlhf_cli.data.sources import RowRequest
+from rlhf_cli.data.requests import RowRequest
 from rlhf_cli.models.load import Weights, load_config
 from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.objectives.policy_gradient import PolicyGradient

@@ -15,7 +15,7 @@ from rlhf_cli.data.batches import DatasetSource, total_steps
 from rlhf_cli.data.dataset import Dataset, prepare
 from rlhf_cli.data.encode import show_example
 from rlhf_cli.data.formats import PROMPTS, Purpose
-from rlhf_cli.data.sources import RowRequest
+from rlhf_cli.data.requests import RowRequest
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf_cli.data.formats import Purpose
-from rlhf_cli.data.sources import RowRequest
+from rlhf_cli.data.requests import RowRequest
 from rlhf_cli.recipe.stages import ROW_USES
 
 
