@@ -114,7 +114,7 @@ def test_what_is_added_runs(copy: Path, tmp_path: Path) -> None:
     distil = write_recipe(tmp_path / "distil.yaml", base, asked, tmp_path / "distil", train=brief, reference=reference)
     loss = {"kind": "exponential", "beta": 0.3}
     offline = write_recipe(tmp_path / "dpo.yaml", base, pairs, tmp_path / "dpo", train=brief, objective=loss)
-    drawn = {"rollout": {"max_new_tokens": 8}, "reward": [{"pattern": "[aeiou]"}], "objective": loss}
+    drawn = {"rollout": {"max_new_tokens": 8}, "reward": [{"repeats": 1}, {"length": {"max": 4}}], "objective": loss}
     online = write_recipe(tmp_path / "online.yaml", base, pairs, tmp_path / "online", train=brief, **drawn)
     calls = [["distil", str(distil)], ["dpo", str(offline)], ["dpo", str(online)]]
     python(copy, "-c", RUNS.format(calls=calls))
@@ -129,7 +129,9 @@ def test_what_is_added_runs(copy: Path, tmp_path: Path) -> None:
     longer = [len(tokens(row["chosen"]).input_ids) > len(tokens(row["rejected"]).input_ids) for row in texts]
     assert sum(line["chosen/longer"] for line in lines["dpo"]) / 2 == pytest.approx(sum(longer) / len(longer))
     assert "chosen responses that are longer, share of pairs" in (tmp_path / "dpo/report.md").read_text()
-    assert 0 < lines["online"][0]["reward/pattern"] < 1
+    drawn = lines["online"][0]
+    assert -1 < drawn["reward/repeats"] <= 0
+    assert drawn["objective/scores"] == pytest.approx(drawn["reward/repeats"] + drawn["reward/length"])
 
 
 def read(run: Path) -> list[dict[str, Any]]:
