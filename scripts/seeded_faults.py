@@ -30,8 +30,15 @@ FAULTS = (
     Fault(
         "dpo: label smoothing has the wrong sign",
         "objectives/dpo.py",
-        "- self.label_smoothing * logsigmoid(-z)",
-        "+ self.label_smoothing * logsigmoid(-z)",
+        "- self.label_smoothing * logsigmoid(-margin)",
+        "+ self.label_smoothing * logsigmoid(-margin)",
+        "objectives",
+    ),
+    Fault(
+        "soft labels: a margin is asked of the chosen response alone",
+        "objectives/bradley_terry.py",
+        "logsigmoid(-d - m)",
+        "logsigmoid(m - d)",
         "objectives",
     ),
     Fault("ipo: the target is 1/β", "objectives/ipo.py", "return 1 / (2 * self.beta)", "return 1 / self.beta", "objectives"),

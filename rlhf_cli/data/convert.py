@@ -130,8 +130,8 @@ def pair(row: Row, chosen: tuple[Prompt, Answer], rejected: tuple[Prompt, Answer
     if scores and scores[0] < scores[1]:
         raise BadRow("'score_chosen' is lower than 'score_rejected'")
     probability = number(row["probability"], "'probability'") if row.get("probability") is not None else None
-    if probability is not None and not 0.5 <= probability <= 1:
-        raise BadRow("'probability' is not between 0.5 and 1", "that of the chosen response; where it is lower, swap the two")
+    if probability is not None and not 0 <= probability <= 1:
+        raise BadRow("'probability' is not between 0 and 1", "write 70 % as 0.7")
     return Record(chosen[0], (chosen[1], rejected[1]), where, Facts(scores=scores or None, probability=probability))
 
 

@@ -288,7 +288,7 @@ class Use:
     needs: frozenset[Content]  # a format that contains one of these will do
     responses: Taken
     keep: Callable[[Record], Record | str] = lambda record: record  # what of a record, or why there is no use for it
-    ties: bool = True  # is a pair of use, neither of whose responses is the better one?
+    better: frozenset[int] = frozenset({1, 0, -1})  # which of two responses may be the better one, as Facts.better has it
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -309,8 +309,8 @@ def _comparison(record: Record) -> Record | str:
     return record if ranks is None or len(set(ranks)) > 1 else "all responses are tied"
 
 
-TIED = "a tie: neither response is better"
-ANSWERS = Use(frozenset({"answer"}), "first", _answer, ties=False)
+UNFIT = {0: "a tie: neither response is better", -1: "a wrong order: the rejected response is more likely the better one"}
+ANSWERS = Use(frozenset({"answer"}), "first", _answer, frozenset({1}))
 COMPARISONS = Use(frozenset({"pair", "ranking"}), "all", _comparison)
 LABELS = Use(frozenset({"pair", "ranking", "label"}), "all", _comparison)
 PROMPTS = Use(frozenset({"prompt"}), "none")

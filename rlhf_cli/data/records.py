@@ -62,6 +62,16 @@ class Facts(NamedTuple):
     probability: float | None = None  # that the first of two responses is the better one
     subset: str | None = None  # free-text group, for per-subset figures
 
+    @property
+    def soft_label(self) -> float:
+        """The probability that the first of two responses is the better one: 1 where the data name none."""
+        return 1.0 if self.probability is None else self.probability
+
+    @property
+    def better(self) -> int:
+        """Which of two responses is more likely the better one: 1 the first, −1 the second, 0 for a tie."""
+        return (self.soft_label > 0.5) - (self.soft_label < 0.5)
+
 
 class Record(NamedTuple):
     """A prompt and the responses that belong to it, best first when they are ranked.

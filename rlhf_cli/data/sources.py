@@ -23,7 +23,7 @@ from rlhf_cli.data.cache import default_folder
 from rlhf_cli.data.columns import OF_ITEMS, Columns, Row, check_named, renamed, respelled, shown
 from rlhf_cli.data.conversations import as_spoken
 from rlhf_cli.data.files import RawRow, find_files, is_hub_id, is_saved, read_file, read_saved
-from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, TIED, Converter, Format, Use
+from rlhf_cli.data.formats import FORMATS, KNOWN_COLUMNS, UNFIT, Converter, Format, Use
 from rlhf_cli.data.hub import read_hub
 from rlhf_cli.data.meaning import LostMeaning, check_columns, check_ignored, without
 from rlhf_cli.data.records import BadRow, Record, as_turns, remedies, spoken
@@ -142,8 +142,9 @@ def _cache_key(source: sections.Source, key: str, seed: int | None, request: Row
     if sum(file.stat().st_size for file in files) < KEPT_FROM:
         return None
     use = request.purpose.use
-    asked = [source.format, source.columns, source.ignore, sorted(use.needs), use.responses, use.keep.__qualname__, use.ties]
-    settings = json.dumps([*asked, request.margin_column, sorted(request.columns), request.chat, seed, *map(str, files)])
+    asked = [source.format, source.columns, source.ignore, sorted(use.needs), use.responses, use.keep.__qualname__]
+    wanted = [sorted(use.better), request.margin_column, sorted(request.columns), request.chat, seed]
+    settings = json.dumps([*asked, *wanted, *map(str, files)])
     return cache.key([_CODE, settings, *map(sha256_file, files)])
 
 
@@ -321,7 +322,7 @@ def _records(rows: Iterator[RawRow], name: str, convert: _Conversion, use: Use, 
             continue
         text = record._replace(columns="").serialised  # what stands beside it is no part of its fingerprint
         tally.digest.update(text.encode())
-        used = use.keep(record) if use.ties or record.facts.probability != 0.5 else TIED
+        used = use.keep(record) if record.facts.better in use.better else UNFIT[record.facts.better]
         if isinstance(used, str):
             tally.unused[used] += 1
         else:

@@ -47,7 +47,8 @@ def unpaired(trees: Trees) -> Trees:
     labels = [(True, False) if facts.label is None else (facts.label,) for facts in trees.facts]
     tree = np.repeat(np.arange(len(trees)), [len(one) for one in labels])
     label = np.array([label for one in labels for label in one])
-    facts = [Facts(label=one, subset=trees.facts[i].subset) for i, one in zip(tree, label.tolist(), strict=True)]
+    own = [trees.facts[i] for i in tree]
+    facts = [Facts(label=one, probability=f.probability, subset=f.subset) for one, f in zip(label.tolist(), own, strict=True)]
     response = np.where(label, trees.first[tree] + 1, trees.first[tree + 1] - 1)
     parts = np.stack([trees.first[tree], response], axis=1).ravel()
     return regroup(trees, tree, np.full(len(tree), 2), parts, facts)

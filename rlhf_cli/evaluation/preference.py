@@ -31,11 +31,15 @@ class Margins(NamedTuple):
 
 
 def margins(trees: Sequence[Tree], figures: Iterable[Sequence[float] | np.ndarray]) -> Margins:
-    """All ordered pairs of `trees`; `figures` has one number per response of every tree, in the order of its responses."""
+    """All ordered pairs of `trees`; `figures` has one number per response of every tree, in the order of its responses.
+
+    The better one of two responses is the one that the data's probability speaks for. Even odds are no pair.
+    """
     prompts: dict[bytes, int] = {}
     found = [
-        (float(own[better]) - float(own[worse]), number, prompts.setdefault(tree.prompt.tobytes(), len(prompts)))
+        (sign * (float(own[better]) - float(own[worse])), number, prompts.setdefault(tree.prompt.tobytes(), len(prompts)))
         for number, (tree, own) in enumerate(zip(trees, figures, strict=True))
+        if (sign := tree.facts.better)
         for better, worse in ordered_pairs(len(tree.responses), tree.facts)
     ]
     values, rows, names = zip(*found, strict=True) if found else ((), (), ())

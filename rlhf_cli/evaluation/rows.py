@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_cli import sections
 from rlhf_cli.data.dataset import Dataset, prepare
@@ -19,7 +18,7 @@ from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.rewards import Answers
 from rlhf_cli.rollout.terms import columns_read
 
-SECTIONS: dict[str, Use] = {"prompts": PROMPTS, "preferences": dataclasses.replace(COMPARISONS, ties=False), "text": ANSWERS}
+SECTIONS: dict[str, Use] = {"prompts": PROMPTS, "preferences": replace(COMPARISONS, better=frozenset({1, -1})), "text": ANSWERS}
 """Section of the recipe → what its rows are read for."""
 
 
@@ -74,7 +73,7 @@ def read_rows(loaded: Loaded, section: str, tokenisations: Sequence[Tokenisation
         shared = set({records[row].prompt: row for row in sorted(fitting, reverse=True)}.values())
         repeated = len(fitting) - len(shared)
         rows = {
-            tokenisation: dataclasses.replace(own, trees=[tree for tree in own.trees if tree.row in shared])
+            tokenisation: replace(own, trees=[tree for tree in own.trees if tree.row in shared])
             for tokenisation, own in rows.items()
         }
     if section != "preferences" and min(len(own.trees) for own in rows.values()) < 2:

@@ -53,7 +53,7 @@ class Objective:
         """The objective with what it takes from the numbers of desirable and undesirable responses in the training data."""
         return self
 
-    def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
+    def counts(self, trees: Sequence[Tree]) -> dict[str, float]:
         """What the sums over these trees are divided by; known before any forward pass, and additive over trees."""
         raise NotImplementedError
 

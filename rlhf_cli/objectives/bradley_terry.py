@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BradleyTerry(RewardObjective):
-    """−p log σ(d) − (1 − p) log σ(−d) + c(r_w + r_l)², d = r_w − r_l − m, of every ordered pair; Ouyang et al. 2022, eq. 1.
+    """−p log σ(d − m) − (1 − p) log σ(−d − m) + c(r_w + r_l)², d = r_w − r_l, of every pair; Ouyang et al. 2022, eq. 1.
 
     m: the data's margin (Touvron et al. 2023, eq. 2), 0 without `margin_column`. p: the data's probability that the first
     response is the better one, 1 where they have none; label smoothing ε makes it (1 − ε)p + ε(1 − p). c: Eisenstein et al. 2023.
@@ -36,14 +36,12 @@ class BradleyTerry(RewardObjective):
         import torch
         from torch.nn.functional import logsigmoid
 
-        facts = [pairs.facts[tree] for tree in pairs.tree.tolist()]
         chosen, rejected = scores[pairs.chosen], scores[pairs.rejected]
-        d = chosen - rejected
+        d, m = chosen - rejected, scores.new_zeros(())
         if self.margin_column is not None:
-            d = d - d.new_tensor([fact.margin for fact in facts])
-        p = d.new_tensor([1.0 if fact.probability is None else fact.probability for fact in facts])
-        p = torch.lerp(p, 1 - p, self.label_smoothing)
-        loss = -p * logsigmoid(d) - (1 - p) * logsigmoid(-d) + self.center_coef * (chosen + rejected) ** 2
+            m = d.new_tensor([pairs.facts[tree].margin for tree in pairs.tree.tolist()])
+        p = torch.lerp(pairs.probability, 1 - pairs.probability, self.label_smoothing)
+        loss = -p * logsigmoid(d - m) - (1 - p) * logsigmoid(-d - m) + self.center_coef * (chosen + rejected) ** 2
         return {"pairs": loss.sum()}
 
     def check_tree(self, tree: Tree) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import LogRatioPair, Pair
+from rlhf_cli.objectives.preference import LogRatioPair
 from rlhf_cli.sections import key
 
 
@@ -16,14 +16,10 @@ class Dpo(LogRatioPair):
 
     kind: Literal["dpo"] = "dpo"
     label_smoothing: float = key(0.0, "ε: share of labels taken to be wrong", low=0.0, high=0.499)
+    soft_labels: ClassVar[bool] = True
     saturates: ClassVar[bool] = True
 
-    def loss(self, pair: Pair) -> Tensor:
+    def hard_loss(self, margin: Tensor) -> Tensor:
         from torch.nn.functional import logsigmoid
 
-        z = self.margin(pair)
-        return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
-
-    def gradient_left(self, pair: Pair) -> Tensor:
-        """|σ(−z) − ε| / (½ − ε)."""
-        return ((-self.margin(pair)).sigmoid() - self.label_smoothing).abs() / (0.5 - self.label_smoothing)
+        return -(1 - self.label_smoothing) * logsigmoid(margin) - self.label_smoothing * logsigmoid(-margin)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import LogRatioPair, Pair
+from rlhf_cli.objectives.preference import LogRatioPair
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,8 @@ class Hinge(LogRatioPair):
     """max(0, 1 − z), z = β(ρ_w − ρ_l); Tang et al. 2024 (GPO), table 1."""
 
     kind: Literal["hinge"] = "hinge"
+    soft_labels: ClassVar[bool] = True
     saturates: ClassVar[bool] = True
 
-    def loss(self, pair: Pair) -> Tensor:
-        return (1 - self.margin(pair)).relu()
-
-    def gradient_left(self, pair: Pair) -> Tensor:
-        return (self.margin(pair) < 1).double()
+    def hard_loss(self, margin: Tensor) -> Tensor:
+        return (1 - margin).relu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor
 from rlhf_cli.objectives.preference import LogRatioPair, Pair, Responses
@@ -19,6 +19,7 @@ class Ipo(LogRatioPair):
 
     kind: Literal["ipo"] = "ipo"
     normalize: Literal["sum", "token_mean"] = key("sum", "log-ratios are sums over a response (the paper's), or means per token")
+    soft_labels: ClassVar[bool] = True
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -26,7 +27,7 @@ class Ipo(LogRatioPair):
 
     @property
     def target(self) -> float:
-        """The h that the loss asks for: nats, with `token_mean` nats per token."""
+        """The h that the loss asks for: nats, with `token_mean` nats per token; of a soft label p, 2p − 1 of it."""
         return 1 / (2 * self.beta)
 
     @property
@@ -34,8 +35,8 @@ class Ipo(LogRatioPair):
         unit = "nats" if self.normalize == "sum" else "nats per token"
         return f"ipo at beta {self.beta:g} ({self.normalize}) asks for a log-ratio margin of {self.target:g} {unit}"
 
-    def loss(self, pair: Pair) -> Tensor:
-        return (self._logratio(pair.chosen) - self._logratio(pair.rejected) - self.target) ** 2
+    def hard_loss(self, margin: Tensor) -> Tensor:
+        return (margin / self.beta - self.target) ** 2
 
     def reward(self, responses: Responses) -> Tensor:
         return self.beta * self._logratio(responses)
@@ -43,6 +44,9 @@ class Ipo(LogRatioPair):
     def _logratio(self, responses: Responses) -> Tensor:
         return responses.logratio if self.normalize == "sum" else responses.logratio / responses.lengths
 
+    def figures(self, pair: Pair) -> dict[str, Tensor]:
+        return super().figures(pair) | {"margin/target": (2 * pair.probability - 1) * self.target}
+
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """Adds the mean of h as margin/logratio, and its target."""
-        return means | {"margin/logratio": means["rewards/margins"] / self.beta, "margin/target": self.target}
+        """Adds the mean of h as margin/logratio."""
+        return means | {"margin/logratio": means["rewards/margins"] / self.beta}

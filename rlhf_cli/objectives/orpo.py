@@ -21,13 +21,20 @@ class Orpo(PairObjective):
     kind: Literal["orpo"] = "orpo"
     lambda_: float = key(0.1, "λ: weight of the odds ratio beside the negative log-likelihood per token", low=0.0)
     reference: ClassVar[bool] = False
+    soft_labels: ClassVar[bool] = True
     learning_rate: ClassVar[Mapping[Trained, float]] = {"lora": 8e-5, "full": 8e-6}  # the paper's: it is SFT as well
 
-    def loss(self, pair: Pair) -> Tensor:
+    def hard_loss(self, margin: Tensor) -> Tensor:
         from torch.nn.functional import softplus
 
-        chosen, rejected = self.reward(pair.chosen), self.reward(pair.rejected)
-        return -chosen + self.lambda_ * softplus(log_odds(rejected) - log_odds(chosen))
+        return self.lambda_ * softplus(-margin)
+
+    def margin(self, pair: Pair) -> Tensor:
+        return log_odds(self.reward(pair.chosen)) - log_odds(self.reward(pair.rejected))
+
+    def loss(self, pair: Pair) -> Tensor:
+        p = pair.probability
+        return super().loss(pair) - p * self.reward(pair.chosen) - (1 - p) * self.reward(pair.rejected)
 
     def reward(self, responses: Responses) -> Tensor:
         return responses.logps / responses.lengths

@@ -74,7 +74,7 @@ class PolicyGradient(Objective):
         """Advantages and value targets. `kl_coef`: κ of the log-ratio in the reward, 0 where the KL is a loss term."""
         raise NotImplementedError
 
-    def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
+    def counts(self, trees: Sequence[Tree]) -> dict[str, float]:
         """Response tokens, responses and tokens with a value target of the rollout's trees, supervised tokens of the ptx rows."""
         import numpy as np
 

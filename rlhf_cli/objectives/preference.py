@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, combinations
+from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from rlhf_cli.objectives.base import LossTerm, Objective, Tensor
@@ -71,22 +71,27 @@ class PairIndices(NamedTuple):
     tree: Tensor  # (P,) int64: which tree of the pass
     counts: tuple[int, ...]  # responses of each tree; their sum is M
     facts: tuple[Facts, ...]  # of each tree
+    probability: Tensor  # (P,) float64: p, that the chosen response is the better one; 1 where the data do not say
 
 
 def pairs_of(batch: Batch) -> PairIndices:
     """All ordered pairs of a pass, tree by tree."""
+    import torch
+
     found: list[tuple[int, int, int]] = []
     start = 0
     for tree, (count, fact) in enumerate(zip(batch.counts, batch.facts, strict=True)):
         found += [(start + a, start + b, tree) for a, b in ordered_pairs(count, fact)]
         start += count
     chosen, rejected, of_tree = batch.owner.new_tensor(found).reshape(-1, 3).unbind(1)
-    return PairIndices(chosen, rejected, of_tree, batch.counts, batch.facts)
+    probability = torch.tensor([fact.soft_label for fact in batch.facts], dtype=torch.float64, device=of_tree.device)
+    return PairIndices(chosen, rejected, of_tree, batch.counts, batch.facts, probability[of_tree])
 
 
-def accuracy(margin: Tensor) -> Tensor:
-    """1 where a margin has the right sign, ½ where it is 0; float64."""
-    return (margin > 0).double() + (margin == 0).double() / 2
+def accuracy(margin: Tensor, probability: Tensor) -> Tensor:
+    """1 where a margin has the sign of p − ½, ½ where one of them is 0; float64."""
+    agreed = margin.sign() * (probability - 0.5).sign()
+    return (1 + agreed.double()) / 2
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,12 @@ class PreferenceObjective(Objective):
 
     kind_for_ties: ClassVar[str] = ""  # the kind to take where `ties` is False and some are tied
 
-    def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
-        """Trees, responses and ordered pairs, and the tokens of each tree's first response."""
+    def counts(self, trees: Sequence[Tree]) -> dict[str, float]:
+        """Trees, responses and ordered pairs."""
         return {
             "trees": len(trees),
             "responses": sum(len(tree.responses) for tree in trees),
             "pairs": sum(len(ordered_pairs(len(tree.responses), tree.facts)) for tree in trees),
-            "tokens": sum(len(tree.responses[0]) - (len(tree.prompt) == 0) for tree in trees),
         }
 
     def check_tree(self, tree: Tree) -> str | None:
@@ -118,6 +122,7 @@ class Pair(NamedTuple):
 
     chosen: Responses  # (P,)
     rejected: Responses  # (P,)
+    probability: Tensor  # (P,) float64: p, that the chosen response is the better one
     given: Mapping[str, float]  # as `terms` has it
 
 
@@ -125,10 +130,12 @@ class Pair(NamedTuple):
 class PairObjective(PreferenceObjective):
     """A loss on pairs of responses. A ranking counts as all its ordered pairs, each with the same weight.
 
-    `sft_weight` adds the negative log-likelihood of the best response, a mean over the tokens of the global batch.
+    With `soft_labels` it is p f(z) + (1 − p) f(−z): z one difference of the two, p the probability that the data name, else 1.
+    `sft_weight` adds the negative log-likelihood of the best response, a mean over the tokens of the global batch. In that mean
+    the tokens of the chosen response weigh p and those of the rejected one 1 − p, above and below the line.
     """
 
-    sft_weight: float = key(0.0, "adds this much of the chosen responses' negative log-likelihood per token", low=0.0)
+    sft_weight: float = key(0.0, "adds this much of the better responses' negative log-likelihood per token", low=0.0)
 
     reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = False
@@ -140,48 +147,82 @@ class PairObjective(PreferenceObjective):
         logratio = ("logratio/mean",) if self.reference else ()
         return ("loss", *rewards, *saturated, "logps/chosen", "logps/rejected", *logratio)
 
+    def counts(self, trees: Sequence[Tree]) -> dict[str, float]:
+        """Adds the tokens that the `sft_weight` term is a mean over, each with its weight."""
+        tokens = 0.0
+        for tree in trees:
+            shares = self._shares(len(tree.responses), tree.facts)
+            tokens += sum(share * (len(r) - (len(tree.prompt) == 0)) for share, r in zip(shares, tree.responses, strict=True))
+        return super().counts(trees) | {"tokens": tokens}
+
+    def _shares(self, count: int, facts: Facts) -> list[float]:
+        """The weight of each response's tokens in the `sft_weight` term, (count,)."""
+        p = facts.soft_label if self.soft_labels else 1.0
+        return [p, 1 - p, *[0.0] * count][:count]
+
+    def hard_loss(self, margin: Tensor) -> Tensor:
+        """f(z): the loss of a pair whose chosen response is certainly the better one; for kinds whose loss is one of z alone."""
+        raise NotImplementedError
+
     def loss(self, pair: Pair) -> Tensor:
         """The loss of every pair, (P,)."""
-        raise NotImplementedError
+        return self._soft_loss(self.margin(pair), pair.probability)
+
+    def _soft_loss(self, margin: Tensor, probability: Tensor) -> Tensor:
+        return probability * self.hard_loss(margin) + (1 - probability) * self.hard_loss(-margin)
 
     def reward(self, responses: Responses) -> Tensor:
         """Implicit rewards, (P,), in the units in which the loss compares them."""
         raise NotImplementedError
 
+    def margin(self, pair: Pair) -> Tensor:
+        """z, (P,)."""
+        return self.reward(pair.chosen) - self.reward(pair.rejected)
+
     def gradient_left(self, pair: Pair) -> Tensor:
-        """The size of ∂loss/∂margin as a share of its size at log-ratio 0, (P,); for losses that saturate."""
-        raise NotImplementedError
+        """The size of ∂loss/∂z as a share of its size at z = 0, (P,); not finite for a tie, whose gradient is 0 there."""
+        import torch
+
+        z = self.margin(pair).detach()
+        with torch.enable_grad():
+            both = torch.stack([z, torch.zeros_like(z)]).requires_grad_()
+            (slope,) = torch.autograd.grad(self._soft_loss(both, pair.probability).sum(), both)
+        return slope[0].abs() / slope[1].abs()
 
     def losses(self, responses: Responses, pairs: PairIndices, pair: Pair) -> dict[str, Tensor]:
         """Unit → sum over the pass, without the `sft_weight` term."""
         return {"pairs": self.loss(pair).sum()}
 
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
+        import torch
+
         responses = read_responses(backbone, batch, self.reference)
         pairs = pairs_of(batch)
         chosen, rejected = (Responses(*(values[side] for values in responses)) for side in (pairs.chosen, pairs.rejected))
-        pair = Pair(chosen, rejected, given)
+        p = pairs.probability if self.soft_labels else torch.ones_like(pairs.probability)
+        pair = Pair(chosen, rejected, p, given)
         losses = self.losses(responses, pairs, pair)
         if self.sft_weight:
-            best = list(accumulate(batch.counts[:-1], initial=0))
-            losses["tokens"] = -self.sft_weight * responses.logps[best].sum()
-        yield LossTerm(losses, self._sums(pair))
+            shares = [s for count, facts in zip(batch.counts, batch.facts, strict=True) for s in self._shares(count, facts)]
+            losses["tokens"] = -self.sft_weight * (responses.logps.new_tensor(shares) * responses.logps).sum()
+        yield LossTerm(losses, {name: (value.detach().sum(), "pairs") for name, value in self.figures(pair).items()})
 
-    def _sums(self, pair: Pair) -> dict[str, tuple[Tensor, str]]:
+    def figures(self, pair: Pair) -> dict[str, Tensor]:
+        """Metric → its value of every pair, (P,)."""
         chosen, rejected = self.reward(pair.chosen), self.reward(pair.rejected)
-        sums = {
+        found = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": accuracy(chosen - rejected),
+            "rewards/accuracies": accuracy(chosen - rejected, pair.probability),
             "logps/chosen": pair.chosen.logps,
             "logps/rejected": pair.rejected.logps,
         }
         if self.saturates:
-            sums["rewards/saturated"] = (self.gradient_left(pair) < SATURATED).double()
+            found["rewards/saturated"] = (self.gradient_left(pair) < SATURATED).double()
         if self.reference:
-            sums["logratio/mean"] = (pair.chosen.logratio + pair.rejected.logratio) / 2
-        return {name: (value.detach().sum(), "pairs") for name, value in sums.items()}
+            found["logratio/mean"] = (pair.chosen.logratio + pair.rejected.logratio) / 2
+        return found
 
     def check_tree(self, tree: Tree) -> str | None:
         if self.needs_scores and tree.facts.scores is None:
@@ -197,7 +238,3 @@ class LogRatioPair(PairObjective):
 
     def reward(self, responses: Responses) -> Tensor:
         return self.beta * responses.logratio
-
-    def margin(self, pair: Pair) -> Tensor:
-        """z = β(ρ_w − ρ_l), (P,)."""
-        return self.beta * (pair.chosen.logratio - pair.rejected.logratio)

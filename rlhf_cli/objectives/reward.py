@@ -32,7 +32,7 @@ class RewardObjective(PreferenceObjective):
         seen = scores.detach()
         margin = seen[pairs.chosen] - seen[pairs.rejected]
         sums = {
-            "accuracy": (accuracy(margin).sum(), "pairs"),
+            "accuracy": (accuracy(margin, pairs.probability).sum(), "pairs"),
             "margin": (margin.sum(), "pairs"),
             "score_mean": (seen.sum(), "responses"),
             "score_square": (seen.square().sum(), "responses"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import LogRatioPair, Pair
+from rlhf_cli.objectives.preference import LogRatioPair
 from rlhf_cli.sections import key
 
 
@@ -16,15 +16,11 @@ class Robust(LogRatioPair):
 
     kind: Literal["robust"] = "robust"
     label_smoothing: float = key(0.0, "ε: share of labels that are flipped", low=0.0, high=0.499)
+    soft_labels: ClassVar[bool] = True
     saturates: ClassVar[bool] = True
 
-    def loss(self, pair: Pair) -> Tensor:
+    def hard_loss(self, margin: Tensor) -> Tensor:
         from torch.nn.functional import logsigmoid
 
-        z, flipped = self.margin(pair), self.label_smoothing
-        return (-(1 - flipped) * logsigmoid(z) + flipped * logsigmoid(-z)) / (1 - 2 * flipped)
-
-    def gradient_left(self, pair: Pair) -> Tensor:
-        """2 [(1 − ε) σ(−z) + ε σ(z)]."""
-        doubt = (-self.margin(pair)).sigmoid()
-        return 2 * ((1 - self.label_smoothing) * doubt + self.label_smoothing * (1 - doubt))
+        flipped = self.label_smoothing
+        return (-(1 - flipped) * logsigmoid(margin) + flipped * logsigmoid(-margin)) / (1 - 2 * flipped)

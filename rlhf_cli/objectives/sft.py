@@ -23,7 +23,7 @@ class Sft(Objective):
     rows: ClassVar[Use] = ANSWERS
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
 
-    def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
+    def counts(self, trees: Sequence[Tree]) -> dict[str, float]:
         from rlhf_cli.data.trees import supervised_tokens
 
         return {"tokens": sum(map(supervised_tokens, trees))}

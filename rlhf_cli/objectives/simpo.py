@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor, Trained
-from rlhf_cli.objectives.preference import Pair, PairObjective, Responses
+from rlhf_cli.objectives.preference import PairObjective, Responses
 from rlhf_cli.sections import key
 
 
@@ -20,20 +19,14 @@ class Simpo(PairObjective):
     beta: float = key(2.0, "β: weight of the log-probability per token", low=1e-9)
     gamma: float = key(1.0, "γ: margin that the rewards are asked to have", low=0.0)
     reference: ClassVar[bool] = False
+    soft_labels: ClassVar[bool] = True
     saturates: ClassVar[bool] = True
     learning_rate: ClassVar[Mapping[Trained, float]] = {"lora": 5e-6, "full": 5e-7}  # the paper searched 3e-7 … 1e-6
 
-    def loss(self, pair: Pair) -> Tensor:
+    def hard_loss(self, margin: Tensor) -> Tensor:
         from torch.nn.functional import softplus
 
-        return softplus(self.gamma - self._margin(pair))
+        return softplus(self.gamma - margin)
 
     def reward(self, responses: Responses) -> Tensor:
         return self.beta * responses.logps / responses.lengths
-
-    def _margin(self, pair: Pair) -> Tensor:
-        return self.reward(pair.chosen) - self.reward(pair.rejected)
-
-    def gradient_left(self, pair: Pair) -> Tensor:
-        """σ(γ − m) / σ(γ): there is no log-ratio, so the size at equal rewards is the measure."""
-        return (self.gamma - self._margin(pair)).sigmoid() * (1 + math.exp(-self.gamma))

@@ -34,7 +34,7 @@ class UnpairedObjective(Objective):
         """The loss of every response, (M,), from its ρ (M,) float64 and its mark (M,) bool."""
         raise NotImplementedError
 
-    def counts(self, trees: Sequence[Tree]) -> dict[str, int]:
+    def counts(self, trees: Sequence[Tree]) -> dict[str, float]:
         desirable = sum(tree.facts.label is True for tree in trees)
         return {"trees": len(trees), "desirable": desirable, "undesirable": len(trees) - desirable}
 

@@ -84,7 +84,7 @@ def _preferences(history: History, rows: int) -> Iterator[Finding]:
     for better, worse in (("chosen", "rejected"), ("desirable", "undesirable")):
         if (margins := of("rewards/margins")) and (logps := of(f"logps/{better}")):
             yield _displacement((better, worse), logps, margins, where)
-    if (logratio := of("margin/logratio")) and (target := of("margin/target")):
+    if (logratio := of("margin/logratio")) and (target := of("margin/target")) and target[1] > 0:
         said = f"The mean difference that IPO compares is {short(logratio[1])} on {where} pairs, its target {short(target[1])}"
         if logratio[1] > target[1]:
             yield Finding("note", "", f"{said}: {short(logratio[1] - target[1])} beyond it.")
@@ -101,7 +101,7 @@ def _preferences(history: History, rows: int) -> Iterator[Finding]:
 
 
 def _accuracy(share: float, where: str, rows: int) -> Finding:
-    said = f"The implicit reward prefers the chosen response in {percent(share)} of the {where} pairs"
+    said = f"The implicit reward prefers the better response in {percent(share)} of the {where} pairs"
     if not rows:
         return Finding("note", "", f"{said}.")
     low, high = wilson(share, rows)

@@ -153,7 +153,7 @@ def row_request(recipe: recipes.TrainingRecipe, where: Callable[[str], str]) -> 
     if draws:
         return RowRequest(Purpose(recipe.stage, PROMPTS, ROW_USES), recipe.seed, where, reserve=draws.max_new_tokens)
     check = objective.check_tree if type(objective).check_tree is not Objective.check_tree else None
-    use = dataclasses.replace(objective.rows, ties=objective.soft_labels)
+    use = objective.rows if objective.soft_labels else dataclasses.replace(objective.rows, better=frozenset({1}))
     purpose = Purpose(recipe.stage, use, ROW_USES)
     return RowRequest(purpose, recipe.seed, where, margin_column=objective.margin_from, check=check)
 
@@ -241,9 +241,9 @@ def _warnings(job: TrainingJob, memory: Memory) -> Iterator[str]:
         yield f"train.batch_size {asked:,} is more than the {rows:,} rows there are: every step sees all of them"
     if message := learning_rate_warning(job.recipe, memory):
         yield message
-    if not job.objective.soft_labels and any(facts.probability is not None for facts in job.dataset.train.trees.facts):
+    if not job.objective.soft_labels and any(facts.soft_label != 1 for facts in job.dataset.train.trees.facts):
         kind = job.objective.kind
-        yield f"how sure the data are of a pair has no effect with kind {kind}: every chosen response counts as better"
+        yield f"the probability of a pair has no effect with kind {kind}: every chosen response counts as better"
     if job.lora and job.lora.dropout:
         yield "with lora.dropout, results depend on tokens_per_device: the masks follow the cut"
 

@@ -30,7 +30,7 @@ class Sums:
     """Sums over all ranks, and what they are divided by; those of several updates add up."""
 
     totals: dict[tuple[str, str], float] = field(default_factory=dict)  # (metric, unit) → sum
-    counts: dict[str, int] = field(default_factory=dict)  # unit → count
+    counts: dict[str, float] = field(default_factory=dict)  # unit → count
 
     def __add__(self, other: Sums) -> Sums:
         totals = {key: self.totals.get(key, 0.0) + other.totals.get(key, 0.0) for key in self.totals | other.totals}
@@ -187,7 +187,7 @@ def _backward(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     update: Update,
-    counts: dict[str, int],
+    counts: dict[str, float],
     given: Mapping[str, float],
 ) -> list[_Pass]:
     """All passes of an update forward and backward, on this rank. Dropout is on for these, and off elsewhere."""
@@ -210,7 +210,7 @@ def _run_pass(
     objective: Objective,
     batch: Batch,
     trees: Sequence[Tree],
-    counts: dict[str, int],
+    counts: dict[str, float],
     given: Mapping[str, float],
     scale: float,
 ) -> _Pass:
@@ -229,7 +229,7 @@ def _run_pass(
     return _Pass(sums, tuple(trees[tree].row for tree in batch.trees))
 
 
-def _summed(passes: Sequence[_Pass], counts: dict[str, int], ranks: Ranks) -> Sums:
+def _summed(passes: Sequence[_Pass], counts: dict[str, float], ranks: Ranks) -> Sums:
     """Sums over all passes and ranks. Ranks without a pass learn the names from the others."""
     mine: dict[tuple[str, str], float] = {}
     for p in passes:

@@ -125,7 +125,6 @@ def hh(chosen, rejected):
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 Q, GOOD_HH = "\n\nHuman: hi", "\n\nHuman: hi\n\nAssistant: hello"
-SWAP = "that of the chosen response; where it is lower, swap the two"
 
 BAD = [
     ("messages", {}, "'messages' is missing"),
@@ -216,8 +215,8 @@ BAD = [
     ("preference", {**PAIR, "score_chosen": 1}, "one of 'score_chosen' and 'score_rejected' is missing"),
     ("preference", {**PAIR, "score_chosen": 1, "score_rejected": "0"}, "'score_rejected' is text, expected a number"),
     ("preference", {**PAIR, "score_chosen": 1, "score_rejected": 2}, "'score_chosen' is lower than 'score_rejected'"),
-    ("preference", {**PAIR, "probability": 1.01}, f"'probability' is not between 0.5 and 1 ({SWAP})"),
-    ("preference", {**PAIR, "probability": 0.49}, f"'probability' is not between 0.5 and 1 ({SWAP})"),
+    ("preference", {**PAIR, "probability": 1.01}, "'probability' is not between 0 and 1 (write 70 % as 0.7)"),
+    ("preference", {**PAIR, "probability": -0.01}, "'probability' is not between 0 and 1 (write 70 % as 0.7)"),
     ("preference", {**PAIR, "probability": True}, "'probability' is true or false, expected a number"),
     ("hh", {**HH, "probability": float("nan")}, "'probability' is not finite"),
     (

@@ -71,6 +71,18 @@ def test_a_tie_counts_half():
     assert (found.pairs, found.prompts) == (6, 6)
 
 
+def test_the_better_response_is_the_one_that_a_probability_speaks_for():
+    """Margins 2 and −1 of the first response; even odds are no pair."""
+    odds = (1.0, 0.7, 0.5, 0.3, 0.0)
+    trees = [tree(3, 1, probability=p) for p in odds]
+    found = margins(trees, [(1.0, -1.0), (0.0, 1.0), (9.0, 0.0), (1.0, -1.0), (0.0, 1.0)])
+    assert found.values.tolist() == [2.0, -1.0, -2.0, 1.0]
+    assert found.tree.tolist() == [0, 1, 3, 4]
+    assert rate(found).accuracy == 0.5
+    card = reward_card([np.array([1.0, -1.0])] * 5, trees, ["x"] * 5, trees[3:], [np.array([1.0, -1.0])])
+    assert (card.agreement.rate.accuracy, card.agreement.length_baseline.prefers) == (0.5, "shorter")
+
+
 def test_calibration_of_six_pairs():
     bins = reliability(pairs_with(SIX).values)
     assert [(each.low, each.high, each.count) for each in bins] == [

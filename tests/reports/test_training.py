@@ -326,7 +326,7 @@ def test_the_report_of_a_preference_run(run):
     assert "\n- reference `runs/other/model`, weights a1\n" in text
     # Wilson with z = 1.96: (0.7 + 0.0192) / 1.0384 ± 1.96 √(0.0021 + 0.000096) / 1.0384.
     assert (
-        "The implicit reward prefers the chosen response in 70.0 % of the held-out pairs "
+        "The implicit reward prefers the better response in 70.0 % of the held-out pairs "
         "(95 % interval 60.4 % to 78.1 %, each of 100 rows one observation)."
     ) in text
     assert (
@@ -369,7 +369,7 @@ def test_words_about_pairs():
     guess, displaced, saturated = of((-80.0, 0.5, 0.5), (-81.0, 0.4, 0.55, 0.6))
     # (0.55 + 0.0192) / 1.0384 ± 1.96 √(0.002475 + 0.000096) / 1.0384.
     assert guess.startswith(
-        "**The implicit reward prefers the chosen response in 55.0 % of the held-out pairs (95 % interval 45.2 %"
+        "**The implicit reward prefers the better response in 55.0 % of the held-out pairs (95 % interval 45.2 %"
     )
     assert guess.endswith("that cannot be told from guessing.**")
     assert displaced.startswith(
@@ -381,7 +381,7 @@ def test_words_about_pairs():
     assert of((-80.0, 0.0, 0.5), (-75.0, 1.0, 0.9))[1].endswith("went from -80 to -75 nats.")
     assert of_pairs([], [line(0, "eval", 1.0), line(4, "eval", 0.5)], 100) == []
     train = [pair_line(k, "train", -80.0, 1.0, 0.75) for k in (1, 2)]
-    assert of_pairs(train, [], 0)[0] == "The implicit reward prefers the chosen response in 75.0 % of the training pairs."
+    assert of_pairs(train, [], 0)[0] == "The implicit reward prefers the better response in 75.0 % of the training pairs."
 
 
 def test_classes_that_are_not_told_apart():
@@ -397,6 +397,12 @@ def test_the_gap_to_the_target_of_ipo(reached, words):
     lines = [line(step, "eval", 0.5, **{"margin/logratio": h, "margin/target": 5.0}) for step, h in ((0, 0.0), (4, reached))]
     (said,) = of_pairs([], lines, 10)
     assert f"The mean difference that IPO compares is {reached:g} on held-out pairs, its target {words}" in said
+
+
+@pytest.mark.parametrize("target", [0.0, -0.4])
+def test_labels_of_either_order_have_no_target_to_be_short_of(target):
+    lines = [line(step, "eval", 0.5, **{"margin/logratio": 0.1, "margin/target": target}) for step in (0, 4)]
+    assert list(of_pairs([], lines, 10)) == []
 
 
 def test_lengths_of_samples():
