@@ -68,6 +68,10 @@ class Metric:
         return self.column.title if own.lower() in ("", self.column.title.lower()) else f"{self.column.title} {own}"
 
 
+ZERO_SPREAD = "reward/zero_spread"
+"""The share of a step's prompts whose responses all have one score: they do not say which is better."""
+REDRAWN, OVERLONG = "rollout/redrawn", "response/overlong"
+
 NATS = "nats a response"
 LOSS = Plot("loss", "Loss", "loss")
 ACCURACY = Plot("accuracy", "Accuracy", "share of pairs in their order")
@@ -86,6 +90,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("objective/rlhf_reward", "score less the KL penalty"),
     Metric("/na", "responses that a term says nothing of:"),
+    Metric(ZERO_SPREAD, "prompts whose responses all score alike", plot=Plot("zero_spread", "Prompts of one score", "share")),
+    Metric(REDRAWN, "prompts that others replaced"),
     Metric(
         "reward/",
         "reward",
@@ -132,7 +138,7 @@ METRICS: tuple[Metric, ...] = (
         plot=Plot("eos_rate", "Responses that end", "share"),
         column=Column("Ended", "Form", "share of responses that end within the limit"),
     ),
-    Metric("response/tied", "responses whose prompt's all score alike", plot=Plot("tied", "Tied responses", "share")),
+    Metric(OVERLONG, "penalty for length"),
     Metric(
         "response/distinct_1",
         column=Column("Distinct words", "Form", "different words / all words of the model's responses (Li et al. 2016)"),
@@ -152,7 +158,7 @@ METRICS: tuple[Metric, ...] = (
         "explained variance of the value",
         plot=Plot("explained_variance", "Explained variance of the value", "share"),
     ),
-    Metric("policy/clipfrac", "clipped tokens", plot=Plot("clipfrac", "Clipped tokens", "share")),
+    Metric("policy/clipfrac", "clipped ratios", plot=Plot("clipfrac", "Clipped ratios", "share")),
     Metric("policy/approxkl", "KL of an update (estimate)"),
     Metric("policy/ratio"),
     Metric("loss/policy", "policy loss"),

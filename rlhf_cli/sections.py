@@ -303,7 +303,7 @@ class Kl:
         None, "responses in which κ may change by a fifth; null: a fiftieth of the run's, but those of a step at least", low=1
     )
     estimator: Literal["auto", "k1", "k2", "k3"] = key(
-        "auto", "k1: in the reward; k2, k3: as a loss term; auto: k2 for grpo, else k1"
+        "auto", "k1: in the reward; k2, k3: as a loss term, whose mean is the policy's; auto: k2 for grpo, else k1"
     )
 
 

@@ -122,6 +122,9 @@ def _stage(stage: str, section: type) -> Iterator[str]:
         about = " ".join((inspect.getdoc(objective) or "").split("\n\n")[0].split())
         rows = [_row(key, f"objective.{key.name}") for key in keys_of(objective).values()]
         yield f"### `{stage}`, `kind: {kind_of(objective)}`\n\n{about}\n\n{_table(rows)}"
+        if objective.known_as:
+            names = (f"- {name}: `{keys}`" for name, keys in objective.known_as.items())
+            yield "Methods by other names:\n\n" + "\n".join(names) + "\n"
 
 
 def _says_something(key: Key) -> bool:

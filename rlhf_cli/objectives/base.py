@@ -39,10 +39,11 @@ class Objective:
     reference: ClassVar[bool] = False  # does it need the reference's log-probabilities?
     soft_labels: ClassVar[bool] = False  # does it use the probability that the chosen response is better, if the data have one?
     mismatches: ClassVar[bool] = False  # does it compare each response with one that was written for another prompt?
-    ties: ClassVar[bool] = True  # can it learn from responses of which some are tied?
+    learns_ties: ClassVar[bool] = True  # can it learn from responses of which some are tied?
     saturates: ClassVar[bool] = False  # does its gradient fade for pairs that are far apart? Then it logs rewards/saturated
     values: ClassVar[bool] = False  # does it learn a value, a role of its own?
     learning_rate: ClassVar[Mapping[Trained, float]] = {}  # the default, where it wants another than its stage
+    known_as: ClassVar[Mapping[str, str]] = {}  # names of methods that it is with certain keys, and these
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ class PlackettLuce(LogRatioPair):
     """Plackett–Luce with r = βρ over K ranked responses; Rafailov et al. 2023, app. A.3. With K = 2 it is dpo. No ties."""
 
     kind: Literal["plackett_luce"] = "plackett_luce"
-    ties: ClassVar[bool] = False
+    learns_ties: ClassVar[bool] = False
     kind_for_ties: ClassVar[str] = "dpo"
 
     def losses(self, responses: Responses, pairs: PairIndices, pair: Pair) -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ class PlackettLuceReward(RewardObjective):
     """Plackett–Luce with r the reward model's scores; Zhu et al. 2023 (K-wise). With K = 2 it is Bradley–Terry. No ties."""
 
     kind: Literal["plackett_luce"] = "plackett_luce"
-    ties: ClassVar[bool] = False
+    learns_ties: ClassVar[bool] = False
     kind_for_ties: ClassVar[str] = "pairs"
 
     def losses(self, scores: Tensor, pairs: PairIndices) -> dict[str, Tensor]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from rlhf_cli.data.formats import PROMPTS, Use
+from rlhf_cli.metrics import OVERLONG, REDRAWN
 from rlhf_cli.objectives.base import LossTerm, Objective, Tensor
 from rlhf_cli.objectives.kl import k2, k3
+from rlhf_cli.objectives.policy_loss import PolicyLoss, shares
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ LOGRATIO_TOLERANCE = 0.2
 """How large the first log-ratios may be, in nats a token. Where the responses were drawn at other odds than recorded their mean
 ratio may still be 1 (its expectation is, whatever the policy), but their size is not 0."""
 
-TIED = "response/tied"
-"""The share of responses whose prompt's all have one score: they teach nothing where a response is held against the others."""
+REDRAWS = 4
+"""Rounds in which other prompts are drawn for those whose responses all score alike."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ class Advantages(NamedTuple):
 class PolicyGradient(Objective):
     """max(−A w, −A clip(w, 1 − ε, 1 + ε)), a mean over the response tokens of a mini-batch; w = π/π_old of each token.
 
-    Schulman et al. 2017, eq. 7; the kinds differ in A. Trees with `recorded` are the rollout's, and nothing in their prompts
-    is supervised. Trees without are ptx rows, whose weighted negative log-likelihood is added (Ouyang et al. 2022, eq. 2).
+    Schulman et al. 2017, eq. 7; the kinds differ in A, and some in what `policy_loss` says. Trees with `recorded` are the
+    rollout's, and nothing in their prompts is supervised. Trees without are ptx rows, whose weighted negative log-likelihood is
+    added (Ouyang et al. 2022, eq. 2).
     """
 
     epochs: int = key(4, "passes over a rollout's responses", low=1)
@@ -64,11 +67,27 @@ class PolicyGradient(Objective):
     clip: float = key(0.2, "ε: token ratios are clipped to 1 − ε … 1 + ε", low=1e-9)
 
     rows: ClassVar[Use] = PROMPTS
-    metric_names: ClassVar[tuple[str, ...]] = ("loss", "loss/policy", "policy/clipfrac", "policy/approxkl", "policy/ratio")
     of_first_update: ClassVar[frozenset[str]] = frozenset({"policy/ratio"})
     reference: ClassVar[bool] = True
     least_samples: ClassVar[int] = 1  # responses per prompt that it needs
-    scores_alone: ClassVar[bool] = False  # are its advantages of the scores alone? Then the KL can only be a loss term
+    kl_in_loss: ClassVar[bool] = False  # is the KL a loss term, unless the recipe says that it is in the return?
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return "loss", "loss/policy", "policy/clipfrac", "policy/approxkl", "policy/ratio"
+
+    @property
+    def policy_loss(self) -> PolicyLoss:
+        return PolicyLoss(self.clip, self.clip)
+
+    @property
+    def redraws(self) -> bool:
+        """Are prompts replaced by others whose responses all have one score?"""
+        return False
+
+    def length_penalty(self, lengths: np.ndarray, max_new_tokens: int) -> np.ndarray:
+        """What is added to the scores of responses of these lengths, (M,)."""
+        return lengths * 0.0
 
     def estimate_advantages(self, experience: Experience, kl_coef: float, memory: Mapping[str, float]) -> Advantages:
         """Advantages and value targets. `kl_coef`: κ of the log-ratio in the reward, 0 where the KL is a loss term."""
@@ -110,12 +129,10 @@ class PolicyGradient(Objective):
         return [], [part for part in _split(trees) if part]
 
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
-        """The clipped loss and the KL loss. policy/approxkl is the mean of ½(log π − log π_old)², k2 of KL(π_old‖π).
+        """The policy's loss and the KL loss. policy/approxkl is the mean of ½(log π − log π_old)², k2 of KL(π_old‖π).
 
-        `given`: "temperature"; "k2_coef" or "k3_coef", κ of a KL loss term; "ptx_coef" where there are ptx rows.
+        `given`: "temperature", "max_new_tokens"; "k2_coef" or "k3_coef", κ of a KL loss term; "ptx_coef" where ptx rows are.
         """
-        import torch
-
         if batch.recorded is None:
             logps, _ = backbone.logps("policy", batch)
             loss = -logps.double().sum()
@@ -123,22 +140,22 @@ class PolicyGradient(Objective):
             return
         recorded = _recorded(batch)
         new = backbone.logps("policy", batch, given["temperature"])[0].double()
-        difference = new - recorded.old
-        ratio = difference.exp()
-        plain = -recorded.advantage * ratio
-        clipped = -recorded.advantage * ratio.clamp(1 - self.clip, 1 + self.clip)
-        policy = torch.maximum(plain, clipped).sum()
-        loss = policy
+        rule, share, difference = self.policy_loss, shares(batch), new - recorded.old
+        ratio = rule.ratios(difference, batch, share)
+        losses, clipped = rule.of_tokens(new, ratio, recorded.advantage)
+        weight, unit = rule.weights(share, given)
+        loss = policy = (weight * losses).sum()
         for name, estimate in (("k2_coef", k2), ("k3_coef", k3)):
-            if weight := given.get(name, 0.0):
-                loss = loss + weight * estimate(new, recorded.reference).sum()
+            if coef := given.get(name, 0.0):
+                loss = loss + coef * (weight * estimate(new, recorded.reference)).sum()
+        each, counted = (share, "responses") if rule.by_response else (1.0, "tokens")
         sums = {
-            "loss/policy": policy,
-            "policy/clipfrac": (clipped > plain).double().sum(),
-            "policy/approxkl": (difference**2 / 2).sum(),
-            "policy/ratio": ratio.sum(),
+            "loss/policy": (policy.detach(), unit),
+            "policy/clipfrac": ((each * clipped).double().sum(), counted),
+            "policy/approxkl": ((difference.detach() ** 2 / 2).sum(), "tokens"),
+            "policy/ratio": ((each * ratio.detach()).sum(), counted),
         }
-        yield LossTerm({"tokens": loss}, {name: (value.detach(), "tokens") for name, value in sums.items()})
+        yield LossTerm({unit: loss}, sums)
 
     def start_error(self, means: Mapping[str, float]) -> str | None:
         ratio, size = means["policy/ratio"], math.sqrt(2 * means["policy/approxkl"])
@@ -162,7 +179,10 @@ class ActorCritic(PolicyGradient):
 
     values: ClassVar[bool] = True
     of_value: ClassVar[tuple[str, ...]] = ("loss/value", "value/explained_variance", "grad_norm/value", "learning_rate/value")
-    metric_names: ClassVar[tuple[str, ...]] = (*PolicyGradient.metric_names, *of_value)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (*super().metric_names, *self.of_value)
 
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         import torch
@@ -177,6 +197,41 @@ class ActorCritic(PolicyGradient):
         clipped = old + (values - old).clamp(-self.value_clip, self.value_clip)
         loss = torch.maximum((values - target) ** 2, (clipped - target) ** 2).sum() / 2
         yield LossTerm({"valued": self.value_coef * loss}, {"loss/value": (loss.detach(), "valued")})
+
+
+@dataclass(frozen=True)
+class GroupGradient(PolicyGradient):
+    """A policy gradient that holds the responses of a prompt against each other, and the options that came with such kinds."""
+
+    clip_high: float | None = key(None, "ε above 1, where it is another than below: 0.28 beside clip: 0.2 in DAPO", low=1e-9)
+    ties: Literal["keep", "redraw"] = key(
+        "keep", f"prompts whose responses all score alike; redraw: the next prompts replace them, in at most {REDRAWS} rounds"
+    )
+    overlong: int | None = key(
+        None, "a response's last so many tokens before rollout.max_new_tokens lower its score, evenly from 0 to 1", low=1
+    )
+
+    least_samples: ClassVar[int] = 2
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        own = {REDRAWN: self.redraws, OVERLONG: self.overlong is not None}
+        return (*super().metric_names, *(name for name, there in own.items() if there))
+
+    @property
+    def redraws(self) -> bool:
+        return self.ties == "redraw"
+
+    @property
+    def policy_loss(self) -> PolicyLoss:
+        return PolicyLoss(self.clip, self.clip if self.clip_high is None else self.clip_high)
+
+    def length_penalty(self, lengths: np.ndarray, max_new_tokens: int) -> np.ndarray:
+        """0 up to max_new_tokens − overlong tokens, then linear to −1 at max_new_tokens; Yu et al. 2025, eq. 13."""
+        if self.overlong is None:
+            return super().length_penalty(lengths, max_new_tokens)
+        penalty: np.ndarray = ((max_new_tokens - self.overlong - lengths) / self.overlong).clip(-1, 0)
+        return penalty
 
 
 def _split(trees: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:

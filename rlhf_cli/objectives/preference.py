@@ -98,7 +98,7 @@ def accuracy(margin: Tensor, probability: Tensor) -> Tensor:
 class PreferenceObjective(Objective):
     """A loss on ordered responses, of a policy or of a reward model."""
 
-    kind_for_ties: ClassVar[str] = ""  # the kind to take where `ties` is False and some are tied
+    kind_for_ties: ClassVar[str] = ""  # the kind to take where `learns_ties` is False and some are tied
 
     def counts(self, trees: Sequence[Tree]) -> dict[str, float]:
         """Trees, responses and ordered pairs."""
@@ -112,7 +112,7 @@ class PreferenceObjective(Objective):
         if not ordered_pairs(len(tree.responses), tree.facts):
             return "needs two responses" if len(tree.responses) < 2 else "its responses are all tied"
         ranks = tree.facts.ranks or ()
-        if not self.ties and len(set(ranks)) < len(ranks):
+        if not self.learns_ties and len(set(ranks)) < len(ranks):
             return f"kind {self.kind} takes no ties; kind {self.kind_for_ties} does"
         return None
 

@@ -123,8 +123,8 @@ class Builder:
             defaults = [keys_of(rival)[name].default for rival in rivals if name in keys_of(rival)]
             if child.value is None and (owners or dotted in self.elsewhere):
                 continue
-            if any(_is(child.value, default) for default in defaults):
-                continue  # it asks for nothing
+            if any(_is(child.value, default) and not isinstance(default, str) for default in defaults):
+                continue  # it asks for nothing, where a word would ask for a way of doing it
             if owners:
                 what = f"has no effect with kind: {kind_of(kind)} (it belongs to {', '.join(owners)}). remove it"
                 if child.line > 0 and "kind" in node.value and node.value["kind"].line == 0:

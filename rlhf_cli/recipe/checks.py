@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.data.files import is_hub_id
+from rlhf_cli.metrics import ZERO_SPREAD
+from rlhf_cli.objectives.grpo import Grpo
+from rlhf_cli.objectives.policy_gradient import GroupGradient
 from rlhf_cli.recipe.keys import keys_of
 from rlhf_cli.recipe.recipes import DirectRecipe, EvalRecipe, KtoRecipe, PpoRecipe, Recipe, TrainingRecipe
 from rlhf_cli.recipe.rewards import KINDS, kinds_of, term_names
@@ -153,6 +156,8 @@ def _terms(key: str, terms: list[Reward]) -> Iterator[Finding]:
     names = term_names(terms)
     for index, (name, term) in enumerate(zip(names, terms, strict=True)):
         yield from _term(f"{key}.{index}", term)
+        if f"{key}/{name}" == ZERO_SPREAD:
+            yield f"{key}.{index}.name", f"{ZERO_SPREAD} is the share of prompts of one score. give the term another name"
         if name in names[:index]:
             yield f"{key}.{index}.name", f"a second term would be logged as {key}/{name}. give one of them another name"
 
@@ -210,6 +215,27 @@ def _samples(recipe: PpoRecipe) -> Iterator[Finding]:
         yield "objective.minibatches", f"{what}lower it"
 
 
+def _options(recipe: PpoRecipe) -> Iterator[Finding]:
+    """Of what grpo and rloo take: combinations that are no method."""
+    objective, longest = recipe.objective, recipe.rollout.max_new_tokens
+    if isinstance(objective, GroupGradient) and (objective.overlong or 0) > longest:
+        yield "objective.overlong", f"{objective.overlong} is more than rollout.max_new_tokens ({longest}). lower it"
+    if not isinstance(objective, Grpo):
+        return
+    over, whole, cispo = objective.mean_over, objective.ratio == "sequence", objective.surrogate == "cispo"
+    if whole and cispo:
+        what = "weighs every token by its own ratio, and ratio: sequence gives a response one. remove one of the two"
+        yield "objective.surrogate", f"cispo {what}"
+    elif whole and over in ("tokens", "constant"):
+        what = "lets long responses count for more, and with ratio: sequence each counts once. remove it"
+        yield "objective.mean_over", f"{over} {what}"
+    elif cispo and over in ("responses", "constant"):
+        yield "objective.mean_over", f"{over} does not go with surrogate: cispo, which is a mean over tokens. remove it"
+    if cispo and objective.clip_high is not None:
+        why = "beside clip_high with surrogate: cispo, which is not clipped below 1. remove it"
+        yield from no_effect(objective, "objective.", ("clip",), why)
+
+
 def _value(recipe: PpoRecipe) -> Iterator[Finding]:
     if not recipe.objective.values:
         why = f"with kind: {recipe.objective.kind}, which learns no value. remove it"
@@ -218,8 +244,8 @@ def _value(recipe: PpoRecipe) -> Iterator[Finding]:
 
 def _kl(recipe: PpoRecipe) -> Iterator[Finding]:
     kl, objective = recipe.kl, recipe.objective
-    if kl.estimator == "k1" and objective.scores_alone:
-        what = f"k1 is part of the return, and kind: {objective.kind} takes the scores alone. "
+    if kl.estimator == "k1" and isinstance(objective, Grpo) and objective.scale != "none":
+        what = f"k1 is part of the return, and kind: grpo with scale: {objective.scale} takes the scores alone. "
         yield "kl.estimator", f"{what}write k2 or k3, which are loss terms, or remove it"
     if kl.target is None:
         yield from no_effect(kl, "kl.", ("horizon",), "without kl.target. set one, or remove it")
@@ -280,6 +306,7 @@ PPO = (
     *TRAINING,
     REWARD,
     Check(("objective", "rollout", "train.batch_size"), _samples),
+    Check(("objective", "rollout"), _options),
     Check(("objective.kind", "value"), _value),
     Check(("kl", "objective"), _kl),
     Check(("ptx",), _ptx),

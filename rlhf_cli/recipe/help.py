@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
+from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe.keys import Key, arms, as_yaml, keys_of, kind_of, sections_in
 from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
 from rlhf_cli.sections import Train
@@ -46,6 +47,9 @@ def _kinds(sections: tuple[type, ...], depth: int, lines: list[str]) -> None:
         lines += _entry(f"kind: {kind_of(section)}", depth, f"with {', '.join(shared)}" if shared else "")
         lines += [line for head, entry in entries.items() if head not in shared for line in entry]
         told |= {"\n".join(entry) for entry in entries.values()}
+        if issubclass(section, Objective) and section.known_as:
+            lines += _entry("methods by other names", depth + 1, "")
+            lines += [line for name, keys in section.known_as.items() for line in _entry(name, depth + 2, keys)]
 
 
 def _entry(head: str, depth: int, meaning: str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from rlhf_cli.metrics import ZERO_SPREAD
 from rlhf_cli.objectives.bandit import Bandit
 from rlhf_cli.objectives.base import Objective, Trained
 from rlhf_cli.objectives.bco import Bco, UnpairedBco
@@ -118,6 +119,7 @@ class TrainingRecipe(Recipe):
     def training_metrics(self) -> tuple[str, ...]:
         """The metrics of training lines, what `stop_if` can watch. Those of drawn responses stand where some are drawn."""
         drawn = (*self.drawn_metrics, "time/rollout", "time/score", "time/update") if self.draws else ()
+        drawn += (ZERO_SPREAD,) if self.draws and self.draws.responses_per_prompt > 1 else ()
         return (*self.metric_names, *drawn, "grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch")
 
     @property

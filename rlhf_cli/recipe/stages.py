@@ -9,6 +9,7 @@ from typing import Literal
 
 from rlhf_cli.data.formats import Use
 from rlhf_cli.objectives.base import Objective, Trained
+from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.recipe.checks import DIRECT, KTO, PPO, TRAINING, Check
 from rlhf_cli.recipe.eval_checks import EVALUATION
 from rlhf_cli.recipe.keys import keys_of, sections_in
@@ -179,7 +180,7 @@ def resolved(recipe: TrainingRecipe, steps: int) -> TrainingRecipe:
     if isinstance(recipe, PpoRecipe):
         objective, kl, value = recipe.objective, recipe.kl, recipe.value
         if kl.estimator == "auto" and kl.coef:
-            kl = dataclasses.replace(kl, estimator="k2" if objective.scores_alone else "k1")
+            kl = dataclasses.replace(kl, estimator="k2" if objective.kl_in_loss else "k1")
         if kl.target is not None and kl.horizon is None:
             responses = recipe.train.batch_size * recipe.rollout.responses_per_prompt
             kl = dataclasses.replace(kl, horizon=max(responses, responses * steps // HORIZONS))
@@ -187,7 +188,9 @@ def resolved(recipe: TrainingRecipe, steps: int) -> TrainingRecipe:
             # The policy's or, beside a policy that trains all weights, what an adapter wants by default.
             default = TRAINING_STAGES[recipe.stage].default_learning_rate(objective, "lora")
             value = dataclasses.replace(value, learning_rate=default if asked is None else asked)
-        recipe = dataclasses.replace(recipe, kl=kl, value=value)
+        if isinstance(objective, Grpo):
+            objective = dataclasses.replace(objective, mean_over=objective.meant_over)
+        recipe = dataclasses.replace(recipe, kl=kl, value=value, objective=objective)
     return dataclasses.replace(recipe, train=train)
 
 

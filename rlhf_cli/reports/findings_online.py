@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf_cli.figures import NOISE, percent, short
-from rlhf_cli.objectives.policy_gradient import TIED
+from rlhf_cli.metrics import REDRAWN, ZERO_SPREAD
 from rlhf_cli.reports.document import Finding
 from rlhf_cli.reports.run_result import Ends, History, window
 
@@ -14,8 +14,8 @@ GOLD_LOST = 0.25  # a gold reward that loses more than this share of what it had
 KL_HIGH = 10.0  # nats a response: this far from its reference a policy writes what the reward model was hardly trained on
 LENGTH_MOVED = 0.5  # a mean length that changes by more than this share, far from the reference, is a sign of hacking
 COLLAPSE = 0.8  # an entropy a token that loses more than this share of itself is a collapse
-CLIPPED = 0.3  # more than this share of clipped tokens: the updates leave the region in which the clipped objective is trusted
-MANY_TIED = 0.5  # where more of the responses have the score of all others to their prompt, most of a rollout teaches nothing
+CLIPPED = 0.3  # more than this share of clipped ratios: the updates leave the region in which the clipped objective is trusted
+MANY_TIED = 0.5  # where more of the prompts have responses that all score alike, most of a rollout teaches nothing
 ENDED = 0.5  # where fewer responses end than this share, most scores are of torsos
 CLOSER = "hold it closer to its reference (`kl.coef`; direct objectives: `objective.beta`), train for fewer steps"
 
@@ -47,14 +47,17 @@ def _score(history: History) -> Iterator[Finding]:
 
 
 def _ties(history: History) -> Iterator[Finding]:
-    shares = [line[TIED] for line in history.train if TIED in line]
+    shares = [line[ZERO_SPREAD] for line in history.train if ZERO_SPREAD in line]
     mean = sum(shares) / len(shares) if shares else 0.0
     if mean == 1:
-        said = "no response was told from the others to its prompt, so nothing was learned but to stay near the reference."
+        said = "no response was told from the others to its prompt, so nothing was learned of which is better."
         yield Finding("warning", "All scores of a prompt were equal in every step:", f"{said} Is the reward a constant?")
     elif mean > MANY_TIED:
-        said = "and taught nothing: draw more responses per prompt, raise `rollout.temperature`, or take other prompts."
-        yield Finding("warning", f"{percent(mean)} of the responses scored as all others to their prompt", said)
+        did, advice = "did not say which is better", ", or let others replace such prompts (grpo, rloo: `objective.ties: redraw`)"
+        if REDRAWN in history.names:
+            did, advice = "made others necessary in their place", ""
+        said = f"and {did}: draw more responses per prompt, raise `rollout.temperature`, take other prompts{advice}."
+        yield Finding("warning", f"In {percent(mean)} of the prompts all responses scored alike", said)
 
 
 def _yardstick(history: History) -> Iterator[Finding]:
@@ -134,7 +137,7 @@ def _clipping(history: History) -> Iterator[Finding]:
     size = window(len(values))
     worst = max((sum(values[k : k + size]) / size for k in range(len(values) - size + 1)), default=0.0)
     if worst > CLIPPED:
-        said = f"up to {percent(worst)} of a step's tokens were clipped. Lower `train.learning_rate` or `objective.epochs`."
+        said = f"up to {percent(worst)} of a step's ratios were clipped. Lower `train.learning_rate` or `objective.epochs`."
         yield Finding("warning", "The learning rate is too high:", said)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -12,9 +14,10 @@ from rlhf_cli.data.batches import DatasetSource, StepBatches
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Recorded, Tree
+from rlhf_cli.metrics import OVERLONG, REDRAWN, ZERO_SPREAD
 from rlhf_cli.objectives.kl import next_coef
-from rlhf_cli.objectives.policy_gradient import Advantages, PolicyGradient
-from rlhf_cli.rollout.experience import Rollout, Sampler, together, with_responses
+from rlhf_cli.objectives.policy_gradient import REDRAWS, Advantages, PolicyGradient
+from rlhf_cli.rollout.experience import Rollout, Sampler, TokenFigures, together, with_responses
 
 KL_COEF = "kl_coef"
 """The name of an adapted κ among the objective's own numbers."""
@@ -47,32 +50,87 @@ class PolicySource:
         return self.prompts.steps_per_epoch
 
     def collect(self, step: int, memory: Mapping[str, float]) -> StepBatches:
-        """The rollout of `step` with what it teaches."""
-        seed, coef = Stream.ROLLOUT.seed(self.seed, step), memory.get(KL_COEF, self.kl.coef)
-        rollout = self.sampler.rollout(self.prompts.batch(step), seed, values=self.objective.values)
-        in_loss = self.kl.estimator in ("k2", "k3")
-        advantages = self.objective.estimate_advantages(rollout.experience, 0.0 if in_loss else coef, memory)
-        figures = rollout.figures(coef)
+        """The rollout of `step` with what it teaches. What is measured is of the step's own prompts, whatever replaced some."""
+        coef, longest = memory.get(KL_COEF, self.kl.coef), self.sampler.settings.max_new_tokens
+        rounds, chosen = self._draw(step)
+        rollout, learned = rounds[0], chosen_of(rounds, chosen)
+        in_loss, penalty = self.kl.estimator in ("k2", "k3"), self.objective.length_penalty
+        experience = learned.experience
+        experience = dataclasses.replace(experience, scores=experience.scores + penalty(experience.lengths, longest))
+        advantages = self.objective.estimate_advantages(experience, 0.0 if in_loss else coef, memory)
+        own = {REDRAWN: np.mean(chosen >= len(rollout.trees)), OVERLONG: penalty(rollout.lengths, longest).mean()}
         metrics = {
-            **figures,
+            **rollout.figures(coef),
+            **zero_spread(rollout),
             "kl_coef": coef,
             **advantages.metrics,
-            **{f"time/{name}": seconds for name, seconds in rollout.seconds.items()},
+            **{name: float(value) for name, value in own.items() if name in self.objective.metric_names},
+            **{f"time/{name}": seconds for name, seconds in learned.seconds.items()},
         }
         after = dict(advantages.memory)
         if self.kl.target is not None:
             assert self.kl.horizon is not None
             after[KL_COEF] = next_coef(coef, rollout.tempered_kl, self.kl.target, self.kl.horizon, len(rollout.ended))
-        given = {"temperature": self.sampler.settings.temperature}
+        given = {"temperature": self.sampler.settings.temperature, "max_new_tokens": float(longest)}
         if in_loss:
             given[f"{self.kl.estimator}_coef"] = coef
-        trees, locations = with_recorded(rollout, advantages), self.prompts.locations(step)
+        drawn = [self.prompts.locations(step + k)[: len(one.trees)] for k, one in enumerate(rounds)]
+        trees, locations = with_recorded(learned, advantages), [list(chain(*drawn))[k] for k in chosen]
         if self.ptx is not None:
             given["ptx_coef"] = self.ptx_coef
             offset = len(self.sampler.records)
             trees += [tree._replace(row=offset + tree.row) for tree in self.ptx.batch(step)]
             locations += self.ptx.locations(step)
         return StepBatches(step, (trees,), (locations,), after, given, metrics)
+
+    def _draw(self, step: int) -> tuple[list[Rollout], np.ndarray]:
+        """The rollout of a step's own prompts and those that replace some; and which prompts of all are learned from, (P,).
+
+        A round draws to the first prompts of the batch so many steps later. What could be drawn follows from seed and step
+        alone, so that nothing of it is to be kept for the steps after.
+        """
+
+        def draw(prompts: list[Tree], seed: int) -> Rollout:
+            return self.sampler.rollout(prompts, seed, values=self.objective.values)
+
+        rounds = [draw(self.prompts.batch(step), Stream.ROLLOUT.seed(self.seed, step))]
+        chosen = np.arange(len(rounds[0].trees))
+        missing = np.flatnonzero(tied_prompts(rounds[0]))
+        while self.objective.redraws and len(missing) and (k := len(rounds)) <= REDRAWS:
+            before = sum(len(one.trees) for one in rounds)
+            rounds.append(draw(self.prompts.batch(step + k)[: len(missing)], Stream.REDRAW.seed(self.seed, step, k)))
+            found = before + np.flatnonzero(~tied_prompts(rounds[k]))
+            chosen[missing[: len(found)]] = found
+            missing = missing[len(found) :]
+        return rounds, chosen
+
+
+def tied_prompts(rollout: Rollout) -> np.ndarray:
+    """(P,) bool: the prompts whose responses all have one score."""
+    tied: np.ndarray = np.ptp(rollout.scores.reshape(len(rollout.trees), -1), axis=1) == 0
+    return tied
+
+
+def zero_spread(rollout: Rollout) -> dict[str, float]:
+    """The share of such prompts, where a prompt has several responses."""
+    return {ZERO_SPREAD: float(tied_prompts(rollout).mean())} if len(rollout.ended) > len(rollout.trees) else {}
+
+
+def chosen_of(rounds: Sequence[Rollout], chosen: np.ndarray) -> Rollout:
+    """These prompts, counted through the rounds, with their responses; the time is that of all rounds."""
+    trees = [tree for one in rounds for tree in one.trees]
+    lengths = np.concatenate([one.lengths for one in rounds])
+    responses = np.arange(len(lengths)).reshape(len(trees), -1)[chosen].ravel()
+    ends = np.cumsum(lengths)[responses]
+    tokens = np.concatenate([np.arange(end - length, end) for end, length in zip(ends, lengths[responses], strict=True)])
+    return Rollout(
+        trees=[trees[k] for k in chosen],
+        ended=np.concatenate([one.ended for one in rounds])[responses],
+        terms={name: np.concatenate([one.terms[name] for one in rounds])[responses] for name in rounds[0].terms},
+        scores=np.concatenate([one.scores for one in rounds])[responses],
+        tokens=TokenFigures(*(np.concatenate(part)[tokens] for part in zip(*(one.tokens for one in rounds), strict=True))),
+        seconds={name: sum(one.seconds[name] for one in rounds) for name in rounds[0].seconds},
+    )
 
 
 def with_recorded(rollout: Rollout, advantages: Advantages) -> list[Tree]:
@@ -119,7 +177,7 @@ class PreferenceSource:
             shaped.append(self.shape(own, Stream.MISMATCHES.seed(self.seed, step, k)) if self.shape and own else own)
         locations = tuple([self.sampler.records[tree.row].where for tree in own] for own in shaped)
         times = {f"time/{name}": seconds for name, seconds in rollout.seconds.items()}
-        return StepBatches(step, tuple(shaped), locations, dict(memory), {}, rollout.figures() | times)
+        return StepBatches(step, tuple(shaped), locations, dict(memory), {}, rollout.figures() | zero_spread(rollout) | times)
 
 
 def ranked(rollout: Rollout) -> list[Tree]:

@@ -89,7 +89,7 @@ def _online(job: TrainingJob, terms: RewardTerms, placement: Placement, base: We
         shape = partial(
             as_unpaired, records=sampler.records, max_length=recipe.data.max_length, mismatches=job.objective.mismatches
         )
-    refresh, ties = recipe.rollout.refresh, job.objective.ties
+    refresh, ties = recipe.rollout.refresh, job.objective.learns_ties
     source = PreferenceSource(sampler, job.source, refresh, job.steps, ties, shape, recipe.seed)
     order = tuple(float(k) for k in range(recipe.rollout.responses_per_prompt))
     first = [tree._replace(facts=Facts(ranks=order, scores=order[::-1])) for tree in probe]

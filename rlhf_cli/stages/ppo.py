@@ -13,7 +13,7 @@ from rlhf_cli.data.formats import ANSWERS, Purpose
 from rlhf_cli.data.requests import RowRequest
 from rlhf_cli.models.load import Weights, load_config
 from rlhf_cli.models.placement import Head, Placement
-from rlhf_cli.objectives.policy_gradient import PolicyGradient
+from rlhf_cli.objectives.policy_gradient import REDRAWS, PolicyGradient
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import ROW_USES
@@ -64,6 +64,11 @@ def _announce(job: TrainingJob) -> Iterator[str]:
         f"each step draws {prompts} prompts (train.batch_size) × {samples} (rollout.responses_per_prompt) responses and learns "
         f"from them in {objective.epochs} passes (objective.epochs) of {objective.minibatches} (objective.minibatches) updates"
     )
+    if objective.redraws:
+        yield (
+            "objective.ties: redraw: prompts whose responses all score alike are replaced by the next ones, in at most "
+            f"{REDRAWS} rounds; what is measured of a step is of its own prompts"
+        )
     if recipe.kl.estimator == "k2":
         yield "kl: ½(log π/π_ref)² is a loss term; on the policy's own tokens its gradient is that of each token's KL"
     if recipe.kl.estimator == "k3":

@@ -18,9 +18,9 @@ from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageError
 from rlhf_cli.files import write_json
+from rlhf_cli.metrics import REDRAWN, ZERO_SPREAD
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.objectives.base import Objective
-from rlhf_cli.objectives.policy_gradient import TIED
 from rlhf_cli.runs.folder import MetricsLog, RunFolder
 from rlhf_cli.signals import StopSignals
 from rlhf_cli.training.checkpoint import (
@@ -181,9 +181,12 @@ class Trainer:
             partial = self._update(step, partial, updates[partial.updates], started)
             if partial.updates < len(updates):
                 self._obey_signal()
-        if batches.metrics.get(TIED) == 1 and not self.told_of_ties:
+        tied = batches.metrics.get(ZERO_SPREAD) == 1 and not batches.metrics.get(REDRAWN)
+        if updates and tied and not self.told_of_ties:
             self.told_of_ties = True
-            self.console.warn(f"step {step}: all responses to a prompt have one score, for every prompt; only the KL was learned")
+            self.console.warn(
+                f"step {step}: all responses to a prompt have one score, for every prompt; nothing says which is better"
+            )
         if not updates:
             self.console.warn(f"step {step}: the responses of every prompt are tied; nothing was learned")
         seconds, tokens, usage = time.monotonic() - started, sum(map(tree_length, trees)), self.state.usage

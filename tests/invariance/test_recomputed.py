@@ -234,15 +234,15 @@ def rollout(home: Path, updates: Sequence[list[Any]]) -> tuple[list[Groups], Gro
     return by_update, [group for groups in by_update for group in groups]
 
 
-def policy_loss(policy: Any, groups: Groups, k2: float = 0.0) -> torch.Tensor:
-    """A mean over the tokens of an update."""
+def policy_loss(policy: Any, groups: Groups, k2: float = 0.0, responses: bool = False) -> torch.Tensor:
+    """A mean over the tokens of an update, or over those of each response and then over the responses."""
     terms = []
     for one in (each for group in groups for each in group):
         new = logps(policy, one.prompt, one.response, TEMPERATURE)
         ratio = (new - one.old).exp()
         clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON)
         terms.append(torch.maximum(-one.advantage * ratio, -one.advantage * clipped) + k2 * (new - one.reference) ** 2 / 2)
-    return torch.cat(terms).mean()
+    return torch.stack([term.mean() for term in terms]).mean() if responses else torch.cat(terms).mean()
 
 
 def steps(home: Path, taken: Taken, policy: Any, reference: Any) -> Iterator[tuple[int, list[Groups], Groups]]:
@@ -258,7 +258,7 @@ def steps(home: Path, taken: Taken, policy: Any, reference: Any) -> Iterator[tup
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_groups(kind: str, home: Path, tmp_path: Path) -> None:
-    """rloo has the KL in the return (k1); grpo scales the scores alone, and the KL is a loss (k2)."""
+    """rloo has the KL in the return (k1); grpo scales the scores, and the KL is a loss (k2), of responses that count alike."""
     sections = {
         "objective": {"kind": kind, "epochs": 1, "minibatches": 2},
         "rollout": ROLLOUT,
@@ -282,7 +282,7 @@ def test_groups(kind: str, home: Path, tmp_path: Path) -> None:
                 }
                 one.advantage = torch.full((len(one.response),), known[kind], dtype=torch.float64)
         for own in by_update:
-            policy_loss(policy, own, KAPPA if kind == "grpo" else 0.0).backward()
+            policy_loss(policy, own, KAPPA if kind == "grpo" else 0.0, responses=kind == "grpo").backward()
             optimizer.update(step)
     assert_weights(policy, run, home)
 

@@ -39,6 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rollouts")
     make_base(folder / "base")
     write_pairs(folder / "pairs.jsonl", 14)
+    (folder / "even.py").write_text("def even(prompts, responses):\n    return [len(r) % 2 for r in responses]\n")
     write_rows(folder / "eval.jsonl", 3, seed=1)
     train = {"steps": 3, "learning_rate": 0.02, "save_every": None}
     for name, stage in {"sft": "sft", "rm": "train-rm"}.items():
@@ -216,6 +217,15 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "kl": {"estimator": "k3"},
         },
     ),
+    "DAPO": (
+        "ppo",
+        {
+            "objective": {"kind": "grpo", "epochs": 2, "mean_over": "tokens", "clip_high": 0.28, "ties": "redraw", "overlong": 2},
+            "reward": [{"function": "FILE:even"}],
+            "rollout": {"responses_per_prompt": 2},
+        },
+    ),
+    "GSPO": ("ppo", {"objective": {"kind": "grpo", "ratio": "sequence", "clip": 0.02}, "rollout": {"responses_per_prompt": 3}}),
     "online dpo": ("dpo", {"rollout": {"refresh": 2}}),
     "online dpo K": ("dpo", {"objective": {"kind": "plackett_luce"}, "rollout": {"responses_per_prompt": 3}}),
     "online kto": ("kto", {"rollout": {"refresh": 2}}),
@@ -225,7 +235,9 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def command(home: Path, name: str, output: Path, **train: Any) -> list[str | Path]:
     stage, sections = RUNS[name]
-    known = {"lora": "auto"} | json.loads(json.dumps(sections).replace("PAIRS", str(home / "pairs.jsonl")))
+    known = {"lora": "auto"} | json.loads(
+        json.dumps(sections).replace("PAIRS", str(home / "pairs.jsonl")).replace("FILE", str(home / "even.py"))
+    )
     return [stage, recipe(home, output, train=train, **known)]
 
 

@@ -163,6 +163,7 @@ def test_unpaired_bco() -> None:
     assert found == pytest.approx(wanted, abs=1e-6)
 
 
+GROUPS: dict[str, Any] = {"clip_high": None, "ties": "keep", "overlong": None}
 FIELDS = {
     ("train-rm", "bradley_terry"): {"margin_column": None, "label_smoothing": 0.0, "center_coef": 0.0},
     ("train-rm", "plackett_luce"): {},
@@ -184,8 +185,8 @@ FIELDS = {
     ("kto", "bco"): {"beta": 0.1, "decay": 0.9},
     ("ppo", "ppo"): {"value_clip": 0.2, "value_coef": 0.5, "gamma": 1.0, "lam": 0.95, "whiten": True},
     ("ppo", "reinforce"): {"baseline": "mean", "whiten": False},
-    ("ppo", "rloo"): {},
-    ("ppo", "grpo"): {},
+    ("ppo", "rloo"): GROUPS | {"mean_over": "tokens"},
+    ("ppo", "grpo"): GROUPS | {"scale": "group", "mean_over": "auto", "ratio": "token", "surrogate": "clip"},
     ("ppo", "bandit"): {"value_clip": 0.2, "value_coef": 0.5, "whiten": True},
 }
 

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_cli.data.trees import Batch, Tree
 from rlhf_cli.objectives.bandit import Bandit
+from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.objectives.policy_gradient import Experience, PolicyGradient
 from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.objectives.reinforce import Reinforce
@@ -99,7 +100,7 @@ def distances(objective: PolicyGradient, *, samples: int, temperature: float = 1
         for update in objective.updates(recorded(trees, seen, lesson), step):
             optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / STEPS)
             optimizer.zero_grad()
-            run(objective, model, update, given={"temperature": temperature}).loss.backward()  # type: ignore[no-untyped-call]
+            run(objective, model, update, given={"temperature": temperature, "max_new_tokens": 2.0}).loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return [before, distance()]
 
@@ -113,6 +114,10 @@ def distances(objective: PolicyGradient, *, samples: int, temperature: float = 1
         pytest.param(Reinforce(epochs=2, baseline="ema"), 1, id="reinforce with a running mean"),
         pytest.param(Rloo(epochs=2), 4, id="rloo"),
         pytest.param(Rloo(epochs=1, minibatches=4), 4, id="rloo in four parts"),
+        pytest.param(Rloo(epochs=2, mean_over="responses", clip_high=0.4), 4, id="rloo over responses"),
+        pytest.param(Grpo(epochs=2, scale="none", mean_over="constant"), 4, id="Dr. GRPO"),
+        pytest.param(Grpo(epochs=2, scale="none", ratio="sequence"), 4, id="ratios of responses"),
+        pytest.param(Grpo(epochs=2, scale="none", surrogate="cispo"), 4, id="cispo"),
     ],
 )
 def test_reaches_the_optimum(objective: PolicyGradient, samples: int) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.objectives.policy_gradient import TIED
+from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.recipe.dump import dump_recipe, refuse_changes
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.recipe.rewards import name_of
+from rlhf_cli.recipe.stages import resolved
 from rlhf_cli.sections import OnlineSampling, Reward
 
 PLAIN = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl, holdout: 0.1}\n"
@@ -35,6 +36,7 @@ def refused(folder: Path, stage: str, *overrides: str, text: str = GOOD) -> list
 NO_VALUE = "has no effect with kind: rloo, which learns no value. remove it"
 WHOLE = "has no place in ppo: the ratio and the KL would compare a truncated distribution with whole ones. remove it"
 RLOO = "objective.kind=rloo\nrollout.responses_per_prompt=4\n"
+GRPO = "objective.kind=grpo\nrollout.responses_per_prompt=4\n"
 REFUSALS = {
     # terms
     ("ppo", "reward=[]"): "reward: the list is empty. name a term, such as {model: …} or {function: file.py:name}",
@@ -82,7 +84,34 @@ REFUSALS = {
         "ppo",
         "objective.kind=grpo\nrollout.responses_per_prompt=2\nkl.estimator=k1",
     ): "kl.estimator: k1 is part of "
-    "the return, and kind: grpo takes the scores alone. write k2 or k3, which are loss terms, or remove it",
+    "the return, and kind: grpo with scale: group takes the scores alone. write k2 or k3, which are loss terms, or remove it",
+    (
+        "ppo",
+        GRPO + "objective.scale=batch\nkl.estimator=k1",
+    ): "kl.estimator: k1 is part of the return, and kind: grpo with scale: batch takes the scores alone. write k2 or k3, which "
+    "are loss terms, or remove it",
+    ("ppo", GRPO + "objective.overlong=129"): "objective.overlong: 129 is more than rollout.max_new_tokens (128). lower it",
+    ("ppo", RLOO + "objective.overlong=129"): "objective.overlong: 129 is more than rollout.max_new_tokens (128). lower it",
+    ("ppo", GRPO + "objective.ratio=sequence\nobjective.surrogate=cispo"): "objective.surrogate: cispo weighs every token by its "
+    "own ratio, and ratio: sequence gives a response one. remove one of the two",
+    ("ppo", GRPO + "objective.ratio=sequence\nobjective.mean_over=tokens"): "objective.mean_over: tokens lets long responses "
+    "count for more, and with ratio: sequence each counts once. remove it",
+    ("ppo", GRPO + "objective.ratio=sequence\nobjective.mean_over=constant"): "objective.mean_over: constant lets long responses "
+    "count for more, and with ratio: sequence each counts once. remove it",
+    ("ppo", GRPO + "objective.surrogate=cispo\nobjective.mean_over=responses"): "objective.mean_over: responses does not go with "
+    "surrogate: cispo, which is a mean over tokens. remove it",
+    ("ppo", GRPO + "objective.surrogate=cispo\nobjective.clip=0.1\nobjective.clip_high=0.3"): "objective.clip: has no effect "
+    "beside clip_high with surrogate: cispo, which is not clipped below 1. remove it",
+    **{
+        (
+            "ppo",
+            f"{RLOO}objective.{key}={value}",
+        ): f"objective.{key}: has no effect with kind: rloo (it belongs to grpo). remove it"
+        for key, value in (("scale", "group"), ("scale", "none"), ("ratio", "token"), ("surrogate", "cispo"))
+    },
+    ("ppo", "objective.ties=keep"): "objective.ties: has no effect with kind: ppo (it belongs to rloo, grpo). remove it",
+    ("ppo", "reward.0.name=zero_spread"): "reward.0.name: reward/zero_spread is the share of prompts of one score. give the term "
+    "another name",
     ("ppo", "objective.minibatches=33"): "objective.minibatches: 33 updates cannot share train.batch_size (32) prompts. lower it",
     ("ppo", "rollout.max_new_tokens=1024"): "rollout.max_new_tokens: leaves no room for a prompt in data.max_length (1024). "
     "lower it, or raise data.max_length",
@@ -111,9 +140,9 @@ REFUSALS = {
     ("ppo", "train.stop_if={policy/clipfarc: {above: 0.5}}"): "train.stop_if.policy/clipfarc: no metric is named "
     "policy/clipfarc. did you mean policy/clipfrac?",
     ("ppo", RLOO + "train.stop_if={loss/value: {above: 9}}"): "train.stop_if.loss/value: no metric is named loss/value. there "
-    "are loss, loss/policy, policy/clipfrac, policy/approxkl, policy/ratio, response/tied, kl_coef, "
+    "are loss, loss/policy, policy/clipfrac, policy/approxkl, policy/ratio, kl_coef, "
     "objective/rlhf_reward, objective/scores, objective/kl, objective/entropy, response/length, response/eos_rate, reward/rm, "
-    "time/rollout, time/score, time/update, grad_norm, learning_rate, tokens, tokens_per_second, epoch",
+    "time/rollout, time/score, time/update, reward/zero_spread, grad_norm, learning_rate, tokens, tokens_per_second, epoch",
     # direct objectives
     ("dpo", ""): "reward: has no effect without rollout. add `rollout: {}` to draw responses, or remove it",
     ("dpo", "rollout={}\nreward=null"): "rollout: needs a reward to rank what is drawn. add reward: [{model: …}] or "
@@ -190,6 +219,7 @@ def test_names_of_terms(term: Reward, name: str) -> None:
 
 
 DRAWN = {"objective/scores", "objective/kl", "objective/entropy", "response/length", "response/eos_rate"}
+SPREAD = "reward/zero_spread"
 TIMES = {"time/rollout", "time/score", "time/update"}
 COMMON = {"grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch"}
 
@@ -203,9 +233,11 @@ def test_metrics_of_ppo(tmp_path: Path) -> None:
     values = {"loss/value", "value/explained_variance", "grad_norm/value", "learning_rate/value"}
     assert set(recipe.training_metrics) == held_out | training | values | COMMON
     assert len(recipe.training_metrics) == len(set(recipe.training_metrics))
-    for kind, more in (("ppo", values), ("bandit", values), ("reinforce", set()), ("rloo", {TIED}), ("grpo", {TIED})):
-        of_kind = load(tmp_path, "ppo", f"objective.kind={kind}", "rollout.responses_per_prompt=2").recipe
-        assert set(of_kind.training_metrics) - set(of_kind.held_out_metrics) == training | COMMON | more, kind
+    redrawn = ("{kind: grpo, ties: redraw, overlong: 9}", {"rollout/redrawn", "response/overlong"})
+    for kind, more in (("ppo", values), ("bandit", values), ("reinforce", set()), ("rloo", set()), ("grpo", set()), redrawn):
+        given = f"objective={kind}" if kind.startswith("{") else f"objective.kind={kind}"
+        of_kind = load(tmp_path, "ppo", given, "rollout.responses_per_prompt=2").recipe
+        assert set(of_kind.training_metrics) - set(of_kind.held_out_metrics) == training | COMMON | more | {SPREAD}, kind
     mixed = load(tmp_path, "ppo", "ptx.data=y.jsonl").recipe
     assert set(mixed.training_metrics) - set(recipe.training_metrics) == {"loss/ptx", "reward/rm"}
 
@@ -213,7 +245,7 @@ def test_metrics_of_ppo(tmp_path: Path) -> None:
 def test_metrics_of_online_direct_objectives(tmp_path: Path) -> None:
     online, offline = load(tmp_path, "dpo", "rollout={}").recipe, load(tmp_path, "dpo", text=PLAIN).recipe
     assert set(online.held_out_metrics) == DRAWN | {"reward/rm"}
-    assert set(online.training_metrics) - set(offline.training_metrics) == DRAWN | TIMES | {"reward/rm"}
+    assert set(online.training_metrics) - set(offline.training_metrics) == DRAWN | TIMES | {"reward/rm", SPREAD}
     assert set(offline.held_out_metrics) == set(offline.training_metrics) - COMMON
     load(tmp_path, "dpo", "rollout={}", "train.stop_if={objective/kl: {above: 20}, rewards/margins: {above: 9}}")
     load(tmp_path, "ppo", "train.keep_best={metric: reward/rm, mode: max}", "train.stop_if={kl_coef: {above: 9}}")
@@ -228,6 +260,48 @@ def test_help_tells_a_terms_keys_once_and_no_stage_rate_for_the_value() -> None:
     assert "null: 3e-05 lora, 3e-06 full" in text
     assert text.count("learning_rate: null null: the policy's dropout") == 0
     assert text.count("3e-05 lora") == 1
+
+
+METHODS = {
+    "Dr. GRPO": {"scale": "none", "mean_over": "constant"},
+    "DAPO": {"mean_over": "tokens", "clip": 0.2, "clip_high": 0.28, "ties": "redraw", "overlong": 25},
+    "GSPO": {"ratio": "sequence", "clip": 3e-4, "clip_high": 4e-4, "mean_over": "responses"},
+    "CISPO": {"surrogate": "cispo", "clip_high": 0.28, "mean_over": "tokens"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_by_other_names_are_what_the_help_says(name: str, tmp_path: Path) -> None:
+    """Liu et al. 2025; Yu et al. 2025, section 4; Zheng et al. 2025, section 5; MiniMax-M1 2025, section 3.1."""
+    said, known = " ".join(key_table("ppo").split()), Grpo.known_as[name]
+    assert f"{name} {known}" in said
+    keys = [part.partition(" (")[0].replace(": ", "=") for part in known.split(", ")]
+    given = [key if "." in key.partition("=")[0] else f"objective.{key}" for key in keys]
+    recipe: Any = resolved(load(tmp_path, "ppo", "objective.kind=grpo", "rollout.responses_per_prompt=4", *given).recipe, 10)
+    assert vars(recipe.objective).items() >= METHODS[name].items()
+    assert recipe.kl.coef == (0.05 if name == "GSPO" else 0)
+
+
+def test_what_follows_from_other_options_is_written_down(tmp_path: Path) -> None:
+    """And a run that an earlier release began, with its mean over tokens, goes on only where the recipe says so."""
+    several = "rollout.responses_per_prompt=4"
+    recipe = load(tmp_path, "ppo", "objective.kind=grpo", several).recipe
+    found: Any = resolved(recipe, 10)
+    assert (found.objective.mean_over, found.kl.estimator) == ("responses", "k2")
+    unscaled: Any = resolved(load(tmp_path, "ppo", "objective={kind: grpo, scale: none}", several).recipe, 10)
+    assert unscaled.kl.estimator == "k2"
+    load(tmp_path, "ppo", "objective={kind: grpo, scale: none}", several, "kl.estimator=k1")
+    new = ("clip_high", "ties", "overlong", "scale", "mean_over", "ratio", "surrogate")
+    old = "".join(line for line in dump_recipe(found, "ppo").splitlines(True) if line.strip().split(":")[0] not in new)
+    with pytest.raises(UsageError, match=r"\n  objective\.mean_over  null  responses$"):
+        refuse_changes(old, found)
+    refuse_changes(old, resolved(load(tmp_path, "ppo", "objective={kind: grpo, mean_over: tokens}", several).recipe, 10))
+
+
+def test_a_wide_clip_of_whole_responses_is_said() -> None:
+    said = "objective.clip: 0.2 hardly ever clips the ratio of a whole response; GSPO has 3e-4 and 4e-4"
+    assert Grpo(ratio="sequence").announcement == said
+    assert Grpo().announcement == Grpo(ratio="sequence", clip=3e-4).announcement == ""
 
 
 def test_paths_of_everything_that_is_read(tmp_path: Path) -> None:

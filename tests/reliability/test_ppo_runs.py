@@ -41,6 +41,9 @@ def wave(prompts, responses):
 def letters(prompts, responses):
     return [len(response) / 10 for response in responses]
 
+def even(prompts, responses):
+    return [len(response) % 2 for response in responses]
+
 def tied(prompts, responses):
     return [1.0 for _ in responses]
 
@@ -92,6 +95,7 @@ MODEL, WAVE, LETTERS = [{"model": "MODEL"}], [{"function": "FILE:wave"}], [{"fun
 TWO = [{"model": "MODEL", "name": "judge"}, {"function": "FILE:letters", "weight": 0.5}]
 ONCE: dict[str, Any] = {"epochs": 1}
 SEVERAL: dict[str, Any] = {"max_new_tokens": 6, "responses_per_prompt": 3}
+DAPO = {"kind": "grpo", "mean_over": "tokens", "clip_high": 0.28, "ties": "redraw", "overlong": 2}
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo": ("ppo", {"objective": {"epochs": 2, "minibatches": 2}, "reward": MODEL, "gold": LETTERS}),
@@ -108,6 +112,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "rloo k2": ("ppo", {"objective": {"kind": "rloo"} | ONCE, "rollout": SEVERAL, "kl": {"estimator": "k2"}}),
     "grpo": ("ppo", {"objective": {"kind": "grpo"} | ONCE, "rollout": SEVERAL | {"temperature": 0.7}}),
     "grpo k3": ("ppo", {"objective": {"kind": "grpo"} | ONCE, "rollout": SEVERAL, "kl": {"estimator": "k3"}}),
+    "Dr. GRPO": ("ppo", {"objective": {"kind": "grpo", "scale": "none", "mean_over": "constant"} | ONCE, "rollout": SEVERAL}),
+    "DAPO": ("ppo", {"objective": DAPO | ONCE, "rollout": SEVERAL, "kl": {"coef": 0}, "reward": [{"function": "FILE:even"}]}),
+    "GSPO": ("ppo", {"objective": {"kind": "grpo", "ratio": "sequence", "clip": 3e-4, "clip_high": 4e-4}, "rollout": SEVERAL}),
+    "CISPO": ("ppo", {"objective": {"kind": "grpo", "surrogate": "cispo", "epochs": 2}, "rollout": SEVERAL}),
     "grpo ptx": ("ppo", {"objective": {"kind": "grpo"}, "rollout": SEVERAL, "ptx": {"data": "ROWS", "coef": 0.1}}),
     "dpo": ("dpo", {"gold": LETTERS, "reward": MODEL}),
     "dpo in turns": ("dpo", {"rollout": {"max_new_tokens": 6, "refresh": 2}}),
@@ -173,7 +181,7 @@ def test_its_lines_have_the_metrics_it_names(name: str, finished: Finished) -> N
     times = {"time/rollout", "time/score", "time/update"}
     refresh = KINDS[name][1].get("rollout", {}).get("refresh", 1)
     for line in split_lines(run, "train"):
-        kept = trained if (line["step"] - 1) % refresh == 0 else trained - drawn - times
+        kept = trained if (line["step"] - 1) % refresh == 0 else trained - drawn - times - {"reward/zero_spread"}
         assert set(line) - common == kept
     assert all(set(line) - common == drawn for line in split_lines(run, "eval"))
     rewards, golds = own.terms
@@ -562,7 +570,7 @@ def test_scores_that_are_equal_everywhere_are_said_once(
         reward=[{"function": f"{tmp_path / 'constant.py'}:one"}],
     )
     assert rlhf("ppo", path) == 0
-    said = "step 1: all responses to a prompt have one score, for every prompt; only the KL was learned"
+    said = "step 1: all responses to a prompt have one score, for every prompt; nothing says which is better"
     assert capsys.readouterr().err.count(said) == 1
-    assert {line["response/tied"] for line in split_lines(run, "train")} == {1.0}
+    assert {line["reward/zero_spread"] for line in split_lines(run, "train")} == {1.0}
     assert "**All scores of a prompt were equal in every step:**" in (run / "report.md").read_text()

@@ -26,7 +26,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ppo of all weights": ("ppo", "rows", DRAWN | {"lora": None}),
     "rloo": ("ppo", "rows", DRAWN | TWICE | {"objective": {"kind": "rloo"}}),
     "grpo": ("ppo", "rows", DRAWN | TWICE | {"objective": {"kind": "grpo"}}),
-    "grpo without KL": ("ppo", "rows", DRAWN | TWICE | {"objective": {"kind": "grpo"}, "kl": {"coef": 0}}),
+    "grpo without KL": ("ppo", "rows", DRAWN | TWICE | {"objective": {"kind": "grpo", "surrogate": "cispo"}, "kl": {"coef": 0}}),
 }
 
 

@@ -28,8 +28,11 @@ FUNCTION = """from math import sin
 
 def wave(prompts, responses):
     return [sin(len(p) + len(r)) for p, r in zip(prompts, responses)]
+
+def even(prompts, responses):
+    return [len(r) % 2 for r in responses]
 """
-"""A reward that tells responses apart."""
+"""A reward that tells responses apart, and one that often does not."""
 
 DRAWN: dict[str, Any] = {
     "data": {"holdout": 0.2, "max_length": 60},
@@ -62,6 +65,17 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
             "objective": {"kind": "reinforce", "baseline": "ema", "epochs": 1},
             "rollout": {"max_new_tokens": 6},
             "train": TRAIN | {"steps": 4},
+        },
+    ),
+    # Prompts are drawn in several rounds.
+    "DAPO": (
+        "ppo",
+        DRAWN
+        | {
+            "reward": [{"function": "${REWARDS}/wave.py:even"}],
+            "objective": {"kind": "grpo", "mean_over": "tokens", "clip_high": 0.28, "ties": "redraw", "overlong": 2, "epochs": 1},
+            "rollout": {"max_new_tokens": 6, "responses_per_prompt": 2},
+            "train": TRAIN | {"steps": 3},
         },
     ),
     # Every second step learns from what was drawn before the one before it.
@@ -140,7 +154,8 @@ def same_bytes(a: Path, b: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "lora"), [*((name, LORA) for name in STAGES), *((name, None) for name in ("sft", "train-rm", "dpo", "ppo"))]
+    ("name", "lora"),
+    [*((name, LORA) for name in STAGES if name != "DAPO"), *((name, None) for name in ("sft", "train-rm", "dpo", "ppo"))],
 )
 def test_from_every_step(whole: Whole, tmp_path: Path, name: str, lora: Any) -> None:
     """And from between any two: before an update, before held-out figures or a reward, before a checkpoint."""
@@ -161,6 +176,7 @@ def test_from_every_step(whole: Whole, tmp_path: Path, name: str, lora: Any) -> 
         ("dpo", LORA, "optimise", 5),
         ("kto bco", None, "optimise", 4),
         pytest.param("ppo", LORA, "optimise", 15, marks=pytest.mark.slow),  # the third update of step 4
+        pytest.param("DAPO", LORA, "gather_shares", 4, marks=pytest.mark.slow),  # before the third round of the first step
         pytest.param("online dpo", LORA, "optimise", 4, marks=pytest.mark.slow),  # drawn before step 3
     ],
 )

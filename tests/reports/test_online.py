@@ -76,14 +76,17 @@ def test_a_score_that_did_not_rise() -> None:
     ("shares", "wanted"),
     [
         ([1.0] * 4, "**All scores of a prompt were equal in every step:** no response was told from the others to its prompt"),
-        ([1.0, 0.5, 0.5, 0.4], "**60.0 % of the responses scored as all others to their prompt** and taught nothing: draw more"),
+        (
+            [1.0, 0.5, 0.5, 0.4],
+            "**In 60.0 % of the prompts all responses scored alike** and did not say which is better: draw more",
+        ),
     ],
 )
 def test_tied_scores_are_said(shares: list[float], wanted: str) -> None:
-    train = training(4, objective__scores=1.0, response__tied=shares)
+    train = training(4, objective__scores=1.0, reward__zero_spread=shares)
     assert said(wanted, said_of(train, held_out(drawn(1, 0), drawn(1, 0))))
-    few = said_of(training(4, objective__scores=1.0, response__tied=0.5), held_out(drawn(1, 0), drawn(1, 0)))
-    assert not [each for each in few if "their prompt" in each]
+    few = said_of(training(4, objective__scores=1.0, reward__zero_spread=0.5), held_out(drawn(1, 0), drawn(1, 0)))
+    assert not [each for each in few if "scored alike" in each]
 
 
 def test_reward_hacking() -> None:
@@ -138,7 +141,7 @@ def test_clipping_is_judged_by_its_worst_steps() -> None:
     """The rate falls to nothing at the end, and with it the clipped share."""
     train = training(30, policy__clipfrac=[0.0] * 10 + [0.5, 0.5, 0.2] + [0.0] * 17)
     assert said("**The learning rate is too high", said_of(train, [])).startswith(
-        "**The learning rate is too high:** up to 40.0 % of a step's tokens were clipped. Lower `train.learning_rate`"
+        "**The learning rate is too high:** up to 40.0 % of a step's ratios were clipped. Lower `train.learning_rate`"
     )
     one_step = training(30, policy__clipfrac=[0.0] * 29 + [0.8])
     assert not any("too high" in each for each in said_of(one_step, []))

@@ -47,7 +47,8 @@ class FromAList:
     def batch(self, step: int) -> list[Tree]:
         return []
 
-    locations = batch
+    def locations(self, step: int) -> list[str]:
+        return ["rows.jsonl:1", "rows.jsonl:2"]
 
 
 def test_it_follows_the_kl_at_the_rollouts_temperature() -> None:
