@@ -141,6 +141,7 @@ class Lengths:
 
     name: str = "lengths"
     weight: float = 2.0
+    needs_weights: bool = False
 
     def score(self, answers: Answers) -> np.ndarray:
         return np.array([10.0 + len(text) for _, text in answers.pairs])
@@ -154,7 +155,7 @@ class Letters:
 
 
 class Alone:
-    rank, size = 0, 1
+    rank, size, main = 0, 1, True
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
