@@ -202,6 +202,12 @@ class PolicyReference:
 
 @dataclass(frozen=True)
 class Reference(PolicyReference):
+    model: str = key(
+        "auto",
+        "start: the weights that this stage starts from; previous: the policy at the last refresh of rollout; base: the bare "
+        "base model; a path; auto: previous for rebel with rollout, else start",
+        path=True,
+    )
     cache: bool = key(True, "compute its log-probabilities once and keep them; false: again in every step")
 
 

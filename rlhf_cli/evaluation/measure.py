@@ -20,10 +20,9 @@ from rlhf_cli.evaluation.result import Measured
 from rlhf_cli.evaluation.samples import grouped
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import resolve_dtype
-from rlhf_cli.models.passes import score_responses, token_figures
+from rlhf_cli.models.passes import score_responses
 from rlhf_cli.models.placement import FrozenModels
-from rlhf_cli.ranks import Ranks
-from rlhf_cli.rollout.experience import gather_shares, together
+from rlhf_cli.rollout.experience import read_logps, together
 from rlhf_cli.runs.folder import RunFolder
 
 EVALUATED = "evaluated"  # the role of a reward model that is evaluated, beside those among the terms
@@ -126,7 +125,7 @@ def _agreement_of_terms(job: EvaluationJob, frozen: FrozenModels) -> dict[str, A
 def _text_figures(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone) -> np.ndarray:
     """(P, 2): −Σ log π of the supervised tokens of each prompt's rows, and their number; a row without prompt is one alone."""
     rows = job.rows_of("text", model)
-    logps = _logps(backbone, "policy", rows.trees, job.budget, job.ranks)
+    logps = read_logps(backbone, "policy", rows.trees, job.budget, job.ranks)
     found = np.array([[-sum(part.sum() for part in row), sum(part.shape[1] for part in row)] for row in logps])
     check_finite(list(found), rows.locations, f"{model.name} is broken: evaluate an earlier checkpoint of it")
     prompts: dict[object, int] = {}
@@ -140,11 +139,4 @@ def _text_figures(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone)
 
 def _response_logps(job: EvaluationJob, backbone: Backbone, role: str, trees: Sequence[Tree]) -> list[np.ndarray]:
     """Σ log π of every tree's responses, (K,) each, on every rank."""
-    return [np.array([part.sum() for part in own]) for own in _logps(backbone, role, trees, job.budget, job.ranks)]
-
-
-def _logps(backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks) -> list[list[np.ndarray]]:
-    """(1, n) log π of the n supervised tokens of every response, [tree][response], on every rank."""
-    own = trees[ranks.rank :: ranks.size]
-    read = partial(token_figures, backbone, own, budget, lambda host, batch: (host.logps(role, batch)[0],))
-    return gather_shares(ranks, together(ranks, read))
+    return [np.array([part.sum() for part in own]) for own in read_logps(backbone, role, trees, job.budget, job.ranks)]

@@ -12,14 +12,16 @@ from rlhf_cli.sections import key
 
 @dataclass(frozen=True)
 class Rebel(PairObjective):
-    """((ρ_w − ρ_l)/η − (s_w − s_l))²; Gao et al. 2024, algorithm 1. Scores s come from the data; the implicit reward is ρ/η.
+    """((ρ_w − ρ_l)/η − (s_w − s_l))²; Gao et al. 2024, algorithm 1. The implicit reward is ρ/η.
 
-    The paper's reference is the policy of the iteration before; here it is the one that the recipe names.
+    With `rollout` as in the paper: scores s are the reward's, and the reference is the policy at the last refresh. Without, one
+    iteration on scores of the data.
     """
 
     kind: Literal["rebel"] = "rebel"
     eta: float = key(1.0, "η: nats of log-ratio for a score difference of 1", low=1e-9)
     needs_scores: ClassVar[bool] = True
+    iterated: ClassVar[bool] = True
 
     def loss(self, pair: Pair) -> Tensor:
         lead = pair.chosen.scores - pair.rejected.scores

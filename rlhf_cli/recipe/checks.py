@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,9 +134,15 @@ def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
 
 
 def _reference(recipe: DirectRecipe) -> Iterator[Finding]:
+    reference = recipe.reference
     if not recipe.objective.reference:
+        if reference.model == "start":  # what `auto` comes to, as recorded recipes have it
+            reference = replace(reference, model="auto")
         why = f"with kind: {recipe.objective.kind}, which needs no reference. remove it"
-        yield from no_effect(recipe.reference, "reference.", ("model", "cache"), why)
+        yield from no_effect(reference, "reference.", ("model", "cache"), why)
+    elif reference.model == "previous" and recipe.rollout is None:
+        why = "previous is the policy when responses were last drawn, and without rollout none are. write start, or add rollout"
+        yield "reference.model", why
 
 
 def _balance(recipe: KtoRecipe) -> Iterator[Finding]:
@@ -247,6 +254,9 @@ def _kl(recipe: PpoRecipe) -> Iterator[Finding]:
     if kl.estimator == "k1" and isinstance(objective, Grpo) and objective.scale != "none":
         what = f"k1 is part of the return, and kind: grpo with scale: {objective.scale} takes the scores alone. "
         yield "kl.estimator", f"{what}write k2 or k3, which are loss terms, or remove it"
+    if recipe.reference.model == "previous":
+        what = "previous would be the policy that draws: its KL would be 0 and hold nothing. write start, base or a path"
+        yield "reference.model", what
     if kl.target is None:
         yield from no_effect(kl, "kl.", ("horizon",), "without kl.target. set one, or remove it")
     if kl.coef == 0:
@@ -295,7 +305,7 @@ REWARD = Check(("reward", "reward_combine", "gold"), _reward)
 
 DIRECT = (
     *TRAINING,
-    Check(("objective.kind", "reference"), _reference),
+    Check(("objective.kind", "reference", "rollout"), _reference),
     REWARD,
     Check(("objective.kind", "rollout", "reward", "reward_combine", "gold", "reference"), _online),
 )
@@ -308,7 +318,7 @@ PPO = (
     Check(("objective", "rollout", "train.batch_size"), _samples),
     Check(("objective", "rollout"), _options),
     Check(("objective.kind", "value"), _value),
-    Check(("kl", "objective"), _kl),
+    Check(("kl", "objective", "reference"), _kl),
     Check(("ptx",), _ptx),
 )
 

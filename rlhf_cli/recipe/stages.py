@@ -14,6 +14,7 @@ from rlhf_cli.recipe.checks import DIRECT, KTO, PPO, TRAINING, Check
 from rlhf_cli.recipe.eval_checks import EVALUATION
 from rlhf_cli.recipe.keys import keys_of, sections_in
 from rlhf_cli.recipe.recipes import (
+    DirectRecipe,
     DpoRecipe,
     EvalRecipe,
     IpoRecipe,
@@ -191,6 +192,9 @@ def resolved(recipe: TrainingRecipe, steps: int) -> TrainingRecipe:
         if isinstance(objective, Grpo):
             objective = dataclasses.replace(objective, mean_over=objective.meant_over)
         recipe = dataclasses.replace(recipe, kl=kl, value=value, objective=objective)
+    if isinstance(recipe, DirectRecipe) and recipe.reference.model == "auto":
+        model = "previous" if recipe.objective.iterated and recipe.rollout else "start"
+        recipe = dataclasses.replace(recipe, reference=dataclasses.replace(recipe.reference, model=model))
     return dataclasses.replace(recipe, train=train)
 
 

@@ -161,7 +161,8 @@ def read_run(run: RunFolder, manifest: Mapping[str, Any]) -> RunResult:
 
 def _used(manifest: Mapping[str, Any]) -> Iterator[Used]:
     if reference := manifest.get("reference"):
-        yield Used("reference", reference["model"], reference["adapter"] or reference["base"], True)
+        alone = " (of the KL alone: the loss compares with the policy at the last refresh)" if reference.get("previous") else ""
+        yield Used("reference", reference["model"], (reference["adapter"] or reference["base"]) + alone, True)
     for role in ("reward", "gold"):
         for term in manifest.get(role, ()):
             what = next(term[kind] for kind in KINDS if kind in term)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -209,6 +210,13 @@ def with_responses(prompts: Sequence[Tree], drawn: Sequence[Sequence[Response]])
         tree._replace(responses=tuple(response.ids for response in responses))
         for tree, responses in zip(prompts, drawn, strict=True)
     ]
+
+
+def read_logps(backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks) -> list[list[np.ndarray]]:
+    """(1, n) log π of the n supervised tokens of every response, [tree][response], on every rank."""
+    own = trees[ranks.rank :: ranks.size]
+    read = partial(token_figures, backbone, own, budget, lambda host, batch: (host.logps(role, batch)[0],))
+    return gather_shares(ranks, together(ranks, read))
 
 
 def gather_shares(ranks: Ranks, own: Sequence[T]) -> list[T]:

@@ -17,7 +17,7 @@ from rlhf_cli.data.trees import Recorded, Tree
 from rlhf_cli.metrics import OVERLONG, REDRAWN, ZERO_SPREAD
 from rlhf_cli.objectives.kl import next_coef
 from rlhf_cli.objectives.policy_gradient import REDRAWS, Advantages, PolicyGradient
-from rlhf_cli.rollout.experience import Rollout, Sampler, TokenFigures, together, with_responses
+from rlhf_cli.rollout.experience import Rollout, Sampler, TokenFigures, read_logps, together, with_responses
 
 KL_COEF = "kl_coef"
 """The name of an adapted κ among the objective's own numbers."""
@@ -157,6 +157,7 @@ class PreferenceSource:
     ties: bool  # may responses of one prompt be tied?
     shape: Shape | None
     seed: int
+    previous: bool = False  # is the reference the policy that draws? Its log-probabilities are kept, so its weights need not be
 
     @property
     def steps_per_epoch(self) -> int:
@@ -170,19 +171,31 @@ class PreferenceSource:
         steps = range(step, min(step + self.refresh, self.steps + 1))
         batches = [self.prompts.batch(k) for k in steps]
         rollout = self.sampler.rollout([tree for batch in batches for tree in batch], Stream.ROLLOUT.seed(self.seed, step))
-        trees = iter(ranked(rollout) if self.ties else map(untied, ranked(rollout)))
+        known = ranked(rollout, rollout.tokens.plain if self.previous else rollout.tokens.plain_reference)
+        trees = iter(known if self.ties else map(untied, known))
         shaped = []
         for k, batch in zip(steps, batches, strict=True):
             own = [tree for tree in (next(trees) for _ in batch) if len(set(tree.facts.ranks or ())) > 1]
-            shaped.append(self.shape(own, Stream.MISMATCHES.seed(self.seed, step, k)) if self.shape and own else own)
+            if self.shape and own:
+                own = self.shape(own, Stream.MISMATCHES.seed(self.seed, step, k))
+                if self.previous:  # a response may belong to another prompt by now
+                    own = with_policy_logps(self.sampler, own)
+            shaped.append(own)
         locations = tuple([self.sampler.records[tree.row].where for tree in own] for own in shaped)
         times = {f"time/{name}": seconds for name, seconds in rollout.seconds.items()}
         return StepBatches(step, tuple(shaped), locations, dict(memory), {}, rollout.figures() | zero_spread(rollout) | times)
 
 
-def ranked(rollout: Rollout) -> list[Tree]:
-    """The trees with their responses best first, ties marked as such, and the reference's log-probabilities of each."""
-    known = iter(np.split(rollout.tokens.plain_reference, np.cumsum(rollout.lengths)[:-1]))
+def with_policy_logps(sampler: Sampler, trees: list[Tree]) -> list[Tree]:
+    """The trees with the policy as it is now for their reference."""
+    read = read_logps(sampler.backbone, "policy", trees, sampler.budget, sampler.ranks)
+    known = [tuple(logps[0].astype(np.float32) for logps in own) for own in read]
+    return [tree._replace(reference=own) for tree, own in zip(trees, known, strict=True)]
+
+
+def ranked(rollout: Rollout, logps: np.ndarray) -> list[Tree]:
+    """The trees with their responses best first, ties marked as such, and the reference's log-probabilities (N,) of each."""
+    known = iter(np.split(logps, np.cumsum(rollout.lengths)[:-1]))
     scores = iter(rollout.scores.tolist())
     found = []
     for tree in rollout.trees:

@@ -54,7 +54,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         on_policy = None
         if draws and reference is not None:
             place_reference(job, reference, placement, base)
-            on_policy = _online(job, terms, placement, base)
+            on_policy = _online(job, terms, placement, base, reference.previous)
         elif reference is not None:
             job = _with_reference(job, reference, placement, base)
         trainer = train_job(
@@ -72,6 +72,8 @@ def _announce(job: TrainingJob, reference: ReferenceModel | None, terms: RewardT
     if isinstance(job.recipe, recipes.DirectRecipe) and (rollout := job.recipe.rollout):
         often = "every step" if rollout.refresh == 1 else f"every {rollout.refresh} steps"
         yield f"responses are drawn from the policy {often}, {rollout.responses_per_prompt} to a prompt, and ranked by the reward"
+        if reference is not None and reference.previous and rollout.refresh == 1:
+            yield "each step begins at its reference: loss and margins stay what they are there, and say nothing of progress"
         if rollout.warps:
             drawn = sampling(rollout.temperature, rollout.warps)
             yield f"they are drawn at {drawn}; log-probabilities, KL and entropy are the whole policy's, of what is drawn"
@@ -79,7 +81,7 @@ def _announce(job: TrainingJob, reference: ReferenceModel | None, terms: RewardT
         yield words
 
 
-def _online(job: TrainingJob, terms: RewardTerms, placement: Placement, base: Weights) -> OnPolicy:
+def _online(job: TrainingJob, terms: RewardTerms, placement: Placement, base: Weights, previous: bool) -> OnPolicy:
     """Batches of the policy's own responses, in the form that the objective takes."""
     recipe, (sampler, measure, probe) = job.recipe, set_up_rollouts(job, terms, placement, base)
     assert isinstance(recipe, recipes.DirectRecipe)
@@ -90,7 +92,7 @@ def _online(job: TrainingJob, terms: RewardTerms, placement: Placement, base: We
             as_unpaired, records=sampler.records, max_length=recipe.data.max_length, mismatches=job.objective.mismatches
         )
     refresh, ties = recipe.rollout.refresh, job.objective.learns_ties
-    source = PreferenceSource(sampler, job.source, refresh, job.steps, ties, shape, recipe.seed)
+    source = PreferenceSource(sampler, job.source, refresh, job.steps, ties, shape, recipe.seed, previous)
     order = tuple(float(k) for k in range(recipe.rollout.responses_per_prompt))
     first = [tree._replace(facts=Facts(ranks=order, scores=order[::-1])) for tree in probe]
     return OnPolicy(source, measure, shape(first, recipe.seed) if shape else first)

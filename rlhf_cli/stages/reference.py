@@ -22,11 +22,13 @@ class ReferenceModel:
     start: Start
     base: BaseModel | None  # None: on the hub, and not fetched by --check
     is_start: bool  # the very weights that the policy starts from
+    previous: bool  # for `objective/kl` alone: the loss compares with the policy at the last refresh
 
     @property
-    def record(self) -> dict[str, str | None]:
+    def record(self) -> dict[str, str | bool | None]:
         """What identifies it, in the manifest and when a run is resumed."""
         return {
+            **({"previous": True} if self.previous else {}),
             "model": str(self.start.adapter or self.start.base),
             "base": self.base.weights_hash if self.base else None,
             "adapter": weights_hash(self.start.adapter) if self.start.adapter else None,
@@ -36,6 +38,8 @@ class ReferenceModel:
     def words(self) -> str:
         """What a run says of it."""
         path = self.start.adapter or self.start.base
+        if self.previous:
+            return f"reference: the policy at the last refresh (rollout.refresh); objective/kl is to the start, {path}"
         return f"reference: the weights this run starts from, {path}" if self.is_start else f"reference: {path}"
 
     def parents(self, job: TrainingJob) -> tuple[Parent, ...]:
@@ -58,9 +62,9 @@ def find_reference(job: TrainingJob, check: bool, *, needed: bool = True) -> Ref
             f"{place}: base is the model under an adapter, and {job.recipe.model.path} has none: all its weights were trained. "
             "name the model by its path"
         )
-    if path in ("start", "base"):
+    if path in ("start", "base", "previous"):
         bare = dataclasses.replace(job.start, adapter=None, parent=None, manifest=None)
-        found = job.start if path == "start" else bare
+        found = bare if path == "base" else job.start
     else:
         found = resolve_start(path, None, place)
         tokenizer = load_tokenizer(found.tokenizer, found.revision, job.recipe.model.trust_remote_code)
@@ -69,7 +73,7 @@ def find_reference(job: TrainingJob, check: bool, *, needed: bool = True) -> Ref
     # The same folders, however they are written, or the same hub id.
     weights = [(Path(s.base).resolve(), s.adapter and s.adapter.resolve(), s.revision) for s in (found, job.start)]
     base = base_model(found) if not check or Path(found.base).exists() else None
-    return ReferenceModel(found, base, weights[0] == weights[1])
+    return ReferenceModel(found, base, weights[0] == weights[1], path == "previous")
 
 
 def place_reference(job: TrainingJob, reference: ReferenceModel, placement: Placement, base: Weights) -> None:

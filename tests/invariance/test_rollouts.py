@@ -229,7 +229,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "GSPO": ("ppo", {"objective": {"kind": "grpo", "ratio": "sequence", "clip": 0.02}, "rollout": {"responses_per_prompt": 3}}),
     "online dpo": ("dpo", {"rollout": {"refresh": 2}}),
     "online dpo K": ("dpo", {"objective": {"kind": "plackett_luce"}, "rollout": {"responses_per_prompt": 3}}),
-    "online kto": ("kto", {"rollout": {"refresh": 2}}),
+    "online kto": ("kto", {"rollout": {"refresh": 2}, "reference": {"model": "previous"}}),
 }
 """Name → command, and what its recipe says beside the common keys."""
 

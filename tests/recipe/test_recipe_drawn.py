@@ -149,6 +149,18 @@ REFUSALS = {
     "[{function: file.py:name}]",
     ("dpo", "rollout={}\nreference.cache=false"): "reference.cache: has no effect with rollout: responses are new, so "
     "nothing can be kept. remove it",
+    (
+        "dpo",
+        "reward=null\nreference.model=previous",
+    ): "reference.model: previous is the policy when responses were last drawn, and "
+    "without rollout none are. write start, or add rollout",
+    ("dpo", "rollout={}\nobjective.kind=simpo\nreference.model=previous"): "reference.model: has no effect with kind: simpo, "
+    "which needs no reference. remove it",
+    (
+        "ppo",
+        "reference.model=previous",
+    ): "reference.model: previous would be the policy that draws: its KL would be 0 and hold "
+    "nothing. write start, base or a path",
     ("dpo", "rollout={}\nrollout.responses_per_prompt=1"): "rollout.responses_per_prompt: expected at least 2, found 1",
     ("kto", "rollout={}\ndata.overlong=truncate-response"): "data.overlong: truncate-response has no effect where responses "
     "are drawn. use drop, error or truncate-prompt",

@@ -24,6 +24,7 @@ from rlhf_cli.recipe.stages import (
     REWARD_STAGES,
     TRAINING_STAGES,
     learning_rate_of,
+    resolved,
     sane_learning_rate,
 )
 from rlhf_cli.sections import PolicyReference, Reference
@@ -65,7 +66,7 @@ def test_what_a_stage_trains_and_starts_from() -> None:
 def test_the_default_kind(tmp_path: Path, stage: str) -> None:
     recipe: Any = load(tmp_path, stage).recipe
     kinds = {"sft": "sft", "train-rm": "bradley_terry", "dpo": "dpo", "ipo": "ipo", "kto": "kto", "ppo": "ppo"}
-    references = dict.fromkeys(("dpo", "ipo", "kto"), Reference("start", True)) | {"ppo": PolicyReference("start")}
+    references = dict.fromkeys(("dpo", "ipo", "kto"), Reference("auto", True)) | {"ppo": PolicyReference("start")}
     assert (recipe.stage, recipe.objective.kind) == (stage, kinds[stage])
     assert vars(recipe).get("reference") == references.get(stage)
 
@@ -186,12 +187,30 @@ def test_a_path_of_the_reference_is_expanded(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_resumed_run_may_change_the_cache_and_nothing_else_of_the_reference(tmp_path: Path) -> None:
-    old = dump_recipe(load(tmp_path, "dpo").recipe, "dpo")
-    refuse_changes(old, load(tmp_path, "dpo", "reference.cache=false").recipe)
+    def found(*given: str) -> Any:
+        return resolved(load(tmp_path, "dpo", *given).recipe, 1)
+
+    old = dump_recipe(found("reference.model=start"), "dpo")
+    refuse_changes(old, found("reference.cache=false"))
     with pytest.raises(UsageError, match=r"1 value differs.*\n.*\n  reference\.model  start  base"):
-        refuse_changes(old, load(tmp_path, "dpo", "reference.model=base").recipe)
+        refuse_changes(old, found("reference.model=base"))
     with pytest.raises(UsageError, match=r"\n  objective\.beta  0\.1  0\.2"):
-        refuse_changes(old, load(tmp_path, "dpo", "objective.beta=0.2").recipe)
+        refuse_changes(old, found("objective.beta=0.2"))
+
+
+def test_the_reference_of_an_iterated_kind(tmp_path: Path) -> None:
+    """rebel's is the policy at the last refresh, where there is one and the recipe says nothing; a run of before says `start`."""
+
+    def found(*given: str) -> Any:
+        return resolved(load(tmp_path, "dpo", *given).recipe, 1)
+
+    drawn = ("rollout={}", "reward=[{model: rm}]")
+    assert found("objective.kind=rebel", *drawn).reference.model == "previous"
+    assert found("objective.kind=rebel", *drawn, "reference.model=start").reference.model == "start"
+    assert found("objective.kind=rebel").reference.model == found(*drawn).reference.model == "start"
+    old = dump_recipe(found("objective.kind=rebel", *drawn, "reference.model=start"), "dpo")
+    with pytest.raises(UsageError, match=r"\n  reference\.model  start  previous$"):
+        refuse_changes(old, found("objective.kind=rebel", *drawn))
 
 
 def test_metrics(tmp_path: Path) -> None:
