@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -55,8 +56,7 @@ class PolicySource:
         rounds, chosen = self._draw(step)
         rollout, learned = rounds[0], chosen_of(rounds, chosen)
         in_loss, penalty = self.kl.estimator in ("k2", "k3"), self.objective.length_penalty
-        experience = learned.experience
-        experience = dataclasses.replace(experience, scores=experience.scores + penalty(experience.lengths, longest))
+        experience = dataclasses.replace(learned.experience, scores=learned.scores + penalty(learned.lengths, longest))
         advantages = self.objective.estimate_advantages(experience, 0.0 if in_loss else coef, memory)
         own = {REDRAWN: np.mean(chosen >= len(rollout.trees)), OVERLONG: penalty(rollout.lengths, longest).mean()}
         metrics = {
@@ -89,10 +89,7 @@ class PolicySource:
         A round draws to the first prompts of the batch so many steps later. What could be drawn follows from seed and step
         alone, so that nothing of it is to be kept for the steps after.
         """
-
-        def draw(prompts: list[Tree], seed: int) -> Rollout:
-            return self.sampler.rollout(prompts, seed, values=self.objective.values)
-
+        draw = partial(self.sampler.rollout, values=self.objective.values)
         rounds = [draw(self.prompts.batch(step), Stream.ROLLOUT.seed(self.seed, step))]
         chosen = np.arange(len(rounds[0].trees))
         missing = np.flatnonzero(tied_prompts(rounds[0]))
@@ -121,8 +118,8 @@ def chosen_of(rounds: Sequence[Rollout], chosen: np.ndarray) -> Rollout:
     trees = [tree for one in rounds for tree in one.trees]
     lengths = np.concatenate([one.lengths for one in rounds])
     responses = np.arange(len(lengths)).reshape(len(trees), -1)[chosen].ravel()
-    ends = np.cumsum(lengths)[responses]
-    tokens = np.concatenate([np.arange(end - length, end) for end, length in zip(ends, lengths[responses], strict=True)])
+    places = np.split(np.arange(lengths.sum()), np.cumsum(lengths)[:-1])
+    tokens = np.concatenate([places[k] for k in responses])
     return Rollout(
         trees=[trees[k] for k in chosen],
         ended=np.concatenate([one.ended for one in rounds])[responses],
