@@ -92,6 +92,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("/na", "responses that a term says nothing of:"),
     Metric(ZERO_SPREAD, "prompts whose responses all score alike", plot=Plot("zero_spread", "Prompts of one score", "share")),
     Metric(REDRAWN, "prompts that others replaced"),
+    Metric("/contradicting", "comparisons in which a judge contradicts itself:"),
     Metric(
         "reward/",
         "reward",

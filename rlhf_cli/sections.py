@@ -277,8 +277,32 @@ class Length:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """A language model that compares or scores responses: behind an OpenAI-compatible interface, or a local one."""
+
+    endpoint: str | None = key(
+        None, "URL that /chat/completions follows, e.g. http://localhost:8000/v1; its key is OPENAI_API_KEY of the environment"
+    )
+    model: str | None = key(None, "its name on the server")
+    path: str | None = key(None, "instead of an endpoint: a run, an adapter or a model, asked without a server", path=True)
+    mode: Literal["score", "pairwise"] | None = key(
+        None, "score: how good a response is, 1 to 10; pairwise: is it the better one; null: score in a reward, else pairwise"
+    )
+    prompt: str | None = key(
+        None,
+        "a file with {prompt}, {a} and {b}, to compare, or with {prompt} and {response}, to score; null: a built-in one",
+        path=True,
+    )
+    principles: str | None = key(None, "a file with a principle a line, one of which stands at {principle}", path=True)
+    draws: int = key(1, "principles that each question is asked with; their answers are averaged", low=1)
+    timeout: float = key(60.0, "seconds that an answer may take", low=0.1)
+    retries: int = key(4, "how often a question is asked again that got no answer", low=0)
+    parallel: int = key(4, "questions under way at once", low=1)
+
+
+@dataclass(frozen=True)
 class Reward:
-    """One term of the reward: exactly one of model, function, match, format and length."""
+    """One term of the reward: exactly one of model, function, match, format, length and judge."""
 
     model: str | None = key(
         None, "reward model: the folder of a train-rm run, or a sequence classifier with one label", path=True
@@ -294,11 +318,17 @@ class Reward:
     match: Match | None = key(None, "1 where the response has the answer that a column of its row has, else 0")
     format: str | None = key(None, "regular expression: 1 where all of the response matches it, else 0")
     length: Length | None = key(None, "a penalty on its tokens")
+    judge: Judge | None = key(None, "a language model that judges: {endpoint, model} or {path}")
     name: str | None = key(
         None, "under which it is logged; default: the model's folder, the function's name, or the kind of the term"
     )
     weight: float = key(1.0, "factor of this term in the score")
     normalize: bool | None = key(None, "scores less their mean, over their deviation, as the train-rm run recorded; its default")
+
+    @property
+    def least_responses(self) -> int:
+        """How many responses of a prompt it needs to say anything."""
+        return 2 if self.judge is not None and self.judge.mode == "pairwise" else 1
 
 
 @dataclass(frozen=True)
@@ -328,27 +358,11 @@ class Ptx:
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """A judge behind an OpenAI-compatible interface. The key comes from the environment variable OPENAI_API_KEY, if set."""
-
-    endpoint: str = key(
-        help="URL that /chat/completions follows, e.g. http://localhost:8000/v1; its key is OPENAI_API_KEY of the environment"
-    )
-    model: str = key(help="its name on the server")
-    prompt: str | None = key(
-        None, "a file with {prompt}, {a} and {b}, which asks for A, B or TIE; null: a built-in one", path=True
-    )
-    timeout: float = key(60.0, "seconds that an answer may take", low=0.1)
-    retries: int = key(4, "how often a question is asked again that got no answer", low=0)
-    parallel: int = key(4, "questions under way at once", low=1)
-
-
-@dataclass(frozen=True)
 class Winrate:
     """Whose response is better: each model's against the baseline's to the same prompt."""
 
     baseline: str = key(help="the name of one of the models")
-    judge: str | Endpoint = key("reward", "reward: the score; gold; the name of a term; or {endpoint, model, prompt}")
+    judge: str | Judge = key("reward", "reward: the score; gold; the name of a term; {endpoint, model}; or {path}")
 
 
 SHORT_FORM: dict[type, str] = {Source: "path", EvalSource: "path"}

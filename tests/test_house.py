@@ -21,6 +21,7 @@ FLOORS = (
     ("objectives",),
     ("recipe",),
     ("runs",),
+    ("judges",),
     ("training", "rollout"),
     ("evaluation",),
     ("reports",),

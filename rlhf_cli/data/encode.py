@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,8 @@ EXAMPLES = 5  # lost rows that are named one by one
 TIMEOUTS = 3  # rows on which a template may use up its time before it is refused
 TRIES = 8  # cutting n tokens' worth of text may save a few less: the cut is repeated until the row fits
 READY = "ready-made texts, with a BOS or an end of their own: {count:,}; neither is written twice"
+AS_DRAWN = sections.Data(train=[], max_length=sys.maxsize, control_tokens="keep")
+"""How drawn text is encoded: whatever the policy wrote, and however long it is, has to get its score."""
 WITH_OFFSETS = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
 
 

@@ -1,4 +1,4 @@
-"""Whose response is better: the models of an evaluation compared by their scores, or by a judge behind an endpoint."""
+"""Whose response is better: the models of an evaluation compared by their scores, or by a language model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_cli.data.records import prompt_lines
-from rlhf_cli.evaluation.job import EvaluationJob
-from rlhf_cli.evaluation.judge import Verdicts, judge_all
-from rlhf_cli.evaluation.question import Question
+from rlhf_cli.evaluation.job import JUDGE, EvaluationJob
 from rlhf_cli.evaluation.samples import Samples
 from rlhf_cli.evaluation.winrate import outcomes
-from rlhf_cli.sections import Endpoint
+from rlhf_cli.judges.asking import Verdicts, prepare
+from rlhf_cli.judges.judge import compare
+from rlhf_cli.judges.question import Question
+from rlhf_cli.rollout.judge_terms import find_judge
+from rlhf_cli.sections import Judge
 
 ModelPair = tuple[str, str]
 
@@ -25,10 +27,10 @@ def compare_models(
 ) -> tuple[dict[ModelPair, np.ndarray], list[str]]:
     """(one, other) → (P, K) outcomes of the one's responses against the other's, and what the report is to say of them.
 
-    By scores of all pairs of models; by an endpoint, which is dear enough, of each against the baseline. `verdicts`: where its
-    answers are kept.
+    By scores of all pairs of models; by a judge that is asked, which is dear enough, of each against the baseline. `verdicts`:
+    where the answers of an endpoint are kept.
 
-    MachineError: the endpoint gives no verdict; what it has given is kept.
+    MachineError: an endpoint gives no verdict; what it has given is kept.
     """
     winrate = job.recipe.winrate
     if winrate is None:
@@ -42,7 +44,7 @@ def compare_models(
 
 
 def _asked(
-    job: EvaluationJob, endpoint: Endpoint, samples: Mapping[str, Samples], baseline: str, path: Path
+    job: EvaluationJob, settings: Judge, samples: Mapping[str, Samples], baseline: str, path: Path
 ) -> tuple[dict[ModelPair, np.ndarray], list[str]]:
     names = [name for name in samples if name != baseline]
     questions = [
@@ -56,11 +58,16 @@ def _asked(
         job.console.say(f"the judge has answered {done:,} of {total:,} questions")
 
     job.signals.say("while the judge was asked; its verdicts are kept, continue with --resume")
-    with closing(Verdicts(path)) as verdicts:
-        found = judge_all(endpoint, questions, verdicts, say)
+    recipe = job.recipe
+    local = find_judge(settings, "pairwise", JUDGE, trust_remote_code=recipe.trust_remote_code, check=False)
+    if local is not None:
+        found = compare(local.load(settings, "pairwise", job.frozen_models(), "judge", job.budget), questions)
+    else:
+        with closing(Verdicts(path)) as verdicts:
+            found = compare(prepare(settings, "pairwise", JUDGE, lambda: verdicts, say), questions)
     note = (
-        f"The judge contradicted itself in {found.contradicting:,} of {found.asked:,} comparisons when the responses changed "
-        "places; those count as ties."
+        f"The judge contradicted itself in {found.contradicting.sum():,} of {found.asked.sum():,} comparisons when the responses "
+        "changed places; those count as ties."
     )
     tables = found.outcomes.reshape(len(names), *samples[baseline].shape)
     return {(name, baseline): table for name, table in zip(names, tables, strict=True)}, [note]

@@ -16,11 +16,12 @@ from rlhf_cli.figures import Interval, from_plain, to_plain
 
 
 @dataclass(frozen=True)
-class EndpointJudge:
-    """A model behind an interface that compares."""
+class AskedJudge:
+    """A language model that compares: behind an endpoint, or a local one."""
 
-    endpoint: str
-    model: str
+    endpoint: str | None = None
+    model: str | None = None
+    path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class About:
 
     reference: str | None
     baseline: str | None
-    judge: str | EndpointJudge | None  # gold, reward, or the name of a term
+    judge: str | AskedJudge | None  # gold, reward, or the name of a term
     prompts: int
     responses: int  # to each prompt, of each model
     temperature: float

@@ -15,7 +15,6 @@ from rlhf_cli import sections
 from rlhf_cli.console import Console, of_rank
 from rlhf_cli.data.dataset import check_ids, data_report
 from rlhf_cli.errors import UsageError
-from rlhf_cli.evaluation.judge import prepare as prepare_endpoint
 from rlhf_cli.evaluation.models import EvaluatedModel, Tokenisation, Tokenisations, find_models, recipe_of
 from rlhf_cli.evaluation.rows import SECTIONS, Rows, SectionRows, own_keys, read_rows
 from rlhf_cli.evaluation.splits import trained_on, with_holdout_seed
@@ -23,16 +22,21 @@ from rlhf_cli.figures import sampling
 from rlhf_cli.files import sha256_file
 from rlhf_cli.models.load import positions_of, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
+from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.lengths import Lengths, fitted
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.rollout.judge_terms import find_judge
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
 from rlhf_cli.runs.ancestry import ancestors
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.resume import recorded_recipe
 from rlhf_cli.signals import StopSignals
+
+JUDGE = "winrate.judge"
+"""Where a recipe names who compares, for messages."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,14 @@ class EvaluationJob:
         """Can the reference's log-probabilities be compared with the model's?"""
         return self.reference is not None and self.reference.tokenisation == model.tokenisation
 
+    def frozen_models(self) -> FrozenModels:
+        """Models as the recipe wants them; none is loaded yet."""
+        recipe = self.recipe
+        settings = sections.Model(
+            path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code
+        )
+        return FrozenModels(settings, resolve_dtype(recipe.dtype, self.ranks.device), self.ranks.device)
+
     @property
     def inputs(self) -> dict[str, str]:
         """What a resumed evaluation must have in common with the one before, where it names the same things."""
@@ -89,9 +101,10 @@ class EvaluationJob:
     def code(self) -> dict[str, str]:
         """What may be mended before an evaluation goes on, but makes a finished one another: functions, the judge's prompt."""
         found = dict(self.terms.code)
-        endpoint = self.recipe.winrate and self.recipe.winrate.judge
-        if isinstance(endpoint, sections.Endpoint) and endpoint.prompt is not None:
-            found["winrate.judge.prompt"] = sha256_file(Path(endpoint.prompt))
+        judge = self.recipe.winrate and self.recipe.winrate.judge
+        if isinstance(judge, sections.Judge):
+            files = {"prompt": judge.prompt, "principles": judge.principles}
+            found |= {f"winrate.judge.{key}": sha256_file(Path(path)) for key, path in files.items() if path is not None}
         return found
 
     @property
@@ -117,7 +130,7 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     loaded = dataclasses.replace(loaded, recipe=with_holdout_seed(recipe_of(loaded), origins))
     recipe = recipe_of(loaded)
     if recipe.winrate is not None and not isinstance(recipe.winrate.judge, str):
-        prepare_endpoint(recipe.winrate.judge)
+        find_judge(recipe.winrate.judge, "pairwise", JUDGE, trust_remote_code=recipe.trust_remote_code, check=check)
     _check_dump(loaded, resume, force)
     policies = [model for model in models if not model.is_reward_model]
     writing = list(dict.fromkeys(model.tokenisation for model in policies or models[:1]))
@@ -271,7 +284,7 @@ def plan_evaluation(job: EvaluationJob) -> list[tuple[str, Titled]]:
         settings.insert(0, ("responses", drawn + more))
     if recipe.winrate is not None:
         judge = recipe.winrate.judge
-        asked = judge if isinstance(judge, str) else f"{judge.model} at {judge.endpoint}"
+        asked = judge if isinstance(judge, str) else judge.path or f"{judge.model} at {judge.endpoint}"
         settings.append(("judge", f"{asked}, against {recipe.winrate.baseline}"))
     settings += [("terms", text) for text in job.terms.words]
     return [("models", models), ("rows", rows), ("evaluation", settings)]

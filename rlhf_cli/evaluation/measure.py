@@ -9,7 +9,6 @@ from itertools import chain
 
 import numpy as np
 
-from rlhf_cli import sections
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.job import EvaluationJob
@@ -19,7 +18,6 @@ from rlhf_cli.evaluation.responses import draw_responses, keep_responses, kept_r
 from rlhf_cli.evaluation.result import Measured
 from rlhf_cli.evaluation.samples import grouped
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.load import resolve_dtype
 from rlhf_cli.models.passes import score_responses
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.rollout.experience import read_logps, together
@@ -70,11 +68,9 @@ def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
 
 def _load_frozen(job: EvaluationJob) -> FrozenModels:
     """The frozen models beside the one that is evaluated: the reference and the reward models among the terms."""
-    recipe, reference = job.recipe, job.reference
-    settings = sections.Model(path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code)
-    frozen = FrozenModels(settings, resolve_dtype(recipe.dtype, job.ranks.device), job.ranks.device)
-    if reference is not None:
-        frozen.add("reference", reference.start)
+    frozen = job.frozen_models()
+    if job.reference is not None:
+        frozen.add("reference", job.reference.start)
     job.terms.load(frozen, job.budget)
     return frozen
 

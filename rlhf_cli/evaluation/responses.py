@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from rlhf_cli.data.streams import Stream
 from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.models import EvaluatedModel
-from rlhf_cli.evaluation.samples import Sample
+from rlhf_cli.evaluation.samples import Sample, grouped
 from rlhf_cli.files import to_json, write_atomic
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.placement import FrozenModels
@@ -137,20 +137,22 @@ def score_samples(job: EvaluationJob, model: EvaluatedModel, samples: list[Sampl
     recipe, records, terms = job.recipe, job.rows_of("prompts", model).records, job.terms_of[model.tokenisation]
     reward, gold = terms.load(frozen, job.budget)
     scorers = {f"gold/{scorer.name}": scorer for scorer in gold} | {f"reward/{scorer.name}": scorer for scorer in reward}
+    samples = [sample for row in grouped(samples).own for sample in row]
+    rows = [list(own) for _, own in groupby(samples, key=lambda sample: sample.row)]
     answers = Answers(
         trees=[],
-        records=[records[sample.row] for sample in samples],
-        texts=[[sample.response] for sample in samples],
-        ended=[[sample.ended] for sample in samples],
-        tokens=[[sample.tokens] for sample in samples],
+        records=[records[own[0].row] for own in rows],
+        texts=[[sample.response for sample in own] for own in rows],
+        ended=[[sample.ended for sample in own] for own in rows],
+        tokens=[[sample.tokens for sample in own] for own in rows],
     )
     try:
-        found = {
-            name: np.array([sample.terms[name] for sample in samples], np.float64)
-            if terms.named[name].needs_weights
-            else scorer.score(answers)
-            for name, scorer in scorers.items()
-        }
+        found: dict[str, np.ndarray] = {}
+        for name, scorer in scorers.items():
+            names = [name, *(f"{name}/{what}" for what in scorer.beside)]
+            known = scorer.needs_weights  # since they were drawn
+            values = [[sample.terms[each] for sample in samples] for each in names] if known else scorer.score(answers)
+            found |= zip(names, np.atleast_2d(np.array(values, np.float64)), strict=True)
     except Stopped:
         raise
     except RunError as error:

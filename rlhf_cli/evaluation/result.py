@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.compare import ModelPair
-from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
+from rlhf_cli.evaluation.eval_json import About, AskedJudge, EvaluationResult
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
 from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.overoptimisation import Point, best_of_points, fit_series, run_point
@@ -18,7 +18,7 @@ from rlhf_cli.evaluation.samples import Samples, figures, log_ratios
 from rlhf_cli.evaluation.winrate import WinRate, ratings, win_rate
 from rlhf_cli.figures import Interval
 from rlhf_cli.recipe import recipes
-from rlhf_cli.sections import Endpoint
+from rlhf_cli.sections import Judge
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def summarise(
         about=About(
             reference=recipe.reference,
             baseline=winrate.baseline if winrate else None,
-            judge=EndpointJudge(judge.endpoint, judge.model) if isinstance(judge, Endpoint) else judge,
+            judge=AskedJudge(judge.endpoint, judge.model, judge.path) if isinstance(judge, Judge) else judge,
             prompts=prompts,
             responses=drawn.responses_per_prompt,
             temperature=drawn.temperature,

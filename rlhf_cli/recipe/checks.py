@@ -194,6 +194,12 @@ def _reward(recipe: PpoRecipe | DirectRecipe | EvalRecipe) -> Iterator[Finding]:
     for index, term in enumerate(recipe.reward or []):
         if term.weight == 0:
             yield f"reward.{index}.weight", "0 leaves the term out of the score. move it to gold, where it is only measured"
+    rollout = recipe.rollout
+    for name, terms in (("reward", recipe.reward), ("gold", recipe.gold)):
+        for index, term in enumerate(terms or []):
+            if rollout is not None and term.least_responses > rollout.responses_per_prompt:
+                why = "compares the responses of a prompt. set rollout.responses_per_prompt to 2 or more, or mode: score"
+                yield f"{name}.{index}.judge.mode", f"pairwise {why}"
     for index, term in enumerate(recipe.gold or []):
         yield from no_effect(term, f"gold.{index}.", ("weight",), "on a term that is only measured. remove it")
     if recipe.reward is not None and len(recipe.reward) == 1:
@@ -301,7 +307,7 @@ TRAINING = (
     Check(("data.overlong", "data.max_length", "rollout"), _drawn),
 )
 
-REWARD = Check(("reward", "reward_combine", "gold"), _reward)
+REWARD = Check(("reward", "reward_combine", "gold", "rollout"), _reward)
 
 DIRECT = (
     *TRAINING,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from rlhf_cli.recipe.checks import REWARD, Check, Finding, hub_keys, no_effect
 from rlhf_cli.recipe.recipes import EvalRecipe, is_pattern
-from rlhf_cli.recipe.rewards import term_names
-from rlhf_cli.sections import Endpoint
+from rlhf_cli.recipe.rewards import check_judge, term_names
+from rlhf_cli.sections import Judge
 from rlhf_cli.suggest import did_you_mean
 
 
@@ -74,11 +74,13 @@ def _winrate(recipe: EvalRecipe) -> Iterator[Finding]:
         yield "winrate", "there is no other model to compare with the baseline. add one to models"
 
 
-def _judge(judge: str | Endpoint, recipe: EvalRecipe) -> Iterator[Finding]:
+def _judge(judge: str | Judge, recipe: EvalRecipe) -> Iterator[Finding]:
     key = "winrate.judge"
     if not isinstance(judge, str):
-        if not judge.endpoint.startswith(("http://", "https://")):
-            yield f"{key}.endpoint", f"expected a URL, found {judge.endpoint}. write http:// or https:// before it"
+        if wrong := check_judge(judge):
+            yield key, wrong
+        if judge.mode == "score":
+            yield f"{key}.mode", "score compares nothing. remove it, or make the judge a term of the reward and name that"
         return
     rewards, golds = map(term_names, recipe.terms)
     whole = {"reward": rewards, "gold": golds}

@@ -36,6 +36,7 @@ from rlhf_cli.sections import (
     Data,
     EvalSampling,
     EvalSource,
+    Judge,
     Kl,
     Lora,
     Model,
@@ -72,7 +73,9 @@ class Recipe:
     @property
     def paths(self) -> list[str]:
         """What it reads: local paths or hub ids of models and data."""
-        return [term.model for terms in self.terms for term in terms if term.model is not None]
+        terms = [term for own in self.terms for term in own]
+        judges = [term.judge.path for term in terms if term.judge is not None]
+        return [path for path in (*(term.model for term in terms), *judges) if path is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +306,8 @@ class EvalRecipe(Reading, Scoring, Evaluated, Recipe):
     def paths(self) -> list[str]:
         sources = [source for rows in (self.prompts, self.preferences, self.text) for source in rows or ()]
         models = [path for path in self.models.values() if not is_pattern(path)]
+        if self.winrate is not None and isinstance(self.winrate.judge, Judge) and self.winrate.judge.path is not None:
+            models.append(self.winrate.judge.path)
         return [*models, *super().paths, *(source.path for source in sources)]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from rlhf_cli.sections import Length, Match, Reward
+    from rlhf_cli.sections import Judge, Length, Match, Reward
 
 
 def _name_of_folder(path: str) -> str:
@@ -48,6 +49,23 @@ def _check_length(length: Length) -> str | None:
     return None if (length.max is None) != (length.target is None) else "expected one of max and target. give one"
 
 
+def check_judge(judge: Judge) -> str | None:
+    """What is wrong with a judge's section: one that is nobody, or keys that have no effect on it."""
+    if (judge.endpoint is None) == (judge.path is None):
+        return "expected one of endpoint and path. give one"
+    if judge.endpoint is not None and judge.model is None:
+        return "an endpoint has several models. name one: model"
+    if judge.endpoint is not None and not judge.endpoint.startswith(("http://", "https://")):
+        return f"endpoint: expected a URL, found {judge.endpoint}. write http:// or https:// before it"
+    usual = {each.name: each.default for each in dataclasses.fields(judge)}
+    for name in ("model", "timeout", "retries", "parallel"):
+        if judge.path is not None and vars(judge)[name] != usual[name]:
+            return f"{name} has no effect on a local model. remove it"
+    if judge.draws > 1 and judge.principles is None:
+        return "draws has no effect without principles: the same question has the same answer. remove it"
+    return None
+
+
 class Kind(NamedTuple):
     """A kind of term, as far as a recipe shows it."""
 
@@ -63,6 +81,7 @@ KINDS: dict[str, Kind] = {
     "match": Kind("match", lambda it: "match", check=_check_match),
     "format": Kind("format", lambda it: "format", check=_check_pattern),
     "length": Kind("length", lambda it: "length", check=_check_length),
+    "judge": Kind("judge", lambda it: "judge", check=check_judge),
 }
 """The key of a term that says what it is → its kind; a term has one of them."""
 

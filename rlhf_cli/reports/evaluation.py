@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
-from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
+from rlhf_cli.evaluation.eval_json import About, AskedJudge, EvaluationResult
 from rlhf_cli.evaluation.overoptimisation import Fit
 from rlhf_cli.evaluation.samples import Sample, Samples
 from rlhf_cli.figures import Interval, count, number, percent, percent_with_interval, sampling, with_interval
@@ -224,7 +224,7 @@ def _example(mine: Sample, theirs: Sample, gain: float | None) -> Example:
 
 def _worth(sample: Sample, about: About) -> float | None:
     """To the judge; without one, by gold, else by the score. None: no number tells."""
-    if isinstance(about.judge, EndpointJudge):
+    if isinstance(about.judge, AskedJudge):
         return None
     has_gold = any(name.startswith("gold/") for name in sample.terms)
     return sample.worth(about.judge or ("gold" if has_gold else "reward"))

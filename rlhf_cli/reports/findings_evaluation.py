@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from rlhf_cli.evaluation.eval_json import About, EndpointJudge, EvaluationResult
+from rlhf_cli.evaluation.eval_json import About, AskedJudge, EvaluationResult
 from rlhf_cli.evaluation.intervals import apart
 from rlhf_cli.evaluation.overoptimisation import Peak, Point
 from rlhf_cli.evaluation.winrate import WinRate
@@ -22,8 +22,8 @@ MOSTLY = 0.5
 def judge_of(about: About) -> str:
     """Who compares, in words."""
     judge = about.judge
-    if isinstance(judge, EndpointJudge):
-        return f"{judge.model} (an endpoint)"
+    if isinstance(judge, AskedJudge):
+        return f"{judge.path} (a local model)" if judge.path else f"{judge.model} (an endpoint)"
     return {"gold": "gold", "reward": "the reward", None: "nobody"}.get(judge) or f"the term {judge}"
 
 
@@ -133,7 +133,7 @@ def _golds(result: EvaluationResult) -> Iterator[Finding]:
             said += f"; {standard} has {with_interval(own[standard])}"
         title = metric(name).titled(name)
         yield Finding("note", f"Mean {title[0].lower()}{title[1:]}:" if len(own) > 1 else f"{title}:", f"{said}.")
-    if scored and not golds and not isinstance(result.about.judge, EndpointJudge):
+    if scored and not golds and not isinstance(result.about.judge, AskedJudge):
         said = "Nothing measured whether the responses are better by another yardstick than the reward itself: add gold."
         yield Finding("note", "No second yardstick.", said)
 

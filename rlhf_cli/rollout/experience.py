@@ -122,13 +122,18 @@ class Sampler:
         self.pause()
         tokens = gather_shares(self.ranks, together(self.ranks, lambda: self._tokens(share_of_trees, values)))
         names = [f"reward/{term.name}" for term in self.terms] + [f"gold/{term.name}" for term in self.gold]
+        terms = {name: rows[0] for name, rows in zip(names, worth, strict=True)}
+        for name, term, rows in zip(names, (*self.terms, *self.gold), worth, strict=True):
+            terms |= {f"{name}/{what}": row for what, row in zip(term.beside, rows[1:], strict=True)}
         ended = np.array([response.ended for responses in drawn for response in responses])
-        weights = [term.weight for term in self.terms]
-        scores = combined(self.combine, worth[: len(weights)], weights, answers.pairs) if weights else np.zeros(len(ended))
+        scores = np.zeros(len(ended))
+        if self.terms:
+            weights = [term.weight for term in self.terms]
+            scores = combined(self.combine, np.stack([rows[0] for rows in worth[: len(weights)]]), weights, answers.pairs)
         return Rollout(
             trees=trees,
             ended=ended,
-            terms=dict(zip(names, worth, strict=True)),
+            terms=terms,
             scores=scores - self.settings.missing_eos_penalty * ~ended,
             tokens=TokenFigures(*(np.concatenate(figures) for figures in zip(*tokens, strict=True))),
             seconds={"rollout": drawn_at - started, "score": time.monotonic() - drawn_at},
@@ -165,8 +170,8 @@ class Sampler:
             tokens=[[len(response.ids) for response in responses] for responses in drawn],
         )
 
-    def _worth(self, own: Answers, answers: Answers) -> np.ndarray:
-        """(terms, M) of all responses, gold after the reward, on every rank.
+    def _worth(self, own: Answers, answers: Answers) -> list[np.ndarray]:
+        """What each term gives all responses, (1 + what it tells beside, M), gold after the reward, on every rank.
 
         A term with weights scores each rank's own answers. One that sees texts alone is asked once, on rank 0, about all of them:
         what it says may depend on the others.
@@ -174,15 +179,19 @@ class Sampler:
         scorers, ends = (*self.terms, *self.gold), np.cumsum(list(map(len, own.texts)))
         shares = together(
             self.ranks,
-            lambda: [np.split(term.score(own), ends[:-1]) if len(ends) else [] for term in scorers if term.needs_weights],
+            lambda: [
+                np.split(np.atleast_2d(term.score(own)), ends[:-1], 1) if len(ends) else []
+                for term in scorers
+                if term.needs_weights
+            ],
         )
-        shared = (np.concatenate(gather_shares(self.ranks, share)) for share in shares)
+        shared = (np.concatenate(gather_shares(self.ranks, share), 1) for share in shares)
         asked = together(
-            self.ranks, lambda: [term.score(answers) for term in scorers if not term.needs_weights] if self.ranks.main else []
+            self.ranks,
+            lambda: [np.atleast_2d(term.score(answers)) for term in scorers if not term.needs_weights and self.ranks.main],
         )
         alone = iter(self.ranks.gather(asked)[0])
-        found = [next(shared) if term.needs_weights else next(alone) for term in scorers]
-        return np.array(found, np.float64).reshape(len(scorers), len(answers.pairs))
+        return [next(shared) if term.needs_weights else next(alone) for term in scorers]
 
     def _tokens(self, trees: list[Tree], values: bool) -> list[TokenFigures]:
         """Of the response tokens of every tree."""

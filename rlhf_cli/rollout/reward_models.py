@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 
 from rlhf_cli import sections
-from rlhf_cli.data.encode import encode
+from rlhf_cli.data.encode import AS_DRAWN, encode
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.templates import ChatFormat, Template, read_chat_format, tokenise
 from rlhf_cli.data.trees import Tree, span
@@ -28,8 +27,6 @@ from rlhf_cli.runs.parents import Start, base_model, recorded_template, resolve_
 
 RECORDED = " or ".join(REWARD_STAGES)
 """The stage whose manifests record the mean and the standard deviation of a reward model's scores."""
-AS_DRAWN = sections.Data(train=[], max_length=sys.maxsize, control_tokens="keep")
-"""How drawn text is encoded: whatever the policy wrote, and however long it is, has to get its score."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,10 @@ class RewardModel(RewardTerm):
     reader: Reader
 
     kind: ClassVar[str] = "reward model"
-    needs_weights: ClassVar[bool] = True
+
+    @property
+    def needs_weights(self) -> bool:
+        return True
 
     @classmethod
     def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> Self:
@@ -137,6 +137,7 @@ class RewardModelScorer:
     reader: Reader
 
     needs_weights: ClassVar[bool] = True
+    beside: ClassVar[tuple[str, ...]] = ()
 
     def score(self, answers: Answers) -> np.ndarray:
         """(M,) float64, tree by tree.

@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -56,8 +57,15 @@ class Scorer(Protocol):
     def weight(self) -> float: ...
     @property
     def needs_weights(self) -> bool: ...
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What else it tells of each response, for the log."""
+
     def score(self, answers: Answers) -> np.ndarray:
-        """(M,) float64 of all responses, tree by tree, before the weight; NaN where it says nothing. Raises RunError."""
+        """(M,) float64 of all responses, tree by tree, before the weight; NaN where it says nothing. Raises RunError.
+
+        With `beside` (1 + its length, M).
+        """
 
     def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
         """(K,) of the responses of each given row, as they are and not normalised. Raises RunError."""
@@ -71,6 +79,7 @@ class PolicyText:
     template: Template
     trust_remote_code: bool
     check: bool  # models on the hub are not fetched
+    folder: Path = Path()  # the run's, where what a judge says is kept
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,11 @@ class RewardTerm(ABC):
     place: str  # begins every message
 
     kind: ClassVar[str]  # what an evaluation's preferences call it
-    needs_weights: ClassVar[bool] = False  # False: it sees texts alone, and one process can score those of all
+
+    @property
+    def needs_weights(self) -> bool:
+        """False: it sees texts alone, and one process can score those of all."""
+        return False
 
     @classmethod
     @abstractmethod
@@ -143,6 +156,7 @@ class TextTerm(RewardTerm):
     """A term that sees texts alone."""
 
     kind: ClassVar[str] = "term"
+    beside: ClassVar[tuple[str, ...]] = ()
 
     def load(self, models: FrozenModels, role: str, budget: int) -> Self:
         return self

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf_cli import sections
@@ -11,6 +13,7 @@ from rlhf_cli.data.requests import Lent
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import kinds_of, name_of
+from rlhf_cli.rollout.judge_terms import JudgeTerm
 from rlhf_cli.rollout.reward_functions import RewardFunction
 from rlhf_cli.rollout.reward_models import RewardModel
 from rlhf_cli.rollout.rewards import PolicyText, RewardTerm, Scorer
@@ -23,6 +26,7 @@ TERMS: dict[str, type[RewardTerm]] = {
     "match": MatchTerm,
     "format": FormatTerm,
     "length": LengthTerm,
+    "judge": JudgeTerm,
 }
 """Key of a term in the recipe → its class."""
 
@@ -75,6 +79,7 @@ class RewardTerms:
 def find_terms(loaded: Loaded, policy: PolicyText) -> RewardTerms:
     """What `reward` and `gold` name. UsageError: a term's source is not there, or is no reward."""
     found: dict[str, list[RewardTerm]] = {"reward": [], "gold": []}
+    policy = dataclasses.replace(policy, folder=Path(loaded.recipe.output))
     for key, kind, term in _terms(loaded):
         found[key.partition(".")[0]].append(TERMS[kind].find(term, name_of(term), loaded.named(f"{key}.{kind}"), policy))
     return RewardTerms(**found)

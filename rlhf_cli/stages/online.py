@@ -70,11 +70,15 @@ def set_up_rollouts(
     own = sampler(reading.train)
     measure: Measure | None = None
     if held_out is not None:
+        least = max(term.least_responses for terms in recipe.terms for term in terms)
         unseen, prompts, seed = sampler(reading.held_out), list(held_out.trees), Stream.HELD_OUT.seed(recipe.seed)
 
         def measure(state: State) -> dict[str, float]:
-            """Of one response to every prompt. The same random numbers each time: two measurements differ by the policy."""
-            rollout = unseen.rollout(prompts, seed, samples=1)
+            """Of one response to every prompt, or of two where a term compares.
+
+            The same random numbers each time: two measurements differ by the policy.
+            """
+            rollout = unseen.rollout(prompts, seed, samples=least)
             return rollout.figures(state.memory.get(KL_COEF, recipe.kl.coef) if isinstance(recipe, recipes.PpoRecipe) else None)
 
     return own, measure, probe(own, job.source.batch(1), recipe.seed)

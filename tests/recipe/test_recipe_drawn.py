@@ -41,11 +41,14 @@ REFUSALS = {
     # terms
     ("ppo", "reward=[]"): "reward: the list is empty. name a term, such as {model: …} or {function: file.py:name}",
     ("ppo", "gold=[]"): "gold: the list is empty. name a term, such as {model: …} or {function: file.py:name}",
-    ("ppo", "reward=[{weight: 2}]"): "reward.0: expected one of model, function, match, format, length, found none. name one",
+    (
+        "ppo",
+        "reward=[{weight: 2}]",
+    ): "reward.0: expected one of model, function, match, format, length, judge, found none. name one",
     (
         "ppo",
         "reward=[{model: a, function: f.py:b}]",
-    ): "reward.0: expected one of model, function, match, format, length, found model and function. make it 2 terms",
+    ): "reward.0: expected one of model, function, match, format, length, judge, found model and function. make it 2 terms",
     (
         "ppo",
         "reward=[{function: f.py}]",
@@ -184,7 +187,7 @@ def test_every_fault_of_a_list_of_terms_has_its_line(tmp_path: Path) -> None:
     ]
     assert refused(tmp_path, "ppo", text=text.replace("wieght", "weight").replace("modle", "model")) == [
         "r.yaml:7: reward.1.function: expected file.py:name, found f.py. name a function in a Python file",
-        "r.yaml:8: reward.2: expected one of model, function, match, format, length, found none. name one",
+        "r.yaml:8: reward.2: expected one of model, function, match, format, length, judge, found none. name one",
     ]
     assert refused(tmp_path, "ppo", text=PLAIN) == [
         "r.yaml:1: reward: missing. add it: a list of terms: {model: …} or {function: file.py:name}"

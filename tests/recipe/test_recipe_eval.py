@@ -20,7 +20,7 @@ from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.keys import keys_of, walk
 from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.recipe.recipes import EvalRecipe
-from rlhf_cli.sections import Endpoint, EvalSampling, EvalSource, PolicySampling, Reward, Sampling, Winrate
+from rlhf_cli.sections import EvalSampling, EvalSource, Judge, PolicySampling, Reward, Sampling, Winrate
 
 ROOT = Path(__file__).parents[2]
 MODELS = "output: runs/e\nmodels: {sft: runs/sft, dpo: runs/dpo}\n"
@@ -97,7 +97,7 @@ def test_defaults(tmp_path: Path) -> None:
         "tokens_per_device": "auto",
     }
     judged = recipe(tmp_path, "winrate.baseline=sft", "winrate.judge={endpoint: 'http://x', model: m}")
-    assert judged.winrate == Winrate("sft", Endpoint("http://x", "m", prompt=None, timeout=60.0, retries=4, parallel=4))
+    assert judged.winrate == Winrate("sft", Judge("http://x", "m", prompt=None, timeout=60.0, retries=4, parallel=4))
     assert recipe(tmp_path, "winrate.baseline=sft", text=SCORED).winrate == Winrate("sft", "reward")
 
 
@@ -129,7 +129,7 @@ def test_overrides_reach_into_every_section(tmp_path: Path) -> None:
     assert changed.prompts == [EvalSource("p.jsonl", limit=3)]
     assert changed.preferences == [EvalSource("q.jsonl")]
     assert changed.reward == [Reward("runs/rm", weight=2.0)]
-    assert changed.winrate == Winrate("sft", Endpoint("https://y/v1", "m"))
+    assert changed.winrate == Winrate("sft", Judge("https://y/v1", "m"))
     assert changed.best_of_n == [2]
     assert changed.terms == ([Reward("runs/rm", weight=2.0)], [])
 
@@ -293,16 +293,15 @@ FAULTS = {
     (
         GOOD,
         "winrate: {baseline: sft, judge: {endpoint: 'x:8000/v1', model: m}}",
-    ): "4: winrate.judge.endpoint: expected a URL, found x:8000/v1. write http:// or https:// before it",
+    ): "4: winrate.judge: endpoint: expected a URL, found x:8000/v1. write http:// or https:// before it",
     (
         GOOD,
         "winrate: {baseline: sft, judge: {endpoint: 'http://x'}}",
-    ): "4: winrate.judge.model: missing. add it: its name on the server",
+    ): "4: winrate.judge: an endpoint has several models. name one: model",
     (
         GOOD,
         "winrate: {baseline: sft, judge: {model: m}}",
-    ): "4: winrate.judge.endpoint: missing. add it: URL that /chat/completions follows, e.g. http://localhost:8000/v1; "
-    "its key is OPENAI_API_KEY of the environment",
+    ): "4: winrate.judge: expected one of endpoint and path. give one",
     (
         GOOD,
         "winrate: {baseline: sft, judge: {url: 'http://x', model: m}}",
@@ -310,11 +309,11 @@ FAULTS = {
     (
         GOOD,
         "winrate: {baseline: sft, judge: {endpoint: 'http://x', model: m, api_key: k}}",
-    ): "4: winrate.judge.api_key: unknown key. keys here: endpoint, model, prompt, timeout, retries, parallel",
+    ): "4: winrate.judge.api_key: unknown key. keys here: endpoint, model, path, mode, prompt, principles, draws, timeout, retries, parallel",
     (
         JUDGED,
         "winrate: {baseline: sft, judge: [gold]}",
-    ): "6: winrate.judge: expected text or keys (endpoint, model, prompt, …), found a list. the default is reward",
+    ): "6: winrate.judge: expected text or keys (endpoint, model, path, …), found a list. the default is reward",
     (
         ALONE + "dump_pairs: a.jsonl\n",
         "winrate: {baseline: sft, judge: {endpoint: 'http://x', model: m}}",
@@ -507,7 +506,7 @@ def test_environment_in_paths_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = recipe(tmp_path, text=text + judge)
     assert found.models == {"sft": "runs/sft", "dpo": "/big/dpo/*"}
     assert found.dump_pairs == "/big/a.jsonl"
-    assert found.winrate == Winrate("sft", Endpoint("http://x", "${RLHF_TEST_ROOT}", prompt="/big/q"))
+    assert found.winrate == Winrate("sft", Judge("http://x", "${RLHF_TEST_ROOT}", prompt="/big/q"))
 
 
 def test_the_judges_key_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,10 +49,13 @@ def test_first_suggestion_is_right_for_every_key(tmp_path: Path) -> None:
     path.write_text("output: o\nmodel: {path: m}\ndata: {train: x}\n")
     asked, rejected, right = 0, 0, 0
     for stage, row in STAGES.items():
+        known = {dotted for dotted, _ in keys_with_kinds(stage, row.recipe)}
         for dotted, kind in keys_with_kinds(stage, row.recipe):
             prefix, _, name = dotted.rpartition(".")
             place = place_of(prefix)
             for typo in typos(name, rng):
+                if f"{prefix}.{typo}" in known:  # top_p is one letter from top_k
+                    continue
                 wrong, meant = (f"{place}.{word}" if place else word for word in (typo, name))
                 asked += 1
                 with pytest.raises(UsageError) as caught:

@@ -10,9 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,114 +19,17 @@ import pytest
 
 from rlhf_cli.data.records import prompt_lines
 from rlhf_cli.errors import MachineError, RunError, Stopped, UsageError
-from rlhf_cli.evaluation import endpoint, judge
-from rlhf_cli.evaluation.judge import Comparisons, Verdicts, judge_all
-from rlhf_cli.evaluation.question import PROMPT, Question, filled, read_verdict
-from rlhf_cli.sections import Endpoint
+from rlhf_cli.judges import asking as judge
+from rlhf_cli.judges import endpoint
+from rlhf_cli.judges.asking import Verdicts, prepare
+from rlhf_cli.judges.judge import Comparisons, compare
+from rlhf_cli.judges.question import PROMPT, Question, filled, read_verdict
+from rlhf_cli.sections import Judge
+from tests.judges.server import Model, Reply, Serve, always, error, longer, responses, said, serve
+
+__all__ = ["serve"]
 
 SECRET = "sk-proj-ghijklmnopabcdefWXYZ"
-Reply = tuple[int, dict[str, str], bytes]
-Behaviour = Callable[["Model", str], Reply]
-
-
-def said(text: object, **choice: object) -> Reply:
-    body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, **choice}]}
-    return 200, {}, json.dumps(body).encode()
-
-
-def error(status: int, message: str, **headers: str) -> Reply:
-    return (
-        status,
-        {name.replace("_", "-"): value for name, value in headers.items()},
-        json.dumps({"error": {"message": message}}).encode(),
-    )
-
-
-def responses(message: str) -> tuple[str, str]:
-    """The two responses in the built-in prompt."""
-    a = re.search(r"<response_a>\n(.*)\n</response_a>", message, re.DOTALL)
-    b = re.search(r"<response_b>\n(.*)\n</response_b>", message, re.DOTALL)
-    assert a and b
-    return a[1], b[1]
-
-
-def longer(model: Model, message: str) -> Reply:
-    """A fair judge: the longer response is better, wherever it stands."""
-    a, b = responses(message)
-    return said("I looked at A and B.\n" + ("TIE" if len(a) == len(b) else "A" if len(a) > len(b) else "B"))
-
-
-def always(text: object) -> Behaviour:
-    return lambda model, message: said(text)
-
-
-class Model(ThreadingHTTPServer):
-    """A server that answers as `behave` says, and what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self, behave: Behaviour) -> None:
-        self.behave = behave
-        self.asked: list[str] = []
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.times: list[float] = []
-        self.paths: list[str] = []
-        self.lock = threading.Lock()
-        self.open = threading.Event()  # set: requests that hang go on
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Model
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        message = body["messages"][-1]["content"]
-        with self.server.lock:
-            self.server.asked.append(message)
-            self.server.bodies.append(body)
-            self.server.headers.append(dict(self.headers))
-            self.server.times.append(time.monotonic())
-            self.server.paths.append(self.path)
-        status, headers, content = self.server.behave(self.server, message)
-        try:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-        except OSError:
-            return  # who asked is gone
-
-    do_GET = do_POST
-
-    def log_message(self, *_: object) -> None:
-        return
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Behaviour], Model]]:
-    running: list[Model] = []
-
-    def start(behave: Behaviour) -> Model:
-        running.append(Model(behave))
-        threading.Thread(target=running[-1].serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return running[-1]
-
-    yield start
-    for model in running:
-        model.open.set()
-        model.shutdown()
-        model.server_close()
-
-
-Serve = Callable[[Behaviour], Model]
 
 
 @pytest.fixture(autouse=True)
@@ -139,17 +40,17 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "BACKOFF", 0.0)
 
 
-def settings(server: Model | str, **changed: Any) -> Endpoint:
+def settings(server: Model | str, **changed: Any) -> Judge:
     url = server if isinstance(server, str) else server.url
-    return Endpoint(**{"endpoint": url, "model": "judge-7b", "timeout": 10.0, "retries": 2, "parallel": 2, **changed})
+    return Judge(**{"endpoint": url, "model": "judge-7b", "timeout": 10.0, "retries": 2, "parallel": 2, **changed})
 
 
-def judged(chosen: Endpoint, comparisons: list[Question], path: Path, **given: Any) -> Comparisons:
+def judged(chosen: Judge, comparisons: list[Question], path: Path, **given: Any) -> Comparisons:
     with contextlib.closing(Verdicts(path)) as verdicts:
-        return judge_all(chosen, comparisons, verdicts, **{"say": lambda *_: None, **given})
+        return compare(prepare(chosen, "pairwise", "winrate.judge", lambda: verdicts, **given), comparisons)
 
 
-def refused(kind: type[RunError], chosen: Endpoint, comparisons: list[Question], path: Path) -> str:
+def refused(kind: type[RunError], chosen: Judge, comparisons: list[Question], path: Path) -> str:
     with pytest.raises(kind) as caught:
         judged(chosen, comparisons, path)
     return str(caught.value)
@@ -183,7 +84,7 @@ class TestOutcomes:
         model = serve(longer)
         found = judged(settings(model), FOUR, path)
         assert found.outcomes.tolist() == [1.0, 0.0, 0.5, 0.5]
-        assert (found.asked, found.contradicting) == (3, 0)
+        assert (found.asked.sum(), found.contradicting.sum()) == (3, 0)
         assert len(model.asked) == 4
         assert Counter(responses(message) for message in model.asked) == {
             ("because of it", "no"): 1,
@@ -196,25 +97,25 @@ class TestOutcomes:
     def test_the_same_place_in_both_orders_is_a_tie_and_a_contradiction(self, serve: Serve, path: Path, verdict: str) -> None:
         found = judged(settings(serve(always(verdict))), FOUR, path)
         assert found.outcomes.tolist() == [0.5] * 4
-        assert (found.asked, found.contradicting) == (3, 3)
+        assert (found.asked.sum(), found.contradicting.sum()) == (3, 3)
 
     def test_a_tie_and_a_win_is_a_tie_without_a_contradiction(self, serve: Serve, path: Path) -> None:
         """The judge says TIE where "no" stands first, else A."""
         model = serve(lambda _, message: said("TIE" if responses(message)[0] == "no" else "A"))
         found = judged(settings(model), FOUR[:1], path)
-        assert (found.outcomes.tolist(), found.contradicting) == ([0.5], 0)
+        assert (found.outcomes.tolist(), found.contradicting.sum()) == ([0.5], 0)
 
     def test_half_contradict(self, serve: Serve, path: Path) -> None:
         """Fair about "fair", blind about the other; equal texts do not dilute the share."""
         pairs = [Question("fair", "xx", "y"), Question("blind", "xx", "y"), Question("blind", "z", "z")]
         model = serve(lambda m, message: longer(m, message) if "\nfair\n" in message else said("A"))
         found = judged(settings(model), pairs, path)
-        assert (found.outcomes.tolist(), found.asked, found.contradicting) == ([1.0, 0.5, 0.5], 2, 1)
+        assert (found.outcomes.tolist(), found.asked.sum(), found.contradicting.sum()) == ([1.0, 0.5, 0.5], 2, 1)
 
     def test_nothing_to_ask(self, path: Path) -> None:
         assert judged(settings("http://127.0.0.1:9/v1"), [], path).outcomes.shape == (0,)
         found = judged(settings("http://127.0.0.1:9/v1"), FOUR[3:], path)
-        assert (found.outcomes.tolist(), found.asked) == ([0.5], 0)
+        assert (found.outcomes.tolist(), found.asked.sum()) == ([0.5], 0)
 
     def test_any_number_of_workers_gives_the_same(self, serve: Serve, tmp_path: Path) -> None:
         """Answers come in any order: each waits between 0 and 8 ms."""
@@ -257,7 +158,7 @@ class TestQuestion:
         judged(settings(model, endpoint=model.url + "/"), PAIR, path)
         assert set(model.paths) == {"/v1/chat/completions"}
         for body in model.bodies:
-            assert body.keys() == {"model", "messages", "temperature"}
+            assert body.keys() == {"model", "messages", "temperature", "logprobs", "top_logprobs"}
             assert (body["model"], body["temperature"], len(body["messages"])) == ("judge-7b", 0, 1)
         assert all("Authorization" not in headers for headers in model.headers)
         assert all(headers["User-Agent"] == "rlhf-cli" for headers in model.headers)
@@ -685,7 +586,7 @@ class TestKey:
         model = serve(longer)
         judged(settings(model), PAIR, path)
         assert [headers["Authorization"] for headers in model.headers] == [f"Bearer {SECRET}"] * 2
-        self.nothing_of_it(path.read_text(), repr(judge.prepare(settings(model))))
+        self.nothing_of_it(path.read_text(), repr(prepare(settings(model), "pairwise", "winrate.judge", lambda: Verdicts(path))))
 
     @pytest.mark.parametrize(
         "words",
@@ -777,7 +678,7 @@ class TestKeeping:
             assert len(again.asked) == 33
             assert not set(again.asked) & set(model.asked[:7])
             assert (found.outcomes == whole.outcomes).all()
-            assert (found.asked, found.contradicting) == (whole.asked, whole.contradicting)
+            assert (found.asked.sum(), found.contradicting.sum()) == (whole.asked.sum(), whole.contradicting.sum())
 
     def test_each_line_is_there_at_once(self, serve: Serve, path: Path) -> None:
         """With one worker the answer before last is in the file when a question arrives."""
@@ -794,9 +695,9 @@ class TestKeeping:
     def test_what_a_line_holds(self, serve: Serve, path: Path) -> None:
         judged(settings(serve(always("ü" * 3000 + "\nA"))), PAIR, path)
         for line in kept(path):
-            assert line.keys() == {"key", "verdict", "answer"}
+            assert line.keys() == {"key", "value", "answer"}
             assert re.fullmatch("[0-9a-f]{64}", line["key"])
-            assert line["verdict"] == "A"
+            assert line["value"] == 1.0
             assert line["answer"] == "ü" * 1998 + "\nA"
 
     def test_a_torn_last_line_is_asked_again(self, serve: Serve, path: Path) -> None:
@@ -808,9 +709,9 @@ class TestKeeping:
         assert len(model.asked) == 3
         assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
 
-    @pytest.mark.parametrize("line", ['{"key": "k", "verdict": "C"}', '{"verdict": "A"}', "[]", '{"key": 1, "verdict": "A"}'])
+    @pytest.mark.parametrize("line", ['{"key": "k", "value": "C"}', '{"value": 1}', "[]", '{"key": 1, "value": 1}'])
     def test_a_line_that_is_no_verdict(self, path: Path, line: str) -> None:
-        path.write_text('{"key": "k", "verdict": "A", "answer": "A"}\n' + line + "\n")
+        path.write_text('{"key": "k", "value": 1, "answer": "A"}\n' + line + "\n")
         with pytest.raises(UsageError, match=re.escape(f"{path}:2: not a verdict")):
             Verdicts(path)
 

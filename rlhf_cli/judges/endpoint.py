@@ -6,11 +6,14 @@ import json
 import math
 import os
 import re
+import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPErrorProcessor, OpenerDirector, Request, build_opener
@@ -19,13 +22,22 @@ from rlhf_cli.console import clean
 from rlhf_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_cli.sections import Endpoint
+    from rlhf_cli.sections import Judge
 
 KEY = "OPENAI_API_KEY"
 MOST_BYTES = 2**24  # of one answer; a server that sends more is not answering the question
 MOST_WAIT = 60.0  # seconds that a server's Retry-After is obeyed at most
+TOP = 20  # log-probabilities that are asked for, the most that the interface has
 SHOWN = 200  # characters of a server's words in a message
 BUSY = (408, 409, 425, 429)  # statuses below 500 after which the same question may be answered
+
+
+class Reply(NamedTuple):
+    """What a model said, and where the server tells them, its first token and the log-probabilities of tokens in its place."""
+
+    text: str
+    first: str = ""
+    logprobs: Mapping[str, float] = MappingProxyType({})
 
 
 class Failure(Exception):
@@ -55,6 +67,7 @@ class Server:
     timeout: float  # seconds
     key: str | None = field(repr=False)
     opener: OpenerDirector = field(repr=False)
+    plain: threading.Event = field(default_factory=threading.Event, repr=False)  # set: it refuses to tell log-probabilities
 
     @property
     def name(self) -> str:
@@ -76,8 +89,9 @@ class Server:
         return "".join("***" if any(piece in word for piece in pieces) else word for word in words)
 
 
-def connect(settings: Endpoint) -> Server:
+def connect(settings: Judge, place: str) -> Server:
     """The server of the settings; nothing is sent. UsageError: the endpoint is no URL, or the key cannot stand in a header."""
+    assert settings.endpoint is not None and settings.model is not None
     try:
         parts = urlsplit(settings.endpoint)
         whole = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0
@@ -87,7 +101,7 @@ def connect(settings: Endpoint) -> Server:
         whole = False
     if not whole or re.search(r"[\x00-\x20\x7f]", settings.endpoint):
         raise UsageError(
-            "winrate.judge.endpoint: expected a URL such as http://localhost:8000/v1, without a user or a password, "
+            f"{place}.endpoint: expected a URL such as http://localhost:8000/v1, without a user or a password, "
             f"found {settings.endpoint.rpartition('@')[2]!r}\n  a key belongs into the environment variable {KEY}"
         )
     url = parts._replace(path=parts.path.rstrip("/") + "/chat/completions", fragment="").geturl()
@@ -98,13 +112,16 @@ def connect(settings: Endpoint) -> Server:
     return Server(url, settings.model, settings.timeout, key, build_opener(_AsItIs))
 
 
-def ask(server: Server, message: str) -> str:
+def ask(server: Server, message: str) -> Reply:
     """The model's answer to one message, at temperature 0. Failure says what came instead.
 
     There is no bound on the answer's tokens: a reasoning model would spend it before it says a word, and some servers
-    refuse the key. `timeout` bounds it.
+    refuse the key. `timeout` bounds it. Log-probabilities are asked for until the server refuses the key.
     """
     body = {"model": server.model, "messages": [{"role": "user", "content": message}], "temperature": 0}
+    asks = not server.plain.is_set()
+    if asks:
+        body |= {"logprobs": True, "top_logprobs": TOP}
     # Without it a common shield in front of servers takes Python's own name for a robot's and refuses it.
     headers = {"Content-Type": "application/json", "User-Agent": "rlhf-cli"}
     request = Request(server.url, json.dumps(body).encode(), headers, method="POST")
@@ -124,6 +141,9 @@ def ask(server: Server, message: str) -> str:
     text = content.decode("utf-8", "replace")
     if 200 <= status < 300:
         return _content(server, text)
+    if asks and status in (400, 422) and "logprobs" in text:
+        server.plain.set()
+        return ask(server, message)
     words = f"HTTP {status}: {server.shown(_complaint(text))}".rstrip(": ")
     if status == 401:
         words += f"; {KEY} is not set" if server.key is None else f"; {KEY} is not the key that it expects"
@@ -146,12 +166,23 @@ def _read(response: HTTPResponse, deadline: float) -> bytes:
     return b"".join(parts)
 
 
-def _content(server: Server, body: str) -> str:
+def _content(server: Server, body: str) -> Reply:
     match _parsed(body):
         case {"choices": [{"finish_reason": "length"}, *_]}:
             raise Failure("the answer was cut off by the server's limit on tokens")
+        case {
+            "choices": [
+                {
+                    "message": {"content": str(text)},
+                    "logprobs": {"content": [{"token": str(first), "top_logprobs": list(tops)}, *_]},
+                },
+                *_,
+            ]
+        }:
+            found = ((top.get("token"), top.get("logprob")) for top in tops if isinstance(top, dict))
+            return Reply(text, first, {k: float(v) for k, v in found if isinstance(k, str) and isinstance(v, (int, float))})
         case {"choices": [{"message": {"content": str(text)}}, *_]}:
-            return text
+            return Reply(text)
         case None:
             raise Failure(f"not JSON: {server.shown(body) or 'nothing at all'}")
         case _:

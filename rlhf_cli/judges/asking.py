@@ -1,10 +1,11 @@
-"""Which of two responses is better, asked of a model behind an endpoint, in both orders."""
+"""A judge behind an endpoint: questions in parallel, asked again where a server fails, and answers that are kept."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -14,15 +15,23 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from rlhf_cli.errors import MachineError, UsageError
-from rlhf_cli.evaluation.endpoint import SHOWN, Failure, Server, ask, connect
-from rlhf_cli.evaluation.question import PROMPT, Question, filled, read_template, read_verdict
+from rlhf_cli.judges.endpoint import SHOWN, Failure, Reply, Server, ask, connect
+from rlhf_cli.judges.question import (
+    SCORES,
+    Mode,
+    Question,
+    Wording,
+    expected_score,
+    preferred,
+    read_score,
+    read_verdict,
+    read_wording,
+)
 from rlhf_cli.runs.folder import MetricsLog, read_metrics
 
 if TYPE_CHECKING:
-    from rlhf_cli.sections import Endpoint
+    from rlhf_cli.sections import Judge
 
 BACKOFF = 1.0  # seconds before a question is asked for the second time; twice as long before each further time
 MOST_BACKOFF = 30.0
@@ -32,29 +41,8 @@ VALUE = {"A": 1.0, "B": 0.0, "TIE": 0.5}  # of a verdict, for the response that 
 UPDATES = 20  # how often the progress is told
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Whom to ask, and how."""
-
-    server: Server
-    template: str
-    retries: int
-    parallel: int
-
-    def key(self, question: Question) -> str:
-        """The same for the same question to the same model in the same words."""
-        parts = [self.server.model, self.template, question.prompt, question.a, question.b]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def prepare(settings: Endpoint) -> Judge:
-    """The judge of the settings; nothing is sent. UsageError: its template, its endpoint or the key cannot be used."""
-    template = PROMPT if settings.prompt is None else read_template(Path(settings.prompt))
-    return Judge(connect(settings), template, settings.retries, settings.parallel)
-
-
 class Answer(NamedTuple):
-    verdict: str  # A, B or TIE
+    value: float  # of a comparison P(the first response is better); of a score the number
     text: str
 
 
@@ -67,64 +55,68 @@ class Verdicts:
 
     def __init__(self, path: Path) -> None:
         self._log = MetricsLog(path)
-        self._known: dict[str, str] = {}
+        self._known: dict[str, float] = {}
         for number, line in enumerate(read_metrics(path), start=1):
             match line:
-                case {"key": str(key), "verdict": "A" | "B" | "TIE" as verdict}:
-                    self._known[key] = verdict
+                case {"key": str(key), "value": int() | float() as value}:
+                    self._known[key] = float(value)
                 case _:
                     raise UsageError(f"{path}:{number}: not a verdict\n  remove the line, or start anew with --force")
         self._log.truncate_after(path.read_bytes().rfind(b"\n") + 1)
 
-    def get(self, key: str) -> str | None:
+    def get(self, key: str) -> float | None:
         return self._known.get(key)
 
     def keep(self, key: str, answer: Answer) -> None:
         """Write it at once."""
-        self._log.append({"key": key, "verdict": answer.verdict, "answer": answer.text[-KEPT:]})
-        self._known[key] = answer.verdict
+        self._log.append({"key": key, "value": answer.value, "answer": answer.text[-KEPT:]})
+        self._known[key] = answer.value
 
     def close(self) -> None:
         self._log.close()
 
 
 @dataclass(frozen=True)
-class Comparisons:
-    """Outcomes of comparisons, and how often the judge contradicted itself."""
+class EndpointJudge:
+    """Whom to ask, and how."""
 
-    outcomes: np.ndarray  # (N,) float64: 1 where a is better, 0 where b is, else 1/2
-    asked: int  # comparisons of different texts
-    contradicting: int  # of them: the response in the same place was better in both orders
+    server: Server
+    wording: Wording
+    retries: int
+    parallel: int
+    place: str  # begins every message
+    verdicts: Callable[[], Verdicts]  # what is in them is not asked again; every answer is added at once
+    say: Callable[[int, int], None] = lambda done, total: None  # told (answered, all) questions about UPDATES times
 
+    def key(self, question: Question) -> str:
+        """The same for the same question to the same model in the same words."""
+        own = [self.server.model, self.wording.template, question.prompt, question.a, question.b, question.principle]
+        return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
-def judge_all(
-    settings: Endpoint, comparisons: Sequence[Question], verdicts: Verdicts, say: Callable[[int, int], None]
-) -> Comparisons:
-    """Ask about every comparison in both orders.
-
-    A response wins if it is better in both orders; everything else is a tie, also a win in one order and a tie in the other
-    (Zheng et al. 2023, section 3.4: a win only where both orders agree). Equal texts are a tie and are not asked about.
-
-    Args:
-        verdicts: what is in them is not asked again; every answer is added at once.
-        say: told (answered, all) questions about UPDATES times, those of an earlier run included.
-
-    UsageError: see `prepare`; nothing is sent.
-    MachineError: a question got no verdict. No further one is asked, and what was answered is kept.
-    """
-    judge = prepare(settings)
-    pairs = [(each, each.swapped()) for each in comparisons if each.a != each.b]
-    questions = {judge.key(question): question for pair in pairs for question in pair}
-    _ask_all(judge, questions, verdicts, say)
-    given = np.array([[VALUE[verdicts.get(judge.key(question)) or ""] for question in pair] for pair in pairs]).reshape(-1, 2)
-    own = np.stack([given[:, 0], 1 - given[:, 1]])  # (2, pairs): of a in both orders
-    outcomes = np.full(len(comparisons), 0.5)
-    outcomes[[each.a != each.b for each in comparisons]] = np.where(own[0] == own[1], own[0], 0.5)
-    return Comparisons(outcomes, len(pairs), int((np.abs(own[0] - own[1]) == 1).sum()))
+    def answer(self, questions: Sequence[Question]) -> Mapping[Question, float]:
+        """MachineError: a question got no verdict. No further one is asked, and what was answered is kept."""
+        keys = {self.key(question): question for question in questions}
+        if not keys:
+            return {}
+        verdicts = self.verdicts()
+        _ask_all(self, keys, verdicts)
+        return {question: found for key, question in keys.items() if (found := verdicts.get(key)) is not None}
 
 
-def _ask_all(judge: Judge, questions: Mapping[str, Question], verdicts: Verdicts, say: Callable[[int, int], None]) -> None:
-    """Bring every question's verdict into `verdicts`, several questions at once. MachineError: see `judge_all`."""
+def prepare(
+    settings: Judge,
+    mode: Mode,
+    place: str,
+    verdicts: Callable[[], Verdicts],
+    say: Callable[[int, int], None] = lambda done, total: None,
+) -> EndpointJudge:
+    """The judge of the settings; nothing is sent. UsageError: its template, its endpoint or the key cannot be used."""
+    wording = read_wording(settings, mode, place)
+    return EndpointJudge(connect(settings, place), wording, settings.retries, settings.parallel, place, verdicts, say)
+
+
+def _ask_all(judge: EndpointJudge, questions: Mapping[str, Question], verdicts: Verdicts) -> None:
+    """Bring every question's verdict into `verdicts`, several questions at once."""
     pending = deque((key, question) for key, question in questions.items() if verdicts.get(key) is None)
     done, total = len(questions) - len(pending), len(questions)
     answers: SimpleQueue[tuple[str, Answer | Exception]] = SimpleQueue()
@@ -146,7 +138,7 @@ def _ask_all(judge: Judge, questions: Mapping[str, Question], verdicts: Verdicts
             verdicts.keep(key, answer)
             done += 1
             if done == total or done % max(1, total // UPDATES) == 0:
-                say(done, total)
+                judge.say(done, total)
     finally:
         stop.set()
         deadline = time.monotonic() + GRACE  # the requests that hang are left to their timeout
@@ -160,7 +152,7 @@ def _ask_all(judge: Judge, questions: Mapping[str, Question], verdicts: Verdicts
     if isinstance(failure, Failure):
         kept = sum(verdicts.get(key) is not None for key in questions)
         raise MachineError(
-            f"winrate.judge: {judge.server.name}: {failure}\n"
+            f"{judge.place}: {judge.server.name}: {failure}\n"
             f"  {kept:,} of {total:,} verdicts are kept: mend the cause, then continue with --resume"
         )
     if failure is not None:
@@ -168,7 +160,7 @@ def _ask_all(judge: Judge, questions: Mapping[str, Question], verdicts: Verdicts
 
 
 def _work(
-    judge: Judge,
+    judge: EndpointJudge,
     pending: deque[tuple[str, Question]],
     answers: SimpleQueue[tuple[str, Answer | Exception]],
     stop: threading.Event,
@@ -184,19 +176,34 @@ def _work(
                 return
 
 
-def _ask(judge: Judge, question: Question, stop: threading.Event) -> Answer:
+def _ask(judge: EndpointJudge, question: Question, stop: threading.Event) -> Answer:
     """The verdict on one question, asked up to 1 + retries times. Failure: the last of them got none, or `stop` is set."""
-    message = filled(judge.template, question)
+    message = judge.wording.filled(question)
     for number in range(1 + judge.retries):
         try:
-            text = ask(judge.server, message)
-            if verdict := read_verdict(text):
-                return Answer(verdict, judge.server.without_key(text))
-            end = judge.server.shown(judge.server.without_key(text)[-SHOWN:])
-            raise Failure(f"no verdict A, B or TIE at the end of its answer: {end or 'an empty one'}")
+            reply = ask(judge.server, message)
+            if (value := _value(reply, judge.wording.mode)) is not None:
+                return Answer(value, judge.server.without_key(reply.text))
+            wanted = "score from 1 to 10" if judge.wording.mode == "score" else "verdict A, B or TIE"
+            end = judge.server.shown(judge.server.without_key(reply.text)[-SHOWN:])
+            raise Failure(f"no {wanted} at the end of its answer: {end or 'an empty one'}")
         except Failure as error:
             wait = max(error.wait, min(BACKOFF * 2**number, MOST_BACKOFF))
             if not error.again or number == judge.retries or stop.wait(wait):
                 times = f" (asked {number + 1} times)" if number else ""
                 raise Failure(f"{error}{times}", again=False) from None
     raise AssertionError("the last failure is raised")
+
+
+def _value(reply: Reply, mode: Mode) -> float | None:
+    """By log-probabilities where the answer begins with an option, else by what it says."""
+    if mode == "pairwise":
+        if reply.first.strip("( \n") in ("A", "B") and (found := preferred(reply.logprobs)) is not None:
+            return found
+        verdict = read_verdict(reply.text)
+        return None if verdict is None else VALUE[verdict]
+    # "1" is also how "10" begins, where that is two tokens: then its log-probability is not that of the score.
+    if reply.first.strip() in map(str, SCORES) and any(token.strip() == "10" for token in reply.logprobs):
+        tops = [[value for token, value in reply.logprobs.items() if token.strip() == str(score)] for score in SCORES]
+        return expected_score([math.log(sum(map(math.exp, own))) if own else -math.inf for own in tops])
+    return read_score(reply.text)
