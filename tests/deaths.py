@@ -15,7 +15,7 @@ from rlhf_cli.training import loop
 from tests.tiny import rlhf
 
 PLACES: dict[str, Any] = {"optimise": loop, "save_checkpoint": loop, "evaluate": training, "gather_shares": experience}
-"""Function → the module whose name for it is called; `gather_shares` is called once responses are drawn and scored."""
+"""Function → the module whose name for it is called; `gather_shares`: once responses are drawn, and once they are scored."""
 
 
 def die_before(patch: pytest.MonkeyPatch, name: str, call: int) -> None:

@@ -163,7 +163,7 @@ def test_from_every_step(whole: Whole, tmp_path: Path, name: str, lora: Any) -> 
     deaths = die_everywhere(words, tmp_path / "again")
     steps = STAGES[name][1].get("train", TRAIN)["steps"]
     rollouts, looks = steps // {"online dpo": 2, "online kto": 3}.get(name, 1), 1 + steps // TRAIN["eval_every"]
-    measured = {"gather_shares": rollouts + looks} if STAGES[name][1].keys() >= DRAWN.keys() else {"evaluate": looks}
+    measured = {"gather_shares": 2 * (rollouts + looks)} if STAGES[name][1].keys() >= DRAWN.keys() else {"evaluate": looks}
     assert deaths == {"optimise": 4 * steps if name == "ppo" else steps, "save_checkpoint": steps} | measured
     same_bytes(uninterrupted, tmp_path / "again")
 
