@@ -225,10 +225,10 @@ FAULTS = (
     ),
     Fault(
         "evaluation: a judge's second order is read as its first",
-        "evaluation/judge.py",
-        "1 - given[:, 1]",
-        "given[:, 1]",
-        "evaluation",
+        "judges/judge.py",
+        "1 - found[each.swapped()]",
+        "found[each.swapped()]",
+        "judges",
     ),
     Fault(
         "evaluation: ratings without the prior", "evaluation/winrate.py", "met.sum(0) + 0.5", "met.sum(0) + 1e-9", "evaluation"

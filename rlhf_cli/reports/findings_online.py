@@ -16,13 +16,14 @@ LENGTH_MOVED = 0.5  # a mean length that changes by more than this share, far fr
 COLLAPSE = 0.8  # an entropy a token that loses more than this share of itself is a collapse
 CLIPPED = 0.3  # more than this share of clipped ratios: the updates leave the region in which the clipped objective is trusted
 MANY_TIED = 0.5  # where more of the prompts have responses that all score alike, most of a rollout teaches nothing
+CONTRADICTING, CONTRADICTED = "/contradicting", 0.3  # a judge that contradicts itself in more than this share tells little
 ENDED = 0.5  # where fewer responses end than this share, most scores are of torsos
 CLOSER = "hold it closer to its reference (`kl.coef`; direct objectives: `objective.beta`), train for fewer steps"
 
 
 def online_findings(history: History) -> list[Finding]:
     """Whether the score rose, at what price, and what went wrong on the way."""
-    parts = (_score, _ties, _yardstick, _collapse, _clipping, _value, _endings)
+    parts = (_score, _ties, _judges, _yardstick, _collapse, _clipping, _value, _endings)
     return [said for part in parts for said in part(history)]
 
 
@@ -58,6 +59,18 @@ def _ties(history: History) -> Iterator[Finding]:
             did, advice = "made others necessary in their place", ""
         said = f"and {did}: draw more responses per prompt, raise `rollout.temperature`, take other prompts{advice}."
         yield Finding("warning", f"In {percent(mean)} of the prompts all responses scored alike", said)
+
+
+def _judges(history: History) -> Iterator[Finding]:
+    for name in sorted(name for name in history.names if name.endswith(CONTRADICTING)):
+        shares = [line[name] for line in history.train if name in line]
+        mean = sum(shares) / len(shares) if shares else 0.0
+        if mean > CONTRADICTED:
+            said = (
+                f"in {percent(mean)} of its comparisons the response in the same place won, whichever stood there. These teach "
+                "next to nothing: write another `prompt`, or take another judge."
+            )
+            yield Finding("warning", f"The judge of `{name.removesuffix(CONTRADICTING)}` contradicts itself:", said)
 
 
 def _yardstick(history: History) -> Iterator[Finding]:

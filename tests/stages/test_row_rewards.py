@@ -128,6 +128,29 @@ def test_an_evaluation_leaves_out_what_a_term_says_nothing_of(home: Path, tmp_pa
         assert sample["score"] == pytest.approx(sum(terms))
 
 
+def test_a_run_with_an_async_function_that_failed_goes_on_bit_for_bit(write: Write, home: Path, tmp_path: Path) -> None:
+    """Its calls end in any order; the run that is broken at its second step ends as the one that was not."""
+    source = (
+        "import asyncio, random\nfrom pathlib import Path\nasync def slow(prompts, responses, answer):\n"
+        "    await asyncio.sleep(random.random() / 200)\n"
+        "    if Path(FLAG).exists():\n        with Path(FLAG).open('a') as calls:\n            calls.write('x')\n"
+        "        if Path(FLAG).stat().st_size > 12:\n            raise OSError('the server is gone')\n"
+        "    return len(responses[0]) % 3 + int(answer[0]) / 10\n"
+    )
+    flag, train = tmp_path / "flag", {"steps": 3, "batch_size": 4, "save_every": 1, "learning_rate": 0.02}
+    (tmp_path / "slow.py").write_text(source.replace("FLAG", repr(str(flag))))
+    reward = [{"function": f"{tmp_path}/slow.py:slow", "parallel": 3}]
+    assert rlhf("ppo", write(reward, "whole", train=train)) == 0
+    path = write(reward, "broken", train=train)
+    flag.touch()
+    assert rlhf("ppo", path) == 3
+    assert [line["step"] for line in split_lines(tmp_path / "broken", "train")] == [1]
+    flag.unlink()
+    assert rlhf("ppo", path, "--resume") == 0
+    whole, broken = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken"))
+    assert whole == broken
+
+
 @pytest.mark.slow
 def test_two_processes_ask_once_about_all_responses(write: Write, tmp_path: Path) -> None:
     """A function that ranks responses among all of a step sees the same ones, in the same order, on one process and on two."""
