@@ -154,6 +154,23 @@ def _export(
     return write
 
 
+@app.command("runs")
+def _runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that they are below.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="As a list of JSON objects.")] = False,
+    tree: Annotated[bool, typer.Option("--tree", help="Draw each run below the one that it started from.")] = False,
+    debug: Debug = False,
+) -> Action:
+    """List the runs below a folder: what they are, how they ended, where they come from."""
+
+    def show() -> None:
+        from rlhf_cli.stages.runs import list_runs
+
+        list_runs(folder, as_json=as_json, tree=tree)
+
+    return show
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (without the program's name) and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -190,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     command = next((word for word in arguments if not word.startswith("-")), None)
-    names = [*STAGES, "export"]
+    names = [str(known.name) for known in app.registered_commands]
     if command is not None and command not in names:
         hint = _command_of(command) or did_you_mean(command, names, f"commands: {', '.join(names)}")
         raise UsageError(f"rlhf {command}: no such command. {hint}")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 ASCII = str.maketrans({"⟦": "[[", "⟧": "]]", "…": "...", "·": ".", "→": "->", "×": "x", "≤": "<=", "≥": ">=", "’": "'"})
-ASCII |= str.maketrans(dict.fromkeys("–—−", "-"))
+ASCII |= str.maketrans(dict.fromkeys("–—−─", "-") | dict.fromkeys("├│", "|") | {"└": "`"})
 LEARNED, RESET, YELLOW, RED, BOLD = "\x1b[1;32m", "\x1b[0m", "\x1b[33m", "\x1b[31m", "\x1b[1m"
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufffe\uffff]"

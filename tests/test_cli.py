@@ -44,7 +44,7 @@ def rlhf(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 BAD_COMMAND_LINES = {
     ("stf", "x.yaml"): "rlhf stf: no such command. did you mean sft?",
     ("exprot",): "rlhf exprot: no such command. did you mean export?",
-    ("banana",): "rlhf banana: no such command. commands: sft, train-rm, dpo, ipo, kto, ppo, eval, export",
+    ("banana",): "rlhf banana: no such command. commands: sft, train-rm, dpo, ipo, kto, ppo, eval, export, runs",
     ("sft",): "Missing argument 'RECIPE.yaml'. see rlhf --help",
     ("export", "run"): "Missing argument 'DEST'. see rlhf --help",
     ("sft", "x.yaml", "y.yaml"): "Got unexpected extra argument(s) (y.yaml). see rlhf --help",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -53,6 +55,13 @@ def dump_recipe(recipe: Recipe, stage: str) -> str:
     """Every value in force, as a recipe."""
     text: str = yaml.dump(_plain(recipe), Dumper=_Dumper, sort_keys=False, width=math.inf, allow_unicode=True)
     return f"# every value in force; `rlhf {stage} THIS --output OTHER` repeats the run\n{text}"
+
+
+def dumped_stage(path: Path) -> str | None:
+    """The stage that a dumped recipe is of, by its first line; None if that does not tell."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        found = re.search(r"`rlhf (\S+) THIS", lines.readline())
+    return found and found[1]
 
 
 def flatten(recipe: Recipe) -> dict[str, object]:

@@ -36,8 +36,7 @@ def ancestors(path: str) -> Iterator[Ancestor]:
     """The run that a model, an adapter or a checkpoint lies in, and all that it was made from, where their folders are there."""
     waiting, seen = [path], set[Path]()
     while waiting:
-        place = Path(waiting.pop())
-        run = next((each for each in (place, place.parent, place.parent.parent) if _is_run(RunFolder(each))), None)
+        run = run_of(waiting.pop())
         if run is None or run.resolve() in seen:
             continue
         seen.add(run.resolve())
@@ -64,8 +63,16 @@ def unknown(runs: Iterable[Ancestor]) -> list[str]:
     return [f"{run.path}: {said}" for run in runs if run.split is None]
 
 
-def _is_run(folder: RunFolder) -> bool:
-    return (folder.path / INPUTS).exists() or (folder.manifest.exists() and folder.metrics.exists())
+def is_run(folder: RunFolder) -> bool:
+    """Does a run lie there? A recipe that lies about is none."""
+    own = (folder.manifest, folder.metrics, folder.recipe)
+    return (folder.path / INPUTS).exists() or sum(path.exists() for path in own) > 1
+
+
+def run_of(path: str) -> Path | None:
+    """The folder of the run that this path is, or that it lies in as its model, a checkpoint or a file."""
+    place = Path(path)
+    return next((each for each in (place, place.parent, place.parent.parent) if is_run(RunFolder(each))), None)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self.plots = path / "plots"
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
+        self.failed = path / "failed"
         self._lock = lock
 
     @property
@@ -119,8 +120,8 @@ def refuse_occupied(output: Path, resume: bool) -> None:
         return
     if resume:
         raise UsageError(f"{output} holds files but no run: there is nothing to resume\n  choose another output")
-    if holder := _holder(output):
-        raise _in_use(output, holder)
+    if other := holder(output):
+        raise _in_use(output, other)
     what = "holds a finished run" if "manifest.json" in names else "exists and is not empty"
     raise UsageError(f"{output} {what}\n  --resume continues it, --force moves it to {output}.old-<n>, --output writes elsewhere")
 
@@ -173,7 +174,7 @@ def _unlock(folder: Path, lock: int) -> None:
     os.close(lock)
 
 
-def _holder(folder: Path) -> str | None:
+def holder(folder: Path) -> str | None:
     """Who has the folder now; touches nothing."""
     try:
         handle = os.open(folder / LOCK, os.O_RDONLY)

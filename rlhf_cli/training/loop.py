@@ -330,7 +330,7 @@ class Trainer:
                 self._save()
         trees, rows = batches.batches[step - batches.first], batches.locations[step - batches.first]
         suspects = [where for where, tree in zip(rows, trees, strict=True) if tree.row in error.rows]
-        path: Path = self.run.path / "failed" / f"step-{step:08d}.json"
+        path: Path = self.run.failed / f"step-{step:08d}.json"
         if self.ranks.main:
             path.parent.mkdir(exist_ok=True)
             batch = [
