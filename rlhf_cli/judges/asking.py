@@ -196,14 +196,19 @@ def _ask(judge: EndpointJudge, question: Question, stop: threading.Event) -> Ans
 
 
 def _value(reply: Reply, mode: Mode) -> float | None:
-    """By log-probabilities where the answer begins with an option, else by what it says."""
+    """By log-probabilities where the answer begins with an option and ends in no other, else by what it says.
+
+    Reasoning begins with "A clear difference" or "1." as well: there it is the end that counts.
+    """
     if mode == "pairwise":
-        if reply.first.strip("( \n") in ("A", "B") and (found := preferred(reply.logprobs)) is not None:
+        verdict, letter = read_verdict(reply.text), reply.first.strip("( \n")
+        if letter in ("A", "B") and verdict in (None, letter) and (found := preferred(reply.logprobs)) is not None:
             return found
-        verdict = read_verdict(reply.text)
         return None if verdict is None else VALUE[verdict]
+    written, first = read_score(reply.text), reply.first.strip()
     # "1" is also how "10" begins, where that is two tokens: then its log-probability is not that of the score.
-    if reply.first.strip() in map(str, SCORES) and any(token.strip() == "10" for token in reply.logprobs):
+    ten = any(token.strip() == "10" for token in reply.logprobs)
+    if ten and first in map(str, SCORES) and written in (None, float(first)):
         tops = [[value for token, value in reply.logprobs.items() if token.strip() == str(score)] for score in SCORES]
         return expected_score([math.log(sum(map(math.exp, own))) if own else -math.inf for own in tops])
-    return read_score(reply.text)
+    return written

@@ -110,7 +110,7 @@ class TestPrinciples:
 
 
 def with_logprobs(text: str, tops: dict[str, float]) -> Reply:
-    first = {"token": text, "logprob": 0.0, "top_logprobs": [{"token": t, "logprob": v} for t, v in tops.items()]}
+    first = {"token": text.split()[0].rstrip("."), "logprob": 0.0, "top_logprobs": [{"token": t, "logprob": v} for t, v in tops.items()]}
     return said(text, logprobs={"content": [first]})
 
 
@@ -144,6 +144,23 @@ class TestEndpoints:
         )
         assert compare(judge, [Question("?", "a", "b")]).contradicting.tolist() == [True]
         assert ["logprobs" in body for body in model.bodies] == [True, False, False]
+
+    @pytest.mark.parametrize(
+        ("text", "mode", "wanted"),
+        [
+            ("A clear difference is the length.\n**B**", "pairwise", 0.0),
+            ("A tie.", "pairwise", 0.5),
+            ("A\nB is too long, and it is not polite.", "pairwise", 0.75),
+            ("1. It is correct.\n2. It is short.\nScore: 9", "score", 9.0),
+            ("1", "score", 7.75),
+        ],
+    )
+    def test_reasoning_may_begin_as_an_option_does(self, text: str, mode: Any, wanted: float, serve: Serve, tmp_path: Path) -> None:
+        tops = {"A": math.log(0.75), "B": math.log(0.25), "10": math.log(0.75), "1": math.log(0.25)}
+        verdicts = Verdicts(tmp_path / "v.jsonl")
+        judge = prepare(settings(serve(lambda *_: with_logprobs(text, tops))), mode, "here", lambda: verdicts)
+        question = Question("?", "a", "b" if mode == "pairwise" else None)
+        assert judge.answer([question])[question] == pytest.approx(wanted, abs=1e-12)
 
     @pytest.mark.parametrize(
         ("tops", "wanted"),
