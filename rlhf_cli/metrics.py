@@ -64,7 +64,7 @@ class Metric:
         """
         if self.column is None:
             return name
-        own = name.removeprefix(self.name) if self.is_term else ""
+        own = name.removeprefix(self.name).removesuffix(self.name)
         return self.column.title if own.lower() in ("", self.column.title.lower()) else f"{self.column.title} {own}"
 
 
@@ -89,10 +89,18 @@ METRICS: tuple[Metric, ...] = (
         column=Column("Score", "Reward", "all terms of the reward together, penalties taken off; mean over the responses"),
     ),
     Metric("objective/rlhf_reward", "score less the KL penalty"),
-    Metric("/na", "responses that a term says nothing of:"),
+    Metric(
+        "/na",
+        "responses that a term says nothing of:",
+        column=Column("Says nothing:", "Reward", "share of responses that a term says nothing of"),
+    ),
     Metric(ZERO_SPREAD, "prompts whose responses all score alike", plot=Plot("zero_spread", "Prompts of one score", "share")),
     Metric(REDRAWN, "prompts that others replaced"),
-    Metric("/contradicting", "comparisons in which a judge contradicts itself:"),
+    Metric(
+        "/contradicting",
+        "comparisons in which a judge contradicts itself:",
+        column=Column("Contradicts itself:", "Reward", "share of comparisons in which the same place wins in both orders"),
+    ),
     Metric(
         "reward/",
         "reward",
@@ -223,6 +231,15 @@ METRICS: tuple[Metric, ...] = (
 def metric(name: str) -> Metric:
     """The first row that matches a metric's name; one without a label for a name that has none."""
     return next((row for row in METRICS if row.matches(name)), Metric(name))
+
+
+def golds(names: Iterable[str]) -> list[str]:
+    """Those of gold terms alone, without what is told beside them.
+
+    >>> golds(["gold/helpful", "gold/helpful/na", "reward/helpful", "objective/kl"])
+    ['gold/helpful']
+    """
+    return [name for name in names if metric(name).name == "gold/"]
 
 
 def in_order(names: Iterable[str]) -> list[tuple[Metric, str]]:

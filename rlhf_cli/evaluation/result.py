@@ -41,6 +41,8 @@ def summarise(
     points = _points(job, measured, equal, counts)
     winrate, drawn = recipe.winrate, recipe.rollout
     judge = winrate.judge if winrate else None
+    if recipe.gold and points and points[0].gold is None:
+        notes = [*notes, "Gold says nothing of some responses, so that the points of over-optimisation have none."]
     return EvaluationResult(
         about=About(
             reference=recipe.reference,
@@ -96,8 +98,10 @@ def _points(job: EvaluationJob, measured: Measured, equal: Mapping[str, Samples]
         return []
     points: list[Point] = []
 
+    golden = bool(recipe.gold) and all(own.told("gold") for own in measured.samples.values())
+
     def worth(samples: Samples) -> tuple[np.ndarray, np.ndarray | None]:
-        return samples.worths("reward"), samples.worths("gold") if recipe.gold else None
+        return samples.worths("reward"), samples.worths("gold") if golden else None
 
     at_start = worth(measured.samples[reference])
     for series in dict.fromkeys(model.series for model in job.models if model.series):

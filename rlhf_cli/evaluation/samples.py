@@ -13,6 +13,7 @@ from rlhf_cli.data.records import PlainPrompt
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.intervals import jackknife, ratio_interval, within_shares
 from rlhf_cli.figures import Interval
+from rlhf_cli.metrics import golds
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Sample:
         if judge == "reward":
             return self.score
         if judge == "gold":
-            golds = [value for name, value in self.terms.items() if name.startswith("gold/") and value is not None]
-            return sum(golds) if golds else None
+            known = [value for name in golds(self.terms) if (value := self.terms[name]) is not None]
+            return sum(known) if known else None
         return self.terms.get(f"reward/{judge}", self.terms.get(f"gold/{judge}"))
 
 
@@ -77,6 +78,10 @@ class Samples:
             return found
 
         return self.table(worth)
+
+    def told(self, judge: str) -> bool:
+        """Does the judge say something of every response?"""
+        return all(sample.worth(judge) is not None for responses in self.own for sample in responses)
 
     def texts(self) -> list[list[str]]:
         """(P)(K) responses."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.data.files import is_hub_id
-from rlhf_cli.metrics import ZERO_SPREAD
+from rlhf_cli.metrics import metric
 from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.objectives.policy_gradient import GroupGradient
 from rlhf_cli.recipe.keys import keys_of
@@ -78,11 +78,11 @@ def _evaluation(recipe: TrainingRecipe) -> Iterator[Finding]:
 
 
 def _stop_rules(recipe: TrainingRecipe) -> Iterator[Finding]:
-    for metric, rule in recipe.train.stop_if.items():
-        given = [name for name, limit in vars(rule).items() if limit is not None]
+    for name, rule in recipe.train.stop_if.items():
+        given = [key for key, limit in vars(rule).items() if limit is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none"
-            yield f"train.stop_if.{metric}", f"expected exactly one of above, below, falls; found {found}. keep one"
+            yield f"train.stop_if.{name}", f"expected exactly one of above, below, falls; found {found}. keep one"
 
 
 def _sources(recipe: TrainingRecipe) -> Iterator[Finding]:
@@ -163,8 +163,8 @@ def _terms(key: str, terms: list[Reward]) -> Iterator[Finding]:
     names = term_names(terms)
     for index, (name, term) in enumerate(zip(names, terms, strict=True)):
         yield from _term(f"{key}.{index}", term)
-        if f"{key}/{name}" == ZERO_SPREAD:
-            yield f"{key}.{index}.name", f"{ZERO_SPREAD} is the share of prompts of one score. give the term another name"
+        if metric(f"{key}/{name}").name != f"{key}/":
+            yield f"{key}.{index}.name", f"{key}/{name} is logged of something else. give the term another name"
         if name in names[:index]:
             yield f"{key}.{index}.name", f"a second term would be logged as {key}/{name}. give one of them another name"
 

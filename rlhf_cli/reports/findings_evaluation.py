@@ -10,7 +10,7 @@ from rlhf_cli.evaluation.intervals import apart
 from rlhf_cli.evaluation.overoptimisation import Peak, Point
 from rlhf_cli.evaluation.winrate import WinRate
 from rlhf_cli.figures import Interval, number, percent_with_interval, with_interval
-from rlhf_cli.metrics import metric
+from rlhf_cli.metrics import golds, metric
 from rlhf_cli.reports.document import Finding, Kind
 
 NAMED = 4  # models of one finding that are named with their figures; the others are in the tables
@@ -120,9 +120,9 @@ def _effect(baseline: str, raw: Interval, equal: Interval) -> str:
 
 def _golds(result: EvaluationResult) -> Iterator[Finding]:
     """The highest and the lowest mean of each gold term, or of the score where there is none."""
-    golds = [name for name in result.metrics if name.startswith("gold/")]
+    known = golds(result.metrics)
     scored, standard = "objective/scores" in result.metrics, result.standard
-    for name in golds or ["objective/scores"] * scored:
+    for name in known or ["objective/scores"] * scored:
         own = result.of(name)
         order = sorted(own, key=lambda model: own[model].mean)
         best, worst = order[-1], order[0]
@@ -133,7 +133,7 @@ def _golds(result: EvaluationResult) -> Iterator[Finding]:
             said += f"; {standard} has {with_interval(own[standard])}"
         title = metric(name).titled(name)
         yield Finding("note", f"Mean {title[0].lower()}{title[1:]}:" if len(own) > 1 else f"{title}:", f"{said}.")
-    if scored and not golds and not isinstance(result.about.judge, AskedJudge):
+    if scored and not known and not isinstance(result.about.judge, AskedJudge):
         said = "Nothing measured whether the responses are better by another yardstick than the reward itself: add gold."
         yield Finding("note", "No second yardstick.", said)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf_cli.figures import NOISE, percent, short
-from rlhf_cli.metrics import REDRAWN, ZERO_SPREAD
+from rlhf_cli.metrics import REDRAWN, ZERO_SPREAD, golds
 from rlhf_cli.reports.document import Finding
 from rlhf_cli.reports.run_result import Ends, History, window
 
@@ -79,12 +79,12 @@ def _yardstick(history: History) -> Iterator[Finding]:
     if kl:
         said = f"The policy is {short(kl[1])} nats a response from its reference (KL, on its own responses)."
         yield Finding("note", "", said)
-    golds = sorted(name for name in history.names if name.startswith("gold/"))
-    for name in golds:
+    known = sorted(golds(history.names))
+    for name in known:
         if gold := history.moved(name):
             yield _gold(history, name, gold)
             yield from _peak(history, name)
-    if golds:
+    if known:
         return
     if kl and kl[1] > KL_HIGH and length and abs(length[1] - length[0]) > LENGTH_MOVED * length[0]:
         said = (

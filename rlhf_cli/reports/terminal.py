@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rlhf_cli.evaluation.eval_json import EvaluationResult
 from rlhf_cli.figures import Interval, give_or_take, number, with_interval
-from rlhf_cli.metrics import metric
+from rlhf_cli.metrics import golds, metric
 from rlhf_cli.reports.findings_evaluation import step_of
 from rlhf_cli.reports.text import visible
 
@@ -26,9 +26,8 @@ def _model_rows(result: EvaluationResult) -> list[list[str]]:
         return number(own.mean)
 
     rates = {name: own.rate for name, own in result.winrate.items()}
-    golds = [name for name in result.metrics if name.startswith("gold/")]
     columns: list[tuple[str, Mapping[str, Interval], Callable[[Interval], str]]] = [
-        *((metric(name).titled(name).lower(), result.of(name), give_or_take) for name in golds),
+        *((metric(name).titled(name).lower(), result.of(name), give_or_take) for name in golds(result.metrics)),
         ("score", result.of("objective/scores"), give_or_take),
         ("win rate", rates, with_interval),
         ("KL", result.of("objective/kl"), mean),

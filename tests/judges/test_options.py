@@ -110,7 +110,11 @@ class TestPrinciples:
 
 
 def with_logprobs(text: str, tops: dict[str, float]) -> Reply:
-    first = {"token": text.split()[0].rstrip("."), "logprob": 0.0, "top_logprobs": [{"token": t, "logprob": v} for t, v in tops.items()]}
+    first = {
+        "token": text.split()[0].rstrip("."),
+        "logprob": 0.0,
+        "top_logprobs": [{"token": t, "logprob": v} for t, v in tops.items()],
+    }
     return said(text, logprobs={"content": [first]})
 
 
@@ -155,7 +159,7 @@ class TestEndpoints:
             ("1", "score", 7.75),
         ],
     )
-    def test_reasoning_may_begin_as_an_option_does(self, text: str, mode: Any, wanted: float, serve: Serve, tmp_path: Path) -> None:
+    def test_reasoning_may_begin_as_an_option(self, text: str, mode: Any, wanted: float, serve: Serve, tmp_path: Path) -> None:
         tops = {"A": math.log(0.75), "B": math.log(0.25), "10": math.log(0.75), "1": math.log(0.25)}
         verdicts = Verdicts(tmp_path / "v.jsonl")
         judge = prepare(settings(serve(lambda *_: with_logprobs(text, tops))), mode, "here", lambda: verdicts)

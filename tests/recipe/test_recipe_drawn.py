@@ -113,7 +113,7 @@ REFUSALS = {
         for key, value in (("scale", "group"), ("scale", "none"), ("ratio", "token"), ("surrogate", "cispo"))
     },
     ("ppo", "objective.ties=keep"): "objective.ties: has no effect with kind: ppo (it belongs to rloo, grpo). remove it",
-    ("ppo", "reward.0.name=zero_spread"): "reward.0.name: reward/zero_spread is the share of prompts of one score. give the term "
+    ("ppo", "reward.0.name=zero_spread"): "reward.0.name: reward/zero_spread is logged of something else. give the term "
     "another name",
     ("ppo", "objective.minibatches=33"): "objective.minibatches: 33 updates cannot share train.batch_size (32) prompts. lower it",
     ("ppo", "rollout.max_new_tokens=1024"): "rollout.max_new_tokens: leaves no room for a prompt in data.max_length (1024). "

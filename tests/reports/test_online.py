@@ -47,6 +47,13 @@ def said(start: str, words: list[str]) -> str:
     return found
 
 
+def test_what_stands_beside_a_gold_term_is_no_yardstick() -> None:
+    beside = {"match": 0.5, "match/na": 0.25, "judge/contradicting": 0.1}
+    words = said_of([], held_out(drawn(0.0, 0.0, **beside), drawn(1.0, 2.0, **{name: 0.0 for name in beside})))
+    assert [word for word in words if "gold/" in word] == [said("**Reward hacking:**", words)]
+    assert "`gold/match`, which" in said("**Reward hacking:**", words)
+
+
 def test_a_score_that_rose() -> None:
     train = training(30, objective__scores=[float(k) for k in range(30)])
     words = said_of(train, held_out(drawn(0.5, 0.0), drawn(2.0, 4.5)))

@@ -114,12 +114,8 @@ def test_a_local_judge(command: str, mode: str, home: Path, tmp_path: Path, caps
         if mode == "pairwise":
             assert line["reward/judge"] == pytest.approx(0.5, abs=1e-9)
     if command == "ppo":
-        assert (
-            "value: starts as 0, on the policy's weights: no reward model reads its tokens"
-            in (tmp_path / "run" / "log.txt").read_text()
-            if (tmp_path / "run" / "log.txt").exists()
-            else True
-        )
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert "value: starts as 0, on the policy's weights: no reward model reads its tokens" in said
 
 
 @pytest.mark.parametrize(
@@ -162,3 +158,50 @@ def test_an_evaluation_by_a_local_judge(home: Path, tmp_path: Path) -> None:
     assert 0 <= found["winrate"]["other"]["mean"] <= 1
     assert found["models"]["other"]["reward/judge"]["mean"] == pytest.approx(0.5, abs=1e-6)
     assert "reward/judge/contradicting" in found["models"]["other"]
+
+
+def test_what_stands_beside_gold_is_no_gold(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a pairwise judge alone as gold every model wins half against itself, whatever it contradicts."""
+    make_base(tmp_path / "other", seed=3)
+    rows = [{"prompt": f"Is it {n}?", "answer": None if n == 3 else "yes"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = {"judge": {"path": str(home / "judge"), "mode": "pairwise"}}
+    sections: dict[str, Any] = {
+        "models": {"base": str(home / "base"), "other": str(tmp_path / "other")},
+        "reference": "base",
+        "best_of_n": [2],
+        "prompts": str(tmp_path / "rows.jsonl"),
+        "rollout": {"max_new_tokens": 6, "responses_per_prompt": 2},
+        "reward": [{"length": {"max": 4}}],
+    }
+    assert rlhf("eval", write_eval(tmp_path / "judge.yaml", home, **sections, gold=[judge])) == 0
+    found = result(tmp_path / "judge")
+    assert found["models"]["base"]["gold/judge/contradicting"]["mean"] > 0
+    assert [point["gold"] for point in found["overoptimisation"] if point["n"] == 1] == [pytest.approx(0.5, abs=1e-6)]
+    table = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("model "))
+    assert table.split("  ")[:2] == ["model", "gold judge"] and "contradicting" not in table
+    gold = [{"match": {"column": "answer"}}]
+    assert rlhf("eval", write_eval(tmp_path / "match.yaml", home, **sections, gold=gold)) == 0
+    found = result(tmp_path / "match")
+    assert [point["gold"] for point in found["overoptimisation"]] == [None, None]
+    assert found["models"]["base"]["gold/match/na"]["mean"] == 1 / 8
+    assert any("says nothing of some responses" in note for note in found["about"]["notes"])
+
+
+def test_an_evaluation_that_asks_a_local_judge_otherwise_is_another(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its scores are kept with the responses: in the first words, under the second, they would be somebody else's."""
+    words = tmp_path / "words.txt"
+    words.write_text("{prompt} {response} good?")
+    sections = {
+        "models": {"base": str(home / "base")},
+        "prompts": str(home / "rows.jsonl"),
+        "rollout": {"max_new_tokens": 6},
+        "reward": [{"judge": {"path": str(home / "judge"), "prompt": str(words)}}],
+    }
+    path = write_eval(tmp_path / "eval.yaml", home, **sections)
+    assert rlhf("eval", path) == 0
+    words.write_text("{prompt} {response} is bad?")
+    assert rlhf("eval", path, "--resume") == 2
+    assert "reward judge: judge" in capsys.readouterr().err
