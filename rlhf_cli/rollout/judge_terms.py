@@ -120,10 +120,15 @@ class JudgeTerm(RewardTerm):
             start = self.local.start
             asked = {"path": str(start.adapter or start.base), "base": self.local.base}
             asked |= {"adapter": weights_hash(start.adapter) if start.adapter else None}
+            asked |= self._files  # what an evaluation keeps of it was said in these words
         return {"judge": asked | {"mode": self.mode, "draws": self.settings.draws}}
 
     @property
     def code(self) -> dict[str, str]:
+        return self._files if self.local is None else {}
+
+    @property
+    def _files(self) -> dict[str, str]:
         return {f"judge {path}": sha256_file(Path(path)) for path in (self.settings.prompt, self.settings.principles) if path}
 
     @property
