@@ -337,6 +337,7 @@ def answered(rows: Iterator[RawRow]) -> Iterator[RawRow]:
         # Of the turns before an answer, those of the assistant may be ones that people ranked low.
         spoken_before = [{"role": turn["role"], "content": turn.get("text"), "weight": 0} for turn in turns]
         beside = {name: replies[0][name] for name in (*BESIDE_PROMPTS, "subset") if name in replies[0]}
+        beside |= {"*": turns[-1]["*"]} if "*" in turns[-1] else {}  # what rewards read is the prompt's
         yield line, {**beside, "prompt": spoken_before, "responses": items}
 
 

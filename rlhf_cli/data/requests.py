@@ -60,4 +60,5 @@ def check_lent(reports: Sequence[SourceReport], request: RowRequest) -> None:
             known = (
                 f"beside what is read of them, the rows have {', '.join(there)}" if there else "the rows have none beside theirs"
             )
-            raise UsageError(f"{who} reads the column '{name}', and no row has it. {did_you_mean(name, there, known)}")
+            files = ", ".join(report.path for report in reports)
+            raise UsageError(f"{who} reads the column '{name}', and no row of {files} has it. {did_you_mean(name, there, known)}")

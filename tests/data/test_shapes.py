@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli.data.dataset import Dataset, prepare
+from rlhf_cli.data.sources import read_data
 from rlhf_cli.data.templates import choose_template
 from rlhf_cli.errors import UsageError
 from rlhf_cli.sections import Data, SftData, Source
@@ -604,6 +605,13 @@ def test_an_answer_below_another_is_context_in_a_tree() -> None:
         ("user: Which?", ["Plum."]),
         ("user: Which?|assistant: Mud.|user: No.", ["Plum."]),  # "Mud." is in no brackets: not learned
     ]
+
+
+def test_rewards_read_the_columns_of_a_trees_prompt() -> None:
+    rows = [row | {"answer": row["text"].upper()} for row in TREE]
+    Path("x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reading = read_data(Data([Source("x.jsonl")]), request_of("ppo", columns={"answer": "it"}))
+    assert [json.loads(record.columns) for record in reading.train] == [{"answer": "WHICH?"}]
 
 
 def test_conversations_beside_messages_are_not_read() -> None:

@@ -83,8 +83,14 @@ def test_a_term_of_the_row_is_given_its_columns_and_says_of_how_many_it_says_not
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ([{"match": {"column": "solution"}}], "reads the column 'solution', and no row has it. beside what is read of them"),
-        ([{"match": {"column": "anser"}}], "reads the column 'anser', and no row has it. did you mean answer?"),
+        (
+            [{"match": {"column": "solution"}}],
+            "reads the column 'solution', and no row of HOME/rows.jsonl has it. beside what is read of them",
+        ),
+        (
+            [{"match": {"column": "anser"}}],
+            "reads the column 'anser', and no row of HOME/rows.jsonl has it. did you mean answer?",
+        ),
         ([{"match": {"column": "answer", "extract": "number"}}], "reward.0.match: extract: number is none of text, last-number"),
         ([{"format": "(a"}], "reward.0.format: not a regular expression: missing ), unterminated subpattern"),
         ([{"length": {}}], "reward.0.length: expected one of max and target"),
@@ -92,10 +98,10 @@ def test_a_term_of_the_row_is_given_its_columns_and_says_of_how_many_it_says_not
     ],
 )
 def test_is_checked_before_anything_is_loaded(
-    reward: Any, message: str, write: Write, capsys: pytest.CaptureFixture[str]
+    reward: Any, message: str, home: Path, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert rlhf("ppo", write(reward), "--check") == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message.replace("HOME", str(home)) in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_resumed_run_whose_answers_have_changed_is_refused(
