@@ -147,6 +147,7 @@ class RewardFunction(TextTerm):
             async with slots:
                 call = self.function(**{name: [values[k]] for name, values in given.items()})
                 value = await asyncio.wait_for(call, self.timeout)
+            value = value.tolist() if isinstance(value, (np.ndarray, torch.Tensor)) else value
             return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
         return await asyncio.gather(*map(one, range(count)))
@@ -163,7 +164,8 @@ class Taken(NamedTuple):
 def taken_by(function: Function, what: str) -> Taken:
     """What the function's parameters name, but for those with a default of their own, other than None: they are its settings.
 
-    Where none is called `responses`, two alone are prompts and responses. UsageError: it cannot be called so.
+    Where none is called `responses`, two alone are prompts and responses, unless the first is called as responses are elsewhere.
+    UsageError: it cannot be called so.
     """
     try:
         parameters = inspect.signature(function).parameters
@@ -175,7 +177,8 @@ def taken_by(function: Function, what: str) -> Taken:
     given = {name: name for name in named if name in (*OURS, *needed, *optional)}
     if "responses" not in named:
         given |= dict(zip(needed, ("prompts", "responses"), strict=False))
-    if ("responses" not in named and len(needed) != 2) or any(each.kind is each.POSITIONAL_ONLY for each in parameters.values()):
+    unclear = len(needed) != 2 or needed[0].startswith(("completion", "response", "answer", "output"))
+    if ("responses" not in named and unclear) or any(each.kind is each.POSITIONAL_ONLY for each in parameters.values()):
         raise UsageError(
             f"{what} takes ({', '.join(map(str, parameters.values()))}); expected def f(prompts, responses), and beside these "
             "two `messages`, `ended` or columns of the rows by their names"

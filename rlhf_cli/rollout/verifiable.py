@@ -48,13 +48,14 @@ class MatchTerm(TextTerm):
         scores = []
         for (record, text), row in zip(answers.pairs, answers.columns, strict=True):
             right = row.get(self.settings.column)
-            if right is None:
+            if right is None or right != right:  # tables have NaN where a number is missing
                 scores.append(np.nan)
                 continue
             if isinstance(right, bool) or not isinstance(right, (str, int, float)):
                 what = f"the column '{self.settings.column}' has {kind_of(right)}, expected text or a number"
                 raise UsageError(f"{self.place}: {what}\n{shown_answer((record, text))}")
-            found, wanted = extract(text), str(right)
+            # 42.0, which a table makes of 42 beside a missing number, is written 42, and 1e16 with all its digits.
+            found, wanted = extract(text), np.format_float_positional(right, trim="-") if isinstance(right, float) else str(right)
             scores.append(float(found is not None and compare(found, extract(wanted) or wanted)))
         return np.array(scores, np.float64)
 
@@ -92,7 +93,7 @@ def as_number(text: str) -> Fraction | None:
     bare = text.strip().strip("$€£").rstrip(".%").strip()
     try:
         return Fraction(re.sub(r"[,\s]", "", bare).replace("−", "-")) if NUMBER.fullmatch(bare) else None
-    except ZeroDivisionError:
+    except (ValueError, ZeroDivisionError):  # more digits than Python reads (4,300), or a division by 0
         return None
 
 

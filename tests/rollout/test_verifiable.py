@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,13 @@ class TestFunctionsOfTheRow:
         wanted = {name: who and who.replace("MINE", mine) for name, who in names.items()}
         assert RewardFunction.columns(Reward(function=mine), PLACE) == wanted
 
-    def test_other_tools_names_are_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "mine.py").write_text("def f(prompts, completions, answer): ...\n")
-        with pytest.raises(UsageError, match=r"takes \(prompts, completions, answer\); expected def f\(prompts, responses\)"):
+    @pytest.mark.parametrize(
+        "signature", ["prompts, completions, answer", "completions, answer", "completions, answer, **kwargs"]
+    )
+    def test_other_tools_names_are_refused(self, signature: str, tmp_path: Path) -> None:
+        """Two alone are prompts and responses, and not responses and answers."""
+        (tmp_path / "mine.py").write_text(f"def f({signature}): ...\n")
+        with pytest.raises(UsageError, match=rf"takes \({re.escape(signature)}\); expected def f\(prompts, responses\)"):
             RewardFunction.columns(Reward(function=f"{tmp_path / 'mine.py'}:f"), PLACE)
 
 
@@ -125,6 +130,10 @@ async def f(prompts, responses, answer):
     def test_a_number_may_stand_alone(self, tmp_path: Path) -> None:
         source = self.SOURCE.replace("PAUSE", "0").replace("RETURNED", "None if responses == ['3'] else 1.5")
         assert np.nan_to_num(function(tmp_path, source).score(ROWS), nan=-1).tolist() == [1.5, -1, 1.5]
+
+    def test_so_may_an_array_of_one(self, tmp_path: Path) -> None:
+        source = "import numpy" + self.SOURCE.replace("PAUSE", "0").replace("RETURNED", "numpy.array([1.5])")
+        assert function(tmp_path, source).score(ROWS).tolist() == [1.5, 1.5, 1.5]
 
     def test_one_that_takes_too_long_ends_the_run(self, tmp_path: Path) -> None:
         source = self.SOURCE.replace("PAUSE", "9").replace("RETURNED", "1")
@@ -159,7 +168,17 @@ class TestMatch:
 
     @pytest.mark.parametrize(
         ("text", "number"),
-        [("1,200", 1200), ("$3.50", 3.5), ("−4", -4), ("1/2", 0.5), ("40 %", 40), ("7.", 7), ("1/0", None), ("1e9", None)],
+        [
+            ("1,200", 1200),
+            ("$3.50", 3.5),
+            ("−4", -4),
+            ("1/2", 0.5),
+            ("40 %", 40),
+            ("7.", 7),
+            ("1/0", None),
+            ("1e9", None),
+            ("0" * 5000, None),
+        ],
     )
     def test_reads_numbers(self, text: str, number: float | None) -> None:
         assert as_number(text) == number
@@ -186,8 +205,15 @@ class TestMatch:
         )
         assert term(Reward(match=Match("answer", "text", "math"))).score(rows).tolist() == [1, 1, 0, 0]
 
-    def test_says_nothing_of_a_row_without_an_answer(self) -> None:
-        assert math.isnan(term(Reward(match=Match("answer"))).score(answers(("?", {"answer": None}, ["x"])))[0])
+    @pytest.mark.parametrize(("answer", "text"), [(42.0, "42"), (1e16, "1" + "0" * 16), (0.00001, "0.00001"), (-0.5, "-0.5")])
+    def test_a_number_of_a_table_is_written_as_people_do(self, answer: float, text: str) -> None:
+        rows = answers(("?", {"answer": answer}, [text, f"{text}1"]))
+        for match in (Match("answer"), Match("answer", "last-number", "number")):
+            assert term(Reward(match=match)).score(rows).tolist() == [1, 0]
+
+    @pytest.mark.parametrize("missing", [None, math.nan])
+    def test_says_nothing_of_a_row_without_an_answer(self, missing: float | None) -> None:
+        assert math.isnan(term(Reward(match=Match("answer"))).score(answers(("?", {"answer": missing}, ["x"])))[0])
 
     def test_an_answer_that_is_no_text_is_told(self) -> None:
         with pytest.raises(UsageError, match="the column 'answer' has a list, expected text or a number"):
