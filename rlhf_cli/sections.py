@@ -299,6 +299,11 @@ class Judge:
     retries: int = key(4, "how often a question is asked again that got no answer", low=0)
     parallel: int = key(4, "questions under way at once", low=1)
 
+    @property
+    def address(self) -> str | None:
+        """The endpoint without its query, which may hold a secret."""
+        return self.endpoint and self.endpoint.partition("?")[0]
+
 
 @dataclass(frozen=True)
 class Reward:

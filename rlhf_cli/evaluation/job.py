@@ -284,7 +284,7 @@ def plan_evaluation(job: EvaluationJob) -> list[tuple[str, Titled]]:
         settings.insert(0, ("responses", drawn + more))
     if recipe.winrate is not None:
         judge = recipe.winrate.judge
-        asked = judge if isinstance(judge, str) else judge.path or f"{judge.model} at {judge.endpoint}"
+        asked = judge if isinstance(judge, str) else judge.path or f"{judge.model} at {judge.address}"
         settings.append(("judge", f"{asked}, against {recipe.winrate.baseline}"))
     settings += [("terms", text) for text in job.terms.words]
     return [("models", models), ("rows", rows), ("evaluation", settings)]

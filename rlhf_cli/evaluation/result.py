@@ -47,7 +47,7 @@ def summarise(
         about=About(
             reference=recipe.reference,
             baseline=winrate.baseline if winrate else None,
-            judge=AskedJudge(judge.endpoint, judge.model, judge.path) if isinstance(judge, Judge) else judge,
+            judge=AskedJudge(judge.address, judge.model, judge.path) if isinstance(judge, Judge) else judge,
             prompts=prompts,
             responses=drawn.responses_per_prompt,
             temperature=drawn.temperature,

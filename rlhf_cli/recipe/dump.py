@@ -27,6 +27,9 @@ MAY_CHANGE = (
 )
 """Keys, with all below them, that may differ when a run is resumed; those of ONLY_GROW may not shrink."""
 
+HOW_ASKED = re.compile(r"(reward|gold)\.\d+\.((judge\.)?(timeout|parallel)|judge\.(retries|endpoint))")
+"""What is mended where a term's server did not answer; who is asked, and what, stays the same."""
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes what YAML 1.2 would misread: PyYAML's own rules leave the text 1e-5 bare and quote the text yes."""
@@ -120,7 +123,7 @@ def one_line(value: object) -> str:
 def _may_change(key: str, old: object, new: object) -> bool:
     if key in ONLY_GROW and isinstance(old, (int, float)) and isinstance(new, (int, float)):
         return new >= old
-    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+    return bool(HOW_ASKED.fullmatch(key)) or any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
 
 
 def _is_flat(items: list[Any]) -> bool:

@@ -115,13 +115,19 @@ class JudgeTerm(RewardTerm):
 
     @property
     def source(self) -> dict[str, Any]:
-        asked = {"endpoint": self.settings.endpoint, "model": self.settings.model}
+        asked: dict[str, Any] = {"model": self.settings.model}
         if self.local is not None:
             start = self.local.start
             asked = {"path": str(start.adapter or start.base), "base": self.local.base}
             asked |= {"adapter": weights_hash(start.adapter) if start.adapter else None}
             asked |= self._files  # what an evaluation keeps of it was said in these words
         return {"judge": asked | {"mode": self.mode, "draws": self.settings.draws}}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """With the address, which may change while a run is stopped."""
+        address = {"endpoint": self.settings.address} if self.local is None else {}
+        return self.identity | {"judge": address | self.source["judge"]}
 
     @property
     def code(self) -> dict[str, str]:

@@ -97,11 +97,14 @@ def test_a_server_that_goes_down_ends_the_run_and_it_goes_on_bit_for_bit(
     assert rlhf("ppo", path) == 4
     assert "reward.0.judge: http" in capsys.readouterr().err
     asked = len(broken.asked)
-    broken.behave = longer
+    moved = serve(longer)
+    path = recipe(home, tmp_path, judge | {"endpoint": f"{moved.url}?key=S3CRET", "retries": 2}, "broken", train=train, **GRPO)
     assert rlhf("ppo", path, "--resume") == 0
+    for name in ("manifest.json", "inputs.json", "report.md", "report.html"):
+        assert "S3CRET" not in (tmp_path / "broken" / name).read_text()
     one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken"))
     assert one == two
-    assert len(broken.asked) - asked < len(whole.asked)
+    assert 0 < len(moved.asked) < len(whole.asked) and len(broken.asked) == asked
 
 
 @pytest.mark.parametrize(("command", "mode"), [("ppo", "score"), ("dpo", "pairwise")])
