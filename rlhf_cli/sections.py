@@ -337,6 +337,15 @@ class Reward:
 
 
 @dataclass(frozen=True)
+class Vote:
+    """Responses to a prompt that vote on its answer."""
+
+    match: Match = key(help="how the answer of a response is found, and compared with others and with a column of the row")
+    by: list[Literal["majority"]] = key(["majority"], "majority: what most of them answer, of a tie what comes first")
+    n: list[int] = key([1, 4, 16], "how many responses vote", low=1)
+
+
+@dataclass(frozen=True)
 class Kl:
     coef: float = key(0.05, "κ: weight of the log-ratio to the reference", low=0.0)
     target: float | None = key(None, "nats a response, at the rollout's temperature: κ is adapted to reach this KL", low=1e-9)

@@ -42,6 +42,20 @@ class About:
 
 
 @dataclass(frozen=True)
+class Voted:
+    """Accuracy of the answer that n responses to a prompt agree on, with its 95 % interval."""
+
+    n: int
+    accuracy: float
+    low: float
+    high: float
+
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.accuracy, self.low, self.high)
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """All figures of an evaluation; what was not asked for is empty."""
 
@@ -50,6 +64,7 @@ class EvaluationResult:
     winrate: dict[str, WinRate] = field(default_factory=dict)  # over the baseline
     ratings: dict[str, Interval] = field(default_factory=dict)  # Elo
     preferences: dict[str, Agreement] = field(default_factory=dict)
+    votes: dict[str, dict[str, list[Voted]]] = field(default_factory=dict)  # model → who wins a vote → by ascending n
     overoptimisation: list[Point] = field(default_factory=list)
     fits: dict[str, SeriesFits] = field(default_factory=dict)  # by series
 
@@ -67,6 +82,11 @@ class EvaluationResult:
     def series(self) -> dict[str, list[Point]]:
         """The points of over-optimisation by series, each in its order."""
         return series_of(self.overoptimisation)
+
+    @property
+    def voted(self) -> dict[str, list[Voted]]:
+        """`MODEL: who wins a vote` → accuracies by ascending n, the same n for all."""
+        return {f"{model}: {by}": votes for model, own in self.votes.items() for by, votes in own.items()}
 
     def of(self, metric: str) -> dict[str, Interval]:
         """Model → its mean, of those for which the metric was measured."""
@@ -89,6 +109,7 @@ class EvaluationResult:
             winrate=from_plain(dict[str, WinRate], entry["winrate"]),
             ratings={model: Interval(own["elo"], own["low"], own["high"]) for model, own in entry["ratings"].items()},
             preferences={name: Agreement.from_json(own) for name, own in entry["preferences"].items()},
+            votes=from_plain(dict[str, dict[str, list[Voted]]], entry.get("votes", {})),  # earlier releases have none
             overoptimisation=[Point.from_json(own) for own in entry["overoptimisation"]],
             fits=from_plain(dict[str, SeriesFits], entry["fits"]),
         )

@@ -18,6 +18,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.models import EvaluatedModel, Tokenisation, Tokenisations, find_models, recipe_of
 from rlhf_cli.evaluation.rows import SECTIONS, Rows, SectionRows, own_keys, read_rows
 from rlhf_cli.evaluation.splits import trained_on, with_holdout_seed
+from rlhf_cli.evaluation.votes import right_answers
 from rlhf_cli.figures import sampling
 from rlhf_cli.files import sha256_file
 from rlhf_cli.models.load import positions_of, quiet_libraries, resolve_dtype
@@ -30,6 +31,7 @@ from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.judge_terms import find_judge
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
+from rlhf_cli.rollout.verifiable import COMPARE
 from rlhf_cli.runs.ancestry import ancestors
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.resume import recorded_recipe
@@ -73,8 +75,7 @@ class EvaluationJob:
 
     def responses_of(self, model: EvaluatedModel) -> int:
         """How many responses to each prompt are drawn from a model."""
-        most = max(self.recipe.best_of_n, default=1) if model is self.reference else 1
-        return max(self.recipe.rollout.responses_per_prompt, most)
+        return self.recipe.drawn(of_reference=model is self.reference)
 
     def shares_tokens(self, model: EvaluatedModel) -> bool:
         """Can the reference's log-probabilities be compared with the model's?"""
@@ -132,6 +133,8 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     if recipe.winrate is not None and not isinstance(recipe.winrate.judge, str):
         find_judge(recipe.winrate.judge, "pairwise", JUDGE, trust_remote_code=recipe.trust_remote_code, check=check)
     _check_dump(loaded, resume, force)
+    if recipe.vote is not None:
+        COMPARE[recipe.vote.match.compare]("1", "1")  # MachineError: what compares is not installed
     policies = [model for model in models if not model.is_reward_model]
     writing = list(dict.fromkeys(model.tokenisation for model in policies or models[:1]))
     terms_of = {
@@ -150,12 +153,9 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
                 size = model.config.get_text_config().vocab_size
                 check_ids(read.trees, read.records, size, model.tokenisation.tokenizer, model.name)
     recipe = _resolved(recipe, models, rows, ranks)
-    lost, seen = sum(own.left_out for own in rows.values()), list(trained_on(recipe, models, rows, origins))
+    left_out, seen = list(_left_out(loaded, rows)), list(trained_on(recipe, models, rows, origins))
     for note in seen:
         console.warn(note)
-    left_out = [f"{lost} prompts do not fit the tokens of some model, and are left out for all."] if lost else []
-    if repeated := sum(own.repeated for own in rows.values()):
-        left_out.append(f"{repeated} rows have the prompt of another row: each prompt is asked once.")
     return EvaluationJob(
         loaded=loaded,
         recipe=recipe,
@@ -169,6 +169,19 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
         signals=signals,
         started=started,
     )
+
+
+def _left_out(loaded: Loaded, rows: Mapping[str, SectionRows]) -> Iterator[str]:
+    """Which rows have no part in the figures, or in some. UsageError: those of votes have no answers."""
+    if lost := sum(own.left_out for own in rows.values()):
+        yield f"{lost} prompts do not fit the tokens of some model, and are left out for all."
+    if repeated := sum(own.repeated for own in rows.values()):
+        yield f"{repeated} rows have the prompt of another row: each prompt is asked once."
+    if (vote := recipe_of(loaded).vote) is not None:
+        asked = next(iter(rows["prompts"].by_tokenisation.values()))
+        own = right_answers(vote.match, [asked.records[tree.row] for tree in asked.trees], loaded.named("vote.match"))
+        if lacking := own.count(None):
+            yield f"{lacking} prompts have no answer in the column '{vote.match.column}', and no part in the votes."
 
 
 def _fitted(loaded: Loaded, models: Sequence[EvaluatedModel]) -> tuple[Loaded, list[str]]:
@@ -222,7 +235,7 @@ def _resolved(
     budget = recipe.tokens_per_device
     if budget == "auto":
         trust = recipe.trust_remote_code
-        drawn = max(recipe.rollout.responses_per_prompt, *recipe.best_of_n, 1) * recipe.rollout.max_new_tokens
+        drawn = recipe.drawn(of_reference=True) * recipe.rollout.max_new_tokens
         longest = max(own.dataset.longest + drawn * (section == "prompts") for section, own in rows.items())
         fitting = []
         configs = {(model.start.base, model.start.revision): model.config for model in models}
@@ -277,10 +290,10 @@ def plan_evaluation(job: EvaluationJob) -> list[tuple[str, Titled]]:
         ("devices", f"{job.ranks.size} × {job.ranks.device.type}"),
     ]
     if recipe.prompts is not None:
-        drawn = f"{recipe.rollout.responses_per_prompt} to each prompt, of up to {recipe.rollout.max_new_tokens} tokens, at "
+        every, most = recipe.drawn(of_reference=False), recipe.drawn(of_reference=True)
+        drawn = f"{every} to each prompt, of up to {recipe.rollout.max_new_tokens} tokens, at "
         drawn += sampling(recipe.rollout.temperature, recipe.rollout.warps)
-        most = max(recipe.best_of_n, default=0)
-        more = f"; {most} of {recipe.reference}, for best of n" if most > recipe.rollout.responses_per_prompt else ""
+        more = f"; {most} of {recipe.reference}, for best of n" if most > every else ""
         settings.insert(0, ("responses", drawn + more))
     if recipe.winrate is not None:
         judge = recipe.winrate.judge

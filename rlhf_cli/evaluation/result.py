@@ -10,11 +10,12 @@ import numpy as np
 
 from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.compare import ModelPair
-from rlhf_cli.evaluation.eval_json import About, AskedJudge, EvaluationResult
+from rlhf_cli.evaluation.eval_json import About, AskedJudge, EvaluationResult, Voted
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
 from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.overoptimisation import Point, best_of_points, fit_series, run_point
 from rlhf_cli.evaluation.samples import Samples, figures, log_ratios
+from rlhf_cli.evaluation.votes import drawn_subsets, right_answers, vote_accuracies
 from rlhf_cli.evaluation.winrate import WinRate, ratings, win_rate
 from rlhf_cli.figures import Interval
 from rlhf_cli.recipe import recipes
@@ -39,6 +40,9 @@ def summarise(
     prompts = next((own.shape[0] for own in equal.values()), 0)
     counts = resamples(prompts, recipe.seed) if prompts else np.zeros((DRAWS, 0), np.int64)
     points = _points(job, measured, equal, counts)
+    size = recipe.drawn(of_reference=False)
+    if recipe.vote is not None:
+        notes = [*notes, *drawn_subsets(size, recipe.vote.n, recipe.seed)]
     winrate, drawn = recipe.winrate, recipe.rollout
     judge = winrate.judge if winrate else None
     if recipe.gold and points and points[0].gold is None:
@@ -61,6 +65,7 @@ def summarise(
         winrate=_win_rates(winrate.baseline, equal, outcomes, counts) if winrate else {},
         ratings=ratings(list(equal), outcomes, winrate.baseline, counts) if winrate and len(equal) > 1 else {},
         preferences=measured.agreed,
+        votes=_votes(job, {name: own.first(size) for name, own in measured.samples.items()}, counts),
         overoptimisation=points,
         fits=fit_series(points, counts),
     )
@@ -77,6 +82,16 @@ def _models(
             own = ratio_interval(nll, tokens, resamples(len(nll), recipe.seed))
             # As while training: a perplexity above e^700 is no float.
             found[name]["perplexity"] = Interval(*(math.exp(min(value, 700.0)) for value in own))
+    return found
+
+
+def _votes(job: EvaluationJob, samples: Mapping[str, Samples], counts: np.ndarray) -> dict[str, dict[str, list[Voted]]]:
+    vote, found = job.recipe.vote, {}
+    for model in job.models if vote else ():
+        if vote and (own := samples.get(model.name)):
+            records = job.rows_of("prompts", model).records
+            right = right_answers(vote.match, [records[first.row] for first, *_ in own.own], model.name)
+            found[model.name] = vote_accuracies(own.texts(), right, vote, counts, job.recipe.seed)
     return found
 
 

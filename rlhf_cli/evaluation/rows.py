@@ -101,6 +101,8 @@ def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
 
     reserve = recipe.rollout.max_new_tokens if section == "prompts" else 0
     columns = {} if section == "text" else columns_read(loaded)
+    if recipe.vote is not None and section == "prompts":
+        columns = {**columns, recipe.vote.match.column: loaded.named("vote.match")}
     purpose = Purpose(section, SECTIONS[section], SECTIONS)
     request = RowRequest(purpose, recipe.seed, where, reserve=reserve, columns=columns)
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rlhf_cli.recipe.checks import REWARD, Check, Finding, hub_keys, no_effect
 from rlhf_cli.recipe.recipes import EvalRecipe, is_pattern
-from rlhf_cli.recipe.rewards import check_judge, term_names
+from rlhf_cli.recipe.rewards import check_judge, check_match, term_names
 from rlhf_cli.sections import Judge
 from rlhf_cli.suggest import did_you_mean
 
@@ -53,7 +53,7 @@ def _drawn_or_compared(recipe: EvalRecipe) -> Iterator[Finding]:
         yield from no_effect(recipe, "", ("reward_combine",), why)
         yield from no_effect(recipe.rollout, "rollout.", ("missing_eos_penalty",), why)
     if recipe.prompts is None:
-        drawn = ("rollout", "winrate", "best_of_n", "dump_pairs")
+        drawn = ("rollout", "winrate", "best_of_n", "vote", "dump_pairs")
         yield from no_effect(recipe, "", drawn, "without prompts. name some, or remove it")
         if recipe.preferences is None:
             why = "without prompts or preferences. name some, or remove it"
@@ -106,6 +106,18 @@ def _best_of(recipe: EvalRecipe) -> Iterator[Finding]:
         yield "best_of_n", "chooses by the score. add a reward"
 
 
+def _vote(recipe: EvalRecipe) -> Iterator[Finding]:
+    if recipe.vote is None:
+        return
+    if wrong := check_match(recipe.vote.match):
+        yield "vote.match", wrong
+    for name, values in (("by", recipe.vote.by), ("n", recipe.vote.n)):
+        if not values:
+            yield f"vote.{name}", "there is none. name one, or remove vote"
+        if len(set(values)) < len(values):
+            yield f"vote.{name}", "one is there twice. keep one of each"
+
+
 def _dump(recipe: EvalRecipe) -> Iterator[Finding]:
     if recipe.dump_pairs is None or recipe.prompts is None:
         return
@@ -139,12 +151,13 @@ EVALUATION = (
     Check(
         (
             *("prompts", "preferences", "reference", "rollout", "max_length"),
-            *("reward", "reward_combine", "gold", "winrate", "best_of_n", "dump_pairs"),
+            *("reward", "reward_combine", "gold", "winrate", "best_of_n", "vote", "dump_pairs"),
         ),
         _drawn_or_compared,
     ),
     Check(("models", "winrate", "reward", "gold", "dump_pairs"), _winrate),
     Check(("best_of_n", "reference", "reward"), _best_of),
+    Check(("vote",), _vote),
     Check(("dump_pairs", "prompts", "winrate", "reward", "rollout", "models"), _dump),
     Check(("beta", "preferences", "reference"), _implicit),
     REWARD,

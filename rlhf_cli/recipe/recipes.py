@@ -49,6 +49,7 @@ from rlhf_cli.sections import (
     SftData,
     Train,
     Value,
+    Vote,
     Winrate,
     key,
 )
@@ -267,6 +268,7 @@ class Scoring:
     gold: list[Reward] | None = key(None, "like reward: what people really want, where that can be computed")
     winrate: Winrate | None = key(None, "compare the models' responses one to one")
     best_of_n: list[int] = key([], "numbers n: over-optimisation of the reference by the best-scored response of n", low=1)
+    vote: Vote | None = key(None, "accuracy of the answer that n responses to a prompt agree on")
     beta: float | None = key(None, "of implicit rewards; null: that of each model's own training, else 0.1", low=1e-9)
     dump_pairs: str | None = key(
         None, "a .jsonl file to write: the responses, ranked by the judge, as preference data", path=True
@@ -297,6 +299,11 @@ class EvalRecipe(Reading, Scoring, Evaluated, Recipe):
     """`rlhf eval`."""
 
     stage: ClassVar[str] = "eval"
+
+    def drawn(self, *, of_reference: bool) -> int:
+        """How many responses to each prompt are drawn from a model."""
+        votes = self.vote.n if self.vote else []
+        return max([self.rollout.responses_per_prompt, *votes, *(self.best_of_n if of_reference else [])])
 
     @property
     def terms(self) -> tuple[list[Reward], list[Reward]]:

@@ -37,7 +37,7 @@ def _check_pattern(pattern: str, groups: int | None = None) -> str | None:
     return None if groups in (None, found) else f"the expression has {found} groups, and one is to hold the answer. write one"
 
 
-def _check_match(match: Match) -> str | None:
+def check_match(match: Match) -> str | None:
     if match.extract in ("text", "last-number", "boxed"):
         return None
     wrong = _check_pattern(match.extract, groups=1)
@@ -78,7 +78,7 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "model": Kind("reward model", _name_of_folder, options=("revision", "normalize")),
     "function": Kind("function", lambda it: it.rpartition(":")[2], options=("parallel", "timeout"), check=_check_function),
-    "match": Kind("match", lambda it: "match", check=_check_match),
+    "match": Kind("match", lambda it: "match", check=check_match),
     "format": Kind("format", lambda it: "format", check=_check_pattern),
     "length": Kind("length", lambda it: "length", check=_check_length),
     "judge": Kind("judge", lambda it: "judge", check=check_judge),

@@ -33,6 +33,9 @@ TERMS: dict[str, tuple[tuple[str, str], ...]] = {
         ("By length alone", "accuracy of always preferring the longer, or always the shorter, response"),
         ("Ahead of length", "the difference of the two, on the same pairs"),
     ),
+    "votes": (
+        ("Vote of n", "is the answer right that most of n responses give, of a tie the first one; mean over subsets of n"),
+    ),
     "overoptimisation": (
         ("Proxy", "the score that is optimised; gold is what it stands for"),
         ("Best of n", "of n responses the best by score, mean over all subsets; its KL is log n − (n − 1)/n, an upper bound"),
@@ -49,6 +52,7 @@ def write_report(folder: RunFolder, result: EvaluationResult, samples: Mapping[s
         in_short(found, _next(result)),
         Section("findings", "Findings", tuple(found)),
         Section("winrates", "Win rates", (*_win_rates(result), *pictures["winrates"])),
+        Section("votes", "Votes", (*_votes(result), *pictures["votes"])),
         Section("overoptimisation", "Over-optimisation", (*pictures["overoptimisation"], *_optimisation(result))),
         Section("metrics", "Metrics", tuple(_metrics(result))),
         Section("ratings", "Ratings", (*_ratings(result), *pictures["ratings"])),
@@ -93,6 +97,15 @@ def _win_rates(result: EvaluationResult) -> Iterator[Table]:
     best_first = sorted(result.winrate.items(), key=lambda rate: -rate[1].mean)
     rows = tuple((name, own.rate, own.length_controlled, f"{own.ties:.3f}", f"{own.n:,}") for name, own in best_first)
     yield Table(f"Preferred to {result.about.baseline} by {judge_of(result.about)}", columns, rows)
+
+
+def _votes(result: EvaluationResult) -> Iterator[Table]:
+    if votes := result.voted:
+        columns = Column("Model: winner"), *(Column(f"n = {each.n}", None, SHARE) for each in next(iter(votes.values())))
+        rows: tuple[tuple[str | Interval, ...], ...] = tuple(
+            (name, *(each.interval for each in own)) for name, own in votes.items()
+        )
+        yield Table("Accuracy of the answer of n responses", columns, rows)
 
 
 def _ratings(result: EvaluationResult) -> Iterator[Table]:

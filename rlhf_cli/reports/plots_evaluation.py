@@ -51,6 +51,17 @@ def _pictures(result: EvaluationResult) -> Iterator[tuple[str, Picture]]:
         axes.set_xlim(0, 1)
         alt = f"Horizontal 95 % intervals of {len(rates)} models' win rates over {baseline}; the table has the numbers."
         yield "winrates", Picture(f"Win rates over {baseline}", "winrates.png", alt, png(figure))
+    if any(len(own) > 1 for own in result.voted.values()):
+        figure, (axes,) = canvases("Votes", "n responses that vote", ["accuracy"])
+        for name, votes in result.voted.items():
+            across = [each.n for each in votes]
+            (line,) = axes.plot(across, [each.accuracy for each in votes], marker="o", label=_label(name))
+            axes.vlines(across, [each.low for each in votes], [each.high for each in votes], color=line.get_color())
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(0, 1)
+        axes.legend(frameon=False)
+        alt = f"Accuracy by the number of responses that vote, for {', '.join(result.votes)}; the table has the numbers."
+        yield "votes", Picture("Accuracy of votes", "votes.png", alt, png(figure))
     if ratings := dict(sorted(result.ratings.items(), key=lambda rating: -rating[1].mean)):
         figure, (axes,) = canvases("Ratings", "Elo", [""], 1.3 + 0.38 * len(ratings))
         _intervals(axes, ratings, CHOSEN, 0.0, "")

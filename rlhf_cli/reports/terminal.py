@@ -15,7 +15,7 @@ NAME_LENGTH = 40  # characters of a name that are shown; of a longer one its end
 
 def terminal_table(result: EvaluationResult) -> str:
     """The figures of each model in a line, those of preferences beneath, and where gold peaks in each series."""
-    tables = [_aligned(rows) for rows in (_model_rows(result), _preference_rows(result)) if len(rows) > 1]
+    tables = [_aligned(rows) for rows in (_model_rows(result), _vote_rows(result), _preference_rows(result)) if len(rows) > 1]
     return "\n\n".join(part for part in (*tables, "\n".join(_peaks(result))) if part)
 
 
@@ -40,6 +40,12 @@ def _model_rows(result: EvaluationResult) -> list[list[str]]:
     for model in dict.fromkeys([*result.models, *rates, *result.ratings]):
         rows.append([_name(model), *(say(own[model]) if model in own else "" for _, own, say in known)])
     return rows
+
+
+def _vote_rows(result: EvaluationResult) -> list[list[str]]:
+    rows = [[_name(name), *(with_interval(each.interval) for each in own)] for name, own in result.voted.items()]
+    head = ["accuracy of votes", *(f"n = {each.n}" for own in [*result.voted.values()][:1] for each in own)]
+    return [head, *rows]
 
 
 def _preference_rows(result: EvaluationResult) -> list[list[str]]:

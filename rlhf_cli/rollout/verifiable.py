@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Self
@@ -47,17 +47,25 @@ class MatchTerm(TextTerm):
         extract, compare = extractor(self.settings.extract), COMPARE[self.settings.compare]
         scores = []
         for (record, text), row in zip(answers.pairs, answers.columns, strict=True):
-            right = row.get(self.settings.column)
-            if right is None or right != right:  # tables have NaN where a number is missing
-                scores.append(np.nan)
-                continue
-            if isinstance(right, bool) or not isinstance(right, (str, int, float)):
-                what = f"the column '{self.settings.column}' has {kind_of(right)}, expected text or a number"
-                raise UsageError(f"{self.place}: {what}\n{shown_answer((record, text))}")
-            # 42.0, which a table makes of 42 beside a missing number, is written 42, and 1e16 with all its digits.
-            found, wanted = extract(text), np.format_float_positional(right, trim="-") if isinstance(right, float) else str(right)
-            scores.append(float(found is not None and compare(found, extract(wanted) or wanted)))
+            try:
+                right = right_answer(self.settings, row)
+            except UsageError as error:
+                raise UsageError(f"{self.place}: {error}\n{shown_answer((record, text))}") from None
+            found = extract(text)
+            scores.append(np.nan if right is None else float(found is not None and compare(found, right)))
         return np.array(scores, np.float64)
+
+
+def right_answer(match: sections.Match, row: Mapping[str, Any]) -> str | None:
+    """The answer of a row, to compare with; None where it has none. UsageError: what it has is neither text nor a number."""
+    right = row.get(match.column)
+    if right is None or right != right:  # tables have NaN where a number is missing
+        return None
+    if isinstance(right, bool) or not isinstance(right, (str, int, float)):
+        raise UsageError(f"the column '{match.column}' has {kind_of(right)}, expected text or a number")
+    # 42.0, which a table makes of 42 beside a missing number, is written 42, and 1e16 with all its digits.
+    written = np.format_float_positional(right, trim="-") if isinstance(right, float) else str(right)
+    return extractor(match.extract)(written) or written
 
 
 def extractor(how: str) -> Callable[[str], str | None]:

@@ -82,6 +82,7 @@ def test_defaults(tmp_path: Path) -> None:
         "gold": None,
         "winrate": None,
         "best_of_n": [],
+        "vote": None,
         "beta": None,
         "dump_pairs": None,
         "dtype": "auto",

@@ -61,7 +61,15 @@ def empty() -> Line:
         "notes": [],
         "warping": {},
     }
-    sections: Line = {"models": {}, "winrate": {}, "ratings": {}, "preferences": {}, "overoptimisation": [], "fits": {}}
+    sections: Line = {
+        "models": {},
+        "winrate": {},
+        "ratings": {},
+        "preferences": {},
+        "votes": {},
+        "overoptimisation": [],
+        "fits": {},
+    }
     return {"about": about, **sections}
 
 
