@@ -195,11 +195,17 @@ def _reward(recipe: PpoRecipe | DirectRecipe | EvalRecipe) -> Iterator[Finding]:
         if term.weight == 0:
             yield f"reward.{index}.weight", "0 leaves the term out of the score. move it to gold, where it is only measured"
     rollout = recipe.rollout
-    for name, terms in (("reward", recipe.reward), ("gold", recipe.gold)):
+    known = (("reward", recipe.reward), ("gold", recipe.gold))
+    for name, terms in known:
         for index, term in enumerate(terms or []):
             if rollout is not None and term.least_responses > rollout.responses_per_prompt:
                 why = "compares the responses of a prompt. set rollout.responses_per_prompt to 2 or more, or mode: score"
                 yield f"{name}.{index}.judge.mode", f"pairwise {why}"
+    asked: dict[str | None, str | None] = {}  # model → endpoint
+    for key, judge in ((f"{name}.{index}", term.judge) for name, terms in known for index, term in enumerate(terms or [])):
+        if judge is not None and judge.endpoint != asked.setdefault(judge.model, judge.endpoint):
+            why = "what one says would be taken for what the other says. give it another name on its server"
+            yield f"{key}.judge.model", f"{judge.model} is a judge at {asked[judge.model]} too: {why}"
     for index, term in enumerate(recipe.gold or []):
         yield from no_effect(term, f"gold.{index}.", ("weight",), "on a term that is only measured. remove it")
     if recipe.reward is not None and len(recipe.reward) == 1:

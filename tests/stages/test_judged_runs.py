@@ -139,6 +139,22 @@ def test_is_checked_before_anything_is_loaded(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_judges_of_one_name_have_one_address(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What they say is kept by the model's name."""
+    judges = [{"judge": {"endpoint": f"http://{host}/v1", "model": "m"}, "name": host} for host in ("a", "b")]
+    path = recipe(
+        home,
+        tmp_path,
+        {},
+        reward=judges[:1],
+        gold=[*json.loads(json.dumps(judges)), {"judge": {"path": str(home / "judge")}}],
+        **GRPO,
+    )
+    assert rlhf("ppo", path, "--check") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("m is a judge at http://a/v1 too") == 1 and "gold.1.judge.model" in said
+
+
 def test_comparing_needs_two_responses(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     judge = {"path": str(home / "judge"), "mode": "pairwise"}
     rollout = {"max_new_tokens": 6, "responses_per_prompt": 1}
