@@ -33,7 +33,7 @@ from rlhf_cli.suggest import did_you_mean
 Action = Callable[[], None]
 """What a parsed command line asks for. It runs outside typer, which would swallow Ctrl-C and broken pipes."""
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, suggest_commands=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, suggest_commands=False)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Full tracebacks.")]
 
@@ -52,6 +52,9 @@ def _root(
 
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.")]
+Values = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="The same as --set KEY=VALUE.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted path; repeatable.")
 ]
@@ -91,12 +94,14 @@ class StageCall:
 
     def __call__(self) -> None:
         from rlhf_cli.hub import why_silent
+        from rlhf_cli.recipe.dump import one_line
         from rlhf_cli.recipe.load import load_recipe
         from rlhf_cli.runs.folder import refuse_occupied
 
         if self.resume and self.force:
             raise UsageError("--resume continues a run and --force starts a new one. give one of the two")
         loaded = load_recipe(self.stage, self.recipe, self.overrides, self.output)
+        os.environ.update({name: one_line(value) for name, value in loaded.recipe.env.items()})
         if not self.check and not self.force and os.environ.get("RANK", "0") == "0":
             refuse_occupied(Path(loaded.recipe.output), self.resume)  # again when the run is opened; here it costs no imports
         if not all(Path(path).exists() for path in loaded.recipe.paths):
@@ -116,6 +121,7 @@ class StageCall:
 def _stage_command(name: str, stage: Stage) -> None:
     def command(
         recipe: Recipe,
+        values: Values = None,
         overrides: Overrides = None,
         output: Output = None,
         dump_pairs: DumpPairs = None,
@@ -124,11 +130,15 @@ def _stage_command(name: str, stage: Stage) -> None:
         force: Force = False,
         debug: Debug = False,
     ) -> Action:
-        """Eight arguments, one for each option: typer reads them from the signature."""
+        """Nine arguments, one for each option: typer reads them from the signature."""
         from rlhf_cli.recipe.dump import one_line
 
+        for value in values or ():
+            if "=" not in value:
+                what = "after the recipe stand values, KEY=VALUE. a command reads one recipe, whose key base may name another"
+                raise UsageError(f"{value}: {what}")
         own = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
-        return StageCall(name, recipe, [*(overrides or []), *own], output, check, resume, force)
+        return StageCall(name, recipe, [*(overrides or []), *(values or []), *own], output, check, resume, force)
 
     app.command(name, cls=StageCommand, help=stage.help)(command)
 
@@ -167,6 +177,25 @@ def _runs(
         from rlhf_cli.stages.runs import list_runs
 
         list_runs(folder, as_json=as_json, tree=tree)
+
+    return show
+
+
+@app.command("schema")
+def _schema(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A command that reads a recipe.")], debug: Debug = False
+) -> Action:
+    """Print the JSON schema of a command's recipe, for editors."""
+
+    def show() -> None:
+        import json
+
+        from rlhf_cli.recipe.schema import recipe_schema
+
+        if stage not in STAGES:
+            advice = did_you_mean(stage, STAGES, f"they are {', '.join(STAGES)}")
+            raise UsageError(f"rlhf schema {stage}: no command with a recipe. {advice}")
+        typer.echo(json.dumps(recipe_schema(stage), indent=2, ensure_ascii=False))
 
     return show
 

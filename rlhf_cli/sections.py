@@ -12,6 +12,17 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 
+class Expanded(str):
+    """A text of a recipe in which ${NAME} was replaced by the environment's value, which is nobody's to read in a run folder."""
+
+    written: str  # as the recipe has it
+
+
+def as_written(text: str | None) -> str | None:
+    """A text as its recipe has it."""
+    return text.written if isinstance(text, Expanded) else text
+
+
 def key(
     default: Any = MISSING,
     help: str = "",
@@ -21,7 +32,7 @@ def key(
     path: bool = False,
     last: bool = False,
 ) -> Any:
-    """A dataclass field with a one-line help, inclusive bounds, and whether ${ENV} is expanded in it.
+    """A dataclass field with a one-line help, inclusive bounds, and whether it is a path, which a run folder has in full.
 
     `last`: it is shown and written after the keys that subclasses add.
     """
@@ -301,8 +312,9 @@ class Judge:
 
     @property
     def address(self) -> str | None:
-        """The endpoint without its query, which may hold a secret."""
-        return self.endpoint and self.endpoint.partition("?")[0]
+        """The endpoint as the recipe has it, without its query, which may hold a secret."""
+        written = as_written(self.endpoint)
+        return written and written.partition("?")[0]
 
 
 @dataclass(frozen=True)
@@ -377,6 +389,14 @@ class Winrate:
 
     baseline: str = key(help="the name of one of the models")
     judge: str | Judge = key("reward", "reward: the score; gold; the name of a term; {endpoint, model}; or {path}")
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """Where an experiment tracker shows a run."""
+
+    project: str = key("rlhf", "its project or experiment; one for all trackers")
+    name: str | None = key(None, "of the run; null: the tracker's own choice")
 
 
 SHORT_FORM: dict[type, str] = {Source: "path", EvalSource: "path"}

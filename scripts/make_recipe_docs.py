@@ -55,8 +55,20 @@ SETTING = """\
 ## On the command line
 
 `--set KEY=VALUE` takes any key below by its dotted path and wins over the file; VALUE is YAML. A list is addressed by position:
-`--set data.train.0.limit=1000`. `${NAME}` is replaced by an environment variable in the keys marked *path*; relative paths start
-at the working directory.
+`--set data.train.0.limit=1000`. Values after the recipe are the same: `rlhf sft sft.yaml train.steps=20`.
+
+`rlhf schema STAGE` prints a JSON schema for editors; with `# yaml-language-server: $schema=FILE` in its first line a recipe is
+completed and checked while it is written.
+
+## In every recipe
+
+`${NAME}` is replaced by an environment variable, in any text. The run folder's `recipe.yaml` has the paths in full, and other
+texts as they were written, so that what the variable holds is in no file. Relative paths start at the working directory.
+
+- `base: other.yaml` names another recipe, by its path from this one: what it says holds where this one says nothing. Sections are
+  merged key by key; lists, and a section with another `kind`, replace those of the base. A base may have a base. The run records
+  the whole.
+- `stage: dpo` says which command the recipe is for; another one refuses it.
 """
 STAGE = """\
 ## `rlhf {stage}`

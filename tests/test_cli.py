@@ -44,10 +44,14 @@ def rlhf(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 BAD_COMMAND_LINES = {
     ("stf", "x.yaml"): "rlhf stf: no such command. did you mean sft?",
     ("exprot",): "rlhf exprot: no such command. did you mean export?",
-    ("banana",): "rlhf banana: no such command. commands: sft, train-rm, dpo, ipo, kto, ppo, eval, export, runs",
+    ("banana",): "rlhf banana: no such command. commands: sft, train-rm, dpo, ipo, kto, ppo, eval, export, runs, schema",
     ("sft",): "Missing argument 'RECIPE.yaml'. see rlhf --help",
     ("export", "run"): "Missing argument 'DEST'. see rlhf --help",
-    ("sft", "x.yaml", "y.yaml"): "Got unexpected extra argument(s) (y.yaml). see rlhf --help",
+    (
+        "sft",
+        "x.yaml",
+        "y.yaml",
+    ): "y.yaml: after the recipe stand values, KEY=VALUE. a command reads one recipe, whose key base may name another",
     ("sft", "x.yaml", "--set"): "Option '--set' requires an argument. see rlhf --help",
     ("sft", "x.yaml", "--resume", "--force"): "--resume continues a run and --force starts a new one. give one of the two",
     ("sft", "no-such-folder/x.yaml"): "no-such-folder/x.yaml: no such file. there is no folder no-such-folder either",
@@ -196,7 +200,7 @@ def test_as_a_module_in_narrow_ascii_surroundings(tmp_path: Path) -> None:
     done = rlhf("sft", "bad.yaml", env=narrow, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "error: bad.yaml:2: zzzzzzzzz: unknown key. keys here: model, lora, data, train, objective, seed, output, trackers"
+        "error: bad.yaml:2: zzzzzzzzz: unknown key. keys here: model, lora, data, train, objective, seed, output, env, trackers"
     )
     assert done.stderr.isascii()
     assert "\x1b" not in done.stderr

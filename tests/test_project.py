@@ -121,7 +121,9 @@ class TestReadme:
     def test_tells_which_commands_work(self) -> None:
         rows = re.findall(r"^\| (`rlhf .*?) \| .* \| (works|planned) \|$", README, re.MULTILINE)
         working = [re.findall(r"`(?:rlhf )?([a-z-]+)`", names) for names, status in rows if status == "works"]
-        assert sorted(name for names in working for name in names) == sorted(str(known.name) for known in cli.app.registered_commands)
+        assert sorted(name for names in working for name in names) == sorted(
+            str(known.name) for known in cli.app.registered_commands
+        )
 
     @pytest.mark.slow
     def test_commands_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

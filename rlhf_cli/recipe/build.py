@@ -13,8 +13,10 @@ from rlhf_cli.recipe.keys import Key, arms, as_yaml, describe, keys_of, kind_of,
 from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
 from rlhf_cli.recipe.suggest import OTHER_VALUES, REASONS, REMARKS, closest_key
 from rlhf_cli.recipe.yaml_reader import BAD, Node, Problem
+from rlhf_cli.sections import Expanded
 from rlhf_cli.suggest import closest, did_you_mean
 
+VARIABLE = re.compile(r"\$\{(\w+)\}")
 SHOWN = 100
 """Problems are listed, and suggestions sought, up to here: a file with more of them is no recipe."""
 
@@ -180,7 +182,9 @@ class Builder:
             return {name: self.value(inner, child, f"{dotted}.{name}", key) for name, child in node.value.items()}
         if form in (int, float):
             return self.number(form, node, dotted, key)
-        return self.path(node, dotted) if form is str and key.path else node.value
+        if form is not str:
+            return node.value
+        return self.path(node, dotted) if key.path else self.expanded(node, dotted)
 
     def by_kind(self, sections: Sequence[type], node: Node, dotted: str) -> Any:
         """Among several sections, the one whose `kind` the mapping names; the first when it names none."""
@@ -220,11 +224,20 @@ class Builder:
             return self.report(node.line, dotted, "expected a path, found empty text. name one")
         if node.value.startswith("~"):
             return self.report(node.line, dotted, "~ is not expanded. write ${HOME}" + node.value[1:])
-        for name in re.findall(r"\$\{([^}]*)\}", node.value):
+        found = self.expanded(node, dotted)
+        return None if found is None else str(found)
+
+    def expanded(self, node: Node, dotted: str) -> Any:
+        """The text with ${NAME} replaced by the environment's value."""
+        names = VARIABLE.findall(node.value)
+        for name in names:
             if not os.environ.get(name):
-                what = f"the environment variable {name} is not set. set it, or write the path out"
-                return self.report(node.line, dotted, what)
-        return re.sub(r"\$\{([^}]*)\}", lambda match: os.environ[match[1]], node.value)
+                return self.report(node.line, dotted, f"the environment variable {name} is not set. set it, or write it out")
+        if not names:
+            return node.value
+        found = Expanded(VARIABLE.sub(lambda match: os.environ[match[1]], node.value))
+        found.written = node.value
+        return found
 
 
 def _fits(arm: Any, value: Any) -> bool:
@@ -282,6 +295,8 @@ def _written(node: Node, forms: list[Any], key: Key) -> str | None:
     value, text, sections = node.value, node.text[:40], sections_in(key.kind)
     if str in forms or len(sections) > 1 or isinstance(value, bool):
         return None
+    if isinstance(value, str) and any(get_origin(arm) is list and str in get_args(arm) for arm in arms(key.kind)):
+        return f"[{text}]"
     if not sections and isinstance(value, (str, int, float)):
         return f"[{text}]" if list in forms else f"{{NAME: {text}}}" if dict in forms and key.path else None
     if not sections or not isinstance(value, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -156,6 +157,20 @@ def _balance(recipe: KtoRecipe) -> Iterator[Finding]:
         yield from no_effect(objective, "objective.", ("lambda_d", "lambda_u"), why)
 
 
+SECRET = re.compile(r"(?i)(^|_)(token|key|secret|password|passwd|credentials?)(_|$)|^(hf_|sk-|ghp_|glpat-|xox)")
+
+
+def _env(recipe: Recipe) -> Iterator[Finding]:
+    for name, value in recipe.env.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            yield f"env.{name[:40]}", "no name of an environment variable. write letters, digits and _"
+        elif SECRET.search(name) or SECRET.search(str(value)):
+            yield f"env.{name}", "looks like a secret, and a recipe is kept and shown. set it in the shell instead"
+
+
+ENV = Check(("env",), _env)
+
+
 def _terms(key: str, terms: list[Reward]) -> Iterator[Finding]:
     """The terms of the reward or of what is only measured."""
     if not terms:
@@ -300,6 +315,7 @@ def _online(recipe: DirectRecipe) -> Iterator[Finding]:
 
 
 TRAINING = (
+    ENV,
     Check(("train.steps", "train.epochs"), _length),
     Check(("train.eval_every", "train.save_every", "train.warmup"), _intervals),
     Check(("train.optimizer", "train.betas", "train.max_grad_norm"), _optimizer),

@@ -16,13 +16,13 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.keys import keys_of, unlisted, walk
 from rlhf_cli.recipe.recipes import Recipe
 from rlhf_cli.recipe.yaml_reader import SCALARS, Unreadable, plain, read
-from rlhf_cli.sections import Cadence
+from rlhf_cli.sections import Cadence, Expanded
 
 ONLY_GROW = ("train.steps", "train.epochs")
 
 MAY_CHANGE = (
     *(f"train.{name}" for name in keys_of(Cadence)),
-    *("train.tokens_per_device", *ONLY_GROW, "reference.cache", "trackers", "output"),
+    *("train.tokens_per_device", *ONLY_GROW, "reference.cache", "trackers", "env", "output"),
     *("models", "preferences", "text", "winrate", "best_of_n", "beta", "dump_pairs", "tokens_per_device"),
 )
 """Keys, with all below them, that may differ when a run is resumed; those of ONLY_GROW may not shrink."""
@@ -138,7 +138,7 @@ def _plain(value: Any) -> Any:
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
-    return value
+    return value.written if isinstance(value, Expanded) else value
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, object]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from rlhf_cli.recipe.checks import REWARD, Check, Finding, hub_keys, no_effect
+from rlhf_cli.recipe.checks import ENV, REWARD, Check, Finding, hub_keys, no_effect
 from rlhf_cli.recipe.recipes import EvalRecipe, is_pattern
 from rlhf_cli.recipe.rewards import check_judge, check_match, term_names
 from rlhf_cli.sections import Judge
@@ -145,6 +145,7 @@ def _template(recipe: EvalRecipe) -> Iterator[Finding]:
 
 
 EVALUATION = (
+    ENV,
     Check(("models", "reference"), _models),
     Check(("chat_template", "template_options"), _template),
     Check(("prompts", "preferences", "text"), _rows),

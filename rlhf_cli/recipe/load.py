@@ -15,7 +15,15 @@ from rlhf_cli.recipe.keys import required_keys, unlisted
 from rlhf_cli.recipe.recipes import Recipe
 from rlhf_cli.recipe.stages import STAGES
 from rlhf_cli.recipe.yaml_reader import BAD, MAX_BYTES, Node, Problem, Unreadable, decode, plain, read
-from rlhf_cli.suggest import closest
+from rlhf_cli.suggest import closest, did_you_mean
+
+OF_BASE = 10_000_000
+"""Lines of a recipe's base are counted from here, those of the base's own base from twice as many: a line says its file."""
+OF_FILES = {
+    "base": "another recipe, by its path from this one: what it says holds where this one says nothing",
+    "stage": "the command that the recipe is for, which is then checked",
+}
+"""Keys of a file that are no part of its recipe."""
 
 RIVALS = {"train.steps": "train.epochs", "train.epochs": "train.steps", "data.eval": "data.holdout", "data.holdout": "data.eval"}
 """A key from the command line puts its rival in the file out of force: `--set train.steps=4` on a recipe with epochs."""
@@ -23,12 +31,16 @@ RIVALS = {"train.steps": "train.epochs", "train.epochs": "train.steps", "data.ev
 
 @dataclass(frozen=True)
 class Loaded:
-    """A recipe and where each of its keys stands: line in the file, from 1, or 0 for the command line."""
+    """A recipe and where each of its keys stands: line in its file, from 1, plus OF_BASE a base; or 0 for the command line."""
 
     recipe: Recipe
     stage: str
-    path: Path
+    files: tuple[Path, ...]  # the recipe, its base, the base's own …
     lines: dict[str, int]
+
+    @property
+    def path(self) -> Path:
+        return self.files[0]
 
     def named(self, key: str) -> str:
         """`where`, and the key itself if that does not say it."""
@@ -38,17 +50,18 @@ class Loaded:
     def where(self, key: str) -> str:
         """`recipes/x.yaml:14` of the key or its nearest parent in the file, or `--set key`."""
         found = _nearest(self.lines, key)
-        return _place(self.path, self.lines[found], found) if found else str(self.path)
+        return _place(self.files, self.lines[found], found) if found else str(self.path)
 
 
 def load_recipe(stage: str, path: Path, overrides: Sequence[str] = (), output: str | None = None) -> Loaded:
     """Reads and checks a recipe. Raises UsageError with one line for each problem."""
     problems: list[Problem] = []
-    section = STAGES[stage].recipe
+    section, files = STAGES[stage].recipe, [path]
     try:
-        root = _read_file(path, problems, section)
+        root = _with_bases(files, _read_file(path, problems, section), problems, section)
     except Unreadable as error:
-        raise UsageError(_render(path, [*problems, error.problem])) from None
+        raise UsageError(_render(files, [*problems, error.problem])) from None
+    root = _of_stage(root, stage, problems)
     root = spell_out(root, section)
     for override in overrides:
         root = spell_out(_override(root, override, problems), section)
@@ -66,8 +79,66 @@ def load_recipe(stage: str, path: Path, overrides: Sequence[str] = (), output: s
             what = f"only the command line may allow this. remove it and add --set {key}=true"
             found.append(Problem(lines[key], key, what))
     if problems or found:
-        raise UsageError(_render(path, problems + found))
-    return Loaded(recipe, stage, path, lines)
+        raise UsageError(_render(files, problems + found))
+    return Loaded(recipe, stage, tuple(files), lines)
+
+
+def _with_bases(files: list[Path], root: Node, problems: list[Problem], section: type) -> Node:
+    """The recipe merged over the one that its key `base` names, and over that one's; their files are added to `files`."""
+    base = root.value.get("base")
+    if base is None:
+        return root
+    own = dataclasses.replace(root, value={name: child for name, child in root.value.items() if name != "base"})
+    if not isinstance(base.value, str) or not base.value.strip():
+        raise Unreadable(base.line, "base", "expected the file of another recipe. name one")
+    path = files[-1].parent / base.value
+    if path.resolve() in [file.resolve() for file in files]:
+        circle = " → ".join(map(str, [*files, path]))
+        raise Unreadable(base.line, "base", f"recipes that are each other's base: {circle}. remove one of these keys")
+    try:
+        found: list[Problem] = []
+        under = _read_file(path, found, section)
+    except UsageError as error:
+        raise Unreadable(base.line, "base", str(error)) from None
+    finally:
+        by = OF_BASE * len(files)
+        problems += [problem._replace(line=problem.line + by) for problem in found]
+    files.append(path)
+    return _merged(_with_bases(files, _shifted(under, by), problems, section), own)
+
+
+def _shifted(node: Node, by: int) -> Node:
+    """The tree with its lines counted from another one."""
+    value = node.value
+    if isinstance(value, dict):
+        value = {name: _shifted(child, by) for name, child in value.items()}
+    if isinstance(value, list):
+        value = [_shifted(child, by) for child in value]
+    return dataclasses.replace(node, value=value, line=node.line + by)
+
+
+def _merged(under: Node, over: Node) -> Node:
+    """Sections key by key, anything else replaced; so is a section of another `kind`, whose keys mean something else."""
+    if not isinstance(under.value, dict) or not isinstance(over.value, dict):
+        return over
+    kinds = [section.value.get("kind") for section in (under, over)]
+    if None not in kinds and kinds[0].value != kinds[1].value:
+        return over
+    both = {name: _merged(under.value[name], child) if name in under.value else child for name, child in over.value.items()}
+    return dataclasses.replace(over, value={**under.value, **both})
+
+
+def _of_stage(root: Node, stage: str, problems: list[Problem]) -> Node:
+    """The recipe without the key `stage`, which may say which command it is for."""
+    named = root.value.get("stage")
+    if named is None:
+        return root
+    if named.value != stage:
+        advice = f"run rlhf {named.value}" if named.value in STAGES else did_you_mean(str(named.value), STAGES, "remove it")
+        problems.append(
+            Problem(named.line, "stage", f"this recipe is for {named.text[:40] or 'nothing'}, not for {stage}. {advice}")
+        )
+    return dataclasses.replace(root, value={name: child for name, child in root.value.items() if name != "stage"})
 
 
 def _read_file(path: Path, problems: list[Problem], section: type) -> Node:
@@ -178,20 +249,21 @@ def _locate(lines: dict[str, int], key: str, what: str) -> Problem:
     return Problem(lines.get(near, 1), near if unlisted(near) == unlisted(key) else key, what)
 
 
-def _place(path: Path, line: int, key: str) -> str:
+def _place(files: Sequence[Path], line: int, key: str) -> str:
     if line > 0:
-        return f"{path}:{line}"
+        file, line = divmod(line, OF_BASE)
+        return f"{files[file]}:{line}"
     return "--output" if key == "output" else f"--set {key}"
 
 
-def _render(path: Path, problems: Sequence[Problem]) -> str:
+def _render(files: Sequence[Path], problems: Sequence[Problem]) -> str:
     """One line for each problem, in the order of the file, the command line's last."""
     ordered = sorted(dict.fromkeys(problems), key=lambda problem: problem.line if problem.line > 0 else float("inf"))
     lines = []
     for line, key, what in ordered[:SHOWN]:
-        text = f"{_place(path, line, key)}: {f'{key[:100]}: ' if key and line > 0 else ''}{what}"
+        text = f"{_place(files, line, key)}: {f'{key[:100]}: ' if key and line > 0 else ''}{what}"
         # without control characters: what a recipe says must not steer the terminal
         lines.append("".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text))
     if len(ordered) > SHOWN:
-        lines.append(f"{path}: and {len(ordered) - SHOWN} more like these")
+        lines.append(f"{files[0]}: and {len(ordered) - SHOWN} more like these")
     return "\n".join(lines)

@@ -47,6 +47,7 @@ from rlhf_cli.sections import (
     Reference,
     Reward,
     SftData,
+    Tracker,
     Train,
     Value,
     Vote,
@@ -65,6 +66,9 @@ class Recipe:
 
     seed: int = key(0, "of everything that is random", low=0, high=2**32 - 1, last=True)
     output: str = key(help="the run folder", path=True, last=True)
+    env: dict[str, bool | int | float | str] = key(
+        {}, "environment variables, set before any library is loaded; no place for a secret", last=True
+    )
 
     @property
     def terms(self) -> tuple[list[Reward], list[Reward]]:
@@ -90,7 +94,9 @@ class TrainingRecipe(Recipe):
     data: Data
     train: Train = field(default_factory=Train)
     objective: Objective
-    trackers: list[str] = key([], "tensorboard, wandb, mlflow, trackio, …; offline files are always written", last=True)
+    trackers: list[str] | dict[str, Tracker] = key(
+        [], "[tensorboard, wandb, mlflow, trackio, …], or {NAME: {project, name}}; offline files are always written", last=True
+    )
 
     @property
     def trained(self) -> Trained:

@@ -115,7 +115,7 @@ class JudgeTerm(RewardTerm):
 
     @property
     def source(self) -> dict[str, Any]:
-        asked: dict[str, Any] = {"model": self.settings.model}
+        asked: dict[str, Any] = {"model": sections.as_written(self.settings.model)}
         if self.local is not None:
             start = self.local.start
             asked = {"path": str(start.adapter or start.base), "base": self.local.base}

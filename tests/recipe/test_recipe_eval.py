@@ -71,6 +71,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert vars(recipe(tmp_path)) == {
         "seed": 0,
         "output": "runs/e",
+        "env": {},
         "models": {"sft": "runs/sft", "dpo": "runs/dpo"},
         "reference": None,
         "prompts": [EvalSource("p.jsonl", name=None, split="train", format="auto", columns={}, limit=None, holdout=0.0)],
@@ -177,7 +178,7 @@ FAULTS = {
     (
         "output: o\nprompts: p\n",
         "models:\n  a: ${RLHF_TEST_UNSET}/x",
-    ): "4: models.a: the environment variable RLHF_TEST_UNSET is not set. set it, or write the path out",
+    ): "4: models.a: the environment variable RLHF_TEST_UNSET is not set. set it, or write it out",
     (
         "output: o\nprompts: p\n",
         "models:\n  b: y\n  a/b: x",
@@ -500,14 +501,14 @@ def test_round_trip(tmp_path: Path, text: str) -> None:
     assert [line.partition(":")[0] for line in dumped.splitlines()[1:] if line[0].isalpha()] == list(keys_of(EvalRecipe))
 
 
-def test_environment_in_paths_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_in_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_TEST_ROOT", "/big")
     text = GOOD.replace("runs/dpo", "'${RLHF_TEST_ROOT}/dpo/*'") + "dump_pairs: ${RLHF_TEST_ROOT}/a.jsonl\n"
     judge = "winrate: {baseline: sft, judge: {endpoint: 'http://x', model: '${RLHF_TEST_ROOT}', prompt: '${RLHF_TEST_ROOT}/q'}}\n"
     found = recipe(tmp_path, text=text + judge)
     assert found.models == {"sft": "runs/sft", "dpo": "/big/dpo/*"}
     assert found.dump_pairs == "/big/a.jsonl"
-    assert found.winrate == Winrate("sft", Judge("http://x", "${RLHF_TEST_ROOT}", prompt="/big/q"))
+    assert found.winrate == Winrate("sft", Judge("http://x", "/big", prompt="/big/q"))
 
 
 def test_the_judges_key_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,7 +606,7 @@ def test_dump_pairs_of_the_command_line_wins_whatever_its_characters(
     assert ran[0].where("dump_pairs") == "--set dump_pairs"
 
 
-@pytest.mark.parametrize("text", [*ODD, "😀.jsonl", "a\nb.jsonl", "\u2028\x85\x7f.jsonl", "yes", "null", "1e5", "", "${X}"])
+@pytest.mark.parametrize("text", [*ODD, "😀.jsonl", "a\nb.jsonl", "\u2028\x85\x7f.jsonl", "yes", "null", "1e5", "", "$X"])
 def test_one_line_reads_back(tmp_path: Path, text: str) -> None:
     written = one_line(text)
     assert "\n" not in written

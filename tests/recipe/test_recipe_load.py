@@ -15,7 +15,7 @@ from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.sections import KeepBest, Lora, Source, StopRule
 
 GOOD = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl}\n"
-KEYS = "keys here: model, lora, data, train, objective, seed, output, trackers"
+KEYS = "keys here: model, lora, data, train, objective, seed, output, env, trackers"
 
 
 def load(folder: Path, text: str | bytes, *overrides: str, output: str | None = None) -> Loaded:
@@ -74,7 +74,7 @@ BAD_RECIPES = {
     "lora: {merge_parent: off}": "r.yaml:4: lora.merge_parent: expected true or false, found the text 'off'. write false",
     "lora: none": "r.yaml:4: lora: expected keys (r, alpha, dropout, …) or auto or null, found the text 'none'. the default is auto",
     "lora: {target_modules: [q_proj, 3]}": "r.yaml:4: lora.target_modules.1: expected text, found 3. put it in quotes: '3'",
-    "trackers: wandb": "r.yaml:4: trackers: expected a list, found the text 'wandb'. write [wandb]",
+    "trackers: wandb": "r.yaml:4: trackers: expected a list or keys with values, found the text 'wandb'. write [wandb]",
     # bounds
     "train: {batch_size: 0}": "r.yaml:4: train.batch_size: expected at least 1, found 0",
     "lora: {dropout: 1.5}": "r.yaml:4: lora.dropout: expected at most 0.99, found 1.5",
@@ -125,7 +125,7 @@ SOURCES = {
     "5": "data.train: expected a path or a list of sources, found 5. put it in quotes: '5'",
     "''": "data.train: expected a path, found empty text. name one",
     "~/x.jsonl": "data.train: ~ is not expanded. write ${HOME}/x.jsonl",
-    "${RLHF_TEST_UNSET}/x.jsonl": "data.train: the environment variable RLHF_TEST_UNSET is not set. set it, or write the path out",
+    "${RLHF_TEST_UNSET}/x.jsonl": "data.train: the environment variable RLHF_TEST_UNSET is not set. set it, or write it out",
     "{path: x.jsonl, weight: 2}": "data.train.weight: has no effect with one source. remove it",
     "{path: x.jsonl, splt: a}": "data.train.splt: unknown key. did you mean data.train.split?",
     "{path: x.jsonl, split: test}": "data.train.split: has no effect on a local file, it chooses a split. remove it",
@@ -353,11 +353,11 @@ def test_remote_code_needs_the_command_line(tmp_path: Path) -> None:
     assert load(tmp_path, text.replace("true", "false")).recipe.model.trust_remote_code is False
 
 
-def test_environment_in_paths_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_in_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_TEST_ROOT", "/big")
     text = "model: {path: '${RLHF_TEST_ROOT}/m', revision: '${RLHF_TEST_ROOT}'}\noutput: ${RLHF_TEST_ROOT}/o\n"
     recipe = load(tmp_path, text + "data: {train: ['${RLHF_TEST_ROOT}/${RLHF_TEST_ROOT}.jsonl', $HOME]}\n").recipe
-    assert (recipe.model.path, recipe.model.revision, recipe.output) == ("/big/m", "${RLHF_TEST_ROOT}", "/big/o")
+    assert (recipe.model.path, recipe.model.revision, recipe.output) == ("/big/m", "/big", "/big/o")
     assert [source.path for source in recipe.data.train] == ["/big//big.jsonl", "$HOME"]
 
 

@@ -81,7 +81,7 @@ def test_round_trip_of_every_kind(tmp_path: Path, stage: str, kind: str) -> None
     keys = [line.split(":")[0] for line in text.splitlines()[1:] if line[0].isalpha()]
     direct = ["reference", "rollout", "reward", "reward_combine"]
     added = {"ppo": [*direct, "kl", "value", "ptx", "gold"]} | {name: [*direct, "gold"] for name in ("dpo", "ipo", "kto")}
-    assert keys == ["model", "lora", "data", "train", "objective", *added.get(stage, []), "seed", "output", "trackers"]
+    assert keys == ["model", "lora", "data", "train", "objective", *added.get(stage, []), "seed", "output", "env", "trackers"]
 
 
 def test_keys_of_the_chosen_kind(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def place_of(prefix: str) -> str:
     """The prefix with a position or a name where a key of a list or of free names needs one."""
     for key in ("data.eval", "reward", "gold", "prompts", "preferences", "text"):
         prefix = prefix.replace(key, f"{key}.0")
-    return prefix.replace("train.stop_if", "train.stop_if.loss")
+    return "trackers.wandb" if prefix == "trackers" else prefix.replace("train.stop_if", "train.stop_if.loss")
 
 
 @pytest.mark.slow
