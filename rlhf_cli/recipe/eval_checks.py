@@ -83,6 +83,15 @@ def _judge(judge: str | Judge, recipe: EvalRecipe) -> Iterator[Finding]:
             yield f"{key}.mode", "score compares nothing. remove it, or make the judge a term of the reward and name that"
         return
     rewards, golds = map(term_names, recipe.terms)
+    asked = [
+        term
+        for role, names, terms in zip(("reward", "gold"), (rewards, golds), recipe.terms, strict=True)
+        for name, term in zip(names, terms, strict=True)
+        if judge in (role, name)
+    ]
+    if any(term.least_responses > 1 for term in asked):
+        what = "compares the responses of one model with each other (mode: pairwise), so that every model has ½. "
+        yield key, f"{judge} {what}name that judge here, {{endpoint: …}} or {{path: …}}, or set its mode: score"
     whole = {"reward": rewards, "gold": golds}
     if judge in whole:
         if not whole[judge]:

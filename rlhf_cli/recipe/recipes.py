@@ -220,7 +220,9 @@ class PpoRecipe(ReferenceRecipe):
 
     objective: Ppo | Reinforce | Rloo | Grpo | Bandit = field(default_factory=Ppo)
     rollout: PolicySampling = field(default_factory=PolicySampling)
-    reward: list[Reward] = key(help="a list of terms: {model: …} or {function: file.py:name}")
+    reward: list[Reward] = key(
+        help="a list of terms, each one of model, function, match, format, length and judge: [{model: runs/rm}]"
+    )
     reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
     kl: Kl = field(default_factory=Kl)
     value: Value = field(default_factory=Value)
@@ -269,7 +271,9 @@ class Scoring:
     """What an evaluation asks of responses."""
 
     rollout: EvalSampling = field(default_factory=EvalSampling)
-    reward: list[Reward] | None = key(None, "a list of terms: {model: …} or {function: file.py:name}")
+    reward: list[Reward] | None = key(
+        None, "a list of terms, each one of model, function, match, format, length and judge: [{model: runs/rm}]"
+    )
     reward_combine: Literal["sum", "min", "mean_minus_std"] = key("sum", "how the weighted terms make one score")
     gold: list[Reward] | None = key(None, "like reward: what people really want, where that can be computed")
     winrate: Winrate | None = key(None, "compare the models' responses one to one")

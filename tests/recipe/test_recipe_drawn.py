@@ -190,7 +190,8 @@ def test_every_fault_of_a_list_of_terms_has_its_line(tmp_path: Path) -> None:
         "r.yaml:8: reward.2: expected one of model, function, match, format, length, judge, found none. name one",
     ]
     assert refused(tmp_path, "ppo", text=PLAIN) == [
-        "r.yaml:1: reward: missing. add it: a list of terms: {model: …} or {function: file.py:name}"
+        "r.yaml:1: reward: missing. add it: a list of terms, each one of model, function, match, format, length and judge: "
+        "[{model: runs/rm}]"
     ]
 
 

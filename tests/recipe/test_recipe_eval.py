@@ -24,6 +24,8 @@ from rlhf_cli.sections import EvalSampling, EvalSource, Judge, PolicySampling, R
 
 ROOT = Path(__file__).parents[2]
 MODELS = "output: runs/e\nmodels: {sft: runs/sft, dpo: runs/dpo}\n"
+PAIRWISE = "reward: [{model: rm}, {judge: {path: m, mode: pairwise}}]\nrollout: {responses_per_prompt: 2}\n"
+HALF = "compares the responses of one model with each other (mode: pairwise), so that every model has ½. name that judge here, {endpoint: …} or {path: …}, or set its mode: score"
 GOOD = MODELS + "prompts: p.jsonl\n"
 SCORED = GOOD + "reward: [{model: runs/rm}]\n"
 JUDGED = SCORED + "gold: [{function: 'g.py:true'}]\n"
@@ -286,6 +288,10 @@ FAULTS = {
     ): f"5: winrate.judge: {ADD_REWARD.format('gold')}",
     (JUDGED, "winrate: {baseline: sft, judge: golden}"): "6: winrate.judge: no term is named golden. did you mean gold?",
     (GOOD, "winrate: {baseline: sft, judge: golden}"): "4: winrate.judge: no term is named golden. did you mean gold?",
+    **{
+        (f"{GOOD}{PAIRWISE}", f"winrate: {{baseline: sft, judge: {judge}}}"): f"6: winrate.judge: {judge} {HALF}"
+        for judge in ("judge", "reward")
+    },
     (JUDGED, "winrate: {baseline: sft, judge: treu}"): "6: winrate.judge: no term is named treu. did you mean true?",
     (JUDGED, "winrate: {baseline: sft, judge: gpt-4}"): f"6: winrate.judge: {NO_TERM.format('gpt-4', 'reward, gold, rm, true')}",
     (
