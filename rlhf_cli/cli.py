@@ -147,6 +147,31 @@ for _name, _stage in STAGES.items():
     _stage_command(_name, _stage)
 
 
+@app.command("import")
+def _import(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file of TRL, LLaMA-Factory or axolotl.")],
+    stage: Annotated[str | None, typer.Option("--stage", metavar="STAGE", help="Where the file does not tell.")] = None,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Devices that it was written for.")] = 1,
+    output: Annotated[Path | None, typer.Option("-o", metavar="RECIPE.yaml", help="Write it here; must not exist.")] = None,
+    debug: Debug = False,
+) -> Action:
+    """A recipe from another trainer's configuration; what differs stands in comments above it."""
+
+    def write() -> None:
+        from rlhf_cli.importing.configuration import import_file
+
+        if output is not None and output.exists():
+            raise UsageError(f"-o {output}: exists. give another name, or move it away")
+        found, text = import_file(file, stage, gpus)
+        if output is None:
+            typer.echo(text, nl=False)
+            return
+        output.write_text(text, encoding="utf-8")
+        typer.echo(f"{output}: what differs stands at its top. next: rlhf {found} {output} --check")
+
+    return write
+
+
 @app.command("export")
 def _export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],

@@ -56,8 +56,13 @@ _Dumper.add_representer(
 
 def dump_recipe(recipe: Recipe, stage: str) -> str:
     """Every value in force, as a recipe."""
-    text: str = yaml.dump(_plain(recipe), Dumper=_Dumper, sort_keys=False, width=math.inf, allow_unicode=True)
-    return f"# every value in force; `rlhf {stage} THIS --output OTHER` repeats the run\n{text}"
+    return f"# every value in force; `rlhf {stage} THIS --output OTHER` repeats the run\n{as_yaml_text(_plain(recipe))}"
+
+
+def as_yaml_text(values: dict[str, Any]) -> str:
+    """Sections, as a recipe has them."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=math.inf, allow_unicode=True)
+    return text
 
 
 def dumped_stage(path: Path) -> str | None:

@@ -12,7 +12,7 @@ from rlhf_cli.recipe.build import SHOWN, Builder, lines_of, spell_out
 from rlhf_cli.recipe.checks import findings
 from rlhf_cli.recipe.dump import flatten
 from rlhf_cli.recipe.keys import required_keys, unlisted
-from rlhf_cli.recipe.recipes import Recipe
+from rlhf_cli.recipe.recipes import Recipe, TrainingRecipe
 from rlhf_cli.recipe.stages import STAGES
 from rlhf_cli.recipe.yaml_reader import BAD, MAX_BYTES, Node, Problem, Unreadable, decode, plain, read
 from rlhf_cli.suggest import closest, did_you_mean
@@ -139,6 +139,18 @@ def _of_stage(root: Node, stage: str, problems: list[Problem]) -> Node:
             Problem(named.line, "stage", f"this recipe is for {named.text[:40] or 'nothing'}, not for {stage}. {advice}")
         )
     return dataclasses.replace(root, value={name: child for name, child in root.value.items() if name != "stage"})
+
+
+def read_keys(path: Path) -> Node:
+    """The tree of a file that another program's keys are in. Raises UsageError with one line for each problem."""
+    problems: list[Problem] = []
+    try:
+        root = _read_file(path, problems, TrainingRecipe)
+    except Unreadable as error:
+        problems.append(error.problem)
+    if problems:
+        raise UsageError(_render([path], problems))
+    return root
 
 
 def _read_file(path: Path, problems: list[Problem], section: type) -> Node:

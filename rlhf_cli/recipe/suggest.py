@@ -7,36 +7,46 @@ from collections.abc import Sequence
 from rlhf_cli.suggest import closest, likeness
 
 OTHER_NAMES = {
-    "train.learning_rate": ("lr",),
+    "seed": ("seed",),
+    "train.learning_rate": ("lr", "learning_rate"),
+    "train.weight_decay": ("weight_decay",),
+    "train.max_grad_norm": ("max_grad_norm",),
     "train.epochs": ("num_epochs", "num_train_epochs"),
     "train.steps": ("max_steps",),
     "train.schedule": ("lr_scheduler_type", "lr_scheduler"),
     "train.warmup": ("warmup_ratio", "warmup_steps"),
-    "train.optimizer": ("optim",),
+    "train.optimizer": ("optim", "optimizer"),
     "train.batch_size": ("per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_size"),
     "train.log_every": ("logging_steps",),
-    "train.eval_every": ("eval_steps",),
-    "train.save_every": ("save_steps",),
+    "train.eval_every": ("eval_steps", "eval_strategy", "evals_per_epoch"),
+    "train.save_every": ("save_steps", "save_strategy", "saves_per_epoch"),
     "train.keep_checkpoints": ("save_total_limit",),
     "train.keep_best": ("load_best_model_at_end",),
     "trackers": ("report_to",),
     "output": ("output_dir",),
     "model.path": ("base_model", "model_name", "model_name_or_path"),
-    "data.train": ("dataset", "datasets", "dataset_name"),
-    "data.holdout": ("val_set_size",),
-    "data.max_length": ("max_seq_length", "sequence_len", "cutoff_len"),
-    "model.dtype": ("bf16", "torch_dtype"),
-    "model.attention": ("attn_implementation",),
-    "model.quantize": ("load_in_4bit",),
+    "model.revision": ("model_revision", "revision_of_model"),
+    "data.train": ("dataset", "datasets", "dataset_name", "dataset_mixture", "dataset_mixer"),
+    "data.eval": ("eval_dataset", "test_datasets"),
+    "data.holdout": ("val_set_size", "val_size", "test_split_size"),
+    "data.max_length": ("max_length", "max_seq_length", "sequence_len", "cutoff_len"),
+    "data.train.limit": ("max_samples",),
+    "model.dtype": ("bf16", "fp16", "torch_dtype", "pure_bf16"),
+    "model.attention": ("attn_implementation", "flash_attn", "flash_attention"),
+    "model.quantize": ("load_in_4bit", "load_in_8bit", "quantization_bit"),
+    "model.gradient_checkpointing": ("gradient_checkpointing", "disable_gradient_checkpointing"),
+    "lora": ("use_peft", "finetuning_type", "adapter"),
     "lora.r": ("lora_r", "lora_rank"),
     "lora.alpha": ("lora_alpha",),
     "lora.dropout": ("lora_dropout",),
-    "lora.target_modules": ("lora_target", "lora_target_modules"),
+    "lora.target_modules": ("lora_target", "lora_target_modules", "lora_target_linear"),
     "objective.kind": ("loss_type", "pref_loss"),
-    "objective.beta": ("pref_beta",),
-    "objective.sft_weight": ("rpo_alpha",),
-    "objective.lambda_d": ("desirable_weight",),
-    "objective.lambda_u": ("undesirable_weight",),
+    "objective.beta": ("beta", "pref_beta", "rl_beta", "dpo_beta", "orpo_alpha"),
+    "objective.label_smoothing": ("label_smoothing", "dpo_label_smoothing"),
+    "objective.gamma": ("simpo_gamma",),
+    "objective.sft_weight": ("rpo_alpha", "pref_ftx", "cpo_alpha"),
+    "objective.lambda_d": ("desirable_weight", "kto_chosen_weight", "kto_desirable_weight"),
+    "objective.lambda_u": ("undesirable_weight", "kto_rejected_weight", "kto_undesirable_weight"),
     "objective.center_coef": ("center_rewards_coefficient",),
     "reference.model": ("ref_model", "reference_model"),
     "reference.cache": ("precompute_ref_log_probs",),
@@ -74,10 +84,13 @@ REASONS = dict.fromkeys(("rollout.top_p", "rollout.top_k", "rollout.min_p", "rol
 """Keys of other stages → why they are not of one whose recipe has the section they stand in."""
 
 OTHER_VALUES = {
-    "attention": {"flash_attention_2": "flash", "flash_attention_3": "flash", "fa2": "flash", "flex_attention": "flex"},
+    "attention": {
+        **dict.fromkeys(("flash_attention_2", "flash_attention_3", "fa2", "fa3", "kernels-community/flash-attn2"), "flash"),
+        **{"flex_attention": "flex", "disabled": "eager"},
+    },
     "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"},
     "optimizer": {
-        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adam", "paged_adamw_32bit"), "adamw"),
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adam", "paged_adamw_32bit", "paged_adamw"), "adamw"),
         **dict.fromkeys(("paged_adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
     },
     "schedule": {
@@ -86,10 +99,10 @@ OTHER_VALUES = {
         "linear_warmup": "linear",
     },
     "quantize": {"4": "4bit", "8": "8bit", "nf4": "4bit", "int8": "8bit", "int4": "4bit"},
-    "kind": {"sigmoid": "dpo", "bco_pair": "bco", "loss_dpo": "dpo", "sigmoid_norm": "simpo"},
+    "kind": {"sigmoid": "dpo", "bco_pair": "bco", "loss_dpo": "dpo"},
     "trackers": {"none": "[]", "None": "[]"},
 }
-"""Name of a key of ours → values that other trainers write for it → ours."""
+"""Name of a key of ours → values that other trainers write for it → ours, and after a comma what else to write."""
 
 
 def closest_key(word: str, siblings: Sequence[str], prefix: str, known: Sequence[str]) -> str | None:
