@@ -158,6 +158,7 @@ def _import(
     """A recipe from another trainer's configuration; what differs stands in comments above it."""
 
     def write() -> None:
+        from rlhf_cli.files import write_atomic
         from rlhf_cli.importing.configuration import import_file
 
         if output is not None and output.exists():
@@ -166,7 +167,7 @@ def _import(
         if output is None:
             typer.echo(text, nl=False)
             return
-        output.write_text(text, encoding="utf-8")
+        write_atomic(output, text)
         typer.echo(f"{output}: what differs stands at its top. next: rlhf {found} {output} --check")
 
     return write

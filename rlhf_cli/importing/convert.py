@@ -217,10 +217,15 @@ def _cadence(job: Job, held_out: bool) -> None:
 
 def _rest(job: Job) -> None:
     """What is left: trackers, keys with one of ours, keys without a place, and those that nobody knows."""
-    report, project, board = job.take("report_to"), job.take("wandb_project"), job.take("use_tensorboard")
+    report, wandb, board = job.take("report_to"), job.take("wandb_project"), job.take("use_tensorboard")
     names = [str(name) for name in (report if isinstance(report, list) else [report]) if asks(name) and name != "all"]
-    if names := list(dict.fromkeys([*names, *["wandb"] * bool(project), *["tensorboard"] * asks(board)])):
-        job.put("trackers", names)
+    names += ["wandb"] * bool(wandb) + ["tensorboard"] * asks(board)
+    own = {"project": wandb or job.take("project"), "name": job.take("run_name", "wandb_name")}
+    own = {key: value for key, value in own.items() if value}
+    if names:
+        job.put("trackers", dict.fromkeys(names, own) if own else names)
+    elif own:
+        job.leave_out("no tracker is named", *[key for key in ("project", "run_name", "wandb_name") if key in job.given])
     for name, value in list(job.rest.items()):
         ours, asked = OURS.get(name), asks(value) and value != NEUTRAL.get(name)
         if SECRET.search(name) or name in LEFT_OUT:

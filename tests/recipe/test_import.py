@@ -37,7 +37,12 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "factory_dpo": {"objective.kind": "simpo", "objective.beta": 0.2, "objective.gamma": 0.8, "lora.r": 8, "lora.alpha": 16},
     "factory_kto": {"lora": None, "train.learning_rate": 5e-5, "train.schedule": "constant", "objective.lambda_u": 0.5},
     "factory_rm": {"lora.r": 4, "lora.alpha": 32, "train.epochs": 3, "train.schedule": "linear", "train.eval_every": 0.333333},
-    "axolotl_sft": {"lora": None, "train.optimizer": "adamw_8bit", "train.eval_every": 1 / (2 * 2), "trackers": ["wandb"]},
+    "axolotl_sft": {
+        "lora": None,
+        "train.optimizer": "adamw_8bit",
+        "train.eval_every": 1 / (2 * 2),
+        "trackers.wandb.project": "example",
+    },
     "axolotl_dpo": {"train.batch_size": 2 * 4, "train.eval_every": 1 / (4 * 4), "objective.beta": 0.3, "model.quantize": "8bit"},
     "axolotl_kto": {"train.save_every": None, "objective.lambda_d": 0.2, "lora.alpha": 64, "lora.target_modules": "all-linear"},
     "axolotl_rm": {"train.save_every": 1 / 4, "train.learning_rate": 2e-4, "lora": None, "data.max_length": 2048},
