@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_cli.errors import MachineError, UsageError
@@ -29,6 +29,7 @@ from rlhf_cli.judges.question import (
     read_wording,
 )
 from rlhf_cli.runs.folder import MetricsLog, read_metrics
+from rlhf_cli.signals import Pause, no_pause
 
 if TYPE_CHECKING:
     from rlhf_cli.sections import Judge
@@ -87,6 +88,7 @@ class EndpointJudge:
     place: str  # begins every message
     verdicts: Callable[[], Verdicts]  # what is in them is not asked again; every answer is added at once
     say: Callable[[int, int], None] = lambda done, total: None  # told (answered, all) questions about UPDATES times
+    pause: Pause = no_pause  # while answers are waited for
 
     def key(self, question: Question) -> str:
         """The same for the same question to the same model in the same words."""
@@ -109,10 +111,11 @@ def prepare(
     place: str,
     verdicts: Callable[[], Verdicts],
     say: Callable[[int, int], None] = lambda done, total: None,
+    pause: Pause = no_pause,
 ) -> EndpointJudge:
     """The judge of the settings; nothing is sent. UsageError: its template, its endpoint or the key cannot be used."""
     wording = read_wording(settings, mode, place)
-    return EndpointJudge(connect(settings, place), wording, settings.retries, settings.parallel, place, verdicts, say)
+    return EndpointJudge(connect(settings, place), wording, settings.retries, settings.parallel, place, verdicts, say, pause)
 
 
 def _ask_all(judge: EndpointJudge, questions: Mapping[str, Question], verdicts: Verdicts) -> None:
@@ -131,7 +134,11 @@ def _ask_all(judge: EndpointJudge, questions: Mapping[str, Question], verdicts: 
         for thread in threads:
             thread.start()
         while done < total and failure is None:
-            key, answer = answers.get()
+            judge.pause()
+            try:
+                key, answer = answers.get(timeout=GRACE)
+            except Empty:
+                continue
             if isinstance(answer, Exception):
                 failure = answer
                 continue

@@ -27,6 +27,7 @@ from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.rollout.rewards import Answers, PolicyText, RewardTerm
 from rlhf_cli.runs.manifest import Parent, weights_hash
 from rlhf_cli.runs.parents import Start, base_model, recorded_template, resolve_start
+from rlhf_cli.signals import Pause
 
 MIDDLE, REACH = 5.5, 4.5
 """A score s from 1 to 10 is the reward (s − MIDDLE)/REACH, from −1 to 1."""
@@ -84,6 +85,7 @@ class JudgeTerm(RewardTerm):
     mode: Mode
     local: LocalModel | None
     folder: Path
+    pause: Pause
 
     kind: ClassVar[str] = "term"
 
@@ -93,7 +95,7 @@ class JudgeTerm(RewardTerm):
         assert reward.judge is not None
         settings, mode = reward.judge, reward.judge.mode or "score"
         local = find_judge(settings, mode, place, trust_remote_code=policy.trust_remote_code, check=policy.check)
-        return cls(name, reward.weight, place, settings, mode, local, policy.folder)
+        return cls(name, reward.weight, place, settings, mode, local, policy.folder, policy.pause)
 
     @property
     def needs_weights(self) -> bool:
@@ -111,7 +113,7 @@ class JudgeTerm(RewardTerm):
 
     def _opened(self) -> Judge:
         verdicts = self.verdicts()
-        return prepare(self.settings, self.mode, self.place, lambda: verdicts)
+        return prepare(self.settings, self.mode, self.place, lambda: verdicts, pause=self.pause)
 
     @property
     def source(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from rlhf_cli.models.placement import FrozenModels, Head
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.runs.manifest import Parent
 from rlhf_cli.runs.parents import Start
+from rlhf_cli.signals import Pause, no_pause
 
 SHOWN = 60
 """Characters of a prompt or a response in a message."""
@@ -80,6 +81,7 @@ class PolicyText:
     trust_remote_code: bool
     check: bool  # models on the hub are not fetched
     folder: Path = Path()  # the run's, where what a judge says is kept
+    pause: Pause = no_pause  # while a judge is waited for
 
 
 @dataclass(frozen=True)

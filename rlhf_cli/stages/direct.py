@@ -41,7 +41,8 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     unpaired = loaded.recipe.objective.rows is LABELS and not draws
     job = prepare_job(loaded, check=check, resume=resume, shape=partial(_as_unpaired, loaded) if unpaired else None)
     reference = find_reference(job, check, needed=draws or job.objective.reference)
-    terms = find_terms(loaded, PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check))
+    policy = PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check, pause=job.signals.pause)
+    terms = find_terms(loaded, policy)
     for words in _announce(job, reference, terms):
         job.console.say(words)
     if reference is not None:

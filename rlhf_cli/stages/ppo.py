@@ -34,7 +34,8 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     """
     job = prepare_job(loaded, check=check, resume=resume)
     reference = find_reference(job, check)
-    terms = find_terms(loaded, PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check))
+    policy = PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check, pause=job.signals.pause)
+    terms = find_terms(loaded, policy)
     ptx = _ptx_rows(job)
     assert reference is not None
     for words in (reference.words, *terms.words, *_announce(job)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_cli.data.templates import choose_template, read_chat_format
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import Stopped, UsageError
 from rlhf_cli.judges import asking
 from rlhf_cli.judges.asking import Verdicts, prepare
 from rlhf_cli.judges.judge import compare, score
@@ -135,6 +136,25 @@ class TestEndpoints:
         found = compare(prepare(settings(serve(behave)), "pairwise", "here", lambda: verdicts), [Question("?", "long", "x")])
         assert found.probability.tolist() == pytest.approx([0.7], abs=1e-12)
         assert found.contradicting.tolist() == [False]
+
+    def test_a_signal_ends_the_waiting_and_what_was_said_is_kept(self, serve: Serve, tmp_path: Path) -> None:
+        def behave(model: Model, message: str) -> Reply:
+            if len(model.asked) > 1:
+                model.open.wait(60)
+            return said("7")
+
+        def pause() -> None:
+            if len(model.asked) > 1:
+                raise Stopped("stopped by SIGTERM", 15)
+
+        model, verdicts = serve(behave), Verdicts(tmp_path / "v.jsonl")
+        asked = settings(model).__class__(endpoint=model.url, model="m", parallel=1, timeout=60.0)
+        judge = prepare(asked, "score", "here", lambda: verdicts, pause=pause)
+        started = time.monotonic()
+        with pytest.raises(Stopped):
+            judge.answer([Question("?", "a"), Question("?", "b")])
+        assert time.monotonic() - started < 20
+        assert len((tmp_path / "v.jsonl").read_text().splitlines()) == 1
 
     def test_a_server_that_refuses_the_key_is_asked_without_it(self, serve: Serve, tmp_path: Path) -> None:
         def behave(model: Model, message: str) -> Reply:
