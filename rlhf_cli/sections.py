@@ -310,12 +310,6 @@ class Judge:
     retries: int = key(4, "how often a question is asked again that got no answer", low=0)
     parallel: int = key(4, "questions under way at once", low=1)
 
-    @property
-    def address(self) -> str | None:
-        """The endpoint as the recipe has it, without its query, which may hold a secret."""
-        written = as_written(self.endpoint)
-        return written and written.partition("?")[0]
-
 
 @dataclass(frozen=True)
 class Reward:

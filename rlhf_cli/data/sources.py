@@ -6,14 +6,14 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,9 +31,6 @@ from rlhf_cli.data.requests import ALL, RowRequest, SourceReport, check_lent
 from rlhf_cli.data.stored import joined, take
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import sha256_file
-
-if TYPE_CHECKING:
-    pass
 
 DETECT_ROWS = 100
 TOLD = 10_000  # rows after which the progress is told
@@ -134,6 +131,13 @@ def _said(format: Format, converter: Converter, rows: Sequence[Row], path: str) 
         yield f"{path}: rows of one prompt, with a response each, are one row"
 
 
+def _lacking(path: str, request: RowRequest, lent: Container[str]) -> Iterator[str]:
+    """What terms cannot do without and none of these rows has: beside other sources that have it, they say nothing here."""
+    for name, who in request.columns.items():
+        if who is not None and name != ALL and name not in lent:
+            yield f"{path}: no row has the column '{name}', which a term of the reward reads: there it is given null"
+
+
 def _cache_key(source: sections.Source, key: str, seed: int | None, request: RowRequest) -> str | None:
     """All that the records of a source depend on; None where they are not kept."""
     if is_hub_id(source.path) or is_saved(source.path):
@@ -143,7 +147,8 @@ def _cache_key(source: sections.Source, key: str, seed: int | None, request: Row
         return None
     use = request.purpose.use
     asked = [source.format, source.columns, source.ignore, sorted(use.needs), use.responses, use.keep.__qualname__]
-    wanted = [sorted(use.better), request.margin_column, sorted(request.columns), request.chat, seed]
+    lent = sorted((name, who is None) for name, who in request.columns.items())
+    wanted = [sorted(use.better), request.margin_column, lent, request.chat, seed]
     settings = json.dumps([*asked, *wanted, *map(str, files)])
     return cache.key([_CODE, settings, *map(sha256_file, files)])
 
@@ -202,7 +207,7 @@ def _convert(source: sections.Source, key: str, seed: int | None, request: RowRe
         tuple(name for name in convert.seen if not {name, ALL} & {*convert.used, *request.columns}),
         tuple(name for name in (request.columns if ALL not in request.columns else convert.seen) if name in convert.lent),
         convert.transcripts,
-        tuple(_said(format, converter, own, source.path)),
+        (*_said(format, converter, own, source.path), *_lacking(source.path, request, convert.lent)),
     )
 
 

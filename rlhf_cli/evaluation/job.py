@@ -21,6 +21,7 @@ from rlhf_cli.evaluation.splits import trained_on, with_holdout_seed
 from rlhf_cli.evaluation.votes import right_answers
 from rlhf_cli.figures import sampling
 from rlhf_cli.files import sha256_file
+from rlhf_cli.judges.question import address
 from rlhf_cli.models.load import positions_of, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.models.placement import FrozenModels
@@ -297,7 +298,7 @@ def plan_evaluation(job: EvaluationJob) -> list[tuple[str, Titled]]:
         settings.insert(0, ("responses", drawn + more))
     if recipe.winrate is not None:
         judge = recipe.winrate.judge
-        asked = judge if isinstance(judge, str) else judge.path or f"{judge.model} at {judge.address}"
+        asked = judge if isinstance(judge, str) else judge.path or f"{judge.model} at {address(judge)}"
         settings.append(("judge", f"{asked}, against {recipe.winrate.baseline}"))
     settings += [("terms", text) for text in job.terms.words]
     return [("models", models), ("rows", rows), ("evaluation", settings)]

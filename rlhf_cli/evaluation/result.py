@@ -18,6 +18,7 @@ from rlhf_cli.evaluation.samples import Samples, figures, log_ratios
 from rlhf_cli.evaluation.votes import drawn_subsets, right_answers, vote_accuracies
 from rlhf_cli.evaluation.winrate import WinRate, ratings, win_rate
 from rlhf_cli.figures import Interval
+from rlhf_cli.judges.question import address
 from rlhf_cli.recipe import recipes
 from rlhf_cli.sections import Judge, as_written
 
@@ -51,7 +52,7 @@ def summarise(
         about=About(
             reference=recipe.reference,
             baseline=winrate.baseline if winrate else None,
-            judge=AskedJudge(judge.address, as_written(judge.model), judge.path) if isinstance(judge, Judge) else judge,
+            judge=AskedJudge(address(judge), as_written(judge.model), judge.path) if isinstance(judge, Judge) else judge,
             prompts=prompts,
             responses=drawn.responses_per_prompt,
             temperature=drawn.temperature,

@@ -9,12 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rlhf_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from rlhf_cli.sections import Judge
+from rlhf_cli.sections import Judge, as_written
 
 CRITERION = "helpful, correct, to the point and harmless"
 """What stands at {principle} where there are no principles."""
@@ -103,6 +101,12 @@ class Wording:
 
     def filled(self, question: Question) -> str:
         return filled(self.template, question)
+
+
+def address(settings: Judge) -> str | None:
+    """The endpoint as the recipe has it, without its query, which may hold a secret."""
+    written = as_written(settings.endpoint)
+    return written and written.partition("?")[0]
 
 
 def read_wording(settings: Judge, mode: Mode, place: str) -> Wording:

@@ -19,7 +19,7 @@ from rlhf_cli.files import sha256_file
 from rlhf_cli.judges.asking import Verdicts, prepare
 from rlhf_cli.judges.judge import Judge, compare, score
 from rlhf_cli.judges.local import LocalJudge, read_options
-from rlhf_cli.judges.question import Mode, Question, read_wording
+from rlhf_cli.judges.question import Mode, Question, address, read_wording
 from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer, positions_of
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.ranks import Ranks
@@ -128,8 +128,8 @@ class JudgeTerm(RewardTerm):
     @property
     def record(self) -> dict[str, Any]:
         """With the address, which may change while a run is stopped."""
-        address = {"endpoint": self.settings.address} if self.local is None else {}
-        return self.identity | {"judge": address | self.source["judge"]}
+        where = {"endpoint": address(self.settings)} if self.local is None else {}
+        return self.identity | {"judge": where | self.source["judge"]}
 
     @property
     def code(self) -> dict[str, str]:

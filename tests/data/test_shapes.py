@@ -614,6 +614,17 @@ def test_rewards_read_the_columns_of_a_trees_prompt() -> None:
     assert [json.loads(record.columns) for record in reading.train] == [{"answer": "WHICH?"}]
 
 
+def test_a_source_that_lacks_what_a_reward_reads_is_named() -> None:
+    for name, own in (("x.jsonl", {"answer": "4"}), ("y.jsonl", {})):
+        Path(name).write_text(json.dumps({"prompt": "2+2?"} | own) + "\n")
+    asked = request_of("ppo", columns={"answer": "it", "level": None})
+    reading = read_data(Data([Source("x.jsonl"), Source("y.jsonl")]), asked)
+    assert [report.notices for report in reading.reports] == [
+        (),
+        ("y.jsonl: no row has the column 'answer', which a term of the reward reads: there it is given null",),
+    ]
+
+
 def test_conversations_beside_messages_are_not_read() -> None:
     read = dataset("sft", [{"messages": [ASK, SAY], "conversations": [*ASKED, {"from": "gpt", "value": "Mud."}]}])
     assert as_read(read.train.trees[0], tiny_tokenizer())[1] == ["Plum."]
