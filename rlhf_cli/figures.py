@@ -41,8 +41,8 @@ def from_plain(kind: Any, entry: Any) -> Any:
         return {key: from_plain(inner[1], own) for key, own in entry.items()}
     if origin in (list, tuple):
         return origin(from_plain(inner[0], own) for own in entry)
-    # Of a union: an object is the dataclass among its types, which are one at most.
-    classes = [each for each in inner if is_dataclass(each)]
+    # Of a union: an object is the one among its types that has fields.
+    classes = [each for each in inner if is_dataclass(each) or each is Interval]
     return from_plain(classes[0], entry) if classes and isinstance(entry, dict) else entry
 
 

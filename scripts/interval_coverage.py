@@ -1,6 +1,7 @@
 """How often the 95 % intervals of cards and evaluations cover the truth, where it is known because the data are simulated.
 
 Prints a table for docs/evaluation.md; some minutes on one core. `--times N`: simulations of each line, 1,000 by default.
+`--only TEXT`: the lines with this text.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.evaluation import intervals
+from rlhf_cli.evaluation.at_kl import compare_at_kl
 from rlhf_cli.evaluation.overoptimisation import fit, peak, run_point
 from rlhf_cli.evaluation.preference import lead, margins, rate
 from rlhf_cli.evaluation.winrate import ratings, win_rate
@@ -135,6 +137,30 @@ def flat(points: int, prompts: int) -> Covers:
     return covers
 
 
+def at_equal_kl(prompts: int, kls: tuple[float, ...], mean: bool) -> Covers:
+    """How much gold 1.9 d is ahead of 1.5 d, d = √KL: at the end of the common range, or in the mean over it.
+
+    KLs are skewed, and gold follows them; half of both, and a level of gold, are a prompt's own, the rest each model's.
+    """
+
+    def covers(draw: Draw) -> bool:
+        easy, shared, tables = draw.normal(0, 0.5, prompts), draw.gamma(2, 0.5, prompts), []
+        for slope, reached in ((1.9, kls), (1.5, (0.2, 0.8, 2.5, 6.0))):
+            own = {"start": (np.zeros(prompts), easy + draw.normal(0, 0.3, prompts))}
+            for number, kl in enumerate(reached):
+                ratio = kl * (shared + draw.gamma(2, 0.5, prompts)) / 2
+                own[str(number)] = ratio, easy + slope * kl**0.5 + 0.2 * (ratio - kl) + draw.normal(0, 0.3, prompts)
+            tables.append(own)
+        counts = intervals.resamples(prompts, int(draw.integers(2**31)), DRAWS)
+        found = compare_at_kl(("a", "b"), tables, counts)
+        own_interval = found.mean if mean else found.matched[-1].difference
+        assert own_interval is not None
+        end = max(kls) ** 0.5
+        return own_interval.low <= 0.4 * end / (2 if mean else 1) <= own_interval.high
+
+    return covers
+
+
 LINES: dict[str, Covers] = {
     "accuracy of pairs, 60 prompts of one row": pairs(60, 1),
     "accuracy of pairs, 60 prompts of 5 rows": pairs(60, 5),
@@ -151,6 +177,11 @@ LINES: dict[str, Covers] = {
     "rating of a model 100 Elo points ahead, 64 prompts": rated(64, 100.0),
     "rating of a model 400 Elo points ahead, 64 prompts": rated(64, 400.0),
     "β of a fit, 64 prompts": fitted(64),
+    "gold at equal KL, mean over the range, 64 prompts": at_equal_kl(64, (0.3, 1.0, 2.0, 4.0), True),
+    "gold at equal KL, end of the range, 64 prompts": at_equal_kl(64, (0.3, 1.0, 2.0, 4.0), False),
+    "gold at equal KL, end of the range, four models about there, 64 prompts": at_equal_kl(
+        64, (0.5, 2.0, 3.95, 4.0, 4.05, 4.1), False
+    ),
     "no fall from the peak, 3 points of 60 prompts": flat(3, 60),
     "no fall from the peak, 10 points of 60 prompts": flat(10, 60),
 }
@@ -159,9 +190,11 @@ LINES: dict[str, Covers] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=1000)
-    times = parser.parse_args().times
+    parser.add_argument("--only", default="", help="lines with this text alone")
+    arguments = parser.parse_args()
+    times = arguments.times
     print("| interval | covers |\n|---|---|")
-    for name, covers in LINES.items():
+    for name, covers in ((name, own) for name, own in LINES.items() if arguments.only in name):
         draw = np.random.default_rng(0)
         print(f"| {name} | {100 * np.mean([covers(draw) for _ in range(times)]):.1f} % |", flush=True)
 

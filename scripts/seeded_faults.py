@@ -224,6 +224,13 @@ FAULTS = (
         "evaluation",
     ),
     Fault(
+        "evaluation: lines at equal KL are straight in KL",
+        "evaluation/at_kl.py",
+        "np.sqrt(np.maximum(kl, 0.0))",
+        "np.maximum(kl, 0.0)",
+        "evaluation",
+    ),
+    Fault(
         "evaluation: a judge's second order is read as its first",
         "judges/judge.py",
         "1 - found[each.swapped()]",

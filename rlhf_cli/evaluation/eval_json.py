@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.agreement import Agreement
+from rlhf_cli.evaluation.at_kl import AtKl
 from rlhf_cli.evaluation.overoptimisation import Point, SeriesFits, series_of
 from rlhf_cli.evaluation.winrate import WinRate
 from rlhf_cli.figures import Interval, from_plain, to_plain
@@ -67,6 +68,7 @@ class EvaluationResult:
     votes: dict[str, dict[str, list[Voted]]] = field(default_factory=dict)  # model → who wins a vote → by ascending n
     overoptimisation: list[Point] = field(default_factory=list)
     fits: dict[str, SeriesFits] = field(default_factory=dict)  # by series
+    at_kl: AtKl | None = None
 
     @property
     def standard(self) -> str | None:
@@ -112,6 +114,7 @@ class EvaluationResult:
             votes=from_plain(dict[str, dict[str, list[Voted]]], entry.get("votes", {})),  # earlier releases have none
             overoptimisation=[Point.from_json(own) for own in entry["overoptimisation"]],
             fits=from_plain(dict[str, SeriesFits], entry["fits"]),
+            at_kl=from_plain(AtKl | None, entry.get("at_kl")),
         )
 
 

@@ -209,6 +209,12 @@ def _check_roles(loaded: Loaded, models: Sequence[EvaluatedModel]) -> None:
     for name in scoring:
         if recipe.preferences is None:
             raise UsageError(f"{loaded.named('models')}: {name} is a reward model: name preferences to measure it on")
+    start = next((each for each in models if each.name == recipe.reference), models[0])
+    for key, names in vars(recipe.compare_at_kl).items() if recipe.compare_at_kl else ():
+        for model in (each for each in models if (each.series or each.name) in names):
+            other = f"has other tokens or another chat template than {start.name}" * (model.tokenisation != start.tokenisation)
+            if why := "is a reward model" if model.is_reward_model else other:
+                raise UsageError(f"{loaded.named(f'compare_at_kl.{key}')}: {model.name} {why}: it has no KL. remove it")
 
 
 def _check_dump(loaded: Loaded, resume: bool, force: bool) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf_cli.evaluation.agreement import Agreement
+from rlhf_cli.evaluation.at_kl import AtKl, compare_at_kl
 from rlhf_cli.evaluation.compare import ModelPair
 from rlhf_cli.evaluation.eval_json import About, AskedJudge, EvaluationResult, Voted
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
@@ -46,8 +47,11 @@ def summarise(
         notes = [*notes, *drawn_subsets(size, recipe.vote.n, recipe.seed)]
     winrate, drawn = recipe.winrate, recipe.rollout
     judge = winrate.judge if winrate else None
+    at_kl, untold = _at_kl(job, measured, equal, counts), "Gold says nothing of some responses, so that "
     if recipe.gold and points and points[0].gold is None:
-        notes = [*notes, "Gold says nothing of some responses, so that the points of over-optimisation have none."]
+        notes = [*notes, f"{untold}the points of over-optimisation have none."]
+    if recipe.compare_at_kl and at_kl is None:
+        notes = [*notes, f"{untold}it is not compared at equal KL."]
     return EvaluationResult(
         about=About(
             reference=recipe.reference,
@@ -69,6 +73,7 @@ def summarise(
         votes=_votes(job, {name: own.first(size) for name, own in measured.samples.items()}, counts),
         overoptimisation=points,
         fits=fit_series(points, counts),
+        at_kl=at_kl,
     )
 
 
@@ -131,3 +136,17 @@ def _points(job: EvaluationJob, measured: Measured, equal: Mapping[str, Samples]
     if recipe.best_of_n:
         points += best_of_points(reference, *at_start, recipe.best_of_n, counts)
     return points
+
+
+def _at_kl(job: EvaluationJob, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray) -> AtKl | None:
+    """Both series after the start that they share."""
+    asked, reference = job.recipe.compare_at_kl, job.recipe.reference
+    if asked is None or reference is None or not all(own.told("gold") for own in measured.samples.values()):
+        return None
+    gold = measured.samples[reference].worths("gold").mean(1)
+    tables = [{reference: (np.zeros(len(gold)), gold)} for _ in ("a", "b")]
+    for names, table in zip((asked.a, asked.b), tables, strict=True):
+        for name in (model.name for model in job.models if (model.series or model.name) in names):
+            if (ratios := log_ratios(equal[name])) is not None:  # others were refused
+                table[name] = ratios.mean(1), equal[name].worths("gold").mean(1)
+    return compare_at_kl([" and ".join(names) for names in (asked.a, asked.b)], tables, counts)

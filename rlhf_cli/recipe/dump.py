@@ -23,7 +23,7 @@ ONLY_GROW = ("train.steps", "train.epochs")
 MAY_CHANGE = (
     *(f"train.{name}" for name in keys_of(Cadence)),
     *("train.tokens_per_device", *ONLY_GROW, "reference.cache", "trackers", "env", "output"),
-    *("models", "preferences", "text", "winrate", "best_of_n", "beta", "dump_pairs", "tokens_per_device"),
+    *("models", "preferences", "text", "winrate", "best_of_n", "compare_at_kl", "beta", "dump_pairs", "tokens_per_device"),
 )
 """Keys, with all below them, that may differ when a run is resumed; those of ONLY_GROW may not shrink."""
 

@@ -53,7 +53,7 @@ def _drawn_or_compared(recipe: EvalRecipe) -> Iterator[Finding]:
         yield from no_effect(recipe, "", ("reward_combine",), why)
         yield from no_effect(recipe.rollout, "rollout.", ("missing_eos_penalty",), why)
     if recipe.prompts is None:
-        drawn = ("rollout", "winrate", "best_of_n", "vote", "dump_pairs")
+        drawn = ("rollout", "winrate", "best_of_n", "vote", "compare_at_kl", "dump_pairs")
         yield from no_effect(recipe, "", drawn, "without prompts. name some, or remove it")
         if recipe.preferences is None:
             why = "without prompts or preferences. name some, or remove it"
@@ -127,6 +127,26 @@ def _vote(recipe: EvalRecipe) -> Iterator[Finding]:
             yield f"vote.{name}", "one is there twice. keep one of each"
 
 
+def _at_kl(recipe: EvalRecipe) -> Iterator[Finding]:
+    if recipe.compare_at_kl is None or recipe.prompts is None:
+        return
+    if recipe.reference is None:
+        yield "compare_at_kl", "measures KL from the policy that both series start from. name it as the reference"
+    if not recipe.gold:
+        yield "compare_at_kl", "compares gold, what people really want. add gold: [{function: file.py:name}] or [{model: …}]"
+    there, seen = f"there are {', '.join(recipe.models)}", {recipe.reference}
+    for key, names in vars(recipe.compare_at_kl).items():
+        if not names:
+            yield f"compare_at_kl.{key}", "there is no model. name one, or one that stands for the checkpoints of a run"
+        for name in names:
+            if name not in recipe.models:
+                yield f"compare_at_kl.{key}", f"no model is named {name}. {did_you_mean(name, recipe.models, there)}"
+            elif name in seen:
+                what = "is where both series begin" if name == recipe.reference else "is there twice"
+                yield f"compare_at_kl.{key}", f"{name} {what}. remove it"
+            seen.add(name)
+
+
 def _dump(recipe: EvalRecipe) -> Iterator[Finding]:
     if recipe.dump_pairs is None or recipe.prompts is None:
         return
@@ -161,13 +181,14 @@ EVALUATION = (
     Check(
         (
             *("prompts", "preferences", "reference", "rollout", "max_length"),
-            *("reward", "reward_combine", "gold", "winrate", "best_of_n", "vote", "dump_pairs"),
+            *("reward", "reward_combine", "gold", "winrate", "best_of_n", "vote", "compare_at_kl", "dump_pairs"),
         ),
         _drawn_or_compared,
     ),
     Check(("models", "winrate", "reward", "gold", "dump_pairs"), _winrate),
     Check(("best_of_n", "reference", "reward"), _best_of),
     Check(("vote",), _vote),
+    Check(("compare_at_kl", "models", "prompts", "reference", "gold"), _at_kl),
     Check(("dump_pairs", "prompts", "winrate", "reward", "rollout", "models"), _dump),
     Check(("beta", "preferences", "reference"), _implicit),
     REWARD,

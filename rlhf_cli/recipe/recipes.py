@@ -266,6 +266,14 @@ class Evaluated:
     text: list[EvalSource] | None = key(None, "the same: perplexity of its responses")
 
 
+@dataclass(frozen=True)
+class CompareAtKl:
+    """Gold of two series of models where both are equally far from the reference, at which each of them begins."""
+
+    a: list[str] = key(help="names of models, such as one that stands for the checkpoints of a run: the points of one line")
+    b: list[str] = key(help="the same for the line that a is compared with")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """What an evaluation asks of responses."""
@@ -279,6 +287,7 @@ class Scoring:
     winrate: Winrate | None = key(None, "compare the models' responses one to one")
     best_of_n: list[int] = key([], "numbers n: over-optimisation of the reference by the best-scored response of n", low=1)
     vote: Vote | None = key(None, "accuracy of the answer that n responses to a prompt agree on")
+    compare_at_kl: CompareAtKl | None = key(None, "gold of two series of models, such as two runs' checkpoints, at equal KL")
     beta: float | None = key(None, "of implicit rewards; null: that of each model's own training, else 0.1", low=1e-9)
     dump_pairs: str | None = key(
         None, "a .jsonl file to write: the responses, ranked by the judge, as preference data", path=True

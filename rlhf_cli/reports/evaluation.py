@@ -40,6 +40,7 @@ TERMS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Proxy", "the score that is optimised; gold is what it stands for"),
         ("Best of n", "of n responses the best by score, mean over all subsets; its KL is log n − (n − 1)/n, an upper bound"),
     ),
+    "at_kl": (("At equal KL", "on straight lines in √KL from the reference through each series' models, and no further"),),
 }
 """Part of a result → (term, what it is) of all that its tables name."""
 
@@ -54,6 +55,7 @@ def write_report(folder: RunFolder, result: EvaluationResult, samples: Mapping[s
         Section("winrates", "Win rates", (*_win_rates(result), *pictures["winrates"])),
         Section("votes", "Votes", (*_votes(result), *pictures["votes"])),
         Section("overoptimisation", "Over-optimisation", (*pictures["overoptimisation"], *_optimisation(result))),
+        Section("at-kl", "Gold at equal KL", (*pictures["at-kl"], *_at_kl(result))),
         Section("metrics", "Metrics", tuple(_metrics(result))),
         Section("ratings", "Ratings", (*_ratings(result), *pictures["ratings"])),
         Section("preferences", "Preferences", (*_preferences(result), *pictures["preferences"])),
@@ -185,6 +187,16 @@ def _optimisation(result: EvaluationResult) -> Iterator[Table]:
     if fitted:
         heads = ("Series", "Of", "Gain over the start at d = √KL", "α", "β", "R²", "Nearer of the two")
         yield Table("Fits (Gao, Schulman & Hilton 2023)", tuple(map(Column, heads)), fitted)
+
+
+def _at_kl(result: EvaluationResult) -> Iterator[Table]:
+    own = result.at_kl
+    if own and own.mean:
+        a, b = own.a.name, own.b.name
+        heads = Column("KL, nats"), Column(a), Column(b), Column(f"{a} less {b}", 0.0)
+        rows = [(with_interval(at.kl), at.a, at.b, at.difference) for at in own.matched]
+        mean = ("mean up to there, even in √KL", "", "", own.mean)
+        yield Table(f"Gold at equal KL from {result.about.reference}", heads, (*rows, mean))
 
 
 def _fitted(fit: Fit) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ def step_of(point: Point | Peak) -> str:
 
 def findings(result: EvaluationResult) -> list[Finding]:
     """What a person wants to know first."""
-    parts = (_compared, _length, _golds, _optimised, _variety, _endings, _text, _preferences)
+    parts = (_compared, _length, _golds, at_equal_kl, _optimised, _variety, _endings, _text, _preferences)
     return [said for part in parts for said in part(result)]
 
 
@@ -136,6 +136,27 @@ def _golds(result: EvaluationResult) -> Iterator[Finding]:
     if scored and not known and not isinstance(result.about.judge, AskedJudge):
         said = "Nothing measured whether the responses are better by another yardstick than the reward itself: add gold."
         yield Finding("note", "No second yardstick.", said)
+
+
+def at_equal_kl(result: EvaluationResult) -> Iterator[Finding]:
+    """Which of two series has more gold where both are equally far from the start."""
+    own, start = result.at_kl, result.about.reference
+    if own is None:
+        return
+    a, b, end = own.a.name, own.b.name, own.shorter.points[-1].kl
+    if own.mean is None:
+        near = " and ".join(series.name for series in (own.a, own.b) if len(series.points) == 1)
+        said = f"the KL of {near} from {start} cannot be told from 0. train longer, or evaluate on more prompts."
+        yield Finding("warning", f"{a} and {b} have no range of KL in common:", said)
+        return
+    kind: Kind = "better" if own.mean.low > 0 else "worse" if own.mean.high < 0 else "open"
+    amount = {"better": "more gold", "worse": "less gold", "open": "not surely more or less gold"}[kind]
+    said = f"the difference is {with_interval(own.mean)} in the mean over 0 to {number(end.mean)} nats from {start}, and "
+    said += f"{with_interval(own.matched[-1].difference)} at the end of that range."
+    for series in (own.a, own.b):
+        if sum(point.kl.mean <= end.mean for point in series.points) < 3:
+            said += f" {series.name} has hardly a model in that range: its line there is a guess. keep more checkpoints."
+    yield Finding(kind, f"{a} has {amount} than {b} at equal KL:", said)
 
 
 def _optimised(result: EvaluationResult) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rlhf_cli.evaluation.at_kl import AtKl
 from rlhf_cli.evaluation.eval_json import EvaluationResult
 from rlhf_cli.evaluation.overoptimisation import Peak, Point, SeriesFits
 from rlhf_cli.figures import Interval
@@ -81,6 +82,10 @@ def _pictures(result: EvaluationResult) -> Iterator[tuple[str, Picture]]:
         alt = f"Proxy and gold against the square root of the KL for {' and '.join(together)}; the table has the numbers."
         file, drawn = _file("overoptimisation", number, name), _overoptimisation_png(together, result.fits)
         yield "overoptimisation", Picture(f"Over-optimisation: {name}", file, alt, drawn)
+    if result.at_kl:
+        both = f"{result.at_kl.a.name} and {result.at_kl.b.name}"
+        alt = f"Gold against the square root of the KL for {both}; the table has the numbers."
+        yield "at-kl", Picture(f"Gold at equal KL: {both}", "at-kl.png", alt, _at_kl_png(result.at_kl))
 
 
 def _file(kind: str, number: int, name: str) -> str:
@@ -125,6 +130,19 @@ def _overoptimisation_png(series: Mapping[str, list[Point]], fits: Mapping[str, 
             _peak(panels, fit.peak)
     if len(panels) > 1 or len(series) > 1:
         figure.legend(*panels[-1].get_legend_handles_labels(), frameon=False, loc="outside lower right", ncols=4)
+    return png(figure)
+
+
+def _at_kl_png(own: AtKl) -> bytes:
+    """Both series as the lines that are compared, and where the shorter one ends."""
+    figure, (axes,) = canvases("Gold at equal KL", "√KL from the start (KL in nats)", ["gold"])
+    for series, colour in ((own.a, TRAIN), (own.b, REJECTED)):
+        _points(axes, [(point.kl, point.gold) for point in series.points], colour, _label(series.name))
+        across, up = [_root(point.kl.mean) for point in series.points], [point.gold.mean for point in series.points]
+        axes.plot(across, up, color=colour, linewidth=1.2)
+    end = _root(own.shorter.points[-1].kl.mean)
+    axes.axvline(end, color="#444444", linewidth=1.0, linestyle="--", label="end of the common range")
+    axes.legend(frameon=False)
     return png(figure)
 
 

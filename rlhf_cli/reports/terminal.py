@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from rlhf_cli.evaluation.eval_json import EvaluationResult
 from rlhf_cli.figures import Interval, give_or_take, number, with_interval
 from rlhf_cli.metrics import golds, metric
-from rlhf_cli.reports.findings_evaluation import step_of
+from rlhf_cli.reports.findings_evaluation import at_equal_kl, step_of
 from rlhf_cli.reports.text import visible
 
 NAME_LENGTH = 40  # characters of a name that are shown; of a longer one its end
 
 
 def terminal_table(result: EvaluationResult) -> str:
-    """The figures of each model in a line, those of preferences beneath, and where gold peaks in each series."""
+    """The figures of each model in a line, votes and preferences beneath, where gold peaks, and which has more at equal KL."""
     tables = [_aligned(rows) for rows in (_model_rows(result), _vote_rows(result), _preference_rows(result)) if len(rows) > 1]
-    return "\n\n".join(part for part in (*tables, "\n".join(_peaks(result))) if part)
+    said = [*_peaks(result), *(visible(f"{found.head} {found.text}") for found in at_equal_kl(result))]
+    return "\n\n".join(part for part in (*tables, "\n".join(said)) if part)
 
 
 def _model_rows(result: EvaluationResult) -> list[list[str]]:

@@ -86,6 +86,7 @@ def test_defaults(tmp_path: Path) -> None:
         "winrate": None,
         "best_of_n": [],
         "vote": None,
+        "compare_at_kl": None,
         "beta": None,
         "dump_pairs": None,
         "dtype": "auto",
@@ -151,6 +152,7 @@ WANTS_PATH = "a path to each name: runs, checkpoints (runs/ppo/checkpoints/*: al
 FEW = "one response to a prompt is no ranking. set rollout.responses_per_prompt to 2 or more"
 ALONE = "output: o\nprompts: p\nreward: [{model: rm}]\nmodels: {sft: m}\n"
 TEXT_ONLY = MODELS + "text: t.jsonl\n"
+KL_RUNS = "models: {sft: s, dpo: d, ppo: runs/ppo/*}\noutput: o\nprompts: p\nreference: sft\ngold: [{model: g}]\n"
 
 # (the recipe before, the line that is added) → place and words of the one fault
 FAULTS = {
@@ -341,6 +343,36 @@ FAULTS = {
     ): "6: best_of_n.0: expected a whole number, found 2.5. it is: numbers n: over-optimisation of the reference by the best-scored response of n",
     (SCORED, "best_of_n: [2]"): "5: best_of_n: chooses among the reference's responses. name a reference",
     (GOOD + "reference: sft\n", "best_of_n: [2]"): "5: best_of_n: chooses by the score. add a reward",
+    # equal KL
+    (
+        KL_RUNS,
+        "compare_at_kl: [dpo, ppo]",
+    ): "6: compare_at_kl: expected keys (a, b) or null, found a list. it is: gold of two series of models, such as two runs' checkpoints, at equal KL",
+    (KL_RUNS, "compare_at_kl: {a: [dpo]}"): "6: compare_at_kl.b: missing. add it: the same for the line that a is compared with",
+    (KL_RUNS, "compare_at_kl: {a: dpo, b: [ppo]}"): "6: compare_at_kl.a: expected a list, found the text 'dpo'. write [dpo]",
+    (KL_RUNS, "compare_at_kl: {a: [dpo], b: [ppu]}"): "6: compare_at_kl.b: no model is named ppu. did you mean ppo?",
+    (
+        KL_RUNS,
+        "compare_at_kl: {a: [dpo], b: [ppo/step-00000010]}",
+    ): "6: compare_at_kl.b: no model is named ppo/step-00000010. there are sft, dpo, ppo",
+    (KL_RUNS, "compare_at_kl: {a: [dpo], b: [ppo, sft]}"): "6: compare_at_kl.b: sft is where both series begin. remove it",
+    (KL_RUNS, "compare_at_kl: {a: [dpo, ppo], b: [ppo]}"): "6: compare_at_kl.b: ppo is there twice. remove it",
+    (
+        KL_RUNS,
+        "compare_at_kl: {a: [], b: [ppo]}",
+    ): "6: compare_at_kl.a: there is no model. name one, or one that stands for the checkpoints of a run",
+    (
+        JUDGED,
+        "compare_at_kl: {a: [sft], b: [dpo]}",
+    ): "6: compare_at_kl: measures KL from the policy that both series start from. name it as the reference",
+    (
+        KL_RUNS.replace("gold", "reward"),
+        "compare_at_kl: {a: [dpo], b: [ppo]}",
+    ): "6: compare_at_kl: compares gold, what people really want. add gold: [{function: file.py:name}] or [{model: …}]",
+    (
+        TEXT_ONLY,
+        "compare_at_kl: {a: [sft], b: [dpo]}",
+    ): "4: compare_at_kl: has no effect without prompts. name some, or remove it",
     # β
     (
         GOOD + "preferences: a\n",
@@ -403,6 +435,7 @@ def test_one_fault_one_line(tmp_path: Path, before: str, added: str) -> None:
 
 
 FINE = [
+    KL_RUNS + "compare_at_kl: {a: [dpo], b: [ppo]}\n",
     SCORED + "dump_pairs: a.jsonl\n",
     ALONE + "rollout: {responses_per_prompt: 2}\ndump_pairs: a.jsonl\n",
     ALONE + "rollout: {responses_per_prompt: 2}\nwinrate: {baseline: sft, judge: rm}\ndump_pairs: a.jsonl\n",

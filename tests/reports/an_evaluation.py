@@ -69,6 +69,7 @@ def empty() -> Line:
         "votes": {},
         "overoptimisation": [],
         "fits": {},
+        "at_kl": None,
     }
     return {"about": about, **sections}
 
@@ -121,6 +122,7 @@ def evaluation() -> Line:
     result["ratings"]["sft"] = {"elo": 1000.0, "low": 1000.0, "high": 1000.0}
     result["preferences"] = {"rm": preference(0.74, 0.55), "dpo": {**preference(0.58, 0.56), "kind": "policy", "beta": 0.1}}
     result["overoptimisation"], result["fits"] = optimisation()
+    result["at_kl"] = at_kl()
     return result
 
 
@@ -201,6 +203,30 @@ def optimisation() -> tuple[list[Line], Line]:
         },
     }
     return [*run, *best], fits
+
+
+def at_kl() -> Line:
+    """pushed against what has dpo and ppo as its points: less gold up to KL 9.35, where the latter end."""
+    runs = {"pushed": ("sft", *STEPS), "dpo and ppo": ("sft", "dpo", "ppo")}
+    series = [
+        {
+            "name": name,
+            "points": [
+                {"models": [each], "kl": around(KL[each], 0.05 * KL[each]), "gold": around(GOLD[each], 0.03)} for each in own
+            ],
+        }
+        for name, own in runs.items()
+    ]
+    matched = [
+        {
+            "kl": around(9.35 * share**2, 0.4),
+            "a": around(0.6, 0.03),
+            "b": around(0.6 + gap, 0.03),
+            "difference": around(-gap, 0.02),
+        }
+        for share, gap in ((0.25, 0.012), (0.5, 0.01), (0.75, 0.03), (1.0, 0.02))
+    ]
+    return {"a": series[0], "b": series[1], "matched": matched, "mean": around(-0.025, 0.021)}
 
 
 def samples(models: tuple[str, ...] = MODELS, prompts: int = 8, responses: int = 2) -> list[Line]:

@@ -142,7 +142,36 @@ def test_a_fall_without_a_rising_proxy_is_not_fooling() -> None:
     result["overoptimisation"][4]["proxy"] = 1.0  # the last of pushed; it had 1.18 at gold's peak
     assert "while the proxy goes from 1.180 to 1.000" in said(result, "pushed: gold fell after step 20:")
     result["fits"]["pushed"]["peak"] = None  # no gold
-    assert not any(head.startswith("pushed") for head in heads(result))
+    assert not any(head.startswith("pushed:") or "fools" in head for head in heads(result))
+
+
+def test_gold_at_equal_kl(tmp_path: Path) -> None:
+    result = evaluation()
+    assert said(result, "pushed has less gold than dpo and ppo at equal KL:").endswith(
+        "the difference is -0.025 (-0.046 to -0.004) in the mean over 0 to 9.35 nats from sft, and -0.020 (-0.040 to 0.000) at "
+        "the end of that range."
+    )
+    result["at_kl"]["mean"] = share(0.2, 0.1)
+    assert "pushed has more gold than dpo and ppo at equal KL:" in heads(result)
+    result["at_kl"]["mean"] |= {"low": -0.1}
+    assert "pushed has not surely more or less gold than dpo and ppo at equal KL:" in heads(result)
+    del result["at_kl"]["a"]["points"][1:3]
+    assert said(result, "pushed has not").endswith(
+        "range. pushed has hardly a model in that range: its line there is a guess. keep more checkpoints."
+    )
+    del result["at_kl"]["a"]["points"][1:]
+    result["at_kl"] |= {"matched": [], "mean": None}
+    assert said(result, "pushed and dpo and ppo have no range of KL in common:").endswith(
+        "the KL of pushed from sft cannot be told from 0. train longer, or evaluate on more prompts."
+    )
+    text = report(tmp_path, result, samples())
+    assert "no range of KL in common" in text and (tmp_path / "plots/at-kl.png").exists() and "pushed less" not in text
+
+
+def test_an_eval_json_from_before_equal_kl() -> None:
+    result = evaluation()
+    del result["at_kl"]
+    assert EvaluationResult.from_json(result).at_kl is None
 
 
 def test_variety_endings_and_texts() -> None:
@@ -196,11 +225,14 @@ def test_terminal_table() -> None:
     assert [part.strip() for part in row.split("  ") if part] == [
         "dpo", "0.721 ±0.031", "0.950 ±0.060", "0.721 (0.680 to 0.759)", "4.12", "38.9", "1104 ±20", "12.4",
     ]  # fmt: skip
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines[:-1])) <= 120
     assert row.index("0.721 (") == lines[0].index("win rate")
     assert "rm           0.740 (0.700 to 0.780)  0.550 (0.510 to 0.590), longer  540" in lines
-    assert lines[-2] == "pushed: gold peaks at 0.701 at step 20, KL 4.80 nats; 0.271 (0.220 to 0.322) lower at the end"
-    assert lines[-1] == "best of n: gold is highest at the last point, 0.678 at n = 16, KL 1.835 nats"
+    assert lines[-3] == "pushed: gold peaks at 0.701 at step 20, KL 4.80 nats; 0.271 (0.220 to 0.322) lower at the end"
+    assert lines[-2] == "best of n: gold is highest at the last point, 0.678 at n = 16, KL 1.835 nats"
+    assert lines[-1].startswith(
+        "pushed has less gold than dpo and ppo at equal KL: the difference is -0.025 (-0.046 to -0.004) in"
+    )
 
 
 def test_terminal_table_has_only_what_exists() -> None:
@@ -217,8 +249,12 @@ def test_terminal_table_has_only_what_exists() -> None:
 
 def test_report_has_every_part(tmp_path: Path) -> None:
     text = report(tmp_path, evaluation(), samples())
-    for part in ("Findings", "Win rates", "Over-optimisation", "Metrics", "Ratings", "Preferences", "Side by side", "Notes"):
+    for part in ("Findings", "Win rates", "Over-optimisation", "Gold at equal KL", "Metrics", "Ratings", "Preferences"):
         assert f"\n## {part}\n" in text
+    assert "\n## Side by side\n" in text and "\n## Notes\n" in text
+    assert "| KL, nats | pushed | dpo and ppo | pushed less dpo and ppo |" in text
+    assert "| 9.35 (8.95 to 9.75) | 0.600 (0.570 to 0.630) | 0.620 (0.590 to 0.650) | -0.020 (-0.040 to 0.000) |" in text
+    assert "| mean up to there, even in √KL |  |  | -0.025 (-0.046 to -0.004) |" in text
     assert "| dpo | 0.721 (0.680 to 0.759) | 0.700 (0.650 to 0.750) | 0.031 | 512 |" in text
     assert "| pushed | gold | d (α − β log d) | 0.150 (0.120 to 0.180) | 0.095 (0.076 to 0.114) | 0.940 | 25.0 % |" in text
     assert "| rm: harm\\_less\\|x | 0.720 (0.690 to 0.870) | 120 | 118 |" in text
@@ -226,7 +262,7 @@ def test_report_has_every_part(tmp_path: Path) -> None:
     assert "bootstrap over prompts (2,000 resamples)" in text
     pictures = {path.name for path in (tmp_path / "plots").iterdir()}
     assert pictures == {
-        *("winrates.png", "ratings.png", "overoptimisation-1-pushed.png"),
+        *("winrates.png", "ratings.png", "overoptimisation-1-pushed.png", "at-kl.png"),
         *(f"{kind}-{name}.png" for kind in ("reliability", "margins") for name in ("1-rm",)),
     }
     assert all(f"](plots/{name})" in text for name in pictures)
@@ -270,10 +306,10 @@ def test_hostile_text_in_markdown(tmp_path: Path) -> None:
     assert HOSTILE not in text
 
 
-@pytest.mark.parametrize("part", ["models", "winrate", "ratings", "preferences", "overoptimisation", "fits"])
+@pytest.mark.parametrize("part", ["models", "winrate", "ratings", "preferences", "overoptimisation", "fits", "at_kl"])
 def test_any_part_may_be_missing(tmp_path: Path, part: str) -> None:
     result = evaluation()
-    result[part] = type(result[part])()
+    result[part] = None if part == "at_kl" else type(result[part])()
     text = report(tmp_path, result, samples())
     assert "## Findings" in text
     assert terminal_table(result)

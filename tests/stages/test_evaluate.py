@@ -346,7 +346,7 @@ def test_win_rates_are_counted(whole: Path) -> None:
 def test_the_shape_of_a_result(whole: Path) -> None:
     found = result(whole)
     policies = ["sft", "dpo", "ipo", "ppo", *(f"pushed/step-0000000{step}" for step in (1, 2, 3, 4)), "full"]
-    assert list(found) == ["about", "models", "winrate", "ratings", "preferences", "overoptimisation", "fits"]
+    assert list(found) == ["about", "models", "winrate", "ratings", "preferences", "votes", "overoptimisation", "fits", "at_kl"]
     about = found["about"]
     assert {**about, "notes": ...} == {
         **{"reference": "sft", "baseline": "sft", "judge": "gold", "prompts": 13, "responses": 1, "temperature": 1.0},
@@ -371,8 +371,8 @@ def test_the_shape_of_a_result(whole: Path) -> None:
 def test_what_was_not_asked_for_is_empty(run: Callable[..., Path]) -> None:
     found = result(run(models={"sft": "HOME/sft"}, text="HOME/rows.jsonl"))
     assert {name: value for name, value in found.items() if name not in ("about", "models")} == {
-        **{name: {} for name in ("winrate", "ratings", "preferences", "fits")},
-        "overoptimisation": [],
+        **{name: {} for name in ("winrate", "ratings", "preferences", "votes", "fits")},
+        **{"overoptimisation": [], "at_kl": None},
     }
     assert list(found["models"]["sft"]) == ["perplexity"]
 
@@ -550,6 +550,59 @@ def test_models_with_other_tokens_or_another_template(foreign: Path, whole: Path
     assert found["preferences"]["reward/rm"] == result(whole)["preferences"]["reward/rm"]
     for name in ("report.md", "report.html"):
         assert "no KL can be measured" in (folder / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("template", "has other tokens or another chat template than sft"), ("rm", "is a reward model")]
+)
+def test_what_has_no_kl_is_refused(
+    name: str, why: str, foreign: Path, run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is loaded, alone or as one of several."""
+    models = {"sft": "HOME/sft", "ppo": "HOME/ppo", "rm": "HOME/r[m]", "template": f"{foreign}/template"}
+    run(models=models, **COMPARED, preferences=PROMPTS, compare_at_kl={"a": ["ppo"], "b": [name]}, code=2)
+    own = "rm/rm" if name == "rm" else name
+    assert f"compare_at_kl.b: {own} {why}: it has no KL. remove it" in capsys.readouterr().err
+
+
+def test_gold_at_equal_kl(home: Path, run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run's checkpoints against two models, asked after the responses were drawn: points are means of the metrics."""
+    models = {"sft": "HOME/sft", "ppo": "HOME/ppo/checkpoints/*", "dpo": "HOME/dpo", "full": "HOME/ppo-full"}
+    folder = run(models=models, **COMPARED)
+    before = result(folder)
+    recipe = write_eval(
+        folder.with_suffix(".yaml"), home, models=models, **COMPARED, compare_at_kl={"a": ["ppo"], "b": ["dpo", "full"]}
+    )
+    capsys.readouterr()
+    assert rlhf("eval", recipe, "--resume") == 0
+    found, said, report = result(folder), capsys.readouterr().out, (folder / "report.md").read_text()
+    assert before["at_kl"] is None and before == found | {"at_kl": None}
+    own, figures = found["at_kl"], found["models"]
+    lines = []
+    for series, names in ((own["a"], [name for name in figures if name.startswith("ppo/")]), (own["b"], ["dpo", "full"])):
+        assert sorted(name for point in series["points"] for name in point["models"]) == sorted(["sft", *names])
+        for point in series["points"]:
+            for key, metric in (("kl", "objective/kl"), ("gold", "gold/letters")):
+                mean = np.mean([figures[name][metric]["mean"] for name in point["models"]])
+                assert point[key]["mean"] == pytest.approx(mean, abs=1e-6)
+        lines.append([(max(point["kl"]["mean"], 0) ** 0.5, point["gold"]["mean"]) for point in series["points"]])
+    assert (own["a"]["name"], own["b"]["name"]) == ("ppo", "dpo and full") and min(map(len, lines)) > 1
+    across = np.linspace(0, min(line[-1][0] for line in lines), 5)[1:]
+    a, b = (np.interp(across, *np.array(line).T) for line in lines)
+    assert [at["kl"]["mean"] for at in own["matched"]] == pytest.approx(across**2)
+    assert [at["difference"]["mean"] for at in own["matched"]] == pytest.approx(a - b)
+    assert own["mean"]["low"] <= own["mean"]["mean"] <= own["mean"]["high"]
+    assert "gold than dpo and full at equal KL: the difference is" in said
+    assert "\n## Gold at equal KL\n" in report and "| KL, nats | ppo | dpo and full | ppo less dpo and full |" in report
+
+
+def test_gold_that_says_nothing_of_some_is_not_compared_at_equal_kl(tmp_path: Path, run: Callable[..., Path]) -> None:
+    (tmp_path / "some.py").write_text("def gold(prompts, responses):\n    return [None, *map(len, responses[1:])]\n")
+    models = {"sft": "HOME/sft", "ppo": "HOME/ppo", "dpo": "HOME/dpo"}
+    sections = {"prompts": PROMPTS, "rollout": {"max_new_tokens": 6}, "gold": [{"function": f"{tmp_path}/some.py:gold"}]}
+    folder = run(models=models, reference="sft", compare_at_kl={"a": ["dpo"], "b": ["ppo"]}, **sections)
+    assert result(folder)["at_kl"] is None
+    assert notes(folder) == ["Gold says nothing of some responses, so that it is not compared at equal KL."]
 
 
 def test_prompts_too_long_for_one_model_are_left_out_for_all(
