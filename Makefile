@@ -19,7 +19,7 @@ endif
 DEV := .venv/.installed-dev
 REAL_RUNS := sft rm dpo ipo kto ppo online-dpo eval
 # What deepens the story, but is not needed to tell it: make quickstart-more
-MORE_RUNS := ipo rloo
+MORE_RUNS := ipo rloo at-kl
 QUICK_RUNS := $(filter-out $(MORE_RUNS) eval,$(REAL_RUNS)) pushed samples dpo-again eval
 # The command of a run that is not called after it.
 COMMAND_rm := train-rm
@@ -28,6 +28,7 @@ COMMAND_pushed := ppo
 COMMAND_online-dpo := dpo
 COMMAND_dpo-again := dpo
 COMMAND_samples := eval
+COMMAND_at-kl := eval
 JOBS ?= 2
 CORES = $(shell getconf _NPROCESSORS_ONLN)
 # The matrices are small, and much runs on one thread: two stages with half of the cores each waste less than one with all.
@@ -58,7 +59,7 @@ NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
 help:
 	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: some minutes on a CPU"
-	@echo "make quickstart-more  two more of its policies: ipo and rloo"
+	@echo "make quickstart-more  two more of its policies, ipo and rloo, and offline against online at equal KL"
 	@echo "make test             every test: some minutes on two cores"
 	@echo "make check            linters, types and the fast tests"
 	@echo "make lint             linters and types"
@@ -76,6 +77,7 @@ $(foreach run,$(JUDGED) rloo pushed samples,runs/quickstart/$(run)/manifest.json
 $(JUDGED:%=runs/smollm2/%/manifest.json): runs/smollm2/rm/manifest.json
 runs/quickstart/samples/manifest.json: runs/quickstart/dpo/manifest.json
 runs/quickstart/dpo-again/manifest.json: runs/quickstart/samples/manifest.json
+runs/quickstart/at-kl/manifest.json: $(patsubst %,runs/quickstart/%/manifest.json,rm dpo $(JUDGED))
 runs/quickstart/eval/manifest.json: $(filter-out %/eval/manifest.json,$(QUICK))
 runs/smollm2/eval/manifest.json: $(filter-out %/eval/manifest.json,$(SMOLLM2_RUNS))
 

@@ -37,6 +37,7 @@ STAGE_OF = {
     "online-dpo": "dpo",
     "dpo-again": "dpo",
     "samples": "eval",
+    "at-kl": "eval",
 }
 """The stage of recipes that are not named after theirs."""
 
@@ -241,7 +242,7 @@ REAL_CHAIN = ("sft", "rm", "dpo", "ipo", "kto", "ppo", "online-dpo", "eval")
 """The recipes of smollm2, in the order of the Makefile; the first one's run is where the others start."""
 CHAIN = ("sft", "rm", "dpo", "kto", "ppo", "online-dpo", "pushed", "samples", "dpo-again", "eval")
 """Those of the quickstart that `make quickstart` runs."""
-MORE = ("ipo", "rloo")
+MORE = ("ipo", "rloo", "at-kl")
 """Those that `make quickstart-more` runs."""
 FOLLOW = {
     "sft": [name for name in CHAIN if name != "sft"],

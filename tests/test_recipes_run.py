@@ -11,7 +11,15 @@ import pytest
 from tests.brief import draw_again
 from tests.tiny import WORDS, make_model, read_lines, rlhf
 
-STAGE = {"rm": "train-rm", "rloo": "ppo", "pushed": "ppo", "online-dpo": "dpo", "dpo-again": "dpo", "samples": "eval"}
+STAGE = {
+    "rm": "train-rm",
+    "rloo": "ppo",
+    "pushed": "ppo",
+    "online-dpo": "dpo",
+    "dpo-again": "dpo",
+    "samples": "eval",
+    "at-kl": "eval",
+}
 """The command of recipes that are not named after theirs."""
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
 FAST = ("sft", "rm", "dpo", "ppo")
@@ -87,7 +95,7 @@ def test_two_steps(recipe: Path, parts: Parts, tmp_path: Path, monkeypatch: pyte
 def test_an_evaluation(recipe: Path, parts: Parts, tmp_path: Path, pictures: None) -> None:
     model, rows, output = parts.model, parts.rows, tmp_path / "run"
     text = recipe.read_text()
-    names = ["dpo"] if recipe.stem == "samples" else ["sft", "dpo"]
+    names = ["dpo"] if recipe.stem == "samples" else ["sft", "dpo"] + ["online-dpo"] * (recipe.stem == "at-kl")
     sections = [name for name in ("prompts", "preferences", "text") if f"\n{name}:" in text]
     changes: dict[str, object] = {name: rows for name in sections} | {
         "models": f"{{{', '.join(f'{name}: {model}' for name in names)}}}",
