@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.importing.convert import convert
-from rlhf_cli.importing.job import COMPUTED, FILL_IN, OTHERWISE, TABLES, TRL, UNKNOWN, Job
+from rlhf_cli.importing.job import TABLES, Job, Tool
 from rlhf_cli.recipe.build import Builder, spell_out
 from rlhf_cli.recipe.checks import findings
 from rlhf_cli.recipe.dump import as_yaml_text, one_line
@@ -28,7 +28,7 @@ def import_file(path: Path, stage: str | None, gpus: int) -> tuple[str, str]:
             job.refuse(job.name(key), f"{key}: {what}")
     if job.refused:
         raise UsageError("\n".join(job.refused))
-    return job.stage, "\n".join(_comments(job)) + "\n" + text
+    return job.stage, "\n".join(_comments(job)) + f"\nstage: {job.stage}\n{text}"
 
 
 def _problems(stage: str, text: str) -> list[tuple[str, str]]:
@@ -48,28 +48,29 @@ def converted(path: Path, given: dict[str, Any], stage: str | None, gpus: int) -
     return job
 
 
-def _tool(path: Path, given: dict[str, Any]) -> str:
+def _tool(path: Path, given: dict[str, Any]) -> Tool:
     """Whose configuration it is, by the keys that it has."""
+    signs: dict[Tool, str] = TABLES["signs"]
     if isinstance(given.get("model"), dict) and "data" in given:
         raise UsageError(f"{path}: is a recipe already. train it: rlhf STAGE {path}")
-    found = {tool: [name for name in names.split() if name in given] for tool, names in TABLES["signs"].items()}
+    found = {tool: [name for name in names.split() if name in given] for tool, names in signs.items()}
     most = max(map(len, found.values()))
     best = [tool for tool, names in found.items() if len(names) == most]
     if not most:
-        examples = "; ".join(f"{tool}: {', '.join(names.split()[:4])}" for tool, names in TABLES["signs"].items())
+        examples = "; ".join(f"{tool}: {', '.join(names.split()[:4])}" for tool, names in signs.items())
         raise UsageError(f"{path}: no key tells which trainer it is for. expected some of {examples}")
     if len(best) > 1:
         keys = " and of ".join(f"{tool} ({', '.join(found[tool])})" for tool in best)
         raise UsageError(f"{path}: has keys of {keys}. keep those of one")
-    return str(best[0])
+    return best[0]
 
 
-def _stage(path: Path, tool: str, given: dict[str, Any], asked: str | None) -> tuple[str, str]:
+def _stage(path: Path, tool: Tool, given: dict[str, Any], asked: str | None) -> tuple[str, str]:
     """Our stage, and the kind of loss where the name of theirs says it."""
     stages: dict[str, list[str]] = TABLES["stages"]
     loss = given.get("loss_type")
     words = {*given, *map(str, loss if isinstance(loss, list) else [loss])}
-    if tool == TRL:
+    if tool == "TRL":
         found = [stage for stage, signs in TABLES["stage signs"].items() if words & set(signs.split())]
     elif given.get("reward_model") is True:
         found = ["rm"]
@@ -105,13 +106,15 @@ def _nested(job: Job) -> dict[str, Any]:
 
 def _comments(job: Job) -> Iterator[str]:
     yield f"# Made by rlhf import of {job.path.name}, a configuration of {job.tool}. Next: rlhf {job.stage} RECIPE.yaml --check"
-    told = {heading: job.told[heading] for heading in (FILL_IN, COMPUTED)}
+    told = {heading: job.told[heading] for heading in ("To fill in", "Computed")}
     told["Defaults of theirs, written out because ours are others"] = [
         f"{key}: {one_line(job.values[key])} (ours: {as_yaml(usual)})" for key, usual in job.assumed.items()
     ]
-    told[OTHERWISE] = job.told[OTHERWISE]
+    told["Done otherwise"] = job.told["Done otherwise"]
     told["Left out"] = [f"{', '.join(names)}: {why}" for why, names in job.left_out.items() if names]
-    told[UNKNOWN] = [", ".join(job.told[UNKNOWN])] * bool(job.told[UNKNOWN])
+    told["Not understood, and left out"] = [", ".join(job.told["Not understood, and left out"])] * bool(
+        job.told["Not understood, and left out"]
+    )
     for heading, lines in told.items():
         if lines:
             yield f"# {heading}:"

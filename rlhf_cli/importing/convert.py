@@ -5,22 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rlhf_cli.importing.job import (
-    AXOLOTL,
-    COMPUTED,
-    FACTORY,
-    FILL_IN,
-    LEFT_OUT,
-    OTHERWISE,
-    OURS,
-    REFUSED,
-    SECRET,
-    TABLES,
-    TRL,
-    UNKNOWN,
-    Job,
-    asks,
-)
+from rlhf_cli.importing.job import LEFT_OUT, OURS, REFUSED, SECRET, TABLES, Job, asks
 from rlhf_cli.importing.sources import read_sources
 from rlhf_cli.recipe.suggest import OTHER_NAMES
 
@@ -39,7 +24,8 @@ def convert(job: Job) -> None:
     _cadence(job, bool(job.values.get("data.eval") or job.values.get("data.holdout")))
     _rest(job)
     defaults, losses = TABLES["defaults"], TABLES["losses"]
-    job.assume(defaults[job.tool] | defaults.get(f"{job.tool} {job.stage}", {}) | losses.get(job.kind, {}))
+    own = defaults.get(f"{job.tool} {job.stage}", {}) | defaults.get(f"{job.tool} {job.kind}", {})
+    job.assume(defaults[job.tool] | losses.get(job.kind, {}) | own)
     _differences(job)
 
 
@@ -64,19 +50,24 @@ def _loss(job: Job) -> None:
         job.put("objective.normalize", "token_mean")  # all three divide by the length
     if loss == "bco_pair":
         job.put("objective.decay", 1.0)
-        job.tell(COMPUTED, "objective.decay: 1, which keeps the mid-point of the rewards at 0, as bco_pair has it")
-    if job.tool == TRL and job.stage == "sft" and not asks(job.rest.get("assistant_only_loss")):
-        job.tell(OTHERWISE, "of `messages` the assistant's turns are learned; there all turns, without assistant_only_loss")
+        job.tell("Computed", "objective.decay: 1, which keeps the mid-point of the rewards at 0, as bco_pair has it")
+    if job.tool == "TRL" and job.stage == "sft" and not asks(job.rest.get("assistant_only_loss")):
+        job.tell(
+            "Done otherwise", "of `messages` the assistant's turns are learned; there all turns, without assistant_only_loss"
+        )
     if job.kind == "orpo" and (weight := job.take(*OTHER_NAMES["objective.beta"])) is not None:
         job.put("objective.lambda", weight)
     for term in [name for name in OTHER_NAMES["objective.sft_weight"] if asks(job.rest.get(name))]:
-        job.tell(OTHERWISE, f"{term}: the mean is over all tokens of a batch; there over each response's, then over responses")
+        there = "each response's tokens, then over responses" if job.tool == "LLaMA-Factory" else "those of a device's part"
+        job.tell("Done otherwise", f"{term}: the mean is over all tokens of a batch; there over {there}")
+    if job.kind == "orpo" and job.tool != "LLaMA-Factory":
+        job.tell("Done otherwise", "the likelihood that is learned is of the responses; there of their prompts as well")
 
 
 def _adapter(job: Job) -> None:
     """LoRA, or all weights: an absent adapter means all there."""
     said = "lora" if asks(job.take("use_peft")) else job.take("finetuning_type", "adapter")
-    kind = said or ("lora" if job.tool == FACTORY else "full")
+    kind = said or ("lora" if job.tool == "LLaMA-Factory" else "full")
     if kind not in ("lora", "qlora", "full"):
         job.refuse(job.name("lora"), f"{kind} has no counterpart. there are LoRA and all weights")
     names = [name for name in job.rest if OURS.get(name, "").startswith("lora.")]
@@ -101,7 +92,7 @@ def _adapter(job: Job) -> None:
     for name in [name for name in names if name in job.rest]:
         job.put(OURS[name], job.take(name))
     rank = job.values.get("lora.r", 8)
-    twice = {"lora.alpha": 2.0 * rank} if job.tool == FACTORY and isinstance(rank, int) else {}
+    twice = {"lora.alpha": 2.0 * rank} if job.tool == "LLaMA-Factory" and isinstance(rank, int) else {}
     job.assume(TABLES["lora"][job.tool] | twice)
     job.values.setdefault("lora.r", job.usual["lora.r"])  # a section of defaults alone is LoRA too
 
@@ -116,7 +107,7 @@ def _switches(job: Job) -> None:
     if half := job.values.get("model.dtype"):
         frozen = "" if job.values.get("lora", 0) is None else f", frozen ones {half}"
         beside = f", torch_dtype {stored} or not" if stored not in (None, half) else ""
-        job.tell(OTHERWISE, f"compute is {half}{beside}; trained weights are float32{frozen}")
+        job.tell("Done otherwise", f"compute is {half}{beside}; trained weights are float32{frozen}")
     elif stored:
         job.put("model.dtype", stored)
     for name, value in said.items():
@@ -125,13 +116,14 @@ def _switches(job: Job) -> None:
             job.put(ours, off)
     for name in ("chat_template", "chat_template_path", "template", "chat_template_jinja"):
         template = str(job.take(name) or "jinja")
-        if "{" in template:
-            job.tell(FILL_IN, f"model.chat_template: write the text of {name} to a file, and name the file")
+        if "{" in template or len(template) > 200:
+            job.tell("To fill in", f"model.chat_template: write the text of {name} to a file, and name the file")
         elif Path(template).is_file():
             job.put("model.chat_template", template)
         elif template != "jinja":
             job.tell(
-                OTHERWISE, f"{name} {template}: the tokenizer's own is used, else a plain one; model.chat_template takes a file"
+                "Done otherwise",
+                f"{name} {template}: the tokenizer's own is used, else a plain one; model.chat_template takes a file",
             )
     if job.rest.get("model_revision") == "main":
         job.take("model_revision")
@@ -140,13 +132,13 @@ def _switches(job: Job) -> None:
 def _steps(job: Job) -> None:
     """How many rows a step takes, how many steps there are, and how long a row may be."""
     each, times = job.take("per_device_train_batch_size", "micro_batch_size"), job.take("gradient_accumulation_steps")
-    if job.tool == AXOLOTL and (whole := job.take("batch_size")):
+    if job.tool == "axolotl" and (whole := job.take("batch_size")):
         each, times = whole, 1
-    each, times = each or (1 if job.tool == AXOLOTL else 8), times or 1
+    each, times = each or (1 if job.tool == "axolotl" else 8), times or 1
     if isinstance(each, int) and isinstance(times, int):
         job.put("train.batch_size", each * times * job.gpus)
         words = f"{each} a device × {times} accumulated × {job.gpus} (--gpus)"
-        job.tell(COMPUTED, f"train.batch_size: {words} = {each * times * job.gpus}")
+        job.tell("Computed", f"train.batch_size: {words} = {each * times * job.gpus}")
     else:
         job.refuse("gradient_accumulation_steps", f"{each} × {times} is no number of rows. write whole numbers")
     epochs, steps = job.take("num_train_epochs", "num_epochs", form=(int, float)), job.take("max_steps")
@@ -159,7 +151,7 @@ def _steps(job: Job) -> None:
     if None in (job.given.get("max_length", 0), job.given.get("max_seq_length", 0)):
         job.put("data.overlong", "error")
         job.tell(
-            FILL_IN, "data.max_length: there is no limit there; until you write one it is 1024, and a longer row is an error"
+            "To fill in", "data.max_length: there is no limit there; until you write one it is 1024, and a longer row is an error"
         )
 
 
@@ -199,7 +191,7 @@ def _cadence(job: Job, held_out: bool) -> None:
         elif often:
             share = round(1 / (often * epochs), 6)
             job.put(ours, share if share < 1 else None)
-            job.tell(COMPUTED, f"{ours}: {often} an epoch × {epochs:g}: " + (f"{share:g}" if share < 1 else "at the end"))
+            job.tell("Computed", f"{ours}: {often} an epoch × {epochs:g}: " + (f"{share:g}" if share < 1 else "at the end"))
         elif steps:
             job.put(ours, steps)
     best, metric, rises = (
@@ -238,7 +230,7 @@ def _rest(job: Job) -> None:
         elif ours is not None:
             job.leave_out(f"it has no effect in {job.stage}", *[name] * asked)
         else:
-            job.told[UNKNOWN].append(name)
+            job.told["Not understood, and left out"].append(name)
 
 
 def _differences(job: Job) -> None:
@@ -246,7 +238,7 @@ def _differences(job: Job) -> None:
     truncated, full = str(job.values.get("data.overlong")).startswith("truncate"), job.values.get("lora", 0) is None
     for applies, words in (
         (
-            truncated and job.tool == FACTORY,
+            truncated and job.tool == "LLaMA-Factory",
             "of a row that is too long the response is cut; there the prompt as well, in proportion",
         ),
         (truncated, "rows that are cut count in data.max_lost, which ends a run of more than 5 % of them; there all are cut"),
@@ -257,4 +249,4 @@ def _differences(job: Job) -> None:
         (True, "train.save_every, eval_every, log_every and keep_checkpoints, where they are not written, are our own defaults"),
     ):
         if applies:
-            job.tell(OTHERWISE, words)
+            job.tell("Done otherwise", words)

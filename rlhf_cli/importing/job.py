@@ -7,7 +7,7 @@ from collections import defaultdict
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -18,8 +18,8 @@ from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.recipe.suggest import OTHER_NAMES, OTHER_VALUES
 from rlhf_cli.recipe.yaml_reader import scalar
 
-FILL_IN, COMPUTED, OTHERWISE, UNKNOWN = "To fill in", "Computed", "Done otherwise", "Not understood, and left out"
-TRL, FACTORY, AXOLOTL = "TRL", "LLaMA-Factory", "axolotl"
+Tool = Literal["TRL", "LLaMA-Factory", "axolotl"]
+Heading = Literal["To fill in", "Computed", "Done otherwise", "Not understood, and left out"]
 TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
 OURS = {theirs: ours for ours, names in OTHER_NAMES.items() for theirs in names}
 LEFT_OUT, REFUSED = ({n: why for why, names in TABLES[part].items() for n in names.split()} for part in ("left out", "refused"))
@@ -35,7 +35,7 @@ def asks(value: object) -> bool:
 class Job:
     """What is left of a file, and what was made of it."""
 
-    def __init__(self, path: Path, tool: str, given: dict[str, Any], stage: str, kind: str, gpus: int) -> None:
+    def __init__(self, path: Path, tool: Tool, given: dict[str, Any], stage: str, kind: str, gpus: int) -> None:
         self.path, self.tool, self.given, self.stage, self.kind, self.gpus = path, tool, given, stage, kind, gpus
         self.rest = {name: value for name, value in given.items() if value is not None}
         self.values: dict[str, Any] = {}  # dotted key of ours → value
@@ -81,7 +81,7 @@ class Job:
         found = {key: known.default for key, known in walk(stage.recipe) if not key.startswith("objective.")}
         return found | {f"objective.{name}": key.default for name, key in keys_of(chosen).items()}
 
-    def tell(self, heading: str, line: str) -> None:
+    def tell(self, heading: Heading, line: str) -> None:
         if line not in self.told[heading]:
             self.told[heading].append(line)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.data.conversations import SPEAKERS
 from rlhf_cli.data.files import is_hub_id
-from rlhf_cli.importing.job import AXOLOTL, COMPUTED, FACTORY, FILL_IN, OTHERWISE, TRL, UNKNOWN, Job, asks
+from rlhf_cli.importing.job import TABLES, Job, asks
 from rlhf_cli.recipe.yaml_reader import scalar
 
 Source = dict[str, Any]
@@ -23,19 +23,22 @@ BY_COLUMNS = "rows are read by their columns, and written by the chat template"
 
 
 def read_sources(job: Job) -> None:
-    {TRL: _trl, FACTORY: _factory, AXOLOTL: _axolotl}[job.tool](job)
+    {"TRL": _trl, "LLaMA-Factory": _factory, "axolotl": _axolotl}[job.tool](job)
     if not job.values["data.train"] and not job.refused:
         job.refuse("dataset", "no rows are named. add them, or write `data: {train: FILE}` in a recipe of your own")
     if not job.values.get("data.eval"):
         job.values.pop("data.eval", None)
     size = job.take("val_size", "val_set_size", "test_split_size")
     if not asks(size) or "data.eval" in job.values:
+        job.leave_out("rows of data.eval are held out already", *[job.name("data.holdout")] * asks(size))
         return
     if isinstance(size, (int, float)) and size >= 1:
         if not (rows := job.count()):
-            job.tell(FILL_IN, f"data.holdout: {size:g} rows are held out there; it is a share, and the rows could not be counted")
+            job.tell(
+                "To fill in", f"data.holdout: {size:g} rows are held out there; it is a share, and the rows could not be counted"
+            )
             return
-        job.tell(COMPUTED, f"data.holdout: {size:g} of {rows} rows")
+        job.tell("Computed", f"data.holdout: {size:g} of {rows} rows")
         size = math.ceil(size / rows * 1e4) / 1e4
     job.put("data.holdout", size)
 
@@ -59,6 +62,9 @@ def _trl(job: Job) -> None:
     named, config = job.take("dataset_name", form=str), job.take("dataset_config", "dataset_config_name")
     if "test_split_size" in mixture:
         job.rest["test_split_size"] = mixture["test_split_size"]
+    job.told["Not understood, and left out"] += [
+        f"dataset_mixture.{n}" for n in mixture if n not in ("datasets", "test_split_size")
+    ]
     if mixer:
         train = next((split for split in splits if "train" in split), train)
         test = next((split for split in splits if "test" in split), test)
@@ -72,15 +78,17 @@ def _trl(job: Job) -> None:
         if len(listed) > 1:
             options["weight"] = one.pop("fraction", None)
         if (kept := one.pop("weight", 1)) != 1:
-            job.tell(FILL_IN, f"data.train.{number}.limit: a share of {kept} of the rows is taken there; write their number")
+            job.tell("To fill in", f"data.train.{number}.limit: a share of {kept} of the rows is taken there; write their number")
         if one.pop("columns", None):
             job.left_out[BY_COLUMNS].append(f"datasets.{number}.columns")
         found += [_source(path, **options) for path in _files(one)]
-        job.told[UNKNOWN] += [f"datasets.{number}.{name}" for name in one]
+        job.told["Not understood, and left out"] += [f"datasets.{number}.{name}" for name in one]
     job.values["data.train"] = found
     if asks(job.rest.get("eval_strategy", job.rest.get("evaluation_strategy"))) and "test_split_size" not in job.rest:
         held_out = [_source(one["path"], one.get("name"), test, columns=columns) for one in found]
         job.values["data.eval"] = [one for one in held_out if "split" in one]
+    elif test != "test":
+        job.leave_out("no evaluation is asked for", f"the split {test}")
 
 
 def _factory(job: Job) -> None:
@@ -139,10 +147,11 @@ def _described(job: Job, name: str, entry: dict[str, Any], folder: Path) -> Sour
             ours = {"prompt": "\n".join(f"{{{part}}}" for part in parts) if len(parts) > 1 else parts[0]} | ours
         else:
             ours = dict(zip(("instruction", "input"), parts, strict=False)) | ours
-            job.tell(OTHERWISE, "instruction and input are joined by a blank line; there by a line break")
+            job.tell("Done otherwise", "instruction and input are joined by a blank line; there by a line break")
     path = entry.get("hf_hub_url") or ("file_name" in entry and folder / str(entry["file_name"]))
     if not path:
         job.refuse(place, "is neither a file nor of the Hugging Face hub. fetch it, and name the file")
+    job.told["Not understood, and left out"] += [f"{place}: {name}" for name in entry if name not in TABLES["entry"]]
     different = {key: column for key, column in ours.items() if column not in (key, "messages")}
     options = {"name": entry.get("subset"), "split": entry.get("split"), "revision": entry.get("revision")}
     return _source(str(path), **options, columns=different, limit=entry.get("num_samples"))
@@ -166,7 +175,8 @@ def _entry(job: Job, place: str, given: Any) -> list[Source]:
         one |= kind
     elif "alpaca" in str(kind):
         job.tell(
-            OTHERWISE, f"{place}.type {kind}: Alpaca's own texts stand around instruction and input there; here the chat template"
+            "Done otherwise",
+            f"{place}.type {kind}: Alpaca's own texts stand around instruction and input there; here the chat template",
         )
     for name in [name for name in one if name.endswith("format") or name == "system_prompt"]:
         if one.pop(name) not in ("{instruction}", "{prompt}", "{chosen}", "{rejected}", "{completion}"):
@@ -187,5 +197,5 @@ def _entry(job: Job, place: str, given: Any) -> list[Source]:
     sources = [_source(path, **options, columns={o: t for o, t in columns.items() if o != t}) for path in _files(one)]
     known = one.keys() & {"ds_type", "conversation", "train_on_eos", "chat_template"}
     job.left_out[BY_COLUMNS] += [f"{place}.{name}" for name in sorted(known)]
-    job.told[UNKNOWN] += [f"{place}.{name}" for name in one if name not in known]
+    job.told["Not understood, and left out"] += [f"{place}.{name}" for name in one if name not in known]
     return sources

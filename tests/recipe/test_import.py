@@ -198,7 +198,28 @@ class TestTools:
         assert yaml.safe_load(capsys.readouterr().out)["objective"] == {"kind": "orpo", "lambda": 0.2}
         Path("simpo.yaml").write_text(Path("axolotl_dpo.yaml").read_text().replace("rl: dpo", "rl: simpo"))
         assert rlhf("import", "simpo.yaml") == 0
-        assert yaml.safe_load(capsys.readouterr().out)["objective"] == {"kind": "simpo", "beta": 0.3, "gamma": 0.5}
+        assert yaml.safe_load(capsys.readouterr().out)["objective"] == {
+            **{"kind": "simpo", "beta": 0.3, "gamma": 0.5},
+            "sft_weight": 1.0,  # cpo_alpha is 1 there, unless the file says 0
+        }
+
+    def test_parts_of_sections_are_not_lost(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Keys inside a list of sources, of dataset_info.json, and a share of held-out rows that has a rival."""
+        sources = {"datasets": [{"path": "a/b", "shards": 2}, {"id": "c/d", "config": "en"}], "seed": 1, "test_split_size": 0.1}
+        Path("mix.yaml").write_text(yaml.safe_dump({"model_name_or_path": "m", "output_dir": "o", "dataset_mixture": sources}))
+        assert rlhf("import", "mix.yaml", "--stage", "sft") == 0
+        out = capsys.readouterr().out
+        assert "Not understood, and left out:\n#   - dataset_mixture.seed, datasets.0.shards\n" in out
+        assert yaml.safe_load(out)["data"]["train"] == [{"path": "a/b"}, {"path": "c/d", "name": "en"}]
+        assert yaml.safe_load(out)["data"]["holdout"] == 0.1
+        info = json.loads(Path("dataset_info.json").read_text())
+        info["pairs"]["folder"] = "x"
+        Path("dataset_info.json").write_text(json.dumps(info))
+        Path("both.yaml").write_text(Path("factory_rm.yaml").read_text() + "val_size: 0.1\n")
+        assert rlhf("import", "both.yaml") == 0
+        out = capsys.readouterr().out
+        assert "dataset_info.json: pairs: folder" in out
+        assert "val_size: rows of data.eval are held out already" in out
 
     def test_an_adapter_goes_on(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         Path("on.yaml").write_text(Path("factory_rm.yaml").read_text() + "adapter_name_or_path: saves/sft\n")
