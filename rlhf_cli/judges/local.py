@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_cli.data.encode import AS_DRAWN, encode
+from rlhf_cli.data.encode import AS_DRAWN, Encoded, encode
 from rlhf_cli.data.records import Message, Record
-from rlhf_cli.data.templates import ChatFormat, tokenise
+from rlhf_cli.data.templates import THINK_MARK, ChatFormat, tokenise
 from rlhf_cli.data.trees import span
 from rlhf_cli.errors import UsageError
 from rlhf_cli.judges.question import SCORES, Question, Wording, expected_score, preferred, spellings
@@ -35,7 +36,14 @@ class Options:
 
 
 def read_options(form: ChatFormat, wording: Wording, place: str) -> Options:
-    """The options in the judge's tokens. UsageError: no spelling of A or of B is one token."""
+    """The options in the judge's tokens. UsageError: none is one token, or the judge's answers begin with reasoning."""
+    asked = _encoded(form, ["?"])
+    last = form.tokenizer.decode(asked.trees[0].prompt).rstrip().rpartition("\n")[2] if asked.kept else ""
+    if (opened := THINK_MARK.findall(last)) and not re.search(r"/|END", opened[-1]):
+        raise UsageError(
+            f"{place}: the judge's chat template begins its answer with {opened[-1]}, where one of the options is read; "
+            "name another model, or ask this one behind an endpoint"
+        )
 
     def ids(text: str) -> list[int]:
         return tokenise(form.tokenizer, [form.anchor + text])[0][len(tokenise(form.tokenizer, [form.anchor])[0]) :]
@@ -50,6 +58,13 @@ def read_options(form: ChatFormat, wording: Wording, place: str) -> Options:
     different = {tuple(own): name for name, own in reversed(found.items())}  # two spellings may be the same tokens
     kept = {name: own for name, own in found.items() if different[tuple(own)] == name}
     return Options(tuple(kept), tuple(np.array(own, np.int32) for own in kept.values()))
+
+
+def _encoded(form: ChatFormat, texts: Sequence[str]) -> Encoded:
+    """Each text as the question of a user, up to where the answer begins."""
+    plain = form.template.text is None
+    records = [Record(text if plain else (Message("user", text),), (), f"question {n}") for n, text in enumerate(texts, 1)]
+    return encode(records, form.tokenizer, form.template, AS_DRAWN, responses="none", cache=None)
 
 
 @dataclass(frozen=True)
@@ -70,10 +85,7 @@ class LocalJudge:
         asked = list(dict.fromkeys(questions))
         if not asked:
             return {}
-        plain = self.form.template.text is None
-        texts = [self.wording.filled(question) for question in asked]
-        records = [Record(text if plain else (Message("user", text),), (), f"question {n}") for n, text in enumerate(texts, 1)]
-        encoded = encode(records, self.form.tokenizer, self.form.template, AS_DRAWN, responses="none", cache=None)
+        encoded = _encoded(self.form, [self.wording.filled(question) for question in asked])
         if encoded.kept < encoded.read:
             raise UsageError(f"{self.place}: the judge cannot be asked: {encoded.examples[0]}")
         trees = [tree._replace(responses=self.options.ids) for tree in encoded.trees]

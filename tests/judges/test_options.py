@@ -208,6 +208,18 @@ class TestLocal:
         backbone = make_backbone(own, lora=False)
         return backbone, plain, read_chat_format(tokenizer, choose_template(tokenizer, None))
 
+    @pytest.mark.parametrize(("begun", "refused"), [("<think>\n", True), ("<think>\n\n</think>\n\n", False)])
+    def test_one_whose_answer_begins_with_reasoning_is_refused(self, begun: str, refused: bool) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n" + begun)
+        assert begun in tokenizer.chat_template
+        form, wording = read_chat_format(tokenizer, choose_template(tokenizer, None)), Wording("pairwise", BRIEF, (), 1)
+        if not refused:
+            assert read_options(form, wording, "here").names[0] == "A"
+            return
+        with pytest.raises(UsageError, match="here: the judge's chat template begins its answer with <think>"):
+            read_options(form, wording, "here")
+
     @pytest.mark.parametrize("mode", ["pairwise", "score"])
     def test_is_what_plain_transformers_gives(self, parts: tuple[Any, Any, Any], mode: Any) -> None:
         """Every option alone behind the whole question, in one plain forward pass each."""
