@@ -52,9 +52,7 @@ def _loss(job: Job) -> None:
         job.put("objective.decay", 1.0)
         job.tell("Computed", "objective.decay: 1, which keeps the mid-point of the rewards at 0, as bco_pair has it")
     if job.tool == "TRL" and job.stage == "sft" and not asks(job.rest.get("assistant_only_loss")):
-        job.tell(
-            "Done otherwise", "of `messages` the assistant's turns are learned; there all turns, without assistant_only_loss"
-        )
+        job.tell("Done otherwise", "of `messages` the assistant's turns are learned; without assistant_only_loss there all")
     if job.kind == "orpo" and (weight := job.take(*OTHER_NAMES["objective.beta"])) is not None:
         job.put("objective.lambda", weight)
     for term in [name for name in OTHER_NAMES["objective.sft_weight"] if asks(job.rest.get(name))]:
@@ -121,10 +119,7 @@ def _switches(job: Job) -> None:
         elif Path(template).is_file():
             job.put("model.chat_template", template)
         elif template != "jinja":
-            job.tell(
-                "Done otherwise",
-                f"{name} {template}: the tokenizer's own is used, else a plain one; model.chat_template takes a file",
-            )
+            job.tell("Done otherwise", f"{name} {template}: the tokenizer's own is used, or a file: model.chat_template")
     if job.rest.get("model_revision") == "main":
         job.take("model_revision")
 
@@ -150,9 +145,7 @@ def _steps(job: Job) -> None:
         job.put("train.epochs", epochs)
     if None in (job.given.get("max_length", 0), job.given.get("max_seq_length", 0)):
         job.put("data.overlong", "error")
-        job.tell(
-            "To fill in", "data.max_length: there is no limit there; until you write one it is 1024, and a longer row is an error"
-        )
+        job.tell("To fill in", "data.max_length: there is no limit there; it is 1024 now, and a longer row is an error")
 
 
 def _rates(job: Job) -> None:
@@ -194,11 +187,8 @@ def _cadence(job: Job, held_out: bool) -> None:
             job.tell("Computed", f"{ours}: {often} an epoch × {epochs:g}: " + (f"{share:g}" if share < 1 else "at the end"))
         elif steps:
             job.put(ours, steps)
-    best, metric, rises = (
-        asks(job.take("load_best_model_at_end")),
-        job.take("metric_for_best_model"),
-        job.take("greater_is_better"),
-    )
+    best, metric = asks(job.take("load_best_model_at_end")), job.take("metric_for_best_model")
+    rises = job.take("greater_is_better")
     metric = str(metric or "loss").removeprefix("eval_")
     if best and held_out:
         mode = "max" if asks(not metric.endswith("loss") if rises is None else rises) else "min"
@@ -237,10 +227,7 @@ def _differences(job: Job) -> None:
     """What no key of the recipe shows."""
     truncated, full = str(job.values.get("data.overlong")).startswith("truncate"), job.values.get("lora", 0) is None
     for applies, words in (
-        (
-            truncated and job.tool == "LLaMA-Factory",
-            "of a row that is too long the response is cut; there the prompt as well, in proportion",
-        ),
+        (truncated and job.tool == "LLaMA-Factory", "of rows that are too long the response is cut; there the prompt too"),
         (truncated, "rows that are cut count in data.max_lost, which ends a run of more than 5 % of them; there all are cut"),
         (full and job.values.get("train.weight_decay"), "train.weight_decay is of all weights; there not of biases and norms"),
         (job.stage == "kto", "KTO compares with the mean log-ratio of the whole batch; there of each device's part of it"),

@@ -34,9 +34,7 @@ def read_sources(job: Job) -> None:
         return
     if isinstance(size, (int, float)) and size >= 1:
         if not (rows := job.count()):
-            job.tell(
-                "To fill in", f"data.holdout: {size:g} rows are held out there; it is a share, and the rows could not be counted"
-            )
+            job.tell("To fill in", f"data.holdout, a share: {size:g} rows there, of rows that could not be counted")
             return
         job.tell("Computed", f"data.holdout: {size:g} of {rows} rows")
         size = math.ceil(size / rows * 1e4) / 1e4
@@ -103,9 +101,7 @@ def _factory(job: Job) -> None:
             elif Path(name).exists() or is_hub_id(name):
                 found.append(_source(name, limit=limit))
             else:
-                job.refuse(
-                    key, f"{name} is no file, and no dataset_info.json, beside {job.path} or in {folder}, has it. name a file"
-                )
+                job.refuse(key, f"{name} is neither a file nor in a dataset_info.json, here or in {folder}. name a file")
         if len(found) > 1 and ours == "data.train" and shares:
             found = [one | {"weight": scalar(str(share))} for one, share in zip(found, _listed(shares), strict=False)]
         job.values[ours] = found
@@ -143,11 +139,14 @@ def _described(job: Job, name: str, entry: dict[str, Any], folder: Path) -> Sour
     ours: dict[str, Any] = {COLUMNS.get(str(theirs), str(theirs)): column for theirs, column in columns.items()}
     if entry.get("formatting", "alpaca") == "alpaca":
         parts = [ours.pop("prompt", "instruction"), *([ours.pop("input")] if "input" in ours else [])]
-        if entry.get("ranking"):
+        if job.given.get("stage") == "pt":
+            ours = {"text": parts[0]}
+        elif entry.get("ranking"):
             ours = {"prompt": "\n".join(f"{{{part}}}" for part in parts) if len(parts) > 1 else parts[0]} | ours
         else:
             ours = dict(zip(("instruction", "input"), parts, strict=False)) | ours
-            job.tell("Done otherwise", "instruction and input are joined by a blank line; there by a line break")
+            if len(parts) > 1 or not columns:
+                job.tell("Done otherwise", "instruction and input are joined by a blank line; there by a line break")
     path = entry.get("hf_hub_url") or ("file_name" in entry and folder / str(entry["file_name"]))
     if not path:
         job.refuse(place, "is neither a file nor of the Hugging Face hub. fetch it, and name the file")
@@ -174,15 +173,10 @@ def _entry(job: Job, place: str, given: Any) -> list[Source]:
     if isinstance(kind, dict):
         one |= kind
     elif "alpaca" in str(kind):
-        job.tell(
-            "Done otherwise",
-            f"{place}.type {kind}: Alpaca's own texts stand around instruction and input there; here the chat template",
-        )
+        job.tell("Done otherwise", f"{place}.type {kind}: Alpaca's texts frame the prompt there, the chat template here")
     for name in [name for name in one if name.endswith("format") or name == "system_prompt"]:
         if one.pop(name) not in ("{instruction}", "{prompt}", "{chosen}", "{rejected}", "{completion}"):
-            job.refuse(
-                f"{place}.type.{name}", "is a prompt of its own. `columns: {prompt: TEXT WITH {COLUMNS}}` of data.train has those"
-            )
+            job.refuse(f"{place}.type.{name}", "is a prompt of its own. write it as data.train.0.columns: {prompt: TEXT}")
     fields = [name for name in one if name.startswith("field") and name != "field_thinking"]
     columns = {FIELDS.get(name, name.removeprefix("field_")): one.pop(name) for name in fields}
     if "messages" in columns and job.stage in ("dpo", "ipo", "train-rm"):

@@ -32,7 +32,7 @@ OTHER_NAMES = {
     "data.max_length": ("max_length", "max_seq_length", "sequence_len", "cutoff_len"),
     "data.train.limit": ("max_samples",),
     "model.dtype": ("bf16", "fp16", "torch_dtype", "pure_bf16"),
-    "model.attention": ("attn_implementation", "flash_attn", "flash_attention"),
+    "model.attention": ("attention", "attn_implementation", "flash_attn", "flash_attention"),
     "model.quantize": ("load_in_4bit", "load_in_8bit", "quantization_bit"),
     "model.gradient_checkpointing": ("gradient_checkpointing", "disable_gradient_checkpointing"),
     "lora": ("use_peft", "finetuning_type", "adapter"),

@@ -221,6 +221,30 @@ class TestTools:
         assert "dataset_info.json: pairs: folder" in out
         assert "val_size: rows of data.eval are held out already" in out
 
+    @pytest.mark.parametrize(
+        ("entry", "stage", "columns"),
+        [
+            ({"columns": {"prompt": "raw"}}, "pt", {"text": "raw"}),
+            ({"columns": {"prompt": "text"}}, "pt", None),
+            ({"columns": {"prompt": "prompt", "response": "completion", "kto_tag": "label"}}, "kto", "prompt completion"),
+            ({"columns": {"prompt": "question", "response": "answer", "system": "role"}}, "sft", "question answer role"),
+            ({"formatting": "sharegpt"}, "sft", None),
+            ({"formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "thumb"}}, "kto", {"label": "thumb"}),
+            ({}, "sft", None),
+        ],
+    )
+    def test_dataset_info(
+        self, entry: dict[str, Any], stage: str, columns: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("dataset_info.json").write_text(json.dumps({"mine": {"hf_hub_url": "a/b", "subset": "en", **entry}}))
+        lines = f"stage: {stage}\nmodel_name_or_path: m\ndataset: mine\noutput_dir: o\n"
+        Path("mine.yaml").write_text(lines)
+        assert rlhf("import", "mine.yaml") == 0
+        (source,) = yaml.safe_load(capsys.readouterr().out)["data"]["train"]
+        if isinstance(columns, str):
+            columns = dict(zip(("instruction", "output", "system"), columns.split(), strict=False))
+        assert source == {"path": "a/b", "name": "en"} | ({"columns": columns} if columns else {})
+
     def test_an_adapter_goes_on(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         Path("on.yaml").write_text(Path("factory_rm.yaml").read_text() + "adapter_name_or_path: saves/sft\n")
         assert rlhf("import", "on.yaml") == 0
