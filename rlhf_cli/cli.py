@@ -207,6 +207,47 @@ def _runs(
     return show
 
 
+@app.command("init")
+def _init(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The command that is to read the recipe.")],
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="The file to write; else it is printed.")] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", metavar="FILE", help="The rows; repeatable.")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="PATH", help="The model to start from.")] = None,
+    debug: Debug = False,
+) -> Action:
+    """Write a commented recipe for rows of your own."""
+
+    def write() -> None:
+        from rlhf_cli.stages.init import write_recipe
+
+        if not data:
+            raise UsageError("rlhf init: --data is missing. name the file of the rows")
+        typer.echo(write_recipe(stage, data, model, recipe), nl=recipe is not None)
+
+    return write
+
+
+@app.command("data")
+def _data(
+    source: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, or data sets of the hub.")],
+    format: Annotated[str, typer.Option("--format", metavar="FORMAT", help="The rows' format.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    debug: Debug = False,
+) -> Action:
+    """Say what is in rows, and which commands can use them."""
+
+    def show() -> None:
+        from rlhf_cli.data.formats import FORMATS
+        from rlhf_cli.sections import Source
+        from rlhf_cli.stages.rows import describe_rows
+
+        if format not in ("auto", *FORMATS):
+            raise UsageError(f"--format {format}: no such format. {did_you_mean(format, FORMATS, ', '.join(FORMATS))}")
+        describe_rows([Source(path, format=format) for path in source], as_json=as_json)  # type: ignore[arg-type]
+
+    return show
+
+
 @app.command("schema")
 def _schema(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="A command that reads a recipe.")], debug: Debug = False

@@ -300,9 +300,7 @@ class Judge:
         None, "score: how good a response is, 1 to 10; pairwise: is it the better one; null: score in a reward, else pairwise"
     )
     prompt: str | None = key(
-        None,
-        "a file with {prompt}, {a} and {b}, to compare, or with {prompt} and {response}, to score; null: a built-in one",
-        path=True,
+        None, "a file with {prompt}, {a}, {b}; to score {prompt}, {response}; null: a built-in one", path=True
     )
     principles: str | None = key(None, "a file with a principle a line, one of which stands at {principle}", path=True)
     draws: int = key(1, "principles that each question is asked with; their answers are averaged", low=1)
@@ -319,11 +317,7 @@ class Reward:
         None, "reward model: the folder of a train-rm run, or a sequence classifier with one label", path=True
     )
     revision: str | None = key(None, "hub revision of the model")
-    function: str | None = key(
-        None,
-        "file.py:name, called with lists of prompts, responses and columns of the rows, returns a list of numbers",
-        path=True,
-    )
+    function: str | None = key(None, "file.py:name: lists of prompts, responses and columns of the rows → numbers", path=True)
     parallel: int | None = key(None, "calls of an async function under way at once; null: 16", low=1)
     timeout: float | None = key(None, "seconds that a call of an async function may take; null: 60", low=0.001)
     match: Match | None = key(None, "1 where the response has the answer that a column of its row has, else 0")

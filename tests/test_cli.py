@@ -44,7 +44,7 @@ def rlhf(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 BAD_COMMAND_LINES = {
     ("stf", "x.yaml"): "rlhf stf: no such command. did you mean sft?",
     ("exprot",): "rlhf exprot: no such command. did you mean export?",
-    ("banana",): "rlhf banana: no such command. commands: sft, train-rm, dpo, ipo, kto, ppo, eval, import, export, runs, schema",
+    ("banana",): f"rlhf banana: no such command. commands: {', '.join(str(own.name) for own in cli.app.registered_commands)}",
     ("sft",): "Missing argument 'RECIPE.yaml'. see rlhf --help",
     ("export", "run"): "Missing argument 'DEST'. see rlhf --help",
     (

@@ -1,0 +1,128 @@
+"""`rlhf init`: a commented recipe for somebody's own rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_cli import sections
+from rlhf_cli.data.formats import PROMPTS
+from rlhf_cli.data.records import Record, plain_prompt, prompt_lines, spoken
+from rlhf_cli.errors import UsageError
+from rlhf_cli.files import write_atomic
+from rlhf_cli.recipe.dump import one_line
+from rlhf_cli.recipe.schema import recipe_schema
+from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES
+from rlhf_cli.stages.rows import Rows, figures, read_rows
+from rlhf_cli.suggest import did_you_mean
+
+CHARACTERS = 3.0  # of a token at least, where no tokenizer counts them
+AROUND = 64  # tokens that a chat template may put around a row
+STEP = 64  # lengths are rounded up to a multiple
+LEAST_STEPS = 20  # a batch is made smaller for rows that give fewer
+DRAWN = 256  # tokens of a response that is drawn
+_CLOSER = "how close to the start the policy is kept: more is closer"
+BETA = {"dpo": _CLOSER, "ipo": "asks for a log-ratio margin of 1/(2 beta), in nats", "kto": _CLOSER}
+
+
+def write_recipe(stage: str, paths: Sequence[str], model: str | None, recipe: Path | None) -> str:
+    """The recipe, or where it was written.
+
+    UsageError: the rows cannot be read, are of no use to the stage, or the file is there already.
+    """
+    if stage not in TRAINING_STAGES:
+        raise UsageError(f"rlhf init {stage}: no such stage. {did_you_mean(stage, TRAINING_STAGES, ', '.join(TRAINING_STAGES))}")
+    if recipe is not None and recipe.exists():
+        raise UsageError(f"{recipe}: exists already, and is not overwritten. give another name")
+    rows = read_rows([sections.Source(path) for path in paths])
+    if stage not in rows.stages:
+        formats = ", ".join(dict.fromkeys(report.format for report in rows.reading.reports))
+        good = f"they are good for {', '.join(rows.stages)}" if rows.stages else "`rlhf data` shows what is in them"
+        raise UsageError(f"{paths[0]}: {formats} rows are of no use to {stage}. {good}")
+    text = "\n".join(_lines(stage, rows, paths, model)) + "\n"
+    if recipe is None:
+        return text
+    schema = recipe.with_suffix(".schema.json")
+    write_atomic(schema, json.dumps(recipe_schema(stage), ensure_ascii=False).encode())
+    write_atomic(recipe, f"# yaml-language-server: $schema={schema.name}\n{text}".encode())
+    return f"{recipe}: written; `rlhf {stage} {recipe} --check` shows what it would do"
+
+
+def _lines(stage: str, rows: Rows, paths: Sequence[str], model: str | None) -> Iterator[str]:
+    found, draws, reports = figures(rows.records), ROW_USES[stage] is PROMPTS, rows.reading.reports
+    most, room = _lengths(rows.records, model, with_responses=not draws)
+    yield f"# `rlhf {stage} THIS --check` shows the plan, `rlhf {stage} --help` every key."
+    yield "model:"
+    yield (
+        f"  path: {one_line(model)}" if model else _line("  path:", "FILL IN: a hub id, a transformers folder, or an earlier run")
+    )
+    yield "data:"
+    yield "  train:"
+    for path, report in zip(paths, reports, strict=True):
+        names = [name for name in (*report.left_out, *report.lent) if not (draws and rows.answer and name == rows.answer[0])]
+        unread = f"; not read: {', '.join(names)}" if names else ""
+        yield f"    - path: {one_line(path)}"
+        yield _line(f"      format: {report.format}", f"{report.kept:,} rows{unread}")
+    if found["prompts"] >= LEAST_STEPS:
+        yield _line("  holdout: 0.05", "of the prompts, to measure on; the same in every stage")
+    what = "prompts" if draws else "rows"
+    told = f"tokens of prompt and response; 99 % of the {what} have {most:,} at most"
+    yield _line(f"  max_length: {_rounded(room) + (DRAWN if draws else 0)}", told)
+    batch = max(1, min(32, 2 ** int(math.log2(max(1, found["rows"] / LEAST_STEPS)))))
+    yield "train:"
+    yield _line(f"  batch_size: {batch}", "rows of a step, over all devices; memory does not depend on it")
+    yield _line(f"  epochs: {3 if stage == 'sft' and found['rows'] < 5000 else 1}", f"of {found['rows']:,} rows")
+    rate = TRAINING_STAGES[stage].learning_rate
+    yield _line("  learning_rate: null", f"null: {rate['lora']:g} with LoRA, {rate['full']:g} with all weights (`lora: null`)")
+    if draws:
+        yield from _rewards(rows)
+    elif stage in BETA:
+        yield "objective:"
+        yield _line("  beta: 0.1", BETA[stage])
+    yield f"output: runs/{stage}"
+
+
+def _rewards(rows: Rows) -> Iterator[str]:
+    yield "objective:"
+    yield _line("  kind: grpo", "or ppo, rloo, reinforce, bandit")
+    yield "rollout:"
+    yield _line(f"  max_new_tokens: {DRAWN}", "of a response")
+    yield "  responses_per_prompt: 8"
+    if rows.answer is None:
+        yield _line("reward: []", "FILL IN: terms, such as {model: runs/train-rm} or {function: rewards.py:name}")
+        return
+    column, value = rows.answer
+    number = any(letter.isdigit() for letter in str(value).rpartition("####")[2])
+    how = "extract: last-number, compare: number" if number else "extract: text, compare: exact"
+    yield "reward:"
+    yield _line(f"  - match: {{column: {column}, {how}}}", "1 for the right answer, else 0")
+
+
+def _line(text: str, told: str) -> str:
+    return f"{text:<28}# {told}" if len(text) < 28 else f"{text}   # {told}"
+
+
+def _rounded(count: int) -> int:
+    return max(STEP, math.ceil(count / STEP) * STEP)
+
+
+def _lengths(records: Sequence[Record], model: str | None, *, with_responses: bool) -> tuple[int, int]:
+    """(99th percentile, longest within twice that) of tokens of the first rows, by the model's tokenizer if it is here."""
+    answers = [record.responses if with_responses else () for record in records[:2000]]
+    asked = [prompt_lines(plain_prompt(record.prompt)) for record in records[:2000]]
+    texts = [f"{question}\n{max((*map(spoken, own), ''), key=len)}" for question, own in zip(asked, answers, strict=True)]
+    if model is not None and Path(model).exists():
+        from rlhf_cli.models.load import load_tokenizer
+        from rlhf_cli.runs.parents import resolve_start
+
+        start = resolve_start(model, None, "--model", (*TRAINING_STAGES,))
+        tokenizer = load_tokenizer(start.tokenizer, start.revision, False)
+        counts = [len(tokenizer(text)["input_ids"]) + AROUND for text in texts]
+    else:
+        counts = [int(len(text) / CHARACTERS) + AROUND for text in texts]
+    most = int(np.percentile(counts, 99, method="inverted_cdf"))
+    return most, min(max(counts), 2 * most)
