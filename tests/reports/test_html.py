@@ -83,7 +83,7 @@ def test_well_formed_and_named(written: Path) -> None:
     ids = [own["id"] for _, own in read.found if "id" in own]
     assert len(ids) == len(set(ids))
     assert anchors == {f"#{own['id']}" for own in read.all("section")}
-    assert len(read.all("caption")) == len(read.all("table")) == 10
+    assert len(read.all("caption")) == len(read.all("table")) == 11
     assert all(own.get("scope") in ("row", "col") for own in read.all("th"))
     assert all(own["alt"] for own in read.all("img"))
 
