@@ -136,8 +136,8 @@ def _steps(job: Job) -> None:
         job.tell("Computed", f"train.batch_size: {words} = {each * times * job.gpus}")
     else:
         job.refuse("gradient_accumulation_steps", f"{each} × {times} is no number of rows. write whole numbers")
-    epochs, steps = job.take("num_train_epochs", "num_epochs", form=(int, float)), job.take("max_steps")
-    if isinstance(steps, int) and steps > 0:
+    epochs, steps = job.take("num_train_epochs", "num_epochs", form=(int, float)), job.take("max_steps", form=int)
+    if steps is not None and steps > 0:
         job.put("train.steps", steps)
         job.leave_out("max_steps goes before it", *["num_train_epochs"] * (epochs is not None))
         del job.usual["train.epochs"]
@@ -152,11 +152,11 @@ def _rates(job: Job) -> None:
     """Numbers of the optimiser that are not taken as they stand."""
     name = "warmup_steps" if job.rest.get("warmup_steps") else "warmup_ratio"
     warmup = job.take(name, "warmup_steps")
+    job.leave_out("warmup_steps goes before it", *["warmup_ratio"] * asks(job.rest.get("warmup_ratio")))
     if "constant" in (job.rest.get("lr_scheduler_type"), job.rest.get("lr_scheduler")):
         job.put("train.warmup", 0.0)
         job.leave_out("`constant` has no warm-up there", *[name] * bool(warmup))
     elif warmup is not None:
-        job.take("warmup_ratio")
         job.put("train.warmup", warmup)
     betas = job.take("adam_beta1"), job.take("adam_beta2")
     if betas != (None, None):
@@ -187,6 +187,8 @@ def _cadence(job: Job, held_out: bool) -> None:
             job.tell("Computed", f"{ours}: {often} an epoch × {epochs:g}: " + (f"{share:g}" if share < 1 else "at the end"))
         elif steps:
             job.put(ours, steps)
+    if (every := job.rest.get("logging_steps")) is not None and not (isinstance(every, int) and every > 0):
+        job.leave_out("train.log_every is a number of steps", "logging_steps")
     best, metric = asks(job.take("load_best_model_at_end")), job.take("metric_for_best_model")
     rises = job.take("greater_is_better")
     metric = str(metric or "loss").removeprefix("eval_")
@@ -204,6 +206,8 @@ def _rest(job: Job) -> None:
     names += ["wandb"] * bool(wandb) + ["tensorboard"] * asks(board)
     own = {"project": wandb or job.take("project"), "name": job.take("run_name", "wandb_name")}
     own = {key: value for key, value in own.items() if value}
+    if report == "all":
+        job.leave_out("trackers are named, one by one", "report_to")
     if names:
         job.put("trackers", dict.fromkeys(names, own) if own else names)
     elif own:

@@ -92,7 +92,8 @@ def _trl(job: Job) -> None:
 def _factory(job: Job) -> None:
     info, folder = _dataset_info(job)
     limit, shares = job.take("max_samples", form=int), job.take("interleave_probs")
-    job.take("mix_strategy")
+    if asks(strategy := job.take("mix_strategy")) and strategy != "concat":
+        job.leave_out("sources are mixed by the weights of data.train", "mix_strategy")
     for key, ours in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         found = list[Source]()
         for name in map(str, _listed(job.take(key))):

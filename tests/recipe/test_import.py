@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from rlhf_cli.data.convert import LABELS
 from rlhf_cli.errors import UsageError
 from rlhf_cli.importing.configuration import converted
-from rlhf_cli.importing.job import asks
+from rlhf_cli.importing.job import TABLES, asks
 from rlhf_cli.recipe.load import read_keys
+from rlhf_cli.recipe.suggest import OTHER_VALUES
 from rlhf_cli.recipe.yaml_reader import plain
 from tests.tiny import make_model, rlhf
 
@@ -153,6 +156,20 @@ class TestTwelve:
 
 
 class TestTools:
+    def test_defaults_are_those_of_transformers(self) -> None:
+        """TRL and LLaMA-Factory train with its Trainer; what they change of its defaults is said."""
+        theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+        ours = TABLES["defaults"]["LLaMA-Factory"]
+        assert [ours[f"train.{name}"] for name in ("learning_rate", "epochs", "weight_decay", "max_grad_norm", "warmup")] == [
+            theirs[name] for name in ("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "warmup_steps")
+        ]
+        assert (ours["seed"], ours["train.schedule"]) == (theirs["seed"], theirs["lr_scheduler_type"]) == (42, "linear")
+        assert OTHER_VALUES["optimizer"]["adamw_torch_fused"] == ours["train.optimizer"]
+        assert {"adamw_torch", "adamw_torch_fused"} >= {theirs["optim"]}
+        different = {key: value for key, value in TABLES["defaults"]["TRL"].items() if value != ours[key]}
+        assert different == {"train.learning_rate": 1e-6, "data.max_length": 1024}
+        assert theirs["per_device_train_batch_size"] == 8
+
     def test_devices_multiply_the_batch(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert rlhf("import", "trl_sft.yaml", "--gpus", "8") == 0
         text = capsys.readouterr().out
@@ -220,6 +237,23 @@ class TestTools:
         out = capsys.readouterr().out
         assert "dataset_info.json: pairs: folder" in out
         assert "val_size: rows of data.eval are held out already" in out
+
+    def test_what_gives_way_is_told(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        more = "warmup_steps: 5\nlogging_steps: 0.1\nreport_to: all\nmix_strategy: interleave_under\ninterleave_probs: 0.3,0.7\n"
+        text = Path("factory_sft.yaml").read_text().replace("logging_steps: 10", "").replace("report_to: none", "")
+        Path("more.yaml").write_text(text + more)
+        assert rlhf("import", "more.yaml") == 0
+        out = capsys.readouterr().out
+        recipe = yaml.safe_load(out)
+        assert recipe["train"]["warmup"] == 5
+        assert [source["weight"] for source in recipe["data"]["train"]] == [0.3, 0.7]
+        for line in (
+            "warmup_ratio: warmup_steps goes before it",
+            "logging_steps: train.log_every is a number of steps",
+            "report_to: trackers are named, one by one",
+            "mix_strategy: sources are mixed by the weights of data.train",
+        ):
+            assert f"#   - {line}\n" in out
 
     @pytest.mark.parametrize(
         ("entry", "stage", "columns"),
