@@ -101,6 +101,8 @@ def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
 
     reserve = recipe.rollout.max_new_tokens if section == "prompts" else 0
     columns = {} if section == "text" else columns_read(loaded)
+    if section == "preferences":
+        columns = dict.fromkeys(columns)  # a term says nothing of a row that lacks its column
     if recipe.vote is not None and section == "prompts":
         columns = {**columns, recipe.vote.match.column: loaded.named("vote.match")}
     purpose = Purpose(section, SECTIONS[section], SECTIONS)

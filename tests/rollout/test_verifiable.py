@@ -211,6 +211,11 @@ class TestMatch:
         for match in (Match("answer"), Match("answer", "last-number", "number")):
             assert term(Reward(match=match)).score(rows).tolist() == [1, 0]
 
+    @pytest.mark.parametrize("answer", ["9^{9^{9}}", "9**9**9", "10^{123456789}", "99999!", "1+" * 400 + "1"])
+    def test_mathematics_that_take_too_long_are_text(self, answer: str) -> None:
+        rows = answers(("?", {"answer": "7"}, [answer, "7"]), ("?", {"answer": answer}, [answer]))
+        assert term(Reward(match=Match("answer", "text", "math"))).score(rows).tolist() == [0, 1, 1]
+
     @pytest.mark.parametrize("missing", [None, math.nan])
     def test_says_nothing_of_a_row_without_an_answer(self, missing: float | None) -> None:
         assert math.isnan(term(Reward(match=Match("answer"))).score(answers(("?", {"answer": missing}, ["x"])))[0])
