@@ -190,6 +190,28 @@ def _export(
     return write
 
 
+@app.command("chat")
+def _chat(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Runs, checkpoints, adapters or models.")],
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system turn before the dialogue.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the most likely token.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=1e-6, max=1.0, help="Of the most likely tokens that together reach it.")
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer.")] = 512,
+    save: Annotated[Path, typer.Option("--save", metavar="FILE", help="Where /save writes rows.")] = Path("chat.jsonl"),
+    debug: Debug = False,
+) -> Action:
+    """Talk to a model, or to several side by side; what typer reads from here are seven options."""
+
+    def talk() -> None:
+        from rlhf_cli.stages.chat import Settings, chat
+
+        chat(models, Settings(system, temperature, top_p, max_new_tokens, save))
+
+    return talk
+
+
 @app.command("runs")
 def _runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that they are below.")] = Path("runs"),

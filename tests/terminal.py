@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,18 +23,28 @@ class Terminal:
     def __init__(self, process: subprocess.Popen[bytes], parent: int) -> None:
         self.process, self._parent = process, parent
         self.shown = ""
-        self._bytes = b""
+        self._bytes, self._at = b"", 0
 
     def type(self, keys: str) -> None:
         os.write(self._parent, keys.encode())
 
-    def read_until(self, text: str, seconds: float = 60) -> str:
-        """All that is shown from the last call on, until this text is there."""
-        before, deadline = len(self.shown), time.monotonic() + seconds
-        while text not in self.shown[before:]:
-            assert time.monotonic() < deadline, f"{text!r} does not come: {self.shown[before:]!r}"
-            assert self._read(), f"it ended without {text!r}: {self.shown[before:]!r}"
-        return self.shown[before:]
+    def read_until(self, text: str, again: str = "") -> str:
+        """All that is shown after what was read before, to the end of this text.
+
+        `again`: keys that are typed where nothing comes. Python overlooks a Ctrl-C that comes just when its prompt is drawn.
+        """
+        while (found := self.shown.find(text, self._at)) < 0:
+            if again and not select.select([self._parent], [], [], 6)[0]:
+                self.type(again)
+            assert self._read(), f"it ended without {text!r}: {self.shown[self._at :]!r}"
+        begin, self._at = self._at, found + len(text)
+        return self.shown[begin : self._at]
+
+    def read_more(self, letters: int) -> None:
+        """Read so many letters after what was read before."""
+        while len(self.shown) < self._at + letters:
+            assert self._read(), f"it ended: {self.shown[self._at :]!r}"
+        self._at += letters
 
     def end(self) -> int:
         """Read to the end; the exit code, negative for a signal."""
@@ -44,8 +53,8 @@ class Terminal:
         return self.process.wait(60)
 
     def _read(self) -> bool:
-        if not select.select([self._parent], [], [], 1.0)[0]:
-            return True
+        """Read what there is. AssertionError: for a minute there is nothing more."""
+        assert select.select([self._parent], [], [], 60)[0], f"nothing comes after {self.shown!r}"
         try:
             part = os.read(self._parent, 65536)
         except OSError:  # Linux says EIO where the other end is closed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -69,6 +69,10 @@ class Request:
             raise UsageError("an empty prompt: there is no token to continue; give every prompt at least one")
 
 
+Tell = Callable[[np.ndarray, np.ndarray], None]
+"""What is told of tokens as soon as they are drawn: the (prompt, sample) of each row, (rows, 2), and its token, (rows,)."""
+
+
 class Engine(Protocol):
     """What draws responses."""
 
@@ -93,7 +97,7 @@ class TransformersEngine:
         return int(self.backbone.model.get_output_embeddings().weight.shape[0])
 
     @torch.no_grad()
-    def generate(self, request: Request, pause: Pause = no_pause) -> list[list[Response]]:
+    def generate(self, request: Request, pause: Pause = no_pause, tell: Tell | None = None) -> list[list[Response]]:
         """The responses, [prompt][sample]; pauses after every token, and leaves the backbone as it was also then.
 
         NumberError: the logits are not finite.
@@ -102,7 +106,7 @@ class TransformersEngine:
         drawn = [[Response(np.empty(0, np.int32), False)] * request.samples for _ in request.prompts]
         with merged(self.backbone, self.role), self.backbone.plain_attention():
             for wave in self._waves(request):
-                self._draw(request, wave, drawn, pause)
+                self._draw(request, wave, drawn, pause, tell)
         return drawn
 
     def _waves(self, request: Request) -> Iterator[np.ndarray]:
@@ -117,7 +121,7 @@ class TransformersEngine:
             row = self.fixed + self.per_token * (lengths[together[0]] + request.max_new_tokens) + logits
             yield from np.array_split(rows, math.ceil(len(rows) / max(1, room // row)))
 
-    def _draw(self, request: Request, wave: np.ndarray, drawn: list[list[Response]], pause: Pause) -> None:
+    def _draw(self, request: Request, wave: np.ndarray, drawn: list[list[Response]], pause: Pause, tell: Tell | None) -> None:
         """Fill in the responses of a wave."""
         copies = Counter(wave[:, 0].tolist())
         prompts = [request.prompts[number] for number in copies]
@@ -138,6 +142,8 @@ class TransformersEngine:
                 logits = warp(logits, request.temperature, request.warping, seen)
             tokens = choose(logits, request.temperature, chances)
             ids[rows, t] = tokens.cpu().numpy()
+            if tell is not None:
+                tell(wave[rows], ids[rows, t])
             ended = np.isin(ids[rows, t], request.ends)
             last = t + 1 == request.max_new_tokens
             for row, end in zip(rows, ended, strict=True):

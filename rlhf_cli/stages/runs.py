@@ -50,9 +50,8 @@ class Run:
     step: int | None = None  # the last one that an unfinished run has logged
     fault: str | None = None
 
-    @property
-    def cells(self) -> dict[str, str]:
-        """Its row of the table."""
+    def cells(self, branch: str) -> dict[str, str]:
+        """Its row of the table, the name behind its branch of the tree."""
         made_from = list(dict.fromkeys([*([self.start] if self.start else []), *self.parents]))
         more = f" and {len(made_from) - NAMED} more" if len(made_from) > NAMED else ""
         cells = {
@@ -65,7 +64,8 @@ class Run:
             "took": "" if self.seconds is None else duration(self.seconds),
             "from": ", ".join(made_from[:NAMED]) + more,
         }
-        return {name: " ".join(cell.split()) for name, cell in cells.items()}
+        cells = {name: " ".join(cell.split()) for name, cell in cells.items()}
+        return cells | {"run": branch + cells["run"]}
 
 
 def list_runs(folder: Path, *, as_json: bool, tree: bool) -> None:
@@ -79,9 +79,7 @@ def list_runs(folder: Path, *, as_json: bool, tree: bool) -> None:
     if as_json:
         console.say(to_json([{name: vars(run)[name] for name in JSON} for run in runs], indent=2).decode())
         return
-    rows = [
-        run.cells | {"run": f"{branch}{run.cells['run']}"} for branch, run in (drawn(runs) if tree else (("", r) for r in runs))
-    ]
+    rows = [run.cells(branch) for branch, run in (drawn(runs) if tree else (("", run) for run in runs))]
     width = shutil.get_terminal_size().columns if console.live else None
     for line in table(rows, width) if rows else [f"no runs below {folder}"]:
         console.say(line)
@@ -92,8 +90,7 @@ def list_runs(folder: Path, *, as_json: bool, tree: bool) -> None:
 
 def find_runs(folder: Path) -> list[Run]:
     """Every run below a folder, itself included, in the order of their last words."""
-    places = dict[Path, str]()  # where a run lies → how it is reached
-    seen = set()
+    places, seen, by_hash = dict[Path, str](), set[Path](), dict[str, str]()  # where a run lies → how it is reached
     for name, inner, _ in os.walk(folder, followlinks=True):
         real = Path(name).resolve()
         inner.sort()
@@ -102,11 +99,9 @@ def find_runs(folder: Path) -> list[Run]:
         elif is_run(RunFolder(Path(name))):
             places[real] = str(Path(name))
             inner[:] = [each for each in inner if each not in ("model", "checkpoints", "plots", "base", "failed")]
+            with suppress(OSError):
+                by_hash[sha256_file(real / "manifest.json")] = places[real]
         seen.add(real)
-    by_hash = dict[str, str]()
-    for name in places.values():
-        with suppress(OSError):
-            by_hash[sha256_file(Path(name) / "manifest.json")] = name
     runs = []
     for name in places.values():
         try:
@@ -114,7 +109,7 @@ def find_runs(folder: Path) -> list[Run]:
         except (OSError, UsageError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
             plain = isinstance(error, OSError | UsageError)
             fault = str(error).splitlines()[0] if plain else f"what its files say is not what a run writes ({error!r})"
-            runs.append(Run(name, _moment(Path(name).stat().st_mtime), fault=fault))
+            runs.append(Run(name, datetime.fromtimestamp(Path(name).stat().st_mtime).astimezone(), fault=fault))
     return sorted(runs, key=lambda run: (run.when, run.path))
 
 
@@ -122,13 +117,15 @@ def _read(run: RunFolder, places: Mapping[Path, str], by_hash: Mapping[str, str]
     """What the files of a run tell. An error of any kind: they are damaged."""
     recipe, complete = recorded_recipe(run.path), run.manifest.exists()
     manifest = read_json(run.manifest) if complete else {}
-    result = read_json(run.result) if complete and run.result.exists() else {}
     trained, held_out = _last_lines(run.metrics)
     held_out = held_out or manifest.get("final_metrics", {}).get("eval", {})
-    figures = _of_models(result) if result else ((name, held_out[name]) for name in HEADLINES if name in held_out)
+    figures: Iterator[tuple[str, Any]] = ((name, held_out[name]) for name in HEADLINES if name in held_out)
+    if complete and run.result.exists():
+        figures = _of_models(read_json(run.result))
     metric, value = next(((name, float(own)) for name, own in figures), (None, None))
     last = next(path for path in (run.metrics, run.manifest, run.path / INPUTS, run.recipe) if path.exists())
-    when = _moment(max((line["time"] for line in (trained, held_out) if "time" in line), default=last.stat().st_mtime))
+    seconds = max((line["time"] for line in (trained, held_out) if "time" in line), default=last.stat().st_mtime)
+    when = datetime.fromtimestamp(seconds).astimezone()
     start, parents = _origins(run.path, recipe, manifest, places, by_hash)
     found = Run(
         path=str(run.path),
@@ -149,11 +146,6 @@ def _read(run: RunFolder, places: Mapping[Path, str], by_hash: Mapping[str, str]
     return found
 
 
-def _moment(seconds: float) -> datetime:
-    """In the time zone of this machine."""
-    return datetime.fromtimestamp(seconds).astimezone()
-
-
 def _last_lines(log: Path) -> list[dict[str, Any]]:
     """The last whole line of each split, train and eval; empty without one. Of a long log no other is parsed."""
     lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
@@ -162,21 +154,20 @@ def _last_lines(log: Path) -> list[dict[str, Any]]:
 
 
 def _of_models(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(name, figure) of an evaluation: win rates, then what was measured of its models, then their agreement with preferences."""
+    """(name, figure) of an evaluation: win rates, what was measured of its models, their agreement with preferences."""
     yield from ((f"winrate/{model}", own["mean"]) for model, own in result["winrate"].items())
     for name in HEADLINES:
         yield from ((f"{name}/{model}", own[name]["mean"]) for model, own in result["models"].items() if name in own)
-    yield from (
-        (f"accuracy/{name}", own["accuracy"]) for name, own in result["preferences"].items() if own.get("accuracy") is not None
-    )
+    agreement = {name: own.get("accuracy") for name, own in result["preferences"].items()}
+    yield from ((f"accuracy/{name}", own) for name, own in agreement.items() if own is not None)
 
 
 def _unfinished(run: RunFolder, step: int) -> str:
     """How a run without a manifest stands: one that ends in order takes its lock away, one that is killed cannot."""
     if holder(run.path):
         return "running"
-    if (run.path / LOCK).exists():
-        said = (run.path / LOCK).read_text(encoding="utf-8", errors="replace")
+    if (lock := run.path / LOCK).exists():
+        said = lock.read_text(encoding="utf-8", errors="replace")
         return "killed" if not said or said.endswith(f" on {socket.gethostname()}\n") else "unknown"
     refused = [int(path.stem.removeprefix("step-")) for path in run.failed.glob("step-*.json")]
     return "failed" if max(refused, default=0) > step else "stopped"
@@ -185,7 +176,7 @@ def _unfinished(run: RunFolder, step: int) -> str:
 def _origins(
     own: Path, recipe: dict[str, Any], manifest: dict[str, Any], places: Mapping[Path, str], by_hash: Mapping[str, str]
 ) -> tuple[str | None, list[str]]:
-    """What a run started from, and the runs that it was made from: all that lie where its recipe names something.
+    """What a run started from, and the runs that it was made from: all in which something lies that its recipe names.
 
     A parent in the manifest is the run with its hash, if that is here: folders are moved, and written anew with --force.
     """
@@ -202,54 +193,45 @@ def _origins(
 
 def _texts(value: Any) -> Iterator[str]:
     """All texts of a recipe, but for where it writes to."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        inner = value if isinstance(value, list) else [own for key, own in value.items() if key not in ("output", "dump_pairs")]
-        for own in inner:
+    if isinstance(value, dict):
+        value = [own for key, own in value.items() if key not in ("output", "dump_pairs")]
+    if isinstance(value, list):
+        for own in value:
             yield from _texts(own)
+    elif isinstance(value, str):
+        yield value
 
 
 def drawn(runs: Sequence[Run]) -> Iterator[tuple[str, Run]]:
-    """Runs as a tree, each below what it started from, with the branches that are drawn before it."""
-    known, left = {run.path for run in runs}, {run.path: run for run in runs}
+    """Runs as a tree, each behind the branch that leads to it from what it started from: an older run."""
+    trunks = dict[str, str | None]()
+    for run in runs:  # the oldest first: of two folders that seem to come from each other, one has been written anew since
+        origins = [run.start] if run.start else run.parents
+        trunks[run.path] = next((path for path in origins if path in trunks), None)
 
-    def below(parent: Run, before: str) -> Iterator[tuple[str, Run]]:
-        children = [run for run in runs if run.path in left and _trunk(run, known) == parent.path]
-        for child in children:
-            left.pop(child.path)
-        for child in children:
-            last = child is children[-1]
-            yield before + ("└─ " if last else "├─ "), child
-            yield from below(child, before + ("   " if last else "│  "))
+    def below(trunk: str | None, before: str) -> Iterator[tuple[str, Run]]:
+        own = [run for run in runs if trunks[run.path] == trunk]
+        for run in own:
+            branch, rest = ("", "") if trunk is None else ("└─ ", "   ") if run is own[-1] else ("├─ ", "│  ")
+            yield before + branch, run
+            yield from below(run.path, before + rest)
 
-    roots = [run for run in runs if _trunk(run, known) is None]
-    for run in (*roots, *runs):  # those that come from each other in a circle have no root
-        if left.pop(run.path, None):
-            yield "", run
-            yield from below(run, "")
-
-
-def _trunk(run: Run, known: set[str]) -> str | None:
-    """The run below which it is drawn."""
-    return next((path for path in ([run.start] if run.start else run.parents) if path in known), None)
+    return below(None, "")
 
 
 def table(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
     """A line a row, below a head: in columns for a terminal of this width, of which some give way; else with tabs between."""
     if width is None:
         return ["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    widths = {name: own for name, own in widths.items() if any(row[name] for row in rows)}
+    widths = {name: max(len(row[name]) for row in ({name: name}, *rows)) for name in rows[0] if any(row[name] for row in rows)}
     for name in GIVE_WAY:
-        run = min(widths["run"], SHORTEST) if name == GIVE_WAY[-1] else widths["run"]
-        if run + sum(own + 2 for column, own in widths.items() if column != "run") > width:
+        spare = max(0, widths["run"] - SHORTEST) if name == GIVE_WAY[-1] else 0
+        if sum(widths.values()) + 2 * len(widths) - 2 - spare > width:
             widths.pop(name, None)
-    room = width - sum(own + 2 for name, own in widths.items() if name != "run")
-    widths["run"] = min(widths["run"], max(SHORTEST, room))
-    cells = [{name: name for name in widths}, *rows]
-    return ["  ".join(_ending(row[name], own).ljust(own) for name, own in widths.items()).rstrip() for row in cells]
+    too_many = sum(widths.values()) + 2 * len(widths) - 2 - width
+    widths["run"] = max(min(widths["run"], SHORTEST), widths["run"] - max(0, too_many))
+    return ["  ".join(_end(row[name], own) for name, own in widths.items()).rstrip() for row in ({n: n for n in widths}, *rows)]
 
 
-def _ending(text: str, width: int) -> str:
-    return text if len(text) <= width else f"…{text[len(text) - width + 1 :]}"
+def _end(text: str, width: int) -> str:
+    return text.ljust(width) if len(text) <= width else f"…{text[len(text) - width + 1 :]}"
