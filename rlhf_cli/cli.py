@@ -27,7 +27,7 @@ from rlhf_cli.console import leave, of_rank, silence
 from rlhf_cli.errors import RunError, Stopped, UsageError
 from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES, Stage
-from rlhf_cli.signals import stopping
+from rlhf_cli.signals import end_with_launcher, stopping
 from rlhf_cli.suggest import did_you_mean
 
 Action = Callable[[], None]
@@ -192,17 +192,15 @@ def _export(
 
 @app.command("chat")
 def _chat(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Runs, checkpoints, adapters or models.")],
-    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system turn before the dialogue.")] = None,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the most likely token.")] = 1.0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", min=1e-6, max=1.0, help="Of the most likely tokens that together reach it.")
-    ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer.")] = 512,
-    save: Annotated[Path, typer.Option("--save", metavar="FILE", help="Where /save writes rows.")] = Path("chat.jsonl"),
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Runs, checkpoints, adapters or models.")],
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system turn before the dialogue.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Of the most likely tokens that together reach it.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
+    save: Annotated[Path, typer.Option(metavar="FILE", help="Where /save adds rows.")] = Path("chat.jsonl"),
     debug: Debug = False,
 ) -> Action:
-    """Talk to a model, or to several side by side; what typer reads from here are seven options."""
+    """Talk to a model, or to several side by side."""
 
     def talk() -> None:
         from rlhf_cli.stages.chat import Settings, chat
@@ -293,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (without the program's name) and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    _end_with_launcher()
+    end_with_launcher()
     if "OMP_WAIT_POLICY" not in os.environ:
         # Before torch is loaded: idle OpenMP threads would spin so long that a second busy process on the same cores slows small
         # steps more than twentyfold; 1,000 rounds keep a lone process within a sixth of its best speed, and two at a fair half.
@@ -370,32 +368,6 @@ def _crash(error: Exception, debug: bool) -> int:
     console.error(f"{f'rank {rank}: ' if rank != '0' else ''}{type(error).__name__}: {what}")
     console.error(f"at {', from '.join(places)}" + ("" if debug else ". --debug shows the full traceback"))
     return 1
-
-
-def _end_with_launcher() -> None:
-    """A launcher that is killed leaves its trainers running, or waiting for each other: the kernel tells them instead.
-
-    First of all, because one that dies while libraries are imported must be noticed too.
-    """
-    if sys.platform != "linux" or not os.environ.keys() & {"RANK", "ACCELERATE_MIXED_PRECISION"}:
-        return
-    import ctypes
-
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != launcher or _adopted(launcher):
-        raise SystemExit(128 + signal.SIGTERM)
-
-
-def _adopted(parent: int) -> bool:
-    """Has torchrun died before this process could ask to be told? It is a Python program; init or systemd adopts its orphans."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return False
-    try:
-        program = Path(f"/proc/{parent}/cmdline").read_bytes()
-    except OSError:
-        return False  # hidden from this user
-    return (parent == 1 or b"systemd" in program) and b"python" not in program
 
 
 def _leave_on_signals() -> None:

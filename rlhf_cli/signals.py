@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -76,3 +78,29 @@ class StopSignals:
         self.received = number
         if not self._deferred:
             self._stop(number)
+
+
+def end_with_launcher() -> None:
+    """A launcher that is killed leaves its trainers running, or waiting for each other: the kernel tells them instead.
+
+    First of all, because one that dies while libraries are imported must be noticed too.
+    """
+    if sys.platform != "linux" or not os.environ.keys() & {"RANK", "ACCELERATE_MIXED_PRECISION"}:
+        return
+    import ctypes
+
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != launcher or _adopted(launcher):
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def _adopted(parent: int) -> bool:
+    """Has torchrun died before this process could ask to be told? It is a Python program; init or systemd adopts its orphans."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        program = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return False  # hidden from this user
+    return (parent == 1 or b"systemd" in program) and b"python" not in program

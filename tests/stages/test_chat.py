@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[Sequence[str], str]] = {
     "no folder": (["./stf"], "chat: there is no folder ./stf. did you mean sft?"),
     "no place for rows": (["sft", "--save", "no/rows.jsonl"], "--save no/rows.jsonl: there is no folder no"),
     "an impossible share": (["sft", "--top-p", "1.5"], "Invalid value for '--top-p': "),
-    "no model": ([], "Missing argument 'MODEL…'"),
+    "no model": ([], "Missing argument 'MODEL'"),
     "a system turn without a template": (["plain", "--system", "x"], "chat: plain was trained without a chat template"),
 }
 
