@@ -55,7 +55,7 @@ def write_report(folder: RunFolder, result: EvaluationResult, samples: Mapping[s
         Section("winrates", "Win rates", (*_win_rates(result), *pictures["winrates"])),
         Section("votes", "Votes", (*_votes(result), *pictures["votes"])),
         Section("overoptimisation", "Over-optimisation", (*pictures["overoptimisation"], *_optimisation(result))),
-        Section("at-kl", "Gold at equal KL", (*pictures["at-kl"], *_at_kl(result))),
+        Section("kl", "Gold at equal KL", (*pictures["kl"], *_at_kl(result))),
         Section("metrics", "Metrics", tuple(_metrics(result))),
         Section("ratings", "Ratings", (*_ratings(result), *pictures["ratings"])),
         Section("preferences", "Preferences", (*_preferences(result), *pictures["preferences"])),

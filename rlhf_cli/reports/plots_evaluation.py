@@ -85,7 +85,7 @@ def _pictures(result: EvaluationResult) -> Iterator[tuple[str, Picture]]:
     if result.at_kl:
         both = f"{result.at_kl.a.name} and {result.at_kl.b.name}"
         alt = f"Gold against the square root of the KL for {both}; the table has the numbers."
-        yield "at-kl", Picture(f"Gold at equal KL: {both}", "at-kl.png", alt, _at_kl_png(result.at_kl))
+        yield "kl", Picture(f"Gold at equal KL: {both}", "at-kl.png", alt, _at_kl_png(result.at_kl))
 
 
 def _file(kind: str, number: int, name: str) -> str:

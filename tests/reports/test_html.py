@@ -105,7 +105,7 @@ def test_nothing_from_outside(written: Path) -> None:
 def test_pictures_are_those_of_the_folder(written: Path) -> None:
     shown = [base64.b64decode((own["src"] or "").split(",")[1]) for own in Reader(written.read_text("utf-8")).all("img")]
     assert sorted(shown) == sorted(path.read_bytes() for path in (written.parent / "plots").glob("*.png"))
-    assert len(shown) == 5
+    assert len(shown) == 6
 
 
 def test_hostile_text_is_shown_and_does_nothing(written: Path) -> None:
