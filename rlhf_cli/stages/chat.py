@@ -21,7 +21,7 @@ from rlhf_cli.console import Console, clean
 from rlhf_cli.data.encode import AS_DRAWN, encode
 from rlhf_cli.data.records import Message, Record
 from rlhf_cli.data.templates import Template
-from rlhf_cli.errors import UsageError, prefixed
+from rlhf_cli.errors import Stopped, UsageError, prefixed
 from rlhf_cli.figures import count
 from rlhf_cli.files import disk_errors, to_json
 from rlhf_cli.models.backbone import Backbone
@@ -53,10 +53,6 @@ class Settings:
     top_p: float
     max_new_tokens: int
     save: Path
-
-
-class Stopped(Exception):
-    """Ctrl-C, between two tokens."""
 
 
 @dataclass
@@ -138,7 +134,7 @@ class Speaker:
                 print(clean(now[shown:]), end="", flush=True)
                 shown = len(now)
             if stopped():
-                raise Stopped
+                raise Stopped("[stopped]", signal.SIGINT)
 
         warping = sections.Warping(top_p=self.settings.top_p)
         request = Request([prompt], [number], 1, most, self.settings.temperature, ends, SEED, warping)
@@ -146,8 +142,8 @@ class Speaker:
             ((response,),) = TransformersEngine(host, self.name).generate(request, tell=tell)
             full = "no more fit" if most < self.settings.max_new_tokens else "--max-new-tokens"
             said = "" if response.ended else f"[cut after {count(most, 'token')}: {full}]"
-        except Stopped:
-            said = "[stopped]"
+        except Stopped as early:
+            said = str(early)
         print(clean(known()[shown:]), flush=True)
         if said:
             console.note(said)
