@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,8 +29,8 @@ HEADLINES = ("objective/scores", "rewards/accuracies", "accuracy", "perplexity",
 """The held-out figure that stands for a run, and for a model of an evaluation: the first of these that it has."""
 GIVE_WAY = ("from", "took", "objective", "when", "stage", "held out")
 """The columns that a narrow terminal does without, the first one first."""
-NAMED, SHORTEST = 2, 16
-"""Of what a run comes from so many are named; and of its own name so many characters are shown at least."""
+NAMED, SHORTEST, STATUS = 2, 16, 24
+"""Of what a run comes from so many are named; of its name so many characters are shown at least, and of its status at most."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,7 @@ def table(rows: Sequence[Mapping[str, str]], width: int | None) -> list[str]:
     """A line a row, below a head: in columns for a terminal of this width, of which some give way; else with tabs between."""
     if width is None:
         return ["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]
+    rows = [{**row, "status": textwrap.shorten(row["status"], STATUS, placeholder=" …")} for row in rows]
     widths = {name: max(len(row[name]) for row in ({name: name}, *rows)) for name in rows[0] if any(row[name] for row in rows)}
     for name in GIVE_WAY:
         spare = max(0, widths["run"] - SHORTEST) if name == GIVE_WAY[-1] else 0

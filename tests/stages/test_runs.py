@@ -232,6 +232,12 @@ def test_columns_give_way_one_by_one() -> None:
     assert table([ROW], 30)[1] == "…ne-with-a-long-name  finished"
 
 
+def test_a_long_status_leaves_room_for_the_rest() -> None:
+    stopped = ROW | {"status": "stopped: gold/wave 0.2 has lost more than 20% of its best, 0.5"}
+    assert "  stopped: gold/wave 0.2 …  rewards/accuracies 0.75" in table([stopped], 86)[1]
+    assert table([stopped], None)[1].split("\t")[2] == stopped["status"]
+
+
 def test_a_terminal_of_eighty_columns(whole: Path) -> None:
     shown, code = on_terminal("runs", "--tree", ".", folder=whole)
     assert code == 0
