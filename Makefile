@@ -29,6 +29,8 @@ COMMAND_online-dpo := dpo
 COMMAND_dpo-again := dpo
 COMMAND_samples := eval
 COMMAND_at-kl := eval
+COMMAND_grpo := ppo
+COMMAND_eval-more := eval
 JOBS ?= 2
 CORES = $(shell getconf _NPROCESSORS_ONLN)
 # The matrices are small, and much runs on one thread: two stages with half of the cores each waste less than one with all.
@@ -36,10 +38,15 @@ THREADS = $(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),$
 QUICK := $(QUICK_RUNS:%=runs/quickstart/%/manifest.json)
 MORE := $(MORE_RUNS:%=runs/quickstart/%/manifest.json)
 # A run of eval prints its table; where there is nothing left to do it is printed again.
-EVALUATED := $(wildcard runs/quickstart/eval/manifest.json runs/smollm2/eval/manifest.json)
+EVALUATED := $(wildcard runs/quickstart/eval/manifest.json runs/smollm2/eval/manifest.json runs/arithmetic/eval*/manifest.json)
 TABLE = $(if $(filter $<,$(EVALUATED)),@$(BIN)/rlhf eval recipes/$(<:runs/%/manifest.json=%).yaml --resume $(SET))
 BASE := models/quickstart-base/tokenizer_config.json
 DATA := $(patsubst %,data/quickstart/%.jsonl,sft pairs ranked unpaired prompts eval_prompts)
+# Rewards that can be computed: make arithmetic, and the same by other methods: make arithmetic-more
+ARITHMETIC := $(patsubst %,runs/arithmetic/%/manifest.json,sft grpo eval)
+ARITHMETIC_MORE := $(patsubst %,runs/arithmetic/%/manifest.json,rloo ppo eval-more)
+DIGITS := models/arithmetic-base/tokenizer_config.json
+SUMS := $(patsubst %,data/arithmetic/%.jsonl,sft prompts eval_prompts)
 SMOLLM2 := models/smollm2-135m-instruct
 SMOLLM2_RUNS := $(REAL_RUNS:%=runs/smollm2/%/manifest.json)
 # With few rows: small batches, and enough of them held out to tell something.
@@ -54,12 +61,14 @@ EVAL_ROWS = $(if $(HH),$(EVAL_HH)) $(if $(LIMIT),$(EVAL_FEW))
 SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/null)
 NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
-.PRECIOUS: $(QUICK) $(MORE) $(SMOLLM2_RUNS) $(BASE)
-.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval test lint check smollm2 bench always
+.PRECIOUS: $(QUICK) $(MORE) $(SMOLLM2_RUNS) $(BASE) $(ARITHMETIC) $(ARITHMETIC_MORE) $(DIGITS)
+.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval arithmetic arithmetic-more test lint check smollm2 bench always
 
 help:
 	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: some minutes on a CPU"
 	@echo "make quickstart-more  two more of its policies, ipo and rloo, and offline against online at equal KL"
+	@echo "make arithmetic       a tiny model learns sums from a reward that checks the answer: a minute or two on a CPU"
+	@echo "make arithmetic-more  the same by rloo, and by ppo with a learned value"
 	@echo "make test             every test: some minutes on two cores"
 	@echo "make check            linters, types and the fast tests"
 	@echo "make lint             linters and types"
@@ -67,7 +76,7 @@ help:
 	@echo "make bench            compare with another trainer on the same rows; HH=rows.jsonl.gz"
 
 # runs/x/y is what the recipe x/y.yaml makes. The stages after sft start from its run.
-$(QUICK) $(MORE) $(SMOLLM2_RUNS): runs/%/manifest.json: recipes/%.yaml | $(DEV)
+$(QUICK) $(MORE) $(SMOLLM2_RUNS) $(ARITHMETIC) $(ARITHMETIC_MORE): runs/%/manifest.json: recipes/%.yaml | $(DEV)
 	@$(BIN)/rlhf $(or $(COMMAND_$(notdir $*)),$(notdir $*)) $< $(NEW_OR_ON) $(SET)
 
 $(filter-out %/sft/manifest.json,$(QUICK) $(MORE)): runs/quickstart/sft/manifest.json
@@ -105,6 +114,24 @@ $(BASE): scripts/make_quickstart.py scripts/quickstart_model.py recipes/quicksta
 
 ifneq ($(wildcard $(DATA)),$(DATA))
 $(BASE): always
+endif
+
+$(filter-out %/sft/manifest.json,$(ARITHMETIC) $(ARITHMETIC_MORE)): runs/arithmetic/sft/manifest.json
+runs/arithmetic/eval/manifest.json: runs/arithmetic/grpo/manifest.json
+runs/arithmetic/eval-more/manifest.json: $(patsubst %,runs/arithmetic/%/manifest.json,grpo rloo ppo)
+$(ARITHMETIC) $(ARITHMETIC_MORE): $(DIGITS)
+
+arithmetic: runs/arithmetic/eval/manifest.json
+arithmetic-more: runs/arithmetic/eval-more/manifest.json
+arithmetic arithmetic-more:
+	$(TABLE)
+	@printf 'report: %s\n' $(<:%manifest.json=%report.html)
+
+$(DIGITS): scripts/make_arithmetic.py scripts/make_quickstart.py scripts/quickstart_model.py | $(DEV)
+	@$(BIN)/python scripts/make_arithmetic.py
+
+ifneq ($(wildcard $(SUMS)),$(SUMS))
+$(DIGITS): always
 endif
 
 # A process a core, each with whole files of tests; eight hold 5 GiB.

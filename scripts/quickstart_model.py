@@ -50,16 +50,18 @@ def train_tokenizer(data: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(folder: Path, data: Path, seed: int, vocabulary: int) -> None:
-    """Write the tokenizer and about 1.4 M random weights."""
+def make_model(
+    folder: Path, data: Path, seed: int, vocabulary: int, hidden: int = 160, inner: int = 448, layers: int = 4, heads: int = 5
+) -> None:
+    """Write the tokenizer and random weights, by default about 1.4 M."""
     tokenizer = train_tokenizer(data, vocabulary)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=448,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-        num_key_value_heads=5,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,

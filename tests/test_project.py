@@ -33,11 +33,13 @@ RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
 STAGE_OF = {
     "rm": "train-rm",
     "rloo": "ppo",
+    "grpo": "ppo",
     "pushed": "ppo",
     "online-dpo": "dpo",
     "dpo-again": "dpo",
     "samples": "eval",
     "at-kl": "eval",
+    "eval-more": "eval",
 }
 """The stage of recipes that are not named after theirs."""
 
@@ -221,6 +223,10 @@ case "$*" in
     mkdir -p data/quickstart models/quickstart-base
     for name in sft pairs ranked unpaired prompts eval_prompts; do touch data/quickstart/$name.jsonl; done
     touch models/quickstart-base/tokenizer_config.json ;;
+  scripts/make_arithmetic.py)
+    mkdir -p data/arithmetic models/arithmetic-base
+    touch data/arithmetic/sft.jsonl data/arithmetic/prompts.jsonl data/arithmetic/eval_prompts.jsonl
+    touch models/arithmetic-base/tokenizer_config.json ;;
   *urlopen*) if [ -e offline ]; then exit 1; fi ;;
   scripts/fetch_smollm2.py*) mkdir -p models/smollm2-135m-instruct; touch models/smollm2-135m-instruct/config.json ;;
   *" recipes/"*)
@@ -287,7 +293,12 @@ class TestMakefile:
     def folder(self, tmp_path: Path) -> Path:
         for name in ("Makefile", "pyproject.toml", "constraints.txt", *(str(path.relative_to(ROOT)) for path in RECIPES)):
             self.put(tmp_path / name, (ROOT / name).read_text())
-        for name in ("scripts/make_quickstart.py", "scripts/quickstart_model.py", "recipes/quickstart/gold.py"):
+        for name in (
+            "scripts/make_arithmetic.py",
+            "scripts/make_quickstart.py",
+            "scripts/quickstart_model.py",
+            "recipes/quickstart/gold.py",
+        ):
             self.put(tmp_path / name, "")
         for name in ("pip", "python", "rlhf", "ruff", "mypy"):
             self.put(tmp_path / ".venv/bin" / name, TOOL)
@@ -387,6 +398,23 @@ class TestMakefile:
         assert self.run(folder, "quickstart-more").stdout.splitlines() == [
             f"report: runs/quickstart/{name}/report.md" for name in MORE
         ]
+
+    def test_arithmetic_is_a_chain_of_its_own(self, folder: Path) -> None:
+        first, more = ("sft", "grpo", "eval"), ("rloo", "ppo", "eval-more")
+        made = [INSTALL.format("dev"), "python scripts/make_arithmetic.py"]
+        assert self.make(folder, "arithmetic") == [*made, *calls("arithmetic", first, "--resume")]
+        show = "rlhf eval recipes/arithmetic/{}.yaml --resume"
+        assert self.make(folder, "arithmetic") == [show.format("eval")]
+        assert sorted(self.make(folder, "arithmetic-more")) == sorted(calls("arithmetic", more, "--resume"))
+        assert self.run(folder, "arithmetic-more").stdout.splitlines() == [
+            "the table",
+            "report: runs/arithmetic/eval-more/report.html",
+        ]
+        self.change(folder / "recipes/arithmetic/grpo.yaml")
+        assert self.make(folder, "arithmetic") == [*calls("arithmetic", ["grpo", "eval"], "--force"), show.format("eval")]
+        (folder / "data/arithmetic/prompts.jsonl").unlink()
+        again = self.make(folder, "arithmetic")
+        assert again == [made[1], *calls("arithmetic", first, "--force"), show.format("eval")]
 
     def test_a_stopped_run_goes_on(self, folder: Path) -> None:
         assert self.stop_after(folder, "quickstart")[-1:] == calls("quickstart", ["sft"], "--resume")
@@ -496,6 +524,21 @@ class TestChain:
         left_out = {"rm", "samples", "eval"} | (set(MORE) if folder == "quickstart" else set())
         outputs = {recipe.output for name, recipe in recipes.items() if name not in left_out}
         assert {path.removesuffix("/checkpoints/*") for path in evaluation.models.values()} == outputs
+
+    def test_every_method_learns_sums_from_one_start_and_meets_those_that_none_has_seen(self) -> None:
+        recipes = recipes_of("arithmetic")
+        trained = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, TrainingRecipe)}
+        assert recipes.keys() - trained.keys() == {"eval", "eval-more"}
+        assert {(recipe.data.holdout, recipe.seed) for recipe in trained.values()} == {(0.05, 0)}
+        starts = {name: recipe.model.path for name, recipe in trained.items()}
+        assert starts == dict.fromkeys(starts, recipes["sft"].output) | {"sft": "models/arithmetic-base"}
+        outputs = {name: recipe.output for name, recipe in trained.items()}
+        first, every = recipes["eval"], recipes["eval-more"]
+        assert isinstance(first, EvalRecipe) and isinstance(every, EvalRecipe)
+        assert every.models == outputs
+        assert first.models == {name: outputs[name] for name in ("sft", "grpo")}
+        assert (first.prompts, first.gold, first.vote, first.rollout) == (every.prompts, every.gold, every.vote, every.rollout)
+        assert [source.path for source in first.prompts or ()] == ["data/arithmetic/eval_prompts.jsonl"]
 
     def test_iterative_dpo_learns_from_what_was_sampled(self) -> None:
         recipes = recipes_of("quickstart")

@@ -19,6 +19,8 @@ STAGE = {
     "dpo-again": "dpo",
     "samples": "eval",
     "at-kl": "eval",
+    "grpo": "ppo",
+    "eval-more": "eval",
 }
 """The command of recipes that are not named after theirs."""
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
@@ -35,7 +37,10 @@ TRAINED = [
 def write_pairs(path: Path, count: int) -> Path:
     """Preference rows, which every stage takes: sft their chosen responses, kto both for themselves."""
     words = [WORDS[i % len(WORDS)] for i in range(count + 2)]
-    rows = [{"prompt": f"{words[i]} {i}", "chosen": words[i + 1], "rejected": f"{words[i + 2]} sea"} for i in range(count)]
+    rows = [
+        {"prompt": f"{words[i]} {i}", "chosen": words[i + 1], "rejected": f"{words[i + 2]} sea", "answer": i}
+        for i in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -75,7 +80,7 @@ def test_two_steps(recipe: Path, parts: Parts, tmp_path: Path, monkeypatch: pyte
     changes = {"model.path": model, "data.train": rows, "data.max_length": 256, "train.steps": 2, "train.batch_size": 4}
     stage = STAGE.get(recipe.stem, recipe.stem)
     if "rollout:" in recipe.read_text():
-        changes |= {"reward.0.model": parts.judge, "rollout.max_new_tokens": 6}
+        changes |= {"rollout.max_new_tokens": 6} | ({} if "- match:" in recipe.read_text() else {"reward.0.model": parts.judge})
     settings = settings_of(changes)
     with monkeypatch.context() as patch:
         if recipe.parent.name == "quickstart":
@@ -99,7 +104,7 @@ def test_an_evaluation(recipe: Path, parts: Parts, tmp_path: Path, pictures: Non
     sections = [name for name in ("prompts", "preferences", "text") if f"\n{name}:" in text]
     changes: dict[str, object] = {name: rows for name in sections} | {
         "models": f"{{{', '.join(f'{name}: {model}' for name in names)}}}",
-        "reward.0.model": parts.judge,
+        **({"reward.0.model": parts.judge} if "\nreward:" in text else {}),
         "rollout.max_new_tokens": 6,
         "max_length": 256,
     }
@@ -110,5 +115,6 @@ def test_an_evaluation(recipe: Path, parts: Parts, tmp_path: Path, pictures: Non
     result = json.loads((output / "eval.json").read_text())
     assert list(result["models"]) == names
     assert result["about"]["prompts"] >= 2
+    assert list(result["votes"]) == (names if "\nvote:" in text else [])
     assert rlhf("eval", output / "recipe.yaml", "--output", tmp_path / "again") == 0
     assert json.loads((tmp_path / "again/eval.json").read_text()) == result
