@@ -83,7 +83,7 @@ class TestReadme:
     def test_make_targets_exist(self) -> None:
         targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         named = set(re.findall(r"`make ([a-z0-9]+)", README)) | {w[1] for w in readme_commands() if w[0] == "make"}
-        assert named == {"quickstart", "test", "smollm2"}
+        assert named == {"quickstart", "arithmetic", "test", "smollm2"}
         assert named <= targets
 
     def test_shows_the_recipe_as_it_is(self) -> None:
