@@ -59,6 +59,7 @@ def _pictures(result: EvaluationResult) -> Iterator[tuple[str, Picture]]:
             (line,) = axes.plot(across, [each.accuracy for each in votes], marker="o", label=_label(name))
             axes.vlines(across, [each.low for each in votes], [each.high for each in votes], color=line.get_color())
         axes.set_xscale("log", base=2)
+        axes.set_xticks(across, map(str, across))
         axes.set_ylim(0, 1)
         axes.legend(frameon=False)
         alt = f"Accuracy by the number of responses that vote, for {', '.join(result.votes)}; the table has the numbers."
