@@ -142,6 +142,7 @@ class Lengths:
     name: str = "lengths"
     weight: float = 2.0
     needs_weights: bool = False
+    beside: tuple[str, ...] = ()
 
     def score(self, answers: Answers) -> np.ndarray:
         return np.array([10.0 + len(text) for _, text in answers.pairs])

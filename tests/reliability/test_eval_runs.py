@@ -517,7 +517,8 @@ def test_an_endpoint_as_judge(endpoint: Endpoint, home: Path, tmp_path: Path) ->
     assert rlhf("eval", path, "--dump-pairs", pairs) == 0
     samples = {(line["model"], line["row"], line["number"]): line for line in lines(tmp_path / "ev" / "samples.jsonl")}
     found, expected = result(tmp_path / "ev"), []
-    assert found["about"]["judge"] == {"endpoint": f"http://127.0.0.1:{endpoint.server_port}/v1", "model": "length"}
+    address = f"http://127.0.0.1:{endpoint.server_port}/v1"
+    assert found["about"]["judge"] == {"endpoint": address, "model": "length", "path": None}
     assert found["about"]["notes"][-1].startswith("The judge contradicted itself in 0 of ")
     for name in ("dpo", "bare"):
         outcomes = []
