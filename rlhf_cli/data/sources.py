@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -131,11 +131,12 @@ def _said(format: Format, converter: Converter, rows: Sequence[Row], path: str) 
         yield f"{path}: rows of one prompt, with a response each, are one row"
 
 
-def _lacking(path: str, request: RowRequest, lent: Container[str]) -> Iterator[str]:
-    """What terms cannot do without and none of these rows has: beside other sources that have it, they say nothing here."""
+def _lacking(path: str, request: RowRequest, lent: Mapping[str, int], rows: int) -> Iterator[str]:
+    """What a person should know of columns that a term of the reward reads, and that not all rows have."""
     for name, who in request.columns.items():
-        if who is not None and name != ALL and name not in lent:
-            yield f"{path}: no row has the column '{name}', which a term of the reward reads: there it is given null"
+        if who is not None and name != ALL and lent.get(name, 0) < rows:
+            how = f"{lent[name]:,} of {rows:,} rows have" if lent.get(name) else "no row has"
+            yield f"{path}: {how} the column '{name}', which a term of the reward reads: elsewhere it is given null"
 
 
 def _cache_key(source: sections.Source, key: str, seed: int | None, request: RowRequest) -> str | None:
@@ -207,7 +208,10 @@ def _convert(source: sections.Source, key: str, seed: int | None, request: RowRe
         tuple(name for name in convert.seen if not {name, ALL} & {*convert.used, *request.columns}),
         tuple(name for name in (request.columns if ALL not in request.columns else convert.seen) if name in convert.lent),
         convert.transcripts,
-        (*_said(format, converter, own, source.path), *_lacking(source.path, request, convert.lent)),
+        (
+            *_said(format, converter, own, source.path),
+            *_lacking(source.path, request, convert.lent, tally.read - tally.bad.total()),
+        ),
     )
 
 
@@ -226,7 +230,7 @@ class _Conversion:
     spelling: Columns
     used: set[str]
     seen: dict[str, None] = field(default_factory=dict)  # all columns under our names
-    lent: dict[str, None] = field(default_factory=dict)  # those of any name that terms of a reward read
+    lent: Counter[str] = field(default_factory=Counter)  # of any name that terms of a reward read → rows that have it
     transcripts: int = 0
 
     def rows(self, raw: Iterator[RawRow], file: str) -> Iterator[RawRow]:
@@ -249,7 +253,7 @@ class _Conversion:
         if asked := self.request.columns:
             every = {**row, **own} if ALL not in asked else own
             beside[ALL] = {name: every[name] for name in (every if ALL in asked else asked) if name in every}
-            self.lent.update(dict.fromkeys(beside[ALL]))
+            self.lent.update(name for name, value in beside[ALL].items() if value is not None)
         return {**own, **beside}
 
     def __call__(self, row: Row, place: str) -> Record:

@@ -621,7 +621,7 @@ def test_a_source_that_lacks_what_a_reward_reads_is_named() -> None:
     reading = read_data(Data([Source("x.jsonl"), Source("y.jsonl")]), asked)
     assert [report.notices for report in reading.reports] == [
         (),
-        ("y.jsonl: no row has the column 'answer', which a term of the reward reads: there it is given null",),
+        ("y.jsonl: no row has the column 'answer', which a term of the reward reads: elsewhere it is given null",),
     ]
 
 

@@ -67,8 +67,13 @@ LEVEL = {"function": "HOME/mine.py:level"}
 FORM = {"format": ".{3,}"}
 
 
-def test_a_term_of_the_row_is_given_its_columns_and_says_of_how_many_it_says_nothing(write: Write, tmp_path: Path) -> None:
+def test_a_term_of_the_row_is_given_its_columns_and_says_of_how_many_it_says_nothing(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     terms = [LEVEL, {"match": {"column": "answer", "extract": "last-number"}}, FORM, {"length": {"max": 3}, "weight": 0.1}]
+    path = write([{"match": {"column": "level"}}, FORM], "checked")
+    assert rlhf("ppo", path, "--check") == 0
+    assert "4 of 8 rows have the column 'level', which a term of the reward reads" in " ".join(capsys.readouterr().err.split())
     assert rlhf("ppo", write(terms)) == 0
     first, second = split_lines(tmp_path / "run", "train")
     for line in (first, second):
