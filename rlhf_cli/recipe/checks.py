@@ -132,6 +132,14 @@ def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
         if name not in known:
             there = f"there are {', '.join(known)}"
             yield key, f"no metric is named {name}. {did_you_mean(name, known, there)}"
+    for kind, terms in zip(("reward", "gold"), recipe.terms, strict=True):
+        level = [f"{kind}/{name}" for name, term in zip(term_names(terms), terms, strict=True) if term.least_responses > 1]
+        for key, name, _ in watched:
+            if name in level:
+                yield (
+                    key,
+                    f"the mean of {name} is always ½: it compares a prompt's responses with each other. watch another metric",
+                )
 
 
 def _reference(recipe: DirectRecipe) -> Iterator[Finding]:

@@ -162,6 +162,13 @@ def test_comparing_needs_two_responses(home: Path, tmp_path: Path, capsys: pytes
     assert "pairwise compares the responses of a prompt. set rollout.responses_per_prompt to 2 or more" in capsys.readouterr().err
 
 
+def test_what_is_always_a_half_keeps_no_checkpoint(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judge = {"path": str(home / "judge"), "mode": "pairwise"}
+    train = {"steps": 2, "keep_best": {"metric": "reward/judge", "mode": "max"}}
+    assert rlhf("ppo", recipe(home, tmp_path, judge, train=train, **GRPO), "--check") == 2
+    assert "the mean of reward/judge is always ½" in capsys.readouterr().err
+
+
 def test_an_evaluation_by_a_local_judge(home: Path, tmp_path: Path) -> None:
     make_base(tmp_path / "other", seed=3)
     sections = {
