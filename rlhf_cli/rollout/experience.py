@@ -118,7 +118,7 @@ class Sampler:
         share_of_trees, drawn = with_responses(mine, own), gather_shares(self.ranks, own)
         trees = with_responses(prompts, drawn)
         answers = self._answers(trees, drawn)
-        worth = self._worth(self._answers(share_of_trees, own), answers)
+        worth = self._worth(answers)
         self.pause()
         tokens = gather_shares(self.ranks, together(self.ranks, lambda: self._tokens(share_of_trees, values)))
         names = [f"reward/{term.name}" for term in self.terms] + [f"gold/{term.name}" for term in self.gold]
@@ -170,12 +170,13 @@ class Sampler:
             tokens=[[len(response.ids) for response in responses] for responses in drawn],
         )
 
-    def _worth(self, own: Answers, answers: Answers) -> list[np.ndarray]:
+    def _worth(self, answers: Answers) -> list[np.ndarray]:
         """What each term gives all responses, (1 + what it tells beside, M), gold after the reward, on every rank.
 
         A term with weights scores each rank's own answers. One that sees texts alone is asked once, on rank 0, about all of them:
         what it says may depend on the others.
         """
+        own = Answers(*(part[self.ranks.rank :: self.ranks.size] for part in vars(answers).values()))
         scorers, ends = (*self.terms, *self.gold), np.cumsum(list(map(len, own.texts)))
         shares = together(
             self.ranks,

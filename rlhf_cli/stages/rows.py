@@ -65,16 +65,13 @@ def read_rows(sources: Sequence[sections.Source]) -> Rows:
     """
     data, failures = sections.Data(list(sources)), []
     for use in (ANY, PROMPTS):
-        request = RowRequest(Purpose("rlhf data", use, ROW_USES), seed=0, where=_place, columns=dict.fromkeys(ANSWERS))
+        purpose = Purpose("rlhf", use, ROW_USES)
+        request = RowRequest(purpose, seed=0, where=lambda key: "the rows", columns=dict.fromkeys(ANSWERS))
         try:
             return Rows(read_data(data, request))
         except UsageError as error:
             failures.append(error)
     raise failures[0]
-
-
-def _place(key: str) -> str:
-    return key.removeprefix("data.train.")
 
 
 def describe_rows(sources: Sequence[sections.Source], *, as_json: bool) -> None:

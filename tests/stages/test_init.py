@@ -93,7 +93,7 @@ def test_what_has_to_be_filled_in_is_named_by_the_check(home: Path, tmp_path: Pa
         (["dpo", "--data", "HOME/unpaired.jsonl"], "unpaired rows are of no use to dpo. they are good for sft, kto, ppo"),
         (["dop", "--data", "HOME/hh.jsonl"], "rlhf init dop: no such stage. did you mean dpo?"),
         (["dpo"], "rlhf init: --data is missing"),
-        (["dpo", "--data", "HOME/hhh.jsonl"], "hhh.jsonl"),
+        (["dpo", "--data", "HOME/hhh.jsonl"], "error: the rows: no such file or folder: "),
     ],
 )
 def test_what_cannot_be_written(words: list[str], message: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
