@@ -178,14 +178,20 @@ def _export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="The folder to write; must not exist.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into a full model.")] = False,
+    push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="Upload it to this repository of the hub.")] = None,
     debug: Debug = False,
 ) -> Action:
     """Write a run as a plain transformers or PEFT folder."""
 
     def write() -> None:
+        from rlhf_cli.hub import check_upload, upload
+
+        repo = None if push is None else check_upload(push)
         from rlhf_cli.runs.export import export
 
-        typer.echo(export(run, dest, merge))
+        typer.echo(export(run, dest, merge, repo))
+        if repo is not None:
+            typer.echo(upload(dest, repo))
 
     return write
 

@@ -23,7 +23,7 @@ from rlhf_cli.signals import stopping
 from rlhf_cli.suggest import closest_path, did_you_mean
 
 PROBE_SECONDS, ANSWER_SECONDS = 1.0, 10.0
-SETTINGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+SETTINGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "README.md"]
 WEIGHTS = ["model*.safetensors", "adapter_model*.safetensors"]
 """What transformers and PEFT load; some repositories have the same weights again under another name."""
 
@@ -149,24 +149,29 @@ def say_cached(path: str, silence: str) -> None:
 
 @contextmanager
 def fetching(path: str, size: int | None = None) -> Iterator[None]:
-    """Says what is fetched, and how many bytes; on a terminal with the library's bars. MachineError for what breaks it off.
-
-    A signal ends the process at once: the library would first wait for what its threads are fetching.
-    """
-    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
-
+    """Says what is fetched, and how many bytes; on a terminal with the library's bars. MachineError for what breaks it off."""
     if size != 0:
         of_rank().say(f"fetching {path}" + (f" ({size / 1e6:,.1f} MB)" if size else ""))
-        if of_rank().enabled and sys.stderr.isatty():
-            enable_progress_bars()
-    handlers = {number: signal.signal(number, leave) for number in stopping()}
     try:
-        yield
+        with _bars(size != 0):
+            yield
     except RunError:
         raise
     except Exception as error:
         todo = "start again: files that have arrived are kept"
         raise MachineError(f"{path} could not be fetched: {reason(error)}\n  {todo}") from error
+
+
+@contextmanager
+def _bars(wanted: bool) -> Iterator[None]:
+    """The library's, on a terminal. A signal ends the process at once: the library would first wait for its threads."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+
+    if wanted and of_rank().enabled and sys.stderr.isatty():
+        enable_progress_bars()
+    handlers = {number: signal.signal(number, leave) for number in stopping()}
+    try:
+        yield
     finally:
         disable_progress_bars()
         for number, handler in handlers.items():
@@ -218,3 +223,66 @@ def _snapshot(path: str, revision: str | None, weights: bool) -> Path:
         raise uncached(path, found, revision)
     say_cached(path, found.silence)
     return folder
+
+
+def check_upload(repo: str) -> str:
+    """OWNER/NAME of a repository to upload to; the owner of the token where `repo` names none.
+
+    UsageError: no repository can have this name. MachineError: the hub is silent, there is no token, or the hub refuses it.
+    """
+    why, place = why_silent(), f"--push {repo}"
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise UsageError(f"{place}: no repository can have this name. write OWNER/NAME") from None
+    if why:
+        raise MachineError(f"{place}: {why}")
+    if not get_token():
+        raise MachineError(f"{place}: there is no token. set HF_TOKEN to one that may write, or run `hf auth login`")
+    with _uploading(place):
+        owner = HfApi().whoami()["name"]
+    return repo if "/" in repo else f"{owner}/{repo}"
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Commit a folder to a model repository, made (private) where there is none; says where it is, and who can see it.
+
+    Other weights and settings that the repository has go: a loader might prefer them. MachineError: the hub refuses, or fails.
+    """
+    from huggingface_hub import HfApi
+
+    size, api = sum(file.stat().st_size for file in folder.iterdir()), HfApi()
+    stale = [*WEIGHTS, "model.safetensors.index.json", "config.json", "adapter_config.json", "generation_config.json"]
+    of_rank().say(f"pushing {folder} to {repo} ({size / 1e6:,.1f} MB)")
+    with _bars(True), _uploading(f"--push {repo}", f"\n  {folder} is whole; to try again: hf upload {repo} {folder}"):
+        api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=stale, commit_message="Upload by rlhf export")
+        private = api.model_info(repo).private
+    who = "private: its settings on the hub make it public" if private else "public"
+    return f"pushed to {endpoint()}/{repo}, which is {who}"
+
+
+@contextmanager
+def _uploading(place: str, todo: str = "") -> Iterator[None]:
+    """MachineError for what the hub refuses. What it says may hold the token; that is left out, and so are causes."""
+    from huggingface_hub import errors, get_token
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        yield
+    except Exception as caught:
+        error: BaseException = caught
+        while error.__cause__ is not None and not isinstance(error, errors.HfHubHTTPError):
+            error = error.__cause__
+        if isinstance(error, errors.HfHubHTTPError):
+            status, said = error.response.status_code, error.server_message
+            hints = {401: "the token is not valid", 403: "the token may not write there", 404: "there is no such owner"}
+            what = f"{endpoint()} answers {status}" + "".join(f", {own}" for own in (hints.get(status), said) if own)
+        else:
+            what = f"{endpoint()}: {reason(error)}"
+        text = f"{place}: {what}{todo}".replace(get_token() or "\0", "…")
+        raise MachineError(text) from None

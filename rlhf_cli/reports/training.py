@@ -19,6 +19,7 @@ from rlhf_cli.reports.plots_training import draw_training
 from rlhf_cli.reports.run_result import Ends, History, RunResult, SplitCounts, TrainingSample, ends, read_run
 from rlhf_cli.reports.verdict import in_short
 from rlhf_cli.reports.write import write
+from rlhf_cli.runs.card import load_lines
 from rlhf_cli.runs.folder import RunFolder
 
 
@@ -198,22 +199,9 @@ def _model(result: RunResult) -> Iterator[Block]:
 
 
 def _policy_lines(result: RunResult) -> list[str]:
-    """The code that loads a policy."""
-    base, model = result.manifest.base_model, json.dumps(result.run.model.resolve().as_posix())
-    revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({model})"
-    if not result.lora_rank:
-        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-        return [imports, "", f"model = AutoModelForCausalLM.from_pretrained({model})", tokenizer]
-    return [
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(from_anywhere(base.path))}{revision})",
-        f"model = PeftModel.from_pretrained(base, {model})",
-        f"model.generation_config = GenerationConfig.from_pretrained({model})  # it stops where responses end",
-        tokenizer,
-    ]
+    base = result.manifest.base_model
+    below, revision = (from_anywhere(base.path), base.revision) if result.lora_rank else (None, None)
+    return load_lines(result.run.model.resolve().as_posix(), below, revision, None)
 
 
 def _lineage(result: RunResult) -> Iterator[Block]:

@@ -40,7 +40,7 @@ def ancestors(path: str) -> Iterator[Ancestor]:
         if run is None or run.resolve() in seen:
             continue
         seen.add(run.resolve())
-        recipe, manifest, inputs = recorded_recipe(run), _json(RunFolder(run).manifest), _json(run / INPUTS)
+        recipe, manifest, inputs = recorded_recipe(run), json_if_any(RunFolder(run).manifest), json_if_any(run / INPUTS)
         if "models" in recipe:
             continue  # an evaluation
         try:
@@ -75,7 +75,7 @@ def run_of(path: str) -> Path | None:
     return next((each for each in (place, place.parent, place.parent.parent) if is_run(RunFolder(each))), None)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_if_any(path: Path) -> dict[str, Any]:
     """What a file of a run that may have been moved or changed says; empty where it says nothing."""
     with suppress(OSError, UsageError):
         return read_json(path)

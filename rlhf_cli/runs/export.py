@@ -20,6 +20,7 @@ from rlhf_cli.models.backbone import end_ids
 from rlhf_cli.models.heads import classifier_class, save_full_reward
 from rlhf_cli.models.load import is_reward_model, load_tokenizer, name_ends, quiet_libraries, read_adapter, read_head
 from rlhf_cli.recipe.stages import TRAINING_STAGES
+from rlhf_cli.runs.card import write_card
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.runs.parents import Start, recorded_template, resolve_start
 
@@ -30,12 +31,13 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 MODEL_FILES = ("adapter_config.json", "config.json", "generation_config.json")
 
 
-def export(run: Path, dest: Path, merge: bool) -> str:
+def export(run: Path, dest: Path, merge: bool, repo: str | None = None) -> str:
     """Write what `run` trained to `dest`: its adapter, or with `merge` (or after full training) a whole model; says so.
 
-    A policy is a causal language model, a reward model a sequence classifier with one label.
+    A policy is a causal language model, a reward model a sequence classifier with one label. repo: where `dest` will be uploaded.
 
-    UsageError: `run` is no finished run, `dest` exists, or transformers has no classifier for a reward model's architecture.
+    UsageError: `run` is no finished run, `dest` exists, transformers has no classifier for a reward model's architecture, or
+        an adapter on a folder of this machine is to be uploaded.
     NumberError: the exported model gives other log-probabilities or scores than the run, or does not stop where its responses
         end; nothing is left at `dest`.
     """
@@ -46,6 +48,8 @@ def export(run: Path, dest: Path, merge: bool) -> str:
     source = RunFolder(run).model
     if not source.is_dir():
         raise UsageError(f"{run} is not a run: it has no model/")
+    if repo is not None and start.adapter is not None and not merge and Path(start.base).exists():
+        raise UsageError(f"--push {repo}: the adapter sits on {start.base}, which nobody else has. add --merge")
     model, head = _load_run(start)
     pad_id = None if head is None else _pad_id(run, start, model)
     with disk_errors(dest):
@@ -57,14 +61,7 @@ def export(run: Path, dest: Path, merge: bool) -> str:
             if start.adapter is None or not merge:
                 shutil.copytree(source, part, dirs_exist_ok=True)
             else:
-                merged = model.merge_and_unload()
-                if head is None:
-                    merged.save_pretrained(str(part))
-                else:
-                    save_full_reward(merged, head, pad_id, part)
-                for file in source.iterdir():
-                    if not file.name.endswith(WEIGHTS) and file.name not in MODEL_FILES:
-                        shutil.copy2(file, part / file.name)
+                _merge(model, head, pad_id, source, part)
             if head is None:
                 ends = _ends_of_run(run, start, model)
                 name_ends(part, ends, model)
@@ -78,12 +75,25 @@ def export(run: Path, dest: Path, merge: bool) -> str:
             difference = float((found - wanted).abs().max())
             if not difference <= TOLERANCE:
                 raise NumberError(f"{dest}: {what} differ from the run's by {difference:.2g}; nothing was exported")
+            write_card(part, run, start.manifest or {}, repo)
             part.chmod(0o755)
             part.rename(dest)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     kind = "adapter" if (dest / "adapter_config.json").exists() else "model"
     return f"{kind} in {dest}: {what} within {difference:.1e} of the run's"
+
+
+def _merge(model: Any, head: torch.Tensor | None, pad_id: int | None, source: Path, part: Path) -> None:
+    """Write the model with its adapter in its weights, and what else the run's folder has."""
+    merged = model.merge_and_unload()
+    if head is None:
+        merged.save_pretrained(str(part))
+    else:
+        save_full_reward(merged, head, pad_id, part)
+    for file in source.iterdir():
+        if not file.name.endswith(WEIGHTS) and file.name not in MODEL_FILES:
+            shutil.copy2(file, part / file.name)
 
 
 def _ends_of_run(run: Path, start: Start, model: Any) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from rlhf_cli.models.heads import classifier_class
 from rlhf_cli.models.load import Weights, load_config
 from rlhf_cli.models.passes import score_responses
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.runs.card import load_lines
 from rlhf_cli.runs.folder import RunFolder
 from rlhf_cli.stages.prepare import TrainingJob, prepare_job
 from rlhf_cli.stages.training import finish_job, load_job, open_job, train_job
@@ -69,20 +69,6 @@ def _manifest(job: TrainingJob, folder: RunFolder, backbone: Backbone, base: Wei
     if classifier_class(backbone.model.config) is None:
         job.console.warn("transformers has no sequence classifier for this architecture: only rlhf can load the reward model")
         return {"reward_model": figures}
-    model = json.dumps(from_anywhere(folder.model))
-    if job.lora is None:
-        imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer"
-        lines = [imports, "", f"model = AutoModelForSequenceClassification.from_pretrained({model})"]
-    else:
-        revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
-        lines = [
-            "from peft import PeftModel",
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-            "",
-            "base = AutoModelForSequenceClassification.from_pretrained(",
-            f"    {json.dumps(from_anywhere(base.base))}{revision}, num_labels=1, pad_token_id={backbone.pad_id}",
-            ")",
-            f"model = PeftModel.from_pretrained(base, {model})",
-        ]
-    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({model})")
+    below, revision = (None, None) if job.lora is None else (from_anywhere(base.base), base.revision)
+    lines = load_lines(from_anywhere(folder.model), below, revision, backbone.pad_id)
     return {"reward_model": figures, "pad_token_id": backbone.pad_id, "load": lines}

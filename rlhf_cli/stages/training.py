@@ -26,6 +26,7 @@ from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.reports.training import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
+from rlhf_cli.runs.card import write_card
 from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import Parent, build_manifest, final_metrics
 from rlhf_cli.runs.parents import merged_base
@@ -241,6 +242,8 @@ def finish_job(
             **({"changed_code": changes} if (changes := all_changes(folder)) else {}),
             **(extra or {}),
         }
+        with disk_errors(folder.model):
+            write_card(folder.model, folder.path, {"stage": job.loaded.stage, **own})
         manifest = build_manifest(folder, job.loaded.stage, trainer.status, job.recipe.seed, own)
         write_report(folder, manifest)
         job.signals.defer()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from huggingface_hub import constants
+import transformers.utils.hub
+from huggingface_hub import constants, hf_api
 
 from rlhf_cli import hub as ours
 from tests.hub.server import Hub, serve
@@ -33,6 +34,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             (constants, {"ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": False}),
             (constants, {"HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"}),
             (constants, {"HF_TOKEN_PATH": str(home / "token"), "HF_HUB_DISABLE_TELEMETRY": True}),
+            (constants, {"HF_HUB_DISABLE_XET": True}),
+            (hf_api.api, {"endpoint": server.endpoint}),  # of which peft has a method
+            (transformers.utils.hub, {"_hf_api": None}),
             (datasets.config, {"HF_ENDPOINT": server.endpoint, "HF_DATASETS_CACHE": home / "datasets", "HF_HUB_OFFLINE": False}),
             (datasets.config, {"HUB_DATASETS_URL": server.endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}"}),
             (datasets.config, {"DOWNLOADED_DATASETS_PATH": home / "datasets" / "downloads"}),

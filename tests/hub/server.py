@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-READER, GRANTED = "hf_reader", "hf_granted"
-"""Tokens: one may read what is private, the other also what is gated."""
+READER, GRANTED, WRITER = "hf_reader", "hf_granted", "hf_writer"
+"""Tokens of the user "me": one may read what is private, one also what is gated, one also write."""
 LARGE = (".safetensors", ".parquet", ".bin")
 """Files that lie on another host, to which a request is redirected without its token."""
 
@@ -47,6 +48,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[str] = []
+        self.uploads: dict[str, bytes] = {}  # SHA-256 → a large file that waits for its commit
         self.fault: Callable[[str], int | str | None] = lambda request: None
 
     @property
@@ -73,6 +75,11 @@ class Handler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         self.server.requests.append(request := f"{self.command} {unquote(address.path)}")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
         fault = self.server.fault(request)
         status, headers, content = (fault, {}, b"") if isinstance(fault, int) else self.answer(address.path, body)
         self.send_response(status)
@@ -85,10 +92,12 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
         self.close_connection = fault == "cut"
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def answer(self, address: str, body: bytes) -> Answer:
         first, *rest = [unquote(part) for part in address.strip("/").split("/")]
+        if (written := self.write(first, rest, body)) is not None:
+            return written
         if first == "cdn":
             assert self.headers.get("Authorization") is None
             kind, owner, name, commit, *path = rest
@@ -122,10 +131,60 @@ class Handler(BaseHTTPRequestHandler):
         about = {"private": repository.private, "gated": "auto" if repository.gated else False, "tags": [], "downloads": 0}
         return found({"id": f"{owner}/{name}", "sha": commit, "siblings": siblings, **about})
 
+    def write(self, first: str, rest: list[str], body: bytes) -> Answer | None:
+        """What only a writer may ask for; None for another request. A hub may well repeat the token in what it says."""
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        what = rest[-1] if rest[-1:] in (["whoami-v2"], ["validate-yaml"], ["create"], ["batch"]) else "".join(rest[3:4])
+        if first == "storage":
+            assert not token and hashlib.sha256(body).hexdigest() == rest[0]
+            self.server.uploads[rest[0]] = body
+            return found({})
+        if what not in ("whoami-v2", "validate-yaml", "create", "preupload", "batch", "commit"):
+            return None
+        if token not in (READER, GRANTED, WRITER):
+            return error(401, "", f"Invalid credentials: {token}")
+        if what == "whoami-v2":
+            return found({"type": "user", "name": "me", "orgs": []})
+        if token != WRITER:
+            return error(403, "", f"{token} may not write")
+        if what == "validate-yaml":
+            return found({"errors": [], "warnings": []})
+        if what == "create":
+            asked = json.loads(body)
+            name = f"{asked['organization'] or 'me'}/{asked['name']}"
+            if not name.startswith("me/"):
+                return error(404, "", f"no organisation of {token}")
+            private = asked.get("visibility") == "private" or bool(asked.get("private"))
+            taken = ("model", name) in self.server.repositories
+            if not taken:
+                self.server.add("model", name, {".gitattributes": ""}, private=private)
+            return 409 if taken else 200, {}, json.dumps({"url": f"{self.server.endpoint}/{name}"}).encode()
+        if what == "preupload":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            mode = {False: "regular", True: "lfs"}
+            return found({"files": [{"path": p, "uploadMode": mode[p.endswith(LARGE)], "shouldIgnore": False} for p in files]})
+        if what == "batch":
+            objects = [{key: own[key] for key in ("oid", "size")} for own in json.loads(body)["objects"]]
+            place = f"http://localhost:{self.server.server_port}/storage"
+            actions = [{"actions": {"upload": {"href": f"{place}/{own['oid']}", "header": {}}}} for own in objects]
+            return found({"transfer": "basic", "objects": [own | act for own, act in zip(objects, actions, strict=True)]})
+        repository = self.server.repositories["model", "/".join(rest[1:3])]
+        files = dict(repository.commits[repository.refs["main"]])
+        for line in map(json.loads, body.splitlines()):
+            own = line["value"]
+            if line["key"] == "file":
+                files[own["path"]] = base64.b64decode(own["content"])
+            elif line["key"] == "lfsFile":
+                files[own["path"]] = self.server.uploads[own["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[own["path"]]
+        commit = repository.commit(files, "main")
+        return found({"success": True, "commitOid": commit, "commitUrl": f"{self.server.endpoint}/x/y/commit/{commit}"})
+
     def refuse(self, repository: Repository | None, is_file: bool) -> Answer | None:
         """What a token may not see is not there; who has none is asked for one."""
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if token and token not in (READER, GRANTED):
+        if token and token not in (READER, GRANTED, WRITER):
             return error(401, "", "Invalid credentials in Authorization header")
         if repository is None or (repository.private and not token):
             return error(404 if token else 401, "RepoNotFound", "Repository not found")
