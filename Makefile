@@ -65,11 +65,11 @@ NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 .PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval arithmetic arithmetic-more test lint check smollm2 bench always
 
 help:
-	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: some minutes on a CPU"
+	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: about 5 minutes on two cores"
 	@echo "make quickstart-more  two more of its policies, ipo and rloo, and offline against online at equal KL"
 	@echo "make arithmetic       a tiny model learns sums from a reward that checks the answer: a minute or two on a CPU"
 	@echo "make arithmetic-more  the same by rloo, and by ppo with a learned value"
-	@echo "make test             every test: some minutes on two cores"
+	@echo "make test             every test: up to 10 minutes on two cores"
 	@echo "make check            linters, types and the fast tests"
 	@echo "make lint             linters and types"
 	@echo "make smollm2          the same stages of SmolLM2-135M-Instruct on HH-RLHF; HH=rows.jsonl.gz to use a file, LIMIT=n for fewer rows"
@@ -183,4 +183,5 @@ bench: $(SMOLLM2)/config.json .venv/trl-ppo/trl/__init__.py | $(DEV) .venv/.inst
 .venv/bin/pip:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later was found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c $(NEW_ENOUGH) || { echo "error: $(PYTHON) is older than Python 3.11; name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make a virtual environment: its module ensurepip is missing. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -38,7 +39,8 @@ HEAD = """\
 # Recipe keys
 
 `*` marks a key without a default. `rlhf COMMAND --help` shows the same keys. A recipe is YAML 1.2: `1e-5` is a number, `yes` is a
-text. A key that is unknown, written twice, or without effect in this stage is an error, and all errors are told at once.
+text. A key that is unknown, written twice, or without effect in this stage is an error with a suggestion. All errors are told at
+once, with file and line, before anything is loaded.
 """
 RESUMING = """\
 ## What may change on `--resume`
@@ -54,11 +56,22 @@ Of an evaluation:
 SETTING = """\
 ## On the command line
 
-`--set KEY=VALUE` takes any key below by its dotted path and wins over the file; VALUE is YAML. A list is addressed by position:
-`--set data.train.0.limit=1000`. Values after the recipe are the same: `rlhf sft sft.yaml train.steps=20`.
+A stage is `rlhf STAGE RECIPE.yaml`. Its options:
+
+- `--check` reads the recipe and the data, and prints the plan: rows kept and dropped, lengths, the share of responses that end,
+  steps, memory, and the first example with the words that the model will learn in marks. It loads no weights and trains nothing.
+- `--set KEY=VALUE` overrides a key below by its dotted path and wins over the file; VALUE is YAML; repeatable. A list is
+  addressed by position: `--set data.train.0.limit=1000`. Values after the recipe are the same:
+  `rlhf sft sft.yaml train.steps=20`.
+- `--output DIR` overrides `output`.
+- `--resume` continues from the newest intact checkpoint, starts if there is none, and says so if the run is finished. A run that
+  was stopped with Ctrl-C, SIGTERM or a closed terminal has saved before. The resumed one ends with the weights of an
+  uninterrupted one. Some keys [may change](#what-may-change-on---resume).
+- `--force` moves an existing run folder, or a file that is to be written, to `<output>.old-<n>`. Nothing is ever deleted.
+- `--debug` shows full tracebacks.
 
 `rlhf schema STAGE` prints a JSON schema for editors; with `# yaml-language-server: $schema=FILE` in its first line a recipe is
-completed and checked while it is written.
+completed and checked while it is written. `rlhf init` writes both.
 
 ## In every recipe
 
@@ -70,8 +83,75 @@ texts as they were written, so that what the variable holds is in no file. Relat
   the whole.
 - `stage: dpo` says which command the recipe is for; another one refuses it.
 """
+RECIPES = {
+    "sft": """\
+model: {path: MODEL}                      # a hub id, a folder, or an earlier run
+data:
+  train: answers.jsonl                    # rows of {"prompt", "completion"}, or another format with responses
+  holdout: 0.05                           # of the prompts, to measure on
+train: {epochs: 2}
+output: runs/sft
+""",
+    "train-rm": """\
+model: {path: runs/sft}
+data:
+  train: pairs.jsonl                      # rows of {"prompt", "chosen", "rejected"}, or rankings
+  holdout: 0.05
+output: runs/rm
+""",
+    "dpo": """\
+model: {path: runs/sft}                   # where it starts, and what it is held to
+data:
+  train: pairs.jsonl
+  holdout: 0.05
+objective: {kind: dpo, beta: 0.1}         # another kind is another loss
+output: runs/dpo
+""",
+    "ipo": """\
+model: {path: runs/sft}
+data:
+  train: pairs.jsonl
+  holdout: 0.05
+objective: {beta: 0.1}                    # asks for a margin of 1/(2 beta) nats
+output: runs/ipo
+""",
+    "kto": """\
+model: {path: runs/sft}
+data:
+  train: labelled.jsonl                   # rows of {"prompt", "completion", "label"}, or pairs
+  holdout: 0.05
+objective: {lambda: auto}                 # both classes weigh the same, however many rows each has
+output: runs/kto
+""",
+    "ppo": """\
+model: {path: runs/sft}
+data:
+  train: prompts.jsonl                    # rows of {"prompt"}; responses are drawn from the policy
+  holdout: 0.05
+train: {steps: 100, batch_size: 32}       # each step one rollout and all its updates
+rollout: {max_new_tokens: 256}
+reward:
+  - {model: runs/rm}
+gold:                                     # measured, never trained on
+  - {length: {max: 200}}
+output: runs/ppo
+""",
+    "eval": """\
+models: {sft: runs/sft, dpo: runs/dpo}
+reference: sft                            # KL is measured from here
+prompts: prompts.jsonl                    # rows that no model was trained on
+reward:
+  - {model: runs/rm}
+winrate: {baseline: sft, judge: reward}
+output: runs/eval
+""",
+}
+"""A small whole recipe of each stage."""
 STAGE = """\
 ## `rlhf {stage}`
+
+```yaml
+{recipe}```
 
 {about}
 """
@@ -94,11 +174,32 @@ TABLE = "| key | default | value | meaning |\n|---|---|---|---|"
 def reference() -> str:
     """The whole file."""
     every: type = TrainingRecipe
-    parts = [HEAD, SETTING, *_section(every, "Every stage that trains", "")]
+    parts = [SETTING, *_section(every, "Every stage that trains", "")]
     for name, stage in STAGES.items():
         parts += _stage(name, stage.recipe)
     resuming = RESUMING.format(training=_may_change(*TRAINING_STAGES), evaluation=_may_change("eval"))
-    return "\n".join([*parts, RATES + "\n".join(_rates()) + "\n", resuming])
+    body = "\n".join([*parts, RATES + "\n".join(_rates()) + "\n", resuming])
+    return "\n".join([HEAD, *_contents(body), "", body])
+
+
+def _contents(body: str) -> Iterator[str]:
+    """Links to the headings; those of the kinds of one stage share a line."""
+    stage = ""
+    for level, title in re.findall(r"^(##+) (.*)$", body, re.MULTILINE):
+        link = f"[{title}](#{_anchor(title)})"
+        if level == "##":
+            if stage:
+                yield stage
+            stage = f"- {link}"
+        else:
+            kind = title.partition("kind: ")[2]
+            stage += f"{':' if stage.endswith(')') and ': ' not in stage else ','} [`{kind}](#{_anchor(title)})"
+    yield stage
+
+
+def _anchor(title: str) -> str:
+    """What GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def _section(section: type, title: str, prefix: str) -> Iterator[str]:
@@ -121,7 +222,7 @@ def _stage(stage: str, section: type) -> Iterator[str]:
     lists = {dotted: f"{dotted}.{step}" for dotted, key in added.items() if (step := _step(key.kind)) and sections_in(key.kind)}
     trains = "The keys of every stage that trains, and those of this section."
     about = trains if stage in TRAINING_STAGES else EVAL.format(common=" and ".join(f"`{name}`" for name in common))
-    yield STAGE.format(stage=stage, about=about)
+    yield STAGE.format(stage=stage, about=about, recipe=RECIPES[stage])
     rows = [_row(key, _placed(dotted, lists)) for dotted, key in added.items() if _says_something(key)]
     if rows:
         yield _table(rows)

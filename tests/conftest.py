@@ -15,6 +15,7 @@ os.environ["RLHF_CACHE"] = tempfile.mkdtemp(prefix="rlhf-tests-")
 
 LONGEST = (
     "test_project",
+    "test_docs",
     "test_ppo_runs",
     "test_resume",
     "test_processes",

@@ -1,34 +1,21 @@
-"""What the repository says about itself: the README's commands, the docs, the recipes, the Makefile."""
+"""The shipped recipes, and the Makefile that runs them."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import runpy
-import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
-from rlhf_cli import cli
-from rlhf_cli.data.convert import BESIDE_PROMPTS
-from rlhf_cli.data.formats import ANSWERS, FORMATS, PROMPTS, Purpose, detect
-from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.recipe.recipes import EvalRecipe, Recipe, TrainingRecipe
-from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES
-from tests.ranks import launch
-from tests.tiny import split_lines
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
 STAGE_OF = {
     "rm": "train-rm",
@@ -42,167 +29,6 @@ STAGE_OF = {
     "eval-more": "eval",
 }
 """The stage of recipes that are not named after theirs."""
-
-
-def readme_commands() -> list[list[str]]:
-    """The words of every command in the README's shell blocks."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def rlhf_commands() -> list[list[str]]:
-    """The README's command lines of rlhf itself, started directly or by a launcher."""
-    found = []
-    for words in readme_commands():
-        if words[0] == "rlhf":
-            found.append(words[1:])
-        elif "rlhf_cli" in words:
-            found.append(words[words.index("rlhf_cli") + 1 :])
-    return found
-
-
-class TestReadme:
-    @pytest.mark.parametrize("words", rlhf_commands(), ids=" ".join)
-    def test_commands_are_understood(self, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Each gets through the real command line and, with a recipe, the real loader; only the work itself is faked."""
-        calls: list[Any] = []
-        for name, attribute in (*((stage.module, "run") for stage in STAGES.values()), ("rlhf_cli.runs.export", "export")):
-            module = ModuleType(name)
-            setattr(module, attribute, lambda *given, **flags: calls.append(given))
-            monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.chdir(ROOT)
-        assert cli.main(words) == 0
-        assert len(calls) == (words[0] in (*STAGES, "export"))
-
-    def test_every_command_is_of_a_kind_that_is_tested(self) -> None:
-        starts = {words[0] for words in readme_commands() if "rlhf_cli" not in words}
-        assert starts == {"make", "rlhf", "."}
-        assert len(rlhf_commands()) == 15
-        assert {words[0] for words in rlhf_commands()} >= {"sft", "train-rm", "dpo", "ppo", "export"}
-
-    def test_make_targets_exist(self) -> None:
-        targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-        named = set(re.findall(r"`make ([a-z0-9]+)", README)) | {w[1] for w in readme_commands() if w[0] == "make"}
-        assert named == {"quickstart", "arithmetic", "test", "smollm2"}
-        assert named <= targets
-
-    def test_shows_the_recipe_as_it_is(self) -> None:
-        shown, *_ = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-        assert shown == (ROOT / "recipes/quickstart/sft.yaml").read_text()
-
-    def test_lists_every_format_with_a_row_that_is_one(self) -> None:
-        rows = dict(re.findall(r"^\| `([a-z-]+)` \| `(\{.*?\})`[,| ]", README, re.MULTILINE))
-        assert list(rows) == list(FORMATS)
-        uses = {name: PROMPTS if name == "prompt" else ANSWERS for name in rows}
-        found = {name: detect([json.loads(row)], Purpose(name, uses[name], {}), "README.md") for name, row in rows.items()}
-        assert found == FORMATS
-
-    def test_lists_every_optional_column(self) -> None:
-        (table,) = re.findall(r"^\| optional column .*?\n\n", README, re.MULTILINE | re.DOTALL)
-        rows = [line.split("|") for line in table.strip().splitlines()[2:]]
-        named = [name for row in rows for name in re.findall(r"`([a-z_]+)`", row[1])]
-        elsewhere = {name for format in FORMATS.values() for name in format.columns if format.name != "tree"}
-        optional = {name for format in FORMATS.values() for name in format.optional} - (elsewhere - {"text"})
-        assert set(named) == {"subset", *optional, *BESIDE_PROMPTS, "text"}
-        formats = {name for row in rows for name in re.findall(r"`([a-z-]+)`", row[2])}
-        assert formats == {"alpaca", "preference", "hh", "choice", "ranked", "scored", "tree"}
-
-    def test_lists_every_kind_of_loss(self) -> None:
-        (table,) = re.findall(r"^\| command \| `objective.kind` .*?\n\n", README, re.MULTILINE | re.DOTALL)
-        found: dict[str, list[str]] = {}
-        stage = ""
-        for line in table.strip().splitlines()[2:]:
-            cells = line.split("|")
-            stage = cells[1].strip(" `") or stage
-            found.setdefault(stage, []).extend(re.findall(r"`(\w+)`", cells[2]))
-        (table,) = re.findall(r"^\| `rlhf ppo`: `objective.kind` .*?\n\n", README, re.MULTILINE | re.DOTALL)
-        found["ppo"] = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-        known = {name: set(map(kind_of, stage.objectives)) for name, stage in TRAINING_STAGES.items() if name != "sft"}
-        assert {stage: set(kinds) for stage, kinds in found.items()} == known
-        assert sum(map(len, found.values())) == sum(map(len, known.values()))
-
-    def test_tells_which_commands_work(self) -> None:
-        rows = re.findall(r"^\| (`rlhf .*?) \| .* \| (works|planned) \|$", README, re.MULTILINE)
-        working = [re.findall(r"`(?:rlhf )?([a-z-]+)`", names) for names, status in rows if status == "works"]
-        assert sorted(name for names in working for name in names) == sorted(
-            str(known.name) for known in cli.app.registered_commands
-        )
-
-    @pytest.mark.slow
-    def test_commands_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """All of rlhf's own, in their order and as they stand, on the quickstart's data; only those for GPUs are left out.
-
-        The first that trains and the launcher's are started as a shell does, the others are forked, on few rows.
-        """
-        (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        subprocess.run([sys.executable, ROOT / "scripts/make_quickstart.py"], check=True, capture_output=True)
-        for words in readme_commands():
-            if words[0] not in ("rlhf", "torchrun"):
-                continue
-            brief = ["--set", "train.steps=3"] if TRAINING_STAGES.keys() & set(words) and "--set" not in words else []
-            if words[0] == "rlhf" and Path("runs/short").exists():
-                sources = 0 if "--resume" in words else {"sft": 1, "train-rm": 2, "dpo": 1, "ppo": 1}.get(words[1], 0)
-                few = [f"data.train.{n}.limit=150" for n in range(sources)] + ["train.batch_size=8"] * (sources > 0)
-                few = [word for setting in few for word in ("--set", setting)]
-                code, errors = launch(*words[1:], *brief, *few).wait(300)
-            else:
-                done = subprocess.run([*words, *brief], capture_output=True, text=True, timeout=300)
-                code, errors = done.returncode, done.stderr
-            assert code == 0, f"{shlex.join(words)}\n{errors}"
-        assert len(list(Path("runs/short/plots").glob("*.png"))) > 2
-        losses = {name: [line["loss"] for line in split_lines(tmp_path / "runs" / name, "train")] for name in ("short", "two")}
-        assert [len(values) for values in losses.values()] == [20, 3]
-        assert losses["two"][0] == pytest.approx(losses["short"][0], abs=1e-5)
-        assert [len(split_lines(tmp_path / "runs" / name, "train")) for name in ("judge", "liked", "hinge")] == [20, 20, 20]
-        from transformers import AutoModelForCausalLM
-
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").num_parameters() == 1_392_960
-        (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-        done = subprocess.run([sys.executable, "-c", f"{lines}print(float(score))"], capture_output=True, text=True, timeout=300)
-        assert abs(float(done.stdout)) < 100, done.stderr
-
-    def test_links_lead_somewhere(self) -> None:
-        pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
-        links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))]
-        assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
-        assert len(links) >= 6
-
-
-class TestDocs:
-    def test_recipe_reference_is_up_to_date(self) -> None:
-        made = runpy.run_path(str(ROOT / "scripts/make_recipe_docs.py"))["reference"]()
-        assert (ROOT / "docs/recipes.md").read_text(encoding="utf-8") == made
-
-    def test_recipe_reference_names_every_key_once(self) -> None:
-        text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-        rows = [
-            (key, part.splitlines()[0])
-            for part in re.split(r"^##+ ", text, flags=re.MULTILINE)
-            for key in re.findall(r"^\| `([A-Za-z0-9_.]+)` \|", part, re.MULTILINE)
-        ]
-        assert len(rows) == len(set(rows))
-        assert len([key for key, _ in rows if key == "objective.kind"]) == sum(
-            len(stage.objectives) for stage in TRAINING_STAGES.values()
-        )
-        of_several = ("objective.", "reference", "rollout", "reward", "gold")
-        common = [key for key, part in rows if not key.startswith(of_several) and part != "`rlhf eval`"]
-        assert len(common) == len(set(common))
-        assert {"model.path", "data.train.0.limit", "lora.r", "train.keep_best.mode", "train.stop_if.NAME.above", "seed"} <= set(
-            common
-        )
-        assert ("objective.gamma", "`dpo`, `kind: simpo`") in rows
-        assert ("reference.cache", "`rlhf kto`") in rows
-        assert ("reward.0.weight", "`rlhf ppo`") in rows
-
-    def test_papers_name_every_objective_and_a_recipe_that_exists(self) -> None:
-        text = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
-        kinds = {kind_of(objective) for stage in TRAINING_STAGES.values() for objective in stage.objectives}
-        assert {kind for kind in kinds if f"| `{kind}` |" in text} == kinds
-        recipes = re.findall(r"`(recipes/[^`]+)`", text)
-        assert recipes
-        assert [path for path in recipes if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -489,6 +315,21 @@ class TestMakefile:
         (folder / ".venv/bin/pip").unlink()
         done = subprocess.run(["make", "PYTHON=false", "quickstart"], cwd=folder, capture_output=True, text=True, timeout=60)
         assert done.stderr.splitlines()[0] == "error: false is older than Python 3.11; name another: make PYTHON=/path/to/python3"
+
+    def test_a_python_without_its_package_of_environments_is_told_what_to_install(self, folder: Path) -> None:
+        """As on Debian and Ubuntu without python3-venv: what stands before the real module cannot be imported."""
+        (folder / ".venv/bin/pip").unlink()
+        bare = folder / "bare"
+        self.put(bare, f'#!/bin/sh\nPYTHONPATH={folder}/missing exec {sys.executable} "$@"\n')
+        bare.chmod(0o755)
+        self.put(folder / "missing/ensurepip.py", "raise ModuleNotFoundError\n")
+        done = self.run(folder, f"PYTHON={bare}", "quickstart")
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[0] == (
+            f"error: {bare} cannot make a virtual environment: its module ensurepip is missing. "
+            "On Debian and Ubuntu: sudo apt install python3-venv"
+        )
+        assert (folder / "calls").read_text() == ""
 
 
 class TestChain:
