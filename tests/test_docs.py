@@ -42,6 +42,8 @@ NOT_HERE = {
     "pip install": "as above",
     "pip wheel": "as above",
     "accelerate launch --multi_gpu": "wants two GPUs; that rlhf understands the rest is tested below",
+    "export HF_TOKEN": "a secret of the hub",
+    "rlhf export runs/dpo out --push": "writes to the hub: tests/hub/test_push.py does it to a server of its own",
     "vllm serve": "vLLM's own program, and wants a GPU",
     "python llama.cpp": "llama.cpp's own converter",
     "llama-quantize": "llama.cpp's own program",
