@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import FullyShardedDataParallelPlugin, PartialState
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
-from rlhf_cli.errors import MachineError, UsageError
+from rlhf_cli.errors import UsageError
+from rlhf_cli.models.sharding import Sharding, collective
 from rlhf_cli.signals import stopping
+
+LAYERS = "TRANSFORMER_BASED_WRAP"
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 GRADIENT_BUCKET = 2**24
 """Elements of one gradient reduction: 64 MiB."""
@@ -29,9 +35,9 @@ class Ranks:
 
     def __init__(self, *, expected: bool = True) -> None:
         """`expected` False: this process does its work alone, whatever started it."""
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            raise UsageError("sharded launches (FSDP, DeepSpeed) are not supported yet; use accelerate launch --multi_gpu")
+        plugin = _fsdp()
         self.rank, self.size = 0, 1
+        self.sharding: Sharding | None = None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if not expected:
             return
@@ -43,10 +49,18 @@ class Ranks:
         self.rank = self._state.process_index
         self.size = self._state.num_processes
         self.device = self._state.device
+        if plugin is not None and self.size > 1:
+            layers = plugin.transformer_cls_names_to_wrap
+            mesh = init_device_mesh(self.device.type, (self.size,))
+            self.sharding = Sharding(mesh, plugin.reshard_after_forward, layers and ",".join(layers))
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def words(self) -> str:
+        return f"{self.size} × {self.device.type}" + (", weights in shards" if self.sharding else "")
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Sums over all ranks, in float64."""
@@ -64,7 +78,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _together():
+        with collective():
             dist.all_gather_object(values, value)
         return values
 
@@ -74,6 +88,8 @@ class Ranks:
             return
         bucket: list[torch.Tensor] = []
         for parameter in parameters:
+            if isinstance(parameter, DTensor):
+                continue  # its gradient was summed in backward
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             bucket.append(parameter.grad)
@@ -85,7 +101,7 @@ class Ranks:
 
     def _sum_bucket(self, gradients: list[torch.Tensor]) -> None:
         flat = torch.cat([g.flatten() for g in gradients])
-        with _together():
+        with collective():
             dist.all_reduce(flat)
         for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
@@ -94,19 +110,65 @@ class Ranks:
         if self.size == 1:
             return tensor
         tensor = tensor.to(self.device)
-        with _together():
+        with collective():
             dist.all_reduce(tensor, operation)
         return tensor.cpu()
 
     def barrier(self) -> None:
         if self.size > 1:
-            with _together():
+            with collective():
                 self._state.wait_for_everyone()
 
     def close(self) -> None:
         """Destroy the process group; left open, some runs hang at their end."""
         if self.size > 1:
             self._state.destroy_process_group()
+
+
+CONFIG = "configs/fsdp2.yaml is a config that works"
+
+
+def _fsdp() -> Any:
+    """The settings of FSDP2 that `accelerate launch` hands on; None: models are not sharded.
+
+    UsageError: the launch asks for what is not done here, each with the line of its config that is to change.
+    """
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true":
+            raise UsageError(f"accelerate config: {name} is not supported: models are sharded by FSDP2 alone; {CONFIG}")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UsageError(f"accelerate config: fsdp_version: 1 is not supported; set fsdp_version: 2. {CONFIG}")
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # or transformers would read the weights on rank 0 alone
+    try:
+        plugin = FullyShardedDataParallelPlugin()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"accelerate config: {error}") from error
+    for key, wrong, remedy in (
+        ("fsdp_offload_params", os.environ.get("FSDP_OFFLOAD_PARAMS", "false") == "true", "set it to false"),
+        ("fsdp_activation_checkpointing", plugin.activation_checkpointing, "the recipe says model.gradient_checkpointing: true"),
+        ("fsdp_ignored_modules", plugin.ignored_modules, "leave it out"),
+        (
+            "fsdp_auto_wrap_policy",
+            os.environ.get("FSDP_AUTO_WRAP_POLICY", LAYERS) != LAYERS,
+            f"set it to {LAYERS}, or leave it out",
+        ),
+    ):
+        if wrong:
+            raise UsageError(f"accelerate config: {key} is not supported; {remedy}. {CONFIG}")
+    return plugin
+
+
+def check_precision(dtype: torch.dtype, where: str) -> None:
+    """UsageError: the launch asks for another mixed precision than the run's dtype; `where` its setting is."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked != "no" and PRECISIONS.get(asked) != dtype:
+        own = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"accelerate config: mixed_precision: {asked}, but this run computes in {own} ({where}); set mixed_precision: 'no', "
+            "for the recipe alone decides, or the same in both"
+        )
 
 
 @contextlib.contextmanager
@@ -118,13 +180,3 @@ def _signals_end_at_once() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """A collective fails when another rank is gone; that rank has said why."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0].split("] ", 1)[-1][:120]
-        raise MachineError(f"another rank ended or cannot be reached ({reason}); continue with --resume") from error

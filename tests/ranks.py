@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
@@ -70,17 +70,26 @@ class Launched:
         return self.outputs[0].with_suffix(".out").read_text()
 
 
-def launch(*words: str | Path, ranks: int = 1, function: Callable[..., int] | None = None) -> Launched:
-    """`rlhf` with these words, or a function of a module with them, in so many processes; more than one meet over gloo."""
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What `accelerate launch` tells processes whose models are to lie in shards."""
+
+
+def launch(
+    *words: str | Path, ranks: int = 1, function: Callable[..., int] | None = None, settings: Mapping[str, str] | None = None
+) -> Launched:
+    """`rlhf` with these words, or a function of a module with them, in so many processes; more than one meet over gloo.
+
+    `settings`: of their environment.
+    """
     folder = Path(mkdtemp(dir=_outputs().name))
-    settings, place = os.environ | {"ACCELERATE_USE_CPU": "1"}, Path.cwd()
+    known, place = os.environ | {"ACCELERATE_USE_CPU": "1"} | (settings or {}), Path.cwd()
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
     context = _context()
     processes, outputs = [], []
     for rank in range(ranks):
         own = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         outputs.append(folder / str(rank))
-        arguments = (settings | own, place, outputs[-1], function or _command, [str(word) for word in words])
+        arguments = (known | own, place, outputs[-1], function or _command, [str(word) for word in words])
         processes.append(context.Process(target=_live, args=arguments))
         processes[-1].start()
     return Launched(processes, outputs)
@@ -90,6 +99,14 @@ def two_ranks(*words: str | Path) -> None:
     """A command on two ranks, to its good end."""
     code, errors = launch(*words, ranks=2).wait()
     assert code == 0, errors
+
+
+def in_shards(*words: str | Path, ranks: int = 2) -> None:
+    """A command on ranks that share every model, to its good end."""
+    launched = launch(*words, ranks=ranks, settings=SHARDED)
+    code, errors = launched.wait()
+    assert code == 0, errors
+    assert f"{ranks} × cpu, weights in shards" in launched.said
 
 
 def wait_for(path: Path, launched: Launched, timeout: float = 120) -> None:

@@ -7,7 +7,7 @@ into rows without padding between them; `visible` says which token sees which.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -276,6 +276,26 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[PackedRow]) -> Batch:
         counts=tuple(counts.values()),
         facts=tuple(trees[index].facts for index in numbers),
         tokens=int((laid.tree >= 0).sum()),
+    )
+
+
+def idle_batch(trees: Sequence[Tree]) -> Batch:
+    """A pass of two tokens in which nothing is learned or read, with the fields that passes over `trees` have."""
+    nothing = Tree(np.zeros(1, np.int32), np.zeros(1, bool), (np.zeros(1, np.int32),), 0)
+    batch, none, values = build_batch([nothing], [[Piece(0, (0,))]]), torch.empty(0, dtype=torch.int64), torch.empty(0)
+    first = trees[0] if trees else nothing
+    return replace(
+        batch,
+        source=none,
+        target=none,
+        owner=none,
+        last=none,
+        reference=None if first.reference is None else values,
+        recorded=None if first.recorded is None else Recorded(values, values, values, values, values),
+        trees=(),
+        counts=(),
+        facts=(),
+        tokens=0,
     )
 
 

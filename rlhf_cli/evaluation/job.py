@@ -88,7 +88,7 @@ class EvaluationJob:
         settings = sections.Model(
             path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code
         )
-        return FrozenModels(settings, resolve_dtype(recipe.dtype, self.ranks.device), self.ranks.device)
+        return FrozenModels(settings, resolve_dtype(recipe.dtype, self.ranks.device), self.ranks.device, self.ranks.sharding)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -294,7 +294,7 @@ def plan_evaluation(job: EvaluationJob) -> list[tuple[str, Titled]]:
     settings: Titled = [
         ("dtype", recipe.dtype),
         ("forward passes", f"of at most {job.budget:,} tokens (tokens_per_device)"),
-        ("devices", f"{job.ranks.size} × {job.ranks.device.type}"),
+        ("devices", job.ranks.words),
     ]
     if recipe.prompts is not None:
         every, most = recipe.drawn(of_reference=False), recipe.drawn(of_reference=True)

@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,14 +16,17 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
 from rlhf_cli import sections
 from rlhf_cli.data.templates import Template, read_chat_format
-from rlhf_cli.data.trees import Batch, Tree, build_batch, plan_passes
+from rlhf_cli.data.trees import Batch, Tree, build_batch, idle_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.files import from_anywhere
 from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, Kernel
 from rlhf_cli.models.heads import SCORE, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
 from rlhf_cli.models.logps import PLAIN_LOGITS, LogitRule, find_rule, token_logps
+from rlhf_cli.models.sharding import Shards, on_main, shard_like
 from rlhf_cli.models.targets import adapter_state, foreign_tokens, with_targets, without_output_tokens
+
+T = TypeVar("T")
 
 BASE = "base"  # the role of the bare base model, whatever adapters sit on it
 
@@ -44,9 +47,21 @@ class Backbone:
     under gradient checkpointing a layer that is recomputed under another adapter yields wrong gradients without a word.
     """
 
-    def __init__(self, model: Any, compute_dtype: torch.dtype, attention: str = "auto", headless: bool = False) -> None:
-        """`headless`: the output head is not part of the model's weights, so its logits mean nothing and are not checked."""
+    def __init__(
+        self,
+        model: Any,
+        compute_dtype: torch.dtype,
+        attention: str = "auto",
+        headless: bool = False,
+        shards: Shards | None = None,
+    ) -> None:
+        """`headless`: the output head is not part of the model's weights, so its logits mean nothing and are not checked.
+
+        `shards`: of the model, where this rank holds no more of it.
+        """
         self.model = model
+        self.shards = shards
+        self.held: dict[str, torch.Tensor] = {}  # what was in shards, whole while it is saved
         self.peft: Any = None
         self.compute_dtype = compute_dtype
         self.device: torch.device = model.device
@@ -56,7 +71,6 @@ class Backbone:
         self.alias: dict[str, str] = {}  # roles that are another role's weights, e.g. reference → base
         self.elsewhere: dict[str, Backbone] = {}  # roles whose frozen weights are another model's
         self.pad_id: int | None = None  # what a saved reward model's config names as padding
-        model.requires_grad_(False)
         model.config.use_cache = False
         text = model.config.get_text_config().to_dict()
         self.window: int | None = text.get("sliding_window") if text.get("use_sliding_window", True) else None
@@ -64,6 +78,7 @@ class Backbone:
         self._plain: str = model.config._attn_implementation
         self.rule: LogitRule = PLAIN_LOGITS
         self.kernel = self._choose_kernel(attention, headless)
+        model.requires_grad_(False)
 
     def add_lora(self, role: str, config: LoraConfig, state: dict[str, torch.Tensor] | None, *, trained: bool) -> None:
         """Give `role` an adapter of its own: fresh (B = 0), or with the tensors of `state`. A frozen one has no dropout.
@@ -197,6 +212,21 @@ class Backbone:
     def has_dropout(self) -> bool:
         return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for host in self.hosts for m in host.model.modules())
 
+    def run(self, forward: Callable[..., T], *arguments: Any) -> T:
+        """A forward pass of the body, or of more than it, with the weights that it needs at hand."""
+        return forward(*arguments) if self.shards is None else self.shards.run(forward, *arguments)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, each rank forwards what it likes, without gradients. All ranks must come in, and out."""
+        with self.shards.whole() if self.shards is not None else contextlib.nullcontext():
+            yield
+
+    def rest(self) -> None:
+        """Nothing that was gathered for a pass is needed any more, whether it came to its end or not."""
+        if self.shards is not None:
+            self.shards.settle()
+
     def hidden(self, role: str, batch: Batch) -> torch.Tensor:
         """Last hidden states, (R·L, D), of a batch that is on the backbone's device."""
         self.activate(role)
@@ -215,8 +245,13 @@ class Backbone:
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """`logps` at several temperatures from one forward pass; the head runs on the N states that predict something."""
         host = self.at(role)
-        states = host.hidden(role, batch)[batch.source]
-        found = {temperature: host._head(states, batch.target, temperature) for temperature in temperatures}
+        host.activate(role)
+
+        def forward() -> dict[float, tuple[torch.Tensor, torch.Tensor]]:
+            states = host.hidden(role, batch)[batch.source]
+            return {temperature: host._head(states, batch.target, temperature) for temperature in temperatures}
+
+        found = host.run(forward)
         return tuple(found[temperature][0] for temperature in temperatures), found[temperatures[0]][1]
 
     def scores(self, role: str, batch: Batch) -> torch.Tensor:
@@ -229,7 +264,8 @@ class Backbone:
 
     def _scalars(self, role: str, batch: Batch, places: torch.Tensor) -> torch.Tensor:
         host = self.at(role)
-        states = host.hidden(role, batch)[places].float()
+        host.activate(role)
+        states = host.run(host.hidden, role, batch)[places].float()
         with torch.autocast(self.device.type, enabled=False):
             found: torch.Tensor = host.heads[role](states)[:, 0]
         return found
@@ -248,7 +284,7 @@ class Backbone:
             raise UsageError(f"{folder}: {len(missing)} weights of this model are not in it, the first is {missing[0]}")
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(found[name])
+                parameter.copy_(shard_like(found[name], parameter))
 
     def _has_adapter(self, role: str) -> bool:
         return self.peft is not None and role in self.peft.peft_config
@@ -262,7 +298,7 @@ class Backbone:
         set_peft_model_state_dict(self.peft, state | foreign, adapter_name=role)
 
     def save(self, role: str, folder: Path) -> None:
-        """Write what plain PEFT (an adapter) or transformers (all weights) loads."""
+        """Write what plain PEFT (an adapter) or transformers (all weights) loads. Of shards, what is held whole is written."""
         head = self.heads[role].weight if role in self.heads else None
         if self._has_adapter(role):
             config, state = self.peft.peft_config[role], adapter_state(self.peft, role)
@@ -271,14 +307,33 @@ class Backbone:
                 config = dataclasses.replace(config, task_type="SEQ_CLS", modules_to_save=["score"], inference_mode=True)
             save_adapter(folder, state, config)
         elif head is None:
-            self.model.save_pretrained(str(folder))
+            self.model.save_pretrained(str(folder), state_dict=self.held or None)
         else:
-            save_full_reward(self.model, head, self.pad_id, folder)
+            save_full_reward(self.model, head, self.pad_id, folder, self.held)
 
-    def batches(self, trees: list[Tree], budget: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """The forward passes of this rank for a global batch, on the device."""
-        for rows in plan_passes(trees, ranks, budget, self.kernel.layout)[rank]:
+    @contextlib.contextmanager
+    def gathered(self, keep: bool) -> Iterator[None]:
+        """Inside, a rank that is to `keep` what is in shards may save it. All ranks must come in."""
+        if self.shards is not None and not self.peft:
+            self.held = on_main(self.model.state_dict(keep_vars=True), keep)
+        try:
+            yield
+        finally:
+            self.held = {}
+
+    def batches(self, trees: Sequence[Tree], budget: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """The forward passes of this rank for a global batch, on the device; of shards as many on each rank, some idle."""
+        own, idle = plan_passes(trees, ranks, budget, self.kernel.layout)[rank], 0
+        if self.shards is not None:
+            number = self.shards.sharding.most(len(own))
+            own = [] if self.shards.sharding.idle else own
+            idle = number - len(own)
+        for rows in own:
             yield build_batch(trees, rows).to(self.device)
+        for _ in range(idle):
+            yield idle_batch(trees).to(self.device)
+        for host in self.hosts:
+            host.rest()
 
     def _head(self, hidden: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         head = self.model.get_output_embeddings()
@@ -300,6 +355,8 @@ class Backbone:
             yield self.model
         finally:
             self._use(self.kernel)
+            if self.shards is not None:
+                self.shards.rest()
 
     def _use(self, kernel: Kernel) -> None:
         self.model.set_attn_implementation(self._plain if kernel.name == PLAIN else kernel.name)
@@ -333,7 +390,7 @@ class Backbone:
         found: dict[tuple[int, int], torch.Tensor] = {}
         for rows in plan_passes(trees, 1, 256, self.kernel.layout)[0]:
             batch = build_batch(trees, rows).to(self.device)
-            states = self.hidden(BASE, batch)[batch.source]
+            states = self.run(self.hidden, BASE, batch)[batch.source]
             names = [(piece.tree, b) for row in rows for piece in row for b in piece.branches]
             found |= {name: states[batch.owner == number].float() for number, name in enumerate(names)}
         return torch.cat([found[name] for name in sorted(found)])
@@ -341,12 +398,19 @@ class Backbone:
     @torch.no_grad()
     def _find_rule(self, trees: list[Tree]) -> LogitRule:
         """What makes the model's own logits of its head's numbers. UsageError: nothing that is known here does."""
-        head, own, heads = self.model.get_output_embeddings(), [], []
+        own, heads = [], []
+
+        def of_head(ids: torch.Tensor) -> torch.Tensor:
+            numbers: torch.Tensor = self.model.get_output_embeddings()(
+                self.body(input_ids=ids, use_cache=False).last_hidden_state
+            )
+            return numbers[0].float()
+
         for tree in trees:
             ids = torch.from_numpy(np.concatenate((tree.prompt, *tree.responses)).astype(np.int64)).to(self.device)[None]
             with self.autocast():
                 own.append(self.model(input_ids=ids, use_cache=False).logits[0].float())
-                heads.append(head(self.body(input_ids=ids, use_cache=False).last_hidden_state)[0].float())
+                heads.append(self.run(of_head, ids))
         logits = torch.cat(own)
         if not torch.isfinite(logits).all():
             raise NumberError("the model's logits are not finite before any training: its weights are damaged")

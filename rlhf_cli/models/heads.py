@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,19 @@ def choose_pad_id(tokenizer: Any, ends: list[int]) -> int | None:
     return next((int(i) for i in (*named, *special) if i is not None and i not in ends), None)
 
 
-def save_full_reward(model: Any, head: torch.Tensor, pad_id: int | None, folder: Path) -> None:
-    """Write a causal language model's body and a head as a sequence classifier with one label."""
+def save_full_reward(
+    model: Any, head: torch.Tensor, pad_id: int | None, folder: Path, held: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write a causal language model's body and a head as a sequence classifier with one label.
+
+    `held`: the weights, where the model's own are in shards.
+    """
     config = copy.deepcopy(model.config)
     config.num_labels, config.pad_token_id = 1, pad_id
     unused = {id(p) for p in model.get_output_embeddings().parameters()} if not config.tie_word_embeddings else set()
-    state = {name: p.detach() for name, p in model.state_dict(keep_vars=True).items() if id(p) not in unused}
+    state = {
+        name: held[name] if held else p.detach() for name, p in model.state_dict(keep_vars=True).items() if id(p) not in unused
+    }
     with torch.device("meta"):
         classifier = classifier_class(config)(config)
     classifier.load_state_dict(state | {SCORE: head.detach()}, strict=False, assign=True)

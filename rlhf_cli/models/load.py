@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -91,9 +91,16 @@ def positions_of(config: Any) -> int | None:
 
 
 def load_model(
-    settings: sections.Model, path: str, revision: str | None, dtype: torch.dtype, device: torch.device, headless: bool = False
+    settings: sections.Model,
+    path: str,
+    revision: str | None,
+    dtype: torch.dtype | Literal["auto"],
+    device: torch.device,
+    headless: bool = False,
 ) -> Any:
-    """The causal language model of a folder or hub id, its weights in `dtype`; `headless`: its output head may be missing.
+    """The causal language model of a folder or hub id, its weights in `dtype` (auto: as in its files).
+
+    `headless`: its output head may be missing.
 
     Raises UsageError if weights are missing (they would be random) or exist as pickles only, MachineError if the hub or the
     quantisation library is out of reach.
@@ -270,7 +277,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
 
 
-def _quantization(setting: str, dtype: torch.dtype) -> Any:
+def _quantization(setting: str, dtype: torch.dtype | Literal["auto"]) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

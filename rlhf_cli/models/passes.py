@@ -30,6 +30,11 @@ class Passes:
         return replace(self, budget=budget)
 
 
+def parts(values: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """So many values for each, one after the other."""
+    return np.split(values, np.cumsum(counts, dtype=np.int64)[:-1]) if counts else []
+
+
 @torch.no_grad()
 def score_responses(
     backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks | None, batch_size: int = 64
@@ -42,10 +47,11 @@ def score_responses(
     backbone.model.eval()
     rank, size = (ranks.rank, ranks.size) if ranks else (0, 1)
     found: dict[int, np.ndarray] = {}
-    for start in range(0, len(trees), batch_size):
+    most = len(trees) if backbone.shards is None else backbone.shards.sharding.most(len(trees))
+    for start in range(0, most, batch_size):
         for batch in backbone.batches(list(trees[start : start + batch_size]), budget, rank, size):
             scores = backbone.scores(role, batch).double().cpu().numpy()
-            own = np.split(scores, np.cumsum(batch.counts)[:-1])
+            own = parts(scores, batch.counts)
             found |= {start + tree: part for tree, part in zip(batch.trees, own, strict=True)}
     if ranks:
         found = {tree: part for share in ranks.gather(found) for tree, part in share.items()}

@@ -15,16 +15,20 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import BASE, Backbone, lora_config
 from rlhf_cli.models.load import Weights, is_reward_model, load_model, read_adapter
 from rlhf_cli.models.memory import return_freed
+from rlhf_cli.models.sharding import Sharding, Shards
 
 
 class FrozenModels:
     """Frozen models, each loaded once, whatever roles share it."""
 
-    def __init__(self, settings: sections.Model, compute: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, settings: sections.Model, compute: torch.dtype, device: torch.device, sharding: Sharding | None = None
+    ) -> None:
         self.hosts: dict[str, Backbone] = {}  # role → the backbone that holds its weights
         self._settings = settings
         self._compute = compute
-        self._device = device
+        self._device = device if sharding is None else torch.device("cpu")
+        self._sharding = sharding
         self._models: dict[tuple[str, str | None], Backbone] = {}
         self._temporary: tuple[str, str | None] | None = None
 
@@ -52,7 +56,8 @@ class FrozenModels:
         if key not in self._models:
             headless = is_reward_model(weights.base, weights.revision)
             model = load_model(self._settings, weights.base, weights.revision, self._compute, self._device, headless)
-            self._models[key] = Backbone(model, self._compute, self._settings.attention, headless)
+            shards = None if self._sharding is None else Shards(model, self._sharding)
+            self._models[key] = Backbone(model, self._compute, self._settings.attention, headless, shards)
         return self._models[key]
 
     @contextlib.contextmanager
@@ -84,7 +89,7 @@ class Placement(FrozenModels):
 
     def __init__(self, policy: Backbone, settings: sections.Model, base: Weights, device: torch.device) -> None:
         """`base` is what the policy's adapter sits on; a policy that trains all weights shares none of it."""
-        super().__init__(settings, policy.compute_dtype, device)
+        super().__init__(settings, policy.compute_dtype, device, policy.shards.sharding if policy.shards else None)
         self.policy = policy
         if policy.peft is not None:
             self._models[_key(base)] = policy

@@ -16,6 +16,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.heads import save_full_reward
 from rlhf_cli.models.load import Adapter, Weights, is_reward_model, load_model, read_adapter, resolve_dtype
+from rlhf_cli.models.sharding import Sharding, Shards
 
 
 def resolve_lora(setting: sections.Lora | str | None, parent: sections.Lora | None, place: str) -> sections.Lora | None:
@@ -61,6 +62,7 @@ def load_trained(
     seed: int,
     merged: Path,
     role: Literal["policy", "reward"] = "policy",
+    sharding: Sharding | None = None,
 ) -> tuple[Backbone, Weights]:
     """The backbone with its one trained role, and the base that the adapter sits on.
 
@@ -80,10 +82,15 @@ def load_trained(
     if merge and lora is not None and adapter is not None:
         _save_merged(settings, base, adapter, head if classifier else None, device, merged)
         base, adapter = Weights(str(merged), None, None), None
-    model = load_model(settings, base.base, base.revision, torch.float32 if lora is None else compute, device, headless)
+    dtype = torch.float32 if lora is None else compute
+    # What lies in shards is read as it is in its files, and of these no more than becomes a shard.
+    as_stored = sharding is not None and lora is None and adapter is None
+    place = device if sharding is None else torch.device("cpu")
+    model = load_model(settings, base.base, base.revision, "auto" if as_stored else dtype, place, headless)
     if merge and adapter is not None:
         model = merge_adapter(model, adapter)
-    backbone = Backbone(model, compute, settings.attention, headless)
+    shards = None if sharding is None else Shards(model, sharding, None if lora else dtype)
+    backbone = Backbone(model, compute, settings.attention, headless, shards)
     torch.manual_seed(seed)
     if role == "reward":
         backbone.add_head(role, head)

@@ -46,7 +46,7 @@ class UnpairedObjective(Objective):
 
         responses = read_responses(backbone, batch, self.reference)
         logratio = responses.logratio
-        desirable = torch.tensor([facts.label is True for facts in batch.facts], device=logratio.device)
+        desirable = torch.tensor([facts.label is True for facts in batch.facts], dtype=torch.bool, device=logratio.device)
         sums = {"logratio/mean": (logratio.detach().sum(), "trees")}
         for unit, mine in (("desirable", desirable), ("undesirable", ~desirable)):
             # A class without a response has no sum, so that its mean is absent and not 0.

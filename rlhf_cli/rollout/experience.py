@@ -112,7 +112,8 @@ class Sampler:
         share = range(self.ranks.rank, len(prompts), self.ranks.size)
         count = self.settings.responses_per_prompt if samples is None else samples
         mine = prompts[self.ranks.rank :: self.ranks.size]
-        own = together(self.ranks, lambda: self.respond(mine, share, seed, count, self.settings.max_new_tokens))
+        with self.backbone.whole():
+            own = together(self.ranks, lambda: self.respond(mine, share, seed, count, self.settings.max_new_tokens))
         return_freed()  # the copies of the weights that sampling used
         drawn_at = time.monotonic()
         share_of_trees, drawn = with_responses(mine, own), gather_shares(self.ranks, own)
@@ -120,7 +121,7 @@ class Sampler:
         answers = self._answers(trees, drawn)
         worth = self._worth(answers)
         self.pause()
-        tokens = gather_shares(self.ranks, together(self.ranks, lambda: self._tokens(share_of_trees, values)))
+        tokens = gather_shares(self.ranks, together(self.ranks, lambda: self._tokens(share_of_trees, values), joint=True))
         names = [f"reward/{term.name}" for term in self.terms] + [f"gold/{term.name}" for term in self.gold]
         terms = {name: rows[0] for name, rows in zip(names, worth, strict=True)}
         for name, term, rows in zip(names, (*self.terms, *self.gold), worth, strict=True):
@@ -181,10 +182,12 @@ class Sampler:
         shares = together(
             self.ranks,
             lambda: [
-                np.split(np.atleast_2d(term.score(own)), ends[:-1], 1) if len(ends) else []
+                np.split(scores, ends[:-1], 1) if len(ends) else []
                 for term in scorers
                 if term.needs_weights
+                for scores in [np.atleast_2d(term.score(own))]
             ],
+            joint=True,
         )
         shared = (np.concatenate(gather_shares(self.ranks, share), 1) for share in shares)
         asked = together(
@@ -226,7 +229,7 @@ def read_logps(backbone: Backbone, role: str, trees: Sequence[Tree], budget: int
     """(1, n) log π of the n supervised tokens of every response, [tree][response], on every rank."""
     own = trees[ranks.rank :: ranks.size]
     read = partial(token_figures, backbone, own, budget, lambda host, batch: (host.logps(role, batch)[0],))
-    return gather_shares(ranks, together(ranks, read))
+    return gather_shares(ranks, together(ranks, read, joint=True))
 
 
 def gather_shares(ranks: Ranks, own: Sequence[T]) -> list[T]:
@@ -235,8 +238,12 @@ def gather_shares(ranks: Ranks, own: Sequence[T]) -> list[T]:
     return [shares[number % ranks.size][number // ranks.size] for number in range(sum(map(len, shares)))]
 
 
-def together(ranks: Ranks, work: Callable[[], T]) -> T:
-    """`work` on this rank; what it raises on any rank ends the run on all, in order."""
+def together(ranks: Ranks, work: Callable[[], T], *, joint: bool = False) -> T:
+    """`work` on this rank; what it raises on any rank ends the run on all, in order.
+
+    `joint`: models forward in it. Where those lie in shards, the others wait in the middle of a pass, and are cut off.
+    """
+    cut_off = joint and ranks.sharding is not None
     error: RunError | None = None
     result: T | None = None
     try:
@@ -244,12 +251,16 @@ def together(ranks: Ranks, work: Callable[[], T]) -> T:
     except Stopped:
         raise
     except RunError as own:
+        if cut_off:
+            raise own.on_one_rank() from own
         error = own
     except (RuntimeError, MemoryError) as own:
         if not is_out_of_memory(own):
             raise
         advice = "set tokens_per_device lower, or draw fewer or shorter responses, then --resume"
         error = MachineError(f"out of memory while responses were drawn and judged; {advice}")
+        if cut_off:
+            raise error.on_one_rank() from own
     for found in ranks.gather(error and (type(error), str(error))):
         if found is not None:
             raise found[0](found[1]) from error

@@ -178,7 +178,7 @@ class JudgeScorer:
         prompts = [prompt_lines(plain_prompt(record.prompt)) for record in answers.records]
         if self.mode == "score":
             questions = [Question(p, text) for p, texts in zip(prompts, answers.texts, strict=True) for text in texts]
-            return (score(self.judge, questions) - MIDDLE) / REACH if questions else np.zeros(0)
+            return (score(self.judge, questions) - MIDDLE) / REACH if questions or self.needs_weights else np.zeros(0)
         starts = np.cumsum([0, *map(len, answers.texts)])
         pairs = [
             (int(start) + i, int(start) + j)

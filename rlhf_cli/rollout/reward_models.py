@@ -145,10 +145,8 @@ class RewardModelScorer:
         UsageError: the model cannot read an answer.
         NumberError: a score is not finite.
         """
-        if not answers.trees:
-            return np.zeros(0)
-        trees = self.reader(answers)
-        scores = np.concatenate(score_responses(self.backbone.at(self.role), self.role, trees, self.budget, None))
+        trees = self.reader(answers) if answers.trees else []
+        scores = np.concatenate([np.zeros(0), *score_responses(self.backbone.at(self.role), self.role, trees, self.budget, None)])
         check_finite(scores, answers.pairs, f"{self.reader.place}: reward model {self.name}")
         normalised: np.ndarray = (scores - self.mean) / self.std
         return normalised

@@ -30,7 +30,8 @@ def probe(sampler: Sampler, prompts: Sequence[Tree], seed: int) -> list[Tree]:
     """A few prompts with short responses, to check what must hold before the first step."""
     few, count = prompts[:PROBE_PROMPTS], sampler.settings.responses_per_prompt
     numbers = range(len(few))
-    drawn = together(sampler.ranks, lambda: sampler.respond(few, numbers, Stream.PROBE.seed(seed), count, PROBE_TOKENS))
+    with sampler.backbone.whole():
+        drawn = together(sampler.ranks, lambda: sampler.respond(few, numbers, Stream.PROBE.seed(seed), count, PROBE_TOKENS))
     return with_responses(few, drawn)
 
 

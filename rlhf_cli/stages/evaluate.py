@@ -25,7 +25,7 @@ from rlhf_cli.reports.terminal import terminal_table
 from rlhf_cli.runs.folder import RunFolder, move_aside, open_run
 from rlhf_cli.runs.manifest import build_manifest
 from rlhf_cli.runs.resume import is_as_before, record_inputs, recorded_recipe, refuse_other_inputs
-from rlhf_cli.stages.training import FINE, ending_together
+from rlhf_cli.stages.training import FINE, ending_together, refuse_apart
 from rlhf_cli.training.loop import peak_memory
 
 
@@ -55,6 +55,7 @@ def _open(job: EvaluationJob, resume: bool, force: bool) -> Iterator[RunFolder |
     output, ranks = Path(job.recipe.output), job.ranks
     with open_run(output, resume=resume, force=force) if ranks.main else RunFolder(output) as folder:
         ranks.barrier()
+        refuse_apart(ranks, output, job.inputs)
         done = False
         if resume:
             recipe = recorded_recipe(output)

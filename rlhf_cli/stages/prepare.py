@@ -26,7 +26,7 @@ from rlhf_cli.models.policy import parent_lora, resolve_lora
 from rlhf_cli.models.targets import ALL_LINEAR
 from rlhf_cli.models.tokens import token_ids
 from rlhf_cli.objectives.base import Objective
-from rlhf_cli.ranks import Ranks
+from rlhf_cli.ranks import Ranks, check_precision
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.lengths import Lengths, fitted
 from rlhf_cli.recipe.load import Loaded
@@ -194,6 +194,7 @@ def _resolve(
         recipe.lora, parent_lora(start.adapter, start.manifest and start.manifest.get("lora")), loaded.where("lora")
     )
     dtype = resolve_dtype(recipe.model.dtype, ranks.device)
+    check_precision(dtype, loaded.where("model.dtype"))
     memory = estimate(
         config,
         rank=lora.r if lora else None,
@@ -230,7 +231,7 @@ def _facts(job: TrainingJob) -> dict[str, str]:
         "objective": job.objective.kind,
         "dtype": recipe.model.dtype,
         "chat template": job.template.source,
-        "devices": f"{job.ranks.size} × {job.ranks.device.type}",
+        "devices": job.ranks.words,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from rlhf_cli.models.heads import choose_pad_id
 from rlhf_cli.models.load import Weights, name_ends
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.models.policy import load_trained
+from rlhf_cli.models.sharding import full
 from rlhf_cli.models.tokens import untouched
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.dump import flatten_section
@@ -74,6 +76,7 @@ def open_job(job: TrainingJob, *, check: bool, resume: bool, force: bool) -> Ite
             **job.dataset.fingerprints,
             **job.inputs,
         }
+        refuse_apart(ranks, output, inputs)
         done = False
         if resume:
             refuse_other_inputs(folder, job.recipe, inputs)
@@ -104,12 +107,32 @@ def open_job(job: TrainingJob, *, check: bool, resume: bool, force: bool) -> Ite
     ranks.close()
 
 
+def refuse_apart(ranks: Ranks, output: Path, inputs: Mapping[str, object]) -> None:
+    """UsageError: a rank, on another machine perhaps, does not see the folder that rank 0 made, or reads other files."""
+    seen = ranks.gather((socket.gethostname(), output.is_dir(), dict(inputs)))
+    for rank, (machine, sees, own) in enumerate(seen):
+        where = f"rank {rank} on {machine}"
+        if not sees:
+            raise UsageError(
+                f"output: {where} does not see {output}, which rank 0 made: it must be a folder that all machines share"
+            )
+        if other := [name for name, value in own.items() if value != seen[0][2].get(name)]:
+            raise UsageError(f"{where} reads other files than rank 0 under the same paths: {other[0]} differs; copy them anew")
+
+
 def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
     """The backbone with the role that the objective trains, and the base its adapter sits on."""
     recipe = job.recipe
     merged, role = Path(recipe.output) / "base", job.objective.role
     backbone, base = load_trained(
-        recipe.model, job.lora, job.start, device=job.ranks.device, seed=recipe.seed, merged=merged, role=role
+        recipe.model,
+        job.lora,
+        job.start,
+        device=job.ranks.device,
+        seed=recipe.seed,
+        merged=merged,
+        role=role,
+        sharding=job.ranks.sharding,
     )
     backbone.pad_id = choose_pad_id(job.tokenizer, backbone.stop_ids(job.tokenizer, job.template))
     job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")
@@ -125,9 +148,9 @@ def _untouched(job: TrainingJob, backbone: Backbone) -> list[str]:
     """Control tokens of the first row whose embeddings look as if they had never been learned, and are not trained now."""
     first, model = job.dataset.train.trees[0], backbone.model
     used = {int(i) for part in (first.prompt, *first.responses) for i in part} - {*(job.lora.train_tokens if job.lora else ())}
-    embeddings = [model.get_input_embeddings().weight]
+    embeddings = [full(model.get_input_embeddings().weight)]
     if job.objective.role == "policy" and not model.config.get_text_config().tie_word_embeddings:
-        embeddings.append(model.get_output_embeddings().weight)
+        embeddings.append(full(model.get_output_embeddings().weight))
     return list(job.tokenizer.convert_ids_to_tokens(untouched(embeddings, used & job.tokenizer.added_tokens_decoder.keys())))
 
 
@@ -214,11 +237,13 @@ def finish_job(
     parents: runs that were used beside the one it started from; fingerprints: of data beside the job's own.
     """
     job.signals.obey_at_once("after the last step; continue with --resume")
+    with trainer.backbone.gathered(job.ranks.main):
+        if job.ranks.main:
+            if not folder.metrics.exists():
+                raise folder.moved.on_one_rank()
+            with disk_errors(folder.model):
+                trainer.hooks.save_model(folder.model)
     if job.ranks.main:
-        if not folder.metrics.exists():
-            raise folder.moved.on_one_rank()
-        with disk_errors(folder.model):
-            trainer.hooks.save_model(folder.model)
         described = job.base if base.base == job.start.base else merged_base(base)
         assert described is not None
         usage, lineage = trainer.state.usage, (*((job.start.parent,) if job.start.parent else ()), *parents)

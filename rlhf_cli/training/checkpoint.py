@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.files import disk_errors, hash_tree, read_json, sync_folder, write_json
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.runs.folder import require_space
-from rlhf_cli.training.optim import optimizer_state, restore_optimizer
+from rlhf_cli.training.optim import restore_optimizer
 from rlhf_cli.training.partial_step import PartialStep, load_partial_step, save_partial_step
 from rlhf_cli.training.watch import Watched
 
@@ -88,13 +89,14 @@ def save_checkpoint(
     backbone: Backbone,
     role: str,
     save_model: Callable[[Path], None],
-    optimizer: torch.optim.Optimizer,
+    optimizer: tuple[dict[str, torch.Tensor], dict[str, Any]],
     state: State,
     partial: PartialStep | None = None,
 ) -> None:
     """Write step-<n> beside its place, sync it, read it back against its hashes, and rename it into place.
 
-    `save_model` writes the weights of `role`, as they are handed on; those of other trained roles lie beside them.
+    `save_model` writes the weights of `role`, as they are handed on; those of other trained roles lie beside them. `optimizer` is
+    its `optimizer_state`.
 
     MachineError: the disk is full or fails; what was there before is untouched.
     """
@@ -103,7 +105,7 @@ def save_checkpoint(
     final = checkpoint_path(folder, state.step, partial.updates if partial else 0)
     part = folder / f".{final.name}.tmp"
     parameters = backbone.trained_parameters()
-    tensors, numbers = optimizer_state(optimizer, parameters)
+    tensors, numbers = optimizer
     try:
         with disk_errors(final):
             folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -114,7 +115,11 @@ def _alone(backbone: Backbone, role: str, trees: list[Tree]) -> Values:
             for k, response in enumerate(tree.responses):
                 ids = torch.from_numpy(np.concatenate((tree.prompt, response)).astype(np.int64)).to(backbone.device)
                 if role in backbone.heads:
-                    state = backbone.body(input_ids=ids[None], use_cache=False).last_hidden_state[0, -1].float()
+                    state = (
+                        backbone.run(partial(backbone.body, input_ids=ids[None], use_cache=False))
+                        .last_hidden_state[0, -1]
+                        .float()
+                    )
                     found[number, k] = (backbone.heads[role].weight @ state).double().cpu()
                     continue
                 logps = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
@@ -127,7 +132,8 @@ def _alone(backbone: Backbone, role: str, trees: list[Tree]) -> Values:
 def _check_reference(passes: Passes, trees: list[Tree], noise: float) -> None:
     """Every response's log-ratio is 0 up to rounding; the message names what the reference looks like instead."""
     backbone = passes.backbone
-    for batch in passes.over(trees):
+    # In shards all ranks check the same passes, so that they all come to the same end.
+    for batch in passes.over(trees) if backbone.shards is None else backbone.batches(trees, passes.budget):
         policy = backbone.logps("policy", batch)[0]
         known = batch.reference if batch.reference is not None else backbone.logps("reference", batch)[0]
         sums = torch.zeros(3, len(batch.last), dtype=torch.float64, device=policy.device)

@@ -20,6 +20,7 @@ from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageE
 from rlhf_cli.files import write_json
 from rlhf_cli.metrics import REDRAWN, ZERO_SPREAD
 from rlhf_cli.models.passes import Passes
+from rlhf_cli.models.sharding import local
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.runs.folder import MetricsLog, RunFolder
 from rlhf_cli.signals import StopSignals
@@ -34,7 +35,7 @@ from rlhf_cli.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from rlhf_cli.training.optim import Schedule, build_optimizer, learning_rate
+from rlhf_cli.training.optim import Schedule, build_optimizer, learning_rate, optimizer_state
 from rlhf_cli.training.partial_step import PartialStep
 from rlhf_cli.training.step import NonFinite, Update, optimise
 
@@ -262,10 +263,11 @@ class Trainer:
             raise self._kept(error, f"held-out responses after step {self.state.step}") from error
         sampling = 0.0
         last = self.state.step == self.steps or self.state.watched.stopped_by is not None
-        if self.ranks.main and (last or usage.sampling_seconds <= SAMPLES_SHARE * usage.seconds):
+        if self.ranks.gather(last or usage.sampling_seconds <= SAMPLES_SHARE * usage.seconds)[0]:
             asked = time.monotonic()
-            for line in self.hooks.sample():
-                self.samples.append({"step": self.state.step} | line)
+            with self.backbone.whole():
+                for line in self.hooks.sample() if self.ranks.main else ():
+                    self.samples.append({"step": self.state.step} | line)
             sampling = time.monotonic() - asked
         self.ranks.barrier()
         usage = dataclasses.replace(
@@ -292,25 +294,32 @@ class Trainer:
 
         NumberError: a trained weight is not finite; nothing is written.
         """
-        if broken := [name for name, p in self.backbone.trained_parameters().items() if not torch.isfinite(p).all()]:
+        parameters = self.backbone.trained_parameters()
+        found = [name for name, p in parameters.items() if not torch.isfinite(local(p)).all()]
+        if broken := [name for names in self.ranks.gather(found) for name in names]:
             raise NumberError(f"step {self.state.step}: {broken[0]} is not finite after the update; no checkpoint is written")
-        if self.ranks.main:
-            if not self.metrics.is_in_place():
-                raise self.run.moved.on_one_rank()
-            usage = dataclasses.replace(self.state.usage, peak_memory=self.peak_memory)
-            (size, digest), (samples_size, samples_digest) = self.metrics.sync(), self.samples.sync()
-            self._advance(usage=usage, logs=LogSizes(size, samples_size, digest, samples_digest))
-            save_checkpoint(
-                self.run.checkpoints,
-                self.backbone,
-                self.objective.role,
-                self.hooks.save_model,
-                self.optimizer,
-                self.state,
-                self.partial,
-            )
-            prune(self.run.checkpoints, self.settings.keep_checkpoints, self.state.watched.best_step)
+        optimizer = optimizer_state(self.optimizer, parameters)
+        with self.backbone.gathered(self.ranks.main):
+            if self.ranks.main:
+                self._write(optimizer)
         self.ranks.barrier()
+
+    def _write(self, optimizer: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:
+        if not self.metrics.is_in_place():
+            raise self.run.moved.on_one_rank()
+        usage = dataclasses.replace(self.state.usage, peak_memory=self.peak_memory)
+        (size, digest), (samples_size, samples_digest) = self.metrics.sync(), self.samples.sync()
+        self._advance(usage=usage, logs=LogSizes(size, samples_size, digest, samples_digest))
+        save_checkpoint(
+            self.run.checkpoints,
+            self.backbone,
+            self.objective.role,
+            self.hooks.save_model,
+            optimizer,
+            self.state,
+            self.partial,
+        )
+        prune(self.run.checkpoints, self.settings.keep_checkpoints, self.state.watched.best_step)
 
     def _is_unsaved(self) -> bool:
         """As rank 0 sees it, for all: saving is a joint affair."""

@@ -11,11 +11,12 @@ import torch
 
 from rlhf_cli import sections
 from rlhf_cli.errors import MachineError
+from rlhf_cli.models.sharding import alike, full, shard_like
 
 
 def build_optimizer(roles: Mapping[str, Mapping[str, torch.nn.Parameter]], train: sections.Train) -> torch.optim.Optimizer:
     """The recipe's optimiser over float32 parameters, a group for each trained role; every step sets their learning rates."""
-    values = [{"params": list(own.values()), "role": role} for role, own in roles.items()]
+    values = [{"params": some, "role": role} for role, own in roles.items() for some in alike(own.values())]
     rate = train.learning_rate or 0.0
     if train.optimizer == "sgd":
         return torch.optim.SGD(values, lr=rate, weight_decay=train.weight_decay)
@@ -67,13 +68,16 @@ class Schedule:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The state per parameter name: tensors under "name|entry", and plain numbers under the same keys."""
+    """The state per parameter name: tensors under "name|entry", and plain numbers under the same keys.
+
+    What is in shards is gathered, for which all ranks must ask.
+    """
     state = {f"{name}|{entry}": value for name, p in parameters.items() for entry, value in optimizer.state[p].items()}
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for key, value in state.items():
         if torch.is_tensor(value):
-            own = value.detach().cpu().contiguous()
+            own = full(value.detach()).cpu().contiguous()
             place = own.untyped_storage().data_ptr()
             tensors[key] = own.clone() if place in seen else own  # a table that parameters share is of each of them in a file
             seen.add(place)
@@ -90,4 +94,4 @@ def restore_optimizer(
     for key, value in {**tensors, **numbers}.items():
         name, entry = key.rsplit("|", 1)
         p = parameters[name]
-        optimizer.state[p][entry] = value.to(p.device) if torch.is_tensor(value) else value
+        optimizer.state[p][entry] = shard_like(value, p) if torch.is_tensor(value) else value

@@ -27,7 +27,7 @@ from rlhf_cli.data.trees import Tree, supervised_tokens, tree_length
 from rlhf_cli.errors import NumberError
 from rlhf_cli.files import read_json
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.passes import Passes
+from rlhf_cli.models.passes import Passes, parts
 from rlhf_cli.runs.manifest import weights_hash
 from rlhf_cli.training.step import within_memory
 
@@ -330,6 +330,6 @@ class _Work:
         found: dict[int, np.ndarray] = {}
         for batch in passes.over(trees):
             values = passes.backbone.logps(self.role, batch)[0].cpu().numpy()
-            ends = np.cumsum([supervised_tokens(trees[index]) for index in batch.trees])
-            found |= dict(zip(batch.trees, np.split(values, ends[:-1]), strict=True))
+            own = parts(values, [supervised_tokens(trees[index]) for index in batch.trees])
+            found |= dict(zip(batch.trees, own, strict=True))
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.memory import LONG_PASS, is_out_of_memory, return_freed
 from rlhf_cli.models.passes import Passes
+from rlhf_cli.models.sharding import clip, local, multiply, total_norm
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.signals import Pause, no_pause
@@ -104,8 +106,8 @@ def optimise(passes: Passes, objective: Objective, optimizer: torch.optim.Optimi
         _check_gradients_exist(backbone, ranks)
     ranks.sum_gradients(parameters.values())
     if (scale := _loss_scale(backbone)) != 1:
-        torch._foreach_mul_(_gradients(parameters), 1 / scale)
-    norms = {role: float(torch.nn.utils.get_total_norm(_gradients(own))) for role, own in roles.items()}
+        multiply(_gradients(parameters), 1 / scale)
+    norms = {role: total_norm(_gradients(own)) for role, own in roles.items()}
     sums = Sums(statistics.totals) + _summed(found, counts, ranks)
     means = sums.means
     try:
@@ -114,8 +116,7 @@ def optimise(passes: Passes, objective: Objective, optimizer: torch.optim.Optimi
         if first and not backbone.has_dropout and (start_error := objective.start_error(means)):
             raise NumberError(f"step 1: {start_error}; nothing was trained")
         for role, own in roles.items():
-            total = torch.tensor(norms[role], device=next(iter(own.values())).device)
-            torch.nn.utils.clip_grads_with_norm_(list(own.values()), update.max_grad_norm, total)
+            clip(_gradients(own), update.max_grad_norm, norms[role])
         for group in optimizer.param_groups:
             group["lr"] = update.rates[group["role"]]
         optimizer.step()
@@ -253,12 +254,19 @@ def within_memory(passes: Passes, trees: Sequence[Tree], run: Callable[[Passes],
     """
     while True:
         result: list[T] = []
+        shards = passes.backbone.shards
+        if shards is not None:
+            shards.sharding.begin()
         try:
             result.append(run(passes))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         # Out here the error, and with it the pass's tensors, is gone.
+        if shards is not None and not result:
+            for host in passes.backbone.hosts:
+                host.rest()
+            shards.sharding.finish(partial(run, passes))
         if not passes.ranks.any(not result):
             return passes, result[0]
         budget, longest = passes.budget, max(map(tree_length, trees))
@@ -294,7 +302,7 @@ def _refusal(
     ranks: Ranks,
 ) -> NonFinite:
     rows = [row for p in passes if not all(math.isfinite(float(v)) for v in p.sums.values()) for row in p.rows]
-    tensor = next((n for n, g in gradients.items() if g is not None and not torch.isfinite(g).all()), None)
+    tensor = next((n for n, g in gradients.items() if g is not None and not torch.isfinite(local(g)).all()), None)
     suspects = sorted({row for share in ranks.gather(rows) for row in share})
     broken = sorted((name for name, value in means.items() if not math.isfinite(value)), key=lambda name: name != "loss")
     norm = next((norm for norm in norms.values() if not math.isfinite(norm)), math.nan)

@@ -1,0 +1,264 @@
+"""Models in shards over ranks: the runs of one process that holds them whole, in every stage, with any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_cli import sections
+from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.passes import Passes
+from rlhf_cli.models.sharding import Shards, full
+from rlhf_cli.objectives.sft import Sft
+from rlhf_cli.ranks import Ranks
+from rlhf_cli.training.optim import build_optimizer
+from rlhf_cli.training.step import Update, optimise
+from tests.invariance.agreement import agree, steps_of
+from tests.models.tiny_backbone import MODELS, draw_trees, make, packed_logps
+from tests.ranks import SHARDED, in_shards, launch, wait_for
+from tests.tiny import make_base, make_model, read_lines, rlhf, write_pairs, write_recipe, write_rows
+
+SGD = {"optimizer": "sgd", "learning_rate": 0.02}
+ONLINE: dict[str, Any] = {"reward": [{"model": "HOME/rm"}], "rollout": {"max_new_tokens": 6}, "data": {"max_length": 80}}
+RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sft": ("sft", "base", {"lora": {"r": 4}}),
+    "sft full": ("sft", "base", {"lora": None, "train": SGD}),
+    "sft full tied": ("sft", "tied", {"lora": None}),
+    "train-rm": ("train-rm", "tied", {"lora": {"r": 4}}),
+    "train-rm full": ("train-rm", "base", {"lora": None}),
+    "dpo recomputed": (
+        "dpo",
+        "sft",
+        {"lora": "auto", "reference": {"cache": False}, "model": {"gradient_checkpointing": True}, "train": SGD},
+    ),
+    "dpo full": ("dpo", "base", {"lora": None, "reference": {"cache": False}}),
+    "ipo": ("ipo", "base", {"lora": {"r": 4}, "objective": {"normalize": "token_mean"}}),
+    "kto full": ("kto", "tied", {"lora": None}),
+    "ppo": ("ppo", "sft", {"lora": "auto", **ONLINE}),
+    "ppo full": ("ppo", "sft", {"lora": None, **ONLINE, "train": SGD}),
+    "online dpo": ("dpo", "sft", {"lora": "auto", **ONLINE, "rollout": {"max_new_tokens": 6, "refresh": 2}}),
+}
+"""Name → command, start, and what its recipe says beside the common keys."""
+FOUR = ("sft full tied", "ppo")
+"""Those that four ranks share as well: five rows leave some of them without one."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, one whose embeddings are its head, a policy, a reward model, and rows."""
+    folder = tmp_path_factory.mktemp("sharded")
+    make_base(folder / "base")
+    make_model(folder / "tied", tied=True, initializer_range=0.2)
+    write_pairs(folder / "pairs.jsonl", 14)
+    write_pairs(folder / "pairs-eval.jsonl", 3, seed=1)
+    write_rows(folder / "rows.jsonl", 14)
+    write_rows(folder / "rows-eval.jsonl", 3, seed=1)
+    train = {"steps": 3, "learning_rate": 0.02, "save_every": None}
+    for name, stage in {"sft": "sft", "rm": "train-rm"}.items():
+        parts = folder / "base", folder / "pairs.jsonl", folder / name
+        assert rlhf(stage, write_recipe(folder / f"{name}.yaml", *parts, lora={"r": 4}, train=train)) == 0
+    return folder
+
+
+def command(home: Path, name: str, output: Path, **train: Any) -> list[str | Path]:
+    """4 steps of 5 rows: shares and batches that do not come out even."""
+    stage, start, given = RUNS[name]
+    given = json.loads(json.dumps(given).replace("HOME", str(home)))
+    rows = "rows" if stage in ("sft", "ppo") else "pairs"
+    given["train"] = (
+        {"batch_size": 5, "steps": 4, "eval_every": 2, "save_every": None, "tokens_per_device": 60}
+        | given.get("train", {})
+        | train
+    )
+    given["data"] = {"eval": str(home / f"{rows}-eval.jsonl")} | given.get("data", {})
+    return [stage, write_recipe(output.with_suffix(".yaml"), home / start, home / f"{rows}.jsonl", output, **given)]
+
+
+Whole = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Whole:
+    """The run of a name in one process, made once."""
+
+    def find(name: str) -> Path:
+        output = home / f"whole {name}"
+        if not output.exists():
+            assert rlhf(*command(home, name, output)) == 0
+        return output
+
+    return find
+
+
+def same(a: Path, b: Path) -> None:
+    """Samples too; before the first step implicit rewards are rounding and nothing else."""
+    sgd = "optimizer: sgd" in (a / "recipe.yaml").read_text()
+    agree(a, b, steps_of(4, 2), rounding=("rewards/", "logratio/", "margin/"), figures=1e-5, weights=1e-6 if sgd else 1e-5)
+    assert [read_lines(run / "samples.jsonl") for run in (a, b) if (run / "samples.jsonl").exists()][::2] == [
+        read_lines(run / "samples.jsonl") for run in (a, b) if (run / "samples.jsonl").exists()
+    ][1::2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks"), [*((name, 2) for name in RUNS), *((name, 4) for name in FOUR)])
+def test_ranks_that_share_every_model_are_one(name: str, ranks: int, home: Path, whole: Whole, tmp_path: Path) -> None:
+    in_shards(*command(home, name, tmp_path / "shards"), ranks=ranks)
+    same(whole(name), tmp_path / "shards")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft full tied", "ppo full"])
+def test_the_number_of_ranks_may_change(name: str, home: Path, whole: Whole, tmp_path: Path) -> None:
+    """Two ranks are stopped by a signal, four by another, and one process ends the run; its checkpoints are plain files."""
+    words = [*command(home, name, tmp_path / "run"), "--set", "train.save_every=1"]
+    for number, ranks in enumerate((2, 4)):
+        launched = launch(*words, *(["--resume"] if number else []), ranks=ranks, settings=SHARDED)
+        wait_for(tmp_path / "run" / "checkpoints" / f"step-{number + 1:08d}", launched)
+        launched.send_signal(signal.SIGTERM)
+        code, errors = launched.wait()
+        assert code in (0, 143), errors
+    assert rlhf(*words, "--resume") == 0
+    same(whole(name), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_in_words(home: Path, tmp_path: Path) -> None:
+    words = command(home, "sft full", tmp_path / "run", steps=4000, save_every=1, eval_every=None)
+    launched = launch(*words, ranks=2, settings=SHARDED)
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000002", launched)
+    os.kill(launched.pids[1], signal.SIGKILL)
+    launched.wait(60)
+    assert launched.processes[0].exitcode == 4
+    assert "another rank ended or cannot be reached" in launched.errors and "continue with --resume" in launched.errors
+    assert "Traceback" not in launched.errors
+
+
+BATCHES = [draw_trees(6, seed) for seed in range(3)]
+
+
+def _shards(model: Any, ranks: Ranks) -> Shards:
+    assert ranks.sharding is not None
+    return Shards(model, ranks.sharding)
+
+
+class Broken(torch.nn.Module):
+    """Passes its input on, and runs out of memory where a pass has more than so many tokens: forward, or on the way back."""
+
+    def __init__(self, limit: int, backward: bool) -> None:
+        super().__init__()
+        self.limit, self.backward = limit, backward
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if states.shape[0] * states.shape[1] <= self.limit:
+            return states
+        if not self.backward:
+            raise torch.OutOfMemoryError("no more memory")
+        if states.requires_grad:
+            states.register_hook(self._fail)
+        return states
+
+    def _fail(self, _: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("no more memory")
+
+
+def short_of_memory(folder: str, kind: str, backward: str) -> int:
+    """A rank that trains for three steps; on the last one passes of more than 30 tokens fail, in the middle of the model."""
+    ranks = Ranks()
+    model = make("llama", tie_word_embeddings=True)
+    backbone = Backbone(model, torch.float32, shards=_shards(model, ranks))
+    if backward != "never" and ranks.rank == ranks.size - 1:
+        model.model.layers[1].mlp.register_forward_pre_hook(
+            lambda _, given, broken=Broken(30, backward == "backward"): (broken(given[0]),)
+        )
+    if kind == "full":
+        backbone.train_all_weights()
+    else:
+        from rlhf_cli.models.backbone import lora_config
+
+        torch.manual_seed(0)
+        backbone.add_lora("policy", lora_config(sections.Lora(r=4), "", None), None, trained=True)
+    optimizer, budget, told = build_optimizer(backbone.trained_roles, sections.Train()), 160, []
+    for step, trees in enumerate(BATCHES, 1):
+        result = optimise(Passes(backbone, budget, ranks), Sft(), optimizer, Update(step, trees, {"policy": 0.01}, 0.5, seed=0))
+        budget = result.budget
+        told.append([result.metrics["loss"], result.metrics["grad_norm"], budget])
+    weights = {name: full(p).detach().clone() for name, p in backbone.trained_parameters().items()}
+    if ranks.main:
+        torch.save((told, weights), Path(folder) / f"{kind}-{backward}-{ranks.size}.pt")
+    ranks.close()
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_memory_that_runs_out_on_one_rank_is_replayed_on_all(kind: str, tmp_path: Path) -> None:
+    """In the middle of a pass, where the others wait for its shards: they come to the end, and all begin anew."""
+    found = {}
+    for backward in ("never", "forward", "backward"):
+        code, errors = launch(tmp_path, kind, backward, ranks=2, function=short_of_memory, settings=SHARDED).wait()
+        assert code == 0, errors
+        found[backward] = torch.load(tmp_path / f"{kind}-{backward}-2.pt")
+    wanted, weights = found["never"]
+    assert [budget for _, _, budget in wanted] == [160] * 3
+    for backward in ("forward", "backward"):
+        told, own = found[backward]
+        assert told[-1][2] < 160
+        assert [line[:2] for line in told] == [pytest.approx(line[:2], abs=1e-5) for line in wanted]
+        assert max(float((own[name] - weights[name]).abs().max()) for name in weights) < 1e-5
+
+
+def probe_families(folder: str) -> int:
+    """Log-probabilities of models whose weights lie in shards, of each family that is tried."""
+    ranks, trees, found = Ranks(), draw_trees(4, branches=2), {}
+    for name in MODELS:
+        model = make(name)
+        backbone = Backbone(model, torch.float32, shards=_shards(model, ranks))
+        backbone.train_all_weights()
+        with torch.no_grad():
+            found[name] = packed_logps(backbone, trees, 60)
+        assert all(type(p).__name__ == "DTensor" for p in backbone.model.parameters()), "all are let go of"
+    if ranks.main:
+        torch.save(found, Path(folder) / f"{ranks.size}.pt")
+    ranks.close()
+    return 0
+
+
+@pytest.mark.slow
+def test_families_in_shards_have_their_own_numbers(tmp_path: Path) -> None:
+    code, errors = launch(tmp_path, ranks=2, function=probe_families, settings=SHARDED).wait()
+    assert code == 0, errors
+    found = torch.load(tmp_path / "2.pt")
+    for name in MODELS:
+        backbone = Backbone(make(name), torch.float32)
+        backbone.train_all_weights()
+        with torch.no_grad():
+            wanted = packed_logps(backbone, draw_trees(4, branches=2), 60)
+        assert float((found[name] - wanted).abs().max()) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 1 is not supported; set fsdp_version: 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED is not supported: models are sharded by FSDP2 alone"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is not supported; set it to false"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "the recipe says model.gradient_checkpointing: true"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "fsdp_auto_wrap_policy is not supported"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision: bf16, but this run computes in float32"),
+    ],
+    ids=["fsdp1", "deepspeed", "offload", "checkpointing", "size-based", "precision"],
+)
+def test_what_a_launch_asks_for_and_is_not_done_is_refused(
+    settings: dict[str, str], message: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name, value in (SHARDED | settings).items():
+        monkeypatch.setenv(name, value)
+    assert rlhf(*command(home, "sft", tmp_path / "run"), "--check") == 2
+    assert message in " ".join(capsys.readouterr().err.split())
