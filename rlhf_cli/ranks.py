@@ -38,14 +38,16 @@ class Ranks:
         plugin = _fsdp()
         self.rank, self.size = 0, 1
         self.sharding: Sharding | None = None
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if not expected:
-            return
         launched = "RANK" in os.environ
         # PartialState does not look at ACCELERATE_USE_CPU by itself, and without a GPU would take each rank for the only one.
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not launched else "cpu"
+        self.device = torch.device("cpu" if on_cpu else gpu)
+        if not expected:
+            return
+        more = {"timeout": timedelta(hours=2)} if launched else {}
         with _signals_end_at_once():
-            self._state: Any = PartialState(cpu=on_cpu, **({"timeout": timedelta(hours=2)} if launched else {}))
+            self._state: Any = PartialState(cpu=self.device.type == "cpu", **more)
         self.rank = self._state.process_index
         self.size = self._state.num_processes
         self.device = self._state.device

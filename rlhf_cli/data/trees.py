@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -97,8 +98,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if torch.is_tensor(value)}
-        recorded = self.recorded and Recorded(*(value.to(device, non_blocking=True) for value in self.recorded))
+        move = partial(torch.Tensor.to, device=device, non_blocking=device.type == "cuda")  # MPS would read what is freed since
+        tensors = {name: move(value) for name, value in vars(self).items() if torch.is_tensor(value)}
+        recorded = self.recorded and Recorded(*map(move, self.recorded))
         return Batch(**(vars(self) | tensors | {"recorded": recorded}))
 
 

@@ -22,7 +22,7 @@ from rlhf_cli.evaluation.votes import right_answers
 from rlhf_cli.figures import sampling
 from rlhf_cli.files import sha256_file
 from rlhf_cli.judges.question import address
-from rlhf_cli.models.load import positions_of, quiet_libraries, resolve_dtype
+from rlhf_cli.models.load import positions_of, quiet_libraries, refuse_on_mps, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.ranks import Ranks
@@ -238,6 +238,7 @@ def _resolved(
     recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel], rows: Mapping[str, SectionRows], ranks: Ranks
 ) -> recipes.EvalRecipe:
     """The recipe with the dtype and the budget in force: that of the model which takes the most memory."""
+    refuse_on_mps(ranks.device, attention=recipe.attention)
     dtype = resolve_dtype(recipe.dtype, ranks.device)
     budget = recipe.tokens_per_device
     if budget == "auto":

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -180,6 +180,11 @@ class Backbone:
         with self.autocast():
             return self.rule.logits(self.model.get_output_embeddings()(states.to(self.compute_dtype)).float())
 
+    @property
+    def home(self) -> torch.device:
+        """Where batches and the numbers of their tokens are: objectives compute in float64, which Apple's MPS lacks."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
     def at(self, role: str) -> Backbone:
         """The backbone that holds the weights of `role`: this one, or another frozen model's."""
         return self.elsewhere.get(role, self)
@@ -246,29 +251,31 @@ class Backbone:
         """`logps` at several temperatures from one forward pass; the head runs on the N states that predict something."""
         host = self.at(role)
         host.activate(role)
+        batch = batch.to(host.device)
 
         def forward() -> dict[float, tuple[torch.Tensor, torch.Tensor]]:
             states = host.hidden(role, batch)[batch.source]
             return {temperature: host._head(states, batch.target, temperature) for temperature in temperatures}
 
         found = host.run(forward)
-        return tuple(found[temperature][0] for temperature in temperatures), found[temperatures[0]][1]
+        return tuple(found[each][0].to(self.home) for each in temperatures), found[temperatures[0]][1].to(self.home)
 
     def scores(self, role: str, batch: Batch) -> torch.Tensor:
         """The role's scalar head at the last token of every response of the pass, (M,) float32."""
-        return self._scalars(role, batch, batch.last)
+        return self._scalars(role, batch, "last")
 
     def values(self, role: str, batch: Batch) -> torch.Tensor:
         """The role's scalar head at the state before every supervised token, (N,) float32."""
-        return self._scalars(role, batch, batch.source)
+        return self._scalars(role, batch, "source")
 
-    def _scalars(self, role: str, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+    def _scalars(self, role: str, batch: Batch, places: Literal["last", "source"]) -> torch.Tensor:
         host = self.at(role)
         host.activate(role)
-        states = host.run(host.hidden, role, batch)[places].float()
+        batch = batch.to(host.device)
+        states = host.run(host.hidden, role, batch)[getattr(batch, places)].float()
         with torch.autocast(self.device.type, enabled=False):
             found: torch.Tensor = host.heads[role](states)[:, 0]
-        return found
+        return found.to(self.home)
 
     def load(self, role: str, folder: Path) -> None:
         """Put back what `save` wrote, bit for bit. Raises UsageError if the folder's tensors are not those of this model."""
@@ -322,16 +329,16 @@ class Backbone:
             self.held = {}
 
     def batches(self, trees: Sequence[Tree], budget: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """The forward passes of this rank for a global batch, on the device; of shards as many on each rank, some idle."""
+        """The forward passes of this rank for a global batch, at `home`; of shards as many on each rank, some idle."""
         own, idle = plan_passes(trees, ranks, budget, self.kernel.layout)[rank], 0
         if self.shards is not None:
             number = self.shards.sharding.most(len(own))
             own = [] if self.shards.sharding.idle else own
             idle = number - len(own)
         for rows in own:
-            yield build_batch(trees, rows).to(self.device)
+            yield build_batch(trees, rows).to(self.home)
         for _ in range(idle):
-            yield idle_batch(trees).to(self.device)
+            yield idle_batch(trees).to(self.home)
         for host in self.hosts:
             host.rest()
 

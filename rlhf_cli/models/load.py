@@ -24,6 +24,7 @@ from rlhf_cli.models.memory import is_out_of_memory
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence in configurations
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ON_CPU = "run on the CPU (ACCELERATE_USE_CPU=1)"
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,24 @@ class Adapter(NamedTuple):
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that has it, and does not merely emulate it as those before Ampere do, else float32."""
+    """`auto` is bfloat16 on an NVIDIA GPU that has it, and does not merely emulate it as those before Ampere do, else float32.
+
+    UsageError: Apple's MPS has no bfloat16 before macOS 14.
+    """
+    if setting == "bfloat16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise UsageError(f"dtype: bfloat16: Apple's MPS has it from macOS 14 on. set float32, or {ON_CPU}")
     if setting != "auto":
         return DTYPES[setting]
     has = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has else torch.float32
+
+
+def refuse_on_mps(device: torch.device, **settings: str | None) -> None:
+    """UsageError: one of these keys asks for what has no kernels on Apple's MPS."""
+    lacking = ({"flash", "flex", "4bit", "8bit", "adamw_8bit"} if device.type == "mps" else set()) & {*settings.values()}
+    for name, value in settings.items():
+        if value in lacking:
+            raise UsageError(f"{name}: {value}: there are no kernels for it on Apple's MPS. take it out, or {ON_CPU}")
 
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:

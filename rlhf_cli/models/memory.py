@@ -76,11 +76,25 @@ def estimate(config: Any, *, rank: int | None, dtype: torch.dtype, checkpointing
 
 def auto_budget(memory: Memory, longest: int, device: torch.device, *, values: bool = False) -> int:
     """`tokens_per_device: auto`: what fits beside weights, optimiser and (`values`) a value, at least the longest tree."""
-    if device.type == "cuda":
-        room, most = torch.cuda.mem_get_info(device)[0] * 0.7 - memory.total(0), 2**17
+    if device.type != "cpu":
+        room, most = gpu_memory(device)[0] * 0.7 - memory.total(0), 2**17
     else:
         room, most = CPU_ACTIVATIONS, 4096
     return max(longest, min(int(room / memory.per_token / (SECOND_ROLE if values else 1)), most))
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """(free, all) bytes of a GPU; of Apple's what the system recommends, since it shares the machine's."""
+    if device.type == "mps":
+        most = torch.mps.recommended_max_memory()
+        return most - torch.mps.driver_allocated_memory(), most
+    return torch.cuda.mem_get_info(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give a GPU what torch keeps of its freed memory."""
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def return_freed() -> None:
@@ -90,6 +104,7 @@ def return_freed() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's out-of-memory, Python's, and that of torch's allocator on a CPU."""
+    """CUDA's out-of-memory, MPS's, Python's, and that of torch's allocator on a CPU."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    said = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+    return known or any(each in str(error) for each in said)

@@ -21,7 +21,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.models.attention import LAYER_TYPES, PLAIN
 from rlhf_cli.models.backbone import BASE, PROBE_TOLERANCE, Backbone
 from rlhf_cli.models.kv_cache import RowCache
-from rlhf_cli.models.memory import is_out_of_memory
+from rlhf_cli.models.memory import gpu_memory, is_out_of_memory
 from rlhf_cli.models.merging import merged
 from rlhf_cli.rollout.next_token import choose, draw_uniforms, warp
 from rlhf_cli.sections import Warping
@@ -114,8 +114,8 @@ class TransformersEngine:
         lengths = np.array([len(prompt) for prompt in request.prompts])
         logits = (LOGITS + WARPED * bool(request.warping.warps)) * 4 * self.vocabulary
         device, room = self.backbone.device, float(CPU_CACHE)
-        if device.type == "cuda":
-            room = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
+        if device.type != "cpu":
+            room = GPU_SHARE * gpu_memory(device)[1]
         for together in self.decoder.apart(np.argsort(-lengths, kind="stable"), lengths):
             rows = np.stack((np.repeat(together, request.samples), np.tile(np.arange(request.samples), len(together))), 1)
             row = self.fixed + self.per_token * (lengths[together[0]] + request.max_new_tokens) + logits
@@ -134,10 +134,10 @@ class TransformersEngine:
         if seen is not None:
             for own, (number, _) in zip(seen, wave, strict=True):
                 own[request.prompts[number]] = True
-            seen = seen.to(states.device)
+            seen = seen.to(self.backbone.home)
         for t in range(request.max_new_tokens):
-            chances = torch.from_numpy(uniforms[rows, t]).to(states.device)
-            logits = self.backbone.logits(states)
+            chances = torch.from_numpy(uniforms[rows, t]).to(self.backbone.home)
+            logits = self.backbone.logits(states).to(self.backbone.home)
             if seen is not None:
                 logits = warp(logits, request.temperature, request.warping, seen)
             tokens = choose(logits, request.temperature, chances)
@@ -159,7 +159,7 @@ class TransformersEngine:
                 order = decoder.keep(~ended)
                 left = torch.from_numpy(order).to(tokens.device)
                 rows, tokens, seen = rows[order], tokens[left], None if seen is None else seen[left]
-            states = decoder.append(tokens)
+            states = decoder.append(tokens.to(self.backbone.device))
 
 
 class _Aligned:

@@ -19,7 +19,7 @@ from rlhf_cli.data.requests import RowRequest
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.load import load_config, load_tokenizer, positions_of, quiet_libraries, resolve_dtype
+from rlhf_cli.models.load import load_config, load_tokenizer, positions_of, quiet_libraries, refuse_on_mps, resolve_dtype
 from rlhf_cli.models.memory import Memory, auto_budget, estimate
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.policy import parent_lora, resolve_lora
@@ -193,6 +193,8 @@ def _resolve(
     lora = resolve_lora(
         recipe.lora, parent_lora(start.adapter, start.manifest and start.manifest.get("lora")), loaded.where("lora")
     )
+    own = {"model.attention": recipe.model.attention, "model.quantize": recipe.model.quantize}
+    refuse_on_mps(ranks.device, **own, **{"train.optimizer": recipe.train.optimizer})
     dtype = resolve_dtype(recipe.model.dtype, ranks.device)
     check_precision(dtype, loaded.where("model.dtype"))
     memory = estimate(

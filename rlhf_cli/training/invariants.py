@@ -120,12 +120,12 @@ def _alone(backbone: Backbone, role: str, trees: list[Tree]) -> Values:
                         .last_hidden_state[0, -1]
                         .float()
                     )
-                    found[number, k] = (backbone.heads[role].weight @ state).double().cpu()
+                    found[number, k] = (backbone.heads[role].weight @ state).cpu().double()
                     continue
                 logps = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
                 earlier = tree.supervised if k == 0 else np.zeros(len(tree.prompt), bool)
                 learned = torch.from_numpy(np.concatenate((earlier, np.ones(len(response), bool)))[1:]).to(backbone.device)
-                found[number, k] = logps.gather(-1, ids[1:, None])[:, 0][learned].double().cpu()
+                found[number, k] = logps.gather(-1, ids[1:, None])[:, 0][learned].cpu().double()
     return found
 
 

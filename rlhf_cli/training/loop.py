@@ -357,5 +357,7 @@ class Trainer:
 
 
 def peak_memory() -> float:
-    """GiB: the GPU's allocations where there is one, else this process's resident memory."""
+    """GiB: the GPU's allocations where there is one (of Apple's those of now), else this process's resident memory."""
+    if torch.backends.mps.is_available():
+        return max(torch.mps.driver_allocated_memory() / 2**30, peak_memory_gib())
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak_memory_gib()

@@ -14,7 +14,7 @@ from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Batch, Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.memory import LONG_PASS, is_out_of_memory, return_freed
+from rlhf_cli.models.memory import LONG_PASS, empty_cache, is_out_of_memory, return_freed
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.sharding import clip, local, multiply, total_norm
 from rlhf_cli.objectives.base import Objective
@@ -276,8 +276,7 @@ def within_memory(passes: Passes, trees: Sequence[Tree], run: Callable[[Passes],
                 "shorten data.max_length or set model.gradient_checkpointing: true"
             )
         passes = passes.at_most(max(budget // 2, 1))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache(passes.backbone.device)
 
 
 def _check_gradients_exist(backbone: Backbone, ranks: Ranks) -> None:
