@@ -304,6 +304,11 @@ def _files(source: sections.Source, place: str, margin: str | None) -> list[tupl
     return [(str(file), read_file(file, columns)) for file in find_files(source.path, place, source.split)]
 
 
+def first_rows(source: sections.Source, place: str) -> list[Row]:
+    """The first objects of a source, as they are. UsageError that begins with `place`: there is no such source."""
+    return _peek(_files(source, place, None)[0][1])[1]
+
+
 def _peek(rows: Iterator[RawRow]) -> tuple[list[RawRow], list[Row]]:
     """The raw rows up to the hundredth object, and those objects."""
     head: list[RawRow] = []

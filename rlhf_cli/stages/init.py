@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from rlhf_cli import sections
-from rlhf_cli.data.formats import PROMPTS
+from rlhf_cli.data.formats import LESS, PROMPTS, readings
+from rlhf_cli.data.guess import guess
 from rlhf_cli.data.records import Record, plain_prompt, prompt_lines, spoken
+from rlhf_cli.data.sources import first_rows
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import write_atomic
 from rlhf_cli.recipe.dump import one_line
@@ -38,12 +43,9 @@ def write_recipe(stage: str, paths: Sequence[str], model: str | None, recipe: Pa
         raise UsageError(f"rlhf init {stage}: no such stage. {did_you_mean(stage, TRAINING_STAGES, ', '.join(TRAINING_STAGES))}")
     if recipe is not None and recipe.exists():
         raise UsageError(f"{recipe}: exists already, and is not overwritten. give another name")
-    rows = read_rows([sections.Source(path) for path in paths])
-    if stage not in rows.stages:
-        formats = ", ".join(dict.fromkeys(report.format for report in rows.reading.reports))
-        good = f"they are good for {', '.join(rows.stages)}" if rows.stages else "`rlhf data` shows what is in them"
-        raise UsageError(f"{paths[0]}: {formats} rows are of no use to {stage}. {good}")
-    text = "\n".join(_lines(stage, rows, paths, model)) + "\n"
+    sources = [_source(stage, path) for path in paths]
+    rows = read_rows([own.readable for own in sources])
+    text = "\n".join(_lines(stage, rows, sources, model)) + "\n"
     if recipe is None:
         return text
     schema = recipe.with_suffix(".schema.json")
@@ -52,7 +54,57 @@ def write_recipe(stage: str, paths: Sequence[str], model: str | None, recipe: Pa
     return f"{recipe}: written; `rlhf {stage} {recipe} --check` shows what it would do"
 
 
-def _lines(stage: str, rows: Rows, paths: Sequence[str], model: str | None) -> Iterator[str]:
+class _Source(NamedTuple):
+    """A file of rows, and what the recipe is to say of it."""
+
+    readable: sections.Source  # as its rows can be read, if only to see how long they are
+    format: str
+    columns: dict[str, str | None]  # ours → theirs, as guessed; None: to be filled in
+    there: list[str]  # the columns that it has
+
+
+def _source(stage: str, path: str) -> _Source:
+    """UsageError: the rows cannot be read, or are of a known format that is of no use to the stage."""
+    source, refusal = sections.Source(path), None
+    try:
+        found = read_rows([source])
+        if stage in found.stages:
+            return _Source(source, found.reading.reports[0].format, {}, [])
+        good = f"they are good for {', '.join(found.stages)}" if found.stages else "`rlhf data` shows what is in them"
+        report = found.reading.reports[0]
+        refusal = UsageError(f"{path}: {report.format} rows are of no use to {stage}. {good}")
+    except UsageError as error:
+        refusal = error
+    rows = first_rows(source, "the rows")
+    there = list(dict.fromkeys(str(name) for row in rows for name in row))
+    format, columns = guess(rows, ROW_USES[stage])
+    named = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
+    with suppress(UsageError):
+        guessed = dataclasses.replace(source, format=cast(Any, format.name), columns=named)
+        if named == columns and stage in read_rows([guessed]).stages:
+            return _Source(guessed, format.name, columns, there)
+    if len(there) < len(columns) or any({*readings(row)} - {*LESS} for row in rows):
+        raise refusal
+    whole = "\n\n".join(f"{{{name}}}" for name in there)
+    return _Source(dataclasses.replace(source, format="prompt", columns={"prompt": whole}), format.name, columns, there)
+
+
+def _columns(source: _Source) -> Iterator[str]:
+    if not source.columns:
+        return
+    if filled := all(source.columns.values()):
+        yield "      # A guess from the names of the columns. Mend it where it is wrong."
+    else:
+        yield "      # FILL IN which of your columns are meant."
+    yield f"      # The rows have: {', '.join(one_line(name) for name in source.there)}"
+    yield "      columns:"
+    for ours, theirs in source.columns.items():
+        told = "" if filled else "a guess" if theirs else "FILL IN"
+        text = f"        {ours}: {one_line(theirs) if theirs else ''}".rstrip()
+        yield _line(text, told) if told else text
+
+
+def _lines(stage: str, rows: Rows, sources: Sequence[_Source], model: str | None) -> Iterator[str]:
     found, draws, reports = figures(rows.records), ROW_USES[stage] is PROMPTS, rows.reading.reports
     most, room = _lengths(rows.records, model, with_responses=not draws)
     yield f"# `rlhf {stage} THIS --check` shows the plan, `rlhf {stage} --help` every key."
@@ -62,11 +114,12 @@ def _lines(stage: str, rows: Rows, paths: Sequence[str], model: str | None) -> I
     )
     yield "data:"
     yield "  train:"
-    for path, report in zip(paths, reports, strict=True):
+    for source, report in zip(sources, reports, strict=True):
         names = [name for name in (*report.left_out, *report.lent) if not (draws and rows.answer and name == rows.answer[0])]
         unread = f"; not read: {', '.join(names)}" if names else ""
-        yield f"    - path: {one_line(path)}"
-        yield _line(f"      format: {report.format}", f"{report.kept:,} rows{unread}")
+        yield f"    - path: {one_line(source.readable.path)}"
+        yield _line(f"      format: {source.format}", f"{report.kept:,} rows{unread}")
+        yield from _columns(source)
     if found["prompts"] >= LEAST_STEPS:
         yield _line("  holdout: 0.05", "of the prompts, to measure on; the same in every stage")
     what = "prompts" if draws else "rows"

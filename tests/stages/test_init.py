@@ -40,6 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     make_base(folder / "base")
     for shape in ("messages", "sharegpt", "alpaca", "preference", "hh", "scored", "unpaired", "prompt"):
         (folder / f"{shape}.jsonl").write_text("".join(json.dumps(row(shape, i)) + "\n" for i in range(COUNT)))
+    (folder / "one.jsonl").write_text('{"x": "Which is it?"}\n')
     yield folder
 
 
@@ -79,6 +80,86 @@ def test_the_answers_column_becomes_the_reward(home: Path, capsys: pytest.Captur
     assert found["reward"] == [{"match": {"column": "answer", "extract": "last-number", "compare": "number"}}]
 
 
+FOREIGN = {
+    "pair": lambda i: {"question": f"Which is {i}?", "good": f"It is {i}.", "bad": f"No {i}."},
+    "capitals": lambda i: {"Instruction": f"Which is {i}?", "Answer": f"It is {i}."},
+    "thumbs": lambda i: {"userQuery": f"Which is {i}?", "reply": f"It is {i}.", "thumbs_up": bool(i % 3)},
+    "named": lambda i: {"ask": f"Which is {i}?", "reply_a": f"It is {i}.", "reply_b": f"No {i}.", "preference": "ab"[i % 2]},
+    "number": lambda i: {"text_a": f"It is {i}.", "text_b": f"No {i}.", "label": i % 2, "about: it": f"Which is {i}?"},
+    "nameless": lambda i: {"x": f"Which is {i}?", "y": f"It is {i}."},
+    "two": lambda i: {"question": f"Which is {i}?", "good": f"It is {i}.", "better": f"It is {i} indeed.", "bad": f"No {i}."},
+}
+
+
+def foreign(folder: Path, shape: str) -> str:
+    path = folder / f"{shape}.jsonl"
+    path.write_text("".join(json.dumps(FOREIGN[shape](i)) + "\n" for i in range(COUNT)))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "shape", "format", "columns"),
+    [
+        ("dpo", "pair", "preference", {"prompt": "question", "chosen": "good", "rejected": "bad"}),
+        ("sft", "pair", "preference", {"prompt": "question", "chosen": "good", "rejected": "bad"}),
+        ("sft", "capitals", "prompt-completion", {"prompt": "Instruction", "completion": "Answer"}),
+        ("kto", "thumbs", "unpaired", {"prompt": "userQuery", "completion": "reply", "label": "thumbs_up"}),
+        ("sft", "thumbs", "unpaired", {"prompt": "userQuery", "completion": "reply", "label": "thumbs_up"}),
+        (
+            "train-rm",
+            "named",
+            "choice",
+            {"prompt": "ask", "response_a": "reply_a", "response_b": "reply_b", "winner": "preference"},
+        ),
+    ],
+)
+def test_columns_of_other_names_are_guessed(
+    stage: str, shape: str, format: str, columns: dict[str, str], home: Path, tmp_path: Path
+) -> None:
+    rows, recipe = foreign(tmp_path, shape), tmp_path / "r.yaml"
+    assert rlhf("init", stage, recipe, "--data", rows, "--model", home / "base") == 0
+    text = recipe.read_text()
+    assert yaml.safe_load(text)["data"]["train"] == [{"path": rows, "format": format, "columns": columns}]
+    assert "# A guess from the names of the columns. Mend it where it is wrong.\n" in text
+    assert f"# The rows have: {', '.join(FOREIGN[shape](0))}\n" in text
+    assert rlhf(stage, recipe, "--check") == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "shape", "guessed", "asked", "filled"),
+    [
+        ("dpo", "number", {"response_a": "text_a", "response_b": "text_b"}, ["prompt", "winner"], ["'about: it'", "label"]),
+        ("sft", "nameless", {}, ["prompt", "completion"], ["x", "y"]),
+        ("dpo", "two", {"prompt": "question", "rejected": "bad"}, ["chosen"], ["better"]),
+    ],
+)
+def test_columns_without_a_guess_are_to_be_filled_in(
+    stage: str,
+    shape: str,
+    guessed: dict[str, str],
+    asked: list[str],
+    filled: list[str],
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Numbers do not say whether 1 is the first or the second; of two columns of one meaning neither is taken."""
+    rows, recipe = foreign(tmp_path, shape), tmp_path / "r.yaml"
+    assert rlhf("init", stage, recipe, "--data", rows, "--model", home / "base") == 0
+    text = recipe.read_text()
+    (source,) = yaml.safe_load(text)["data"]["train"]
+    assert source["columns"] == guessed | dict.fromkeys(asked)
+    assert "# FILL IN which of your columns are meant.\n" in text
+    capsys.readouterr()
+    assert rlhf(stage, recipe, "--check") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[2] for line in said] == [f"data.train.0.columns.{name}" for name in asked]
+    for name, value in zip(asked, filled, strict=True):
+        text = text.replace(f"  {name}: ", f"  {name}: {value} ")
+    recipe.write_text(text)
+    assert rlhf(stage, recipe, "--check") == 0
+
+
 def test_what_has_to_be_filled_in_is_named_by_the_check(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rlhf("init", "ppo", tmp_path / "r.yaml", "--data", str(home / "messages.jsonl")) == 0
     assert rlhf("ppo", tmp_path / "r.yaml", "--check") == 2
@@ -92,13 +173,15 @@ def test_what_has_to_be_filled_in_is_named_by_the_check(home: Path, tmp_path: Pa
     [
         (["dpo", "--data", "HOME/unpaired.jsonl"], "unpaired rows are of no use to dpo. they are good for sft, kto, ppo"),
         (["dop", "--data", "HOME/hh.jsonl"], "rlhf init dop: no such stage. did you mean dpo?"),
+        (["sft", "--data", "HOME/one.jsonl"], "error: the rows: HOME/one.jsonl: found the columns x; rlhf needs messages | "),
+        (["dpo", "--data", "HOME/prompt.jsonl"], "prompt rows are of no use to dpo. they are good for ppo"),
         (["dpo"], "rlhf init: --data is missing"),
         (["dpo", "--data", "HOME/hhh.jsonl"], "error: the rows: no such file or folder: "),
     ],
 )
 def test_what_cannot_be_written(words: list[str], message: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rlhf("init", *(word.replace("HOME", str(home)) for word in words)) == 2
-    assert message in capsys.readouterr().err
+    assert message.replace("HOME", str(home)) in capsys.readouterr().err
 
 
 class TestData:
