@@ -149,7 +149,7 @@ class TestMakefile:
         env = {
             name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "OMP_", "TORCH_INDEX"))
         }
-        env |= {"JOBS": "1"} | ({} if index is None else {"TORCH_INDEX": index})
+        env |= {"JOBS": "1", "NPM": ""} | ({} if index is None else {"TORCH_INDEX": index})
         return subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
 
     def make(self, folder: Path, *words: str) -> list[str]:
