@@ -92,10 +92,11 @@ class Backbone:
         if not trained:
             config = dataclasses.replace(config, lora_dropout=0.0)  # it may run while the policy's dropout is on
         try:
-            if self.peft is None:
-                self.peft = get_peft_model(self.model, config, adapter_name=role)
-            else:
-                self.peft.add_adapter(role, config)
+            with self.shards.embeddings() if self.shards is not None else contextlib.nullcontext():
+                if self.peft is None:
+                    self.peft = get_peft_model(self.model, config, adapter_name=role)
+                else:
+                    self.peft.add_adapter(role, config)
         except ValueError as error:
             raise UsageError(f"lora: {str(error).splitlines()[0]}") from error
         if state is not None:

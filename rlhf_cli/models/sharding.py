@@ -160,6 +160,15 @@ class Shards:
             self.model.reset_iter_state()
 
     @contextlib.contextmanager
+    def embeddings(self) -> Iterator[None]:
+        """Embeddings and head on every rank: PEFT copies the tokens that an adapter trains."""
+        self.model.unshard()
+        try:
+            yield
+        finally:
+            self.model.reshard()
+
+    @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         """All weights on every rank: each computes without gradients and without the others."""
         if self._whole:
