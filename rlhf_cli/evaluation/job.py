@@ -25,7 +25,7 @@ from rlhf_cli.judges.question import address
 from rlhf_cli.models.load import positions_of, quiet_libraries, refuse_on_mps, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.models.placement import FrozenModels
-from rlhf_cli.ranks import Ranks
+from rlhf_cli.ranks import Ranks, check_precision
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.lengths import Lengths, fitted
 from rlhf_cli.recipe.load import Loaded
@@ -122,6 +122,7 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     started, recipe = time.monotonic(), recipe_of(loaded)
     signals.say("before the first model; nothing was drawn")
     console, ranks = of_rank(), Ranks(expected=not check)
+    check_precision(resolve_dtype(recipe.dtype, ranks.device), loaded.where("dtype"))
     tokenisations = Tokenisations()
     models = find_models(loaded, tokenisations, check)
     _check_roles(loaded, models)

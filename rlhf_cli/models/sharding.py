@@ -118,10 +118,13 @@ class Shards:
             )
 
         def share(module: Any, reshard: bool) -> None:
+            quantised = {name: vars(p) for name, p in module.named_parameters() if not p.is_floating_point()}
             for parameter in module.parameters():
                 if dtype is not None and not isinstance(parameter, DTensor):
                     parameter.data = parameter.data.to(dtype)
             fully_shard(module, mesh=sharding.mesh, reshard_after_forward=reshard)
+            for name, parameter in module.named_parameters():
+                vars(parameter).update(quantised.get(name, {}))  # what PEFT asks of a 4-bit weight
 
         # Gradients are reduced in the dtype that trained weights have at the first pass. What is trained has one dtype.
         model.requires_grad_(dtype is not None or len({p.dtype for p in model.parameters()}) == 1)

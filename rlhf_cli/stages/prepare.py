@@ -204,6 +204,10 @@ def _resolve(
         checkpointing=recipe.model.gradient_checkpointing,
         trust_remote_code=recipe.model.trust_remote_code,
     )
+    if ranks.sharding is not None and recipe.model.quantize == "8bit":
+        raise UsageError(f"{loaded.where('model.quantize')}: weights of 8 bits cannot be shared out in shards; those of 4bit can")
+    if ranks.sharding is not None and lora is None and recipe.train.optimizer == "adamw_8bit":
+        raise UsageError(f"{loaded.where('train.optimizer')}: adamw_8bit takes no weights in shards; use adamw, or lora")
     recipe = dataclasses.replace(recipe, lora=lora)
     asked = recipe.train.tokens_per_device
     longest = dataset.longest + (recipe.draws.responses_per_prompt * recipe.draws.max_new_tokens if recipe.draws else 0)

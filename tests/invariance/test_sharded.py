@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from rlhf_cli import sections
-from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.errors import UsageError
+from rlhf_cli.models.backbone import Backbone, lora_config
+from rlhf_cli.models.load import Weights, load_model
+from rlhf_cli.models.memory import return_freed
 from rlhf_cli.models.passes import Passes
+from rlhf_cli.models.policy import load_trained
 from rlhf_cli.models.sharding import Shards, full
 from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.ranks import Ranks
+from rlhf_cli.stages.training import refuse_apart
 from rlhf_cli.training.optim import build_optimizer
 from rlhf_cli.training.step import Update, optimise
 from tests.invariance.agreement import agree, steps_of
-from tests.models.tiny_backbone import MODELS, draw_trees, make, packed_logps
+from tests.models.tiny_backbone import MODELS, SHAPE, draw_trees, make
 from tests.ranks import SHARDED, in_shards, launch, wait_for
 from tests.tiny import make_base, make_model, read_lines, rlhf, write_pairs, write_recipe, write_rows
 
@@ -97,13 +107,13 @@ def whole(home: Path) -> Whole:
     return find
 
 
-def same(a: Path, b: Path) -> None:
-    """Samples too; before the first step implicit rewards are rounding and nothing else."""
+def same(a: Path, b: Path, *, samples: bool = True) -> None:
+    """Figures, weights and samples; before the first step implicit rewards are rounding and nothing else."""
     sgd = "optimizer: sgd" in (a / "recipe.yaml").read_text()
     agree(a, b, steps_of(4, 2), rounding=("rewards/", "logratio/", "margin/"), figures=1e-5, weights=1e-6 if sgd else 1e-5)
-    assert [read_lines(run / "samples.jsonl") for run in (a, b) if (run / "samples.jsonl").exists()][::2] == [
-        read_lines(run / "samples.jsonl") for run in (a, b) if (run / "samples.jsonl").exists()
-    ][1::2]
+    if samples and (a / "samples.jsonl").exists():
+        first, last = ([line for line in read_lines(run / "samples.jsonl") if line["step"] in (0, 4)] for run in (a, b))
+        assert first == last
 
 
 @pytest.mark.slow
@@ -180,8 +190,6 @@ def short_of_memory(folder: str, kind: str, backward: str) -> int:
     if kind == "full":
         backbone.train_all_weights()
     else:
-        from rlhf_cli.models.backbone import lora_config
-
         torch.manual_seed(0)
         backbone.add_lora("policy", lora_config(sections.Lora(r=4), "", None), None, trained=True)
     optimizer, budget, told = build_optimizer(backbone.trained_roles, sections.Train()), 160, []
@@ -214,16 +222,42 @@ def test_memory_that_runs_out_on_one_rank_is_replayed_on_all(kind: str, tmp_path
         assert max(float((own[name] - weights[name]).abs().max()) for name in weights) < 1e-5
 
 
-def probe_families(folder: str) -> int:
-    """Log-probabilities of models whose weights lie in shards, of each family that is tried."""
-    ranks, trees, found = Ranks(), draw_trees(4, branches=2), {}
-    for name in MODELS:
-        model = make(name)
-        backbone = Backbone(model, torch.float32, shards=_shards(model, ranks))
-        backbone.train_all_weights()
-        with torch.no_grad():
-            found[name] = packed_logps(backbone, trees, 60)
-        assert all(type(p).__name__ == "DTensor" for p in backbone.model.parameters()), "all are let go of"
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def build(kind: str) -> Any:
+    """ "llama", "llama tied", "mixtral" with four experts, …"""
+    name, _, more = kind.partition(" ")
+    if name == "mixtral":
+        torch.manual_seed(0)
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SHAPE, **MIXTURE)).eval()
+    return make(name, **({"tie_word_embeddings": True} if "tied" in more else {}))
+
+
+KINDS = [*MODELS, "llama lora", "llama lora tokens", "llama tied lora tokens", "mixtral", "mixtral lora"]
+"""Models, and what is trained of them: all weights, an adapter, or one and the embeddings of two tokens."""
+
+
+def train_kinds(folder: str) -> int:
+    """Three steps of each kind by SGD: what was logged, and the weights."""
+    ranks, found = Ranks(), {}
+    for kind in KINDS:
+        model = build(kind)
+        backbone = Backbone(model, torch.float32, shards=None if ranks.sharding is None else _shards(model, ranks))
+        torch.manual_seed(0)
+        if "lora" in kind:
+            tokens = (3, 7) if "tokens" in kind else ()
+            backbone.add_lora("policy", lora_config(sections.Lora(r=4, train_tokens=tokens), "", None), None, trained=True)
+        else:
+            backbone.train_all_weights()
+        optimizer, told = build_optimizer(backbone.trained_roles, sections.Train(optimizer="sgd")), []
+        for step, trees in enumerate(BATCHES, 1):
+            update = Update(step, trees, {"policy": 0.1}, 0.5, seed=0)
+            metrics = optimise(Passes(backbone, 40, ranks), Sft(), optimizer, update).metrics
+            told += [metrics["loss"], metrics["grad_norm"]]
+        weights = backbone.trained_parameters()
+        assert ranks.size == 1 or "lora" in kind or all(type(p).__name__ == "DTensor" for p in weights.values())
+        found[kind] = torch.tensor(told), {name: full(p).detach().clone() for name, p in weights.items()}
     if ranks.main:
         torch.save(found, Path(folder) / f"{ranks.size}.pt")
     ranks.close()
@@ -231,16 +265,133 @@ def probe_families(folder: str) -> int:
 
 
 @pytest.mark.slow
-def test_families_in_shards_have_their_own_numbers(tmp_path: Path) -> None:
-    code, errors = launch(tmp_path, ranks=2, function=probe_families, settings=SHARDED).wait()
+def test_families_in_shards_learn_the_same(tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        code, errors = launch(tmp_path, ranks=ranks, function=train_kinds, settings=SHARDED).wait()
+        assert code == 0, errors
+    one, two = (torch.load(tmp_path / f"{ranks}.pt") for ranks in (1, 2))
+    for kind in KINDS:
+        assert float((one[kind][0] - two[kind][0]).abs().max()) < 5e-6, kind
+        assert max(float((value - two[kind][1][name]).abs().max()) for name, value in one[kind][1].items()) < 1e-6, kind
+
+
+def load_shards(folder: str) -> int:
+    """What a rank's own memory grows by while it takes its shards of a model, as a share of the model's weights."""
+    ranks = Ranks()
+    settings = sections.Model(path="", dtype="float32")
+    model = load_model(settings, f"{folder}/large", None, torch.float32, torch.device("cpu"))
+    before, size = _own_memory(), sum(p.numel() * 4 for p in model.parameters())
+    shards = _shards(model, ranks)
+    gc.collect()
+    return_freed()
+    (Path(folder) / f"{ranks.rank}.txt").write_text(str((_own_memory() - before) / size))
+    assert shards.model is model
+    ranks.close()
+    return 0
+
+
+def _own_memory() -> int:
+    """Bytes that no file stands for."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is looked up in /proc")
+def test_a_rank_reads_no_more_than_its_shards(tmp_path: Path) -> None:
+    """Of 40 MiB of weights a half each; the files are mapped, and read where a shard is taken from them."""
+    make_model(tmp_path / "large", hidden_size=512, intermediate_size=1024, num_hidden_layers=5)
+    code, errors = launch(tmp_path, ranks=2, function=load_shards, settings=SHARDED).wait()
     assert code == 0, errors
-    found = torch.load(tmp_path / "2.pt")
-    for name in MODELS:
-        backbone = Backbone(make(name), torch.float32)
-        backbone.train_all_weights()
-        with torch.no_grad():
-            wanted = packed_logps(backbone, draw_trees(4, branches=2), 60)
-        assert float((found[name] - wanted).abs().max()) < 1e-5, name
+    shares = [float((tmp_path / f"{rank}.txt").read_text()) for rank in (0, 1)]
+    assert all(0.4 < share < 0.65 for share in shares), shares
+
+
+def train_quantised(folder: str) -> int:
+    """Three steps of an adapter on a base of 4 bits."""
+    ranks = Ranks()
+    settings, start = sections.Model(path="", dtype="float32", quantize="4bit"), Weights(f"{folder}/base", None, None)
+    backbone, _ = load_trained(
+        settings, sections.Lora(r=4), start, device=ranks.device, seed=0, merged=Path(), sharding=ranks.sharding
+    )
+    optimizer = build_optimizer(backbone.trained_roles, sections.Train(optimizer="sgd"))
+    told = [
+        optimise(Passes(backbone, 40, ranks), Sft(), optimizer, Update(step, trees, {"policy": 0.1}, 0.5, seed=0)).metrics["loss"]
+        for step, trees in enumerate(BATCHES, 1)
+    ]
+    if ranks.main:
+        torch.save(told, Path(folder) / f"{ranks.size}.pt")
+    ranks.close()
+    return 0
+
+
+@pytest.mark.slow
+def test_a_base_of_four_bits_lies_in_shards(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    make("llama", hidden_size=64, intermediate_size=128, initializer_range=0.1).save_pretrained(tmp_path / "base")
+    for ranks in (1, 2):
+        code, errors = launch(tmp_path, ranks=ranks, function=train_quantised, settings=SHARDED).wait()
+        assert code == 0, errors
+    assert torch.load(tmp_path / "1.pt") == pytest.approx(torch.load(tmp_path / "2.pt"), abs=1e-6)
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def accelerate(config: str, *words: str | Path) -> subprocess.Popen[str]:
+    """`accelerate launch` as a user would, without a GPU."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(CONFIGS.parent)}
+    return subprocess.Popen([*launcher, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_the_shipped_configs_launch(home: Path, whole: Whole, tmp_path: Path) -> None:
+    """Shards on one machine; and on two, for which two launchers on this one stand."""
+    name, alone, apart = "sft full tied", tmp_path / "alone", tmp_path / "apart"
+    runs = [accelerate("fsdp2.yaml", "-m", "rlhf_cli", *command(home, name, alone))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for machine in ("0", "1"):
+        place = ["--num_processes", "2", "--machine_rank", machine, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+        runs.append(accelerate("two-nodes.yaml", *place, "-m", "rlhf_cli", *command(home, name, apart)))
+    said = [run.communicate(timeout=240)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], said
+    assert "2 × cpu, weights in shards" in said[0] and "2 × cpu, weights in shards" in said[1]
+    same(whole(name), alone, samples=False)
+    same(whole(name), apart, samples=False)
+
+
+def test_the_shipped_configs_are_accelerates(tmp_path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {path.name: load_config_from_file(str(path)).distributed_type.value for path in CONFIGS.glob("*.yaml")}
+    assert kinds == {"ddp.yaml": "MULTI_GPU", "fsdp2.yaml": "FSDP", "two-nodes.yaml": "FSDP"}
+
+
+def other_files(folder: str) -> int:
+    """Rank 1 sees another folder, or other rows, than rank 0."""
+    ranks = Ranks()
+    for output, rows in ((Path(folder) / "nowhere" / str(ranks.rank), "1"), (Path(folder), str(ranks.rank))):
+        if ranks.main:
+            output.mkdir(parents=True, exist_ok=True)
+        ranks.barrier()
+        try:
+            refuse_apart(ranks, output, {"base": "x", "rows.jsonl": rows})
+        except UsageError as error:
+            print(error)
+    ranks.close()
+    return 0
+
+
+@pytest.mark.slow
+def test_machines_that_see_other_files_are_told(tmp_path: Path) -> None:
+    launched = launch(tmp_path, ranks=2, function=other_files)
+    assert launched.wait()[0] == 0, launched.errors
+    first, second = launched.said.splitlines()
+    assert "rank 1 on" in first and "it must be a folder that all machines share" in first
+    assert second.endswith("reads other files than rank 0 under the same paths: rows.jsonl differs; copy them anew")
 
 
 @pytest.mark.parametrize(
