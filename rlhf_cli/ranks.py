@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin, PartialState
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from rlhf_cli.errors import UsageError
-from rlhf_cli.models.sharding import Sharding, collective
+from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.signals import stopping
 
 LAYERS = "TRANSFORMER_BASED_WRAP"
@@ -24,6 +24,50 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 GRADIENT_BUCKET = 2**24
 """Elements of one gradient reduction: 64 MiB."""
+
+
+@dataclass
+class Sharding:
+    """How a launch shards models, and what its ranks have exchanged since `begin`.
+
+    All ranks issue the same collectives in the same order. One whose memory runs out in the middle goes through what is left
+    with idle passes (`finish`), so that the others, which wait for it, come to the end and hear of it.
+    """
+
+    mesh: DeviceMesh
+    reshard: bool = True  # let go of a layer between its forward and its backward
+    layer: str | None = None  # the class of the layers, where the launch names one
+    exchanged: int = 0
+    skipped: int = 0  # the first so many are not issued again
+    agreed: dict[int, int] = field(default_factory=dict)  # number of an exchange → what the ranks agreed on
+    idle: bool = False  # passes are idle ones
+
+    def begin(self) -> None:
+        """What follows is gone through again from here, should memory run out in it."""
+        self.exchanged, self.skipped = 0, 0
+        self.agreed.clear()
+
+    def finish(self, work: Callable[[], Any]) -> None:
+        """Take part in the rest of `work`, which was begun and broken off."""
+        self.exchanged, self.skipped, self.idle = 0, self.exchanged, True
+        try:
+            work()
+        finally:
+            self.skipped, self.idle = 0, False
+
+    def is_due(self) -> bool:
+        """Count an exchange; False: it has been issued before."""
+        self.exchanged += 1
+        return self.exchanged > self.skipped
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.is_due():
+            found = torch.tensor([number], device=self.mesh.device_type)
+            with collective():
+                dist.all_reduce(found, dist.ReduceOp.MAX, self.mesh.get_group())
+            self.agreed[self.exchanged] = int(found)
+        return self.agreed[self.exchanged]
 
 
 class Ranks:
@@ -182,3 +226,13 @@ def _signals_end_at_once() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def collective() -> Iterator[None]:
+    """What ranks do together fails when another rank is gone; that rank has said why."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0].split("] ", 1)[-1][:120]
+        raise MachineError(f"another rank ended or cannot be reached ({reason}); continue with --resume") from error

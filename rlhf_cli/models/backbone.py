@@ -6,41 +6,31 @@ import contextlib
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
 from rlhf_cli import sections
 from rlhf_cli.data.templates import Template, read_chat_format
 from rlhf_cli.data.trees import Batch, Tree, build_batch, idle_batch, plan_passes
-from rlhf_cli.errors import NumberError, UsageError
+from rlhf_cli.errors import UsageError
 from rlhf_cli.files import from_anywhere
-from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, Kernel
+from rlhf_cli.models.body import Body
 from rlhf_cli.models.heads import SCORE, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
-from rlhf_cli.models.logps import PLAIN_LOGITS, LogitRule, find_rule, token_logps
 from rlhf_cli.models.sharding import Shards, on_main, shard_like
 from rlhf_cli.models.targets import adapter_state, foreign_tokens, with_targets, without_output_tokens
 
-T = TypeVar("T")
-
 BASE = "base"  # the role of the bare base model, whatever adapters sit on it
-
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of a token's packed and separate hidden states, relative to their norm."""
 
 ADAPTER_PART = re.compile(r"\.(?:lora_|trainable_tokens_)")
 """What begins the names of an adapter's parameters, behind a layer's."""
 
-HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""Largest difference between the model's logits and what its rule makes of head · hidden, relative to the largest logit."""
 
-
-class Backbone:
+class Backbone(Body):
     """A causal language model whose roles share one base.
 
     `lora: null` gives the role "policy" the model's own weights. A role is active from its forward to the end of its backward:
@@ -59,26 +49,15 @@ class Backbone:
 
         `shards`: of the model, where this rank holds no more of it.
         """
-        self.model = model
-        self.shards = shards
+        super().__init__(model, compute_dtype, attention, headless, shards)
         self.held: dict[str, torch.Tensor] = {}  # what was in shards, whole while it is saved
         self.peft: Any = None
-        self.compute_dtype = compute_dtype
-        self.device: torch.device = model.device
         self.active: str | None = None
         self.trained: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
         self.heads: dict[str, torch.nn.Linear] = {}
         self.alias: dict[str, str] = {}  # roles that are another role's weights, e.g. reference → base
         self.elsewhere: dict[str, Backbone] = {}  # roles whose frozen weights are another model's
         self.pad_id: int | None = None  # what a saved reward model's config names as padding
-        model.config.use_cache = False
-        text = model.config.get_text_config().to_dict()
-        self.window: int | None = text.get("sliding_window") if text.get("use_sliding_window", True) else None
-        self.layer_types = tuple(dict.fromkeys(text.get("layer_types") or ()))
-        self._plain: str = model.config._attn_implementation
-        self.rule: LogitRule = PLAIN_LOGITS
-        self.kernel = self._choose_kernel(attention, headless)
-        model.requires_grad_(False)
 
     def add_lora(self, role: str, config: LoraConfig, state: dict[str, torch.Tensor] | None, *, trained: bool) -> None:
         """Give `role` an adapter of its own: fresh (B = 0), or with the tensors of `state`. A frozen one has no dropout.
@@ -169,23 +148,6 @@ class Backbone:
             parameter.requires_grad_(name in trained)
         self.active = role
 
-    @property
-    def body(self) -> Any:
-        """The model without its output head."""
-        inner = self.model.base_model
-        # Llama 4's text model calls it otherwise than its class says; then transformers takes the whole model for the body.
-        return inner if inner is not self.model else self.model.model
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The model's own logits of last hidden states (…, D): (…, V) float32."""
-        with self.autocast():
-            return self.rule.logits(self.model.get_output_embeddings()(states.to(self.compute_dtype)).float())
-
-    @property
-    def home(self) -> torch.device:
-        """Where batches and the numbers of their tokens are: objectives compute in float64, which Apple's MPS lacks."""
-        return torch.device("cpu") if self.device.type == "mps" else self.device
-
     def at(self, role: str) -> Backbone:
         """The backbone that holds the weights of `role`: this one, or another frozen model's."""
         return self.elsewhere.get(role, self)
@@ -218,28 +180,10 @@ class Backbone:
     def has_dropout(self) -> bool:
         return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for host in self.hosts for m in host.model.modules())
 
-    def run(self, forward: Callable[..., T], *arguments: Any) -> T:
-        """A forward pass of the body, or of more than it, with the weights that it needs at hand."""
-        return forward(*arguments) if self.shards is None else self.shards.run(forward, *arguments)
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside, each rank forwards what it likes, without gradients. All ranks must come in, and out."""
-        with self.shards.whole() if self.shards is not None else contextlib.nullcontext():
-            yield
-
-    def rest(self) -> None:
-        """Nothing that was gathered for a pass is needed any more, whether it came to its end or not."""
-        if self.shards is not None:
-            self.shards.settle()
-
     def hidden(self, role: str, batch: Batch) -> torch.Tensor:
         """Last hidden states, (R·L, D), of a batch that is on the backbone's device."""
         self.activate(role)
-        arguments = self.kernel.arguments(batch, self.layer_types, self.window, self.compute_dtype)
-        with self.autocast():
-            out = self.body(input_ids=batch.ids, use_cache=False, **arguments)
-        return torch.flatten(out.last_hidden_state, 0, 1)
+        return self.states(batch)
 
     def logps(self, role: str, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (N,) of the batch's supervised tokens, float32, and whether each is the most likely one (N,)."""
@@ -342,93 +286,6 @@ class Backbone:
             yield idle_batch(trees).to(self.home)
         for host in self.hosts:
             host.rest()
-
-    def _head(self, hidden: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        head = self.model.get_output_embeddings()
-        bias = getattr(head, "bias", None)  # where tokens are trained, PEFT's layer has none
-        bias = None if bias is None else bias.to(self.compute_dtype)
-        weight, rule = head.weight.to(self.compute_dtype), self.rule.at(temperature)
-        return token_logps(hidden.to(self.compute_dtype), weight, bias, target, rule)
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.compute_dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.compute_dtype)
-
-    @contextlib.contextmanager
-    def plain_attention(self) -> Iterator[Any]:
-        """The model as transformers knows it, for `generate` and other callers that bring their own masks."""
-        self._use(KERNELS["alone"])
-        try:
-            yield self.model
-        finally:
-            self._use(self.kernel)
-            if self.shards is not None:
-                self.shards.rest()
-
-    def _use(self, kernel: Kernel) -> None:
-        self.model.set_attn_implementation(self._plain if kernel.name == PLAIN else kernel.name)
-
-    def _choose_kernel(self, setting: str, headless: bool) -> Kernel:
-        """The first candidate that gives the same hidden states packed as alone, by a probe with two branches."""
-        random = np.random.default_rng(0)
-        ids = [random.integers(0, self.model.config.get_text_config().vocab_size, n).astype(np.int32) for n in (7, 5, 6, 4, 3)]
-        trees = [Tree(ids[0], np.zeros(7, bool), (ids[1], ids[2]), 0), Tree(ids[3], np.zeros(4, bool), (ids[4],), 1)]
-        self.kernel = KERNELS["alone"]
-        wanted = self._probe(trees)
-        if not headless:
-            self.rule = self._find_rule(trees)
-        candidates = ("trees",) * (setting == "auto" and self.device.type == "cpu") + CANDIDATES[setting]
-        if not LAYER_TYPES.issuperset(self.layer_types):
-            candidates = tuple(name for name in candidates if KERNELS[name].layout == "alone")
-        for name in candidates:
-            self.kernel = KERNELS[name]
-            # What a model does with a mask or a keyword that it does not know is its own affair: any of these errors.
-            with contextlib.suppress(NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, ImportError):
-                self._use(self.kernel)
-                found = self._probe(trees)
-                if ((found - wanted).norm(dim=-1) <= PROBE_TOLERANCE[self.compute_dtype] * wanted.norm(dim=-1)).all():
-                    return self.kernel
-        raise UsageError(f"model.attention: {setting} does not work with this model here; leave it at auto")
-
-    @torch.no_grad()
-    def _probe(self, trees: list[Tree]) -> torch.Tensor:
-        """Hidden states before every supervised token, (N, D), in the order of tree and response."""
-        self.model.eval()
-        found: dict[tuple[int, int], torch.Tensor] = {}
-        for rows in plan_passes(trees, 1, 256, self.kernel.layout)[0]:
-            batch = build_batch(trees, rows).to(self.device)
-            states = self.run(self.hidden, BASE, batch)[batch.source]
-            names = [(piece.tree, b) for row in rows for piece in row for b in piece.branches]
-            found |= {name: states[batch.owner == number].float() for number, name in enumerate(names)}
-        return torch.cat([found[name] for name in sorted(found)])
-
-    @torch.no_grad()
-    def _find_rule(self, trees: list[Tree]) -> LogitRule:
-        """What makes the model's own logits of its head's numbers. UsageError: nothing that is known here does."""
-        own, heads = [], []
-
-        def of_head(ids: torch.Tensor) -> torch.Tensor:
-            numbers: torch.Tensor = self.model.get_output_embeddings()(
-                self.body(input_ids=ids, use_cache=False).last_hidden_state
-            )
-            return numbers[0].float()
-
-        for tree in trees:
-            ids = torch.from_numpy(np.concatenate((tree.prompt, *tree.responses)).astype(np.int64)).to(self.device)[None]
-            with self.autocast():
-                own.append(self.model(input_ids=ids, use_cache=False).logits[0].float())
-                heads.append(self.run(of_head, ids))
-        logits = torch.cat(own)
-        if not torch.isfinite(logits).all():
-            raise NumberError("the model's logits are not finite before any training: its weights are damaged")
-        rule, difference = find_rule(self.model.config.get_text_config().to_dict(), torch.cat(heads), logits)
-        if difference > HEAD_TOLERANCE[self.compute_dtype]:
-            raise UsageError(
-                f"the model's logits are not its head times its hidden states, scaled or soft-capped as its config says (they "
-                f"differ by {difference:.2%}): this model is not supported"
-            )
-        return rule
 
 
 def end_ids(model: Any, *more: int) -> list[int]:

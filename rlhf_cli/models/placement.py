@@ -15,7 +15,8 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import BASE, Backbone, lora_config
 from rlhf_cli.models.load import Weights, is_reward_model, load_model, read_adapter
 from rlhf_cli.models.memory import return_freed
-from rlhf_cli.models.sharding import Sharding, Shards
+from rlhf_cli.models.sharding import Shards
+from rlhf_cli.ranks import Sharding
 
 
 class FrozenModels:

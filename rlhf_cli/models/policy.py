@@ -16,7 +16,8 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.heads import save_full_reward
 from rlhf_cli.models.load import Adapter, Weights, is_reward_model, load_model, read_adapter, resolve_dtype
-from rlhf_cli.models.sharding import Sharding, Shards
+from rlhf_cli.models.sharding import Shards
+from rlhf_cli.ranks import Sharding
 
 
 def resolve_lora(setting: sections.Lora | str | None, parent: sections.Lora | None, place: str) -> sections.Lora | None:

@@ -5,76 +5,17 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rlhf_cli.errors import MachineError, UsageError
-from rlhf_cli.models.memory import is_out_of_memory
+from rlhf_cli.errors import UsageError
+from rlhf_cli.ranks import Sharding, collective
 
 T = TypeVar("T")
-
-
-@dataclass
-class Sharding:
-    """How a launch shards models, and what its ranks have exchanged since `begin`.
-
-    All ranks issue the same collectives in the same order. One whose memory runs out in the middle goes through what is left
-    with idle passes (`finish`), so that the others, which wait for it, come to the end and hear of it.
-    """
-
-    mesh: DeviceMesh
-    reshard: bool = True  # let go of a layer between its forward and its backward
-    layer: str | None = None  # the class of the layers, where the launch names one
-    exchanged: int = 0
-    skipped: int = 0  # the first so many are not issued again
-    agreed: dict[int, int] = field(default_factory=dict)  # number of an exchange → what the ranks agreed on
-    idle: bool = False  # passes are idle ones
-
-    def begin(self) -> None:
-        """What follows is gone through again from here, should memory run out in it."""
-        self.exchanged, self.skipped = 0, 0
-        self.agreed.clear()
-
-    def finish(self, work: Callable[[], Any]) -> None:
-        """Take part in the rest of `work`, which was begun and broken off."""
-        self.exchanged, self.skipped, self.idle = 0, self.exchanged, True
-        try:
-            work()
-        finally:
-            self.skipped, self.idle = 0, False
-
-    def is_due(self) -> bool:
-        """Count an exchange; False: it has been issued before."""
-        self.exchanged += 1
-        return self.exchanged > self.skipped
-
-    def most(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
-        if self.is_due():
-            found = torch.tensor([number], device=self.mesh.device_type)
-            with collective():
-                dist.all_reduce(found, dist.ReduceOp.MAX, self.mesh.get_group())
-            self.agreed[self.exchanged] = int(found)
-        return self.agreed[self.exchanged]
-
-
-@contextlib.contextmanager
-def collective() -> Iterator[None]:
-    """What ranks do together fails when another rank is gone; that rank has said why."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        reason = str(error).strip().split("\n")[0].split("] ", 1)[-1][:120]
-        raise MachineError(f"another rank ended or cannot be reached ({reason}); continue with --resume") from error
 
 
 class _AllGather(DefaultAllGather):

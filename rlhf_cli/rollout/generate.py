@@ -19,7 +19,8 @@ import torch
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.attention import LAYER_TYPES, PLAIN
-from rlhf_cli.models.backbone import BASE, PROBE_TOLERANCE, Backbone
+from rlhf_cli.models.backbone import BASE, Backbone
+from rlhf_cli.models.body import PROBE_TOLERANCE
 from rlhf_cli.models.kv_cache import RowCache
 from rlhf_cli.models.memory import gpu_memory, is_out_of_memory
 from rlhf_cli.models.merging import merged

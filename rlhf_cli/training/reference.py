@@ -48,7 +48,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
 INDIFFERENT = frozenset({"base_model_name_or_path", "revision", "lora_dropout", "inference_mode", "peft_version", "task_type"})
 """Entries of adapter_config.json that change no value of a forward pass in evaluation mode."""
 
-CODE = ("data/trees.py", "models/attention.py", "models/backbone.py", "models/logps.py", "training/reference.py")
+CODE = (
+    "data/trees.py",
+    "models/attention.py",
+    "models/backbone.py",
+    "models/body.py",
+    "models/logps.py",
+    "training/reference.py",
+)
 """What computes; another version of it never reads what this one wrote."""
 
 
