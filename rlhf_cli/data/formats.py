@@ -276,7 +276,7 @@ FORMATS: dict[str, Format] = {
 
 _COLUMNS = (*(format.columns for format in FORMATS.values()), *(format.optional for format in FORMATS.values()), BESIDE_PROMPTS)
 KNOWN_COLUMNS = (*dict.fromkeys(chain(*_COLUMNS)), "subset")  # `subset` of any row is the group it is counted in
-RENAME = "; name those that are meant in data.train.0.columns: {ours: theirs}"
+RENAME = "; in a recipe, beside the path, name those that are meant: columns: {ours: theirs}"
 ALIASES = {"prompt": ("instruction", "question", "query", "problem"), "completion": ("response", "output", "answer", "solution")}
 """Names that other data sets use; only for the suggestion in an error, never read on their own."""
 
@@ -393,5 +393,5 @@ def _rename_hint(rows: Sequence[Row], use: Use) -> str:
     for format in use.formats.values():
         missing = [name for name in format.columns if name not in has]
         if missing and not lost and all(len(ours[name]) == 1 for name in missing):
-            return f"; perhaps data.train.0.columns: {{{', '.join(f'{name}: {ours[name][0]}' for name in missing)}}}"
+            return f"; in a recipe, beside the path, perhaps columns: {{{', '.join(f'{name}: {ours[name][0]}' for name in missing)}}}"
     return ""

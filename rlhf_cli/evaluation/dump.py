@@ -26,7 +26,8 @@ def dump_pairs(job: EvaluationJob, path: Path, samples: Mapping[str, Samples], o
         rows = pair_rows(samples, outcomes)
         words = f"{len(rows):,} pairs of responses of {', '.join(samples)}"
     if not rows:
-        job.console.warn(f"{path}: not written, since the judge sees no difference between any two responses to a prompt")
+        what = "not written, since the judge sees no difference between any two responses to a prompt"
+        job.console.warn(f"{path}: {what}. those that were cut off are left out: is rollout.max_new_tokens too small?")
         return
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

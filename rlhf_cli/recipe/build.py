@@ -334,7 +334,8 @@ def _advice(node: Node, forms: list[Any], near: str | None, key: Key) -> str:
     if written is not None:
         return f"write {written}"
     if value is None and key.default is not dataclasses.MISSING:
-        return f"remove the key for its default, {as_yaml(key.default)}"
+        told = "" if dataclasses.is_dataclass(key.default) else f", {as_yaml(key.default)}"
+        return f"remove the key for its default{told}"
     if isinstance(key.default, (bool, int, float, str, tuple)):
         return f"the default is {as_yaml(key.default)}"
     return f"it is: {key.help}" if key.help else "write keys below it"

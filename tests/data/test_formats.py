@@ -320,7 +320,7 @@ SFT_NEEDS = (
     " | chosen + rejected | prompt + response_a + response_b + winner | prompt + responses | prompt + completion + label"
     " | message_id + parent_id + role + text"
 )
-RENAME = "; name those that are meant in data.train.0.columns: {ours: theirs}"
+RENAME = "; in a recipe, beside the path, name those that are meant: columns: {ours: theirs}"
 REFUSED = [
     ([{"a": 1, "b": 2}], "sft", f"x: found the columns a, b; sft needs {SFT_NEEDS}{RENAME}"),
     ([{}], "sft", f"x: found the columns (none); sft needs {SFT_NEEDS}{RENAME}"),
@@ -329,7 +329,7 @@ REFUSED = [
         [{"question": "a", "answer": "b"}],
         "sft",
         f"x: the columns question, answer: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"
-        "; perhaps data.train.0.columns: {prompt: question, completion: answer}",
+        "; in a recipe, beside the path, perhaps columns: {prompt: question, completion: answer}",
     ),
     # Of two columns one would be lost without a word: nothing is suggested.
     (
@@ -346,7 +346,7 @@ REFUSED = [
         [{"prompt": "a", "response": "b"}],
         "sft",
         f"x: the columns prompt, response: found prompt data (prompt), which ppo can use; sft needs {SFT_NEEDS}"
-        "; perhaps data.train.0.columns: {completion: response}",
+        "; in a recipe, beside the path, perhaps columns: {completion: response}",
     ),
     (
         [{"text": "a"}],

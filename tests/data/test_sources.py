@@ -210,8 +210,8 @@ WHOLE_FILE = {
     ),
     "columns.jsonl": (
         b'{"a": 1}',
-        "data.train.0.path: columns.jsonl: found the columns a; sft needs {needs}; name those that are meant in "
-        "data.train.0.columns: {ours: theirs}",
+        "data.train.0.path: columns.jsonl: found the columns a; sft needs {needs}; in a recipe, beside the path, "
+        "name those that are meant: columns: {ours: theirs}",
     ),
     "not.jsonl.gz": (GOOD, "not.jsonl.gz: not a gzip file, or cut off (Not a gzipped file (b'{\"')); copy or write it again"),
     "list.json": (
@@ -258,7 +258,7 @@ def test_another_stages_data_and_a_wrong_format():
         read("x.jsonl", where=lambda key: f"r.yaml:{key}")
     assert str(error.value) == (
         f"r.yaml:data.train.0.path: x.jsonl: the columns prompt: found prompt data (prompt), which ppo can use; sft needs {NEEDS}"
-        "; name those that are meant in data.train.0.columns: {ours: theirs}"
+        "; in a recipe, beside the path, name those that are meant: columns: {ours: theirs}"
     )
     with pytest.raises(UsageError, match=r"^r\.yaml:data\.eval\.0\.format: x\.jsonl: found prompt data"):
         write("y.jsonl", ROWS)
