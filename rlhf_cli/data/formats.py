@@ -393,5 +393,6 @@ def _rename_hint(rows: Sequence[Row], use: Use) -> str:
     for format in use.formats.values():
         missing = [name for name in format.columns if name not in has]
         if missing and not lost and all(len(ours[name]) == 1 for name in missing):
-            return f"; in a recipe, beside the path, perhaps columns: {{{', '.join(f'{name}: {ours[name][0]}' for name in missing)}}}"
+            renamed = ", ".join(f"{name}: {ours[name][0]}" for name in missing)
+            return f"; in a recipe, beside the path, perhaps columns: {{{renamed}}}"
     return ""
