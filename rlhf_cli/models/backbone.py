@@ -141,7 +141,8 @@ class Backbone(Body):
         if self.peft is not None and role == BASE:
             self.peft.base_model.disable_adapter_layers()
         elif self.peft is not None:
-            self.peft.base_model.enable_adapter_layers()
+            if self.active in (None, BASE):
+                self.peft.base_model.enable_adapter_layers()
             self.peft.base_model.set_adapter(role)
         trained = frozenset().union(*self.trained.values())
         for name, parameter in self.model.named_parameters():

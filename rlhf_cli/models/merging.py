@@ -51,9 +51,9 @@ def packed(model: Any, folds: Folds) -> Iterator[None]:
     """Inside, the float32 linear layers of a model on a CPU multiply by packed copies of their weights, or of those of `folds`.
 
     By oneDNN, through the operator that torch.compile uses for frozen models; nothing can be learned through it. Elsewhere
-    nothing changes. The layers' own weights are not touched.
+    nothing changes, nor in adapters, which are off, where `folds` has one of them. The layers' own weights are not touched.
     """
-    layers = [layer for layer in model.modules() if _can_pack(layer)]
+    layers = [layer for name, layer in model.named_modules() if _can_pack(layer) and not (folds and ".lora_" in name)]
     try:
         for layer in layers:
             weight = folds[layer.weight]() if layer.weight in folds else layer.weight.detach()
