@@ -1,12 +1,14 @@
-"""What takes longer than a tiny run and is no part of what is tested with it: pictures, and long samples."""
+"""What takes longer than a tiny run and is no part of what is tested with it: pictures, long samples, and options read anew."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 
 import pytest
+import typer.main
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ SAMPLES = {"stages.training.SHOWN_PROMPTS": 3, "stages.training.SHOWN_TOKENS": 6
 
 
 def be_brief(patch: pytest.MonkeyPatch) -> None:
-    """From now on runs leave out the pictures of their reports, and say little in their samples."""
+    """From now on runs leave out the pictures of their reports, say little in their samples, and share what parses a command."""
+    patch.setattr("typer.main.get_command", cache(typer.main.get_command))
     for drawing in DRAWINGS:
         patch.setattr(f"{drawing.caller}.{drawing.name}", lambda _: defaultdict(list))
     for name, few in SAMPLES.items():
