@@ -1,6 +1,6 @@
 """Processes that are forked from one which has imported everything: ranks with a launcher's environment, without its start.
 
-A launch costs a tenth of what torchrun's does; tests of launchers themselves use `tests.tiny.spawn`.
+A launch costs a tenth of what torchrun's does.
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ def make_model(folder: Path, seed: int = 0, *, tied: bool = False, **changes: An
     return folder
 
 
-def make_base(folder: Path, seed: int = 0) -> Path:
+def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A model whose responses often end."""
-    make_model(folder, seed, initializer_range=0.2)
+    make_model(folder, seed, initializer_range=0.2, **changes)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(60))}))
     return folder
 
@@ -140,17 +140,16 @@ def rlhf(*arguments: str | Path) -> int:
         return main([str(a) for a in arguments])
 
 
-def spawn(*arguments: str | Path, ranks: int = 1) -> subprocess.Popen[str]:
-    """A command in a process of its own, or on several gloo ranks under torchrun; one thread each. `tests.ranks` is quicker."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "rlhf_cli", *map(str, arguments)]
+def spawn(*arguments: str | Path) -> subprocess.Popen[str]:
+    """A command in a process of its own, with one thread. `tests.ranks` is quicker."""
+    command = [sys.executable, "-m", "rlhf_cli", *map(str, arguments)]
     settings = os.environ | {"ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings)
 
 
-def children(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that it started."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+def children(process: int) -> list[int]:
+    """The ids of the processes that one started."""
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def gone(pids: list[int], seconds: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -30,6 +31,20 @@ def wait_for_steps(run: Path) -> None:
     pytest.fail("the run did not come to its fifth step within two minutes")
 
 
+def catches(process: int, number: signal.Signals) -> bool:
+    """Has it a handler for this signal, as it has from before it imports libraries?"""
+    status = Path(f"/proc/{process}/status").read_text()
+    return bool(int(re.findall(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)[0], 16) >> (number - 1) & 1)
+
+
+def torchrun(*words: str) -> int:
+    """The launcher in a warm process; it starts its two ranks as ever."""
+    from torch.distributed.run import main
+
+    main(["--standalone", "--nproc_per_node", "2", "-m", "rlhf_cli", *words])
+    return 0
+
+
 def test_one_process(recipe: Path, tmp_path: Path) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         run = tmp_path / signal.Signals(number).name
@@ -44,7 +59,10 @@ def test_one_process(recipe: Path, tmp_path: Path) -> None:
 
 def test_while_loading(recipe: Path, tmp_path: Path) -> None:
     process = spawn("sft", recipe)
-    time.sleep(1.5)
+    deadline = time.monotonic() + 30
+    while not catches(process.pid, signal.SIGTERM) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
     process.terminate()
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (143, "stopped by SIGTERM before the first step; nothing was trained\n")
@@ -52,11 +70,11 @@ def test_while_loading(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_signal_to_the_launcher(recipe: Path, tmp_path: Path) -> None:
-    process = spawn("sft", recipe, ranks=2)
+    launcher = launch("sft", recipe, function=torchrun)
     wait_for_steps(tmp_path / "run")
-    pids = children(process)
-    process.terminate()
-    _, errors = process.communicate(timeout=30)
+    pids = children(launcher.pids[0])
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.wait(30)
     assert gone(pids, 5)
     done = max(line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl"))
     assert errors.splitlines().count(f"stopped after step {done} of 4000; continue with --resume") == 1
@@ -65,10 +83,10 @@ def test_signal_to_the_launcher(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_launcher_killed(recipe: Path, tmp_path: Path) -> None:
-    process = spawn("sft", recipe, ranks=2)
+    launcher = launch("sft", recipe, function=torchrun)
     wait_for_steps(tmp_path / "run")
-    pids = children(process)
-    process.kill()
+    pids = children(launcher.pids[0])
+    launcher.send_signal(signal.SIGKILL)
     assert gone(pids, 5)
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
@@ -76,13 +94,13 @@ def test_launcher_killed(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("delay", [0.0, 0.5, 3.0])
 def test_launcher_killed_before_the_ranks_have_met(delay: float, recipe: Path) -> None:
     """Before they can ask to be told, while they import libraries, and while they wait for each other inside one."""
-    process = spawn("sft", recipe, ranks=2)
+    launcher = launch("sft", recipe, function=torchrun)
     deadline = time.monotonic() + 30
-    while len(children(process)) < 2 and time.monotonic() < deadline:
+    while len(children(launcher.pids[0])) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(delay)
-    pids = children(process)
-    process.kill()
+    pids = children(launcher.pids[0])
+    launcher.send_signal(signal.SIGKILL)
     assert len(pids) >= 2
     assert gone(pids, 10)
 
