@@ -264,15 +264,9 @@ def same(a: Path, b: Path) -> None:
     agree(a, b, steps_of(3, 2), rounding=("rewards/accuracies",), figures=1e-5, weights=1e-5)
 
 
-FAST = ("ppo", "online dpo K")
-
-
 @pytest.mark.parametrize(
     ("name", "budget"),
-    [
-        *(pytest.param(name, 1, marks=() if name in FAST else pytest.mark.slow) for name in RUNS),
-        pytest.param("ppo", 120, marks=pytest.mark.slow),
-    ],
+    [("ppo", 1), ("online dpo K", 1), pytest.param("ppo", 120, marks=pytest.mark.slow)],
 )
 def test_tokens_per_device_changes_nothing(name: str, budget: int, home: Path, whole: Whole, tmp_path: Path) -> None:
     """Neither one tree a pass nor a few."""
@@ -283,7 +277,8 @@ def test_tokens_per_device_changes_nothing(name: str, budget: int, home: Path, w
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_are_one(name: str, home: Path, whole: Whole, tmp_path: Path) -> None:
-    two_ranks(*command(home, name, tmp_path / "two"))
+    """And each with one tree a pass: neither of the two cuts changes a run, nor both together."""
+    two_ranks(*command(home, name, tmp_path / "two", tokens_per_device=1))
     same(whole(name), tmp_path / "two")
 
 
