@@ -177,9 +177,16 @@ def test_a_lead_counts_prompts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chances", [(0.5, 0.2, 0.1, 0.2), (0.3, 0.3, 0.3, 0.1), (0.75, 0.15, 0.02, 0.08)])
-@pytest.mark.parametrize("pairs", [30, 200])
-def test_a_lead_lies_in_its_interval_95_times_in_100(chances, pairs):
+@pytest.mark.parametrize(
+    ("pairs", "chances"),
+    [
+        (30, (0.5, 0.2, 0.1, 0.2)),
+        (30, (0.3, 0.3, 0.3, 0.1)),
+        (30, (0.75, 0.15, 0.02, 0.08)),
+        (200, (0.75, 0.15, 0.02, 0.08)),
+    ],
+)
+def test_a_lead_lies_in_its_interval_95_times_in_100(pairs, chances):
     draw = np.random.default_rng(5)
     truth = chances[1] - chances[2]
     found = [lead(*outcomes(draw.multinomial(pairs, chances))) for _ in range(800)]
@@ -205,7 +212,7 @@ def of_prompts(rng, prompts, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 5, 20])
+@pytest.mark.parametrize("rows", [1, 5])
 def test_rows_of_one_prompt_are_one_observation(rows):
     """Else the interval of five rows a prompt would cover the truth in 77 % of the cases."""
     rng = np.random.default_rng(0)
