@@ -319,6 +319,8 @@ def test_a_score_that_is_not_finite_names_its_row():
 class SumOfTokens:
     """A backbone whose score of a response is the sum of its token ids."""
 
+    shards = None
+
     def __init__(self, layout):
         self.layout = layout
         self.model = torch.nn.Identity().train()
@@ -351,7 +353,7 @@ class Other:
 
 
 class Alone:
-    rank, size = 0, 1
+    rank, size, sharding = 0, 1, None
 
     def gather(self, value):
         return [value]
