@@ -10,8 +10,9 @@ from rlhf_cli.data.convert import BAD_WORDS, GOOD_WORDS, LABELS, SIDE
 from rlhf_cli.data.formats import FORMATS, Format, Use
 
 WORDS = {
-    "chosen": "chosen good better best preferred accepted winning positive",
-    "rejected": "rejected bad worse worst dispreferred losing negative refused",
+    "messages": "messages conversation conversations dialogue dialog chat turns",
+    "chosen": "chosen good better best preferred accepted winner winning positive",
+    "rejected": "rejected bad worse worst dispreferred loser losing negative refused",
     "label": "label thumbs liked like good rating feedback upvoted desirable approved helpful",
     "winner": "winner better best preferred preference choice chosen label",
     "response_a": "a 0",
@@ -20,8 +21,8 @@ WORDS = {
     "prompt": "prompt question instruction query input problem user request task ask asked context human",
 }
 """Ours → words that names of such columns have; a column goes to the first of them."""
-MEANT = ("prompt-completion", "unpaired", "preference", "choice", "prompt")
-"""Formats of flat rows, which a renaming can make; the first one of use to a stage goes first."""
+MEANT = ("prompt-completion", "messages", "unpaired", "preference", "choice", "prompt")
+"""Formats that a renaming can make; the first one of use to a stage goes first."""
 
 
 def guess(rows: Sequence[Row], use: Use) -> tuple[Format, dict[str, str | None]]:
@@ -56,6 +57,8 @@ def _words(name: str) -> set[str]:
 
 def _may_be(ours: str, values: Sequence[object]) -> bool:
     there = [value.strip().lower() if isinstance(value, str) else value for value in values if value is not None]
+    if ours == "messages":
+        return all(isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value) for value in there)
     if ours == "label":
         return all(type(value) in (bool, int, float, str) and value in (*LABELS, *GOOD_WORDS, *BAD_WORDS) for value in there)
     if ours == "winner":

@@ -333,6 +333,8 @@ def _advice(node: Node, forms: list[Any], near: str | None, key: Key) -> str:
     written = _written(node, forms, key)
     if written is not None:
         return f"write {written}"
+    if value is None and key.default == {}:
+        return "fill it in, or remove it"
     if value is None and key.default is not dataclasses.MISSING:
         told = "" if dataclasses.is_dataclass(key.default) else f", {as_yaml(key.default)}"
         return f"remove the key for its default{told}"

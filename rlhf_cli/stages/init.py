@@ -115,7 +115,8 @@ def _lines(stage: str, rows: Rows, sources: Sequence[_Source], model: str | None
     yield "data:"
     yield "  train:"
     for source, report in zip(sources, reports, strict=True):
-        names = [name for name in (*report.left_out, *report.lent) if not (draws and rows.answer and name == rows.answer[0])]
+        read = {*source.columns.values(), *([rows.answer[0]] if draws and rows.answer else [])}
+        names = [name for name in (*report.left_out, *report.lent) if name not in read]
         unread = f"; not read: {', '.join(names)}" if names else ""
         yield f"    - path: {one_line(source.readable.path)}"
         yield _line(f"      format: {source.format}", f"{report.kept:,} rows{unread}")

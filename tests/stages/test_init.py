@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,13 @@ def test_the_answers_column_becomes_the_reward(home: Path, capsys: pytest.Captur
 
 FOREIGN = {
     "pair": lambda i: {"question": f"Which is {i}?", "good": f"It is {i}.", "bad": f"No {i}."},
+    "answers": lambda i: {"question": f"Which is {i}?", "answer": f"It is {i}."},
+    "results": lambda i: {"query": f"Which is {i}?", "winner_text": f"It is {i}.", "loser_text": f"No {i}."},
     "capitals": lambda i: {"Instruction": f"Which is {i}?", "Answer": f"It is {i}."},
+    "dialogues": lambda i: {
+        "id": i,
+        "dialog": [{"from": "human", "value": f"Which is {i}?"}, {"from": "gpt", "value": f"It is {i}."}],
+    },
     "thumbs": lambda i: {"userQuery": f"Which is {i}?", "reply": f"It is {i}.", "thumbs_up": bool(i % 3)},
     "named": lambda i: {"ask": f"Which is {i}?", "reply_a": f"It is {i}.", "reply_b": f"No {i}.", "preference": "ab"[i % 2]},
     "number": lambda i: {"text_a": f"It is {i}.", "text_b": f"No {i}.", "label": i % 2, "about: it": f"Which is {i}?"},
@@ -102,7 +109,10 @@ def foreign(folder: Path, shape: str) -> str:
     [
         ("dpo", "pair", "preference", {"prompt": "question", "chosen": "good", "rejected": "bad"}),
         ("sft", "pair", "preference", {"prompt": "question", "chosen": "good", "rejected": "bad"}),
+        ("sft", "answers", "prompt-completion", {"prompt": "question", "completion": "answer"}),
+        ("dpo", "results", "preference", {"prompt": "query", "chosen": "winner_text", "rejected": "loser_text"}),
         ("sft", "capitals", "prompt-completion", {"prompt": "Instruction", "completion": "Answer"}),
+        ("sft", "dialogues", "messages", {"messages": "dialog"}),
         ("kto", "thumbs", "unpaired", {"prompt": "userQuery", "completion": "reply", "label": "thumbs_up"}),
         ("sft", "thumbs", "unpaired", {"prompt": "userQuery", "completion": "reply", "label": "thumbs_up"}),
         (
@@ -122,6 +132,8 @@ def test_columns_of_other_names_are_guessed(
     assert yaml.safe_load(text)["data"]["train"] == [{"path": rows, "format": format, "columns": columns}]
     assert "# A guess from the names of the columns. Mend it where it is wrong.\n" in text
     assert f"# The rows have: {', '.join(FOREIGN[shape](0))}\n" in text
+    unread = [name for names in re.findall(r"; not read: (.*)", text) for name in names.split(", ")]
+    assert [name for name in unread if name in columns.values()] == []
     assert rlhf(stage, recipe, "--check") == 0
 
 
