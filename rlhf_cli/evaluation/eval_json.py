@@ -57,6 +57,24 @@ class Voted:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A share of pairs, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.value, self.low, self.high)
+
+
+Concord = dict[str, dict[str, Share]]
+"""Judge → another judge of the same pairs → how often they agree; both ways."""
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """All figures of an evaluation; what was not asked for is empty."""
 
@@ -69,6 +87,8 @@ class EvaluationResult:
     overoptimisation: list[Point] = field(default_factory=list)
     fits: dict[str, SeriesFits] = field(default_factory=dict)  # by series
     at_kl: AtKl | None = None
+    agreement: Concord = field(default_factory=dict)
+    agreement_by_subset: dict[str, Concord] = field(default_factory=dict)
 
     @property
     def standard(self) -> str | None:
@@ -115,6 +135,8 @@ class EvaluationResult:
             overoptimisation=[Point.from_json(own) for own in entry["overoptimisation"]],
             fits=from_plain(dict[str, SeriesFits], entry["fits"]),
             at_kl=from_plain(AtKl | None, entry.get("at_kl")),
+            agreement=from_plain(Concord, entry.get("agreement", {})),
+            agreement_by_subset=from_plain(dict[str, Concord], entry.get("agreement_by_subset", {})),
         )
 
 

@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.evaluation.agreement import Agreement
+from rlhf_cli.evaluation.concord import verdicts
 from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.models import EvaluatedModel
 from rlhf_cli.evaluation.preference import agreement, check_finite
@@ -54,7 +54,7 @@ def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
                     samples = draw_responses(job, model, backbone, frozen)
                     keep_responses(job, model, samples, log)
                 if _has_preferences(job, model):
-                    measured.agreed[model.name] = _agreement(job, model, backbone, reference_logps)
+                    _judge(job, model, backbone, reference_logps, measured)
                 if reads:
                     measured.text[model.name] = _text_figures(job, model, backbone)
             del backbone  # or its weights would stay in memory beside the next model's
@@ -62,7 +62,7 @@ def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
         if samples is not None:
             measured.samples[model.name] = grouped(together(job.ranks, partial(score_samples, job, model, samples, frozen)))
     if "preferences" in job.rows:
-        measured.agreed.update(_agreement_of_terms(job, frozen))
+        _judge_by_terms(job, frozen, measured)
     return measured
 
 
@@ -81,7 +81,9 @@ def _has_preferences(job: EvaluationJob, model: EvaluatedModel) -> bool:
     return "preferences" in job.rows and (model.is_reward_model or compared)
 
 
-def _agreement(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, reference_logps: Sequence[np.ndarray]) -> Agreement:
+def _judge(
+    job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, reference_logps: Sequence[np.ndarray], measured: Measured
+) -> None:
     """How a reward model's scores, or a policy's implicit rewards β (log π − log π_ref), agree with the preferences."""
     rows = job.rows_of("preferences", model)
     if model.is_reward_model:
@@ -92,13 +94,14 @@ def _agreement(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, re
         own = _response_logps(job, backbone, "policy", rows.trees)
         scores = [model.beta * (mine - other) for mine, other in zip(own, reference_logps, strict=True)]
     check_finite(scores, rows.locations, f"{who} is broken: evaluate an earlier checkpoint of it")
-    return agreement(kind, scores, rows.trees, rows.training, beta)
+    measured.agreed[model.name] = agreement(kind, scores, rows.trees, rows.training, beta)
+    measured.verdicts[model.name] = verdicts(rows.trees, rows.records, scores)
 
 
-def _agreement_of_terms(job: EvaluationJob, frozen: FrozenModels) -> dict[str, Agreement]:
+def _judge_by_terms(job: EvaluationJob, frozen: FrozenModels, measured: Measured) -> None:
     """How the terms of the reward and of gold agree with the preferences, by raw scores; those that need no weights first."""
     scorers = dict(zip(job.terms.named, chain(*job.terms.load(frozen, job.budget)), strict=True))
-    by_tokenisation, found = job.rows["preferences"].by_tokenisation, {}
+    by_tokenisation = job.rows["preferences"].by_tokenisation
     for name, term in sorted(job.terms.named.items(), key=lambda each: each[1].needs_weights):
         own = job.tokenisations.of(*term.text_form) if term.text_form else next(iter(by_tokenisation))
         rows = by_tokenisation[own]
@@ -114,8 +117,8 @@ def _agreement_of_terms(job: EvaluationJob, frozen: FrozenModels) -> dict[str, A
             trees, scores = [rows.trees[k] for k in kept], [scores[k] for k in kept]
             check_finite(scores, [rows.locations[k] for k in kept], f"{name} is broken: name an earlier checkpoint of it")
             if kept:
-                found[name] = agreement(term.kind, scores, trees, rows.training)
-    return found
+                measured.agreed[name] = agreement(term.kind, scores, trees, rows.training)
+                measured.verdicts[name] = verdicts(trees, rows.records, scores)
 
 
 def _text_figures(job: EvaluationJob, model: EvaluatedModel, backbone: Backbone) -> np.ndarray:

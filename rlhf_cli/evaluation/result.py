@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.at_kl import AtKl, compare_at_kl
 from rlhf_cli.evaluation.compare import ModelPair
+from rlhf_cli.evaluation.concord import Verdicts, by_subset, concord, labels
 from rlhf_cli.evaluation.eval_json import About, AskedJudge, EvaluationResult, Voted
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
 from rlhf_cli.evaluation.job import EvaluationJob
@@ -31,6 +32,7 @@ class Measured:
     samples: dict[str, Samples]  # model → its responses; the reference may have more than the others
     agreed: dict[str, Agreement]
     text: dict[str, np.ndarray]  # model → (R, 2): −Σ log π and tokens of every row
+    verdicts: dict[str, Verdicts] = field(default_factory=dict)  # judge → what it says of the preferences' pairs
 
 
 def summarise(
@@ -52,6 +54,8 @@ def summarise(
         notes = [*notes, f"{untold}the points of over-optimisation have none."]
     if recipe.compare_at_kl and at_kl is None:
         notes = [*notes, f"{untold}it is not compared at equal KL."]
+    rows = next(iter(job.rows["preferences"].by_tokenisation.values())) if "preferences" in job.rows else None
+    judges = {**labels(rows.trees, rows.records), **measured.verdicts} if rows else {}
     return EvaluationResult(
         about=About(
             reference=recipe.reference,
@@ -74,6 +78,8 @@ def summarise(
         overoptimisation=points,
         fits=fit_series(points, counts),
         at_kl=at_kl,
+        agreement=concord(judges),
+        agreement_by_subset=by_subset(judges, rows.trees, rows.records) if rows else {},
     )
 
 

@@ -13,6 +13,7 @@ from rlhf_cli.data.records import Record, spoken
 from rlhf_cli.data.requests import RowRequest
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import UsageError
+from rlhf_cli.evaluation.concord import ANNOTATOR
 from rlhf_cli.evaluation.models import Tokenisation, recipe_of
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.rewards import Answers
@@ -102,7 +103,7 @@ def _read(loaded: Loaded, section: str, tokenisation: Tokenisation) -> Dataset:
     reserve = recipe.rollout.max_new_tokens if section == "prompts" else 0
     columns = {} if section == "text" else columns_read(loaded)
     if section == "preferences":
-        columns = dict.fromkeys(columns)  # a term says nothing of a row that lacks its column
+        columns = dict.fromkeys((*columns, ANNOTATOR))  # a term says nothing of a row that lacks its column
     if recipe.vote is not None and section == "prompts":
         columns = {**columns, recipe.vote.match.column: loaded.named("vote.match")}
     purpose = Purpose(section, SECTIONS[section], SECTIONS)

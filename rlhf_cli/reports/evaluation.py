@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
-from rlhf_cli.evaluation.eval_json import About, AskedJudge, EvaluationResult
+from rlhf_cli.evaluation.eval_json import About, AskedJudge, Concord, EvaluationResult
 from rlhf_cli.evaluation.overoptimisation import Fit
 from rlhf_cli.evaluation.samples import Sample, Samples
 from rlhf_cli.figures import Interval, count, number, percent, percent_with_interval, sampling, with_interval
@@ -161,6 +161,7 @@ def _preferences(result: EvaluationResult) -> Iterator[Finding | Table]:
             )
         )
     yield Table("Agreement with preference data", columns, tuple(rows))
+    yield from _agreement("How often two judges of the same pairs agree", result.agreement)
     subsets = tuple(
         (f"{name}: {subset}", rate.interval, f"{rate.pairs:,}", f"{rate.prompts:,}")
         for name, each in judges.items()
@@ -169,6 +170,16 @@ def _preferences(result: EvaluationResult) -> Iterator[Finding | Table]:
     if subsets:
         of_subsets = Column("Judge: subset"), Column("Accuracy", CHANCE, SHARE), Column("Pairs"), Column("Prompts")
         yield Table("The same by subset", of_subsets, subsets)
+    for subset, between in result.agreement_by_subset.items():
+        yield from _agreement(f"How often two judges agree on {subset}", between)
+
+
+def _agreement(title: str, found: Concord) -> Iterator[Table]:
+    """A row and a column for each judge; with two there is nothing that the table of preferences lacks."""
+    if len(found) > 2:
+        columns = (Column("Judge"), *(Column(name, CHANCE, SHARE) for name in found))
+        rows = tuple((name, *(own[other].interval if other in own else "" for other in found)) for name, own in found.items())
+        yield Table(title, columns, rows)
 
 
 def _optimisation(result: EvaluationResult) -> Iterator[Table]:
