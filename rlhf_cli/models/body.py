@@ -91,7 +91,8 @@ class Body:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.compute_dtype)
+        # No cache: a pass uses every weight once, and casts that are kept would be a second copy of all weights that train.
+        return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=False)
 
     @contextlib.contextmanager
     def plain_attention(self) -> Iterator[Any]:
