@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,6 +62,10 @@ Output = Annotated[str | None, typer.Option("--output", metavar="DIR", help="Ove
 Check = Annotated[bool, typer.Option("--check", help="Validate and tokenise, print the plan, load no weights.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from what an earlier start has saved, if anything.")]
 Force = Annotated[bool, typer.Option("--force", help="Move an existing output folder to DIR.old-N first.")]
+PlannedDevices = Annotated[
+    str | None,
+    typer.Option("--devices", metavar="COUNTxMEMORY", help="With --check: the memory it takes on these, as 8x80GB."),
+]
 DumpPairs = Annotated[
     str | None, typer.Option("--dump-pairs", metavar="FILE.jsonl", help="Write the ranked responses as preference data.")
 ]
@@ -71,7 +75,8 @@ class StageCommand(TyperCommand):
     """A command whose help ends with the keys of its recipe, and whose options are those that its recipe has a key for."""
 
     def __init__(self, name: str, *, params: list[Any], **rest: Any) -> None:
-        super().__init__(name, params=[own for own in params if own.name != "dump_pairs" or name == "eval"], **rest)
+        foreign = "devices" if name == "eval" else "dump_pairs"
+        super().__init__(name, params=[own for own in params if own.name != foreign], **rest)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from rlhf_cli.recipe.help import key_table
@@ -91,16 +96,20 @@ class StageCall:
     check: bool
     resume: bool
     force: bool
+    devices: str | None
 
     def __call__(self) -> None:
         from rlhf_cli.hub import why_silent
         from rlhf_cli.recipe.dump import one_line
-        from rlhf_cli.recipe.load import load_recipe
+        from rlhf_cli.recipe.load import Devices, load_recipe
         from rlhf_cli.runs.folder import refuse_occupied
 
         if self.resume and self.force:
             raise UsageError("--resume continues a run and --force starts a new one. give one of the two")
-        loaded = load_recipe(self.stage, self.recipe, self.overrides, self.output)
+        if self.devices and not self.check:
+            raise UsageError("--devices plans for machines that are not here, and nothing is trained on them. give --check too")
+        devices = Devices.read(self.devices) if self.devices else None
+        loaded = replace(load_recipe(self.stage, self.recipe, self.overrides, self.output), devices=devices)
         os.environ.update({name: one_line(value) for name, value in loaded.recipe.env.items()})
         if not self.check and not self.force and os.environ.get("RANK", "0") == "0":
             refuse_occupied(Path(loaded.recipe.output), self.resume)  # again when the run is opened; here it costs no imports
@@ -125,12 +134,13 @@ def _stage_command(name: str, stage: Stage) -> None:
         overrides: Overrides = None,
         output: Output = None,
         dump_pairs: DumpPairs = None,
+        devices: PlannedDevices = None,
         check: Check = False,
         resume: Resume = False,
         force: Force = False,
         debug: Debug = False,
     ) -> Action:
-        """Nine arguments, one for each option: typer reads them from the signature."""
+        """Ten arguments, one for each option: typer reads them from the signature."""
         from rlhf_cli.recipe.dump import one_line
 
         for value in values or ():
@@ -138,7 +148,7 @@ def _stage_command(name: str, stage: Stage) -> None:
                 what = "after the recipe stand values, KEY=VALUE. a command reads one recipe, whose key base may name another"
                 raise UsageError(f"{value}: {what}")
         own = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
-        return StageCall(name, recipe, [*(overrides or []), *(values or []), *own], output, check, resume, force)
+        return StageCall(name, recipe, [*(overrides or []), *(values or []), *own], output, check, resume, force, devices)
 
     app.command(name, cls=StageCommand, help=stage.help)(command)
 

@@ -162,7 +162,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     objective = objective_of(options.stage)
     rows = read_trees(options.stage, options.model, options.data, options.steps * options.batch_size)
     config = load_config(options.model, None, False)
-    memory = estimate(config, rank=LORA.r, dtype=torch.float32, checkpointing=False, trust_remote_code=False)
+    memory = estimate(config, sections.Model(path=""), rank=LORA.r, dtype=torch.float32)
     budget = options.tokens or auto_budget(memory, int(rows.lengths.max()), CPU)
     backbone, losses, reference = load_start(options, Path(options.adapter)), [], {}
     passes = Passes(backbone, budget, Ranks(expected=False))

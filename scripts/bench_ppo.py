@@ -87,7 +87,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     trees = [Tree(np.array(ids, np.int32), np.zeros(len(ids), bool), (), n) for n, ids in enumerate(prompts)]
     source = DatasetSource(flatten(trees, records), (len(trees),), (1.0,), EPISODES, 0, False)
     config = load_config(options.model, None, False)
-    memory = estimate(config, rank=lora and lora.r, dtype=torch.float32, checkpointing=False, trust_remote_code=False)
+    memory = estimate(config, sections.Model(path=""), rank=lora and lora.r, dtype=torch.float32)
     budget = auto_budget(memory, 64 + NEW_TOKENS, CPU, values=True)
     term = RewardModelScorer("reward", 1.0, backbone, "reward", 0.0, 1.0, budget, Reader("reward", None, None))
     sampler = Sampler(

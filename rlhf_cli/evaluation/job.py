@@ -249,7 +249,7 @@ def _resolved(
         fitting = []
         configs = {(model.start.base, model.start.revision): model.config for model in models}
         for config in configs.values():
-            memory = estimate(config, rank=1, dtype=dtype, checkpointing=False, trust_remote_code=trust)
+            memory = estimate(config, sections.Model("", trust_remote_code=trust), rank=1, dtype=dtype)
             fitting.append(auto_budget(memory, longest, ranks.device))
         budget = ranks.min(min(fitting))
     return dataclasses.replace(recipe, tokens_per_device=budget, dtype=cast(Any, str(dtype).removeprefix("torch.")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,26 @@ RIVALS = {"train.steps": "train.epochs", "train.epochs": "train.steps", "data.ev
 
 
 @dataclass(frozen=True)
+class Devices:
+    """Machines that one does not have, to plan for."""
+
+    count: int
+    memory: float  # bytes of each
+
+    @property
+    def words(self) -> str:
+        return f"{self.count} × {self.memory / 2**30:.1f} GiB" + (", sharded" if self.count > 1 else "")
+
+    @classmethod
+    def read(cls, text: str) -> Devices:
+        """Of `8x80GB`. UsageError: it says something else."""
+        found = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)(GB|GiB)", text)
+        if not found or not float(found[2]):
+            raise UsageError(f"--devices {text}: write COUNTxMEMORY, as in 8x80GB or 1x24GiB")
+        return cls(int(found[1]), float(found[2]) * (10**9 if found[3] == "GB" else 2**30))
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A recipe and where each of its keys stands: line in its file, from 1, plus OF_BASE a base; or 0 for the command line."""
 
@@ -37,6 +58,7 @@ class Loaded:
     stage: str
     files: tuple[Path, ...]  # the recipe, its base, the base's own …
     lines: dict[str, int]
+    devices: Devices | None = None
 
     @property
     def path(self) -> Path:

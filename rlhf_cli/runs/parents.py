@@ -110,6 +110,13 @@ def merged_base(base: Weights) -> BaseModel:
     return base_model(Start(base.base, base.revision, None, base.base, None, None))
 
 
+def base_if_here(start: Start, check: bool, imagined: bool) -> BaseModel | None:
+    """`base_model`; None where --check would have to fetch it from the hub, or plans for `imagined` devices without weights."""
+    folder = Path(start.base)
+    absent = (check and not folder.exists()) or (imagined and not any(folder.glob("*.safetensors")))
+    return None if absent else base_model(start)
+
+
 def base_model(start: Start) -> BaseModel:
     """The base, fetched if it is on the hub, with the hash of its weights; a parent's record of them must still hold.
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from rlhf_cli import sections
 from rlhf_cli.console import Console, of_rank
 from rlhf_cli.data.batches import DatasetSource, total_steps
@@ -20,7 +22,7 @@ from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import load_config, load_tokenizer, positions_of, quiet_libraries, refuse_on_mps, resolve_dtype
-from rlhf_cli.models.memory import Memory, auto_budget, estimate
+from rlhf_cli.models.memory import Memory, auto_budget
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.policy import parent_lora, resolve_lora
 from rlhf_cli.models.targets import ALL_LINEAR
@@ -34,9 +36,10 @@ from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES, resolved
 from rlhf_cli.rollout.terms import columns_read
 from rlhf_cli.runs.ancestry import Split, ancestors, unknown
 from rlhf_cli.runs.manifest import BaseModel
-from rlhf_cli.runs.parents import Start, base_model, resolve_start
+from rlhf_cli.runs.parents import Start, base_if_here, resolve_start
 from rlhf_cli.runs.resume import recorded_recipe
 from rlhf_cli.signals import StopSignals
+from rlhf_cli.stages.devices import Needs, check_memory, find_needs
 from rlhf_cli.stages.plan import learning_rate_warning, plan
 
 
@@ -109,12 +112,11 @@ def prepare_job(
         )
     config = load_config(start.base, start.revision, recipe.model.trust_remote_code)
     recipe, shrunk = _fitted(recipe, config, loaded)
+    objective = recipe.objective
     for said in shrunk:
         console.say(said)
-    objective = recipe.objective
     request = dataclasses.replace(row_request(recipe, loaded.where), progress=console.count, columns=columns_read(loaded))
-    recipe = _with_token_ids(recipe, tokenizer)
-    dataset = prepare(recipe.data, request, tokenizer, template)
+    dataset, recipe = prepare(recipe.data, request, tokenizer, template), _with_token_ids(recipe, tokenizer)
     dataset.check_ids(config.get_text_config().vocab_size, tokenizer, recipe.model.path)
     if shape is not None:
         dataset, objective = shape(dataset, recipe)
@@ -125,8 +127,8 @@ def prepare_job(
     ranks = Ranks(expected=not check)
     if resume and (before := recorded_recipe(Path(recipe.output))):
         recipe = _as_resolved_before(recipe, before)
-    recipe, memory = _resolve(dataclasses.replace(recipe, objective=objective), start, config, dataset, steps, ranks, loaded)
-    base = base_model(start) if not check or Path(start.base).exists() else None
+    recipe, needs = _resolve(dataclasses.replace(recipe, objective=objective), start, config, dataset, steps, ranks, loaded)
+    memory, base = needs.memory, base_if_here(start, check, loaded.devices is not None)
     known = loaded, recipe, start, base, tokenizer, template, dataset, source, steps
     job = TrainingJob(*known, ranks, console, signals, started)
     console.plan(plan(recipe, dataset, source, steps, memory, job.budget, _facts(job)))
@@ -136,6 +138,7 @@ def prepare_job(
             console.say(said)
     for message in _warnings(job, memory):
         console.warn(message)
+    check_memory(needs, job.budget, console, imagined=loaded.devices is not None)
     return job
 
 
@@ -188,34 +191,34 @@ def _fitted(recipe: recipes.TrainingRecipe, config: Any, loaded: Loaded) -> tupl
 
 def _resolve(
     recipe: recipes.TrainingRecipe, start: Start, config: Any, dataset: Dataset, steps: int, ranks: Ranks, loaded: Loaded
-) -> tuple[recipes.TrainingRecipe, Memory]:
-    """The recipe with the values in force where it says auto, and what a step's memory is made of."""
+) -> tuple[recipes.TrainingRecipe, Needs]:
+    """The recipe with the values in force where it says auto, and what a step's memory follows from."""
     lora = resolve_lora(
         recipe.lora, parent_lora(start.adapter, start.manifest and start.manifest.get("lora")), loaded.where("lora")
     )
-    own = {"model.attention": recipe.model.attention, "model.quantize": recipe.model.quantize}
-    refuse_on_mps(ranks.device, **own, **{"train.optimizer": recipe.train.optimizer})
-    dtype = resolve_dtype(recipe.model.dtype, ranks.device)
+    imagined, setting = loaded.devices, recipe.model.dtype
+    if imagined is None:
+        own = {"model.attention": recipe.model.attention, "model.quantize": recipe.model.quantize}
+        refuse_on_mps(ranks.device, **own, **{"train.optimizer": recipe.train.optimizer})
+    # GPUs that are not here are new ones.
+    dtype = torch.bfloat16 if imagined and setting == "auto" else resolve_dtype(setting, ranks.device)
     check_precision(dtype, loaded.where("model.dtype"))
-    memory = estimate(
-        config,
-        rank=lora.r if lora else None,
-        dtype=dtype,
-        checkpointing=recipe.model.gradient_checkpointing,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    if ranks.sharding is not None and recipe.model.quantize == "8bit":
+    sharded = imagined.count > 1 if imagined else ranks.sharding is not None
+    if sharded and recipe.model.quantize == "8bit":
         raise UsageError(f"{loaded.where('model.quantize')}: weights of 8 bits cannot be shared out in shards; those of 4bit can")
-    if ranks.sharding is not None and lora is None and recipe.train.optimizer == "adamw_8bit":
+    if sharded and lora is None and recipe.train.optimizer == "adamw_8bit":
         raise UsageError(f"{loaded.where('train.optimizer')}: adamw_8bit takes no weights in shards; use adamw, or lora")
     recipe = dataclasses.replace(recipe, lora=lora)
     asked = recipe.train.tokens_per_device
     longest = dataset.longest + (recipe.draws.responses_per_prompt * recipe.draws.max_new_tokens if recipe.draws else 0)
-    budget = ranks.min(auto_budget(memory, longest, ranks.device, values=recipe.objective.values)) if asked == "auto" else asked
+    needs, budget = find_needs(recipe, start, config, dtype, longest, loaded, ranks), asked
+    if budget == "auto":
+        capacity, values = imagined.memory if imagined else None, recipe.objective.values
+        budget = ranks.min(auto_budget(needs.memory, longest, ranks.device, values=values, capacity=capacity))
     recipe = resolved(recipe, steps)
     train = dataclasses.replace(recipe.train, tokens_per_device=budget)
     model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
-    return dataclasses.replace(recipe, train=train, model=model), memory
+    return dataclasses.replace(recipe, train=train, model=model), needs
 
 
 def _example_words(recipe: recipes.TrainingRecipe) -> str:
@@ -237,7 +240,7 @@ def _facts(job: TrainingJob) -> dict[str, str]:
         "objective": job.objective.kind,
         "dtype": recipe.model.dtype,
         "chat template": job.template.source,
-        "devices": job.ranks.words,
+        "devices": job.loaded.devices.words if job.loaded.devices else job.ranks.words,
     }
 
 

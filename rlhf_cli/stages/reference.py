@@ -11,7 +11,7 @@ from rlhf_cli.models.load import Weights, load_tokenizer
 from rlhf_cli.models.placement import Placement
 from rlhf_cli.recipe import recipes
 from rlhf_cli.runs.manifest import BaseModel, Parent, weights_hash
-from rlhf_cli.runs.parents import Start, base_model, resolve_start
+from rlhf_cli.runs.parents import Start, base_if_here, resolve_start
 from rlhf_cli.stages.prepare import TrainingJob
 
 
@@ -72,7 +72,7 @@ def find_reference(job: TrainingJob, check: bool, *, needed: bool = True) -> Ref
             raise UsageError(f"{place}: {path} has another tokenizer than {job.recipe.model.path}; a reference must share it")
     # The same folders, however they are written, or the same hub id.
     weights = [(Path(s.base).resolve(), s.adapter and s.adapter.resolve(), s.revision) for s in (found, job.start)]
-    base = base_model(found) if not check or Path(found.base).exists() else None
+    base = base_if_here(found, check, job.loaded.devices is not None)
     return ReferenceModel(found, base, weights[0] == weights[1], path == "previous")
 
 

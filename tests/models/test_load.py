@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
+from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.load import load_config, quiet_libraries, resolve_dtype
 from rlhf_cli.models.memory import estimate
@@ -73,6 +74,6 @@ def test_a_model_of_images_is_refused_and_its_text_part_is_not(kind: str, tmp_pa
 @pytest.mark.parametrize(("rank", "asks", "said"), [(None, True, 1), (None, False, 0), (2, True, 1)])
 def test_a_loss_for_even_experts_that_the_config_asks_for_is_said_to_be_left_out(rank: int | None, asks: bool, said: int) -> None:
     config = make_config("mixtral", output_router_logits=asks)
-    notices = estimate(config, rank=rank, dtype=torch.float32, checkpointing=False, trust_remote_code=False).notices
+    notices = estimate(config, sections.Model(path=""), rank=rank, dtype=torch.float32).notices
     assert len(notices) == said
     assert ("router_aux_loss_coef): it is not added" in "".join(notices)) == (rank is None and asks)

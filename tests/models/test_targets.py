@@ -115,15 +115,16 @@ def test_gradient_checkpointing_changes_no_gradient_of_experts() -> None:
 
 def test_experts_count_in_memory() -> None:
     """Mixtral of 2 layers and 4 experts: A and B of each matrix, and a second copy of the experts during a pass."""
-    options = {"dtype": torch.float32, "trust_remote_code": False}
-    found = estimate(make_config("mixtral"), rank=2, checkpointing=False, **options)
+    found = estimate(make_config("mixtral"), sections.Model(path=""), rank=2, dtype=torch.float32)
     attention = (16 + 32) + 2 * (16 + 16) + (32 + 16)
     experts = 4 * (16 + 64) + 4 * (32 + 16)
     assert found.trained == 2 * 2 * (attention + experts)
     stacks = 2 * 4 * (16 * 64 + 32 * 16)
     parameters = sum(p.numel() for p in make_family("mixtral").parameters())
     assert found.weights == 4 * (parameters + stacks) + 4 * found.trained
-    assert estimate(make_config("mixtral"), rank=2, checkpointing=True, **options).weights == found.weights - 4 * stacks // 2
+    checkpointing = sections.Model(path="", gradient_checkpointing=True)
+    again = estimate(make_config("mixtral"), checkpointing, rank=2, dtype=torch.float32)
+    assert again.weights == found.weights - 4 * stacks // 2
 
 
 def test_a_mixture_is_trained_continued_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
