@@ -9,31 +9,37 @@ from typing import Any, TypeVar
 
 import torch
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.ranks import Sharding, collective
 
 T = TypeVar("T")
 
 
-class _AllGather(DefaultAllGather):
-    def __init__(self, sharding: Sharding) -> None:
-        self.sharding = sharding
+def _collectives(sharding: Sharding) -> tuple[Any, Any]:
+    """FSDP2's all-gather and reduce-scatter, counted, and left out where they have been issued before.
 
-    def __call__(self, *tensors: Any, **settings: Any) -> Any:
-        with collective():
-            return super().__call__(*tensors, **settings) if self.sharding.is_due() else None
+    MachineError: this torch has not what they need.
+    """
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
+        _ = FSDPModule.reset_iter_state
+    except (ImportError, AttributeError) as error:
+        raise MachineError(f"models in shards need a newer torch than {torch.__version__}: pip install 'torch>=2.13'") from error
 
-class _ReduceScatter(DefaultReduceScatter):
-    def __init__(self, sharding: Sharding) -> None:
-        self.sharding = sharding
+    class AllGather(DefaultAllGather):
+        def __call__(self, *tensors: Any, **settings: Any) -> Any:
+            with collective():
+                return super().__call__(*tensors, **settings) if sharding.is_due() else None
 
-    def __call__(self, *tensors: Any, **settings: Any) -> Any:
-        with collective():
-            return super().__call__(*tensors, **settings) if self.sharding.is_due() else None
+    class ReduceScatter(DefaultReduceScatter):
+        def __call__(self, *tensors: Any, **settings: Any) -> Any:
+            with collective():
+                return super().__call__(*tensors, **settings) if sharding.is_due() else None
+
+    return AllGather(), ReduceScatter()
 
 
 class Shards:
@@ -45,7 +51,7 @@ class Shards:
     def __init__(self, model: Any, sharding: Sharding, dtype: torch.dtype | None = None) -> None:
         """The model is on a CPU, on every rank; each moves its shards to its device, layer by layer, its weights in `dtype`.
 
-        UsageError: the model's layers are not of the class that the launch names.
+        UsageError: the model's layers are not of the class that the launch names. MachineError: torch is too old.
         """
         self.model, self.sharding = model, sharding
         self._whole = False
@@ -74,12 +80,13 @@ class Shards:
             share(layer, sharding.reshard)
         share(model, reshard=False)
         register_fsdp_forward_method(model, "run")
+        gather, scatter = _collectives(sharding)
         for module in self._modules:
             module.set_gradient_divide_factor(1.0)  # sums: losses are divided by global counts
             module.set_force_sum_reduction_for_comms(True)  # of other factors than the mean's, NCCL makes bfloat16 zeros
             module.set_reduce_scatter_unused_params(True)  # experts that no token of this rank went to
-            module.set_custom_all_gather(_AllGather(sharding))
-            module.set_custom_reduce_scatter(_ReduceScatter(sharding))
+            module.set_custom_all_gather(gather)
+            module.set_custom_reduce_scatter(scatter)
 
     @property
     def _modules(self) -> list[FSDPModule]:
@@ -150,7 +157,7 @@ def shard_like(value: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
 
 def total_norm(gradients: list[torch.Tensor]) -> float:
-    """The Euclidean norm of all gradients, of shards over all ranks; NaN without any."""
+    """The Euclidean norm of all gradients, of shards over all ranks; 0 without any."""
     norms = [full(torch.nn.utils.get_total_norm(some)) for some in alike(gradients)]
     return float(torch.stack(norms).norm()) if len(norms) > 1 else float(*norms)
 
