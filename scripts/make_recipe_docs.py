@@ -60,6 +60,7 @@ A stage is `rlhf STAGE RECIPE.yaml`. Its options:
 
 - `--check` reads the recipe and the data, and prints the plan: rows kept and dropped, lengths, the share of responses that end,
   steps, memory, and the first example with the words that the model will learn in marks. It loads no weights and trains nothing.
+- `--devices 8x80GB`, with `--check`: the memory of a step on machines one does not have ([memory.md](memory.md)).
 - `--set KEY=VALUE` overrides a key below by its dotted path and wins over the file; VALUE is YAML; repeatable. A list is
   addressed by position: `--set data.train.0.limit=1000`. Values after the recipe are the same:
   `rlhf sft sft.yaml train.steps=20`.
@@ -69,6 +70,7 @@ A stage is `rlhf STAGE RECIPE.yaml`. Its options:
   uninterrupted one. Some keys [may change](#what-may-change-on---resume).
 - `--force` moves an existing run folder, or a file that is to be written, to `<output>.old-<n>`. Nothing is ever deleted.
 - `--debug` shows full tracebacks.
+- `--dump-pairs FILE.jsonl`, of `rlhf eval`, writes the ranked responses as preference data.
 
 `rlhf schema STAGE` prints a JSON schema for editors; with `# yaml-language-server: $schema=FILE` in its first line a recipe is
 completed and checked while it is written. `rlhf init` writes both.

@@ -371,6 +371,11 @@ class TestRecipeReference:
     def test_is_up_to_date(self) -> None:
         assert text_of("docs/recipes.md") == self.made["reference"]()
 
+    def test_names_every_option_once(self) -> None:
+        known = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+        options = {option for stage in STAGES for each in known[stage].params for option in each.opts if option.startswith("--")}
+        assert sorted(re.findall(r"^- `(--[a-z-]+)", text_of("docs/recipes.md"), re.MULTILINE)) == sorted(options)
+
     @pytest.mark.parametrize("stage", STAGES)
     def test_has_a_recipe_of_every_stage_that_is_read(self, stage: str, tmp_path: Path) -> None:
         recipe = tmp_path / "recipe.yaml"
