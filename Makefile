@@ -30,6 +30,10 @@ COMMAND_dpo-again := dpo
 COMMAND_samples := eval
 COMMAND_at-kl := eval
 COMMAND_grpo := ppo
+COMMAND_rm-ensemble := train-rm
+COMMAND_pushed-mean := ppo
+COMMAND_pushed-lcb := ppo
+COMMAND_ensemble := eval
 COMMAND_eval-more := eval
 JOBS ?= 2
 CORES = $(shell getconf _NPROCESSORS_ONLN)
@@ -37,8 +41,10 @@ CORES = $(shell getconf _NPROCESSORS_ONLN)
 THREADS = $(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),$(shell echo $$(( ($(CORES) + $(JOBS) - 1) / $(JOBS) )))))
 QUICK := $(QUICK_RUNS:%=runs/quickstart/%/manifest.json)
 MORE := $(MORE_RUNS:%=runs/quickstart/%/manifest.json)
+# Reward models that learn as one run, and what their disagreement is good for: make ensemble
+ENSEMBLE := $(patsubst %,runs/quickstart/%/manifest.json,rm-ensemble pushed-mean pushed-lcb ensemble)
 # A run of eval prints its table; where there is nothing left to do it is printed again.
-EVALUATED := $(wildcard runs/quickstart/eval/manifest.json runs/smollm2/eval/manifest.json runs/arithmetic/eval*/manifest.json)
+EVALUATED := $(wildcard runs/quickstart/eval/manifest.json runs/quickstart/ensemble/manifest.json runs/smollm2/eval/manifest.json runs/arithmetic/eval*/manifest.json)
 TABLE = $(if $(filter $<,$(EVALUATED)),@$(BIN)/rlhf eval recipes/$(<:runs/%/manifest.json=%).yaml --resume $(SET))
 BASE := models/quickstart-base/tokenizer_config.json
 DATA := $(patsubst %,data/quickstart/%.jsonl,sft pairs ranked unpaired prompts eval_prompts)
@@ -61,12 +67,13 @@ EVAL_ROWS = $(if $(HH),$(EVAL_HH)) $(if $(LIMIT),$(EVAL_FEW))
 SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/null)
 NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
-.PRECIOUS: $(QUICK) $(MORE) $(SMOLLM2_RUNS) $(BASE) $(ARITHMETIC) $(ARITHMETIC_MORE) $(DIGITS)
-.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval arithmetic arithmetic-more test lint check smollm2 bench always
+.PRECIOUS: $(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(BASE) $(ARITHMETIC) $(ARITHMETIC_MORE) $(DIGITS)
+.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble arithmetic arithmetic-more test lint check smollm2 bench always
 
 help:
 	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: about 5 minutes on two cores"
 	@echo "make quickstart-more  two more of its policies, ipo and rloo, and offline against online at equal KL"
+	@echo "make ensemble         four reward models as one run, and a policy pushed against their mean, and against what they agree on"
 	@echo "make arithmetic       a tiny model learns sums from a reward that checks the answer: a minute or two on a CPU"
 	@echo "make arithmetic-more  the same by rloo, and by ppo with a learned value"
 	@echo "make test             every test: up to 10 minutes on two cores"
@@ -76,10 +83,10 @@ help:
 	@echo "make bench            compare with another trainer on the same rows; HH=rows.jsonl.gz"
 
 # runs/x/y is what the recipe x/y.yaml makes. The stages after sft start from its run.
-$(QUICK) $(MORE) $(SMOLLM2_RUNS) $(ARITHMETIC) $(ARITHMETIC_MORE): runs/%/manifest.json: recipes/%.yaml | $(DEV)
+$(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(ARITHMETIC) $(ARITHMETIC_MORE): runs/%/manifest.json: recipes/%.yaml | $(DEV)
 	@$(BIN)/rlhf $(or $(COMMAND_$(notdir $*)),$(notdir $*)) $< $(NEW_OR_ON) $(SET)
 
-$(filter-out %/sft/manifest.json,$(QUICK) $(MORE)): runs/quickstart/sft/manifest.json
+$(filter-out %/sft/manifest.json,$(QUICK) $(MORE)) $(ENSEMBLE): runs/quickstart/sft/manifest.json
 $(filter-out %/sft/manifest.json,$(SMOLLM2_RUNS)): runs/smollm2/sft/manifest.json
 JUDGED := ppo online-dpo
 $(foreach run,$(JUDGED) rloo pushed samples,runs/quickstart/$(run)/manifest.json): runs/quickstart/rm/manifest.json
@@ -87,6 +94,9 @@ $(JUDGED:%=runs/smollm2/%/manifest.json): runs/smollm2/rm/manifest.json
 runs/quickstart/samples/manifest.json: runs/quickstart/dpo/manifest.json
 runs/quickstart/dpo-again/manifest.json: runs/quickstart/samples/manifest.json
 runs/quickstart/at-kl/manifest.json: $(patsubst %,runs/quickstart/%/manifest.json,rm dpo $(JUDGED))
+runs/quickstart/pushed-mean/manifest.json runs/quickstart/pushed-lcb/manifest.json: runs/quickstart/rm-ensemble/manifest.json \
+	recipes/quickstart/pushed.yaml
+runs/quickstart/ensemble/manifest.json: $(filter-out %/ensemble/manifest.json,$(ENSEMBLE))
 runs/quickstart/eval/manifest.json: $(filter-out %/eval/manifest.json,$(QUICK))
 runs/smollm2/eval/manifest.json: $(filter-out %/eval/manifest.json,$(SMOLLM2_RUNS))
 
@@ -99,6 +109,10 @@ quickstart: runs/quickstart/sft/manifest.json
 quickstart-more: $(MORE)
 	@printf 'report: %s\n' $(^:%manifest.json=%report.md)
 
+ensemble: runs/quickstart/ensemble/manifest.json
+	$(TABLE)
+	@printf 'report: %s\n' $(<:%manifest.json=%report.html)
+
 quickstart-stages: $(AFTER_SFT)
 	@:
 
@@ -106,7 +120,7 @@ quickstart-eval: runs/quickstart/eval/manifest.json
 	$(TABLE)
 	@printf 'report: %s\n' $(patsubst %manifest.json,%report.html,$(filter-out %/eval/manifest.json,$(QUICK)) $<)
 
-$(QUICK) $(MORE): $(BASE)
+$(QUICK) $(MORE) $(ENSEMBLE): $(BASE)
 
 # The last file that the script writes stands for all of them.
 $(BASE): scripts/make_quickstart.py scripts/quickstart_model.py recipes/quickstart/gold.py | $(DEV)

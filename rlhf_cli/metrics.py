@@ -102,6 +102,12 @@ METRICS: tuple[Metric, ...] = (
         column=Column("Contradicts itself:", "Reward", "share of comparisons in which the same place wins in both orders"),
     ),
     Metric(
+        "/disagreement",
+        "deviation over the members of a reward:",
+        plot=Plot("disagreement", "Disagreement of the members", "deviations"),
+        column=Column("Disagreement:", "Reward", "deviation over a reward model's members; mean over the responses"),
+    ),
+    Metric(
         "reward/",
         "reward",
         plot=Plot("reward", "Term of the reward", "score"),
@@ -210,8 +216,10 @@ METRICS: tuple[Metric, ...] = (
         plot=Plot("learning_rate", "Learning rate", "learning rate", smooth=False, of_step=True),
     ),
     Metric("learning_rate/value"),
+    Metric("learning_rate/reward/"),
     Metric("grad_norm"),
     Metric("grad_norm/value"),
+    Metric("grad_norm/reward/"),
     Metric("tokens"),
     Metric(
         "tokens_per_second",

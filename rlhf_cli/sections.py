@@ -310,6 +310,14 @@ class Judge:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """A bound of an ensemble's score; one of the two."""
+
+    lcb: float | None = key(None, "k: mean less k deviations of the members: low where they disagree", low=0.0)
+    ucb: float | None = key(None, "k: mean and k deviations: high where they disagree", low=0.0)
+
+
+@dataclass(frozen=True)
 class Reward:
     """One term of the reward: exactly one of model, function, match, format, length and judge."""
 
@@ -328,6 +336,7 @@ class Reward:
         None, "under which it is logged; default: the model's folder, the function's name, or the kind of the term"
     )
     weight: float = key(1.0, "factor of this term in the score")
+    combine: Literal["mean", "min"] | Bound | None = key(None, "how the members of a run make one score; null: their mean")
     normalize: bool | None = key(None, "scores less their mean, over their deviation, as the train-rm run recorded; its default")
 
     @property

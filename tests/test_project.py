@@ -26,6 +26,10 @@ STAGE_OF = {
     "dpo-again": "dpo",
     "samples": "eval",
     "at-kl": "eval",
+    "rm-ensemble": "train-rm",
+    "pushed-mean": "ppo",
+    "pushed-lcb": "ppo",
+    "ensemble": "eval",
     "eval-more": "eval",
 }
 """The stage of recipes that are not named after theirs."""
@@ -76,6 +80,8 @@ CHAIN = ("sft", "rm", "dpo", "kto", "ppo", "online-dpo", "pushed", "samples", "d
 """Those of the quickstart that `make quickstart` runs."""
 MORE = ("ipo", "rloo", "at-kl")
 """Those that `make quickstart-more` runs."""
+ENSEMBLE = ("rm-ensemble", "pushed-mean", "pushed-lcb", "ensemble")
+"""Those that `make ensemble` runs."""
 FOLLOW = {
     "sft": [name for name in CHAIN if name != "sft"],
     "rm": ["ppo", "online-dpo", "pushed", "samples", "dpo-again", "eval"],
@@ -225,6 +231,13 @@ class TestMakefile:
             f"report: runs/quickstart/{name}/report.md" for name in MORE
         ]
 
+    def test_ensembles_have_one_too(self, folder: Path) -> None:
+        """It needs no more of the quickstart than its first stage."""
+        assert self.make(folder, "ensemble")[2:] == calls("quickstart", ("sft", *ENSEMBLE), "--resume")
+        assert self.run(folder, "ensemble").stdout.splitlines() == ["the table", "report: runs/quickstart/ensemble/report.html"]
+        self.change(folder / "recipes/quickstart/rm-ensemble.yaml")
+        assert self.make(folder, "ensemble")[:-1] == calls("quickstart", ENSEMBLE, "--force")
+
     def test_arithmetic_is_a_chain_of_its_own(self, folder: Path) -> None:
         first, more = ("sft", "grpo", "eval"), ("rloo", "ppo", "eval-more")
         made = [INSTALL.format("dev"), "python scripts/make_arithmetic.py"]
@@ -344,9 +357,9 @@ class TestChain:
         assert {(recipe.data.holdout, recipe.seed) for recipe in trained.values()} == {(share, 0)}
         starts = {name: recipe.model.path for name, recipe in trained.items() if name not in ("sft", "dpo-again")}
         assert starts == dict.fromkeys(starts, recipes["sft"].output)
-        assert recipes.keys() == ({*CHAIN, *MORE} if folder == "quickstart" else set(REAL_CHAIN))
+        assert recipes.keys() == ({*CHAIN, *MORE, *ENSEMBLE} if folder == "quickstart" else set(REAL_CHAIN))
         judges = {term.model for recipe in recipes.values() for terms in recipe.terms for term in terms if term.model}
-        assert judges == {recipes["rm"].output}
+        assert judges == {recipes[name].output for name in ("rm", "rm-ensemble") if name in recipes}
 
     @pytest.mark.parametrize("folder", ["quickstart", "smollm2"])
     def test_the_evaluation_keeps_what_was_held_out(self, folder: str) -> None:
@@ -362,7 +375,7 @@ class TestChain:
         assert known
         assert [source.path for source in known if (source.holdout, source.limit) not in split[source.path]] == []
         assert evaluation.seed == 0
-        left_out = {"rm", "samples", "eval"} | (set(MORE) if folder == "quickstart" else set())
+        left_out = {"rm", "samples", "eval"} | ({*MORE, *ENSEMBLE} if folder == "quickstart" else set())
         outputs = {recipe.output for name, recipe in recipes.items() if name not in left_out}
         assert {path.removesuffix("/checkpoints/*") for path in evaluation.models.values()} == outputs
 

@@ -19,6 +19,10 @@ STAGE = {
     "dpo-again": "dpo",
     "samples": "eval",
     "at-kl": "eval",
+    "rm-ensemble": "train-rm",
+    "pushed-mean": "ppo",
+    "pushed-lcb": "ppo",
+    "ensemble": "eval",
     "grpo": "ppo",
     "eval-more": "eval",
 }
@@ -32,6 +36,12 @@ TRAINED = [
     for path in RECIPES
     if path not in EVALUATIONS
 ]
+
+
+def text_of(recipe: Path) -> str:
+    """With what it is based on."""
+    text = recipe.read_text()
+    return text + (recipe.parent / text.split("base: ")[1].split()[0]).read_text() if "\nbase: " in text else text
 
 
 def write_pairs(path: Path, count: int) -> Path:
@@ -73,14 +83,27 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     return Parts(model, rows, folder / "rm")
 
 
+@pytest.fixture(scope="module")
+def ensemble(parts: Parts) -> Path:
+    """The same by its recipe of several."""
+    changes = {"model.path": parts.model, "data.train": parts.rows, "train.steps": 2, "train.batch_size": 4}
+    output = parts.judge.with_name("ensemble")
+    assert rlhf("train-rm", "recipes/quickstart/rm-ensemble.yaml", "--output", output, *settings_of(changes)) == 0
+    return output
+
+
 @pytest.mark.parametrize("recipe", TRAINED, ids=str)
-def test_two_steps(recipe: Path, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_steps(
+    recipe: Path, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Stages that draw responses do so with a reward model of the same tiny model; the quickstart's report has its pictures."""
     model, rows, output = parts.model, parts.rows, tmp_path / "run"
     changes = {"model.path": model, "data.train": rows, "data.max_length": 256, "train.steps": 2, "train.batch_size": 4}
     stage = STAGE.get(recipe.stem, recipe.stem)
-    if "rollout:" in recipe.read_text():
-        changes |= {"rollout.max_new_tokens": 6} | ({} if "- match:" in recipe.read_text() else {"reward.0.model": parts.judge})
+    text = text_of(recipe)
+    if "rollout:" in text:
+        judge = request.getfixturevalue("ensemble") if "combine:" in text else parts.judge
+        changes |= {"rollout.max_new_tokens": 6} | ({} if "- match:" in text else {"reward.0.model": judge})
     settings = settings_of(changes)
     with monkeypatch.context() as patch:
         if recipe.parent.name == "quickstart":
@@ -88,7 +111,7 @@ def test_two_steps(recipe: Path, parts: Parts, tmp_path: Path, monkeypatch: pyte
         assert rlhf(stage, recipe, "--output", output, *settings) == 0
     assert pictured(output) == (recipe.parent.name == "quickstart")
     measured = [(0, "eval"), (1, "train"), (1, "eval"), (2, "train"), (2, "eval")]
-    if "eval_every: null" in recipe.read_text():
+    if "eval_every: null" in text:
         measured.remove((1, "eval"))
     assert [(line["step"], line["split"]) for line in read_lines(output / "metrics.jsonl")] == measured
     assert json.loads((output / "manifest.json").read_text())["steps"] == 2
@@ -102,7 +125,8 @@ def test_two_steps(recipe: Path, parts: Parts, tmp_path: Path, monkeypatch: pyte
 def test_an_evaluation(recipe: Path, parts: Parts, tmp_path: Path, pictures: None) -> None:
     model, rows, output = parts.model, parts.rows, tmp_path / "run"
     text = recipe.read_text()
-    names = ["dpo"] if recipe.stem == "samples" else ["sft", "dpo"] + ["online-dpo"] * (recipe.stem == "at-kl")
+    usual = ["sft", "dpo"]
+    names = {"samples": ["dpo"], "at-kl": [*usual, "online-dpo"], "ensemble": ["sft", "mean", "lcb"]}.get(recipe.stem, usual)
     sections = [name for name in ("prompts", "preferences", "text") if f"\n{name}:" in text]
     changes: dict[str, object] = {name: rows for name in sections} | {
         "models": f"{{{', '.join(f'{name}: {model}' for name in names)}}}",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 
@@ -79,16 +80,19 @@ class DatasetSource:
     batch_size: int
     seed: int
     shuffle: bool
+    sample: np.ndarray | None = None  # (rows,) the trees, some several times and others not at all; None: each once
+    member: int | None = None  # of an ensemble, whose trees they are
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.trees) / self.batch_size)
+        return math.ceil(sum(self.sizes) / self.batch_size)
 
     def indices(self, step: int) -> np.ndarray:
         """The trees of optimiser step `step`, counted from 1."""
         epoch, batch = divmod(step - 1, self.steps_per_epoch)
         order = _epoch_order(self.sizes, self.shares, self.seed, epoch, self.shuffle)
-        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return rows if self.sample is None else self.sample[rows]
 
     def reached(self, steps: int) -> np.ndarray:
         """(T,) bool: the trees that a run of so many steps comes to."""
@@ -104,11 +108,46 @@ class DatasetSource:
         return StepBatches(step, (self.batch(step),), (self.locations(step),), dict(memory))
 
     def batch(self, step: int) -> list[Tree]:
-        return [self.trees[int(i)] for i in self.indices(step)]
+        return [self.trees[int(i)]._replace(member=self.member) for i in self.indices(step)]
 
     def locations(self, step: int) -> list[str]:
         """File and line of every tree of a step, in the order of `batch`."""
         return [self.trees.locations[int(i)] for i in self.indices(step)]
+
+
+def member_seed(seed: int, member: int) -> int:
+    """The seed of an ensemble's member, of its first weights, its sample and its order of rows; the first one has the run's."""
+    return int(np.random.default_rng([seed, DataStream.MEMBER, member]).integers(2**32)) if member else seed
+
+
+@dataclass(frozen=True, eq=False)
+class EnsembleSource:
+    """The batches of several members side by side; each goes through a bootstrap sample of the prompts as if it were alone."""
+
+    members: tuple[DatasetSource, ...]
+    steps_per_epoch: int
+
+    @classmethod
+    def draw(cls, source: DatasetSource, members: int, prompts: np.ndarray) -> Self:
+        """As many prompts as there are, drawn with replacement, each with all its rows.
+
+        `prompts`: (rows,), of each tree, equal for one prompt.
+        """
+        _, prompt_of = np.unique(prompts, return_inverse=True)
+        count, bounds = prompt_of.max() + 1, np.cumsum((0, *source.sizes))
+
+        def of(member: int) -> DatasetSource:
+            seed = member_seed(source.seed, member)
+            drawn = np.random.default_rng([seed, DataStream.BOOTSTRAP]).integers(count, size=count)
+            sample = np.repeat(np.arange(len(prompt_of)), np.bincount(drawn, minlength=count)[prompt_of])
+            sizes = np.histogram(sample, bounds)[0].tolist()
+            return replace(source, sizes=tuple(sizes), seed=seed, sample=sample, member=member)
+
+        return cls(tuple(map(of, range(members))), source.steps_per_epoch)
+
+    def collect(self, step: int, memory: Mapping[str, float]) -> StepBatches:
+        trees = [tree for own in self.members for tree in own.batch(step)]
+        return StepBatches(step, (trees,), ([where for own in self.members for where in own.locations(step)],), dict(memory))
 
 
 def total_steps(epochs: float, steps: int | None, steps_per_epoch: int) -> int:

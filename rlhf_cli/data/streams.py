@@ -36,3 +36,5 @@ class DataStream(IntEnum):
     EPOCH = 1  # then the epoch: the order of its rows
     SOURCE = 2  # then the source and how often it was gone through
     MISMATCHES = 3
+    MEMBER = 4  # of an ensemble, then which: its seed
+    BOOTSTRAP = 5  # the prompts that a member of an ensemble learns from

@@ -43,6 +43,7 @@ class Tree(NamedTuple):
     facts: Facts = Facts()
     reference: tuple[np.ndarray, ...] | None = None  # the reference's log-probability of every token, as `responses`, float32
     recorded: tuple[Recorded[np.ndarray], ...] | None = None  # of every response's tokens
+    member: int | None = None  # of an ensemble, the only one that learns from it; None: all
 
 
 class Piece(NamedTuple):
@@ -95,6 +96,7 @@ class Batch:
     counts: tuple[int, ...]  # responses of each tree
     facts: tuple[Facts, ...]  # of each tree
     tokens: int  # without padding
+    member: int | None = None  # of an ensemble, the one that its trees are for; None: all
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -278,6 +280,7 @@ def build_batch(trees: Sequence[Tree], rows: Sequence[PackedRow]) -> Batch:
         counts=tuple(counts.values()),
         facts=tuple(trees[index].facts for index in numbers),
         tokens=int((laid.tree >= 0).sum()),
+        member=trees[next(iter(numbers))].member,
     )
 
 
@@ -298,6 +301,7 @@ def idle_batch(trees: Sequence[Tree]) -> Batch:
         counts=(),
         facts=(),
         tokens=0,
+        member=first.member,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from rlhf_cli.figures import Interval, from_plain, percent, to_plain
@@ -111,6 +111,16 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One reward model of an ensemble: the same figures, by itself."""
+
+    seed: int
+    rate: Rate | None
+    score_mean: float
+    score_std: float
+
+
+@dataclass(frozen=True)
 class Card:
     """A reward model's card: `reward_model` in the manifest."""
 
@@ -120,6 +130,8 @@ class Card:
     score_responses: int
     warning: str | None  # of `beats_length`
     constant: float = 0.5  # accuracy of a score that is the same for all: every pair a tie
+    members: list[Member] = field(default_factory=list)  # of an ensemble, whose mean the rest is about
+    disagreement: float | None = None  # mean over held-out responses of the deviation of their normalised scores
 
     def to_json(self) -> dict[str, Any]:
         """Figures of pairs are null where nothing was held out."""
@@ -127,13 +139,14 @@ class Card:
         bounds = {"accuracy": own.pop("accuracy"), "accuracy_low": own.pop("low"), "accuracy_high": own.pop("high")}
         left_out = ("kind", "ties", "beta", "faults")
         figures = {key: value for key, value in own.items() if key not in left_out}
-        return bounds | figures | {key: value for key, value in vars(self).items() if key != "agreement"}
+        return bounds | figures | {key: to_plain(value) for key, value in vars(self).items() if key != "agreement"}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Card:
         bounds = {"low": entry["accuracy_low"], "high": entry["accuracy_high"]}
         agreement = Agreement.from_json({**entry, **bounds, "kind": "reward model", "ties": 0})
-        return cls(agreement, **{own.name: entry[own.name] for own in fields(cls) if own.name != "agreement"})
+        own = {key: value for key, value in entry.items() if key in {own.name for own in fields(cls)} - {"agreement", "members"}}
+        return cls(agreement, members=[from_plain(Member, each) for each in entry.get("members", [])], **own)
 
 
 def weaknesses(model: Rate, baseline: LengthBaseline | None) -> list[str]:

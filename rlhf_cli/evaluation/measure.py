@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 
@@ -20,7 +20,10 @@ from rlhf_cli.evaluation.samples import grouped
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.passes import score_responses
 from rlhf_cli.models.placement import FrozenModels
+from rlhf_cli.objectives.reward import member_role
+from rlhf_cli.rollout.ensembles import mean_of_members
 from rlhf_cli.rollout.experience import read_logps, together
+from rlhf_cli.rollout.reward_models import recorded_scales
 from rlhf_cli.runs.folder import RunFolder
 
 EVALUATED = "evaluated"  # the role of a reward model that is evaluated, beside those among the terms
@@ -54,7 +57,7 @@ def measure_models(job: EvaluationJob, folder: RunFolder) -> Measured:
                     samples = draw_responses(job, model, backbone, frozen)
                     keep_responses(job, model, samples, log)
                 if _has_preferences(job, model):
-                    _judge(job, model, backbone, reference_logps, measured)
+                    _judge(job, model, backbone, frozen, reference_logps, measured)
                 if reads:
                     measured.text[model.name] = _text_figures(job, model, backbone)
             del backbone  # or its weights would stay in memory beside the next model's
@@ -81,14 +84,32 @@ def _has_preferences(job: EvaluationJob, model: EvaluatedModel) -> bool:
     return "preferences" in job.rows and (model.is_reward_model or compared)
 
 
+def _other_members(job: EvaluationJob, model: EvaluatedModel, frozen: FrozenModels) -> Iterator[list[np.ndarray]]:
+    """The scores of the members of an ensemble but for the first."""
+    trees = job.rows_of("preferences", model).trees
+    for number, member in enumerate(model.start.members[1:], 1):
+        role = member_role(EVALUATED, number)
+        with frozen.loaded(role, member, head=True) as backbone:
+            yield score_responses(backbone, role, trees, job.budget, job.ranks)
+
+
 def _judge(
-    job: EvaluationJob, model: EvaluatedModel, backbone: Backbone, reference_logps: Sequence[np.ndarray], measured: Measured
+    job: EvaluationJob,
+    model: EvaluatedModel,
+    backbone: Backbone,
+    frozen: FrozenModels,
+    reference_logps: Sequence[np.ndarray],
+    measured: Measured,
 ) -> None:
-    """How a reward model's scores, or a policy's implicit rewards β (log π − log π_ref), agree with the preferences."""
+    """How a reward model's scores, or a policy's implicit rewards β (log π − log π_ref), agree with the preferences.
+
+    Of an ensemble the mean of the members' scores.
+    """
     rows = job.rows_of("preferences", model)
     if model.is_reward_model:
         kind, who, beta = "reward model", model.name, None
-        scores = score_responses(backbone, EVALUATED, rows.trees, job.budget, job.ranks)
+        members = [score_responses(backbone, EVALUATED, rows.trees, job.budget, job.ranks), *_other_members(job, model, frozen)]
+        scores = mean_of_members(members, recorded_scales(model.start))
     else:
         kind, who, beta = "policy", f"{model.name} or {job.recipe.reference}", model.beta
         own = _response_logps(job, backbone, "policy", rows.trees)

@@ -18,7 +18,7 @@ from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.rollout.reward_models import serialised
-from rlhf_cli.runs.manifest import BaseModel, weights_hash
+from rlhf_cli.runs.manifest import BaseModel
 from rlhf_cli.runs.parents import Start, base_model, recorded_template, resolve_start
 from rlhf_cli.runs.resume import INPUTS
 
@@ -71,7 +71,7 @@ class EvaluatedModel:
         """What identifies it."""
         return {
             "base": self.base and self.base.weights_hash,
-            "adapter": weights_hash(self.start.adapter) if self.start.adapter else None,
+            "adapter": self.start.adapter_hash,
             "template": self.tokenisation.template.hash,
         }
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
@@ -60,19 +61,21 @@ def load_trained(
     start: Weights,
     *,
     device: torch.device,
-    seed: int,
+    seeds: Mapping[str, int],
     merged: Path,
-    role: Literal["policy", "reward"] = "policy",
     sharding: Sharding | None = None,
 ) -> tuple[Backbone, Weights]:
-    """The backbone with its one trained role, and the base that the adapter sits on.
+    """The backbone with the role that is trained, and the base that the adapter sits on.
+
+    `seeds`: role → seed; beside "policy" or "reward" the other members of an ensemble, whose adapters and heads are their own.
+    They start as the first one does, but for what is drawn at random.
 
     An adapter that cannot go on, because all weights are trained or its shape changes, is merged into the base in float32;
     with LoRA that merged base is saved in `merged`, so that the new adapter has a base on disk. A reward model's head goes on
     where the start has one, else it is fresh. Raises UsageError if a policy is to start from a reward model.
     """
     compute = resolve_dtype(settings.dtype, device)
-    adapter = read_adapter(start.adapter) if start.adapter is not None else None
+    adapter, role = read_adapter(start.adapter) if start.adapter is not None else None, next(iter(seeds))
     merge = adapter is not None and (lora is None or lora.merge_parent)
     classifier = is_reward_model(start.base, start.revision)
     head = adapter.head if adapter else start.head if classifier else None
@@ -92,14 +95,15 @@ def load_trained(
         model = merge_adapter(model, adapter)
     shards = None if sharding is None else Shards(model, sharding, None if lora else dtype)
     backbone = Backbone(model, compute, settings.attention, headless, shards)
-    torch.manual_seed(seed)
-    if role == "reward":
-        backbone.add_head(role, head)
-    if lora is None:
-        backbone.train_all_weights(role)
-    else:
-        config = lora_config(lora, base.base, base.revision, adapter and adapter.config)
-        backbone.add_lora(role, config, adapter and adapter.state, trained=True)
+    for own, seed in seeds.items():
+        torch.manual_seed(seed)
+        if role == "reward":
+            backbone.add_head(own, head)
+        if lora is None:
+            backbone.train_all_weights(own)
+        else:
+            config = lora_config(lora, base.base, base.revision, adapter and adapter.config)
+            backbone.add_lora(own, config, adapter and adapter.state, trained=True)
     if settings.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     return backbone, Weights(base.base, base.revision, None)

@@ -47,6 +47,11 @@ class Objective:
     known_as: ClassVar[Mapping[str, str]] = {}  # names of methods that it is with certain keys, and these
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that are saved as models: its own and, of an ensemble, those of the other members."""
+        return (self.role,)
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """What it logs of every update."""
         raise NotImplementedError

@@ -16,7 +16,7 @@ from rlhf_cli.objectives.policy_gradient import GroupGradient
 from rlhf_cli.recipe.keys import keys_of
 from rlhf_cli.recipe.recipes import DirectRecipe, EvalRecipe, KtoRecipe, PpoRecipe, Recipe, TrainingRecipe
 from rlhf_cli.recipe.rewards import KINDS, kinds_of, term_names
-from rlhf_cli.sections import Reward, Rows, Source
+from rlhf_cli.sections import Bound, Reward, Rows, Source
 from rlhf_cli.suggest import did_you_mean
 
 Finding = tuple[str, str]
@@ -122,6 +122,11 @@ def _quantised(recipe: TrainingRecipe) -> Iterator[Finding]:
         yield "model.quantize", "quantised weights cannot be trained, and lora is null. remove one of the two"
 
 
+def _members(recipe: TrainingRecipe) -> Iterator[Finding]:
+    if recipe.lora is None and len(recipe.objective.roles) > 1:
+        yield "objective.members", "are adapters on one base, and with lora: null each would be a whole model. leave lora at auto"
+
+
 def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
     held_out = recipe.held_out_metrics
     either = tuple(dict.fromkeys((*recipe.training_metrics, *held_out)))
@@ -205,6 +210,8 @@ def _term(key: str, term: Reward) -> Iterator[Finding]:
         for name in kind.options:
             if name not in KINDS[own].options and vars(term)[name] is not None:
                 yield f"{key}.{name}", f"has no effect on a {KINDS[own].noun}, it is for {kind.noun}s. remove it"
+    if isinstance(term.combine, Bound) and (term.combine.lcb is None) == (term.combine.ucb is None):
+        yield f"{key}.combine", "expected mean, min, or one of lcb and ucb. give one"
     if term.name is not None and not term.name.strip():
         yield f"{key}.name", "expected a name, found blank text. remove it for the default"
 
@@ -333,6 +340,7 @@ TRAINING = (
     Check(("train.stop_if", "train.keep_best", "objective.kind", "rollout", "reward", "gold", "ptx"), _watched),
     Check(("data.train", "data.eval"), _sources),
     Check(("model.quantize", "lora"), _quantised),
+    Check(("objective", "lora"), _members),
     Check(("model.chat_template", "model.template_options"), _template),
     Check(("data.overlong", "data.max_length", "rollout"), _drawn),
 )

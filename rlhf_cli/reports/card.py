@@ -23,6 +23,11 @@ def model_card(card: Card, pictures: list[Picture]) -> Section:
             f"{short(card.score_std)}. Only scores of one prompt's responses compare: the preferences say nothing of the rest."
         )
     )
+    if card.disagreement is not None:
+        said = (
+            f"Its {len(card.members)} members disagree: the deviation of their normalised scores is {short(card.disagreement)}."
+        )
+        blocks.append(Paragraph(said))
     return Section("card", "Model card", tuple(blocks))
 
 
@@ -43,6 +48,9 @@ def _accuracy(card: Card, rate: Rate) -> Iterator[Block]:
     rows.append(("the same score for all", percent(card.constant), ""))
     columns = Column("accuracy"), Column("95 % interval")
     yield Table("Accuracy on held-out pairs", (Column("by"), *columns), tuple(rows))
+    if card.members:
+        own = tuple((f"member {k}", *(_share(m.rate.interval) if m.rate else ("", ""))) for k, m in enumerate(card.members))
+        yield Table("The members, of whose mean this card is", (Column("by"), *columns), own)
     if subsets := card.agreement.subsets:
         of_subsets = tuple((name, f"{own.pairs:,}", *_share(own.interval)) for name, own in subsets.items())
         yield Table("The same by subset", (Column("subset"), Column("pairs"), *columns), of_subsets)

@@ -25,7 +25,7 @@ from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.rollout.rewards import Answers, PolicyText, RewardTerm
-from rlhf_cli.runs.manifest import Parent, weights_hash
+from rlhf_cli.runs.manifest import Parent
 from rlhf_cli.runs.parents import Start, base_model, recorded_template, resolve_start
 from rlhf_cli.signals import Pause
 
@@ -121,7 +121,7 @@ class JudgeTerm(RewardTerm):
         if self.local is not None:
             start = self.local.start
             asked = {"path": str(start.adapter or start.base), "base": self.local.base}
-            asked |= {"adapter": weights_hash(start.adapter) if start.adapter else None}
+            asked |= {"adapter": start.adapter_hash}
             asked |= self._files  # what an evaluation keeps of it was said in these words
         return {"judge": asked | {"mode": self.mode, "draws": self.settings.draws}}
 

@@ -17,12 +17,14 @@ from rlhf_cli.data.trees import Tree, span
 from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer, positions_of
-from rlhf_cli.models.passes import score_responses
+from rlhf_cli.models.passes import parts, score_responses
 from rlhf_cli.models.placement import FrozenModels, Head
+from rlhf_cli.objectives.reward import member_role
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.stages import REWARD_STAGES, TRAINING_STAGES
+from rlhf_cli.rollout.ensembles import AS_THEY_ARE, Combine, Scale, as_one, centred, combine, flat, in_words, normalised
 from rlhf_cli.rollout.rewards import Answers, PolicyText, RewardTerm, check_finite
-from rlhf_cli.runs.manifest import BaseModel, Parent, weights_hash
+from rlhf_cli.runs.manifest import BaseModel, Parent
 from rlhf_cli.runs.parents import Start, base_model, recorded_template, resolve_start
 
 RECORDED = " or ".join(REWARD_STAGES)
@@ -35,8 +37,9 @@ class RewardModel(RewardTerm):
 
     start: Start
     base: BaseModel | None  # None: on the hub, and not fetched by --check
-    mean: float  # of its scores, taken off them; 0 and a deviation of 1 where they are used as they are
-    std: float
+    members: tuple[Start, ...]  # of an ensemble, else itself
+    scales: tuple[Scale, ...]  # of each
+    combine: Combine
     tokenizer: Any
     template: Template
     reader: Reader
@@ -51,7 +54,8 @@ class RewardModel(RewardTerm):
     def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> Self:
         """What `reward.model` names.
 
-        UsageError: it cannot be told what it names, it is a policy, its base has changed, or `normalize` has no figures.
+        UsageError: it cannot be told what it names, it is a policy, its base has changed, `normalize` has no figures, or
+            `combine` nothing to combine.
         MachineError: a hub id that cannot be reached.
         """
         assert reward.model is not None
@@ -64,7 +68,10 @@ class RewardModel(RewardTerm):
             scores = is_reward_model(str(start.adapter or start.base), start.revision)
         if not scores:
             raise UsageError(f"{place}: {reward.model} is a language model, a policy and not a reward model; {remedy}")
-        mean, std = _figures(start, reward, place)
+        members = tuple(start.members or [start])
+        if reward.combine is not None and len(members) == 1:
+            raise UsageError(f"{place}: combine: {reward.model} is a single reward model, without members; remove combine")
+        scales = _scales(start, reward, place)
         with prefixed(place):
             tokenizer = load_tokenizer(start.tokenizer, start.revision, policy.trust_remote_code)
         same = serialised(tokenizer) == serialised(policy.tokenizer)
@@ -74,17 +81,21 @@ class RewardModel(RewardTerm):
         base = base_model(start) if not policy.check or Path(start.base).exists() else None
         if base is not None:
             with prefixed(place):
-                _ = start.head
+                _ = [member.head for member in members]
         positions = positions_of(load_config(start.base, start.revision, policy.trust_remote_code))
         form = None if same and template.hash == policy.template.hash else read_chat_format(tokenizer, template)
         reader = Reader(place, positions, form)
-        return cls(name, reward.weight, place, start, base, mean, std, tokenizer, template, reader)
+        of_members = members, scales, reward.combine or "mean"
+        return cls(name, reward.weight, place, start, base, *of_members, tokenizer, template, reader)
 
     def load(self, models: FrozenModels, role: str, budget: int) -> RewardModelScorer:
         """Its weights are loaded only where the role has none yet. UsageError: they do not fit."""
-        if role not in models.hosts:
-            models.add(role, self.start, head=True)
-        return RewardModelScorer(self.name, self.weight, models.hosts[role], role, self.mean, self.std, budget, self.reader)
+        roles = tuple(member_role(role, member) for member in range(len(self.members)))
+        for own, member in zip(roles, self.members, strict=True):
+            if own not in models.hosts:
+                models.add(own, member, head=True)
+        of_members = roles, self.scales, self.combine
+        return RewardModelScorer(self.name, self.weight, models.hosts[role], *of_members, budget, self.reader)
 
     @property
     def reads(self) -> Literal["tokens", "text"]:
@@ -93,18 +104,26 @@ class RewardModel(RewardTerm):
 
     @property
     def source(self) -> dict[str, Any]:
+        means, stds = zip(*self.scales, strict=True)
+        figures: dict[str, Any] = {"mean": means[0], "std": stds[0]}
+        if len(self.members) > 1:
+            how = vars(self.combine) if isinstance(self.combine, sections.Bound) else self.combine
+            figures = {"mean": list(means), "std": list(stds), "combine": how}
         return {
             "model": str(self.start.adapter or self.start.base),
             "base": self.base.weights_hash if self.base else None,
-            "adapter": weights_hash(self.start.adapter) if self.start.adapter else None,
-            "mean": self.mean,
-            "std": self.std,
+            "adapter": self.start.adapter_hash,
+            **figures,
             "reads": self.reads,
         }
 
     @property
     def words(self) -> str:
-        scores = "as they are" if (self.mean, self.std) == (0, 1) else f"less {self.mean:.4g}, over {self.std:.4g}"
+        (mean, std), *more = self.scales
+        scores = "as they are" if self.scales[0] == AS_THEY_ARE else f"less {mean:.4g}, over {std:.4g}"
+        if more:
+            each = "as it is" if self.scales[0] == AS_THEY_ARE else "less its own mean and over its deviation"
+            scores = f"of {len(self.scales)} members, each {each}: their {in_words(self.combine)}"
         return f"scores {scores}; it reads the policy's {self.reads}"
 
     @property
@@ -116,44 +135,62 @@ class RewardModel(RewardTerm):
         return self.tokenizer, self.template
 
     def value_start(self) -> tuple[Start, Head] | None:
-        """weight · (r − mean)/std, of a model that reads the policy's tokens."""
+        """weight · (r − mean)/std, of a model that reads the policy's tokens; of an ensemble its first member."""
         if self.reads != "tokens":
             return None
-        scale = self.weight / self.std
-        return self.start, Head(self.start.head * scale, -self.mean * scale)
+        mean, std = self.scales[0]
+        return self.start, Head(self.start.head * (self.weight / std), -mean * (self.weight / std))
 
 
 @dataclass(frozen=True)
 class RewardModelScorer:
-    """A reward model with its weights: its score at a response's last token, less `mean` and over `std`."""
+    """A reward model with its weights, or several members on one base: scores at a response's last token, normalised."""
 
     name: str
     weight: float
     backbone: Backbone
-    role: str
-    mean: float  # 0 and 1: scores as they are
-    std: float
+    roles: tuple[str, ...]  # of each member; one of a single model
+    scales: tuple[Scale, ...]
+    combine: Combine
     budget: int  # tokens of one forward pass
     reader: Reader
 
     needs_weights: ClassVar[bool] = True
-    beside: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return ("disagreement",) if len(self.roles) > 1 else ()
 
     def score(self, answers: Answers) -> np.ndarray:
-        """(M,) float64, tree by tree.
+        """(M,) float64, tree by tree; of members (2, M), what they make together and the deviation over them.
 
         UsageError: the model cannot read an answer.
         NumberError: a score is not finite.
         """
-        trees = self.reader(answers) if answers.trees else []
-        scores = np.concatenate([np.zeros(0), *score_responses(self.backbone.at(self.role), self.role, trees, self.budget, None)])
-        check_finite(scores, answers.pairs, f"{self.reader.place}: reward model {self.name}")
-        normalised: np.ndarray = (scores - self.mean) / self.std
-        return normalised
+        scores = self.of_members(answers)
+        return scores[0] if len(scores) == 1 else np.stack((combine(scores, self.combine), scores.std(0)))
+
+    def of_members(self, answers: Answers) -> np.ndarray:
+        """(K, M) normalised scores of the K members; see `score`."""
+        raw = self._raw(self.reader(answers) if answers.trees else [], None)
+        for scores in raw:
+            check_finite(scores, answers.pairs, f"{self.reader.place}: reward model {self.name}")
+        return normalised(raw, self.scales)
+
+    def _raw(self, trees: list[Tree], ranks: Ranks | None) -> np.ndarray:
+        """(K, M) scores; the trees are in the model's own tokens, and of `ranks` each scores its share."""
+        found = (score_responses(self.backbone.at(role), role, trees, self.budget, ranks) for role in self.roles)
+        return np.stack([*map(flat, found)])
 
     def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
-        """The trees are in the model's own tokens; each rank scores its share."""
-        return score_responses(self.backbone.at(self.role), self.role, rows.trees, self.budget, ranks)
+        raw = self._raw(rows.trees, ranks)
+        scores = raw[0] if len(raw) == 1 else as_one(raw, self.scales, self.combine)
+        return parts(scores, [len(tree.responses) for tree in rows.trees])
+
+
+def centred_scores(scorers: Sequence[RewardModelScorer], answers: Answers) -> np.ndarray:
+    """(M, K) normalised scores of all members of some models, each centred over the responses of every prompt."""
+    return centred(np.concatenate([scorer.of_members(answers) for scorer in scorers]), [*map(len, answers.texts)])
 
 
 @dataclass(frozen=True)
@@ -209,8 +246,16 @@ def _without_end(response: np.ndarray, ends: Sequence[Sequence[int]]) -> np.ndar
     return response
 
 
-def _figures(start: Start, reward: sections.Reward, place: str) -> tuple[float, float]:
-    """(mean, standard deviation) that its scores are normalised with; (0, 1) where they are not.
+def recorded_scales(start: Start) -> tuple[Scale, ...]:
+    """Mean and deviation of the scores of a model, or of each member, as its run recorded them; as they are where none did."""
+    if start.manifest is None:
+        return (AS_THEY_ARE,) * max(1, len(start.members))
+    card = start.manifest["reward_model"]
+    return tuple(Scale(own["score_mean"], own["score_std"]) for own in card.get("members") or [card])
+
+
+def _scales(start: Start, reward: sections.Reward, place: str) -> tuple[Scale, ...]:
+    """What its scores, or its members', are normalised with.
 
     UsageError: `normalize: true` without figures, or a deviation of 0.
     """
@@ -219,15 +264,15 @@ def _figures(start: Start, reward: sections.Reward, place: str) -> tuple[float, 
             f"{place}: normalize: {reward.model} records no mean and deviation of its scores; set normalize: false, "
             f"or name the folder of a run of {RECORDED}"
         )
-    if start.manifest is None or reward.normalize is False:
-        return 0.0, 1.0
-    card = start.manifest["reward_model"]
-    if card["score_std"] == 0:
+    scales = recorded_scales(start)
+    if reward.normalize is False:
+        return (AS_THEY_ARE,) * len(scales)
+    if any(scale.std == 0 for scale in scales):
         raise UsageError(
             f"{place}: {reward.model} gives every response the same score (its recorded deviation is 0): train it for longer, "
             "or set normalize: false"
         )
-    return card["score_mean"], card["score_std"]
+    return scales
 
 
 def serialised(tokenizer: Any) -> tuple[str, str | None, str]:

@@ -19,7 +19,7 @@ from rlhf_cli.metrics import in_order
 from rlhf_cli.recipe.dump import dumped_stage
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.runs.ancestry import ancestors, json_if_any, run_of
-from rlhf_cli.runs.folder import RunFolder, read_metrics
+from rlhf_cli.runs.folder import RunFolder, member_folders, read_metrics
 from rlhf_cli.runs.parents import is_meant_as_path
 from rlhf_cli.runs.resume import INPUTS, recorded_recipe
 
@@ -57,6 +57,8 @@ def write_card(folder: Path, source: Path, manifest: Mapping[str, Any], repo: st
         "tags": list(dict.fromkeys(["rlhf", told.stage, told.objective["kind"], *(["lora"] if told.lora else [])])),
     }
     what = "A reward model: it scores a response to a prompt" if of_reward else "A language model"
+    if several := len(member_folders(folder)):
+        what = f"{what}. The first of {several}, which `member-0` to `member-{several - 1}` hold each: their mean is what counts"
     how = f"a LoRA adapter of rank {told.lora['r']}{'' if adapter else ', merged'}" if told.lora else "all weights were trained"
     keys = ", ".join(f"{key} {json.dumps(own)}" for key, own in told.objective.items() if key != "kind")
     lines = [

@@ -50,6 +50,8 @@ def export(run: Path, dest: Path, merge: bool, repo: str | None = None) -> str:
         raise UsageError(f"{run} is not a run: it has no model/")
     if repo is not None and start.adapter is not None and not merge and Path(start.base).exists():
         raise UsageError(f"--push {repo}: the adapter sits on {start.base}, which nobody else has. add --merge")
+    if merge and start.members:
+        raise UsageError(f"--merge: {run} has {len(start.members)} members, each of which would be a whole model. leave it out")
     model, head = _load_run(start)
     pad_id = None if head is None else _pad_id(run, start, model)
     with disk_errors(dest):

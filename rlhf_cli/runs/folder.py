@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import socket
+from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -59,6 +60,16 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def member_folder(model: Path, member: int) -> Path:
+    """Where a run's folder of weights has a member of an ensemble, counted from 0."""
+    return model / f"member-{member}"
+
+
+def member_folders(model: Path) -> list[Path]:
+    """Those of all members; none of a single model."""
+    return list(takewhile(Path.is_dir, map(partial(member_folder, model), count())))
 
 
 def open_run(output: Path, *, resume: bool, force: bool) -> RunFolder:
@@ -142,7 +153,7 @@ def _move_aside(output: Path) -> None:
 
 def move_aside(path: Path) -> Path:
     """Rename a file or folder to the first free <path>.old-<n>."""
-    candidates = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
+    candidates = (path.with_name(f"{path.name}.old-{n}") for n in count(1))
     return path.rename(next(new for new in candidates if not os.path.lexists(new)))
 
 

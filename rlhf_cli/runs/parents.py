@@ -14,6 +14,7 @@ from rlhf_cli.files import SETTINGS, hash_tree, read_json, sha256_file
 from rlhf_cli.hub import model_folder
 from rlhf_cli.models.load import Weights, check_tensors, is_reward_model
 from rlhf_cli.recipe.stages import POLICY_STAGES, REWARD_STAGES
+from rlhf_cli.runs.folder import member_folders
 from rlhf_cli.runs.manifest import BaseModel, Parent, read_manifest, settings_hash, weights_hash
 from rlhf_cli.suggest import closest_path
 
@@ -30,6 +31,18 @@ class Start(Weights):
     @property
     def template_hash(self) -> str | None:
         return self.template if self.manifest is None else self.manifest["chat_template_hash"]
+
+    @property
+    def adapter_hash(self) -> str | None:
+        """Of the adapter's weights, of an ensemble those of all members; None without one."""
+        found = [weights_hash(own.adapter) for own in self.members or [self] if own.adapter is not None]
+        return "+".join(found) or None
+
+    @property
+    def members(self) -> list[Start]:
+        """Of an ensemble each member alone; none of a single model."""
+        folders = member_folders(self.adapter) if self.adapter is not None else []
+        return [dataclasses.replace(self, adapter=folder) for folder in folders]
 
 
 def resolve_start(path: str, revision: str | None, place: str, stages: Collection[str] = POLICY_STAGES) -> Start:

@@ -45,7 +45,7 @@ class Needs:
         values, shared = recipe.objective.values, lora is not None
         masked = self.capacity is not None and recipe.model.attention in ("auto", "sdpa", "eager")
         known: dict[str, Any] = {"dtype": self.dtype, "devices": self.shards, "optimizer": recipe.train.optimizer}
-        roles, row = 1 + (values and shared), self.longest * masked
+        roles, row = len(recipe.objective.roles) + (values and shared), self.longest * masked
         memory = estimate(self.config, recipe.model, rank=lora.r if lora else None, roles=roles, row=row, **known)
         if self.capacity is None:
             return memory

@@ -122,7 +122,7 @@ def _add_value(job: TrainingJob, terms: RewardTerms, placement: Placement, base:
     if first is not None:
         name, (start, head) = first
         placement.add_value(start, lora, head)
-        job.console.say(f"value: starts as the reward model {name}")
+        job.console.say(f"value: starts as {'the first member of ' * bool(start.members)}the reward model {name}")
     else:
         weights = job.start if base.base == job.start.base else base
         width = placement.policy.model.config.get_text_config().hidden_size

@@ -233,10 +233,11 @@ def _example_words(recipe: recipes.TrainingRecipe) -> str:
 
 
 def _facts(job: TrainingJob) -> dict[str, str]:
-    recipe, start = job.recipe, job.start
+    recipe, start, several = job.recipe, job.start, len(job.objective.roles)
+    members = f", {several} times: each member has a bootstrap sample of the prompts" if several > 1 else ""
     return {
         "start": recipe.model.path + (f" (continues the adapter in {start.adapter})" if start.adapter else ""),
-        "trains": f"LoRA r {job.lora.r}" if job.lora else "all weights",
+        "trains": (f"LoRA r {job.lora.r}" if job.lora else "all weights") + members,
         "objective": job.objective.kind,
         "dtype": recipe.model.dtype,
         "chat template": job.template.source,

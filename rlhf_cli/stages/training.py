@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.data.batches import member_seed
 from rlhf_cli.data.dataset import data_report
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageError
@@ -29,7 +30,7 @@ from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.reports.training import write_report
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 from rlhf_cli.runs.card import write_card
-from rlhf_cli.runs.folder import RunFolder, open_run
+from rlhf_cli.runs.folder import RunFolder, member_folder, open_run
 from rlhf_cli.runs.manifest import Parent, build_manifest, final_metrics
 from rlhf_cli.runs.parents import merged_base
 from rlhf_cli.runs.resume import (
@@ -123,15 +124,14 @@ def refuse_apart(ranks: Ranks, output: Path, inputs: Mapping[str, object]) -> No
 def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
     """The backbone with the role that the objective trains, and the base its adapter sits on."""
     recipe = job.recipe
-    merged, role = Path(recipe.output) / "base", job.objective.role
+    merged = Path(recipe.output) / "base"
     backbone, base = load_trained(
         recipe.model,
         job.lora,
         job.start,
         device=job.ranks.device,
-        seed=recipe.seed,
+        seeds={role: member_seed(recipe.seed, member) for member, role in enumerate(job.objective.roles)},
         merged=merged,
-        role=role,
         sharding=job.ranks.sharding,
     )
     backbone.pad_id = choose_pad_id(job.tokenizer, backbone.stop_ids(job.tokenizer, job.template))
@@ -172,13 +172,14 @@ def train_job(
     sampled: bool = True,
     reference_is_start: bool = False,
     on_policy: OnPolicy | None = None,
+    source: BatchSource | None = None,
 ) -> Trainer:
-    """Check what must hold before the first step, then train to the end or to a signal.
+    """Check what must hold before the first step, then train to the end or to a signal. `source`: by default the job's rows.
 
     Stopped: a signal arrived; a checkpoint was written.
     NumberError: an invariant is broken, or a step was refused.
     """
-    on_policy = on_policy or OnPolicy(job.source, _measure(job, backbone), job.source.batch(1))
+    on_policy = on_policy or OnPolicy(source or job.source, _measure(job, backbone), job.source.batch(1))
     trainer = Trainer(
         passes=job.passes(backbone),
         objective=job.objective,
@@ -282,12 +283,18 @@ def finish_job(
 
 
 def _save_model(job: TrainingJob, backbone: Backbone, folder: Path) -> None:
-    """What was trained, with its tokenizer and the template it was trained with."""
-    backbone.save(job.objective.role, folder)
+    """What was trained, with its tokenizer and the template it was trained with.
+
+    Of an ensemble each member has a folder in it, and the first is the folder's own model too.
+    """
+    roles = job.objective.roles
+    job.tokenizer.chat_template = job.template.text
+    for role, own in [(roles[0], folder), *zip(roles, map(partial(member_folder, folder), range(len(roles))), strict=True)]:
+        if own == folder or len(roles) > 1:
+            backbone.save(role, own)
+            job.tokenizer.save_pretrained(str(own))
     if job.objective.role == "policy":
         name_ends(folder, backbone.stop_ids(job.tokenizer, job.template), backbone.model)
-    job.tokenizer.chat_template = job.template.text
-    job.tokenizer.save_pretrained(str(folder))
 
 
 def _measure(job: TrainingJob, backbone: Backbone) -> Measure | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ import torch
 from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.files import disk_errors, hash_tree, read_json, sync_folder, write_json
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.runs.folder import require_space
+from rlhf_cli.runs.folder import member_folder, require_space
 from rlhf_cli.training.optim import restore_optimizer
 from rlhf_cli.training.partial_step import PartialStep, load_partial_step, save_partial_step
 from rlhf_cli.training.watch import Watched
 
 HASHES, STATE, OPTIMIZER, NUMBERS, MODEL = "hashes.json", "state.json", "optimizer.safetensors", "optimizer.json", "model"
 ROLES = "roles.safetensors"
-"""The trained weights of the roles beside the one that the run is for, e.g. the value's."""
+"""The trained weights of the roles beside those that the run is for, e.g. the value's."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def checkpoint_path(folder: Path, step: int, updates: int = 0) -> Path:
 def save_checkpoint(
     folder: Path,
     backbone: Backbone,
-    role: str,
+    roles: Sequence[str],
     save_model: Callable[[Path], None],
     optimizer: tuple[dict[str, torch.Tensor], dict[str, Any]],
     state: State,
@@ -95,8 +95,8 @@ def save_checkpoint(
 ) -> None:
     """Write step-<n> beside its place, sync it, read it back against its hashes, and rename it into place.
 
-    `save_model` writes the weights of `role`, as they are handed on; those of other trained roles lie beside them. `optimizer` is
-    its `optimizer_state`.
+    `save_model` writes the weights of `roles`, as they are handed on; those of other trained roles lie beside them.
+    `optimizer` is its `optimizer_state`.
 
     MachineError: the disk is full or fails; what was there before is untouched.
     """
@@ -113,7 +113,7 @@ def save_checkpoint(
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             save_model(part / MODEL)
-            if others := _other_roles(backbone, role):
+            if others := _other_roles(backbone, roles):
                 save_file({name: p.detach().cpu().contiguous() for name, p in others.items()}, part / ROLES)
             if partial is not None:
                 save_partial_step(part, partial)
@@ -173,13 +173,14 @@ def set_aside(checkpoint: Path) -> Path:
     return checkpoint.rename(aside)
 
 
-def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.optim.Optimizer) -> PartialStep | None:
+def restore(checkpoint: Path, backbone: Backbone, roles: Sequence[str], optimizer: torch.optim.Optimizer) -> PartialStep | None:
     """Put all trained weights and the optimiser back as they were saved, bit for bit; returns what was under way."""
     from safetensors.torch import load_file
 
     parameters = backbone.trained_parameters()
-    backbone.load(role, checkpoint / MODEL)
-    if others := _other_roles(backbone, role):
+    for member, role in enumerate(roles):
+        backbone.load(role, member_folder(checkpoint / MODEL, member) if member else checkpoint / MODEL)
+    if others := _other_roles(backbone, roles):
         saved = load_file(checkpoint / ROLES)
         with torch.no_grad():
             for name, parameter in others.items():
@@ -188,8 +189,8 @@ def restore(checkpoint: Path, backbone: Backbone, role: str, optimizer: torch.op
     return load_partial_step(checkpoint)
 
 
-def _other_roles(backbone: Backbone, role: str) -> dict[str, torch.nn.Parameter]:
-    return {name: p for other, own in backbone.trained_roles.items() if other != role for name, p in own.items()}
+def _other_roles(backbone: Backbone, roles: Sequence[str]) -> dict[str, torch.nn.Parameter]:
+    return {name: p for other, own in backbone.trained_roles.items() if other not in roles for name, p in own.items()}
 
 
 def prune(folder: Path, keep: int, protected: int | None) -> None:

@@ -102,7 +102,7 @@ class Trainer:
                 self.console.warn(f"{self.run.checkpoints} has no checkpoint: the run begins anew, and its logs with it")
             return
         self.state = load_state(checkpoint)
-        self.partial = restore(checkpoint, self.backbone, self.objective.role, self.optimizer)
+        self.partial = restore(checkpoint, self.backbone, self.objective.roles, self.optimizer)
         within = f" and {self.partial.updates} updates of the next" if self.partial and self.partial.updates else ""
         self.console.say(f"resuming after step {self.state.step}{within} from {checkpoint}")
         # What a resumed run may change: the budget, where the recipe names another, and the number of steps.
@@ -313,7 +313,7 @@ class Trainer:
         save_checkpoint(
             self.run.checkpoints,
             self.backbone,
-            self.objective.role,
+            self.objective.roles,
             self.hooks.save_model,
             optimizer,
             self.state,

@@ -78,11 +78,12 @@ def _to_json(tree: Tree, arrays: list[np.ndarray]) -> dict[str, Any]:
     fields = tree._asdict() | {"recorded": tree.recorded and [np.stack(known, 1) for known in tree.recorded]}
     parts = {name: fields[name] and [number(array) for array in fields[name]] for name in PARTS}
     prompt = {"prompt": number(tree.prompt), "supervised": number(tree.supervised)}
-    return {**prompt, **parts, "row": tree.row, "facts": tree.facts._asdict()}
+    return {**prompt, **parts, "row": tree.row, "member": tree.member, "facts": tree.facts._asdict()}
 
 
 def _from_json(saved: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Tree:
     parts: dict[str, Any] = {name: saved[name] and tuple(arrays[number] for number in saved[name]) for name in PARTS}
     parts["recorded"] = parts["recorded"] and tuple(Recorded(*known.T.copy()) for known in parts["recorded"])
     facts: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["facts"].items()}
-    return Tree(arrays[saved["prompt"]], arrays[saved["supervised"]], row=saved["row"], facts=Facts(**facts), **parts)
+    own = {"row": saved["row"], "member": saved.get("member")}
+    return Tree(arrays[saved["prompt"]], arrays[saved["supervised"]], facts=Facts(**facts), **own, **parts)

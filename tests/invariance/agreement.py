@@ -43,5 +43,6 @@ def agree(
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """What a run has trained."""
-    return load_file(next((run / "model").glob("*.safetensors")))
+    """What a run has trained; of an ensemble, all members."""
+    files = sorted((run / "model").rglob("*.safetensors"))
+    return {f"{path.parent.name} {name}": value for path in files for name, value in load_file(path).items()}

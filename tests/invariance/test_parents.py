@@ -63,7 +63,7 @@ def _policy(run: Path, lora: sections.Lora | None, merged: Path) -> Backbone:
     start = resolve_start(str(run), None, "model.path")
     device = torch.device("cpu")
     settings = sections.Model(path=str(run), dtype="float32")
-    return load_trained(settings, lora, start, device=device, seed=0, merged=merged)[0]
+    return load_trained(settings, lora, start, device=device, seeds={"policy": 0}, merged=merged)[0]
 
 
 @pytest.mark.parametrize(

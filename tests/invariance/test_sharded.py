@@ -42,6 +42,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft full": ("sft", "base", {"lora": None, "train": SGD}),
     "sft full tied": ("sft", "tied", {"lora": None}),
     "train-rm": ("train-rm", "tied", {"lora": {"r": 4}}),
+    "train-rm members": ("train-rm", "base", {"lora": {"r": 4}, "objective": {"members": 2}}),
     "train-rm full": ("train-rm", "base", {"lora": None}),
     "dpo recomputed": (
         "dpo",
@@ -312,7 +313,7 @@ def train_quantised(folder: str) -> int:
     ranks = Ranks()
     settings, start = sections.Model(path="", dtype="float32", quantize="4bit"), Weights(f"{folder}/base", None, None)
     backbone, _ = load_trained(
-        settings, sections.Lora(r=4), start, device=ranks.device, seed=0, merged=Path(), sharding=ranks.sharding
+        settings, sections.Lora(r=4), start, device=ranks.device, seeds={"policy": 0}, merged=Path(), sharding=ranks.sharding
     )
     optimizer = build_optimizer(backbone.trained_roles, sections.Train(optimizer="sgd"))
     told = [

@@ -190,7 +190,7 @@ def test_the_value_starts_as_the_reward_models_term(
     ready = start(judge=judge, weight=weight, normalize=normalize, lora=lora)
     card = json.loads((home / judge / "manifest.json").read_text())["reward_model"]
     mean, std = (0.0, 1.0) if normalize is False else (card["score_mean"], card["score_std"])
-    assert (ready.terms[0].mean, ready.terms[0].std) == (mean, std)
+    assert ready.terms[0].scales == ((mean, std),)
     assert value_off(ready) < 1e-5
     assert float(ready.backbone.at("value").heads["value"].bias) == pytest.approx(-weight * mean / std, rel=1e-6, abs=1e-9)
     bases = ["base", *(["base"] if lora is None else []), *{"rm": [], "rm-other": ["other"], "rm-full": ["model"]}[judge]]

@@ -165,9 +165,9 @@ def test_unpaired_bco() -> None:
 
 GROUPS: dict[str, Any] = {"clip_high": None, "ties": "keep", "overlong": None}
 FIELDS = {
-    ("train-rm", "bradley_terry"): {"margin_column": None, "label_smoothing": 0.0, "center_coef": 0.0},
-    ("train-rm", "plackett_luce"): {},
-    ("train-rm", "pairs"): {},
+    ("train-rm", "bradley_terry"): {"members": None, "margin_column": None, "label_smoothing": 0.0, "center_coef": 0.0},
+    ("train-rm", "plackett_luce"): {"members": None},
+    ("train-rm", "pairs"): {"members": None},
     ("dpo", "dpo"): {"beta": 0.1, "label_smoothing": 0.0},
     ("dpo", "robust"): {"beta": 0.1, "label_smoothing": 0.0},
     ("dpo", "hinge"): {"beta": 0.1},

@@ -42,6 +42,7 @@ DRAWN: dict[str, Any] = {
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
     "train-rm": ("train-rm", {}),
+    "train-rm members": ("train-rm", {"objective": {"members": 2}}),
     "dpo": ("dpo", {"objective": {"kind": "bco"}}),
     "ipo": ("ipo", {"objective": {"normalize": "token_mean"}}),
     # A pair is two judged responses.
@@ -177,6 +178,7 @@ def test_from_every_step(whole: Whole, tmp_path: Path, name: str, lora: Any) -> 
     [
         ("sft", LORA, "evaluate", 3),  # between update 4 and its held-out figures
         ("train-rm", None, "optimise", 4),
+        ("train-rm members", LORA, "optimise", 3),
         ("dpo", None, "optimise", 3),
         ("kto", LORA, "optimise", 4),
         *(

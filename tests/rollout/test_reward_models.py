@@ -132,22 +132,22 @@ def load_as_documented(run: Path) -> Any:
 def test_a_run_scores_as_plain_transformers_and_is_normalised_as_it_recorded(name: str, home: Path) -> None:
     found = find(home, home / name)
     card = json.loads((home / name / "manifest.json").read_text())["reward_model"]
-    assert (found.mean, found.std) == (card["score_mean"], card["score_std"])
-    assert found.std > 0.05
+    assert found.scales == ((card["score_mean"], card["score_std"]),)
+    assert found.scales[0].std > 0.05
     assert found.reads == "tokens"
     raw = plain_scores(load_as_documented(home / name), IN_CHATML)
     scores = loaded(found).score(drawn(home))
     assert np.abs(scores - (raw - card["score_mean"]) / card["score_std"]).max() < 1e-4
     assert raw.std() > 0.05
     as_they_are = find(home, home / name, normalize=False)
-    assert (as_they_are.mean, as_they_are.std) == (0.0, 1.0)
+    assert as_they_are.scales == ((0.0, 1.0),)
     assert np.abs(loaded(as_they_are).score(drawn(home)) - raw).max() < 1e-5
 
 
 @pytest.mark.parametrize("inside", ["model", "checkpoints/step-00000001"])
 def test_a_folder_inside_a_run_has_no_figures(inside: str, home: Path) -> None:
     found = find(home, home / "rm" / inside)
-    assert (found.mean, found.std, found.reads) == (0.0, 1.0, "tokens")
+    assert (*found.scales[0], found.reads) == (0.0, 1.0, "tokens")
     assert found.start.parent is None
     with pytest.raises(UsageError, match=rf"^{PLACE}: normalize: .*{inside} records no mean and deviation of its scores; set "):
         find(home, home / "rm" / inside, normalize=True)
@@ -155,7 +155,7 @@ def test_a_folder_inside_a_run_has_no_figures(inside: str, home: Path) -> None:
 
 def test_a_classifier_reads_text_and_scores_as_plain_transformers(home: Path, classifier: Path) -> None:
     found = find(home, classifier)
-    assert (found.mean, found.std, found.reads, found.reader.positions) == (0.0, 1.0, "text", 100)
+    assert (*found.scales[0], found.reads, found.reader.positions) == (0.0, 1.0, "text", 100)
     raw = plain_scores(AutoModelForSequenceClassification.from_pretrained(classifier), IN_LLAMA3)
     scores = loaded(found).score(drawn(home))
     assert np.abs(scores - raw).max() < 1e-5
@@ -170,8 +170,8 @@ def test_what_identifies_it_is_recorded(home: Path) -> None:
         "model": str(home / "rm" / "model"),
         "base": weights_hash(home / "base"),
         "adapter": weights_hash(home / "rm" / "model"),
-        "mean": found.mean,
-        "std": found.std,
+        "mean": found.scales[0].mean,
+        "std": found.scales[0].std,
         "reads": "tokens",
     }
     assert found.start.parent is not None
@@ -247,4 +247,4 @@ class TestRefused:
         (run / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(UsageError, match=rf"^{PLACE}: {run} gives every response the same score .*or set normalize: false$"):
             find(home, run)
-        assert find(home, run, normalize=False).std == 1.0
+        assert find(home, run, normalize=False).scales[0].std == 1.0

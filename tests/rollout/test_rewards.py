@@ -18,6 +18,7 @@ from rlhf_cli.data.trees import Tree
 from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.recipe.rewards import name_of, term_names
+from rlhf_cli.rollout.ensembles import Scale
 from rlhf_cli.rollout.reward_functions import RewardFunction
 from rlhf_cli.rollout.reward_models import Reader, RewardModelScorer
 from rlhf_cli.rollout.rewards import COMBINE, Answers, PolicyText
@@ -266,11 +267,15 @@ class TestModels:
         trees = cut_and_ended()
         backbone.activate("reward")
         raw = (last_states(backbone, trees) @ backbone.heads["reward"].weight[0]).detach().numpy()
-        found = RewardModelScorer("rm", 1.0, backbone, "reward", 0.0, 1.0, budget, self.READER).score(drawn(trees))
+        found = RewardModelScorer("rm", 1.0, backbone, ("reward",), (Scale(0.0, 1.0),), "mean", budget, self.READER).score(
+            drawn(trees)
+        )
         assert found.shape == (11,)
         assert np.abs(found - raw).max() < 1e-5
         assert raw.std() > 0.1
-        normalised = RewardModelScorer("rm", 1.0, backbone, "reward", 2.0, 0.5, budget, self.READER).score(drawn(trees))
+        normalised = RewardModelScorer("rm", 1.0, backbone, ("reward",), (Scale(2.0, 0.5),), "mean", budget, self.READER).score(
+            drawn(trees)
+        )
         assert np.abs(normalised - (raw - 2) / 0.5).max() < 2e-5
 
     def test_another_model_scores_in_rows_of_its_own_kind(self) -> None:
@@ -279,7 +284,9 @@ class TestModels:
         assert (backbone.kernel.layout, judge.kernel.layout) == ("long", "alone")
         backbone.elsewhere["reward"] = judge
         trees = draw_trees(2, branches=2)
-        found = RewardModelScorer("rm", 1.0, backbone, "reward", 0.0, 1.0, 400, self.READER).score(drawn(trees))
+        found = RewardModelScorer("rm", 1.0, backbone, ("reward",), (Scale(0.0, 1.0),), "mean", 400, self.READER).score(
+            drawn(trees)
+        )
         wanted = (last_states(judge, trees) @ judge.heads["reward"].weight[0]).detach().numpy()
         assert np.abs(found - wanted).max() < 1e-5
 
@@ -287,7 +294,7 @@ class TestModels:
         backbone = make_backbone(make(), role="reward")
         with torch.no_grad():
             backbone.heads["reward"].weight.fill_(torch.nan)
-        term = RewardModelScorer("rm", 1.0, backbone, "reward", 0.0, 1.0, 40, self.READER)
+        term = RewardModelScorer("rm", 1.0, backbone, ("reward",), (Scale(0.0, 1.0),), "mean", 40, self.READER)
         wanted = (
             r"^ppo.yaml:9: reward model rm gave a response the score nan\nrows.jsonl:1: prompt 'prompt 0', response 'answer 0'"
         )
@@ -296,7 +303,9 @@ class TestModels:
 
     def test_no_answers_have_no_scores(self) -> None:
         backbone = make_backbone(make(), role="reward")
-        assert RewardModelScorer("rm", 1.0, backbone, "reward", 0.0, 1.0, 40, self.READER).score(drawn([])).shape == (0,)
+        assert RewardModelScorer("rm", 1.0, backbone, ("reward",), (Scale(0.0, 1.0),), "mean", 40, self.READER).score(
+            drawn([])
+        ).shape == (0,)
 
     def test_what_the_model_cannot_take_is_told(self) -> None:
         trees = [Tree(np.zeros(6, np.int32), np.zeros(6, bool), (np.zeros(2, np.int32), np.zeros(4, np.int32)), 0)]
@@ -345,7 +354,7 @@ class TestText:
         judge = tiny_tokenizer(eos="<|eot_id|>", adds_bos=True, template=LLAMA3)
         backbone = make_backbone(make(vocab_size=len(judge)), role="reward")
         reader = Reader("ppo.yaml:9", None, read_chat_format(judge, choose_template(judge, None)))
-        found = RewardModelScorer("rm", 1.0, backbone, "reward", 0.0, 1.0, 64, reader).score(self.drawn())
+        found = RewardModelScorer("rm", 1.0, backbone, ("reward",), (Scale(0.0, 1.0),), "mean", 64, reader).score(self.drawn())
         backbone.activate("reward")
         encode = judge.backend_tokenizer.encode
         rows = [
