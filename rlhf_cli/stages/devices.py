@@ -172,7 +172,8 @@ def _simulated(needs: Needs, tokens: int, console: Console) -> None:
         console.say(f"not simulated: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
         return
     parts |= {"other models": needs.memory.moments[0][0].get("other models", 0)}
-    console.say(f"peak per device, simulated: {_gib(sum(parts.values()))}")
+    what = ", of its updates alone" if recipe.draws else ""
+    console.say(f"peak per device, simulated{what}: {_gib(sum(parts.values()))}")
     console.say(f"  {_words(parts)}")
 
 
