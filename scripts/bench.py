@@ -102,7 +102,7 @@ def load_start(options: argparse.Namespace, adapter: Path | None) -> Backbone:
     role = objective_of(options.stage).role
     model = sections.Model(path=options.model)
     return load_trained(
-        model, LORA, Weights(options.model, None, adapter), device=CPU, seed=0, merged=Path(options.out), role=role
+        model, LORA, Weights(options.model, None, adapter), device=CPU, seeds={role: 0}, merged=Path(options.out)
     )[0]
 
 

@@ -74,7 +74,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         Ranks(expected=False),
     )
     backbone, base = load_trained(
-        settings, lora, Weights(options.model, None, None), device=CPU, seed=0, merged=Path(options.out)
+        settings, lora, Weights(options.model, None, None), device=CPU, seeds={"policy": 0}, merged=Path(options.out)
     )
     placement = Placement(backbone, settings, base, CPU)
     placement.add("reference", base)

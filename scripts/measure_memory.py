@@ -87,7 +87,9 @@ def measured(path: str, rank: int | None, checkpointing: bool, tokens: int) -> s
     ids = random.integers(100, 40000, (2 * tokens // 256, 256)).astype(np.int32)
     trees = [Tree(row[:64], np.zeros(64, bool), (row[64:],), number) for number, row in enumerate(ids)]
     before = resident("VmRSS")
-    backbone, _ = load_trained(model, lora, Weights(path, None, None), device=ranks.device, seed=0, merged=Path("none"))
+    backbone, _ = load_trained(
+        model, lora, Weights(path, None, None), device=ranks.device, seeds={"policy": 0}, merged=Path("none")
+    )
     optimizer = build_optimizer(backbone.trained_roles, sections.Train(learning_rate=1e-5))
     for step in (1, 2):
         optimise(Passes(backbone, tokens, ranks), Sft(), optimizer, Update(step, trees, {"policy": 1e-5}, 1.0, 0))

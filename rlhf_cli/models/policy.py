@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,13 @@ from peft import get_peft_model, set_peft_model_state_dict
 
 from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
+from rlhf_cli.hub import model_folder
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.heads import save_full_reward
 from rlhf_cli.models.load import Adapter, Weights, is_reward_model, load_model, read_adapter, resolve_dtype
+from rlhf_cli.models.merged_files import merge_files
 from rlhf_cli.models.sharding import Shards
-from rlhf_cli.ranks import Sharding
+from rlhf_cli.ranks import Ranks
 
 
 def resolve_lora(setting: sections.Lora | str | None, parent: sections.Lora | None, place: str) -> sections.Lora | None:
@@ -63,7 +64,7 @@ def load_trained(
     device: torch.device,
     seeds: Mapping[str, int],
     merged: Path,
-    sharding: Sharding | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Backbone, Weights]:
     """The backbone with the role that is trained, and the base that the adapter sits on.
 
@@ -84,9 +85,12 @@ def load_trained(
     headless = classifier and head is not None  # the base of a reward model's adapter may be a reward model too
     base = dataclasses.replace(start, adapter=None)
     if merge and lora is not None and adapter is not None:
-        _save_merged(settings, base, adapter, head if classifier else None, device, merged)
+        if ranks is None or ranks.main:
+            _save_merged(settings, base, adapter, head if classifier else None, device, merged)
+        if ranks is not None:
+            ranks.barrier()
         base, adapter = Weights(str(merged), None, None), None
-    dtype = torch.float32 if lora is None else compute
+    dtype, sharding = torch.float32 if lora is None else compute, None if ranks is None else ranks.sharding
     # What lies in shards is read as it is in its files, and of these no more than becomes a shard.
     as_stored = sharding is not None and lora is None and adapter is None
     place = device if sharding is None else torch.device("cpu")
@@ -112,24 +116,20 @@ def load_trained(
 def _save_merged(
     settings: sections.Model, base: Weights, adapter: Adapter, head: torch.Tensor | None, device: torch.device, folder: Path
 ) -> None:
-    """Write base and adapter as one model, a reward model where there is a head; none of it stays in memory.
-
-    Several ranks make the same model; the first complete one keeps the name.
-    """
+    """Write base and adapter as one model, a reward model where there is a head; none of it stays in memory."""
     if folder.exists():
         return
-    plain = dataclasses.replace(settings, quantize=None)
-    model = load_model(plain, base.base, base.revision, torch.float32, device, head is not None)
-    model = merge_adapter(model, adapter)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    if head is None:
-        model.save_pretrained(str(part))
-    else:
-        save_full_reward(model, head, None, part)
-    try:
-        part.rename(folder)
-    except OSError:
-        shutil.rmtree(part)
+    part = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)  # of a start that was killed
+    if head is not None or not merge_files(model_folder(base.base, base.revision), adapter, part):
+        plain = dataclasses.replace(settings, quantize=None)
+        model = load_model(plain, base.base, base.revision, torch.float32, device, head is not None)
+        model = merge_adapter(model, adapter)
+        if head is None:
+            model.save_pretrained(str(part))
+        else:
+            save_full_reward(model, head, None, part)
+    part.rename(folder)
 
 
 def merge_adapter(model: Any, adapter: Adapter) -> Any:

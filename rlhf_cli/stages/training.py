@@ -132,7 +132,7 @@ def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
         device=job.ranks.device,
         seeds={role: member_seed(recipe.seed, member) for member, role in enumerate(job.objective.roles)},
         merged=merged,
-        sharding=job.ranks.sharding,
+        ranks=job.ranks,
     )
     backbone.pad_id = choose_pad_id(job.tokenizer, backbone.stop_ids(job.tokenizer, job.template))
     job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")

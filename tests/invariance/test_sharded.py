@@ -49,6 +49,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "sft",
         {"lora": "auto", "reference": {"cache": False}, "model": {"gradient_checkpointing": True}, "train": SGD},
     ),
+    "dpo merged": ("dpo", "sft", {"lora": {"r": 2, "merge_parent": True}}),
     "dpo full": ("dpo", "base", {"lora": None, "reference": {"cache": False}}),
     "ipo": ("ipo", "base", {"lora": {"r": 4}, "objective": {"normalize": "token_mean"}}),
     "kto full": ("kto", "tied", {"lora": None}),
@@ -313,7 +314,7 @@ def train_quantised(folder: str) -> int:
     ranks = Ranks()
     settings, start = sections.Model(path="", dtype="float32", quantize="4bit"), Weights(f"{folder}/base", None, None)
     backbone, _ = load_trained(
-        settings, sections.Lora(r=4), start, device=ranks.device, seeds={"policy": 0}, merged=Path(), sharding=ranks.sharding
+        settings, sections.Lora(r=4), start, device=ranks.device, seeds={"policy": 0}, merged=Path(), ranks=ranks
     )
     optimizer = build_optimizer(backbone.trained_roles, sections.Train(optimizer="sgd"))
     told = [
