@@ -39,5 +39,5 @@ def ranking_losses(rewards: Tensor, counts: Sequence[int]) -> Tensor:
     """−Σ_k [r_k − logsumexp_{i≥k} r_i] of every tree, (B,); `rewards` (M,) tree by tree, best first, `counts` its B parts."""
     import torch
 
-    trees = torch.split(rewards, list(counts))
-    return torch.stack([(tree.flip(0).logcumsumexp(0).flip(0) - tree).sum() for tree in trees])
+    found = [(tree.flip(0).logcumsumexp(0).flip(0) - tree).sum() for tree in torch.split(rewards, list(counts))]
+    return torch.stack(found) if found else rewards  # an idle pass has no trees

@@ -49,6 +49,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "sft",
         {"lora": "auto", "reference": {"cache": False}, "model": {"gradient_checkpointing": True}, "train": SGD},
     ),
+    "dpo K-wise": ("dpo", "base", {"lora": {"r": 4}, "objective": {"kind": "plackett_luce"}}),
     "dpo merged": ("dpo", "sft", {"lora": {"r": 2, "merge_parent": True}}),
     "dpo full": ("dpo", "base", {"lora": None, "reference": {"cache": False}}),
     "ipo": ("ipo", "base", {"lora": {"r": 4}, "objective": {"normalize": "token_mean"}}),

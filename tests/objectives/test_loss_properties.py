@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlhf_cli.data.records import Facts
-from rlhf_cli.data.trees import Tree
+from rlhf_cli.data.trees import Tree, build_batch, idle_batch, plan_passes
 from rlhf_cli.objectives.unpaired import only
 from tests.objectives.kinds import ALL, PAIR_KINDS, REWARD_KINDS, UNPAIRED_KINDS, draw_model, trees_for
 from tests.objectives.lookup import Lookup, lengths, make_trees, run, table
@@ -50,6 +50,25 @@ def test_passes_change_nothing(name: str) -> None:
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
         assert one.metrics == pytest.approx(other.metrics, abs=1e-12)
         assert one.memory == pytest.approx(other.memory, abs=1e-12)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["computed", "cached"])
+@pytest.mark.parametrize("name", ALL)
+def test_an_idle_pass_adds_nothing(name: str, cached: bool) -> None:
+    """Of models in shards every rank makes as many passes: one without trees has sums of 0, and gradients of 0."""
+    objective, model, trees = ALL[name], draw_model(), trees_for(name)
+    if cached:
+        trees = [tree._replace(reference=tuple(np.zeros(len(r), np.float32) for r in tree.responses)) for tree in trees]
+    seen = objective.phases(trees)[0]
+    batch = build_batch(seen or trees, plan_passes(seen or trees, 1, 4096, "long")[0][0])
+    known = {metric: float(value) for metric, (value, _) in objective.statistics(model, batch).items()} if seen else {}
+    idle = idle_batch(trees)
+    assert all(float(value) == 0 for value, _ in objective.statistics(model, idle).values()) or not seen
+    for term in objective.terms(model, idle, MEMORY | known):
+        loss = torch.stack([*term.losses.values()]).sum()
+        (gradient,) = torch.autograd.grad(loss, model.tables[objective.role])
+        assert float(loss) == 0 and float(gradient.abs().max()) == 0
+        assert all(float(value) == 0 for value, _ in term.sums.values())
 
 
 @pytest.mark.parametrize("better", [True, False])
