@@ -43,12 +43,12 @@ class Metric:
 
     @property
     def is_term(self) -> bool:
-        return self.name.endswith("/")
+        return "/" in (self.name[0], self.name[-1])
 
     def matches(self, name: str) -> bool:
-        if self.name.startswith("/"):
-            return name.endswith(self.name)
-        return name.startswith(self.name) if self.is_term else name == self.name
+        if self.is_term:
+            return name.endswith(self.name) if self.name[0] == "/" else name.startswith(self.name)
+        return name == self.name
 
     def labelled(self, name: str) -> str:
         """The label of one of its names, with the unit."""

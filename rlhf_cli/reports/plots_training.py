@@ -60,7 +60,7 @@ def _plots(history: History) -> dict[tuple[str, str], tuple[Plot, list[Curve]]]:
         assert plot is not None
         file, title = plot.file, plot.title
         if row.is_term:
-            file, title = re.sub(r"[^\w.-]", "_", name), f"{title}: {name.removeprefix(row.name)}"
+            file, title = re.sub(r"[^\w.-]", "_", name), f"{title}: {name.removeprefix(row.name).removesuffix(row.name)}"
         pictures.setdefault((file, title), (plot, []))[1].extend(_curves(row, name, plot, history))
     return pictures
 

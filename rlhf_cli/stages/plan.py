@@ -26,7 +26,8 @@ def plan(
 ) -> list[Section]:
     """Rows by fate, lengths, EOS share, steps, trees and tokens per step, memory."""
     lengths = source.trees.lengths
-    per_step = min(recipe.train.batch_size, len(lengths))
+    each, several = min(recipe.train.batch_size, len(lengths)), len(recipe.objective.roles)
+    per_step, of_members = each * several, f", {each} for each member" if several > 1 else ""
     tokens, words = _tokens_a_step(recipe, source, per_step)
     sections: list[Section] = [("model", list(facts.items())), ("training rows", _rows(dataset.train, dataset.reading.reports))]
     if dataset.held_out is not None:
@@ -38,10 +39,10 @@ def plan(
             for r, size, share in shares
         ]
         sections.append(("mix", mix))
-    passes, often = max(1.0, tokens / budget), "for all of these, each" if recipe.draws else "a step"
+    passes, often = max(float(several), tokens / budget), "for all of these, each" if recipe.draws else "a step"
     training: list[tuple[str, object]] = [
         ("steps", f"{steps:,} ({source.steps_per_epoch:,} an epoch, {steps / source.steps_per_epoch:.3g} epochs)"),
-        ("batch", f"{per_step} {_unit(recipe, source)} a step, over all devices"),
+        ("batch", f"{per_step} {_unit(recipe, source)} a step, over all devices{of_members}"),
         ("tokens a step", words),
         ("forward passes", f"about {passes:.0f} {often} of at most {budget:,} tokens (tokens_per_device)"),
         ("learning rate", f"{recipe.train.learning_rate:g}, {recipe.train.schedule}"),

@@ -88,6 +88,15 @@ def test_the_figures_are_means_over_the_members(home: Path) -> None:
     assert min(float((starts[i] - starts[i - 1]).abs().max()) for i in range(K)) > 0.05
 
 
+def test_the_plan_counts_every_member(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rlhf("train-rm", recipe(home, tmp_path / "x", objective={"members": K}), "--check") == 0
+    rows = dict(line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line.strip())
+    assert rows["batch"].strip() == "12 prompts with their responses a step, over all devices, 4 for each member"
+    assert rows["trains"].strip() == "LoRA r 4, 3 times: each member has a bootstrap sample of the prompts"
+    trained = sum(value.numel() for name, value in adapter(member(home, 0)).items() if "lora_" in name)
+    assert rows["trained"].strip() == f"{K * trained:,} parameters"
+
+
 def plain(home: Path, folder: Path) -> np.ndarray:
     """A member's scores, loaded by plain transformers and PEFT as the manifest says, with the member's folder in its place."""
     lines = "\n".join(json.loads((home / "ens" / "manifest.json").read_text())["load"])
