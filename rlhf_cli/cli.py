@@ -66,17 +66,21 @@ PlannedDevices = Annotated[
     str | None,
     typer.Option("--devices", metavar="COUNTxMEMORY", help="With --check: the memory it takes on these, as 8x80GB."),
 ]
+Terminal = Annotated[bool, typer.Option("--terminal", help="Ask in this terminal, not on a page.")]
+Port = Annotated[int, typer.Option("--port", metavar="P", min=0, max=65535, help="Of the page on 127.0.0.1; 0: a free one.")]
 DumpPairs = Annotated[
     str | None, typer.Option("--dump-pairs", metavar="FILE.jsonl", help="Write the ranked responses as preference data.")
 ]
+
+OWN_OPTIONS = {"dump_pairs": ("eval",), "devices": tuple(TRAINING_STAGES), "terminal": ("label",), "port": ("label",)}
+"""Options that only some stages have."""
 
 
 class StageCommand(TyperCommand):
     """A command whose help ends with the keys of its recipe, and whose options are those that its recipe has a key for."""
 
     def __init__(self, name: str, *, params: list[Any], **rest: Any) -> None:
-        foreign = "devices" if name == "eval" else "dump_pairs"
-        super().__init__(name, params=[own for own in params if own.name != foreign], **rest)
+        super().__init__(name, params=[own for own in params if name in OWN_OPTIONS.get(own.name, (name,))], **rest)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from rlhf_cli.recipe.help import key_table
@@ -97,6 +101,7 @@ class StageCall:
     resume: bool
     force: bool
     devices: str | None
+    own: dict[str, Any]  # options that no other stage has
 
     def __call__(self) -> None:
         from rlhf_cli.hub import why_silent
@@ -124,7 +129,7 @@ class StageCall:
             finally:
                 gc.freeze()
                 gc.enable()
-        sys.modules[module].run(loaded, check=self.check, resume=self.resume, force=self.force)
+        sys.modules[module].run(loaded, check=self.check, resume=self.resume, force=self.force, **self.own)
 
 
 def _stage_command(name: str, stage: Stage) -> None:
@@ -135,12 +140,14 @@ def _stage_command(name: str, stage: Stage) -> None:
         output: Output = None,
         dump_pairs: DumpPairs = None,
         devices: PlannedDevices = None,
+        terminal: Terminal = False,
+        port: Port = 0,
         check: Check = False,
         resume: Resume = False,
         force: Force = False,
         debug: Debug = False,
     ) -> Action:
-        """Ten arguments, one for each option: typer reads them from the signature."""
+        """An argument for each option: typer reads them from the signature."""
         from rlhf_cli.recipe.dump import one_line
 
         for value in values or ():
@@ -148,7 +155,9 @@ def _stage_command(name: str, stage: Stage) -> None:
                 what = "after the recipe stand values, KEY=VALUE. a command reads one recipe, whose key base may name another"
                 raise UsageError(f"{value}: {what}")
         own = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
-        return StageCall(name, recipe, [*(overrides or []), *(values or []), *own], output, check, resume, force, devices)
+        options = {"terminal": terminal, "port": port} if name == "label" else {}
+        overrides = [*(overrides or []), *(values or []), *own]
+        return StageCall(name, recipe, overrides, output, check, resume, force, devices, options)
 
     app.command(name, cls=StageCommand, help=stage.help)(command)
 

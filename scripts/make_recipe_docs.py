@@ -147,6 +147,11 @@ reward:
 winrate: {baseline: sft, judge: reward}
 output: runs/eval
 """,
+    "label": """\
+rows: answers.jsonl                       # {"prompt", "responses"}; or models: with prompts:, or samples: of an evaluation
+judge: {people: {annotators: [ann, bo], overlap: 0.2}}
+output: runs/labels
+""",
 }
 """A small whole recipe of each stage."""
 STAGE = """\

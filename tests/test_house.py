@@ -24,6 +24,7 @@ FLOORS = (
     ("judges",),
     ("training", "rollout"),
     ("evaluation",),
+    ("labels",),
     ("reports",),
     ("stages",),
     ("cli",),

@@ -46,7 +46,7 @@ def ranked_rows(samples: Mapping[str, Samples], scores: Mapping[str, np.ndarray]
         own: dict[str, tuple[float, Sample]] = {}
         for model, table in samples.items():
             for sample, score in zip(table.own[number], np.round(scores[model][number], DECIMALS).tolist(), strict=True):
-                if _usable(sample):
+                if sample.usable:
                     own.setdefault(sample.response.strip(), (score, sample))  # as rows are read: white space around it is nothing
         ordered = sorted(own.values(), key=lambda each: -each[0])
         if len({score for score, _ in ordered}) > 1:
@@ -68,7 +68,7 @@ def pair_rows(samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.nd
         for mine, theirs, won in zip(samples[one].own, samples[other].own, outcome.tolist(), strict=True):
             for a, b, value in zip(mine, theirs, won, strict=True):
                 better, worse = (a, b) if value > 0.5 else (b, a)
-                if value in (0.0, 1.0) and _usable(a) and _usable(b) and a.response.strip() != b.response.strip():
+                if value in (0.0, 1.0) and a.usable and b.usable and a.response.strip() != b.response.strip():
                     found.append(
                         {
                             "prompt": better.prompt,
@@ -78,7 +78,3 @@ def pair_rows(samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.nd
                         }
                     )
     return found
-
-
-def _usable(sample: Sample) -> bool:
-    return sample.ended and bool(sample.response.strip()) and "\0" not in sample.response

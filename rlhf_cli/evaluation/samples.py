@@ -35,6 +35,11 @@ class Sample:
     )  # reward/NAME and gold/NAME → before its weight; None: it says nothing
     score: float | None = None  # all terms of the reward together, penalties taken off
 
+    @property
+    def usable(self) -> bool:
+        """Can it be learned from? Of a response that was cut off, training would learn to end where it stops."""
+        return self.ended and bool(self.response.strip()) and "\0" not in self.response
+
     def worth(self, judge: str) -> float | None:
         """By which a judge that gives numbers compares: `reward` the score, `gold` the sum of its terms, or one term.
 

@@ -13,12 +13,14 @@ from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.recipe.checks import DIRECT, KTO, PPO, TRAINING, Check
 from rlhf_cli.recipe.eval_checks import EVALUATION
 from rlhf_cli.recipe.keys import keys_of, sections_in
+from rlhf_cli.recipe.label_checks import LABELS
 from rlhf_cli.recipe.recipes import (
     DirectRecipe,
     DpoRecipe,
     EvalRecipe,
     IpoRecipe,
     KtoRecipe,
+    LabelRecipe,
     PpoRecipe,
     Recipe,
     SftRecipe,
@@ -153,7 +155,13 @@ STAGES: dict[str, Stage] = TRAINING_STAGES | {
         module="rlhf_cli.stages.evaluate",
         help="What models say, what it is worth, and how they compare; trains nothing.",
         checks=EVALUATION,
-    )
+    ),
+    LabelRecipe.stage: Stage(
+        recipe=LabelRecipe,
+        module="rlhf_cli.stages.label",
+        help="Which responses are better, by people: preferences to train on, and how far they agree.",
+        checks=LABELS,
+    ),
 }
 """The name of each command that takes a recipe, and its row."""
 

@@ -36,6 +36,8 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self.samples = path / "samples.jsonl"
         self.result = path / "eval.json"
         self.verdicts = path / "verdicts.jsonl"
+        self.preferences = path / "preferences.jsonl"
+        self.labels = path / "label.json"
         self.data = path / "data.json"
         self.report = path / "report.md"
         self.page = path / "report.html"

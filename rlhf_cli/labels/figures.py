@@ -1,0 +1,167 @@
+"""What verdicts come to: preferences to train on, and figures of those who gave them (label.json)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_cli.data.records import spoken
+from rlhf_cli.evaluation.intervals import ratio_interval, resamples, wilson, within_shares
+from rlhf_cli.figures import Interval
+from rlhf_cli.labels.agreement import COEFFICIENTS, agreement, circles, coin
+from rlhf_cli.labels.questions import Ranking, Row
+from rlhf_cli.labels.verdicts import Verdict, by_pair
+
+Figures = dict[str, Any]
+Pairs = Mapping[tuple[int, int, int], Mapping[str, int]]
+"""What `by_pair` finds."""
+
+
+def preferences(rows: Sequence[Row], verdicts: Iterable[Verdict], ranking: Ranking) -> list[dict[str, Any]]:
+    """Rows that training reads: of each pair that was judged one with its `probability`, or a ranking of each row.
+
+    What several annotators said of a pair is merged: the probability is the mean of their votes, ½ for a tie, and the more likely
+    response is the chosen one. Of rankings each response's mean place is its rank, tied ones sharing theirs.
+    """
+    known, found = {row.number: row for row in rows}, []
+    own = {pair: said for pair, said in by_pair(line for line in verdicts if not line.gold).items() if pair[0] in known}
+    if ranking == "all":
+        for number, row in known.items():
+            said = {pair[1:]: votes for pair, votes in own.items() if pair[0] == number}
+            names = sorted({name for votes in said.values() for name in votes})
+            if names:
+                beaten = np.zeros(len(row.responses))
+                for (i, j), votes in said.items():
+                    beaten[i] += sum(1 - vote for vote in votes.values()) / 2
+                    beaten[j] += sum(1 + vote for vote in votes.values()) / 2
+                ranks = [round(1 + each / len(names), 6) for each in beaten.tolist()]
+                found.append(_row(row, names, {"responses": row.plain, "ranks": ranks}, row.models))
+        return found
+    for (number, i, j), votes in own.items():
+        row, chance = known[number], sum(1 + vote for vote in votes.values()) / (2 * len(votes))
+        better, worse = (i, j) if chance >= 0.5 else (j, i)
+        texts = {"chosen": row.plain[better], "rejected": row.plain[worse], "probability": max(chance, 1 - chance)}
+        found.append(_row(row, sorted(votes), texts, row.models and (row.models[better], row.models[worse])))
+    return found
+
+
+def _row(row: Row, names: Sequence[str], texts: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    more = {"models": [*models]} if models else {}
+    return {"prompt": row.prompt, **texts, "annotator": ", ".join(names), **more, **row.beside}
+
+
+def measure(
+    rows: Sequence[Row], gold: Sequence[Row], verdicts: Sequence[Verdict], annotators: Sequence[str], seed: int
+) -> Figures:
+    """label.json. Agreement and biases are those on the rows, gold questions apart, whose answers are known beforehand."""
+    asked = [line for line in verdicts if not line.gold]
+    pairs = by_pair(asked)
+    return {
+        "verdicts": len(verdicts),
+        "agreement": {name: _agreement(name, pairs, annotators, seed) for name in COEFFICIENTS},
+        "annotators": {name: _annotator(name, gold, verdicts, pairs, seed) for name in annotators},
+        "position_bias": position_bias(verdicts),
+        "length_bias": _length_bias(rows, pairs, seed),
+        "cycles": _cycles(asked, annotators),
+        "seconds": _seconds(verdicts),
+    }
+
+
+def _agreement(name: str, pairs: Pairs, annotators: Sequence[str], seed: int) -> Figures | None:
+    """Of the first response better, neither, the second better; Fleiss' κ on what all annotators judged."""
+    least = len(annotators) if name == "fleiss" else 2
+    shared = {pair: said for pair, said in pairs.items() if len(said) >= least}
+    ratings = np.array([[said[each] + 1 if each in said else -1 for each in annotators] for said in shared.values()])
+    _, groups = np.unique([pair[0] for pair in shared], return_inverse=True)
+    found = agreement(name, ratings.reshape(len(shared), len(annotators)), 3, groups, seed) if len(annotators) > 1 else None
+    return _told(found)
+
+
+def _told(found: Interval | None) -> Figures | None:
+    return None if found is None else {"value": found.mean, "low": found.low, "high": found.high}
+
+
+def _annotator(name: str, gold: Sequence[Row], verdicts: Sequence[Verdict], pairs: Pairs, seed: int) -> Figures:
+    own = [line for line in verdicts if line.annotator == name]
+    known = {row.number: row.known for row in gold}
+    right = [
+        ((ranks[i] < ranks[j]) - (ranks[i] > ranks[j])) == better
+        for line in own
+        if line.gold and (ranks := known[line.row]) is not None
+        for i, j, better in line.pairs()
+    ]
+    with_others = {pair: said for pair, said in pairs.items() if name in said}
+    others = sorted({each for said in with_others.values() for each in said} - {name})
+    each = [
+        _agreement("cohen", {p: {n: s[n] for n in (name, o) if n in s} for p, s in with_others.items()}, (name, o), seed)
+        for o in others
+    ]
+    kappas = [found["value"] for found in each if found is not None]
+    return {
+        "verdicts": len(own),
+        "skipped": sum(line.verdict == "skip" for line in own),
+        "ties": sum(line.verdict in ("tie", "both-bad") for line in own),
+        "gold": _share(sum(right), len(right)),
+        "others": sum(kappas) / len(kappas) if kappas else None,
+        "position_bias": position_bias(own),
+        "seconds": _seconds(own),
+    }
+
+
+def _share(count: int, of: int) -> Figures | None:
+    """A share with Wilson's interval."""
+    if not of:
+        return None
+    low, high = wilson(count / of, of)
+    return {"value": count / of, "low": low, "high": high, "n": of}
+
+
+def position_bias(verdicts: Iterable[Verdict]) -> Figures | None:
+    """How often the response shown first beats the one shown last, of questions that say which is better, and the exact p-value.
+
+    Sides are drawn by a coin of its own for each question, so that without a bias each is as likely, whatever the responses are.
+    """
+    first = [
+        better * (1 if i == line.order[0] else -1)
+        for line in verdicts
+        for i, j, better in line.pairs()
+        if better and {i, j} == {line.order[0], line.order[-1]}
+    ]
+    found = _share(sum(side > 0 for side in first), len(first))
+    return found and found | {"p_value": coin(sum(side > 0 for side in first), len(first))}
+
+
+def _length_bias(rows: Sequence[Row], pairs: Pairs, seed: int) -> Figures | None:
+    """How often the longer response is the better one, of verdicts that say which is; bootstrap over rows."""
+    lengths = {row.number: [len(spoken(each)) for each in row.responses] for row in rows}
+    longer: dict[int, list[bool]] = {}
+    for (row, i, j), said in pairs.items():
+        difference = lengths[row][i] - lengths[row][j]
+        longer.setdefault(row, []).extend(vote * difference > 0 for vote in said.values() if vote * difference)
+    table = np.array([(sum(own), len(own)) for own in longer.values() if own], np.float64)
+    if len(table) < 2:
+        return None
+    found = within_shares(ratio_interval(table[:, 0], table[:, 1], resamples(len(table), seed)))
+    return {"value": found.mean, "low": found.low, "high": found.high, "n": int(table[:, 1].sum())}
+
+
+def _cycles(verdicts: Sequence[Verdict], annotators: Sequence[str]) -> Figures:
+    """Triples of responses whose three pairs one annotator judged apart; a ranking cannot go in a circle."""
+    cyclic = triples = 0
+    for name in annotators:
+        own: dict[int, dict[tuple[int, int], float]] = {}
+        for (row, i, j), said in by_pair(line for line in verdicts if line.annotator == name and len(line.order) == 2).items():
+            own.setdefault(row, {})[i, j] = said[name]
+        found = [circles(better) for better in own.values()]
+        cyclic, triples = cyclic + sum(each[0] for each in found), triples + sum(each[1] for each in found)
+    return {"cyclic": cyclic, "triples": triples, "share": cyclic / triples if triples else None}
+
+
+def _seconds(verdicts: Sequence[Verdict]) -> Figures | None:
+    """Time per verdict; the mean is that of a person who left the table too."""
+    took = [line.seconds for line in verdicts]
+    return (
+        {"median": float(np.median(took)), "p90": float(np.quantile(took, 0.9)), "total": round(sum(took), 2)} if took else None
+    )

@@ -1,0 +1,189 @@
+"""`rlhf label`: rows to judge, somebody who judges them, and preferences with a report; read from the top as it happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli import sections
+from rlhf_cli.console import Console
+from rlhf_cli.data.formats import PROMPTS, Purpose, Use
+from rlhf_cli.data.requests import RowRequest
+from rlhf_cli.data.sources import read_data
+from rlhf_cli.errors import Stopped, UsageError
+from rlhf_cli.evaluation.job import EvaluationJob, plan_evaluation, prepare_evaluation
+from rlhf_cli.evaluation.measure import measure_models
+from rlhf_cli.evaluation.samples import Sample
+from rlhf_cli.figures import count
+from rlhf_cli.files import sha256_file, to_json, write_atomic, write_json
+from rlhf_cli.labels.figures import measure, preferences
+from rlhf_cli.labels.questions import MOST, Row, compared, of_records, of_samples, queues
+from rlhf_cli.labels.server import serving
+from rlhf_cli.labels.terminal import judge_in_terminal
+from rlhf_cli.labels.verdicts import Judging
+from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.reports.labels import write_report
+from rlhf_cli.runs.folder import RunFolder, open_run, read_metrics
+from rlhf_cli.runs.manifest import build_manifest
+from rlhf_cli.runs.resume import record_inputs, refuse_other_inputs
+from rlhf_cli.signals import StopSignals
+from rlhf_cli.stages.training import FINE
+
+SEVERAL = Use(frozenset({"pair", "ranking"}), "all")
+
+
+@dataclass
+class Job:
+    """What is to be judged; the rows of models are there once these have responded."""
+
+    recipe: recipes.LabelRecipe
+    rows: list[Row]
+    gold: list[Row]
+    inputs: dict[str, str]  # what a resumed run must have in common with the one before
+    drawing: EvaluationJob | None
+    console: Console = field(default_factory=Console)
+    started: float = field(default_factory=time.monotonic)
+
+
+def run(loaded: Loaded, *, check: bool, resume: bool, force: bool, terminal: bool, port: int) -> None:
+    """Ask people which responses are better.
+
+    Stopped: what was judged is kept, and --resume goes on. Other RunErrors: with their exit code.
+    """
+    signals = StopSignals()
+    signals.install()
+    signals.say("before the first question")
+    job = _prepare(loaded, check=check, resume=resume, force=force)
+    if check:
+        job.console.say(FINE)
+        return
+    with open_run(Path(job.recipe.output), resume=resume, force=force) as folder:
+        if resume:
+            refuse_other_inputs(folder, job.recipe, job.inputs)
+        folder.manifest.unlink(missing_ok=True)
+        record_inputs(folder, job.recipe, loaded.stage, job.inputs)
+        if job.drawing is not None:
+            samples = measure_models(job.drawing, folder).samples
+            signals.install()
+            job.rows = _rows_of(
+                [each for own in samples.values() for row in own.own for each in row], job.console, loaded.named("models")
+            )
+        signals.say("while people judged; what they said is kept, continue with --resume")
+        people = job.recipe.judge.people
+        asked = queues(job.rows, job.gold, people.annotators, people.overlap, people.ranking, job.recipe.seed)
+        judging = Judging(asked, folder.verdicts)
+        early = _judged_by_people(judging, job.console, terminal, port)
+        _conclude(job, folder, judging, early)
+
+
+def _judged_by_people(judging: Judging, console: Console, terminal: bool, port: int) -> Stopped | None:
+    """Ask until all is judged; what ended it earlier, if anything did."""
+    try:
+        if terminal:
+            judge_in_terminal(judging, console)
+        elif any(map(judging.left, judging.queues)):
+            with serving(judging, port) as site:
+                console.plan([("open in a browser of this machine; Ctrl-C stops", list(site.links.items()))])
+                site.ended.wait()
+                if site.fault is not None:
+                    raise site.fault
+    except Stopped as stopped:
+        return stopped
+    finally:
+        judging.close()
+    return None
+
+
+def _conclude(job: Job, folder: RunFolder, judging: Judging, early: Stopped | None) -> None:
+    """Write what there is; the manifest last of all, once everything is judged."""
+    people, verdicts = job.recipe.judge.people, judging.standing()
+    left = sum(len(judging.left(name)) for name in judging.queues)
+    kept = preferences(job.rows, verdicts, people.ranking)
+    write_atomic(folder.preferences, b"".join(to_json(row) + b"\n" for row in kept))
+    figures = measure(job.rows, job.gold, verdicts, people.annotators, job.recipe.seed)
+    write_json(folder.labels, figures)
+    write_report(folder, figures, left)
+    job.console.say(
+        f"{folder.preferences}: {count(len(kept), 'row')} of {count(len(verdicts), 'verdict')}; report: {folder.page}"
+    )
+    if not left:
+        own: dict[str, Any] = {"verdicts": len(verdicts), "seconds": round(time.monotonic() - job.started, 3)}
+        write_json(folder.manifest, build_manifest(folder, "label", "finished", job.recipe.seed, own))
+    elif early is not None:
+        raise early
+    else:
+        job.console.say(f"{count(left, 'question')} left: continue with --resume")
+
+
+def _prepare(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> Job:
+    """Read what is to be judged and show the plan. UsageError: the recipe or the rows are wrong."""
+    recipe = loaded.recipe
+    assert isinstance(recipe, recipes.LabelRecipe)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("rlhf label runs in one process. start it without a launcher")
+    console, people, inputs = Console(), recipe.judge.people, dict[str, str]()
+    gold = _read(loaded, "judge.people.gold", people.gold, inputs, gold=True) if people.gold else []
+    rows, drawing = list[Row](), None
+    if recipe.rows:
+        rows = _read(loaded, "rows", recipe.rows, inputs)
+    elif recipe.samples is not None:
+        path = Path(recipe.samples)
+        if not path.is_file():
+            raise UsageError(f"{loaded.named('samples')}: {path}: no such file. name the samples.jsonl of an evaluation")
+        try:
+            rows = _rows_of([Sample(**line) for line in read_metrics(path)], console, loaded.named("samples"))
+        except TypeError as error:
+            raise UsageError(f"{loaded.named('samples')}: {path}: a line is no response of an evaluation ({error})") from error
+        inputs[recipe.samples] = sha256_file(path)
+    else:
+        names = {own.name for own in dataclasses.fields(recipes.EvalRecipe)} & vars(recipe).keys()
+        drawn = recipes.EvalRecipe(**{name: vars(recipe)[name] for name in names})
+        drawing = prepare_evaluation(dataclasses.replace(loaded, recipe=drawn), check=check, resume=resume, force=force)
+        console.plan(plan_evaluation(drawing))
+        inputs |= drawing.inputs
+    for row in (*rows, *gold):
+        if people.ranking == "all" and len(row.responses) > MOST:
+            raise UsageError(
+                f"{loaded.named('judge.people.ranking')}: row {row.number} has {len(row.responses)} responses. at most "
+                f"{MOST} are put in order at once. set it to pairs"
+            )
+    shared = 1.0 if len(people.annotators) == 1 else people.overlap
+    questions = sum(len(compared(row, people.ranking)) for row in rows)
+    shown: list[tuple[str, object]] = [("annotators", ", ".join(people.annotators))]
+    shown += [("rows", f"{len(rows):,}, which make {count(questions, 'question')}")] if rows else []
+    shown += [("judged by all", f"{shared:.0%} of the rows")] if len(people.annotators) > 1 else []
+    shown += [("gold", f"{count(len(gold), 'row')} with known answers, for each annotator")] if gold else []
+    console.plan([("labels", shown)])
+    return Job(recipe, rows, gold, inputs, drawing, console)
+
+
+def _rows_of(samples: Sequence[Sample], console: Console, place: str) -> list[Row]:
+    """The rows of samples; what is left out is told. UsageError: nothing is left."""
+    rows = of_samples(samples)
+    if lost := len({sample.row for sample in samples}) - len(rows):
+        console.say(f"{count(lost, 'prompt')} left out: fewer than two different responses to it that end and say something")
+    if not rows:
+        raise UsageError(f"{place}: no prompt has two different responses that end. draw longer ones, or more of them")
+    return rows
+
+
+def _read(loaded: Loaded, key: str, sources: Sequence[sections.Rows], inputs: dict[str, str], *, gold: bool = False) -> list[Row]:
+    """The rows of a section, of any format that has several responses to a prompt."""
+    data = sections.Data([sections.Source(**vars(source)) for source in sources])
+    purpose = Purpose("rlhf label", SEVERAL, {"rlhf eval (prompts:)": PROMPTS})
+    request = RowRequest(purpose, loaded.recipe.seed, lambda named: loaded.named(named.replace("data.train", key, 1)))
+    reading = read_data(data, request)
+    for report in reading.reports:
+        inputs[report.path] = report.fingerprint
+        for reason, lost in (report.bad | report.unused).items():
+            Console().say(f"{report.path}: {count(lost, 'row')} left out: {reason}")
+    rows = of_records(reading.train, gold=gold)
+    if not rows:
+        raise UsageError(f"{loaded.named(key)}: no row has two different responses. give each prompt several")
+    return rows
