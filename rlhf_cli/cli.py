@@ -63,8 +63,7 @@ Check = Annotated[bool, typer.Option("--check", help="Validate and tokenise, pri
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from what an earlier start has saved, if anything.")]
 Force = Annotated[bool, typer.Option("--force", help="Move an existing output folder to DIR.old-N first.")]
 PlannedDevices = Annotated[
-    str | None,
-    typer.Option("--devices", metavar="COUNTxMEMORY", help="With --check: the memory it takes on these, as 8x80GB."),
+    str | None, typer.Option("--devices", metavar="COUNTxMEMORY", help="With --check: the memory on these, as 8x80GB.")
 ]
 Terminal = Annotated[bool, typer.Option("--terminal", help="Ask in this terminal, not on a page.")]
 Port = Annotated[int, typer.Option("--port", metavar="P", min=0, max=65535, help="Of the page on 127.0.0.1; 0: a free one.")]
@@ -101,7 +100,7 @@ class StageCall:
     resume: bool
     force: bool
     devices: str | None
-    own: dict[str, Any]  # options that no other stage has
+    own: dict[str, Any]  # options of label alone
 
     def __call__(self) -> None:
         from rlhf_cli.hub import why_silent
@@ -155,9 +154,8 @@ def _stage_command(name: str, stage: Stage) -> None:
                 what = "after the recipe stand values, KEY=VALUE. a command reads one recipe, whose key base may name another"
                 raise UsageError(f"{value}: {what}")
         own = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
-        options = {"terminal": terminal, "port": port} if name == "label" else {}
-        overrides = [*(overrides or []), *(values or []), *own]
-        return StageCall(name, recipe, overrides, output, check, resume, force, devices, options)
+        told, options = [*(overrides or []), *(values or []), *own], {"terminal": terminal, "port": port}
+        return StageCall(name, recipe, told, output, check, resume, force, devices, options if name == "label" else {})
 
     app.command(name, cls=StageCommand, help=stage.help)(command)
 

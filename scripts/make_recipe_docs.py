@@ -69,6 +69,8 @@ A stage is `rlhf STAGE RECIPE.yaml`. Its options:
   was stopped with Ctrl-C, SIGTERM or a closed terminal has saved before. The resumed one ends with the weights of an
   uninterrupted one. Some keys [may change](#what-may-change-on---resume).
 - `--force` moves an existing run folder, or a file that is to be written, to `<output>.old-<n>`. Nothing is ever deleted.
+- `--terminal`, of `rlhf label` alone: ask in the terminal and not on a page ([labelling.md](labelling.md)).
+- `--port P`, of `rlhf label` alone: where the page is; 0, the default, is any free port.
 - `--debug` shows full tracebacks.
 - `--dump-pairs FILE.jsonl`, of `rlhf eval`, writes the ranked responses as preference data.
 

@@ -252,7 +252,7 @@ def shortened(words: list[str]) -> list[str]:
     if words[0] not in STAGES or "--check" in words:
         return []
     recipe = load_recipe(words[0], Path(words[1]), [value for value in words[2:] if re.match(r"[\w.]+=", value)]).recipe
-    short = STEPS.get(words[0], []) + (DRAWN if words[0] == "eval" or recipe.draws else [])  # type: ignore[union-attr]
+    short = STEPS.get(words[0], []) + (DRAWN if words[0] == "eval" or getattr(recipe, "draws", None) else [])  # type: ignore[union-attr]
     return [word for value in short for word in ("--set", value)]
 
 

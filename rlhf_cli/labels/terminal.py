@@ -135,7 +135,7 @@ def _keys() -> Iterator[Key]:
 
 
 def _line(out: RichConsole, question: str) -> str:
-    """What is typed before Enter; empty at the end of a pipe, too."""
+    """What is typed before Enter; of a pipe the next line that is not blank, empty at its end."""
     typed = sys.stdin.isatty()
     before = termios.tcgetattr(sys.stdin) if typed else []
     if typed:
@@ -143,8 +143,9 @@ def _line(out: RichConsole, question: str) -> str:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, line)
     try:
         out.print(question, end="", markup=False, soft_wrap=True)
-        text = os.read(sys.stdin.fileno(), 4096).decode("utf-8", "replace") if typed else sys.stdin.readline()
+        if not typed:
+            return next((line.strip() for line in iter(sys.stdin.readline, "") if line.strip()), "")
+        return os.read(sys.stdin.fileno(), 4096).decode("utf-8", "replace").strip()
     finally:
         if typed:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
-    return text.strip()

@@ -37,7 +37,6 @@ from rlhf_cli.sections import (
     EvalSampling,
     EvalSource,
     Judge,
-    Judging,
     Kl,
     Lora,
     Model,
@@ -337,6 +336,27 @@ class EvalRecipe(Reading, Scoring, Evaluated, Recipe):
         if self.winrate is not None and isinstance(self.winrate.judge, Judge) and self.winrate.judge.path is not None:
             models.append(self.winrate.judge.path)
         return [*models, *super().paths, *(source.path for source in sources)]
+
+
+@dataclass(frozen=True)
+class People:
+    """Who judges, on a page of this machine or in a terminal."""
+
+    annotators: list[str] = key(["me"], "a name for each; on the page each has a link of its own")
+    overlap: float = key(0.2, "share of the rows that all of them judge; the rest is dealt out", low=0.0, high=1.0)
+    gold: list[Rows] | None = key(
+        None, "a path, or a list of sources: preferences whose answers are known; all are asked about them, amid the others"
+    )
+    ranking: Literal["pairs", "all"] = key(
+        "pairs", "of more than two responses: every pair is a question, or all of them are put in order at once"
+    )
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Who says which response is better."""
+
+    people: People = field(default_factory=People)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def typos(word: str, rng: random.Random) -> list[str]:
 
 def place_of(prefix: str) -> str:
     """The prefix with a position or a name where a key of a list or of free names needs one."""
-    for key in ("data.eval", "reward", "gold", "prompts", "preferences", "text"):
+    for key in ("data.eval", "reward", "gold", "prompts", "preferences", "text", "rows"):
         prefix = prefix.replace(key, f"{key}.0")
     return "trackers.wandb" if prefix == "trackers" else prefix.replace("train.stop_if", "train.stop_if.loss")
 
