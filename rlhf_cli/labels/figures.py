@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from rlhf_cli.data.records import spoken
 from rlhf_cli.evaluation.intervals import ratio_interval, resamples, wilson, within_shares
-from rlhf_cli.figures import Interval
 from rlhf_cli.labels.agreement import COEFFICIENTS, agreement, circles, coin
 from rlhf_cli.labels.questions import Ranking, Row
 from rlhf_cli.labels.verdicts import Verdict, by_pair
@@ -70,16 +70,20 @@ def measure(
 
 
 def _agreement(name: str, pairs: Pairs, annotators: Sequence[str], seed: int) -> Figures | None:
-    """Of the first response better, neither, the second better; Fleiss' κ on what all annotators judged."""
+    """Of one response better, neither, the other better; Fleiss' κ on what all annotators judged.
+
+    Which of the two is the one is drawn for each pair. In the rows' own order it could be mostly the better one, and then
+    annotators who are nearly always right would agree no more than chance, for chance would be right as often.
+    """
     least = len(annotators) if name == "fleiss" else 2
     shared = {pair: said for pair, said in pairs.items() if len(said) >= least}
-    ratings = np.array([[said[each] + 1 if each in said else -1 for each in annotators] for said in shared.values()])
+    sides = [random.Random(str(pair)).choice((-1, 1)) for pair in shared]
+    own = zip(sides, shared.values(), strict=True)
+    ratings = np.array([[side * said[each] + 1 if each in said else -1 for each in annotators] for side, said in own])
     _, groups = np.unique([pair[0] for pair in shared], return_inverse=True)
-    found = agreement(name, ratings.reshape(len(shared), len(annotators)), 3, groups, seed) if len(annotators) > 1 else None
-    return _told(found)
-
-
-def _told(found: Interval | None) -> Figures | None:
+    if len(annotators) < 2:
+        return None
+    found = agreement(name, ratings.reshape(len(shared), len(annotators)), 3, groups, seed)
     return None if found is None else {"value": found.mean, "low": found.low, "high": found.high}
 
 

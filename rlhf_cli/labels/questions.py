@@ -15,6 +15,8 @@ from rlhf_cli.evaluation.samples import Sample
 from rlhf_cli.files import to_json
 
 Ranking = Literal["pairs", "all"]
+Question = tuple[bool, int, frozenset[int]]
+"""(is its answer known, number of the row, the responses that are compared): the same for all annotators."""
 MOST = 9
 """Responses that are ranked at once: each has a digit."""
 
@@ -46,6 +48,10 @@ class Shown(NamedTuple):
 
     row: Row
     order: tuple[int, ...]  # the responses that are compared, as they are shown
+
+    @property
+    def question(self) -> Question:
+        return self.row.known is not None, self.row.number, frozenset(self.order)
 
     @property
     def id(self) -> str:

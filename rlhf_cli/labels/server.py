@@ -187,11 +187,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(judging: Judging, port: int) -> Iterator[Site]:
-    """The site, answering; afterwards nothing more is written. MachineError: the port is not free."""
+    """The site, answering. MachineError: the port is not free."""
     with Site(judging, port) as site:
         threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:
             yield site
         finally:
             site.shutdown()
-            judging.close()

@@ -46,7 +46,7 @@ def _who(judging: Judging, out: RichConsole) -> str | None:
     if len(judging.queues) == 1 or not waiting:
         return next(iter(waiting), None)
     told = ", ".join(f"{name} ({count(left, 'question')} left)" for name, left in waiting.items())
-    while (said := _line(out, f"Who are you? {told}; nothing ends: ")) not in waiting:
+    while (said := _line(out, f"Who are you? {told}; an empty line ends: ")) not in waiting:
         if not said:
             return None
     return said

@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import UsageError
-from rlhf_cli.labels.questions import Shown
+from rlhf_cli.files import sync_folder
+from rlhf_cli.labels.questions import Question, Shown
 from rlhf_cli.runs.folder import MetricsLog, read_metrics
 
 CHANCES = {"a": 1.0, "b": 0.0, "tie": 0.5, "both-bad": 0.5, "skip": None}
@@ -36,8 +37,8 @@ class Verdict:
     reason: str = ""
 
     @property
-    def question(self) -> tuple[str, bool, int, frozenset[int]]:
-        return self.annotator, self.gold, self.row, frozenset(self.order)
+    def question(self) -> Question:
+        return self.gold, self.row, frozenset(self.order)
 
     def pairs(self) -> Iterator[tuple[int, int, int]]:
         """(i, j, which is better) of the row's responses i < j: 1 the first, −1 the second, 0 neither; nothing if skipped."""
@@ -69,14 +70,15 @@ class Judging:
     def __init__(self, queues: Mapping[str, Sequence[Shown]], log: Path) -> None:
         self.queues = queues
         self.lines = read_lines(log)
-        rows = {(shown.row.known is not None, shown.row.number): shown.row.hash for own in queues.values() for shown in own}
+        rows = {shown.question[:2]: shown.row.hash for own in queues.values() for shown in own}
         for number, line in enumerate(self.lines, start=1):
-            if rows.get((line.gold, line.row)) != line.hash:
+            if rows.get(line.question[:2]) != line.hash:
                 raise UsageError(
                     f"{log}:{number}: was said of another row {line.row} than there is now\n"
                     "  put the rows back as they were, or start anew with --output"
                 )
         self._log = MetricsLog(log)
+        sync_folder(log.parent)
         whole = log.read_bytes().rfind(b"\n") + 1
         self._log.truncate_after(whole)  # what a killed process left of a line that nobody took for written
         self._lock = threading.Lock()
@@ -89,7 +91,7 @@ class Judging:
 
     def said(self, annotator: str) -> list[Verdict]:
         """Those of one annotator that count, the latest last."""
-        last: dict[object, Verdict] = {}
+        last: dict[Question, Verdict] = {}
         for line in self.lines:
             if line.annotator == annotator:
                 last.pop(line.question, None)
@@ -98,8 +100,8 @@ class Judging:
 
     def left(self, annotator: str) -> list[Shown]:
         """The questions that are open, the next one first."""
-        done = {line.question[1:] for line in self.said(annotator)}
-        return [s for s in self.queues[annotator] if (s.row.known is not None, s.row.number, frozenset(s.order)) not in done]
+        done = {line.question for line in self.said(annotator)}
+        return [shown for shown in self.queues[annotator] if shown.question not in done]
 
     def ask(self, annotator: str) -> Shown | None:
         """The next question, whose time begins when it is asked for the first time."""
@@ -119,10 +121,9 @@ class Judging:
                 return False
             own, took = check_verdict(shown, verdict), time.monotonic() - self._since[annotator]
             chance = CHANCES[own] if isinstance(own, str) and len(shown.order) == 2 else None
-            gold, row = shown.row.known is not None, shown.row
-            self._add(
-                Verdict(row.number, [*shown.order], own, chance, annotator, round(took, 2), _now(), row.hash, gold, reason=reason)
-            )
+            gold, number, _ = shown.question
+            line = Verdict(number, [*shown.order], own, chance, annotator, round(took, 2), _now(), shown.row.hash, gold)
+            self._add(replace(line, reason=reason))
             return True
 
     def undo(self, annotator: str) -> bool:
@@ -130,15 +131,7 @@ class Judging:
         with self._lock:
             said = self.said(annotator)
             if said:
-                last = asdict(said[-1]) | {
-                    "verdict": "skip",
-                    "p": None,
-                    "seconds": 0.0,
-                    "time": _now(),
-                    "undo": True,
-                    "reason": "",
-                }
-                self._add(Verdict(**last))
+                self._add(replace(said[-1], verdict="skip", p=None, seconds=0.0, time=_now(), undo=True, reason=""))
             return bool(said)
 
     def _add(self, line: Verdict) -> None:

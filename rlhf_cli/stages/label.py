@@ -1,4 +1,7 @@
-"""`rlhf label`: rows to judge, somebody who judges them, and preferences with a report; read from the top as it happens."""
+"""`rlhf label`: rows to judge, somebody who judges them, and preferences with a report; read from the top as it happens.
+
+What draws from models is imported where there are some: people need not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli import sections
 from rlhf_cli.console import Console
@@ -16,8 +19,6 @@ from rlhf_cli.data.formats import PROMPTS, Purpose, Use
 from rlhf_cli.data.requests import RowRequest
 from rlhf_cli.data.sources import read_data
 from rlhf_cli.errors import Stopped, UsageError
-from rlhf_cli.evaluation.job import EvaluationJob, plan_evaluation, prepare_evaluation
-from rlhf_cli.evaluation.measure import measure_models
 from rlhf_cli.evaluation.samples import Sample
 from rlhf_cli.figures import count
 from rlhf_cli.files import sha256_file, to_json, write_atomic, write_json
@@ -33,7 +34,9 @@ from rlhf_cli.runs.folder import RunFolder, open_run, read_metrics
 from rlhf_cli.runs.manifest import build_manifest
 from rlhf_cli.runs.resume import record_inputs, refuse_other_inputs
 from rlhf_cli.signals import StopSignals
-from rlhf_cli.stages.training import FINE
+
+if TYPE_CHECKING:
+    from rlhf_cli.evaluation.job import EvaluationJob
 
 SEVERAL = Use(frozenset({"pair", "ranking"}), "all")
 
@@ -61,7 +64,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool, terminal: boo
     signals.say("before the first question")
     job = _prepare(loaded, check=check, resume=resume, force=force)
     if check:
-        job.console.say(FINE)
+        job.console.say("the recipe and the rows are fine; nobody was asked")
         return
     with open_run(Path(job.recipe.output), resume=resume, force=force) as folder:
         if resume:
@@ -69,6 +72,8 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool, terminal: boo
         folder.manifest.unlink(missing_ok=True)
         record_inputs(folder, job.recipe, loaded.stage, job.inputs)
         if job.drawing is not None:
+            from rlhf_cli.evaluation.measure import measure_models
+
             samples = measure_models(job.drawing, folder).samples
             signals.install()
             job.rows = _rows_of(
@@ -142,6 +147,8 @@ def _prepare(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> Job:
             raise UsageError(f"{loaded.named('samples')}: {path}: a line is no response of an evaluation ({error})") from error
         inputs[recipe.samples] = sha256_file(path)
     else:
+        from rlhf_cli.evaluation.job import plan_evaluation, prepare_evaluation
+
         names = {own.name for own in dataclasses.fields(recipes.EvalRecipe)} & vars(recipe).keys()
         drawn = recipes.EvalRecipe(**{name: vars(recipe)[name] for name in names})
         drawing = prepare_evaluation(dataclasses.replace(loaded, recipe=drawn), check=check, resume=resume, force=force)

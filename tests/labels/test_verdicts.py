@@ -186,15 +186,22 @@ class TestWhatComesOfIt:
         assert (found["ann"]["gold"]["value"], found["bo"]["gold"]["value"], found["bo"]["gold"]["n"]) == (1.0, 0.2, 10)
         assert len(preferences(rows(4), own.standing(), "pairs")) == 4
 
-    def test_agreement_is_of_what_was_shared(self, tmp_path: Path) -> None:
-        """By hand: of 4 rows three agree; κ of [[2, 1], [0, 1]] is (3/4 − 1/2)/(1 − 1/2)."""
-        own = judging(tmp_path / "v.jsonl", 4, ("ann", "bo"))
-        says = {"ann": [0, 0, 0, 1], "bo": [0, 0, 1, 1]}
-        judge_all(own, lambda name, shown: better_is(says[name][shown.row.number])(name, shown))
-        found = measure(rows(4), [], own.standing(), ["ann", "bo"], 0)
-        assert found["agreement"]["cohen"]["value"] == pytest.approx(0.5)
-        assert found["annotators"]["ann"]["others"] == pytest.approx(0.5)
-        assert found["length_bias"]["value"] == pytest.approx(3 / 8)  # response 1 is the longer one
+    def test_a_pool_of_known_noise_is_recovered(self) -> None:
+        """Response 1 is always the better one, and each of three is right 9 times in 10, so that two agree in 0.9² + 0.1² of
+        the pairs, where chance has ½: 0.64. In the rows' own order chance would have 0.82 too, and the coefficients 0."""
+        rng, names = np.random.default_rng(4), ["ann", "bo", "cy"]
+        right = rng.random((600, 3)) < 0.9
+        said = [
+            Verdict(k, [0, 1], "b" if right[k, at] else "a", float(not right[k, at]), name, 1.0, "", "")
+            for k in range(600)
+            for at, name in enumerate(names)
+        ]
+        found = measure(rows(600), [], said, names, 0)
+        for coefficient in found["agreement"].values():
+            assert coefficient["low"] < 0.64 < coefficient["high"]
+            assert coefficient["high"] - coefficient["low"] < 0.13
+        assert found["annotators"]["ann"]["others"] == pytest.approx(0.64, abs=0.05)
+        assert found["length_bias"]["value"] == pytest.approx(0.9, abs=0.03)  # response 1 is the longer one
 
     def test_a_planted_position_bias_is_found_and_none_is_not_claimed(self, tmp_path: Path) -> None:
         """200 annotations, 400 times: those who prefer a response, on either side, are accused in at most 5 % of them."""
