@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.judges.endpoint import SHOWN, Failure, Reply, Server, ask, connect
@@ -33,6 +33,11 @@ from rlhf_cli.signals import Pause, no_pause
 
 if TYPE_CHECKING:
     from rlhf_cli.sections import Judge
+
+A = TypeVar("A")
+Given = TypeVar("Given", contravariant=True)
+Message = str | Sequence[Mapping[str, Any]]
+"""A text, or a conversation."""
 
 BACKOFF = 1.0  # seconds before a question is asked for the second time; twice as long before each further time
 MOST_BACKOFF = 30.0
@@ -101,8 +106,18 @@ class EndpointJudge:
         if not keys:
             return {}
         verdicts = self.verdicts()
-        _ask_all(self, keys, verdicts)
+        messages = {key: self.wording.filled(question) for key, question in keys.items()}
+        asking = Asking(self.server, self.retries, self.parallel, self.place, self.read, "verdicts", self.say, self.pause)
+        asking.ask_all(messages, verdicts)
         return {question: found for key, question in keys.items() if (found := verdicts.get(key)) is not None}
+
+    def read(self, reply: Reply) -> Answer:
+        """Failure: it is no verdict."""
+        if (value := _value(reply, self.wording.mode)) is not None:
+            return Answer(value, self.server.without_key(reply.text))
+        wanted = "score from 1 to 10" if self.wording.mode == "score" else "verdict A, B or TIE"
+        end = self.server.shown(self.server.without_key(reply.text)[-SHOWN:])
+        raise Failure(f"no {wanted} at the end of its answer: {end or 'an empty one'}")
 
 
 def prepare(
@@ -118,88 +133,99 @@ def prepare(
     return EndpointJudge(connect(settings, place), wording, settings.retries, settings.parallel, place, verdicts, say, pause)
 
 
-def _ask_all(judge: EndpointJudge, questions: Mapping[str, Question], verdicts: Verdicts) -> None:
-    """Bring every question's verdict into `verdicts`, several questions at once."""
-    pending = deque((key, question) for key, question in questions.items() if verdicts.get(key) is None)
-    done, total = len(questions) - len(pending), len(questions)
-    answers: SimpleQueue[tuple[str, Answer | Exception]] = SimpleQueue()
-    stop = threading.Event()
-    # Daemons, and no pool: a pool waits at the end of the process for requests that hang.
-    threads = [
-        threading.Thread(target=_work, args=(judge, pending, answers, stop), daemon=True)
-        for _ in range(min(judge.parallel, len(pending)))
-    ]
-    failure: Exception | None = None
-    try:
-        for thread in threads:
-            thread.start()
-        while done < total and failure is None:
-            judge.pause()
-            try:
-                key, answer = answers.get(timeout=GRACE)
-            except Empty:
-                continue
-            if isinstance(answer, Exception):
-                failure = answer
-                continue
-            verdicts.keep(key, answer)
-            done += 1
-            if done == total or done % max(1, total // UPDATES) == 0:
-                judge.say(done, total)
-    finally:
-        stop.set()
-        deadline = time.monotonic() + GRACE  # the requests that hang are left to their timeout
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, deadline - time.monotonic()))
-        while not answers.empty():
-            key, answer = answers.get()
-            if isinstance(answer, Answer):
-                verdicts.keep(key, answer)
-    if isinstance(failure, Failure):
-        kept = sum(verdicts.get(key) is not None for key in questions)
-        raise MachineError(
-            f"{judge.place}: {judge.server.name}: {failure}\n"
-            f"  {kept:,} of {total:,} verdicts are kept: mend the cause, then continue with --resume"
-        )
-    if failure is not None:
-        raise failure
+class Kept(Protocol[Given]):
+    """Where answers are kept."""
+
+    def get(self, key: str) -> object | None: ...
+    def keep(self, key: str, answer: Given) -> None:
+        """Write it at once."""
 
 
-def _work(
-    judge: EndpointJudge,
-    pending: deque[tuple[str, Question]],
-    answers: SimpleQueue[tuple[str, Answer | Exception]],
-    stop: threading.Event,
-) -> None:
-    """Ask one pending question after the other, until there is none, one fails, or `stop` is set."""
-    with contextlib.suppress(IndexError):  # none is pending
-        while not stop.is_set():
-            key, question = pending.popleft()
-            try:
-                answers.put((key, _ask(judge, question, stop)))
-            except Exception as error:  # whoever waits for the answer has to hear of it, whatever it is
-                answers.put((key, error))
-                return
+@dataclass(frozen=True)
+class Asking(Generic[A]):
+    """Messages to a server, several at once, each again where it gets no answer."""
 
+    server: Server
+    retries: int
+    parallel: int
+    place: str  # begins every message
+    read: Callable[[Reply], A]  # Failure: it is no answer
+    noun: str  # what the answers are
+    say: Callable[[int, int], None] = lambda done, total: None
+    pause: Pause = no_pause
+    drawing: Callable[[str], Mapping[str, Any] | None] = lambda key: None  # how the answer to a message is drawn, see `ask`
 
-def _ask(judge: EndpointJudge, question: Question, stop: threading.Event) -> Answer:
-    """The verdict on one question, asked up to 1 + retries times. Failure: the last of them got none, or `stop` is set."""
-    message = judge.wording.filled(question)
-    for number in range(1 + judge.retries):
+    def ask_all(self, messages: Mapping[str, Message], kept: Kept[A]) -> None:
+        """Bring every message's answer into `kept`. MachineError: one got none; no further one is asked."""
+        pending = deque((key, message) for key, message in messages.items() if kept.get(key) is None)
+        done, total = len(messages) - len(pending), len(messages)
+        answers: SimpleQueue[tuple[str, A | Exception]] = SimpleQueue()
+        stop = threading.Event()
+        # Daemons, and no pool: a pool waits at the end of the process for requests that hang.
+        threads = [
+            threading.Thread(target=self._work, args=(pending, answers, stop), daemon=True)
+            for _ in range(min(self.parallel, len(pending)))
+        ]
+        failure: Exception | None = None
         try:
-            reply = ask(judge.server, message)
-            if (value := _value(reply, judge.wording.mode)) is not None:
-                return Answer(value, judge.server.without_key(reply.text))
-            wanted = "score from 1 to 10" if judge.wording.mode == "score" else "verdict A, B or TIE"
-            end = judge.server.shown(judge.server.without_key(reply.text)[-SHOWN:])
-            raise Failure(f"no {wanted} at the end of its answer: {end or 'an empty one'}")
-        except Failure as error:
-            wait = max(error.wait, min(BACKOFF * 2**number, MOST_BACKOFF))
-            if not error.again or number == judge.retries or stop.wait(wait):
-                times = f" (asked {number + 1} times)" if number else ""
-                raise Failure(f"{error}{times}", again=False) from None
-    raise AssertionError("the last failure is raised")
+            for thread in threads:
+                thread.start()
+            while done < total and failure is None:
+                self.pause()
+                try:
+                    key, answer = answers.get(timeout=GRACE)
+                except Empty:
+                    continue
+                if isinstance(answer, Exception):
+                    failure = answer
+                    continue
+                kept.keep(key, answer)
+                done += 1
+                if done == total or done % max(1, total // UPDATES) == 0:
+                    self.say(done, total)
+        finally:
+            stop.set()
+            deadline = time.monotonic() + GRACE  # the requests that hang are left to their timeout
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join(max(0.0, deadline - time.monotonic()))
+            while not answers.empty():
+                key, answer = answers.get()
+                if not isinstance(answer, Exception):
+                    kept.keep(key, answer)
+        if isinstance(failure, Failure):
+            there = sum(kept.get(key) is not None for key in messages)
+            raise MachineError(
+                f"{self.place}: {self.server.name}: {failure}\n"
+                f"  {there:,} of {total:,} {self.noun} are kept: mend the cause, then continue with --resume"
+            )
+        if failure is not None:
+            raise failure
+
+    def _work(
+        self, pending: deque[tuple[str, Message]], answers: SimpleQueue[tuple[str, A | Exception]], stop: threading.Event
+    ) -> None:
+        """Ask one pending message after the other, until there is none, one fails, or `stop` is set."""
+        with contextlib.suppress(IndexError):  # none is pending
+            while not stop.is_set():
+                key, message = pending.popleft()
+                try:
+                    answers.put((key, self._ask(key, message, stop)))
+                except Exception as error:  # whoever waits for the answer has to hear of it, whatever it is
+                    answers.put((key, error))
+                    return
+
+    def _ask(self, key: str, message: Message, stop: threading.Event) -> A:
+        """The answer to one message, asked up to 1 + retries times. Failure: the last of them got none, or `stop` is set."""
+        for number in range(1 + self.retries):
+            try:
+                return self.read(ask(self.server, message, self.drawing(key)))
+            except Failure as error:
+                wait = max(error.wait, min(BACKOFF * 2**number, MOST_BACKOFF))
+                if not error.again or number == self.retries or stop.wait(wait):
+                    times = f" (asked {number + 1} times)" if number else ""
+                    raise Failure(f"{error}{times}", again=False) from None
+        raise AssertionError("the last failure is raised")
 
 
 def _value(reply: Reply, mode: Mode) -> float | None:

@@ -8,12 +8,12 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPErrorProcessor, OpenerDirector, Request, build_opener
@@ -38,6 +38,7 @@ class Reply(NamedTuple):
     text: str
     first: str = ""
     logprobs: Mapping[str, float] = MappingProxyType({})
+    ended: bool = True  # False: cut off by a limit on its tokens
 
 
 class Failure(Exception):
@@ -112,14 +113,16 @@ def connect(settings: Judge, place: str) -> Server:
     return Server(url, settings.model, settings.timeout, key, build_opener(_AsItIs))
 
 
-def ask(server: Server, message: str) -> Reply:
-    """The model's answer to one message, at temperature 0. Failure says what came instead.
+def ask(server: Server, message: str | Sequence[Mapping[str, Any]], drawing: Mapping[str, Any] | None = None) -> Reply:
+    """The model's answer to one message, or to a conversation. Failure says what came instead.
 
-    There is no bound on the answer's tokens: a reasoning model would spend it before it says a word, and some servers
-    refuse the key. `timeout` bounds it. Log-probabilities are asked for until the server refuses the key.
+    A judge answers at temperature 0, without a bound on its tokens: a reasoning model would spend it before it says a word, and
+    some servers refuse the key. `timeout` bounds it. Log-probabilities are asked for until the server refuses the key.
+    `drawing`: the keys of the interface that say how another answer is drawn; it may be cut off.
     """
-    body = {"model": server.model, "messages": [{"role": "user", "content": message}], "temperature": 0}
-    asks = not server.plain.is_set()
+    turns = [{"role": "user", "content": message}] if isinstance(message, str) else [*message]
+    body = {"model": server.model, "messages": turns, **({"temperature": 0} if drawing is None else drawing)}
+    asks = drawing is None and not server.plain.is_set()
     if asks:
         body |= {"logprobs": True, "top_logprobs": TOP}
     # Without it a common shield in front of servers takes Python's own name for a robot's and refuses it.
@@ -140,7 +143,10 @@ def ask(server: Server, message: str) -> Reply:
         raise Failure(server.shown(words) or type(cause).__name__) from None
     text = content.decode("utf-8", "replace")
     if 200 <= status < 300:
-        return _content(server, text)
+        reply = _content(server, text)
+        if drawing is None and not reply.ended:
+            raise Failure("the answer was cut off by the server's limit on tokens")
+        return reply
     if asks and status in (400, 422) and "logprobs" in text:
         server.plain.set()
         return ask(server, message)
@@ -168,8 +174,8 @@ def _read(response: HTTPResponse, deadline: float) -> bytes:
 
 def _content(server: Server, body: str) -> Reply:
     match _parsed(body):
-        case {"choices": [{"finish_reason": "length"}, *_]}:
-            raise Failure("the answer was cut off by the server's limit on tokens")
+        case {"choices": [{"finish_reason": "length", "message": {"content": text}}, *_]}:
+            return Reply(text if isinstance(text, str) else "", ended=False)
         case {
             "choices": [
                 {

@@ -88,12 +88,13 @@ class Wording:
     template: str
     principles: tuple[str, ...]  # none: CRITERION
     draws: int
+    seed: int = 0  # of which principles are drawn
 
     def drawn(self, question: Question) -> list[Question]:
         """The question with each of the principles that are drawn for it, the same ones in whatever order its responses stand."""
         if not self.principles:
             return [question]
-        content = "\0".join((question.prompt, *sorted((question.a, question.b or ""))))
+        content = "\0".join((*[f"{self.seed}"] * bool(self.seed), question.prompt, *sorted((question.a, question.b or ""))))
         chosen = random.Random(hashlib.sha256(content.encode("utf-8", "replace")).digest())
         count, most = self.draws, len(self.principles)
         rounds = [chosen.sample(self.principles, min(most, count - start)) for start in range(0, count, most)]
@@ -116,13 +117,18 @@ def read_wording(settings: Judge, mode: Mode, place: str) -> Wording:
     if settings.prompt is not None:
         template = read_template(Path(settings.prompt), mode, f"{place}.prompt")
     if settings.principles is not None:
-        text = _read(Path(settings.principles), f"{place}.principles", "give a text file with a principle a line")
-        principles = tuple(line.strip() for line in text.splitlines() if line.strip())
-        if not principles:
-            raise UsageError(f"{place}.principles: {settings.principles} has no line; write a principle a line")
+        principles = read_principles(Path(settings.principles), f"{place}.principles")
         if "{principle}" not in template:
             raise UsageError(f"{place}.prompt: {settings.prompt} has no {{principle}}\n  write it where the principle goes")
     return Wording(mode, template, principles, settings.draws)
+
+
+def read_principles(path: Path, place: str) -> tuple[str, ...]:
+    """One a line. UsageError: the file cannot be read, or has none."""
+    text = _read(path, place, "give a text file with a principle a line")
+    if not (found := tuple(line.strip() for line in text.splitlines() if line.strip())):
+        raise UsageError(f"{place}: {path} has no line; write a principle a line")
+    return found
 
 
 def read_template(path: Path, mode: Mode, place: str) -> str:
@@ -148,9 +154,13 @@ def _read(path: Path, place: str, advice: str) -> str:
 
 def filled(template: str, question: Question) -> str:
     """The template with the question's texts; what looks like a placeholder inside them stays as it is."""
-    texts = {"prompt": question.prompt, "principle": question.principle, "a": question.a, "b": question.b, "response": question.a}
-    known = [name for name in texts if (name == "response") == (question.b is None) or name in ("prompt", "principle")]
-    return re.sub(rf"\{{({'|'.join(known)})\}}", lambda match: texts[match[1]] or "", template)
+    own = {"response": question.a} if question.b is None else {"a": question.a, "b": question.b}
+    return with_texts(template, {"prompt": question.prompt, "principle": question.principle, **own})
+
+
+def with_texts(template: str, texts: Mapping[str, str]) -> str:
+    """The template with each text at its name in braces."""
+    return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda match: texts[match[1]], template)
 
 
 def spellings(option: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,12 +52,17 @@ class LocalModel:
         start = resolve_start(settings.path, None, place, stages=TRAINING_STAGES)
         with prefixed(place):
             if is_reward_model(str(start.adapter or start.base), start.revision):
-                raise UsageError(f"{settings.path} is a reward model, and a judge writes; use it as a term: {{model: …}}")
+                raise UsageError(f"{settings.path} is a reward model: it scores answers and writes none. name a language model")
             tokenizer = load_tokenizer(start.tokenizer, start.revision, trust_remote_code)
             positions = positions_of(load_config(start.base, start.revision, trust_remote_code))
         template = recorded_template(start, tokenizer, settings.path, place)
         base = base_model(start).weights_hash if not check or Path(start.base).exists() else None
         return cls(start, base, tokenizer, template, positions, place)
+
+    @property
+    def identity(self) -> str:
+        """Hashes of its weights, as JSON."""
+        return json.dumps([self.base, self.start.adapter_hash])
 
     def load(self, settings: sections.Judge, mode: Mode, models: FrozenModels, role: str, budget: int) -> LocalJudge:
         """Its weights are loaded only where the role has none yet."""

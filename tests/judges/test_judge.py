@@ -512,12 +512,12 @@ class TestWaiting:
                 waited.append(timeout)
                 return self.is_set()
 
-        real = judge._work
+        real = judge.Asking._work
 
         def work(chosen: Any, pending: Any, answers: Any, stop: Any) -> None:
             real(chosen, pending, answers, Impatient())
 
-        monkeypatch.setattr(judge, "_work", work)
+        monkeypatch.setattr(judge.Asking, "_work", work)
         return waited
 
     def test_twice_as_long_each_time(self, serve: Serve, path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
