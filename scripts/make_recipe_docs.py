@@ -151,7 +151,7 @@ output: runs/eval
 """,
     "label": """\
 rows: answers.jsonl                       # {"prompt", "responses"}; or models: with prompts:, or samples: of an evaluation
-judge: {people: {annotators: [ann, bo], overlap: 0.2}}
+judge: {people: {annotators: [ann, bo], overlap: 0.2}}   # or {endpoint: URL, model: NAME}, or {path: MODEL}
 output: runs/labels
 """,
 }

@@ -169,7 +169,7 @@ def distinct(texts: Sequence[Sequence[str]], size: int) -> Interval | None:
     share falls with the number of responses: compare models only by as many. Jackknife interval, within [0, 1]; a prompt
     without n-grams is no observation, and the result is None where fewer than 2 prompts have any.
     """
-    own = [found for found in (_grams(responses, size) for responses in texts) if found]
+    own = [found for found in (ngrams(responses, size) for responses in texts) if found]
     total: Counter[tuple[str, ...]] = Counter()
     for grams in own:
         total.update(grams)
@@ -179,7 +179,8 @@ def distinct(texts: Sequence[Sequence[str]], size: int) -> Interval | None:
     return _share(len(total), total.total(), only, [grams.total() for grams in own])
 
 
-def _grams(responses: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
+def ngrams(responses: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
+    """How often some texts have each run of so many words."""
     found: Counter[tuple[str, ...]] = Counter()
     for response in responses:
         words = response.split()

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_cli.data.records import spoken
 from rlhf_cli.evaluation.intervals import ratio_interval, resamples, wilson, within_shares
+from rlhf_cli.figures import Interval
 from rlhf_cli.labels.agreement import COEFFICIENTS, agreement, circles, coin
 from rlhf_cli.labels.questions import Ranking, Row
 from rlhf_cli.labels.verdicts import Verdict, by_pair
@@ -17,16 +18,21 @@ from rlhf_cli.labels.verdicts import Verdict, by_pair
 Figures = dict[str, Any]
 Pairs = Mapping[tuple[int, int, int], Mapping[str, int]]
 """What `by_pair` finds."""
+LABELS = "rows"
+"""Under which the preferences that the rows have already are those of an annotator, beside a model."""
 
 
 def preferences(rows: Sequence[Row], verdicts: Iterable[Verdict], ranking: Ranking) -> list[dict[str, Any]]:
     """Rows that training reads: of each pair that was judged one with its `probability`, or a ranking of each row.
 
     What several annotators said of a pair is merged: the probability is the mean of their votes, ½ for a tie, and the more likely
-    response is the chosen one. Of rankings each response's mean place is its rank, tied ones sharing theirs.
+    response is the chosen one; a model's probability is its own. Of rankings each response's mean place is its rank, tied ones
+    sharing theirs.
     """
     known, found = {row.number: row for row in rows}, []
-    own = {pair: said for pair, said in by_pair(line for line in verdicts if not line.gold).items() if pair[0] in known}
+    asked = [line for line in verdicts if not line.gold]
+    own = {pair: said for pair, said in by_pair(asked).items() if pair[0] in known}
+    soft = {(line.row, *sorted(line.order)): line for line in asked if line.first is not None}
     if ranking == "all":
         for number, row in known.items():
             said = {pair[1:]: votes for pair, votes in own.items() if pair[0] == number}
@@ -41,8 +47,13 @@ def preferences(rows: Sequence[Row], verdicts: Iterable[Verdict], ranking: Ranki
         return found
     for (number, i, j), votes in own.items():
         row, chance = known[number], sum(1 + vote for vote in votes.values()) / (2 * len(votes))
+        said_by_model = soft.get((number, i, j))
+        if said_by_model is not None and said_by_model.p is not None:
+            chance = said_by_model.p if said_by_model.order[0] == i else 1 - said_by_model.p
         better, worse = (i, j) if chance >= 0.5 else (j, i)
         texts = {"chosen": row.plain[better], "rejected": row.plain[worse], "probability": max(chance, 1 - chance)}
+        if said_by_model is not None and said_by_model.principles:
+            texts["principle"] = "; ".join(said_by_model.principles)
         found.append(_row(row, sorted(votes), texts, row.models and (row.models[better], row.models[worse])))
     return found
 
@@ -58,15 +69,28 @@ def measure(
     """label.json. Agreement and biases are those on the rows, gold questions apart, whose answers are known beforehand."""
     asked = [line for line in verdicts if not line.gold]
     pairs = by_pair(asked)
+    compared = _with_labels(rows, pairs) if any(line.first is not None for line in asked) else pairs
+    raters = [*annotators, *([LABELS] if any(LABELS in said for said in compared.values()) else [])]
     return {
         "verdicts": len(verdicts),
-        "agreement": {name: _agreement(name, pairs, annotators, seed) for name in COEFFICIENTS},
-        "annotators": {name: _annotator(name, gold, verdicts, pairs, seed) for name in annotators},
+        "agreement": {name: _agreement(name, compared, raters, seed) for name in COEFFICIENTS},
+        "annotators": {name: _annotator(name, gold, verdicts, compared, seed) for name in annotators},
         "position_bias": position_bias(verdicts),
         "length_bias": _length_bias(rows, pairs, seed),
         "cycles": _cycles(asked, annotators),
         "seconds": _seconds(verdicts),
     }
+
+
+def _with_labels(rows: Sequence[Row], pairs: Pairs) -> Pairs:
+    """What was said of each pair, and what the rows say of it themselves."""
+    labels = {row.number: row.labels for row in rows if row.labels is not None}
+    found = dict(pairs)
+    for row, i, j in pairs:
+        if row in labels:
+            first, second = labels[row][i], labels[row][j]
+            found[row, i, j] = {**pairs[row, i, j], LABELS: (first < second) - (first > second)}
+    return found
 
 
 def _agreement(name: str, pairs: Pairs, annotators: Sequence[str], seed: int) -> Figures | None:
@@ -83,7 +107,11 @@ def _agreement(name: str, pairs: Pairs, annotators: Sequence[str], seed: int) ->
     _, groups = np.unique([pair[0] for pair in shared], return_inverse=True)
     if len(annotators) < 2:
         return None
-    found = agreement(name, ratings.reshape(len(shared), len(annotators)), 3, groups, seed)
+    return told(agreement(name, ratings.reshape(len(shared), len(annotators)), 3, groups, seed))
+
+
+def told(found: Interval | None) -> Figures | None:
+    """As label.json has it."""
     return None if found is None else {"value": found.mean, "low": found.low, "high": found.high}
 
 
@@ -96,6 +124,7 @@ def _annotator(name: str, gold: Sequence[Row], verdicts: Sequence[Verdict], pair
         if line.gold and (ranks := known[line.row]) is not None
         for i, j, better in line.pairs()
     ]
+    right += [said[name] == said[LABELS] for said in pairs.values() if name in said and LABELS in said]
     with_others = {pair: said for pair, said in pairs.items() if name in said}
     others = sorted({each for said in with_others.values() for each in said} - {name})
     each = [
@@ -110,6 +139,7 @@ def _annotator(name: str, gold: Sequence[Row], verdicts: Sequence[Verdict], pair
         "gold": _share(sum(right), len(right)),
         "others": sum(kappas) / len(kappas) if kappas else None,
         "position_bias": position_bias(own),
+        "contradictions": _contradictions(own),
         "seconds": _seconds(own),
     }
 
@@ -126,15 +156,28 @@ def position_bias(verdicts: Iterable[Verdict]) -> Figures | None:
     """How often the response shown first beats the one shown last, of questions that say which is better, and the exact p-value.
 
     Sides are drawn by a coin of its own for each question, so that without a bias each is as likely, whatever the responses are.
+    A model is asked in both orders, and only the pairs in which one place wins more often than the other are tested: without a
+    bias they are those of either place as often (McNemar 1947, the exact test).
     """
-    first = [
-        better * (1 if i == line.order[0] else -1)
-        for line in verdicts
-        for i, j, better in line.pairs()
-        if better and {i, j} == {line.order[0], line.order[-1]}
-    ]
-    found = _share(sum(side > 0 for side in first), len(first))
-    return found and found | {"p_value": coin(sum(side > 0 for side in first), len(first))}
+    sides = [each for line in verdicts if (each := _sides(line))]
+    shares, tested = [side for own in sides for side in own], [sum(own) for own in sides if sum(own)]
+    found = _share(sum(side > 0 for side in shares), len(shares))
+    return found and found | {"p_value": coin(sum(side > 0 for side in tested), len(tested))}
+
+
+def _sides(line: Verdict) -> list[int]:
+    """1 for each time that the first response shown beat the last one, −1 for the reverse; of a model in both orders."""
+    if line.first is not None:
+        one, other = line.first
+        return [side for side in ((one > 0.5) - (one < 0.5), (other < 0.5) - (other > 0.5)) if side]
+    ends = {line.order[0], line.order[-1]}
+    return [better * (1 if i == line.order[0] else -1) for i, j, better in line.pairs() if better and {i, j} == ends]
+
+
+def _contradictions(verdicts: Iterable[Verdict]) -> Figures | None:
+    """Of a model: how often the same place won in both orders."""
+    both = [abs(sum(_sides(line))) == 2 for line in verdicts if line.first is not None]
+    return _share(sum(both), len(both))
 
 
 def _length_bias(rows: Sequence[Row], pairs: Pairs, seed: int) -> Figures | None:

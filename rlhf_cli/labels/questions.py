@@ -31,6 +31,8 @@ class Row:
     beside: Mapping[str, Any] = field(default_factory=dict)  # columns that its preferences have too
     models: tuple[str, ...] = ()  # who wrote each response; nobody who judges sees it
     known: tuple[float, ...] | None = None  # of a gold question: rank of each response, the best is lowest
+    asked: tuple[tuple[int, ...], ...] | None = None  # the pairs that were chosen; None: every one
+    labels: tuple[float, ...] | None = None  # the same of a row that has preferences, or gold, already
 
     @property
     def plain(self) -> list[Any]:
@@ -58,8 +60,11 @@ class Shown(NamedTuple):
         return f"{self.row.hash}:{','.join(map(str, self.order))}"
 
 
-def of_records(records: Iterable[Record], *, gold: bool = False) -> list[Row]:
-    """The rows whose responses differ; of gold questions with what is known of the responses."""
+def of_records(records: Iterable[Record], *, gold: bool = False, labelled: bool = False) -> list[Row]:
+    """The rows whose responses differ; of gold questions with what is known of the responses.
+
+    `labelled`: their order is a preference too, not only ranks and scores.
+    """
     found = []
     for number, record in enumerate(records):
         facts = record.facts
@@ -74,8 +79,9 @@ def of_records(records: Iterable[Record], *, gold: bool = False) -> list[Row]:
         beside |= {"subset": facts.subset} if facts.subset is not None else {}
         if len(kept) > 1:
             responses = tuple(record.responses[at] for at in kept)
-            known = tuple(ranks[at] for at in kept) if gold else None
-            found.append(Row(number, plain_prompt(record.prompt), responses, beside, known=known))
+            known = tuple(ranks[at] for at in kept)
+            labels = known if facts.ranks or labelled else None
+            found.append(Row(number, plain_prompt(record.prompt), responses, beside, (), known if gold else None, None, labels))
     return found
 
 
@@ -87,14 +93,18 @@ def of_samples(samples: Iterable[Sample]) -> list[Row]:
         if sample.usable:
             own.setdefault(sample.response.strip(), sample)
     rows = {number: list(own.values()) for number, own in sorted(together.items()) if len(own) > 1}
-    return [
-        Row(number, own[0].prompt, tuple(each.response for each in own), models=tuple(each.model for each in own))
-        for number, own in rows.items()
-    ]
+    found = []
+    for number, row in rows.items():
+        gold = [-worth for each in row if (worth := each.worth("gold")) is not None]
+        texts, models = tuple(each.response for each in row), tuple(each.model for each in row)
+        found.append(Row(number, row[0].prompt, texts, models=models, labels=tuple(gold) if len(gold) == len(row) else None))
+    return found
 
 
 def compared(row: Row, ranking: Ranking) -> list[tuple[int, ...]]:
     """The responses of each question that a row makes: every pair, or all of them at once."""
+    if row.asked is not None:
+        return [*row.asked]
     every = tuple(range(len(row.responses)))
     return list(combinations(every, 2)) if ranking == "pairs" else [every]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
@@ -35,6 +35,8 @@ class Verdict:
     gold: bool = False
     undo: bool = False  # the question is open again, as if it had not been asked
     reason: str = ""
+    first: list[float] | None = None  # of a model: p where the first response stood first, and where it stood second
+    principles: list[str] = field(default_factory=list)  # that a model was asked with
 
     @property
     def question(self) -> Question:
@@ -122,8 +124,8 @@ class Judging:
             own, took = check_verdict(shown, verdict), time.monotonic() - self._since[annotator]
             chance = CHANCES[own] if isinstance(own, str) and len(shown.order) == 2 else None
             gold, number, _ = shown.question
-            line = Verdict(number, [*shown.order], own, chance, annotator, round(took, 2), _now(), shown.row.hash, gold)
-            self._add(replace(line, reason=reason))
+            line = Verdict(number, [*shown.order], own, chance, annotator, round(took, 2), now(), shown.row.hash, gold)
+            self.add(replace(line, reason=reason))
             return True
 
     def undo(self, annotator: str) -> bool:
@@ -131,10 +133,11 @@ class Judging:
         with self._lock:
             said = self.said(annotator)
             if said:
-                self._add(replace(said[-1], verdict="skip", p=None, seconds=0.0, time=_now(), undo=True, reason=""))
+                self.add(replace(said[-1], verdict="skip", p=None, seconds=0.0, time=now(), undo=True, reason=""))
             return bool(said)
 
-    def _add(self, line: Verdict) -> None:
+    def add(self, line: Verdict) -> None:
+        """Write a line down."""
         self._log.append(asdict(line))
         self._log.sync()
         self.lines.append(line)
@@ -145,7 +148,8 @@ class Judging:
             self._log.close()
 
 
-def _now() -> str:
+def now() -> str:
+    """The time of a verdict."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

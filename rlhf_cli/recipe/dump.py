@@ -27,7 +27,9 @@ MAY_CHANGE = (
 )
 """Keys, with all below them, that may differ when a run is resumed; those of ONLY_GROW may not shrink."""
 
-HOW_ASKED = re.compile(r"(reward|gold)\.\d+\.((judge\.)?(timeout|parallel)|judge\.(retries|endpoint))")
+HOW_ASKED = re.compile(
+    r"(reward|gold)\.\d+\.((judge\.)?(timeout|parallel)|judge\.(retries|endpoint))|(judge|revise)\.(timeout|parallel|retries|endpoint)"
+)
 """What is mended where a term's server did not answer; who is asked, and what, stays the same."""
 
 

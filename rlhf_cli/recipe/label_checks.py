@@ -7,24 +7,49 @@ import re
 from collections.abc import Iterator
 
 from rlhf_cli.recipe.checks import ENV, Check, Finding, hub_keys, no_effect
-from rlhf_cli.recipe.recipes import LabelRecipe, Reading, is_pattern
+from rlhf_cli.recipe.labels import LabelRecipe, Revise
+from rlhf_cli.recipe.recipes import Reading, is_pattern
+from rlhf_cli.recipe.rewards import check_judge
+from rlhf_cli.sections import Judge
 
 READING = tuple(own.name for own in dataclasses.fields(Reading))
+LOADING = ("dtype", "attention", "trust_remote_code")
+"""Those that say how weights are loaded, whatever for."""
+
+
+def _revised(recipe: LabelRecipe, revise: Revise) -> Iterator[Finding]:
+    """What a revision needs, and what has no effect on it."""
+    local = revise.endpoint is None
+    if local and revise.model is None:
+        yield "revise", "nobody writes. name a model, or an endpoint"
+    if recipe.prompts is None:
+        yield "prompts", "there is nothing to answer. name some"
+    loading = LOADING if local else ()
+    names = [name for name in ("rows", "models", "samples", "judge", "select", *READING) if name not in loading]
+    yield from no_effect(recipe, "", names, "beside revise. remove it")
+    drawn = ["missing_eos_penalty", "responses_per_prompt", *([] if local else ["top_k", "min_p", "repetition_penalty"])]
+    yield from no_effect(recipe.rollout, "rollout.", drawn, f"on {'a revision' if local else 'an endpoint'}. remove it")
+    if local:
+        yield from no_effect(revise, "revise.", ("timeout", "retries", "parallel"), "on a local model. remove it")
 
 
 def _sources(recipe: LabelRecipe) -> Iterator[Finding]:
+    for name, sources in {"rows": recipe.rows, "prompts": recipe.prompts, "judge.people.gold": recipe.judge.people.gold}.items():
+        for index, source in enumerate(sources or ()):
+            yield from hub_keys(f"{name}.{index}", source)
+    if recipe.revise is not None:
+        yield from _revised(recipe, recipe.revise)
+        return
     given = [name for name in ("rows", "models", "samples") if vars(recipe)[name]]
     if len(given) != 1:
         found = " and ".join(given) or "none"
         yield given[1] if given else "rows", f"expected one of rows, models and samples, found {found}. give one"
     elif not recipe.models:
         why = "without models, which it is for. remove it"
-        yield from no_effect(recipe, "", ("prompts", "rollout", *READING), why)
+        loading = (*LOADING, "tokens_per_device") if recipe.judge.path or (recipe.select and recipe.select.ensemble) else ()
+        yield from no_effect(recipe, "", [name for name in ("prompts", "rollout", *READING) if name not in loading], why)
     elif recipe.prompts is None:
         yield "prompts", "there is nothing that the models could respond to. name some"
-    for name, sources in {"rows": recipe.rows, "prompts": recipe.prompts, "judge.people.gold": recipe.judge.people.gold}.items():
-        for index, source in enumerate(sources or ()):
-            yield from hub_keys(f"{name}.{index}", source)
 
 
 def _drawn(recipe: LabelRecipe) -> Iterator[Finding]:
@@ -32,6 +57,32 @@ def _drawn(recipe: LabelRecipe) -> Iterator[Finding]:
     several = len(recipe.models) > 1 or any(map(is_pattern, recipe.models.values()))
     if recipe.models and recipe.rollout.responses_per_prompt < 2 and not several:
         yield "rollout.responses_per_prompt", "one response to a prompt cannot be compared. set it to 2 or more, or add a model"
+
+
+def _model(recipe: LabelRecipe) -> Iterator[Finding]:
+    judge = recipe.judge
+    if judge.asks_model:
+        if wrong := check_judge(judge):
+            yield "judge", wrong
+        yield from no_effect(judge, "judge.", ("people",), "where a model judges. remove it, or the model")
+        if judge.mode == "score":
+            yield "judge.mode", "score compares nothing. remove it"
+        return
+    usual = dataclasses.fields(Judge)
+    yield from no_effect(judge, "judge.", [own.name for own in usual], "without endpoint or path. name one, or remove it")
+
+
+def _select(recipe: LabelRecipe) -> Iterator[Finding]:
+    if (select := recipe.select) is None:
+        return
+    if select.by == "random":
+        yield from no_effect(select, "select.", ("ensemble",), "with by: random. remove it")
+    elif not select.ensemble:
+        yield "select.ensemble", f"{select.by} is that of reward models. name train-rm runs, or one with members"
+    if select.by != "optimism":
+        yield from no_effect(select, "select.", ("k",), f"with by: {select.by}. remove it")
+    if recipe.judge.people.ranking == "all":
+        yield "select", "chooses pairs, and judge.people.ranking: all asks about whole rows. remove one of the two"
 
 
 def _people(recipe: LabelRecipe) -> Iterator[Finding]:
@@ -49,7 +100,9 @@ def _people(recipe: LabelRecipe) -> Iterator[Finding]:
 
 LABELS = (
     ENV,
-    Check(("rows", "models", "samples", "prompts", "rollout", "judge", *READING), _sources),
+    Check(("rows", "models", "samples", "prompts", "rollout", "judge", "select", "revise", *READING), _sources),
     Check(("rollout", "models"), _drawn),
+    Check(("judge",), _model),
+    Check(("select", "judge"), _select),
     Check(("judge",), _people),
 )

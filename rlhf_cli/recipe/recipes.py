@@ -46,7 +46,6 @@ from rlhf_cli.sections import (
     Ptx,
     Reference,
     Reward,
-    Rows,
     SftData,
     Tracker,
     Train,
@@ -336,52 +335,6 @@ class EvalRecipe(Reading, Scoring, Evaluated, Recipe):
         if self.winrate is not None and isinstance(self.winrate.judge, Judge) and self.winrate.judge.path is not None:
             models.append(self.winrate.judge.path)
         return [*models, *super().paths, *(source.path for source in sources)]
-
-
-@dataclass(frozen=True)
-class People:
-    """Who judges, on a page of this machine or in a terminal."""
-
-    annotators: list[str] = key(["me"], "a name for each; on the page each has a link of its own")
-    overlap: float = key(0.2, "share of the rows that all of them judge; the rest is dealt out", low=0.0, high=1.0)
-    gold: list[Rows] | None = key(
-        None, "a path, or a list of sources: preferences whose answers are known; all are asked about them, amid the others"
-    )
-    ranking: Literal["pairs", "all"] = key(
-        "pairs", "of more than two responses: every pair is a question, or all of them are put in order at once"
-    )
-
-
-@dataclass(frozen=True)
-class Judging:
-    """Who says which response is better."""
-
-    people: People = field(default_factory=People)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """What is judged, and by whom."""
-
-    rows: list[Rows] | None = key(None, "a path, or a list of sources: prompts with several responses each")
-    models: dict[str, str] = key({}, "instead of rows: draw the responses; a path to each name, as in eval", path=True)
-    prompts: list[EvalSource] | None = key(None, "with models: what they respond to")
-    rollout: EvalSampling = field(default_factory=EvalSampling)
-    samples: str | None = key(None, "instead of rows: the samples.jsonl of an evaluation", path=True)
-    judge: Judging = field(default_factory=Judging)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelRecipe(Reading, Judged, Recipe):
-    """`rlhf label`."""
-
-    stage: ClassVar[str] = "label"
-
-    @property
-    def paths(self) -> list[str]:
-        sources = [source for own in (self.rows, self.prompts, self.judge.people.gold) for source in own or ()]
-        models = [path for path in self.models.values() if not is_pattern(path)]
-        return [*models, *super().paths, *(source.path for source in sources), *([self.samples] if self.samples else [])]
 
 
 def is_pattern(path: str) -> bool:

@@ -14,13 +14,13 @@ from rlhf_cli.recipe.checks import DIRECT, KTO, PPO, TRAINING, Check
 from rlhf_cli.recipe.eval_checks import EVALUATION
 from rlhf_cli.recipe.keys import keys_of, sections_in
 from rlhf_cli.recipe.label_checks import LABELS
+from rlhf_cli.recipe.labels import LabelRecipe
 from rlhf_cli.recipe.recipes import (
     DirectRecipe,
     DpoRecipe,
     EvalRecipe,
     IpoRecipe,
     KtoRecipe,
-    LabelRecipe,
     PpoRecipe,
     Recipe,
     SftRecipe,
@@ -159,7 +159,7 @@ STAGES: dict[str, Stage] = TRAINING_STAGES | {
     LabelRecipe.stage: Stage(
         recipe=LabelRecipe,
         module="rlhf_cli.stages.label",
-        help="Which responses are better, by people: preferences to train on, and how far they agree.",
+        help="Which responses are better, by people or a model: preferences to train on, and how far they agree.",
         checks=LABELS,
     ),
 }

@@ -13,6 +13,7 @@ from rlhf_cli.runs.folder import RunFolder
 
 LEVEL = 0.05
 KNOWN = 0.7  # share of gold questions below which an annotator is worth a talk
+OFTEN = 0.25  # share of pairs in which a judge contradicts itself, from which on it is worth a word
 COEFFICIENTS = {
     "cohen": ("Cohen’s κ", "(p_o − p_e)/(1 − p_e) of two annotators; of more the mean over all pairs of them (Light 1971)"),
     "fleiss": ("Fleiss’ κ", "the same of all annotators together, on what every one of them judged"),
@@ -27,7 +28,12 @@ METHODS = (
         "Position",
         "how often the response shown first beats the last; sides are drawn by a coin, so the exact binomial test holds",
     ),
-    ("Gold", "share of pairs with a known answer that were judged right"),
+    (
+        "A model",
+        "is asked about each pair in both orders; tested are the pairs in which one place won more often than the other, by the "
+        "exact test of McNemar",
+    ),
+    ("Gold", "share of pairs with a known answer that were judged right; of a model, with the preference that the rows have"),
     ("Others", "mean Cohen’s κ with each other annotator"),
 )
 
@@ -76,6 +82,12 @@ def _findings(figures: Mapping[str, Any], left: int) -> Iterator[Finding]:
         if own["gold"] and own["gold"]["high"] < KNOWN:
             text = f"{percent_with_interval(_interval(own['gold']))} of {count(own['gold']['n'], 'pair')} with a known answer."
             yield Finding("warning", f"{name} is often wrong where the answer is known:", text)
+    for name, own in figures["annotators"].items():
+        if (both := own["contradictions"]) and both["value"] > OFTEN:
+            text = (
+                f"the same place won in {percent_with_interval(_interval(both))} of {count(both['n'], 'pair')} in both orders; "
+            )
+            yield Finding("warning", f"{name} contradicts itself:", f"{text}their probabilities are near ½.")
     length = figures["length_bias"]
     if length and not length["low"] <= 0.5 <= length["high"]:
         which = "longer" if length["value"] > 0.5 else "shorter"

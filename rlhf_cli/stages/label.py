@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.formats import PROMPTS, Purpose, Use
+from rlhf_cli.data.records import Record, plain_prompt
 from rlhf_cli.data.requests import RowRequest
-from rlhf_cli.data.sources import read_data
+from rlhf_cli.data.sources import Reading, read_data
 from rlhf_cli.errors import Stopped, UsageError
 from rlhf_cli.evaluation.samples import Sample
 from rlhf_cli.figures import count
@@ -28,7 +29,9 @@ from rlhf_cli.labels.server import serving
 from rlhf_cli.labels.terminal import judge_in_terminal
 from rlhf_cli.labels.verdicts import Judging
 from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe.labels import LabelRecipe
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.recipe.rewards import KINDS
 from rlhf_cli.reports.labels import write_report
 from rlhf_cli.runs.folder import RunFolder, open_run, read_metrics
 from rlhf_cli.runs.manifest import build_manifest
@@ -37,6 +40,7 @@ from rlhf_cli.signals import StopSignals
 
 if TYPE_CHECKING:
     from rlhf_cli.evaluation.job import EvaluationJob
+    from rlhf_cli.stages.label_models import Models
 
 SEVERAL = Use(frozenset({"pair", "ranking"}), "all")
 
@@ -45,24 +49,45 @@ SEVERAL = Use(frozenset({"pair", "ranking"}), "all")
 class Job:
     """What is to be judged; the rows of models are there once these have responded."""
 
-    recipe: recipes.LabelRecipe
+    recipe: LabelRecipe
     rows: list[Row]
     gold: list[Row]
     inputs: dict[str, str]  # what a resumed run must have in common with the one before
     drawing: EvaluationJob | None
+    models: Models | None  # that judge, or choose what is judged
     console: Console = field(default_factory=Console)
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def annotators(self) -> list[str]:
+        """Who judges."""
+        judge = self.recipe.judge
+        return [judge.model or KINDS["model"].default_name(judge.path)] if judge.asks_model else judge.people.annotators
+
 
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool, terminal: bool, port: int) -> None:
-    """Ask people which responses are better.
+    """Ask people, or a model, which responses are better; or let a model revise its own.
 
     Stopped: what was judged is kept, and --resume goes on. Other RunErrors: with their exit code.
     """
     signals = StopSignals()
     signals.install()
     signals.say("before the first question")
-    job = _prepare(loaded, check=check, resume=resume, force=force)
+    recipe = loaded.recipe
+    assert isinstance(recipe, LabelRecipe)
+    if (terminal or port) and (recipe.judge.asks_model or recipe.revise is not None):
+        raise UsageError("--terminal and --port are for people who judge, and this recipe asks a model. leave them out")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("rlhf label runs in one process. start it without a launcher")
+    if recipe.revise is not None:
+        from rlhf_cli.stages.revise import revise_prompts
+
+        signals.say("; what was written is kept, continue with --resume")
+        inputs = dict[str, str]()
+        records = _prompts(loaded, recipe.prompts or [], inputs)
+        revise_prompts(loaded, recipe, recipe.revise, records, inputs, check=check, resume=resume, force=force)
+        return
+    job = _prepare(loaded, recipe, check=check, resume=resume, force=force)
     if check:
         job.console.say("the recipe and the rows are fine; nobody was asked")
         return
@@ -79,11 +104,18 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool, terminal: boo
             job.rows = _rows_of(
                 [each for own in samples.values() for row in own.own for each in row], job.console, loaded.named("models")
             )
-        signals.say("while people judged; what they said is kept, continue with --resume")
+        if recipe.select is not None and job.models is not None:
+            job.rows = job.models.selected(job.rows, recipe.select, folder, job.console)
+        who, they = ("the model", "it") if recipe.judge.asks_model else ("people", "they")
+        signals.say(f"while {who} judged; what {they} said is kept, continue with --resume")
         people = job.recipe.judge.people
-        asked = queues(job.rows, job.gold, people.annotators, people.overlap, people.ranking, job.recipe.seed)
+        asked = queues(job.rows, job.gold, job.annotators, people.overlap, people.ranking, job.recipe.seed)
         judging = Judging(asked, folder.verdicts)
-        early = _judged_by_people(judging, job.console, terminal, port)
+        early = None
+        if recipe.judge.asks_model and job.models is not None:
+            job.models.judge(judging, job.annotators[0], folder, job.console)
+        else:
+            early = _judged_by_people(judging, job.console, terminal, port)
         _conclude(job, folder, judging, early)
 
 
@@ -107,11 +139,11 @@ def _judged_by_people(judging: Judging, console: Console, terminal: bool, port: 
 
 def _conclude(job: Job, folder: RunFolder, judging: Judging, early: Stopped | None) -> None:
     """Write what there is; the manifest last of all, once everything is judged."""
-    people, verdicts = job.recipe.judge.people, judging.standing()
+    verdicts, ranking = judging.standing(), job.recipe.judge.people.ranking
     left = sum(len(judging.left(name)) for name in judging.queues)
-    kept = preferences(job.rows, verdicts, people.ranking)
+    kept = preferences(job.rows, verdicts, ranking)
     write_atomic(folder.preferences, b"".join(to_json(row) + b"\n" for row in kept))
-    figures = measure(job.rows, job.gold, verdicts, people.annotators, job.recipe.seed)
+    figures = measure(job.rows, job.gold, verdicts, job.annotators, job.recipe.seed)
     write_json(folder.labels, figures)
     write_report(folder, figures, left)
     job.console.say(
@@ -119,6 +151,7 @@ def _conclude(job: Job, folder: RunFolder, judging: Judging, early: Stopped | No
     )
     if not left:
         own: dict[str, Any] = {"verdicts": len(verdicts), "seconds": round(time.monotonic() - job.started, 3)}
+        own["parents"] = [dataclasses.asdict(parent) for parent in job.models.parents] if job.models else []
         write_json(folder.manifest, build_manifest(folder, "label", "finished", job.recipe.seed, own))
     elif early is not None:
         raise early
@@ -126,13 +159,13 @@ def _conclude(job: Job, folder: RunFolder, judging: Judging, early: Stopped | No
         job.console.say(f"{count(left, 'question')} left: continue with --resume")
 
 
-def _prepare(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> Job:
+def _prepare(loaded: Loaded, recipe: LabelRecipe, *, check: bool, resume: bool, force: bool) -> Job:
     """Read what is to be judged and show the plan. UsageError: the recipe or the rows are wrong."""
-    recipe = loaded.recipe
-    assert isinstance(recipe, recipes.LabelRecipe)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError("rlhf label runs in one process. start it without a launcher")
-    console, people, inputs = Console(), recipe.judge.people, dict[str, str]()
+    console, people, inputs, models = Console(), recipe.judge.people, dict[str, str](), None
+    if recipe.judge.asks_model or recipe.select is not None:
+        from rlhf_cli.stages.label_models import find_models
+
+        models = find_models(loaded, recipe, inputs, check)
     gold = _read(loaded, "judge.people.gold", people.gold, inputs, gold=True) if people.gold else []
     rows, drawing = list[Row](), None
     if recipe.rows:
@@ -160,14 +193,16 @@ def _prepare(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> Job:
                 f"{loaded.named('judge.people.ranking')}: row {row.number} has {len(row.responses)} responses. at most "
                 f"{MOST} are put in order at once. set it to pairs"
             )
-    shared = 1.0 if len(people.annotators) == 1 else people.overlap
+    job = Job(recipe, rows, gold, inputs, drawing, models, console)
+    shared = 1.0 if len(job.annotators) == 1 else people.overlap
     questions = sum(len(compared(row, people.ranking)) for row in rows)
-    shown: list[tuple[str, object]] = [("annotators", ", ".join(people.annotators))]
+    shown: list[tuple[str, object]] = [("annotators", ", ".join(job.annotators))]
     shown += [("rows", f"{len(rows):,}, which make {count(questions, 'question')}")] if rows else []
-    shown += [("judged by all", f"{shared:.0%} of the rows")] if len(people.annotators) > 1 else []
+    shown += [("asked", f"{recipe.select.n:,} of them, by {recipe.select.by}")] if recipe.select is not None else []
+    shown += [("judged by all", f"{shared:.0%} of the rows")] if len(job.annotators) > 1 else []
     shown += [("gold", f"{count(len(gold), 'row')} with known answers, for each annotator")] if gold else []
     console.plan([("labels", shown)])
-    return Job(recipe, rows, gold, inputs, drawing, console)
+    return job
 
 
 def _rows_of(samples: Sequence[Sample], console: Console, place: str) -> list[Row]:
@@ -182,15 +217,37 @@ def _rows_of(samples: Sequence[Sample], console: Console, place: str) -> list[Ro
 
 def _read(loaded: Loaded, key: str, sources: Sequence[sections.Rows], inputs: dict[str, str], *, gold: bool = False) -> list[Row]:
     """The rows of a section, of any format that has several responses to a prompt."""
-    data = sections.Data([sections.Source(**vars(source)) for source in sources])
-    purpose = Purpose("rlhf label", SEVERAL, {"rlhf eval (prompts:)": PROMPTS})
+    reading = _reading(loaded, key, sources, inputs, SEVERAL)
+    unordered = any(report.format == "ranked" for report in reading.reports)
+    rows = of_records(reading.train, gold=gold, labelled=not unordered)
+    if not rows:
+        raise UsageError(f"{loaded.named(key)}: no row has two different responses. give each prompt several")
+    return rows
+
+
+def _prompts(loaded: Loaded, sources: Sequence[sections.EvalSource], inputs: dict[str, str]) -> list[Record]:
+    """Each prompt once. UsageError: there is none."""
+    reading = _reading(loaded, "prompts", sources, inputs, PROMPTS)
+    records = reading.held_out if sources[0].holdout else reading.train
+    found = list({to_json([plain_prompt(own.prompt), own.given]): own for own in records}.values())
+    if not found:
+        raise UsageError(f"{loaded.named('prompts')}: there is no prompt. name rows that have some")
+    if len(found) < len(records):
+        Console().say(f"{count(len(records) - len(found), 'row')} with the prompt of another one left out")
+    return found
+
+
+def _reading(loaded: Loaded, key: str, sources: Sequence[sections.Rows], inputs: dict[str, str], use: Use) -> Reading:
+    """The rows of a section; what is left out is told."""
+    own = [{name: value for name, value in vars(source).items() if not name.startswith("holdout")} for source in sources]
+    data, first = sections.Data([sections.Source(**each) for each in own]), sources[0]
+    if isinstance(first, sections.EvalSource):
+        data = dataclasses.replace(data, holdout=first.holdout, holdout_seed=first.holdout_seed or 0)
+    purpose = Purpose("rlhf label", use, {"rlhf label (revise:)": PROMPTS, "rlhf label (rows:)": SEVERAL})
     request = RowRequest(purpose, loaded.recipe.seed, lambda named: loaded.named(named.replace("data.train", key, 1)))
     reading = read_data(data, request)
     for report in reading.reports:
         inputs[report.path] = report.fingerprint
         for reason, lost in (report.bad | report.unused).items():
             Console().say(f"{report.path}: {count(lost, 'row')} left out: {reason}")
-    rows = of_records(reading.train, gold=gold)
-    if not rows:
-        raise UsageError(f"{loaded.named(key)}: no row has two different responses. give each prompt several")
-    return rows
+    return reading

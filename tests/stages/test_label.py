@@ -240,7 +240,6 @@ class TestOfModels:
             {"rows": "r.jsonl", "judge": people(overlap=0.5)},
             "judge.people.overlap: has no effect where one annotator sees every row",
         ),
-        ({"rows": "r.jsonl", "judge": {"endpoint": "http://x"}}, "judge.endpoint: unknown key"),
         ({"samples": "s.jsonl"}, "s.jsonl: no such file. name the samples.jsonl of an evaluation"),
     ],
     ids=str,
