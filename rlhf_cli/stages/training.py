@@ -288,11 +288,11 @@ def _save_model(job: TrainingJob, backbone: Backbone, folder: Path) -> None:
     Of an ensemble each member has a folder in it, and the first is the folder's own model too.
     """
     roles = job.objective.roles
+    members = {member_folder(folder, number): role for number, role in enumerate(roles)} if len(roles) > 1 else {}
     job.tokenizer.chat_template = job.template.text
-    for role, own in [(roles[0], folder), *zip(roles, map(partial(member_folder, folder), range(len(roles))), strict=True)]:
-        if own == folder or len(roles) > 1:
-            backbone.save(role, own)
-            job.tokenizer.save_pretrained(str(own))
+    for own, role in {folder: roles[0], **members}.items():
+        backbone.save(role, own)
+        job.tokenizer.save_pretrained(str(own))
     if job.objective.role == "policy":
         name_ends(folder, backbone.stop_ids(job.tokenizer, job.template), backbone.model)
 

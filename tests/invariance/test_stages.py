@@ -20,7 +20,7 @@ STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("sft", "rows", {"lora": "auto"}),
     "train-rm": ("train-rm", "pairs", {}),
     "train-rm K-wise": ("train-rm", "ranked", {"objective": {"kind": "plackett_luce"}}),
-    "train-rm members": ("train-rm", "pairs", {"objective": {"members": 3}}),
+    "train-rm members": ("train-rm", "ranked", {"objective": {"kind": "pairs", "members": 3}}),
     "dpo": ("dpo", "pairs", {"objective": {"sft_weight": 0.1}}),
     "dpo bco": ("dpo", "pairs", {"objective": {"kind": "bco"}}),
     "dpo simpo": ("dpo", "pairs", {"objective": {"kind": "simpo"}}),
