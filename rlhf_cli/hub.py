@@ -286,3 +286,15 @@ def _uploading(place: str, todo: str = "") -> Iterator[None]:
             what = f"{endpoint()}: {reason(error)}"
         text = f"{place}: {what}{todo}".replace(get_token() or "\0", "…")
         raise MachineError(text) from None
+
+
+def is_meant_as_path(path: str) -> bool:
+    """A hub id is a name or owner/name; everything else, and what lies in a folder that exists, is a path."""
+    owner, _, rest = path.partition("/")
+    return (
+        path.startswith((".", "/", "~"))
+        or path.endswith("/")
+        or "/" in rest
+        or (bool(rest) and Path(owner).is_dir())
+        or path.endswith(".gguf")
+    )

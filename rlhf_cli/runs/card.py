@@ -14,13 +14,12 @@ from rlhf_cli.data.files import is_hub_id
 from rlhf_cli.errors import RunError
 from rlhf_cli.figures import percent, short
 from rlhf_cli.files import write_atomic
-from rlhf_cli.hub import model_folder
+from rlhf_cli.hub import is_meant_as_path, model_folder
 from rlhf_cli.metrics import in_order
 from rlhf_cli.recipe.dump import dumped_stage
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.runs.ancestry import ancestors, json_if_any, run_of
 from rlhf_cli.runs.folder import RunFolder, member_folders, read_metrics
-from rlhf_cli.runs.parents import is_meant_as_path
 from rlhf_cli.runs.resume import INPUTS, recorded_recipe
 
 LICENCE = ("license", "license_name", "license_link")

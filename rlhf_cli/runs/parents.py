@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.files import SETTINGS, hash_tree, read_json, sha256_file
-from rlhf_cli.hub import model_folder
+from rlhf_cli.hub import is_meant_as_path, model_folder
 from rlhf_cli.models.load import Weights, check_tensors, is_reward_model
 from rlhf_cli.recipe.stages import POLICY_STAGES, REWARD_STAGES
 from rlhf_cli.runs.folder import member_folders
@@ -104,18 +104,6 @@ def recorded_template(start: Start, tokenizer: Any, path: str, place: str) -> Te
     if start.template_hash == without.hash:
         return without
     raise UsageError(f"{place}: {path} was trained with another chat template than its tokenizer has; train it again")
-
-
-def is_meant_as_path(path: str) -> bool:
-    """A hub id is a name or owner/name; everything else, and what lies in a folder that exists, is a path."""
-    owner, _, rest = path.partition("/")
-    return (
-        path.startswith((".", "/", "~"))
-        or path.endswith("/")
-        or "/" in rest
-        or (bool(rest) and Path(owner).is_dir())
-        or path.endswith(".gguf")
-    )
 
 
 def merged_base(base: Weights) -> BaseModel:
