@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_cli.judges import asking
@@ -110,27 +111,25 @@ def test_random_pairs() -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two reward models on one base, and rows with three responses."""
+    """Two reward models on one base, one with two members, and rows with three responses."""
     folder = tmp_path_factory.mktemp("select")
     make_model(folder / "base", initializer_range=0.2)
     write_pairs(folder / "pairs.jsonl", 16)
-    for seed in (1, 2):
-        settings: dict[str, Any] = {"lora": {"r": 4}, "train": {"steps": 3, "save_every": 3, "learning_rate": 0.02}, "seed": seed}
-        words = write_recipe(folder / f"rm{seed}.yaml", folder / "base", folder / "pairs.jsonl", folder / f"rm{seed}", **settings)
+    for name, own in {"rm1": {"seed": 1}, "rm2": {"seed": 2}, "both": {"objective": {"members": 2}}}.items():
+        settings: dict[str, Any] = {"lora": {"r": 4}, "train": {"steps": 3, "save_every": 3, "learning_rate": 0.02}, **own}
+        words = write_recipe(folder / f"{name}.yaml", folder / "base", folder / "pairs.jsonl", folder / name, **settings)
         assert rlhf("train-rm", words) == 0
     rows = [{"prompt": f"red fish {n}", "responses": [f"blue sun {n}", f"old sea {n} tree", "new"]} for n in range(6)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def plain_scores(run: Path, prompt: str, response: str) -> float:
-    """By plain transformers and PEFT, as the manifest says the model is loaded."""
-    from peft import PeftModel
-
+def plain_score(run: Path, member: str, prompt: str, response: str) -> float:
+    """By plain transformers and PEFT, less the mean and over the deviation that the run recorded."""
     manifest = json.loads((run / "manifest.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model" / member)
     base = AutoModelForSequenceClassification.from_pretrained(manifest["base_model"]["path"], num_labels=1)
-    model = PeftModel.from_pretrained(base, run / "model").eval()
+    model = PeftModel.from_pretrained(base, run / "model" / member).eval()
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], tokenize=False
     ).rstrip("\n")
@@ -139,6 +138,7 @@ def plain_scores(run: Path, prompt: str, response: str) -> float:
     with torch.no_grad():
         score = float(model(ids).logits[0, 0])
     card = manifest["reward_model"]
+    card = card["members"][int(member[-1])] if member else card
     return (score - card["score_mean"]) / card["score_std"]
 
 
@@ -154,15 +154,28 @@ def label(home: Path, out: Path, url: str, *options: str, **select: Any) -> int:
     return rlhf("label", path, *options)
 
 
+def expected_variances(home: Path, members: list[tuple[str, str]]) -> dict[tuple[int, int, int], float]:
+    """(row, i, j) → the variance of the difference, of every pair."""
+    found = {}
+    for number, row in enumerate(read_lines(home / "rows.jsonl")):
+        own = [[plain_score(home / run, name, row["prompt"], text) for run, name in members] for text in row["responses"]]
+        found |= {(number, i, j): float(np.var(np.subtract(own[i], own[j]))) for i, j in combinations(range(3), 2)}
+    return found
+
+
+def test_the_members_of_one_run_are_an_ensemble(serve: Serve, home: Path, tmp_path: Path) -> None:
+    assert label(home, tmp_path / "out", serve(longer).url, ensemble=[str(home / "both")], n=18) == 0
+    expected = expected_variances(home, [("both", "member-0"), ("both", "member-1")])
+    found = {(each["row"], *each["pair"]): each["value"] for each in read_lines(tmp_path / "out" / "selected.jsonl")}
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert max(found.values()) > 1e-3
+
+
 def test_only_the_chosen_pairs_are_asked_about_and_a_resumed_run_keeps_them(serve: Serve, home: Path, tmp_path: Path) -> None:
     model = serve(longer)
     assert label(home, tmp_path / "out", model.url) == 0
     picked = read_lines(tmp_path / "out" / "selected.jsonl")
-    rows = read_lines(home / "rows.jsonl")
-    expected = {}
-    for number, row in enumerate(rows):
-        scores = np.array([[plain_scores(home / run, row["prompt"], own) for run in ("rm1", "rm2")] for own in row["responses"]])
-        expected |= {(number, i, j): float(np.var(scores[i] - scores[j])) for i, j in combinations(range(3), 2)}
+    expected = expected_variances(home, [("rm1", ""), ("rm2", "")])
     assert [each["value"] for each in picked] == pytest.approx(sorted(expected.values(), reverse=True)[:5], abs=1e-4)
     assert all(each["value"] == pytest.approx(expected[each["row"], *each["pair"]], abs=1e-4) for each in picked)
     parents = json.loads((tmp_path / "out" / "manifest.json").read_text())["parents"]
