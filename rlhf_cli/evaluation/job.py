@@ -83,12 +83,7 @@ class EvaluationJob:
         return self.reference is not None and self.reference.tokenisation == model.tokenisation
 
     def frozen_models(self) -> FrozenModels:
-        """Models as the recipe wants them; none is loaded yet."""
-        recipe = self.recipe
-        settings = sections.Model(
-            path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code
-        )
-        return FrozenModels(settings, resolve_dtype(recipe.dtype, self.ranks.device), self.ranks.device, self.ranks.sharding)
+        return frozen_models(self.recipe, self.ranks)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -278,6 +273,12 @@ def _comparability(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel])
                 f"{', '.join(sorted(strangers))}: that run did not start from {reference.name}, so the point at KL 0 is where "
                 "distances are measured from, not where the run began."
             )
+
+
+def frozen_models(recipe: recipes.Reading, ranks: Ranks) -> FrozenModels:
+    """Models as the recipe wants them; none is loaded yet."""
+    own = sections.Model(path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code)
+    return FrozenModels(own, resolve_dtype(recipe.dtype, ranks.device), ranks.device, ranks.sharding)
 
 
 Titled = list[tuple[str, object]]

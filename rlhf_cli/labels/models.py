@@ -10,9 +10,8 @@ from rlhf_cli.judges.asking import UPDATES
 from rlhf_cli.judges.judge import Judge, compare
 from rlhf_cli.judges.question import Question
 from rlhf_cli.labels.verdicts import Judging, Verdict, now
-from rlhf_cli.models.load import load_config, quiet_libraries, resolve_dtype
+from rlhf_cli.models.load import load_config, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
-from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.labels import LabelRecipe
 from rlhf_cli.runs.parents import Start
@@ -51,14 +50,6 @@ def judge_by_model(judging: Judging, name: str, judge: Judge, say: Callable[[int
         done = start + len(some)
         if done == len(left) or done * UPDATES // len(left) > start * UPDATES // len(left):
             say(done, len(left))
-
-
-def frozen_models(recipe: LabelRecipe) -> FrozenModels:
-    """Models as the recipe wants them; none is loaded yet."""
-    quiet_libraries()
-    device = Ranks(expected=False).device
-    settings = Model(path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code)
-    return FrozenModels(settings, resolve_dtype(recipe.dtype, device), device)
 
 
 def budget(recipe: LabelRecipe, start: Start) -> int:

@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_cli.console import Console
+from rlhf_cli.evaluation.job import frozen_models
 from rlhf_cli.figures import count
 from rlhf_cli.files import sha256_file, to_json, write_atomic
 from rlhf_cli.judges.asking import EndpointJudge, Verdicts, prepare
 from rlhf_cli.judges.local import LocalJudge
-from rlhf_cli.labels.models import budget, frozen_models, judge_by_model
+from rlhf_cli.labels.models import budget, judge_by_model
 from rlhf_cli.labels.questions import Row
 from rlhf_cli.labels.select import choose, ensemble_scores, find_ensemble, only
 from rlhf_cli.labels.verdicts import Judging
+from rlhf_cli.models.load import quiet_libraries
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.labels import LabelRecipe, Select
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.judge_terms import LocalModel, find_judge
@@ -48,7 +51,7 @@ class Models:
 
         with contextlib.closing(judging), contextlib.ExitStack() as stack:
             if self.local is not None:
-                placed, most = frozen_models(recipe), budget(recipe, self.local.start)
+                placed, most = frozen_models(recipe, Ranks(expected=False)), budget(recipe, self.local.start)
                 judge: EndpointJudge | LocalJudge = self.local.load(recipe.judge, "pairwise", placed, "judge", most)
             else:
                 answers = stack.enter_context(contextlib.closing(Verdicts(folder.path / "answers.jsonl")))
@@ -64,7 +67,7 @@ class Models:
             scores = None
             if self.ensemble:
                 most = min(budget(self.recipe, model.start) for model in self.ensemble)
-                scores = ensemble_scores(self.ensemble, rows, frozen_models(self.recipe), most)
+                scores = ensemble_scores(self.ensemble, rows, frozen_models(self.recipe, Ranks(expected=False)), most)
             chosen = choose(rows, scores, settings, self.recipe.seed)
             write_atomic(folder.selected, b"".join(to_json(each) + b"\n" for each in chosen))
         console.say(f"{count(len(chosen), 'pair')} chosen by {settings.by}: {folder.selected}")
@@ -75,6 +78,7 @@ class Models:
 
 def find_models(loaded: Loaded, recipe: LabelRecipe, inputs: dict[str, str], check: bool) -> Models:
     """`inputs`: takes what a resumed run must have in common. UsageError: a model cannot judge, or score."""
+    quiet_libraries()
     settings, place, trust = recipe.judge, loaded.named("judge"), recipe.trust_remote_code
     local, ensemble = None, list[RewardModel]()
     if settings.asks_model:

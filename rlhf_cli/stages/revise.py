@@ -13,11 +13,11 @@ from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.records import Record
 from rlhf_cli.errors import UsageError
+from rlhf_cli.evaluation.job import frozen_models
 from rlhf_cli.figures import count
 from rlhf_cli.files import sha256_file, to_json, write_atomic, write_json
 from rlhf_cli.judges.endpoint import connect
 from rlhf_cli.judges.question import read_principles
-from rlhf_cli.labels.models import frozen_models
 from rlhf_cli.labels.revise import (
     EndpointWriter,
     LocalWriter,
@@ -31,6 +31,8 @@ from rlhf_cli.labels.revise import (
     revise,
     sft_row,
 )
+from rlhf_cli.models.load import quiet_libraries
+from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.labels import LabelRecipe, Revise
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import KINDS
@@ -54,6 +56,7 @@ def revise_prompts(
 
     RunError: with its exit code; every text is kept, and --resume goes on.
     """
+    quiet_libraries()
     console, place, started = Console(), loaded.named("revise"), time.monotonic()
     principles = read_principles(Path(settings.principles), f"{place}.principles")
     inputs["revise.principles"] = sha256_file(Path(settings.principles))
@@ -84,7 +87,7 @@ def revise_prompts(
         drawn = [principles_of(record, principles, settings.rounds, recipe.seed) for record in records]
         with contextlib.closing(Steps(folder.revisions, records)) as steps:
             if local is not None:
-                models = frozen_models(recipe)
+                models = frozen_models(recipe, Ranks(expected=False))
                 models.add("writer", local.start)
                 writer = LocalWriter(local, models.hosts["writer"], recipe.rollout)
             assert writer is not None
