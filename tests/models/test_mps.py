@@ -15,7 +15,7 @@ from rlhf_cli import ranks as ranks_module
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models import backbone as backbone_module
 from rlhf_cli.models.load import refuse_on_mps, resolve_dtype
-from rlhf_cli.models.memory import Memory, auto_budget, is_out_of_memory
+from rlhf_cli.models.memory import FITS, Memory, auto_budget, is_out_of_memory
 from rlhf_cli.ranks import Ranks
 from tests.tiny import make_base, read_lines, rlhf, write_pairs, write_recipe
 
@@ -95,8 +95,8 @@ def test_check_refuses_it(mac: dict[str, Any], tmp_path: Path, capsys: pytest.Ca
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10 * 2**30)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2 * 2**30)
-    memory = Memory(2**30, 0, 2**20, ())
-    assert auto_budget(memory, 1, MPS) == int((0.7 * 8 * 2**30 - memory.total(0)) / 2**20)
+    memory = Memory(2**30, 0, 2**20, moments=(({"weights": 2**30}, {"activations": 2**20}),))
+    assert auto_budget(memory, 1, MPS) == int((FITS * 8 * 2**30 - 2**30) / 2**20)
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, max allowed: 9.07 GB)."))
 
 

@@ -263,7 +263,7 @@ def test_a_merged_parent_is_the_reference(home: Path, start: Start, tmp_path: Pa
     """The policy's adapter is new, on a base of the run's own; reward and value stay on theirs."""
     ready = start(lora={"r": 2, "merge_parent": True})
     backbone = ready.backbone
-    assert ready.loads == ["base", "base", "base"]  # to be merged, what became of it, and the reward model's
+    assert ready.loads == ["base", "base"]  # what became of it, merged in its files, and the reward model's
     assert (tmp_path / "run-0" / "base" / "model.safetensors").exists()
     assert backbone.alias == {"reference": "base"} and backbone.elsewhere.keys() == {"reward", "value"}
     for role in ("policy", "reference"):

@@ -70,6 +70,8 @@ def empty() -> Line:
         "overoptimisation": [],
         "fits": {},
         "at_kl": None,
+        "agreement": {},
+        "agreement_by_subset": {},
     }
     return {"about": about, **sections}
 
