@@ -117,11 +117,11 @@ def told(found: Interval | None) -> Figures | None:
 
 def _annotator(name: str, gold: Sequence[Row], verdicts: Sequence[Verdict], pairs: Pairs, seed: int) -> Figures:
     own = [line for line in verdicts if line.annotator == name]
-    known = {row.number: row.known for row in gold}
+    known = {row.number: row.known for row in gold if row.known is not None}
     right = [
-        ((ranks[i] < ranks[j]) - (ranks[i] > ranks[j])) == better
+        ((known[line.row][i] < known[line.row][j]) - (known[line.row][i] > known[line.row][j])) == better
         for line in own
-        if line.gold and (ranks := known[line.row]) is not None
+        if line.gold
         for i, j, better in line.pairs()
     ]
     right += [said[name] == said[LABELS] for said in pairs.values() if name in said and LABELS in said]

@@ -122,6 +122,7 @@ class Body:
             candidates = tuple(name for name in candidates if KERNELS[name].layout == "alone")
         for name in candidates:
             self.kernel = KERNELS[name]
+            self.rest()  # the candidate before it may have broken off a pass
             # What a model does with a mask or a keyword that it does not know is its own affair: any of these errors.
             with contextlib.suppress(NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, ImportError):
                 self._use(self.kernel)

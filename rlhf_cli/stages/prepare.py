@@ -203,15 +203,14 @@ def _resolve(
     # GPUs that are not here are new ones.
     dtype = torch.bfloat16 if imagined and setting == "auto" else resolve_dtype(setting, ranks.device)
     check_precision(dtype, loaded.where("model.dtype"))
-    sharded = imagined.count > 1 if imagined else ranks.sharding is not None
-    if sharded and recipe.model.quantize == "8bit":
-        raise UsageError(f"{loaded.where('model.quantize')}: weights of 8 bits cannot be shared out in shards; those of 4bit can")
-    if sharded and lora is None and recipe.train.optimizer == "adamw_8bit":
-        raise UsageError(f"{loaded.where('train.optimizer')}: adamw_8bit takes no weights in shards; use adamw, or lora")
     recipe = dataclasses.replace(recipe, lora=lora)
     asked = recipe.train.tokens_per_device
     longest = dataset.longest + (recipe.draws.responses_per_prompt * recipe.draws.max_new_tokens if recipe.draws else 0)
     needs, budget = find_needs(recipe, start, config, dtype, longest, loaded, ranks), asked
+    if needs.shards > 1 and recipe.model.quantize == "8bit":
+        raise UsageError(f"{loaded.where('model.quantize')}: weights of 8 bits cannot be shared out in shards; those of 4bit can")
+    if needs.shards > 1 and lora is None and recipe.train.optimizer == "adamw_8bit":
+        raise UsageError(f"{loaded.where('train.optimizer')}: adamw_8bit takes no weights in shards; use adamw, or lora")
     if budget == "auto":
         capacity, values = imagined.memory if imagined else None, recipe.objective.values
         budget = ranks.min(auto_budget(needs.memory, longest, ranks.device, values=values, capacity=capacity))

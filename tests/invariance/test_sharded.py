@@ -419,3 +419,19 @@ def test_what_a_launch_asks_for_and_is_not_done_is_refused(
         monkeypatch.setenv(name, value)
     assert rlhf(*command(home, "sft", tmp_path / "run"), "--check") == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lora.r=4", "model.quantize=8bit"], "model.quantize: weights of 8 bits cannot be shared out in shards"),
+        (["lora=null", "train.optimizer=adamw_8bit"], "train.optimizer: adamw_8bit takes no weights in shards"),
+    ],
+    ids=["8bit", "adamw_8bit"],
+)
+def test_what_shards_cannot_hold_is_refused(words: list[str], message: str, home: Path, tmp_path: Path, capsys: Any) -> None:
+    """On devices that are only imagined too; on one device nothing is said."""
+    check = [*command(home, "sft", tmp_path / "run"), *words, "--check", "--devices"]
+    assert rlhf(*check, "2x80GB") == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert rlhf(*check, "1x80GB") == 0
