@@ -346,15 +346,6 @@ class Reward:
 
 
 @dataclass(frozen=True)
-class Vote:
-    """Responses to a prompt that vote on its answer."""
-
-    match: Match = key(help="how the answer of a response is found, and compared with others and with a column of the row")
-    by: list[Literal["majority"]] = key(["majority"], "majority: what most of them answer, of a tie what comes first")
-    n: list[int] = key([1, 4, 16], "how many responses vote", low=1)
-
-
-@dataclass(frozen=True)
 class Kl:
     coef: float = key(0.05, "κ: weight of the log-ratio to the reference", low=0.0)
     target: float | None = key(None, "nats a response, at the rollout's temperature: κ is adapted to reach this KL", low=1e-9)
@@ -378,14 +369,6 @@ class Ptx:
 
     data: list[Source] = key(help="a path, or a list of sources")
     coef: float = key(27.8, "γ: weight of their mean negative log-likelihood", low=0.0)
-
-
-@dataclass(frozen=True)
-class Winrate:
-    """Whose response is better: each model's against the baseline's to the same prompt."""
-
-    baseline: str = key(help="the name of one of the models")
-    judge: str | Judge = key("reward", "reward: the score; gold; the name of a term; {endpoint, model}; or {path}")
 
 
 @dataclass(frozen=True)

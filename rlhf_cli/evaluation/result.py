@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -16,8 +17,8 @@ from rlhf_cli.evaluation.eval_json import About, AskedJudge, EvaluationResult, V
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
 from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.overoptimisation import Point, best_of_points, fit_series, run_point
-from rlhf_cli.evaluation.samples import Samples, figures, log_ratios
-from rlhf_cli.evaluation.votes import drawn_subsets, right_answers, vote_accuracies
+from rlhf_cli.evaluation.samples import Sample, Samples, figures, log_ratios
+from rlhf_cli.evaluation.votes import as_weights, drawn_subsets, electors, right_answers, vote_accuracies
 from rlhf_cli.evaluation.winrate import WinRate, ratings, win_rate
 from rlhf_cli.figures import Interval
 from rlhf_cli.judges.question import address
@@ -99,11 +100,19 @@ def _models(
 
 def _votes(job: EvaluationJob, samples: Mapping[str, Samples], counts: np.ndarray) -> dict[str, dict[str, list[Voted]]]:
     vote, found = job.recipe.vote, {}
-    for model in job.models if vote else ():
-        if vote and (own := samples.get(model.name)):
+    if vote is None:
+        return {}
+    terms = [term.name for term in job.terms.reward] if set(vote.by) - {"majority"} else ()
+    rewards = {
+        term: {name: own.table(partial(Sample.term, name=f"reward/{term}")) for name, own in samples.items()} for term in terms
+    }
+    weights = {term: as_weights(own) for term, own in rewards.items()}
+    for model in job.models:
+        if own := samples.get(model.name):
             records = job.rows_of("prompts", model).records
             right = right_answers(vote.match, [records[first.row] for first, *_ in own.own], model.name)
-            found[model.name] = vote_accuracies(own.texts(), right, vote, counts, job.recipe.seed)
+            each, weigh = ({term: table[model.name] for term, table in given.items()} for given in (rewards, weights))
+            found[model.name] = vote_accuracies(own.texts(), right, vote, electors(vote.by, each, weigh), counts, job.recipe.seed)
     return found
 
 

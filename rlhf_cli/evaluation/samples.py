@@ -40,6 +40,10 @@ class Sample:
         """Can it be learned from? Of a response that was cut off, training would learn to end where it stops."""
         return self.ended and bool(self.response.strip()) and "\0" not in self.response
 
+    def term(self, name: str) -> float:
+        """NaN: it says nothing."""
+        return np.nan if (value := self.terms[name]) is None else value
+
     def worth(self, judge: str) -> float | None:
         """By which a judge that gives numbers compares: `reward` the score, `gold` the sum of its terms, or one term.
 
@@ -143,7 +147,7 @@ def figures(samples: Samples, counts: np.ndarray) -> dict[str, Interval]:
 
 def _term(samples: Samples, name: str, counts: np.ndarray) -> Interval:
     """Mean over the responses that it says something of."""
-    table = samples.table(lambda sample: np.nan if (value := sample.terms[name]) is None else value)
+    table = samples.table(lambda sample: sample.term(name))
     return ratio_interval(np.nansum(table, 1), (~np.isnan(table)).sum(1), counts)
 
 

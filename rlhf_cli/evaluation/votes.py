@@ -1,10 +1,10 @@
-"""Accuracy of the answer that several responses to a prompt agree on."""
+"""Accuracy of the answer that several responses to a prompt agree on, or that a reward chooses among theirs."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -14,8 +14,11 @@ from rlhf_cli.data.records import Record
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.eval_json import Voted
 from rlhf_cli.evaluation.intervals import ratio_interval, within_shares
+from rlhf_cli.recipe import recipes
 from rlhf_cli.rollout.verifiable import COMPARE, extractor, right_answer
 
+Elector = tuple[str, np.ndarray | None]
+"""majority, weighted or best, and the (P, N) scores by which the last two choose; NaN where there is none."""
 SUBSETS = 20_000  # of a prompt's responses; where there are more of them, so many are drawn
 
 
@@ -51,17 +54,39 @@ def ballots(texts: Sequence[str], match: sections.Match) -> tuple[list[str], np.
     return answers, np.array(cast)
 
 
-def majority(cast: np.ndarray, subsets: np.ndarray) -> np.ndarray:
-    """(S,) the answer with the most votes in each subset, of a tie the one seen first; −1: nobody has an answer.
+def winners(by: str, cast: np.ndarray, scores: np.ndarray, subsets: np.ndarray) -> np.ndarray:
+    """(S,) the answer that wins in each subset, of a tie the one seen first; −1: nobody has an answer.
 
-    cast: (N,) of `ballots`; subsets: (S, n) numbers of responses, ascending. Wang et al. 2023, "Self-consistency
-    improves chain of thought reasoning in language models".
+    cast: (N,) of `ballots`; scores: (N,), all 1 for a majority (Wang et al. 2023, "Self-consistency improves chain of thought
+    reasoning in language models"), from 0 to 1 where they weigh votes (Li et al. 2023, "Making language models better
+    reasoners with step-aware verifier"), NaN: no vote; subsets: (S, n) numbers of responses, ascending.
     """
-    votes = cast[subsets]
-    tally = (votes[:, :, None] == np.arange(max(cast.max() + 1, 1))).sum(1)
-    backing = np.where(votes < 0, 0, np.take_along_axis(tally, votes, 1))
-    winner: np.ndarray = votes[np.arange(len(votes)), backing.argmax(1)]  # the first of the largest
-    return winner
+    votes, backing = np.where(np.isnan(scores), 0, cast + 1)[subsets], np.nan_to_num(scores)[subsets]
+    if by != "best":
+        rows = np.arange(len(votes))[:, None] * (cast.max() + 2)
+        backing = np.bincount((rows + votes).ravel(), backing.ravel())[rows + votes]
+    found: np.ndarray = (
+        votes[np.arange(len(votes)), np.where(votes > 0, backing, -np.inf).argmax(1)] - 1
+    )  # the first of the largest
+    return found
+
+
+def as_weights(scores: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """A term's scores of each model's responses: as they are if all lie from 0 to 1, else by the logistic function; NaN stays."""
+    if all(((own >= 0) & (own <= 1) | np.isnan(own)).all() for own in scores.values()):
+        return scores
+    return {model: 1 / (1 + np.exp(-np.clip(own, -700, 700))) for model, own in scores.items()}
+
+
+def electors(by: Sequence[str], rewards: Mapping[str, np.ndarray], weights: Mapping[str, np.ndarray]) -> dict[str, Elector]:
+    """Who wins a vote, by name; rewards, and weights from 0 to 1: term → (P, N). With several terms each wins by its own name."""
+    found: dict[str, Elector] = {}
+    for kind in by:
+        if kind == "majority":
+            found[kind] = kind, None
+        for term, scores in (rewards if kind == "best" else weights if kind == "weighted" else {}).items():
+            found[kind if len(rewards) == 1 else f"{kind} by {term}"] = kind, scores
+    return found
 
 
 def subsets_of(size: int, n: int, seed: int) -> np.ndarray:
@@ -80,19 +105,29 @@ def drawn_subsets(size: int, ns: Sequence[int], seed: int) -> Iterator[str]:
 
 
 def vote_accuracies(
-    texts: Sequence[Sequence[str]], right: Sequence[str | None], vote: sections.Vote, counts: np.ndarray, seed: int
+    texts: Sequence[Sequence[str]],
+    right: Sequence[str | None],
+    vote: recipes.Vote,
+    chosen_by: Mapping[str, Elector],
+    counts: np.ndarray,
+    seed: int,
 ) -> dict[str, list[Voted]]:
-    """`vote.by` → accuracy for each n: mean over all subsets of n of a prompt's responses, without an answer wrong.
+    """Who wins → accuracy for each n: mean over all subsets of n of a prompt's responses, without an answer wrong.
 
     texts: (P)(N) responses; right: (P) answers, prompts without one are left out; counts: (B, P), of `resamples`.
     """
     known = np.array([answer is not None for answer in right], np.float64)
-    subsets = [subsets_of(len(texts[0]), n, seed) for n in sorted(vote.n)]
-    shares = np.zeros((len(subsets), len(texts)))
+    ns = sorted(vote.n)
+    subsets = [subsets_of(len(texts[0]), n, seed) for n in ns]
+    shares = np.zeros((len(chosen_by), len(ns), len(texts)))
     for at, (own, answer) in enumerate(zip(texts, right, strict=True)):
         if answer is not None:
             answers, cast = ballots(own, vote.match)
             correct = np.array([*(COMPARE[vote.match.compare](each, answer) for each in answers), False])
-            shares[:, at] = [correct[majority(cast, each)].mean() for each in subsets]
-    found = [within_shares(ratio_interval(share, known, counts)) for share in shares]
-    return {by: [Voted(n, *own) for n, own in zip(sorted(vote.n), found, strict=True)] for by in vote.by}
+            for share, (kind, scores) in zip(shares, chosen_by.values(), strict=True):
+                worth = np.ones(len(cast)) if scores is None else scores[at]
+                share[:, at] = [correct[winners(kind, cast, worth, each)].mean() for each in subsets]
+    return {
+        name: [Voted(n, *within_shares(ratio_interval(each, known, counts))) for n, each in zip(ns, share, strict=True)]
+        for name, share in zip(chosen_by, shares, strict=True)
+    }

@@ -120,6 +120,8 @@ def _vote(recipe: EvalRecipe) -> Iterator[Finding]:
         return
     if wrong := check_match(recipe.vote.match):
         yield "vote.match", wrong
+    if set(recipe.vote.by) - {"majority"} and not recipe.reward:
+        yield "vote.by", "weighted votes, and the best of n, need a score. add a reward"
     for name, values in (("by", recipe.vote.by), ("n", recipe.vote.n)):
         if not values:
             yield f"vote.{name}", "there is none. name one, or remove vote"

@@ -39,6 +39,7 @@ from rlhf_cli.sections import (
     Judge,
     Kl,
     Lora,
+    Match,
     Model,
     OnlineSampling,
     PolicyReference,
@@ -50,8 +51,6 @@ from rlhf_cli.sections import (
     Tracker,
     Train,
     Value,
-    Vote,
-    Winrate,
     key,
 )
 
@@ -264,6 +263,27 @@ class Evaluated:
         None, "the same: how often reward models, and policies' implicit rewards, agree with the data"
     )
     text: list[EvalSource] | None = key(None, "the same: perplexity of its responses")
+
+
+@dataclass(frozen=True)
+class Winrate:
+    """Whose response is better: each model's against the baseline's to the same prompt."""
+
+    baseline: str = key(help="the name of one of the models")
+    judge: str | Judge = key("reward", "reward: the score; gold; the name of a term; {endpoint, model}; or {path}")
+
+
+@dataclass(frozen=True)
+class Vote:
+    """Responses to a prompt that vote on its answer."""
+
+    match: Match = key(help="how the answer of a response is found, and compared with others and with a column of the row")
+    by: list[Literal["majority", "weighted", "best"]] = key(
+        ["majority"],
+        "majority: what most of them answer, of a tie what comes first; weighted: what most weight stands behind, a response's "
+        "weight being its reward; best: what the one with the best reward answers",
+    )
+    n: list[int] = key([1, 4, 16], "how many responses vote", low=1)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from rlhf_cli.recipe.dump import dump_recipe, one_line, refuse_changes
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.keys import keys_of, walk
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.recipes import EvalRecipe
-from rlhf_cli.sections import EvalSampling, EvalSource, Judge, PolicySampling, Reward, Sampling, Winrate
+from rlhf_cli.recipe.recipes import EvalRecipe, Winrate
+from rlhf_cli.sections import EvalSampling, EvalSource, Judge, PolicySampling, Reward, Sampling
 
 ROOT = Path(__file__).parents[2]
 MODELS = "output: runs/e\nmodels: {sft: runs/sft, dpo: runs/dpo}\n"
