@@ -19,8 +19,10 @@ from rlhf_cli.data.trees import Batch, Tree, build_batch, idle_batch, plan_passe
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import from_anywhere
 from rlhf_cli.models.body import Body
+from rlhf_cli.models.divergences import Divergence, token_divergences
 from rlhf_cli.models.heads import SCORE, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
+from rlhf_cli.models.logps import token_logps
 from rlhf_cli.models.sharding import Shards, on_main, shard_like
 from rlhf_cli.models.targets import adapter_state, foreign_tokens, with_targets, without_output_tokens
 
@@ -200,11 +202,33 @@ class Backbone(Body):
         batch = batch.to(host.device)
 
         def forward() -> dict[float, tuple[torch.Tensor, torch.Tensor]]:
-            states = host.hidden(role, batch)[batch.source]
-            return {temperature: host._head(states, batch.target, temperature) for temperature in temperatures}
+            states = host.hidden(role, batch)[batch.source].to(host.compute_dtype)
+            return {temperature: token_logps(states, host.head(temperature), batch.target) for temperature in temperatures}
 
         found = host.run(forward)
         return tuple(found[each][0].to(self.home) for each in temperatures), found[temperatures[0]][1].to(self.home)
+
+    def divergences(
+        self, role: str, other: str, batch: Batch, kind: Divergence, beta: float = 0.5
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far a role's distribution is from a frozen one's at each supervised token, (N,); see `token_divergences`.
+
+        And whether both have the same most likely token, (N,).
+        """
+        frozen, host = self.at(other), self.at(role)
+        own, batch = batch.to(frozen.device), batch.to(host.device)
+
+        def forward() -> tuple[torch.Tensor, torch.Tensor]:
+            frozen.activate(other)
+            with torch.no_grad():
+                known = frozen.hidden(other, own)[own.source].to(frozen.compute_dtype).to(host.device)
+            host.activate(role)
+            states = host.hidden(role, batch)[batch.source].to(host.compute_dtype)
+            return token_divergences(states, host.head(), known, frozen.head(), kind, beta)
+
+        # Both heads are needed at once, also in backward.
+        found, hits = host.run(forward) if frozen is host else frozen.run(host.run, forward)
+        return found.to(self.home), hits.to(self.home)
 
     def scores(self, role: str, batch: Batch) -> torch.Tensor:
         """The role's scalar head at the last token of every response of the pass, (M,) float32."""

@@ -12,7 +12,7 @@ import torch
 from rlhf_cli.data.trees import Batch, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, Kernel
-from rlhf_cli.models.logps import PLAIN_LOGITS, LogitRule, find_rule, token_logps
+from rlhf_cli.models.logps import PLAIN_LOGITS, Head, LogitRule, find_rule
 from rlhf_cli.models.sharding import Shards
 
 T = TypeVar("T")
@@ -81,12 +81,12 @@ class Body:
             out = self.body(input_ids=batch.ids, use_cache=False, **arguments)
         return torch.flatten(out.last_hidden_state, 0, 1)
 
-    def _head(self, hidden: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def head(self, temperature: float = 1.0) -> Head:
+        """What makes logits, divided by the temperature, of hidden states in the dtype that is computed in."""
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)  # where tokens are trained, PEFT's layer has none
         bias = None if bias is None else bias.to(self.compute_dtype)
-        weight, rule = head.weight.to(self.compute_dtype), self.rule.at(temperature)
-        return token_logps(hidden.to(self.compute_dtype), weight, bias, target, rule)
+        return Head(head.weight.to(self.compute_dtype), bias, self.rule.at(temperature))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.compute_dtype == torch.float32:

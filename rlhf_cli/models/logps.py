@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,59 +55,54 @@ def find_rule(config: dict[str, Any], heads: Tensor, logits: Tensor) -> tuple[Lo
     return rules[off.index(min(off))], min(off)
 
 
-class _TokenLogps(torch.autograd.Function):
-    """log π(target | hidden) per row, the head applied in chunks.
+Measure = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor, Tensor | None]]
+"""Of the head's numbers (n, V) float32 of some rows, which may be overwritten: a number and a verdict for each row, (n,), and
+where it is asked for the gradient of each number with respect to the row, (n, V)."""
 
-    With a frozen head the gradient of each log-probability with respect to its hidden state, W[target] − softmax(logits)·W,
-    is computed with the logits still at hand and kept, (N, D): backward is one multiplication, the logits are never computed
-    twice. A trained head needs the softmax again for its own gradient: then chunks are recomputed in backward.
+
+class _OfHead(torch.autograd.Function):
+    """What `measure` makes of head · hidden per row, the head applied in chunks.
+
+    With a frozen head the gradient of each number with respect to its hidden state is computed with the logits still at hand and
+    kept, (N, D): backward is one multiplication, the logits are never computed twice. A trained head needs them again for its
+    own gradient: then chunks are recomputed in backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rule: LogitRule) -> Any:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, measure: Measure) -> Any:
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         keep = hidden.requires_grad and not trained
-        logps = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
+        found = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
         hits = torch.empty(len(hidden), device=hidden.device, dtype=torch.bool)
         slope = torch.empty_like(hidden) if keep else None
         for part in _chunks(len(hidden), len(weight)):
-            logits = rule.logits(F.linear(hidden[part], weight, bias).float())
-            lse = logits.logsumexp(-1)
-            chosen = logits.gather(-1, target[part, None])[:, 0]
-            logps[part] = chosen - lse
-            hits[part] = chosen >= logits.amax(-1)
-            if slope is not None:
-                inner = rule.slope(logits)
-                # One-hot minus softmax before the product: afterwards, in bfloat16, the difference would be rounding noise.
-                change = logits.sub_(lse[:, None]).exp_().neg_()
-                change.scatter_add_(-1, target[part, None], torch.ones_like(change[:, :1]))
-                slope[part] = (change.mul_(inner).to(weight.dtype) @ weight).to(hidden.dtype)
-        ctx.trained, ctx.rule = trained, rule
-        ctx.save_for_backward(*((hidden, weight, bias, target) if trained else (slope,)))
+            found[part], hits[part], change = measure(F.linear(hidden[part], weight, bias).float(), part, keep)
+            if slope is not None and change is not None:
+                slope[part] = (change.to(weight.dtype) @ weight).to(hidden.dtype)
+        ctx.trained, ctx.measure = trained, measure
+        ctx.save_for_backward(*((hidden, weight, bias) if trained else (slope,)))
         ctx.mark_non_differentiable(hits)
-        return logps, hits
+        return found, hits
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         if not ctx.trained:
             (slope,) = ctx.saved_tensors
-            return slope * grad[:, None].to(slope.dtype), None, None, None, None
-        hidden, weight, bias, target = ctx.saved_tensors
+            return slope * grad[:, None].to(slope.dtype), None, None, None
+        hidden, weight, bias = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         # Summed in float32 over the chunks, whatever the dtype of the products.
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=grad_weight.dtype)
         for part in _chunks(len(hidden), len(weight)):
-            logits = ctx.rule.logits(F.linear(hidden[part], weight, bias).float())
-            slope = logits.softmax(-1).neg_()
-            slope.scatter_add_(-1, target[part, None], torch.ones_like(slope[:, :1]))
-            slope = slope.mul_(grad[part, None]).mul_(ctx.rule.slope(logits)).to(weight.dtype)
+            change = ctx.measure(F.linear(hidden[part], weight, bias).float(), part, True)[2]
+            slope = change.mul_(grad[part, None]).to(weight.dtype)
             grad_hidden[part] = slope @ weight
             grad_weight += slope.T @ hidden[part]
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
         grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -114,12 +110,34 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, rows, size)]
 
 
-def token_logps(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rule: LogitRule = PLAIN_LOGITS
-) -> tuple[Tensor, Tensor]:
+class Head(NamedTuple):
+    """What makes logits of hidden states; weight (V, D) and bias (V,) have their dtype."""
+
+    weight: Tensor
+    bias: Tensor | None
+    rule: LogitRule = PLAIN_LOGITS
+
+    def of(self, hidden: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+        """Numbers (N,) float32 and verdicts (N,) of hidden states (N, D)."""
+        numbers, verdicts = _OfHead.apply(hidden, self.weight, self.bias, measure)  # type: ignore[no-untyped-call]
+        return numbers, verdicts
+
+
+def token_logps(hidden: Tensor, head: Head, target: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N,) float32 of `target` (N,) under the head, and whether each is the most likely token (N,).
 
-    hidden (N, D), weight (V, D) and bias (V,) share one dtype; the rule and the log-softmax are float32.
+    hidden: (N, D); the rule and the log-softmax are float32.
     """
-    logps, hits = _TokenLogps.apply(hidden, weight, bias, target, rule)  # type: ignore[no-untyped-call]
-    return logps, hits
+
+    def measure(heads: Tensor, part: slice, slope: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits, places = head.rule.logits(heads), target[part, None]
+        lse, chosen = logits.logsumexp(-1), logits.gather(-1, places)[:, 0]
+        hits, change = chosen >= logits.amax(-1), None
+        if slope:
+            inner = head.rule.slope(logits)
+            # One-hot minus softmax before the product: afterwards, in bfloat16, the difference would be rounding noise.
+            change = logits.sub_(lse[:, None]).exp_().neg_()
+            change = change.scatter_add_(-1, places, torch.ones_like(change[:, :1])).mul_(inner)
+        return chosen - lse, hits, change
+
+    return head.of(hidden, measure)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from rlhf_cli.models import logps as module
-from rlhf_cli.models.logps import LogitRule, token_logps
+from rlhf_cli.models.logps import Head, LogitRule, token_logps
 
 N, D, V = 50, 8, 12
 RULES = [LogitRule(), LogitRule(0.3), LogitRule(1.7, 2.0)]
@@ -31,7 +31,7 @@ def _inputs(dtype: torch.dtype = torch.float32, *, trained: bool, bias: bool) ->
 def test_by_hand() -> None:
     """Two states, the head is the identity: logits (0, ln 3) and (ln 2, 0), so the probabilities are 1/4, 3/4 and 2/3, 1/3."""
     hidden = torch.tensor([[0.0, 3.0], [2.0, 1.0]]).log().nan_to_num(neginf=0.0)
-    logps, hits = token_logps(hidden, torch.eye(2), None, torch.tensor([1, 1]))
+    logps, hits = token_logps(hidden, Head(torch.eye(2), None), torch.tensor([1, 1]))
     assert logps.exp().tolist() == pytest.approx([3 / 4, 1 / 3])
     assert hits.tolist() == [True, False]
 
@@ -48,7 +48,7 @@ def test_equals_log_softmax_and_gather(
     for ours in (True, False):
         hidden, weight, offset, target, upstream = _inputs(trained=trained, bias=bias)
         if ours:
-            logps, hits = token_logps(hidden, weight, offset, target, rule)
+            logps, hits = token_logps(hidden, Head(weight, offset, rule), target)
         else:
             logits = _logits(hidden, weight, offset, rule)
             logps, hits = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0], logits.argmax(-1) == target
@@ -68,13 +68,13 @@ def test_gradcheck(trained: bool, rule: LogitRule, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch, "float32", torch.float64)
     hidden, weight, bias, target, _ = _inputs(torch.float64, trained=trained, bias=True)
-    function = lambda h, w, b: token_logps(h[:5], w, b, target[:5], rule)[0]  # noqa: E731
+    function = lambda h, w, b: token_logps(h[:5], Head(w, b, rule), target[:5])[0]  # noqa: E731
     assert torch.autograd.gradcheck(function, (hidden, weight, bias))
 
 
 def test_the_log_softmax_of_bfloat16_states_is_float32() -> None:
     hidden, weight, _, target, _ = _inputs(torch.bfloat16, trained=False, bias=False)
-    logps, _ = token_logps(hidden, weight, None, target)
+    logps, _ = token_logps(hidden, Head(weight, None), target)
     wanted = F.linear(hidden, weight).float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
     assert logps.dtype == torch.float32
     assert float((logps - wanted).detach().abs().max()) < 1e-6
@@ -82,7 +82,7 @@ def test_the_log_softmax_of_bfloat16_states_is_float32() -> None:
 
 def test_logits_hundreds_apart_stay_finite() -> None:
     hidden = torch.tensor([[300.0, -300.0], [-300.0, 300.0]], requires_grad=True)
-    logps, _ = token_logps(hidden, torch.eye(2), None, torch.tensor([0, 0]))
+    logps, _ = token_logps(hidden, Head(torch.eye(2), None), torch.tensor([0, 0]))
     logps.sum().backward()
     assert logps.tolist() == [0.0, -600.0]
     assert hidden.grad is not None
@@ -93,6 +93,6 @@ def test_logits_hundreds_apart_stay_finite() -> None:
 def test_a_temperature_divides_what_the_rule_gives(rule: LogitRule) -> None:
     hidden, weight, _, target, _ = _inputs(trained=False, bias=False)
     with torch.no_grad():
-        logps, _ = token_logps(hidden, weight, None, target, rule.at(0.7))
+        logps, _ = token_logps(hidden, Head(weight, None, rule.at(0.7)), target)
         wanted = (_logits(hidden, weight, None, rule) / 0.7).log_softmax(-1).gather(-1, target[:, None])[:, 0]
     assert float((logps - wanted).abs().max()) < 1e-5
