@@ -14,9 +14,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -30,8 +31,11 @@ from rlhf_cli.recipe.stages import STAGES, TRAINING_STAGES, Stage
 from rlhf_cli.signals import end_with_launcher, stopping
 from rlhf_cli.suggest import did_you_mean
 
+if TYPE_CHECKING:
+    from rlhf_cli.recipe.load import Loaded
+
 Action = Callable[[], None]
-"""What a parsed command line asks for. It runs outside typer, which would swallow Ctrl-C and broken pipes."""
+"""What a parsed command line asks for."""
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, suggest_commands=False)
 
@@ -88,50 +92,19 @@ class StageCommand(TyperCommand):
         super().format_epilog(ctx, formatter)
 
 
-@dataclass(frozen=True)
-class StageCall:
-    """A parsed command line of a stage."""
+def _later(body: Callable[..., None]) -> Callable[..., Action]:
+    """A command that says what it would do. It is done outside typer, which would swallow Ctrl-C and broken pipes."""
 
-    stage: str
-    recipe: Path
-    overrides: list[str]
-    output: str | None
-    check: bool
-    resume: bool
-    force: bool
-    devices: str | None
-    own: dict[str, Any]  # options of label alone
+    @wraps(body)
+    def command(**given: Any) -> Action:
+        return partial(body, **given)
 
-    def __call__(self) -> None:
-        from rlhf_cli.hub import why_silent
-        from rlhf_cli.recipe.dump import one_line
-        from rlhf_cli.recipe.load import Devices, load_recipe
-        from rlhf_cli.runs.folder import refuse_occupied
-
-        if self.resume and self.force:
-            raise UsageError("--resume continues a run and --force starts a new one. give one of the two")
-        if self.devices and not self.check:
-            raise UsageError("--devices plans for machines that are not here, and nothing is trained on them. give --check too")
-        devices = Devices.read(self.devices) if self.devices else None
-        loaded = replace(load_recipe(self.stage, self.recipe, self.overrides, self.output), devices=devices)
-        os.environ.update({name: one_line(value) for name, value in loaded.recipe.env.items()})
-        if not self.check and not self.force and os.environ.get("RANK", "0") == "0":
-            refuse_occupied(Path(loaded.recipe.output), self.resume)  # again when the run is opened; here it costs no imports
-        if not all(Path(path).exists() for path in loaded.recipe.paths):
-            why_silent()  # before anything imports huggingface_hub, which reads the environment once
-        _leave_on_signals()
-        module = STAGES[self.stage].module
-        if module not in sys.modules:
-            gc.disable()  # it would search the libraries' million objects again and again, and free none
-            try:
-                importlib.import_module(module)
-            finally:
-                gc.freeze()
-                gc.enable()
-        sys.modules[module].run(loaded, check=self.check, resume=self.resume, force=self.force, **self.own)
+    return command
 
 
 def _stage_command(name: str, stage: Stage) -> None:
+    @app.command(name, cls=StageCommand, help=stage.help)
+    @_later
     def command(
         recipe: Recipe,
         values: Values = None,
@@ -145,19 +118,48 @@ def _stage_command(name: str, stage: Stage) -> None:
         resume: Resume = False,
         force: Force = False,
         debug: Debug = False,
-    ) -> Action:
+    ) -> None:
         """An argument for each option: typer reads them from the signature."""
         from rlhf_cli.recipe.dump import one_line
+        from rlhf_cli.recipe.load import Devices, load_recipe
 
         for value in values or ():
             if "=" not in value:
                 what = "after the recipe stand values, KEY=VALUE. a command reads one recipe, whose key base may name another"
                 raise UsageError(f"{value}: {what}")
-        own = [] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"]
-        told, options = [*(overrides or []), *(values or []), *own], {"terminal": terminal, "port": port}
-        return StageCall(name, recipe, told, output, check, resume, force, devices, options if name == "label" else {})
+        if resume and force:
+            raise UsageError("--resume continues a run and --force starts a new one. give one of the two")
+        if devices and not check:
+            raise UsageError("--devices plans for machines that are not here, and nothing is trained on them. give --check too")
+        planned = Devices.read(devices) if devices else None
+        told = [*(overrides or []), *(values or []), *([] if dump_pairs is None else [f"dump_pairs={one_line(dump_pairs)}"])]
+        loaded = replace(load_recipe(name, recipe, told, output), devices=planned)
+        own = {"terminal": terminal, "port": port} if name == "label" else {}
+        _start(loaded, check=check, resume=resume, force=force, **own)
 
-    app.command(name, cls=StageCommand, help=stage.help)(command)
+
+def _start(loaded: Loaded, *, check: bool, resume: bool, force: bool, **own: Any) -> None:
+    """Import the stage and run it. own: options that it alone has."""
+    from rlhf_cli.hub import why_silent
+    from rlhf_cli.recipe.dump import one_line
+    from rlhf_cli.runs.folder import refuse_occupied
+
+    os.environ.update({name: one_line(value) for name, value in loaded.recipe.env.items()})
+    if not check and not force and os.environ.get("RANK", "0") == "0":
+        refuse_occupied(Path(loaded.recipe.output), resume)  # again when the run is opened; here it costs no imports
+    if not all(Path(path).exists() for path in loaded.recipe.paths):
+        why_silent()  # before anything imports huggingface_hub, which reads the environment once
+    for number in stopping():
+        signal.signal(number, leave)  # nothing is held yet, and an exception amid imports may be swallowed: end at once
+    module = STAGES[loaded.stage].module
+    if module not in sys.modules:
+        gc.disable()  # it would search the libraries' million objects again and again, and free none
+        try:
+            importlib.import_module(module)
+        finally:
+            gc.freeze()
+            gc.enable()
+    sys.modules[module].run(loaded, check=check, resume=resume, force=force, **own)
 
 
 for _name, _stage in STAGES.items():
@@ -165,55 +167,50 @@ for _name, _stage in STAGES.items():
 
 
 @app.command("import")
+@_later
 def _import(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file of TRL, LLaMA-Factory or axolotl.")],
     stage: Annotated[str | None, typer.Option("--stage", metavar="STAGE", help="Where the file does not tell.")] = None,
     gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Devices that it was written for.")] = 1,
     output: Annotated[Path | None, typer.Option("-o", metavar="RECIPE.yaml", help="Write it here; must not exist.")] = None,
     debug: Debug = False,
-) -> Action:
+) -> None:
     """A recipe from another trainer's configuration; what differs stands in comments above it."""
+    from rlhf_cli.files import write_atomic
+    from rlhf_cli.importing.configuration import import_file
 
-    def write() -> None:
-        from rlhf_cli.files import write_atomic
-        from rlhf_cli.importing.configuration import import_file
-
-        if output is not None and output.exists():
-            raise UsageError(f"-o {output}: exists. give another name, or move it away")
-        found, text = import_file(file, stage, gpus)
-        if output is None:
-            typer.echo(text, nl=False)
-            return
-        write_atomic(output, text)
-        typer.echo(f"{output}: what differs stands at its top. next: rlhf {found} {output} --check")
-
-    return write
+    if output is not None and output.exists():
+        raise UsageError(f"-o {output}: exists. give another name, or move it away")
+    found, text = import_file(file, stage, gpus)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    write_atomic(output, text)
+    typer.echo(f"{output}: what differs stands at its top. next: rlhf {found} {output} --check")
 
 
 @app.command("export")
+@_later
 def _export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="The folder to write; must not exist.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into a full model.")] = False,
     push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="Upload it to this repository of the hub.")] = None,
     debug: Debug = False,
-) -> Action:
+) -> None:
     """Write a run as a plain transformers or PEFT folder."""
+    from rlhf_cli.hub import check_upload, upload
 
-    def write() -> None:
-        from rlhf_cli.hub import check_upload, upload
+    repo = None if push is None else check_upload(push)
+    from rlhf_cli.runs.export import export
 
-        repo = None if push is None else check_upload(push)
-        from rlhf_cli.runs.export import export
-
-        typer.echo(export(run, dest, merge, repo))
-        if repo is not None:
-            typer.echo(upload(dest, repo))
-
-    return write
+    typer.echo(export(run, dest, merge, repo))
+    if repo is not None:
+        typer.echo(upload(dest, repo))
 
 
 @app.command("chat")
+@_later
 def _chat(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Runs, checkpoints, adapters or models.")],
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system turn before the dialogue.")] = None,
@@ -222,92 +219,76 @@ def _chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
     save: Annotated[Path, typer.Option(metavar="FILE", help="Where /save adds rows.")] = Path("chat.jsonl"),
     debug: Debug = False,
-) -> Action:
+) -> None:
     """Talk to a model, or to several side by side."""
+    from rlhf_cli.stages.chat import Settings, chat
 
-    def talk() -> None:
-        from rlhf_cli.stages.chat import Settings, chat
-
-        chat(models, Settings(system, temperature, top_p, max_new_tokens, save))
-
-    return talk
+    chat(models, Settings(system, temperature, top_p, max_new_tokens, save))
 
 
 @app.command("runs")
+@_later
 def _runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that they are below.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="As a list of JSON objects.")] = False,
     tree: Annotated[bool, typer.Option("--tree", help="Draw each run below the one that it started from.")] = False,
     debug: Debug = False,
-) -> Action:
+) -> None:
     """List the runs below a folder: what they are, how they ended, where they come from."""
+    from rlhf_cli.stages.runs import list_runs
 
-    def show() -> None:
-        from rlhf_cli.stages.runs import list_runs
-
-        list_runs(folder, as_json=as_json, tree=tree)
-
-    return show
+    list_runs(folder, as_json=as_json, tree=tree)
 
 
 @app.command("init")
+@_later
 def _init(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="The command that is to read the recipe.")],
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="The file to write; else it is printed.")] = None,
     data: Annotated[list[str] | None, typer.Option("--data", metavar="FILE", help="The rows; repeatable.")] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="PATH", help="The model to start from.")] = None,
     debug: Debug = False,
-) -> Action:
+) -> None:
     """Write a commented recipe for rows of your own."""
+    from rlhf_cli.stages.init import write_recipe
 
-    def write() -> None:
-        from rlhf_cli.stages.init import write_recipe
-
-        if not data:
-            raise UsageError("rlhf init: --data is missing. name the file of the rows")
-        typer.echo(write_recipe(stage, data, model, recipe), nl=recipe is not None)
-
-    return write
+    if not data:
+        raise UsageError("rlhf init: --data is missing. name the file of the rows")
+    typer.echo(write_recipe(stage, data, model, recipe), nl=recipe is not None)
 
 
 @app.command("data")
+@_later
 def _data(
     source: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, or data sets of the hub.")],
     format: Annotated[str, typer.Option("--format", metavar="FORMAT", help="The rows' format.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
     debug: Debug = False,
-) -> Action:
+) -> None:
     """Say what is in rows, and which commands can use them."""
+    from rlhf_cli.data.formats import FORMATS
+    from rlhf_cli.sections import Source
+    from rlhf_cli.stages.rows import describe_rows
 
-    def show() -> None:
-        from rlhf_cli.data.formats import FORMATS
-        from rlhf_cli.sections import Source
-        from rlhf_cli.stages.rows import describe_rows
-
-        if format not in ("auto", *FORMATS):
-            raise UsageError(f"--format {format}: no such format. {did_you_mean(format, FORMATS, ', '.join(FORMATS))}")
-        describe_rows([Source(path, format=format) for path in source], as_json=as_json)  # type: ignore[arg-type]
-
-    return show
+    if format not in ("auto", *FORMATS):
+        raise UsageError(f"--format {format}: no such format. {did_you_mean(format, FORMATS, ', '.join(FORMATS))}")
+    describe_rows([Source(path, format=format) for path in source], as_json=as_json)  # type: ignore[arg-type]
 
 
 @app.command("schema")
+@_later
 def _schema(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="A command that reads a recipe.")], debug: Debug = False
-) -> Action:
+) -> None:
     """Print the JSON schema of a command's recipe, for editors."""
+    import json
 
-    def show() -> None:
-        import json
+    from rlhf_cli.recipe.schema import recipe_schema
 
-        from rlhf_cli.recipe.schema import recipe_schema
-
-        if stage not in STAGES:
-            advice = did_you_mean(stage, STAGES, f"they are {', '.join(STAGES)}")
-            raise UsageError(f"rlhf schema {stage}: no command with a recipe. {advice}")
-        typer.echo(json.dumps(recipe_schema(stage), indent=2, ensure_ascii=False))
-
-    return show
+    if stage not in STAGES:
+        advice = did_you_mean(stage, STAGES, f"they are {', '.join(STAGES)}")
+        raise UsageError(f"rlhf schema {stage}: no command with a recipe. {advice}")
+    typer.echo(json.dumps(recipe_schema(stage), indent=2, ensure_ascii=False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -391,10 +372,3 @@ def _crash(error: Exception, debug: bool) -> int:
     console.error(f"{f'rank {rank}: ' if rank != '0' else ''}{type(error).__name__}: {what}")
     console.error(f"at {', from '.join(places)}" + ("" if debug else ". --debug shows the full traceback"))
     return 1
-
-
-def _leave_on_signals() -> None:
-    """While libraries are imported nothing is held yet, and an exception raised amid them may be swallowed: end at once."""
-
-    for number in stopping():
-        signal.signal(number, leave)
