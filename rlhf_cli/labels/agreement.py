@@ -20,8 +20,7 @@ Coefficient = Callable[[np.ndarray], np.ndarray]
 
 def _chosen(ratings: np.ndarray, categories: int) -> np.ndarray:
     """(N, R, C): 1 where a rater chose the category."""
-    found: np.ndarray = (ratings[..., None] == np.arange(categories)).astype(np.float64)
-    return found
+    return np.asarray(ratings[..., None] == np.arange(categories), np.float64)
 
 
 def confusions(ratings: np.ndarray, categories: int) -> np.ndarray:
@@ -29,16 +28,14 @@ def confusions(ratings: np.ndarray, categories: int) -> np.ndarray:
     chosen = _chosen(ratings, categories)
     pairs = list(combinations(range(ratings.shape[1]), 2))
     first, second = ([pair[side] for pair in pairs] for side in (0, 1))
-    found: np.ndarray = chosen[:, first, :, None] * chosen[:, second, None, :]
-    return found
+    return np.asarray(chosen[:, first, :, None] * chosen[:, second, None, :])
 
 
 def coincidences(ratings: np.ndarray, categories: int) -> np.ndarray:
     """(N, 1, C, C): ordered pairs of different raters of an item over its m − 1, m being its ratings; 0 where m is below 2."""
     counts = _chosen(ratings, categories).sum(1)
     pairs = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(categories)
-    found: np.ndarray = (pairs / np.maximum(counts.sum(1) - 1, 1)[:, None, None])[:, None]
-    return found
+    return np.asarray(pairs / np.maximum(counts.sum(1) - 1, 1)[:, None, None])[:, None]
 
 
 def _of_equal_numbers(ratings: np.ndarray, categories: int) -> np.ndarray:
@@ -51,16 +48,14 @@ def cohen(tables: np.ndarray) -> np.ndarray:
     """(…, C, C) of `confusions` → κ = (p_o − p_e)/(1 − p_e), p_e from each rater's own shares; Cohen 1960."""
     shares = tables / tables.sum((-2, -1), keepdims=True)
     expected = (shares.sum(-1) * shares.sum(-2)).sum(-1)
-    found: np.ndarray = (np.trace(shares, axis1=-2, axis2=-1) - expected) / (1 - expected)
-    return found
+    return np.asarray((np.trace(shares, axis1=-2, axis2=-1) - expected) / (1 - expected))
 
 
 def fleiss(tables: np.ndarray) -> np.ndarray:
     """(…, C, C) of `coincidences` → κ, p_e from the shares of all raters together; Fleiss 1971."""
     shares = tables / tables.sum((-2, -1), keepdims=True)
     expected = (shares.sum(-1) ** 2).sum(-1)
-    found: np.ndarray = (np.trace(shares, axis1=-2, axis2=-1) - expected) / (1 - expected)
-    return found
+    return np.asarray((np.trace(shares, axis1=-2, axis2=-1) - expected) / (1 - expected))
 
 
 def krippendorff(tables: np.ndarray, *, ordinal: bool = False) -> np.ndarray:
@@ -74,8 +69,7 @@ def krippendorff(tables: np.ndarray, *, ordinal: bool = False) -> np.ndarray:
     distance = (middles[..., :, None] - middles[..., None, :]) ** 2 if ordinal else 1 - np.eye(counts.shape[-1])
     observed = (tables * distance).sum((-2, -1))
     expected = (counts[..., :, None] * counts[..., None, :] * distance).sum((-2, -1))
-    found: np.ndarray = 1 - (total - 1) * observed / expected
-    return found
+    return np.asarray(1 - (total - 1) * observed / expected)
 
 
 COEFFICIENTS: Mapping[str, tuple[Callable[[np.ndarray, int], np.ndarray], Coefficient]] = {
@@ -106,8 +100,7 @@ def agreement(name: str, ratings: np.ndarray, categories: int, groups: np.ndarra
         with np.errstate(invalid="ignore", divide="ignore"):
             each = coefficient(sums)
             known = np.isfinite(each)
-            mean: np.ndarray = np.where(known, each, 0.0).sum(-1) / known.sum(-1)
-        return mean
+            return np.asarray(np.where(known, each, 0.0).sum(-1) / known.sum(-1))
 
     point = float(value(tables.sum(0)))
     if math.isnan(point):

@@ -118,20 +118,12 @@ def told(found: Interval | None) -> Figures | None:
 def _annotator(name: str, gold: Sequence[Row], verdicts: Sequence[Verdict], pairs: Pairs, seed: int) -> Figures:
     own = [line for line in verdicts if line.annotator == name]
     known = {row.number: row.known for row in gold if row.known is not None}
-    right = [
-        ((known[line.row][i] < known[line.row][j]) - (known[line.row][i] > known[line.row][j])) == better
-        for line in own
-        if line.gold
-        for i, j, better in line.pairs()
-    ]
+    answers = [(known[line.row], pair) for line in own if line.gold for pair in line.pairs()]
+    right = [(ranks[i] < ranks[j]) - (ranks[i] > ranks[j]) == better for ranks, (i, j, better) in answers]
     right += [said[name] == said[LABELS] for said in pairs.values() if name in said and LABELS in said]
-    with_others = {pair: said for pair, said in pairs.items() if name in said}
-    others = sorted({each for said in with_others.values() for each in said} - {name})
-    each = [
-        _agreement("cohen", {p: {n: s[n] for n in (name, o) if n in s} for p, s in with_others.items()}, (name, o), seed)
-        for o in others
-    ]
-    kappas = [found["value"] for found in each if found is not None]
+    others = sorted({each for said in pairs.values() if name in said for each in said} - {name})
+    kappas = [found["value"] for other in others if (found := _agreement("cohen", pairs, (name, other), seed)) is not None]
+    twice = [abs(sum(_sides(line))) == 2 for line in own if line.first is not None]  # the same place won in both orders
     return {
         "verdicts": len(own),
         "skipped": sum(line.verdict == "skip" for line in own),
@@ -139,7 +131,7 @@ def _annotator(name: str, gold: Sequence[Row], verdicts: Sequence[Verdict], pair
         "gold": _share(sum(right), len(right)),
         "others": sum(kappas) / len(kappas) if kappas else None,
         "position_bias": position_bias(own),
-        "contradictions": _contradictions(own),
+        "contradictions": _share(sum(twice), len(twice)),
         "seconds": _seconds(own),
     }
 
@@ -174,12 +166,6 @@ def _sides(line: Verdict) -> list[int]:
     return [better * (1 if i == line.order[0] else -1) for i, j, better in line.pairs() if better and {i, j} == ends]
 
 
-def _contradictions(verdicts: Iterable[Verdict]) -> Figures | None:
-    """Of a model: how often the same place won in both orders."""
-    both = [abs(sum(_sides(line))) == 2 for line in verdicts if line.first is not None]
-    return _share(sum(both), len(both))
-
-
 def _length_bias(rows: Sequence[Row], pairs: Pairs, seed: int) -> Figures | None:
     """How often the longer response is the better one, of verdicts that say which is; bootstrap over rows."""
     lengths = {row.number: [len(spoken(each)) for each in row.responses] for row in rows}
@@ -208,7 +194,6 @@ def _cycles(verdicts: Sequence[Verdict], annotators: Sequence[str]) -> Figures:
 
 def _seconds(verdicts: Sequence[Verdict]) -> Figures | None:
     """Time per verdict; the mean is that of a person who left the table too."""
-    took = [line.seconds for line in verdicts]
-    return (
-        {"median": float(np.median(took)), "p90": float(np.quantile(took, 0.9)), "total": round(sum(took), 2)} if took else None
-    )
+    if not (took := [line.seconds for line in verdicts]):
+        return None
+    return {"median": float(np.median(took)), "p90": float(np.quantile(took, 0.9)), "total": round(sum(took), 2)}

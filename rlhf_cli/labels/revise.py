@@ -71,6 +71,7 @@ class Steps:
     def __init__(self, path: Path, records: Sequence[Record]) -> None:
         self._hashes, self._log = [digest(record.prompt) for record in records], MetricsLog(path)
         self.found: dict[tuple[int, int], Step] = {}
+        self.step, self.principles = 0, dict[int, str]()  # what is kept is of this step, and of these principles by row
         for number, line in enumerate(read_metrics(path), 1):
             try:
                 step = Step(**line)
@@ -81,29 +82,18 @@ class Steps:
             self.found[step.row, step.step] = step
         self._log.truncate_after(path.read_bytes().rfind(b"\n") + 1)
 
-    def add(self, row: int, step: int, text: Text, principle: str | None) -> None:
-        line = Step(row, step, text.text, text.ended, principle, self._hashes[row])
-        self._log.append(asdict(line))
-        self.found[row, step] = line
-
-    def close(self) -> None:
-        self._log.close()
-
-
-@dataclass(frozen=True)
-class OneStep:
-    """The texts of one step, by row."""
-
-    steps: Steps
-    step: int
-    principles: Mapping[int, str]
-
     def get(self, key: str) -> Step | None:
-        return self.steps.found.get((int(key), self.step))
+        return self.found.get((int(key), self.step))
 
     def keep(self, key: str, answer: Text) -> None:
         """Write it at once."""
-        self.steps.add(int(key), self.step, answer, self.principles.get(int(key)))
+        row = int(key)
+        line = Step(row, self.step, answer.text, answer.ended, self.principles.get(row), self._hashes[row])
+        self._log.append(asdict(line))
+        self.found[row, self.step] = line
+
+    def close(self) -> None:
+        self._log.close()
 
 
 class Writer(Protocol):
@@ -142,7 +132,8 @@ def revise(
         asked = {str(row): _question(records[row], row, step, here, found) for row in rows if (row, step) not in found}
         if asked:
             drawn = random.Random(f"revise/{seed}/{step}").getrandbits(31)
-            writer.write(asked, drawn, OneStep(steps, step, here))
+            steps.step, steps.principles = step, here
+            writer.write(asked, drawn, steps)
             say(f"{count(len(asked), ('revision', 'critique')[step % 2] if step else 'answer')} written")
         rows = [row for row in rows if (own := found[row, step]).text.strip() and (own.ended or step % 2)]
     return {row: [found[row, step] for step in range(0, last + 1, 2)] for row in rows}
@@ -155,11 +146,9 @@ def _question(
     if not step:
         return record
     texts = {"prompt": prompt_lines(plain_prompt(record.prompt)), "principle": principles[row]}
-    if step % 2:
-        question = with_texts(CRITIQUE, texts | {"response": found[row, step - 1].text})
-    else:
-        question = with_texts(REVISION, texts | {"response": found[row, step - 2].text, "critique": found[row, step - 1].text})
-    return Record(question, (), record.where)
+    before = found[row, step - 1].text
+    told = {"response": before} if step % 2 else {"response": found[row, step - 2].text, "critique": before}
+    return Record(with_texts(CRITIQUE if step % 2 else REVISION, texts | told), (), record.where)
 
 
 @dataclass(frozen=True)

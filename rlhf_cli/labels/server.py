@@ -8,14 +8,13 @@ import secrets
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf_cli.data.records import PlainPrompt, prompt_lines, spoken
+from rlhf_cli.data.records import prompt_lines, spoken
 from rlhf_cli.errors import MachineError, RunError
 from rlhf_cli.labels.verdicts import Judging
 
@@ -38,6 +37,7 @@ class Site(ThreadingHTTPServer):
     """The page of every annotator under a secret path of their own."""
 
     daemon_threads = True
+    page = Path(__file__).with_name("page.html")
 
     def __init__(self, judging: Judging, port: int) -> None:
         self.judging = judging
@@ -62,15 +62,13 @@ class Site(ThreadingHTTPServer):
 
     def state(self, name: str) -> dict[str, Any]:
         """What a page shows. Nothing of it tells who wrote a response, or that a question's answer is known."""
-        shown, total = self.judging.ask(name), len(self.judging.queues[name])
-        question = shown and {
-            "id": shown.id,
-            "prompt": [
-                {"role": turn["role"], "text": prompt_lines([turn]).removeprefix(f"{turn['role']}: ")}
-                for turn in _turns(shown.row.prompt)
-            ],
-            "responses": [spoken(shown.row.responses[at]) for at in shown.order],
-        }
+        shown, total, question = self.judging.ask(name), len(self.judging.queues[name]), None
+        if shown is not None:
+            prompt = shown.row.prompt
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            texts = [(turn["role"], prompt_lines([turn]).removeprefix(f"{turn['role']}: ")) for turn in turns]
+            responses = [spoken(shown.row.responses[at]) for at in shown.order]
+            question = {"id": shown.id, "prompt": [{"role": r, "text": text} for r, text in texts], "responses": responses}
         done = total - len(self.judging.left(name))
         return {"annotator": name, "done": done, "total": total, "finished": name in self.finished, "question": question}
 
@@ -91,15 +89,6 @@ class Site(ThreadingHTTPServer):
         return HTTPStatus.OK
 
 
-def _turns(prompt: PlainPrompt) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-@cache
-def _page() -> str:
-    return Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-
-
 class _Handler(BaseHTTPRequestHandler):
     """One connection. What is not asked for by our own page, from this machine, is refused before anything is read."""
 
@@ -114,7 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND)
         elif action == "":
             nonce = secrets.token_urlsafe(16)
-            self._send(HTTPStatus.OK, "text/html; charset=utf-8", _page().replace("NONCE", nonce), POLICY.format(nonce=nonce))
+            text = self.server.page.read_text(encoding="utf-8").replace("NONCE", nonce)
+            self._send(HTTPStatus.OK, "text/html; charset=utf-8", text, POLICY.format(nonce=nonce))
         elif action == "state":
             self._json(HTTPStatus.OK, self.server.state(name))
         else:
@@ -151,13 +141,11 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             named = None
         ours = named in HERE and origin in (None, f"http://{host}")
-        ours &= self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin") or self._is_link()
+        # A link from elsewhere, as from a mail, that somebody has followed to the page itself is fine.
+        link = self.command == "GET" and self.headers.get("Sec-Fetch-Mode") == "navigate"
+        ours &= link or self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
         token, _, action = urlsplit(self.path).path.removeprefix("/").partition("/")
         return (self.server.annotator(token) if ours else None), action
-
-    def _is_link(self) -> bool:
-        """A link from elsewhere, as from a mail, that somebody has followed to the page itself."""
-        return self.command == "GET" and self.headers.get("Sec-Fetch-Mode") == "navigate"
 
     def _json(self, status: HTTPStatus, body: Mapping[str, Any]) -> None:
         self._send(status, "application/json", json.dumps(body))
@@ -169,13 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: HTTPStatus, kind: str, text: str, policy: str = "default-src 'none'; frame-ancestors 'none'") -> None:
         body = text.encode("utf-8", "replace")
         self.send_response(status)
-        for header, value in {
-            **HEADERS,
-            "Content-Security-Policy": policy,
-            "Content-Type": kind,
-            "Content-Length": len(body),
-        }.items():
-            self.send_header(header, str(value))
+        own = {"Content-Security-Policy": policy, "Content-Type": kind, "Content-Length": str(len(body))}
+        for header, value in (HEADERS | own).items():
+            self.send_header(header, value)
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()

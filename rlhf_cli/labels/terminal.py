@@ -34,7 +34,7 @@ Key = Callable[[], str]
 def judge_in_terminal(judging: Judging, console: Console) -> None:
     """Ask until everything is judged, or somebody stops."""
     out = RichConsole(file=console.out, highlight=False, width=None if console.live else 80)
-    with _keys() as key:
+    with keys() as key:
         for name in iter(lambda: _who(judging, out), None):
             if not _ask(judging, name, out, key):
                 return
@@ -111,7 +111,7 @@ def _verdict(shown: Shown, out: RichConsole, key: Key) -> Any:
 
 
 @contextlib.contextmanager
-def _keys() -> Iterator[Key]:
+def keys() -> Iterator[Key]:
     """From a terminal as they are pressed, without Enter; what sends several characters, like an arrow, is no key."""
     if not sys.stdin.isatty():
         yield lambda: next((each.lower() for each in iter(lambda: sys.stdin.read(1), "") if not each.isspace()), "")

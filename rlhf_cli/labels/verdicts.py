@@ -81,8 +81,7 @@ class Judging:
                 )
         self._log = MetricsLog(log)
         sync_folder(log.parent)
-        whole = log.read_bytes().rfind(b"\n") + 1
-        self._log.truncate_after(whole)  # what a killed process left of a line that nobody took for written
+        self._log.truncate_after(log.read_bytes().rfind(b"\n") + 1)  # the rest is of a line that nobody took for written
         self._lock = threading.Lock()
         self._since = dict.fromkeys(queues, time.monotonic())
         self._open = dict[str, str]()

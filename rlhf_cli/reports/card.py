@@ -15,8 +15,8 @@ def model_card(card: Card, pictures: list[Picture]) -> Section:
     if own.rate:
         blocks += [*_accuracy(card, own.rate), *_calibration(own, own.rate), *pictures]
     else:
-        said = "Set `data.holdout: 0.05` or `data.eval`."
-        blocks.append(Finding("warning", "No pairs were held out: how well it judges is not known.", said))
+        head = "No pairs were held out: how well it judges is not known."
+        blocks.append(Finding("warning", head, "Set `data.holdout: 0.05` or `data.eval`."))
     blocks.append(
         Paragraph(
             f"Scores of {card.score_responses:,} training responses have mean {short(card.score_mean)} and standard deviation "
@@ -24,10 +24,8 @@ def model_card(card: Card, pictures: list[Picture]) -> Section:
         )
     )
     if card.disagreement is not None:
-        said = (
-            f"Its {len(card.members)} members disagree: the deviation of their normalised scores is {short(card.disagreement)}."
-        )
-        blocks.append(Paragraph(said))
+        said = f"Its {len(card.members)} members disagree: the deviation of their normalised scores is "
+        blocks.append(Paragraph(f"{said}{short(card.disagreement)}."))
     return Section("card", "Model card", tuple(blocks))
 
 

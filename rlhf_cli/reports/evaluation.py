@@ -13,7 +13,6 @@ from rlhf_cli.metrics import METRICS, metric
 from rlhf_cli.reports.document import Column, Definitions, Example, Examples, Finding, Items, Paragraph, Response, Section, Table
 from rlhf_cli.reports.findings_evaluation import CHANCE, findings, judge_of, step_of
 from rlhf_cli.reports.plots_evaluation import draw_evaluation
-from rlhf_cli.reports.verdict import in_short
 from rlhf_cli.reports.write import write
 from rlhf_cli.runs.folder import RunFolder
 
@@ -50,7 +49,6 @@ def write_report(folder: RunFolder, result: EvaluationResult, samples: Mapping[s
     found = findings(result) or [Finding("note", "Nothing to compare:", "the tables have all there is.")]
     pictures = draw_evaluation(result)
     sections = (
-        in_short(found, _next(result)),
         Section("findings", "Findings", tuple(found)),
         Section("winrates", "Win rates", (*_win_rates(result), *pictures["winrates"])),
         Section("votes", "Votes", (*_votes(result), *pictures["votes"])),
@@ -63,7 +61,7 @@ def write_report(folder: RunFolder, result: EvaluationResult, samples: Mapping[s
         Section("notes", "Notes", (Items(tuple(result.about.notes)),) if result.about.notes else ()),
         Section("methods", "Methods", tuple(_methods(result))),
     )
-    write(folder, f"{folder.path.resolve().name}: evaluation", _lead(result), sections)
+    write(folder, "evaluation", _lead(result), found, _next(result), sections)
 
 
 def _next(result: EvaluationResult) -> Iterator[str]:

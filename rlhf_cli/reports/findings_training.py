@@ -45,11 +45,7 @@ def _held_out_loss(history: History) -> Iterator[Finding]:
     if len(held_out) == 1:
         yield Finding("note", "", f"Held-out loss was measured once, after step {held_out[0]['step']}: {short(last)}.")
         return
-    moved = (
-        f"from {short(first)} to {short(last)}, {percent((last - first) / abs(first), '+')}"
-        if first
-        else f"from 0 to {short(last)}"
-    )
+    moved = f"from {short(first)} to {short(last)}" + (f", {percent((last - first) / abs(first), '+')}" if first else "")
     if last < first:
         yield Finding("better", "", f"Held-out loss fell {moved}: the model is better on rows it has not seen.")
     else:
@@ -86,18 +82,14 @@ def _preferences(history: History, rows: int) -> Iterator[Finding]:
             yield _displacement((better, worse), logps, margins, where)
     if (logratio := of("margin/logratio")) and (target := of("margin/target")) and target[1] > 0:
         said = f"The mean difference that IPO compares is {short(logratio[1])} on {where} pairs, its target {short(target[1])}"
-        if logratio[1] > target[1]:
-            yield Finding("note", "", f"{said}: {short(logratio[1] - target[1])} beyond it.")
-        else:
-            share = percent(logratio[1] / target[1])
-            yield Finding("note", "", f"{said}: {short(target[1] - logratio[1])} short of it, {share} of the way.")
+        gap, share = short(abs(logratio[1] - target[1])), percent(logratio[1] / target[1])
+        beside = f"{gap} beyond it" if logratio[1] > target[1] else f"{gap} short of it, {share} of the way"
+        yield Finding("note", "", f"{said}: {beside}.")
     elif saturated := of("rewards/saturated"):
         said = f"{percent(saturated[1])} of the {where} pairs are saturated: "
         said += "the loss has less than 5 % of its gradient at equal rewards there."
-        if saturated[1] <= 0.5:
-            yield Finding("note", "", said)
-        else:
-            yield Finding("warning", said, "More steps teach little and move the policy on: train for fewer epochs.")
+        advice = "More steps teach little and move the policy on: train for fewer epochs."
+        yield Finding("warning", said, advice) if saturated[1] > 0.5 else Finding("note", "", said)
 
 
 def _accuracy(share: float, where: str, rows: int) -> Finding:

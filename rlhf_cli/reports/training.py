@@ -17,7 +17,6 @@ from rlhf_cli.reports.findings_online import online_findings
 from rlhf_cli.reports.findings_training import length_findings, training_findings
 from rlhf_cli.reports.plots_training import draw_training
 from rlhf_cli.reports.run_result import Ends, History, RunResult, SplitCounts, TrainingSample, ends, read_run
-from rlhf_cli.reports.verdict import in_short
 from rlhf_cli.reports.write import write
 from rlhf_cli.runs.card import load_lines
 from rlhf_cli.runs.folder import RunFolder
@@ -33,7 +32,6 @@ def write_report(run: RunFolder, manifest: Mapping[str, Any]) -> None:
     learned, card = tuple(_learned(result)), [model_card(result.card, pictures["card"])] if result.card else []
     found = [block for block in (*learned, *(own for section in card for own in section.blocks)) if isinstance(block, Finding)]
     sections = (
-        in_short(found, [TRAINING_STAGES[result.manifest.stage].then.format(run=run.path.as_posix())]),
         Section("learned", "Did it learn?", (*learned, *pictures["learned"])),
         *card,
         Section("samples", "Samples", tuple(_samples(result))),
@@ -42,7 +40,8 @@ def write_report(run: RunFolder, manifest: Mapping[str, Any]) -> None:
         Section("model", "The model", tuple(_model(result))),
         Section("lineage", "Where it comes from", tuple(_lineage(result))),
     )
-    write(run, f"{run.path.resolve().name}: {stage}, {result.manifest.status}", _lead(result), sections)
+    then = [TRAINING_STAGES[result.manifest.stage].then.format(run=run.path.as_posix())]
+    write(run, f"{stage}, {result.manifest.status}", _lead(result), found, then, sections)
 
 
 def _lead(result: RunResult) -> str:

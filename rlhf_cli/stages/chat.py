@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import signal
 import sys
-import termios
-import tty
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +21,7 @@ from rlhf_cli.data.templates import Template
 from rlhf_cli.errors import Stopped, UsageError, prefixed
 from rlhf_cli.figures import count
 from rlhf_cli.files import disk_errors, to_json
+from rlhf_cli.labels.terminal import keys
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer, positions_of, quiet_libraries, resolve_dtype
 from rlhf_cli.models.placement import FrozenModels
@@ -225,24 +223,21 @@ def _interruptible(typed: bool) -> Iterator[Callable[[], bool]]:
 
 def _obey(command: str, choice: str, speakers: Sequence[Speaker], typed: bool) -> str:
     """Do what a command says; what is to be said of it."""
-    if command == "/help":
-        return HELP
+    if command == "/save":
+        return _save(speakers, choice, typed)
     if command == "/reset":
         for speaker in speakers:
             speaker.reset()
         return "a new dialogue begins"
-    if command == "/save":
-        return _save(speakers, choice, typed)
-    return f"{command} is no command; /help lists them. A message that begins with / has a space before it"
+    unknown = f"{command} is no command; /help lists them. A message that begins with / has a space before it"
+    return HELP if command == "/help" else unknown
 
 
 def _save(speakers: Sequence[Speaker], choice: str, typed: bool) -> str:
     """Write the dialogue, or of two models the pair of their last answers, as a row; what became of it."""
     first, last = speakers[0], speakers[-1]
-    if any(
-        not speaker.turns or speaker.turns[-1].role != "assistant" or not speaker.turns[-1].content.strip()
-        for speaker in speakers
-    ):
+    said = [speaker.turns[-1] for speaker in speakers if speaker.turns]
+    if len(said) < len(speakers) or any(turn.role != "assistant" or not turn.content.strip() for turn in said):
         return "nothing is saved: there is no answer yet, or an empty one"
     if len(speakers) == 1:
         return _append(first.settings.save, {"messages": [turn.plain() for turn in first.turns]})
@@ -253,32 +248,21 @@ def _save(speakers: Sequence[Speaker], choice: str, typed: bool) -> str:
     if first.turns[-1] == last.turns[-1]:
         return "nothing is saved: the two answers are the same"
     if not choice and typed:
-        choice = _key("which answer is better? a, b, or t for a tie: ")
+        with keys() as key:
+            print("which answer is better? a, b, or t for a tie: ", end="", flush=True)
+            choice = key()
+        print(clean(choice.strip()))
     if choice not in ("a", "b", "t", "tie"):
         return "nothing is saved: name the better answer, a, b or tie"
     better, worse = (last, first) if choice == "b" else (first, last)
     row: dict[str, Any] = {"prompt": [turn.plain() for turn in first.turns[:-1]]}
     row |= {"chosen": [better.turns[-1].plain()], "rejected": [worse.turns[-1].plain()]}
-    said = _append(first.settings.save, row | ({"probability": 0.5} if choice[0] == "t" else {}))
+    saved = _append(first.settings.save, row | ({"probability": 0.5} if choice[0] == "t" else {}))
     worse.turns = [*better.turns]
-    return f"{said}; both go on from the answer of {better.name}"
+    return f"{saved}; both go on from the answer of {better.name}"
 
 
 def _append(path: Path, row: dict[str, Any]) -> str:
     with disk_errors(path), path.open("ab") as file:
         file.write(to_json(row) + b"\n")
     return f"a row is saved to {path}"
-
-
-def _key(question: str) -> str:
-    """The key that answers a question, without Enter, in small; nothing of one that sends several characters."""
-    terminal = sys.stdin.fileno()
-    before = termios.tcgetattr(terminal)
-    try:
-        tty.setcbreak(terminal, termios.TCSADRAIN)  # what was typed ahead stays
-        print(question, end="", flush=True)
-        pressed = os.read(terminal, 64).decode(errors="replace").lower()
-    finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
-    print(clean(pressed.strip()))
-    return pressed if len(pressed) == 1 else ""

@@ -36,7 +36,7 @@ from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.labels import LabelRecipe, Revise
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import KINDS
-from rlhf_cli.reports.revisions import write_report
+from rlhf_cli.reports.labels import write_revisions
 from rlhf_cli.rollout.judge_terms import LocalModel
 from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import build_manifest
@@ -121,4 +121,4 @@ def _write(
     counts = {"prompts": len(records), "lost": len(records) - len(chains), "sft": len(supervised), "pairs": len(pairs)}
     figures = {**counts, "unchanged": len(chains.keys() - sft - changed), "rounds": drift([*chains.values()], seed)}
     write_json(folder.labels, figures)
-    write_report(folder, figures)
+    write_revisions(folder, figures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf_cli.reports.document import Finding, Items
-from rlhf_cli.reports.verdict import in_short, verdict
+from rlhf_cli.reports.write import in_short, verdict
 
 BETTER = Finding("better", "", "The score rose from 1 to 2.")
 WORSE = Finding("worse", "Worse than base", "(…): b's responses are preferred in 40 %.")
