@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from functools import reduce
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,19 +28,26 @@ class Check(NamedTuple):
     test: Callable[[Any], Iterator[Finding]]  # of the recipe
 
 
-def no_effect(section: Any, prefix: str, names: Sequence[str], why: str) -> Iterator[Finding]:
+def no_effect(recipe: Any, why: str, *keys: str) -> Iterator[Finding]:
     """A finding for each of these keys that has another value than its default, where none has an effect."""
-    kind: type = type(section)
-    keys = keys_of(kind)
-    for name in names:
-        if vars(section)[keys[name].field] != keys[name].default:
-            yield f"{prefix}{name}", f"has no effect {why}"
+    for key in keys:
+        *path, name = key.split(".")
+        section: Any = reduce(lambda own, part: own[int(part)] if part.isdecimal() else vars(own)[part], path, recipe)
+        kind: type = type(section)
+        known = keys_of(kind)[name]
+        if vars(section)[known.field] != known.default:
+            yield key, f"has no effect {why}"
+
+
+def idle(test: Callable[[Any], bool], why: str, *keys: str, beside: Sequence[str]) -> Check:
+    """These keys have no effect on a recipe of which the test, which reads those `beside`, is true."""
+    return Check((*keys, *beside), lambda recipe: no_effect(recipe, why, *keys) if test(recipe) else iter(()))
 
 
 def _length(recipe: TrainingRecipe) -> Iterator[Finding]:
     train = recipe.train
     if train.steps is not None:
-        yield from no_effect(train, "train.", ("epochs",), "beside train.steps. keep one of the two")
+        yield from no_effect(recipe, "beside train.steps. keep one of the two", "train.epochs")
     if train.epochs == 0:
         yield "train.epochs", "expected more than 0, found 0. use --check to train nothing"
 
@@ -56,24 +63,16 @@ def _intervals(recipe: TrainingRecipe) -> Iterator[Finding]:
             yield f"train.{name}", f"{value:g} is neither a share below 1 nor a whole number of steps. write {value:.0f}"
 
 
-def _optimizer(recipe: TrainingRecipe) -> Iterator[Finding]:
-    if recipe.train.optimizer == "sgd":
-        yield from no_effect(recipe.train, "train.", ("betas",), "with optimizer: sgd. remove it")
+def _clipped(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.train.max_grad_norm == 0:
         yield "train.max_grad_norm", "0 would erase every gradient. give a large number to clip nothing"
-
-
-def _held_out(recipe: TrainingRecipe) -> Iterator[Finding]:
-    if recipe.data.eval is not None:
-        yield from no_effect(recipe.data, "data.", ("holdout",), "beside data.eval. keep one of the two")
 
 
 def _evaluation(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.data.eval is not None or recipe.data.holdout:
         return
     if recipe.train.eval_every != 0:
-        why = "without data.eval or data.holdout. set one of them, or remove it"
-        yield from no_effect(recipe.train, "train.", ("eval_every",), why)
+        yield from no_effect(recipe, "without data.eval or data.holdout. set one of them, or remove it", "train.eval_every")
     if recipe.train.keep_best is not None:
         yield "train.keep_best", "needs an evaluation. set data.eval or data.holdout"
 
@@ -87,34 +86,28 @@ def _stop_rules(recipe: TrainingRecipe) -> Iterator[Finding]:
 
 
 def _sources(recipe: TrainingRecipe) -> Iterator[Finding]:
-    yield from _mixture("data.train", recipe.data.train)
+    yield from _mixture(recipe, "data.train", recipe.data.train)
     for index, source in enumerate(recipe.data.eval or []):
-        yield from no_effect(source, f"data.eval.{index}.", ("weight",), "on held-out rows: each counts once. remove it")
-        yield from hub_keys(f"data.eval.{index}", source)
+        yield from no_effect(recipe, "on held-out rows: each counts once. remove it", f"data.eval.{index}.weight")
+        yield from hub_keys(recipe, f"data.eval.{index}", source)
 
 
-def _mixture(key: str, sources: list[Source]) -> Iterator[Finding]:
+def _mixture(recipe: TrainingRecipe, key: str, sources: list[Source]) -> Iterator[Finding]:
     """The sources that an epoch is made of."""
     for index, source in enumerate(sources):
         if source.weight == 0:
             yield f"{key}.{index}.weight", f"0 never draws from {source.path}. remove the source"
         elif len(sources) == 1:
-            yield from no_effect(source, f"{key}.{index}.", ("weight",), "with one source. remove it")
-        yield from hub_keys(f"{key}.{index}", source)
+            yield from no_effect(recipe, "with one source. remove it", f"{key}.{index}.weight")
+        yield from hub_keys(recipe, f"{key}.{index}", source)
 
 
-def hub_keys(key: str, source: Rows) -> Iterator[Finding]:
+def hub_keys(recipe: Recipe, key: str, source: Rows) -> Iterator[Finding]:
     """Of a hub's keys on a local file, or on a folder, which may have splits."""
     if not is_hub_id(source.path):
-        for name, what in {"revision": "revision", "name": "configuration"}.items():
-            yield from no_effect(source, f"{key}.", (name,), f"on a local file, it chooses a hub {what}. remove it")
-        if not Path(source.path).is_dir():
-            yield from no_effect(source, f"{key}.", ("split",), "on a local file, it chooses a split. remove it")
-
-
-def _template(recipe: TrainingRecipe) -> Iterator[Finding]:
-    if recipe.model.chat_template == "none":
-        yield from no_effect(recipe.model, "model.", ("template_options",), "with chat_template: none. remove it")
+        for name, what in {"revision": "a hub revision", "name": "a hub configuration", "split": "a split"}.items():
+            if name != "split" or not Path(source.path).is_dir():
+                yield from no_effect(recipe, f"on a local file, it chooses {what}. remove it", f"{key}.{name}")
 
 
 def _quantised(recipe: TrainingRecipe) -> Iterator[Finding]:
@@ -141,20 +134,17 @@ def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
         level = [f"{kind}/{name}" for name, term in zip(term_names(terms), terms, strict=True) if term.least_responses > 1]
         for key, name, _ in watched:
             if name in level:
-                yield (
-                    key,
-                    f"the mean of {name} is always ½: it compares a prompt's responses with each other. watch another metric",
-                )
+                what = "it compares a prompt's responses with each other. watch another metric"
+                yield key, f"the mean of {name} is always ½: {what}"
 
 
 def _reference(recipe: DirectRecipe) -> Iterator[Finding]:
-    reference = recipe.reference
     if not recipe.objective.reference:
-        if reference.model == "start":  # what `auto` comes to, as recorded recipes have it
-            reference = replace(reference, model="auto")
         why = f"with kind: {recipe.objective.kind}, which needs no reference. remove it"
-        yield from no_effect(reference, "reference.", ("model", "cache"), why)
-    elif reference.model == "previous" and recipe.rollout is None:
+        if recipe.reference.model != "start":  # what `auto` comes to, as recorded recipes have it
+            yield from no_effect(recipe, why, "reference.model")
+        yield from no_effect(recipe, why, "reference.cache")
+    elif recipe.reference.model == "previous" and recipe.rollout is None:
         why = "previous is the policy when responses were last drawn, and without rollout none are. write start, or add rollout"
         yield "reference.model", why
 
@@ -167,7 +157,7 @@ def _balance(recipe: KtoRecipe) -> Iterator[Finding]:
         yield "objective.lambda_d", "0 beside lambda_u: 0 leaves nothing to learn. give one class a weight"
     if objective.lambda_ is not None:
         why = "beside objective.lambda: auto. keep one of the two"
-        yield from no_effect(objective, "objective.", ("lambda_d", "lambda_u"), why)
+        yield from no_effect(recipe, why, "objective.lambda_d", "objective.lambda_u")
 
 
 SECRET = re.compile(r"(?i)(^|_)(token|key|secret|password|passwd|credentials?)(_|$)|^(hf_|sk-|ghp_|glpat-|xox)")
@@ -217,29 +207,24 @@ def _term(key: str, term: Reward) -> Iterator[Finding]:
 
 
 def _reward(recipe: PpoRecipe | DirectRecipe | EvalRecipe) -> Iterator[Finding]:
-    if recipe.reward is not None:
-        yield from _terms("reward", recipe.reward)
-    if recipe.gold is not None:
-        yield from _terms("gold", recipe.gold)
-    for index, term in enumerate(recipe.reward or []):
-        if term.weight == 0:
-            yield f"reward.{index}.weight", "0 leaves the term out of the score. move it to gold, where it is only measured"
-    rollout = recipe.rollout
-    known = (("reward", recipe.reward), ("gold", recipe.gold))
-    for name, terms in known:
-        for index, term in enumerate(terms or []):
-            if rollout is not None and term.least_responses > rollout.responses_per_prompt:
-                why = "compares the responses of a prompt. set rollout.responses_per_prompt to 2 or more, or mode: score"
-                yield f"{name}.{index}.judge.mode", f"pairwise {why}"
+    known = {kind: terms for kind, terms in (("reward", recipe.reward), ("gold", recipe.gold)) if terms is not None}
+    for kind, terms in known.items():
+        yield from _terms(kind, terms)
     asked: dict[str | None, str | None] = {}  # model → endpoint
-    for key, judge in ((f"{name}.{index}", term.judge) for name, terms in known for index, term in enumerate(terms or [])):
+    for kind, index, term in ((kind, index, term) for kind, terms in known.items() for index, term in enumerate(terms)):
+        if kind == "gold":
+            yield from no_effect(recipe, "on a term that is only measured. remove it", f"gold.{index}.weight")
+        elif term.weight == 0:
+            yield f"reward.{index}.weight", "0 leaves the term out of the score. move it to gold, where it is only measured"
+        if recipe.rollout is not None and term.least_responses > recipe.rollout.responses_per_prompt:
+            why = "compares the responses of a prompt. set rollout.responses_per_prompt to 2 or more, or mode: score"
+            yield f"{kind}.{index}.judge.mode", f"pairwise {why}"
+        judge = term.judge
         if judge is not None and judge.endpoint != asked.setdefault(judge.model, judge.endpoint):
             why = "what one says would be taken for what the other says. give it another name on its server"
-            yield f"{key}.judge.model", f"{judge.model} is a judge at {asked[judge.model]} too: {why}"
-    for index, term in enumerate(recipe.gold or []):
-        yield from no_effect(term, f"gold.{index}.", ("weight",), "on a term that is only measured. remove it")
+            yield f"{kind}.{index}.judge.model", f"{judge.model} is a judge at {asked[judge.model]} too: {why}"
     if recipe.reward is not None and len(recipe.reward) == 1:
-        yield from no_effect(recipe, "", ("reward_combine",), "on one term. remove it, or add a term to reward")
+        yield from no_effect(recipe, "on one term. remove it, or add a term to reward", "reward_combine")
 
 
 def _drawn(recipe: TrainingRecipe) -> Iterator[Finding]:
@@ -282,13 +267,13 @@ def _options(recipe: PpoRecipe) -> Iterator[Finding]:
         yield "objective.mean_over", f"{over} does not go with surrogate: cispo, which is a mean over tokens. remove it"
     if cispo and objective.clip_high is not None:
         why = "beside clip_high with surrogate: cispo, which is not clipped below 1. remove it"
-        yield from no_effect(objective, "objective.", ("clip",), why)
+        yield from no_effect(recipe, why, "objective.clip")
 
 
 def _value(recipe: PpoRecipe) -> Iterator[Finding]:
     if not recipe.objective.values:
         why = f"with kind: {recipe.objective.kind}, which learns no value. remove it"
-        yield from no_effect(recipe.value, "value.", ("init", "learning_rate"), why)
+        yield from no_effect(recipe, why, "value.init", "value.learning_rate")
 
 
 def _kl(recipe: PpoRecipe) -> Iterator[Finding]:
@@ -300,17 +285,17 @@ def _kl(recipe: PpoRecipe) -> Iterator[Finding]:
         what = "previous would be the policy that draws: its KL would be 0 and hold nothing. write start, base or a path"
         yield "reference.model", what
     if kl.target is None:
-        yield from no_effect(kl, "kl.", ("horizon",), "without kl.target. set one, or remove it")
+        yield from no_effect(recipe, "without kl.target. set one, or remove it", "kl.horizon")
     if kl.coef == 0:
         why = "with kl.coef: 0, which stays 0 whatever it is multiplied by. give coef a start"
-        yield from no_effect(kl, "kl.", ("target",), why)
-        yield from no_effect(kl, "kl.", ("estimator",), "with kl.coef: 0. remove it, or give coef a weight")
+        yield from no_effect(recipe, why, "kl.target")
+        yield from no_effect(recipe, "with kl.coef: 0. remove it, or give coef a weight", "kl.estimator")
 
 
 def _ptx(recipe: PpoRecipe) -> Iterator[Finding]:
     if recipe.ptx is None:
         return
-    yield from _mixture("ptx.data", recipe.ptx.data)
+    yield from _mixture(recipe, "ptx.data", recipe.ptx.data)
     if recipe.ptx.coef == 0:
         yield "ptx.coef", "0 learns nothing from these rows. give it a weight, or remove ptx"
 
@@ -318,7 +303,7 @@ def _ptx(recipe: PpoRecipe) -> Iterator[Finding]:
 def _online(recipe: DirectRecipe) -> Iterator[Finding]:
     if recipe.rollout is None:
         why = "without rollout. add `rollout: {}` to draw responses, or remove it"
-        yield from no_effect(recipe, "", ("reward", "reward_combine", "gold"), why)
+        yield from no_effect(recipe, why, "reward", "reward_combine", "gold")
         return
     if recipe.rollout.engine == "vllm" and recipe.rollout.min_p and recipe.rollout.top_p < 1:
         yield "rollout.min_p", "vllm would apply it before top_p, which then keeps fewer tokens. keep one of the two"
@@ -326,22 +311,28 @@ def _online(recipe: DirectRecipe) -> Iterator[Finding]:
         yield "rollout", "needs a reward to rank what is drawn. add reward: [{model: …}] or [{function: file.py:name}]"
     if recipe.objective.reference:
         why = "with rollout: responses are new, so nothing can be kept. remove it"
-        yield from no_effect(recipe.reference, "reference.", ("cache",), why)
+        yield from no_effect(recipe, why, "reference.cache")
 
 
 TRAINING = (
     ENV,
     Check(("train.steps", "train.epochs"), _length),
     Check(("train.eval_every", "train.save_every", "train.warmup"), _intervals),
-    Check(("train.optimizer", "train.betas", "train.max_grad_norm"), _optimizer),
-    Check(("data.eval", "data.holdout"), _held_out),
+    idle(lambda it: it.train.optimizer == "sgd", "with optimizer: sgd. remove it", "train.betas", beside=("train.optimizer",)),
+    Check(("train.max_grad_norm",), _clipped),
+    idle(lambda it: it.data.eval is not None, "beside data.eval. keep one of the two", "data.holdout", beside=("data.eval",)),
     Check(("data.eval", "data.holdout", "train.eval_every", "train.keep_best"), _evaluation),
     Check(("train.stop_if",), _stop_rules),
     Check(("train.stop_if", "train.keep_best", "objective.kind", "rollout", "reward", "gold", "ptx"), _watched),
     Check(("data.train", "data.eval"), _sources),
     Check(("model.quantize", "lora"), _quantised),
     Check(("objective", "lora"), _members),
-    Check(("model.chat_template", "model.template_options"), _template),
+    idle(
+        lambda it: it.model.chat_template == "none",
+        "with chat_template: none. remove it",
+        "model.template_options",
+        beside=("model.chat_template",),
+    ),
     Check(("data.overlong", "data.max_length", "rollout"), _drawn),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from rlhf_cli.recipe.checks import ENV, REWARD, Check, Finding, hub_keys, no_effect
+from rlhf_cli.recipe.checks import ENV, REWARD, Check, Finding, hub_keys, idle, no_effect
 from rlhf_cli.recipe.recipes import EvalRecipe, is_pattern
 from rlhf_cli.recipe.rewards import check_judge, check_match, term_names
 from rlhf_cli.sections import Judge
@@ -18,7 +18,7 @@ def _rows(recipe: EvalRecipe) -> Iterator[Finding]:
         yield "prompts", "there is nothing to evaluate on. name prompts, preferences or text"
     for name, sources in sections.items():
         for index, source in enumerate(sources or ()):
-            yield from hub_keys(f"{name}.{index}", source)
+            yield from hub_keys(recipe, f"{name}.{index}", source)
             for key in ("holdout", "holdout_seed"):
                 if sources and vars(source)[key] != vars(sources[0])[key]:
                     yield f"{name}.{index}.{key}", f"all sources of a list are split alike. give each the same {key}"
@@ -49,15 +49,12 @@ def _known(key: str, name: str, recipe: EvalRecipe) -> Iterator[Finding]:
 def _drawn_or_compared(recipe: EvalRecipe) -> Iterator[Finding]:
     """What has no effect where nothing is drawn, compared or scored."""
     if recipe.reward is None:
-        why = "without reward. add one, or remove it"
-        yield from no_effect(recipe, "", ("reward_combine",), why)
-        yield from no_effect(recipe.rollout, "rollout.", ("missing_eos_penalty",), why)
+        yield from no_effect(recipe, "without reward. add one, or remove it", "reward_combine", "rollout.missing_eos_penalty")
     if recipe.prompts is None:
         drawn = ("rollout", "winrate", "best_of_n", "vote", "compare_at_kl", "dump_pairs")
-        yield from no_effect(recipe, "", drawn, "without prompts. name some, or remove it")
+        yield from no_effect(recipe, "without prompts. name some, or remove it", *drawn)
         if recipe.preferences is None:
-            why = "without prompts or preferences. name some, or remove it"
-            yield from no_effect(recipe, "", ("reference", "reward", "gold"), why)
+            yield from no_effect(recipe, "without prompts or preferences. name some, or remove it", "reference", "reward", "gold")
     elif recipe.rollout.max_new_tokens >= recipe.max_length:
         what = f"leaves no room for a prompt in max_length ({recipe.max_length}). lower it, or raise max_length"
         yield "rollout.max_new_tokens", what
@@ -83,16 +80,12 @@ def _judge(judge: str | Judge, recipe: EvalRecipe) -> Iterator[Finding]:
             yield f"{key}.mode", "score compares nothing. remove it, or make the judge a term of the reward and name that"
         return
     rewards, golds = map(term_names, recipe.terms)
-    asked = [
-        term
-        for role, names, terms in zip(("reward", "gold"), (rewards, golds), recipe.terms, strict=True)
-        for name, term in zip(names, terms, strict=True)
-        if judge in (role, name)
-    ]
-    if any(term.least_responses > 1 for term in asked):
+    whole = {"reward": rewards, "gold": golds}
+    terms = zip(whole, whole.values(), recipe.terms, strict=True)
+    named = [(role, *each) for role, names, own in terms for each in zip(names, own, strict=True)]
+    if any(term.least_responses > 1 for role, name, term in named if judge in (role, name)):
         what = "compares the responses of one model with each other (mode: pairwise), so that every model has ½. "
         yield key, f"{judge} {what}name that judge here, {{endpoint: …}} or {{path: …}}, or set its mode: score"
-    whole = {"reward": rewards, "gold": golds}
     if judge in whole:
         if not whole[judge]:
             yield key, f"there is no {judge} in this recipe. add {judge}: [{{model: …}}] or [{{function: file.py:name}}]"
@@ -170,15 +163,15 @@ def _implicit(recipe: EvalRecipe) -> Iterator[Finding]:
         yield "beta", "scales implicit rewards, which need preferences and a reference. name both, or remove it"
 
 
-def _template(recipe: EvalRecipe) -> Iterator[Finding]:
-    if recipe.chat_template == "none":
-        yield from no_effect(recipe, "", ("template_options",), "with chat_template: none. remove it")
-
-
 EVALUATION = (
     ENV,
     Check(("models", "reference"), _models),
-    Check(("chat_template", "template_options"), _template),
+    idle(
+        lambda it: it.chat_template == "none",
+        "with chat_template: none. remove it",
+        "template_options",
+        beside=("chat_template",),
+    ),
     Check(("prompts", "preferences", "text"), _rows),
     Check(
         (

@@ -24,19 +24,19 @@ def _revised(recipe: LabelRecipe, revise: Revise) -> Iterator[Finding]:
         yield "revise", "nobody writes. name a model, or an endpoint"
     if recipe.prompts is None:
         yield "prompts", "there is nothing to answer. name some"
-    loading = LOADING if local else ()
-    names = [name for name in ("rows", "models", "samples", "judge", "select", *READING) if name not in loading]
-    yield from no_effect(recipe, "", names, "beside revise. remove it")
+    names = [own for own in ("rows", "models", "samples", "judge", "select", *READING) if not (local and own in LOADING)]
+    yield from no_effect(recipe, "beside revise. remove it", *names)
     drawn = ["missing_eos_penalty", "responses_per_prompt", *([] if local else ["top_k", "min_p", "repetition_penalty"])]
-    yield from no_effect(recipe.rollout, "rollout.", drawn, f"on {'a revision' if local else 'an endpoint'}. remove it")
+    where = f"on {'a revision' if local else 'an endpoint'}. remove it"
+    yield from no_effect(recipe, where, *(f"rollout.{name}" for name in drawn))
     if local:
-        yield from no_effect(revise, "revise.", ("timeout", "retries", "parallel"), "on a local model. remove it")
+        yield from no_effect(recipe, "on a local model. remove it", "revise.timeout", "revise.retries", "revise.parallel")
 
 
 def _sources(recipe: LabelRecipe) -> Iterator[Finding]:
     for name, sources in {"rows": recipe.rows, "prompts": recipe.prompts, "judge.people.gold": recipe.judge.people.gold}.items():
         for index, source in enumerate(sources or ()):
-            yield from hub_keys(f"{name}.{index}", source)
+            yield from hub_keys(recipe, f"{name}.{index}", source)
     if recipe.revise is not None:
         yield from _revised(recipe, recipe.revise)
         return
@@ -45,15 +45,15 @@ def _sources(recipe: LabelRecipe) -> Iterator[Finding]:
         found = " and ".join(given) or "none"
         yield given[1] if given else "rows", f"expected one of rows, models and samples, found {found}. give one"
     elif not recipe.models:
-        why = "without models, which it is for. remove it"
         loading = (*LOADING, "tokens_per_device") if recipe.judge.path or (recipe.select and recipe.select.ensemble) else ()
-        yield from no_effect(recipe, "", [name for name in ("prompts", "rollout", *READING) if name not in loading], why)
+        names = [name for name in ("prompts", "rollout", *READING) if name not in loading]
+        yield from no_effect(recipe, "without models, which it is for. remove it", *names)
     elif recipe.prompts is None:
         yield "prompts", "there is nothing that the models could respond to. name some"
 
 
 def _drawn(recipe: LabelRecipe) -> Iterator[Finding]:
-    yield from no_effect(recipe.rollout, "rollout.", ("missing_eos_penalty",), "without a reward. remove it")
+    yield from no_effect(recipe, "without a reward. remove it", "rollout.missing_eos_penalty")
     several = len(recipe.models) > 1 or any(map(is_pattern, recipe.models.values()))
     if recipe.models and recipe.rollout.responses_per_prompt < 2 and not several:
         yield "rollout.responses_per_prompt", "one response to a prompt cannot be compared. set it to 2 or more, or add a model"
@@ -64,23 +64,23 @@ def _model(recipe: LabelRecipe) -> Iterator[Finding]:
     if judge.asks_model:
         if wrong := check_judge(judge):
             yield "judge", wrong
-        yield from no_effect(judge, "judge.", ("people",), "where a model judges. remove it, or the model")
+        yield from no_effect(recipe, "where a model judges. remove it, or the model", "judge.people")
         if judge.mode == "score":
             yield "judge.mode", "score compares nothing. remove it"
         return
-    usual = dataclasses.fields(Judge)
-    yield from no_effect(judge, "judge.", [own.name for own in usual], "without endpoint or path. name one, or remove it")
+    names = [f"judge.{own.name}" for own in dataclasses.fields(Judge)]
+    yield from no_effect(recipe, "without endpoint or path. name one, or remove it", *names)
 
 
 def _select(recipe: LabelRecipe) -> Iterator[Finding]:
     if (select := recipe.select) is None:
         return
     if select.by == "random":
-        yield from no_effect(select, "select.", ("ensemble",), "with by: random. remove it")
+        yield from no_effect(recipe, "with by: random. remove it", "select.ensemble")
     elif not select.ensemble:
         yield "select.ensemble", f"{select.by} is that of reward models. name train-rm runs, or one with members"
     if select.by != "optimism":
-        yield from no_effect(select, "select.", ("k",), f"with by: {select.by}. remove it")
+        yield from no_effect(recipe, f"with by: {select.by}. remove it", "select.k")
     if recipe.judge.people.ranking == "all":
         yield "select", "chooses pairs, and judge.people.ranking: all asks about whole rows. remove one of the two"
 
@@ -95,7 +95,7 @@ def _people(recipe: LabelRecipe) -> Iterator[Finding]:
         if not re.fullmatch(r"[\w.@-]{1,40}", name):
             yield f"{key}.annotators", f"'{name}' is no name: one word of letters, digits and . @ _ -. give another one"
     if len(people.annotators) == 1:
-        yield from no_effect(people, f"{key}.", ("overlap",), "where one annotator sees every row. remove it")
+        yield from no_effect(recipe, "where one annotator sees every row. remove it", f"{key}.overlap")
 
 
 LABELS = (

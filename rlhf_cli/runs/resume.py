@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.files import read_json, write_atomic, write_json
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.dump import differences, dump_recipe, refuse_changes
-from rlhf_cli.runs.folder import RunFolder
+from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import read_manifest
 
 CODE, CHANGED = "code", "changed code"
@@ -24,6 +25,17 @@ INPUTS = "inputs.json"
 def record_inputs(run: RunFolder, recipe: recipes.Recipe, stage: str, inputs: dict[str, Any]) -> None:
     write_atomic(run.recipe, dump_recipe(recipe, stage))
     write_json(run.path / INPUTS, inputs)
+
+
+@contextmanager
+def opened(recipe: recipes.Recipe, stage: str, inputs: dict[str, Any], *, resume: bool, force: bool) -> Iterator[RunFolder]:
+    """The locked folder of a run of one process, with the recipe and the inputs recorded in it."""
+    with open_run(Path(recipe.output), resume=resume, force=force) as run:
+        if resume:
+            refuse_other_inputs(run, recipe, inputs)
+        run.manifest.unlink(missing_ok=True)
+        record_inputs(run, recipe, stage, inputs)
+        yield run
 
 
 def changed_code(run: RunFolder, code: Mapping[str, str]) -> list[dict[str, str]]:

@@ -33,9 +33,9 @@ from rlhf_cli.recipe.labels import LabelRecipe
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import KINDS
 from rlhf_cli.reports.labels import write_report
-from rlhf_cli.runs.folder import RunFolder, open_run, read_metrics
+from rlhf_cli.runs.folder import RunFolder, read_metrics
 from rlhf_cli.runs.manifest import build_manifest
-from rlhf_cli.runs.resume import record_inputs, refuse_other_inputs
+from rlhf_cli.runs.resume import opened
 from rlhf_cli.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -80,43 +80,36 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool, terminal: boo
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError("rlhf label runs in one process. start it without a launcher")
     if recipe.revise is not None:
-        from rlhf_cli.stages.revise import revise_prompts
+        from rlhf_cli.stages.label_models import revise_prompts
 
         signals.say("; what was written is kept, continue with --resume")
         inputs = dict[str, str]()
         records = _prompts(loaded, recipe.prompts or [], inputs)
-        revise_prompts(loaded, recipe, recipe.revise, records, inputs, check=check, resume=resume, force=force)
-        return
+        return revise_prompts(loaded, recipe, recipe.revise, records, inputs, check=check, resume=resume, force=force)
     job = _prepare(loaded, recipe, check=check, resume=resume, force=force)
     if check:
-        job.console.say("the recipe and the rows are fine; nobody was asked")
-        return
-    with open_run(Path(job.recipe.output), resume=resume, force=force) as folder:
-        if resume:
-            refuse_other_inputs(folder, job.recipe, job.inputs)
-        folder.manifest.unlink(missing_ok=True)
-        record_inputs(folder, job.recipe, loaded.stage, job.inputs)
+        return job.console.say("the recipe and the rows are fine; nobody was asked")
+    with opened(recipe, loaded.stage, job.inputs, resume=resume, force=force) as folder:
         if job.drawing is not None:
             from rlhf_cli.evaluation.measure import measure_models
 
-            samples = measure_models(job.drawing, folder).samples
+            measured = measure_models(job.drawing, folder).samples
             signals.install()
-            job.rows = _rows_of(
-                [each for own in samples.values() for row in own.own for each in row], job.console, loaded.named("models")
-            )
+            samples = [each for own in measured.values() for row in own.own for each in row]
+            job.rows = _rows_of(samples, job.console, loaded.named("models"))
         if recipe.select is not None and job.models is not None:
             job.rows = job.models.selected(job.rows, recipe.select, folder, job.console)
         who, they = ("the model", "it") if recipe.judge.asks_model else ("people", "they")
         signals.say(f"while {who} judged; what {they} said is kept, continue with --resume")
-        people = job.recipe.judge.people
-        asked = queues(job.rows, job.gold, job.annotators, people.overlap, people.ranking, job.recipe.seed)
-        judging = Judging(asked, folder.verdicts)
-        early = None
+        people = recipe.judge.people
+        asked = queues(job.rows, job.gold, job.annotators, people.overlap, people.ranking, recipe.seed)
+        judging, early = Judging(asked, folder.verdicts), None
         if recipe.judge.asks_model and job.models is not None:
             job.models.judge(judging, job.annotators[0], folder, job.console)
         else:
             early = _judged_by_people(judging, job.console, terminal, port)
         _conclude(job, folder, judging, early)
+    return None
 
 
 def _judged_by_people(judging: Judging, console: Console, terminal: bool, port: int) -> Stopped | None:
@@ -146,9 +139,8 @@ def _conclude(job: Job, folder: RunFolder, judging: Judging, early: Stopped | No
     figures = measure(job.rows, job.gold, verdicts, job.annotators, job.recipe.seed)
     write_json(folder.labels, figures)
     write_report(folder, figures, left)
-    job.console.say(
-        f"{folder.preferences}: {count(len(kept), 'row')} of {count(len(verdicts), 'verdict')}; report: {folder.page}"
-    )
+    said = f"{count(len(kept), 'row')} of {count(len(verdicts), 'verdict')}"
+    job.console.say(f"{folder.preferences}: {said}; report: {folder.page}")
     if not left:
         own: dict[str, Any] = {"verdicts": len(verdicts), "seconds": round(time.monotonic() - job.started, 3)}
         own["parents"] = [dataclasses.asdict(parent) for parent in job.models.parents] if job.models else []

@@ -17,13 +17,13 @@ import yaml
 from rlhf_cli.judges import asking
 from rlhf_cli.judges.judge import compare
 from rlhf_cli.judges.question import Question
-from rlhf_cli.labels import models
 from rlhf_cli.labels.figures import position_bias
 from rlhf_cli.labels.verdicts import Verdict
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.rollout.judge_terms import LocalModel
 from rlhf_cli.sections import Judge
 from rlhf_cli.sections import Model as Weights
+from rlhf_cli.stages import label_models as models
 from tests.judges.server import Behaviour, Model, Reply, Serve, always, error, longer, responses, said, serve
 from tests.tiny import make_base, read_lines, rlhf
 
