@@ -132,6 +132,8 @@ class Card:
     constant: float = 0.5  # accuracy of a score that is the same for all: every pair a tie
     members: list[Member] = field(default_factory=list)  # of an ensemble, whose mean the rest is about
     disagreement: float | None = None  # mean over held-out responses of the deviation of their normalised scores
+    cyclic: int = 0  # of a model that compares: triples of a prompt's responses that go in a circle
+    triples: int | None = None  # of all these, held-out ones where there are some; None: the model gives scores
 
     def to_json(self) -> dict[str, Any]:
         """Figures of pairs are null where nothing was held out."""

@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_cli.data.records import Prompt, Record, spoken
 from rlhf_cli.evaluation.eval_json import Concord, Share
 from rlhf_cli.evaluation.intervals import wilson
-from rlhf_cli.evaluation.preference import NO_SUBSET, observations
+from rlhf_cli.evaluation.preference import NO_SUBSET, observations, over
 from rlhf_cli.objectives.preference import ordered_pairs
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ ANNOTATOR = "annotator"  # the column that names one
 
 
 def verdicts(trees: Sequence[Tree], records: Sequence[Record], scores: Iterable[np.ndarray]) -> Verdicts:
-    """By scores (K,) of every tree's responses, in their order; of a pair that several rows have the mean."""
+    """By scores of every tree's responses, in their order; of a pair that several rows have the mean."""
     found = defaultdict[tuple[Prompt, str, str], list[float]](list)
     for tree, own in zip(trees, scores, strict=True):
         record = records[tree.row]
@@ -34,7 +34,7 @@ def verdicts(trees: Sequence[Tree], records: Sequence[Record], scores: Iterable[
         for i, j in ordered_pairs(len(texts), tree.facts):
             if tree.facts.better and texts[i] != texts[j]:
                 one, other = (i, j) if texts[i] < texts[j] else (j, i)
-                found[record.prompt, texts[one], texts[other]].append((1 + float(np.sign(own[one] - own[other]))) / 2)
+                found[record.prompt, texts[one], texts[other]].append((1 + float(np.sign(over(own, one, other)))) / 2)
     return {pair: sum(own) / len(own) for pair, own in found.items()}
 
 

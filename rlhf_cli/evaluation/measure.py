@@ -108,8 +108,8 @@ def _judge(
     rows = job.rows_of("preferences", model)
     if model.is_reward_model:
         kind, who, beta = "reward model", model.name, None
-        members = [score_responses(backbone, EVALUATED, rows.trees, job.budget, job.ranks), *_other_members(job, model, frozen)]
-        scores = mean_of_members(members, recorded_scales(model.start))
+        first = score_responses(backbone, EVALUATED, rows.trees, job.budget, job.ranks, model.start.tau)
+        scores = mean_of_members([first, *_other_members(job, model, frozen)], recorded_scales(model.start))
     else:
         kind, who, beta = "policy", f"{model.name} or {job.recipe.reference}", model.beta
         own = _response_logps(job, backbone, "policy", rows.trees)

@@ -12,6 +12,7 @@ from rlhf_cli.errors import NumberError
 from rlhf_cli.evaluation.agreement import Agreement, Bin, Card, Histogram, LengthBaseline, Rate, beats_length
 from rlhf_cli.evaluation.intervals import NORMAL_95, student, wilson
 from rlhf_cli.figures import Interval
+from rlhf_cli.models.heads import pair_scores
 from rlhf_cli.objectives.preference import ordered_pairs
 
 if TYPE_CHECKING:
@@ -30,14 +31,20 @@ class Margins(NamedTuple):
     prompt: np.ndarray  # (P,) int64: the same for all pairs of one prompt, in whatever rows they stand
 
 
+def over(own: Sequence[float] | np.ndarray, one: int, other: int) -> float:
+    """By how much one response has more than another: the difference of (K,) numbers, or an entry of (K, K) of pairs."""
+    table = np.asarray(own)
+    return float(table[one, other] if table.ndim == 2 else table[one] - table[other])
+
+
 def margins(trees: Sequence[Tree], figures: Iterable[Sequence[float] | np.ndarray]) -> Margins:
-    """All ordered pairs of `trees`; `figures` has one number per response of every tree, in the order of its responses.
+    """All ordered pairs of `trees`; `figures` are of every tree's responses, in their order, as `over` takes them.
 
     The better one of two responses is the one that the data's probability speaks for. Even odds are no pair.
     """
     prompts: dict[bytes, int] = {}
     found = [
-        (sign * (float(own[better]) - float(own[worse])), number, prompts.setdefault(tree.prompt.tobytes(), len(prompts)))
+        (sign * over(own, better, worse), number, prompts.setdefault(tree.prompt.tobytes(), len(prompts)))
         for number, (tree, own) in enumerate(zip(trees, figures, strict=True))
         if (sign := tree.facts.better)
         for better, worse in ordered_pairs(len(tree.responses), tree.facts)
@@ -169,7 +176,7 @@ def length_baseline(pairs: Margins, held_out: Sequence[Tree], training: Sequence
 def agreement(
     kind: str, scores: Sequence[np.ndarray], trees: Sequence[Tree], training: Sequence[Tree], beta: float | None = None
 ) -> Agreement:
-    """How well the scores (K,) of every tree's responses, in their order, agree with the preferences of the data.
+    """How well the scores of every tree's responses, as `over` takes them, agree with the preferences of the data.
 
     `training`: trees that decide whether the length baseline prefers longer or shorter responses; without any, longer ones.
     """
@@ -202,9 +209,9 @@ def reward_card(
 ) -> Card:
     """The card of a reward model.
 
-    `scores`: (K,) of every held-out tree, in the order of its responses. `locations`: file and line of each held-out tree.
-    `training`: the trees it was trained on, for the length baseline. `training_scores`: (K,) of some of them, at least one,
-    for mean and standard deviation.
+    `scores`: of every held-out tree, as `over` takes them. `locations`: file and line of each held-out tree. `training`: the
+    trees it was trained on, for the length baseline. `training_scores`: of some of them, at least one, for mean and standard
+    deviation.
 
     NumberError: a score is not finite.
     """
@@ -212,7 +219,7 @@ def reward_card(
     check_finite(scores, locations, remedy)
     check_finite(training_scores, [f"training tree {number}" for number in range(len(training_scores))], remedy)
     agreed = agreement("reward model", scores, held_out, training)
-    spread = np.concatenate(training_scores).astype(np.float64)
+    spread = np.concatenate([own.ravel() for own in training_scores]).astype(np.float64)
     return Card(
         agreement=agreed,
         score_mean=float(spread.mean()),
@@ -222,9 +229,26 @@ def reward_card(
     )
 
 
+def circles(trees: Sequence[Tree], vectors: Sequence[np.ndarray], tau: float) -> tuple[int, int]:
+    """How many triples of a prompt's different responses a general preference model puts in a circle, and how many there are.
+
+    `vectors`: (K, W) of every tree's responses; the responses of a prompt may stand in several rows.
+    """
+    prompts: dict[bytes, dict[bytes, np.ndarray]] = {}
+    for tree, own in zip(trees, vectors, strict=True):
+        known = prompts.setdefault(tree.prompt.tobytes(), {})
+        known |= {ids.tobytes(): vector for ids, vector in zip(tree.responses, own, strict=True)}
+    cyclic = triples = 0
+    for known in prompts.values():
+        v = np.stack([*known.values()])
+        beats = (pair_scores(v[:, None], v[None], tau) > 0).astype(np.int64)
+        cyclic, triples = cyclic + int(np.trace(beats @ beats @ beats)) // 3, triples + math.comb(len(v), 3)
+    return cyclic, triples
+
+
 def check_finite(scores: Sequence[np.ndarray], locations: Sequence[str], remedy: str) -> None:
     """NumberError with the place of the first response, (K,) of every tree, whose score is NaN or infinite."""
     for own, where in zip(scores, locations, strict=True):
         if not np.isfinite(own).all():
-            number = int(np.flatnonzero(~np.isfinite(own))[0])
+            number = int(np.argwhere(~np.isfinite(own))[0, 0])
             raise NumberError(f"{where}: the score of response {number + 1} is {own[number]}\n{remedy}")

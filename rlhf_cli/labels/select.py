@@ -20,7 +20,7 @@ from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe.labels import Select
 from rlhf_cli.recipe.stages import TRAINING_STAGES
-from rlhf_cli.rollout.reward_models import RewardModel, centred_scores
+from rlhf_cli.rollout.reward_models import RewardModel, RewardModelScorer, centred_scores
 from rlhf_cli.rollout.rewards import Answers, PolicyText
 from rlhf_cli.runs.parents import recorded_template, resolve_start
 from rlhf_cli.sections import Reward
@@ -111,6 +111,8 @@ def find_ensemble(paths: Sequence[str], place: str, *, trust_remote_code: bool, 
     template = recorded_template(start, tokenizer, paths[0], f"{place}.0")
     text = PolicyText(tokenizer, template, trust_remote_code, check)
     found = [RewardModel.find(Reward(model=path), path, f"{place}.{at}", text) for at, path in enumerate(paths)]
+    if comparing := [model.name for model in found if model.compares]:
+        raise UsageError(f"{place}: {comparing[0]} compares two responses, and has no scores that could disagree. name others")
     if sum(len(model.members) for model in found) < 2:
         raise UsageError(f"{place}: {paths[0]} is one reward model, and nobody disagrees. name several, or a run with members")
     return found
@@ -121,7 +123,8 @@ def ensemble_scores(ensemble: Sequence[RewardModel], rows: Sequence[Row], models
 
     UsageError: a model cannot read a response.
     """
-    scorers = [model.load(models, f"member{at}", budget) for at, model in enumerate(ensemble)]
+    loaded = (model.load(models, f"member{at}", budget) for at, model in enumerate(ensemble))
+    scorers = [scorer for scorer in loaded if isinstance(scorer, RewardModelScorer)]  # no others were found
     records = [_record(row) for row in rows]
     first = ensemble[0]
     encoded = encode(records, first.tokenizer, first.template, AS_DRAWN, responses="all", cache=None)

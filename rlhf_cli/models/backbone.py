@@ -106,15 +106,18 @@ class Backbone(Body):
         self.trained[role] |= {name for name, _ in self.model.named_parameters() if name not in unused}
         self.activate(role)
 
-    def add_head(self, role: str, weight: torch.Tensor | None, bias: float | None = None, *, trained: bool = True) -> None:
-        """Give `role` a scalar head in float32: `weight` (1, D), or small random numbers; without bias where `bias` is None.
+    def add_head(
+        self, role: str, weight: torch.Tensor | None, bias: float | None = None, *, trained: bool = True, labels: int = 1
+    ) -> None:
+        """Give `role` a head in float32: `weight`, or small random numbers (labels, D); without bias where `bias` is None.
 
         Their standard deviation is 1/√(D + 1) (Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B).
         """
         width = self.model.get_output_embeddings().weight.shape[1]  # some models narrow their last states
-        head = torch.nn.Linear(width, 1, bias=bias is not None, device=self.device, dtype=torch.float32)
+        weight = torch.randn(labels, width) * (width + 1) ** -0.5 if weight is None else weight
+        head = torch.nn.Linear(width, len(weight), bias=bias is not None, device=self.device, dtype=torch.float32)
         with torch.no_grad():
-            head.weight.copy_(torch.randn(1, width) * (width + 1) ** -0.5 if weight is None else weight)
+            head.weight.copy_(weight)
             if bias is not None:
                 head.bias.fill_(bias)
         self.heads[role] = head.requires_grad_(trained)
@@ -232,19 +235,23 @@ class Backbone(Body):
 
     def scores(self, role: str, batch: Batch) -> torch.Tensor:
         """The role's scalar head at the last token of every response of the pass, (M,) float32."""
-        return self._scalars(role, batch, "last")
+        return self.vectors(role, batch)[:, 0]
+
+    def vectors(self, role: str, batch: Batch) -> torch.Tensor:
+        """All numbers of the role's head there, (M, labels) float32."""
+        return self._head_at(role, batch, "last")
 
     def values(self, role: str, batch: Batch) -> torch.Tensor:
         """The role's scalar head at the state before every supervised token, (N,) float32."""
-        return self._scalars(role, batch, "source")
+        return self._head_at(role, batch, "source")[:, 0]
 
-    def _scalars(self, role: str, batch: Batch, places: Literal["last", "source"]) -> torch.Tensor:
+    def _head_at(self, role: str, batch: Batch, places: Literal["last", "source"]) -> torch.Tensor:
         host = self.at(role)
         host.activate(role)
         batch = batch.to(host.device)
         states = host.run(host.hidden, role, batch)[getattr(batch, places)].float()
         with torch.autocast(self.device.type, enabled=False):
-            found: torch.Tensor = host.heads[role](states)[:, 0]
+            found: torch.Tensor = host.heads[role](states)
         return found.to(self.home)
 
     def load(self, role: str, folder: Path) -> None:

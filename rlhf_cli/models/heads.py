@@ -1,17 +1,19 @@
-"""Scalar heads: how a reward model is written so that plain transformers and PEFT read it as a sequence classifier."""
+"""Heads of reward models: how they are written so that plain transformers and PEFT read a sequence classifier; pair scores."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from rlhf_cli.errors import UsageError
 
+Vectors = TypeVar("Vectors", np.ndarray, torch.Tensor)
 SCORE = "score.weight"  # the name of the head's weight in transformers' sequence classifiers
 
 
@@ -33,12 +35,12 @@ def choose_pad_id(tokenizer: Any, ends: list[int]) -> int | None:
 def save_full_reward(
     model: Any, head: torch.Tensor, pad_id: int | None, folder: Path, held: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write a causal language model's body and a head as a sequence classifier with one label.
+    """Write a causal language model's body and a head (labels, D) as a sequence classifier.
 
     `held`: the weights, where the model's own are in shards.
     """
     config = copy.deepcopy(model.config)
-    config.num_labels, config.pad_token_id = 1, pad_id
+    config.num_labels, config.pad_token_id = len(head), pad_id
     unused = {id(p) for p in model.get_output_embeddings().parameters()} if not config.tie_word_embeddings else set()
     state = {
         name: held[name] if held else p.detach() for name, p in model.state_dict(keep_vars=True).items() if id(p) not in unused
@@ -49,3 +51,13 @@ def save_full_reward(
     if lost := [name for name, p in classifier.state_dict(keep_vars=True).items() if p.is_meta]:
         raise UsageError(f"the reward model cannot be written as {type(classifier).__name__}: {lost[0]} has no value")
     classifier.save_pretrained(str(folder))
+
+
+def pair_scores(first: Vectors, second: Vectors, tau: float) -> Vectors:
+    """s(y ≻ y') = (R u)ᵀu'/τ, (…) of (…, W) and (…, W): u = v/|v|, R of blocks [[0, −1], [1, 0]]; P(y ≻ y') = σ(s).
+
+    s(y ≻ y') is −s(y' ≻ y), and s(y ≻ y) is 0, to the bit: both orders multiply and add the same numbers.
+    """
+    u, other = (v / (v * v).sum(-1)[..., None] ** 0.5 for v in (first, second))
+    found: Vectors = (u[..., ::2] * other[..., 1::2] - u[..., 1::2] * other[..., ::2]).sum(-1) / tau
+    return found

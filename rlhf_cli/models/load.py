@@ -23,6 +23,7 @@ from rlhf_cli.models.heads import SCORE
 from rlhf_cli.models.memory import is_out_of_memory
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence in configurations
+GENERAL = "general_preference.json"  # beside the weights of a model that compares, whose head gives vectors: {"tau"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ON_CPU = "run on the CPU (ACCELERATE_USE_CPU=1)"
 
@@ -37,8 +38,14 @@ class Weights:
 
     @property
     def head(self) -> torch.Tensor:
-        """A reward model's scalar head (1, D). Raises UsageError if there is none."""
+        """A reward model's head (labels, D). Raises UsageError if there is none."""
         return read_head(self.adapter or model_folder(self.base, self.revision))
+
+    @property
+    def tau(self) -> float | None:
+        """τ of a general preference model, whose head gives vectors and no scores; None: it is none."""
+        file = (self.adapter or model_folder(self.base, self.revision, weights=False)) / GENERAL
+        return float(read_json(file)["tau"]) if file.exists() else None
 
 
 class Adapter(NamedTuple):
@@ -46,7 +53,7 @@ class Adapter(NamedTuple):
 
     config: Any  # a LoraConfig
     state: dict[str, torch.Tensor]
-    head: torch.Tensor | None  # (1, D) of a reward model
+    head: torch.Tensor | None  # (labels, D) of a reward model
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -175,7 +182,7 @@ def is_reward_model(path: str, revision: str | None) -> bool:
     if not any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
         return False
     labels = len(config["id2label"]) if "id2label" in config else PretrainedConfig().num_labels
-    if labels != 1:
+    if labels != 1 and not (model_folder(path, revision, weights=False) / GENERAL).exists():
         raise UsageError(f"{path}: a classifier with {labels} labels is no reward model; one has a single label")
     return True
 
@@ -244,7 +251,7 @@ def check_tensors(folder: Path) -> None:
 
 
 def read_head(folder: Path) -> torch.Tensor:
-    """The scalar head (1, D) of a reward model's folder. Raises UsageError if it has none, or one of several labels."""
+    """The head (labels, D) of a reward model's folder. Raises UsageError if it has none, or one of several labels."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in (SCORE, f"base_model.model.{SCORE}"):
@@ -256,7 +263,7 @@ def read_head(folder: Path) -> torch.Tensor:
 def _check_head(folder: Path, head: torch.Tensor | None) -> torch.Tensor:
     if head is None:
         raise UsageError(f"{folder}: no reward head ({SCORE}) is in it; is it a reward model?")
-    if len(head) != 1:
+    if len(head) != 1 and not (folder / GENERAL).exists():
         raise UsageError(f"{folder}: a classifier with {len(head)} labels is no reward model; one has a single label")
     return head
 

@@ -10,6 +10,7 @@ import torch
 
 from rlhf_cli.data.trees import Batch, Tree
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.heads import pair_scores
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.signals import Pause, no_pause
 
@@ -35,11 +36,23 @@ def parts(values: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
     return np.split(values, np.cumsum(counts, dtype=np.int64)[:-1]) if counts else []
 
 
-@torch.no_grad()
 def score_responses(
+    backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks | None, tau: float | None = None
+) -> list[np.ndarray]:
+    """What `as_scores` makes of the role's head at every tree's responses."""
+    return as_scores(head_outputs(backbone, role, trees, budget, ranks), tau)
+
+
+def as_scores(outputs: Sequence[np.ndarray], tau: float | None) -> list[np.ndarray]:
+    """The scores (K,) of every tree's responses; of a general preference model, which has a `tau`, s of every two, (K, K)."""
+    return [own[:, 0] if tau is None else pair_scores(own[:, None], own[None], tau) for own in outputs]
+
+
+@torch.no_grad()
+def head_outputs(
     backbone: Backbone, role: str, trees: Sequence[Tree], budget: int, ranks: Ranks | None, batch_size: int = 64
 ) -> list[np.ndarray]:
-    """The scores of every tree's responses, (K,) float64 each; of `ranks` each scores a share of the trees, and all get all.
+    """(K, labels) float64 of every tree's responses; of `ranks` each reads a share of the trees, and all get all.
 
     `backbone` holds the role's weights. `batch_size` trees at a time are cut into passes of at most `budget` tokens, as held-out
     rows are while training, so that the accuracy is the logged one.
@@ -50,8 +63,7 @@ def score_responses(
     most = len(trees) if backbone.shards is None else backbone.shards.sharding.most(len(trees))
     for start in range(0, most, batch_size):
         for batch in backbone.batches(list(trees[start : start + batch_size]), budget, rank, size):
-            scores = backbone.scores(role, batch).double().cpu().numpy()
-            own = parts(scores, batch.counts)
+            own = parts(backbone.vectors(role, batch).double().cpu().numpy(), batch.counts)
             found |= {start + tree: part for tree, part in zip(batch.trees, own, strict=True)}
     if ranks:
         found = {tree: part for share in ranks.gather(found) for tree, part in share.items()}

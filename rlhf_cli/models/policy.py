@@ -65,6 +65,7 @@ def load_trained(
     seeds: Mapping[str, int],
     merged: Path,
     ranks: Ranks | None = None,
+    labels: int = 1,
 ) -> tuple[Backbone, Weights]:
     """The backbone with the role that is trained, and the base that the adapter sits on.
 
@@ -73,7 +74,8 @@ def load_trained(
 
     An adapter that cannot go on, because all weights are trained or its shape changes, is merged into the base in float32;
     with LoRA that merged base is saved in `merged`, so that the new adapter has a base on disk. A reward model's head goes on
-    where the start has one, else it is fresh. Raises UsageError if a policy is to start from a reward model.
+    where the start has one, else it is fresh, of so many `labels`. Raises UsageError if a policy is to start from a reward
+    model, or a reward model from one whose head has another number of labels.
     """
     compute = resolve_dtype(settings.dtype, device)
     adapter, role = read_adapter(start.adapter) if start.adapter is not None else None, next(iter(seeds))
@@ -82,6 +84,9 @@ def load_trained(
     head = adapter.head if adapter else start.head if classifier else None
     if head is not None and role == "policy":
         raise UsageError(f"{start.adapter or start.base} is a reward model, not a policy; model.path must name a language model")
+    if head is not None and len(head) != labels:
+        what = f"its head gives {len(head)} numbers a response, and this objective wants {labels}"
+        raise UsageError(f"{start.adapter or start.base}: {what}. start from a language model")
     headless = classifier and head is not None  # the base of a reward model's adapter may be a reward model too
     base = dataclasses.replace(start, adapter=None)
     if merge and lora is not None and adapter is not None:
@@ -102,7 +107,7 @@ def load_trained(
     for own, seed in seeds.items():
         torch.manual_seed(seed)
         if role == "reward":
-            backbone.add_head(own, head)
+            backbone.add_head(own, head, labels=labels)
         if lora is None:
             backbone.train_all_weights(own)
         else:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rlhf_cli.data.files import is_hub_id
 from rlhf_cli.metrics import metric
+from rlhf_cli.objectives.general import General
 from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.objectives.policy_gradient import GroupGradient
 from rlhf_cli.recipe.keys import keys_of
@@ -118,6 +119,14 @@ def _quantised(recipe: TrainingRecipe) -> Iterator[Finding]:
 def _members(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.lora is None and len(recipe.objective.roles) > 1:
         yield "objective.members", "are adapters on one base, and with lora: null each would be a whole model. leave lora at auto"
+
+
+def _width(recipe: TrainingRecipe) -> Iterator[Finding]:
+    if isinstance(recipe.objective, General) and recipe.objective.width % 2:
+        yield (
+            "objective.width",
+            f"{recipe.objective.width} is odd, and the numbers are taken two by two. write an even one",
+        )
 
 
 def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
@@ -333,6 +342,7 @@ TRAINING = (
         "model.template_options",
         beside=("model.chat_template",),
     ),
+    Check(("objective",), _width),
     Check(("data.overlong", "data.max_length", "rollout"), _drawn),
 )
 

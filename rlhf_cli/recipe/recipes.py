@@ -14,6 +14,7 @@ from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.cal_dpo import CalDpo
 from rlhf_cli.objectives.dpo import Dpo
+from rlhf_cli.objectives.general import General
 from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.objectives.hinge import Hinge
 from rlhf_cli.objectives.ipo import Ipo
@@ -47,6 +48,7 @@ from rlhf_cli.sections import (
     Ptx,
     Reference,
     Reward,
+    Sampling,
     SftData,
     Tracker,
     Train,
@@ -73,6 +75,11 @@ class Recipe:
     def terms(self) -> tuple[list[Reward], list[Reward]]:
         """The terms of the reward and the gold ones, for the responses that are drawn."""
         return [], []
+
+    @property
+    def draws(self) -> Sampling | None:
+        """How responses are drawn from a policy; None where none are."""
+        return None
 
     @property
     def paths(self) -> list[str]:
@@ -103,7 +110,6 @@ class TrainingRecipe(Recipe):
 
     @property
     def draws(self) -> PolicySampling | None:
-        """How responses are drawn from the policy; None where it learns from those of its data."""
         return None
 
     @property
@@ -152,7 +158,7 @@ class TrainRmRecipe(TrainingRecipe):
 
     stage: ClassVar[str] = "train-rm"
 
-    objective: BradleyTerry | PlackettLuceReward | AllPairs = field(default_factory=BradleyTerry)
+    objective: BradleyTerry | PlackettLuceReward | AllPairs | General = field(default_factory=BradleyTerry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,6 +344,10 @@ class EvalRecipe(Reading, Scoring, Evaluated, Recipe):
     """`rlhf eval`."""
 
     stage: ClassVar[str] = "eval"
+
+    @property
+    def draws(self) -> Sampling | None:
+        return self.rollout if self.prompts is not None else None
 
     def drawn(self, *, of_reference: bool) -> int:
         """How many responses to each prompt are drawn from a model."""

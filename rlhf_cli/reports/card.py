@@ -17,12 +17,14 @@ def model_card(card: Card, pictures: list[Picture]) -> Section:
     else:
         head = "No pairs were held out: how well it judges is not known."
         blocks.append(Finding("warning", head, "Set `data.holdout: 0.05` or `data.eval`."))
-    blocks.append(
-        Paragraph(
+    if card.triples is not None:
+        said = f"Of {card.triples:,} triples of responses to a prompt it puts {card.cyclic:,} in a circle, which no scores can."
+    else:
+        said = (
             f"Scores of {card.score_responses:,} training responses have mean {short(card.score_mean)} and standard deviation "
             f"{short(card.score_std)}. Only scores of one prompt's responses compare: the preferences say nothing of the rest."
         )
-    )
+    blocks.append(Paragraph(said))
     if card.disagreement is not None:
         said = f"Its {len(card.members)} members disagree: the deviation of their normalised scores is "
         blocks.append(Paragraph(f"{said}{short(card.disagreement)}."))

@@ -107,6 +107,10 @@ class JudgeTerm(RewardTerm):
     def needs_weights(self) -> bool:
         return self.local is not None
 
+    @property
+    def compares(self) -> bool:
+        return self.mode == "pairwise"
+
     def verdicts(self) -> Verdicts:
         self.folder.mkdir(parents=True, exist_ok=True)
         return Verdicts(self.folder / "verdicts.jsonl")

@@ -71,7 +71,10 @@ class RewardModel(RewardTerm):
         members = tuple(start.members or [start])
         if reward.combine is not None and len(members) == 1:
             raise UsageError(f"{place}: combine: {reward.model} is a single reward model, without members; remove combine")
-        scales = _scales(start, reward, place)
+        if start.tau is not None and reward.normalize is not None:
+            what = "gives the probability to be preferred, which needs no normalize"
+            raise UsageError(f"{place}: normalize: {reward.model} {what}. remove it")
+        scales = (AS_THEY_ARE,) if start.tau is not None else _scales(start, reward, place)
         with prefixed(place):
             tokenizer = load_tokenizer(start.tokenizer, start.revision, policy.trust_remote_code)
         same = serialised(tokenizer) == serialised(policy.tokenizer)
@@ -88,14 +91,20 @@ class RewardModel(RewardTerm):
         of_members = members, scales, reward.combine or "mean"
         return cls(name, reward.weight, place, start, base, *of_members, tokenizer, template, reader)
 
-    def load(self, models: FrozenModels, role: str, budget: int) -> RewardModelScorer:
+    def load(self, models: FrozenModels, role: str, budget: int) -> RewardModelScorer | GeneralScorer:
         """Its weights are loaded only where the role has none yet. UsageError: they do not fit."""
         roles = tuple(member_role(role, member) for member in range(len(self.members)))
         for own, member in zip(roles, self.members, strict=True):
             if own not in models.hosts:
                 models.add(own, member, head=True)
+        if (tau := self.start.tau) is not None:
+            return GeneralScorer(self.name, self.weight, models.hosts[role], role, tau, budget, self.reader)
         of_members = roles, self.scales, self.combine
         return RewardModelScorer(self.name, self.weight, models.hosts[role], *of_members, budget, self.reader)
+
+    @property
+    def compares(self) -> bool:
+        return self.start.tau is not None
 
     @property
     def reads(self) -> Literal["tokens", "text"]:
@@ -109,6 +118,8 @@ class RewardModel(RewardTerm):
         if len(self.members) > 1:
             how = vars(self.combine) if isinstance(self.combine, sections.Bound) else self.combine
             figures = {"mean": list(means), "std": list(stds), "combine": how}
+        if self.compares:
+            figures = {"tau": self.start.tau}
         return {
             "model": str(self.start.adapter or self.start.base),
             "base": self.base.weights_hash if self.base else None,
@@ -124,6 +135,8 @@ class RewardModel(RewardTerm):
         if more:
             each = "as it is" if self.scales[0] == AS_THEY_ARE else "less its own mean and over its deviation"
             scores = f"of {len(self.scales)} members, each {each}: their {in_words(self.combine)}"
+        if self.compares:
+            scores = "are the probability to be preferred, a mean over the prompt's other responses"
         return f"scores {scores}; it reads the policy's {self.reads}"
 
     @property
@@ -135,8 +148,8 @@ class RewardModel(RewardTerm):
         return self.tokenizer, self.template
 
     def value_start(self) -> tuple[Start, Head] | None:
-        """weight · (r − mean)/std, of a model that reads the policy's tokens; of an ensemble its first member."""
-        if self.reads != "tokens":
+        """weight · (r − mean)/std, of a model that scores and reads the policy's tokens; of an ensemble its first member."""
+        if self.reads != "tokens" or self.compares:
             return None
         mean, std = self.scales[0]
         return self.start, Head(self.start.head * (self.weight / std), -mean * (self.weight / std))
@@ -186,6 +199,42 @@ class RewardModelScorer:
         raw = self._raw(rows.trees, ranks)
         scores = raw[0] if len(raw) == 1 else as_one(raw, self.scales, self.combine)
         return parts(scores, [len(tree.responses) for tree in rows.trees])
+
+
+@dataclass(frozen=True)
+class GeneralScorer:
+    """A general preference model with its weights."""
+
+    name: str
+    weight: float
+    backbone: Backbone
+    role: str
+    tau: float
+    budget: int  # tokens of one forward pass
+    reader: Reader
+
+    needs_weights: ClassVar[bool] = True
+    beside: ClassVar[tuple[str, ...]] = ()
+
+    def score(self, answers: Answers) -> np.ndarray:
+        """(M,) mean probability to be preferred to the prompt's other responses, of which there are some. See `probabilities`."""
+        return flat([(own.sum(1) - 0.5) / (len(own) - 1) for own in self.probabilities(answers)])
+
+    def probabilities(self, answers: Answers) -> list[np.ndarray]:
+        """(K, K) of each prompt: that the response of the first index is preferred to that of the second, ½ to itself.
+
+        UsageError: the model cannot read an answer.
+        NumberError: a probability is not finite.
+        """
+        trees = self.reader(answers) if answers.records else []
+        tables = score_responses(self.backbone.at(self.role), self.role, trees, self.budget, None, self.tau)
+        found: list[np.ndarray] = [1 / (1 + np.exp(-s)) for s in tables]
+        check_finite(flat([p.sum(1) for p in found]), answers.pairs, f"{self.reader.place}: reward model {self.name}")
+        return found
+
+    def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
+        """s of every two responses, (K, K), where others give scores."""
+        return score_responses(self.backbone.at(self.role), self.role, rows.trees, self.budget, ranks, self.tau)
 
 
 def centred_scores(scorers: Sequence[RewardModelScorer], answers: Answers) -> np.ndarray:

@@ -99,6 +99,11 @@ class RewardTerm(ABC):
         """False: it sees texts alone, and one process can score those of all."""
         return False
 
+    @property
+    def compares(self) -> bool:
+        """Does it give the probability to be preferred to the prompt's other responses, a mean over them?"""
+        return False
+
     @classmethod
     @abstractmethod
     def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> Self:

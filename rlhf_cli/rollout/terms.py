@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_cli import sections
 from rlhf_cli.data.requests import Lent
+from rlhf_cli.errors import UsageError
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import kinds_of, name_of
@@ -80,8 +81,12 @@ def find_terms(loaded: Loaded, policy: PolicyText) -> RewardTerms:
     """What `reward` and `gold` name. UsageError: a term's source is not there, or is no reward."""
     found: dict[str, list[RewardTerm]] = {"reward": [], "gold": []}
     policy = dataclasses.replace(policy, folder=Path(loaded.recipe.output))
+    draws = loaded.recipe.draws
     for key, kind, term in _terms(loaded):
-        found[key.partition(".")[0]].append(TERMS[kind].find(term, name_of(term), loaded.named(f"{key}.{kind}"), policy))
+        place = loaded.named(f"{key}.{kind}")
+        found[key.partition(".")[0]].append(own := TERMS[kind].find(term, name_of(term), place, policy))
+        if own.compares and draws is not None and draws.responses_per_prompt < 2:
+            raise UsageError(f"{place}: compares the responses of a prompt. set rollout.responses_per_prompt to 2 or more")
     return RewardTerms(**found)
 
 

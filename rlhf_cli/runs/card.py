@@ -55,7 +55,11 @@ def write_card(folder: Path, source: Path, manifest: Mapping[str, Any], repo: st
         **({"datasets": own} if (own := [path for path in told.data if is_hub_id(path)]) else {}),
         "tags": list(dict.fromkeys(["rlhf", told.stage, told.objective["kind"], *(["lora"] if told.lora else [])])),
     }
-    what = "A reward model: it scores a response to a prompt" if of_reward else "A language model"
+    what, labels = "A reward model: it scores a response to a prompt" if of_reward else "A language model", 1
+    if told.objective["kind"] == "general":
+        labels = int(told.objective["width"])
+        what = "A general preference model: of two responses with the vectors v and w, each scaled to length 1, the first is "
+        what += f"preferred with probability σ(Σ (v₂ₖ w₂ₖ₊₁ − v₂ₖ₊₁ w₂ₖ)/{told.objective['tau']}), k from 0"
     if several := len(member_folders(folder)):
         what = f"{what}. The first of {several}, which `member-0` to `member-{several - 1}` hold each: their mean is what counts"
     how = f"a LoRA adapter of rank {told.lora['r']}{'' if adapter else ', merged'}" if told.lora else "all weights were trained"
@@ -70,7 +74,7 @@ def write_card(folder: Path, source: Path, manifest: Mapping[str, Any], repo: st
         "## Figures on held-out rows",
         "\n".join(_figures(run, source, manifest.get("reward_model") or {})),
         "## How to load it",
-        "\n".join(_loading(adapter, repo, manifest.get("pad_token_id"), of_reward)),
+        "\n".join(_loading(adapter, repo, manifest.get("pad_token_id"), of_reward, labels)),
         "## Licence",
         f"The licence of the base model is `{licence['license']}`, as its own files say."
         if licence["license"] != "unknown"
@@ -80,7 +84,7 @@ def write_card(folder: Path, source: Path, manifest: Mapping[str, Any], repo: st
     write_atomic(folder / "README.md", f"---\n{text}---\n\n" + "\n\n".join(lines) + "\n")
 
 
-def load_lines(model: str, base: str | None, revision: str | None, pad_id: int | None) -> list[str]:
+def load_lines(model: str, base: str | None, revision: str | None, pad_id: int | None, labels: int = 1) -> list[str]:
     """The code that loads a model, or an adapter on `base`, with its tokenizer. pad_id: of a reward model; None: a policy."""
     kind = "AutoModelForCausalLM" if pad_id is None else "AutoModelForSequenceClassification"
     own = json.dumps(model)
@@ -88,7 +92,7 @@ def load_lines(model: str, base: str | None, revision: str | None, pad_id: int |
     if base is None:
         return [f"from transformers import {kind}, AutoTokenizer", "", f"model = {kind}.from_pretrained({own})", tokenizer]
     more = [f"revision={json.dumps(revision)}"] if revision else []
-    more += [] if pad_id is None else ["num_labels=1", f"pad_token_id={pad_id}"]
+    more += [] if pad_id is None else [f"num_labels={labels}", f"pad_token_id={pad_id}"]
     ends = f"model.generation_config = GenerationConfig.from_pretrained({own})  # it stops where responses end"
     return [
         "from peft import PeftModel",
@@ -206,12 +210,12 @@ def _figures(run: Path, source: Path, card: Mapping[str, Any]) -> Iterator[str]:
         yield f"\n{card['warning']}"
 
 
-def _loading(adapter: Mapping[str, Any], repo: str | None, pad_id: int | None, of_reward: bool) -> Iterator[str]:
+def _loading(adapter: Mapping[str, Any], repo: str | None, pad_id: int | None, of_reward: bool, labels: int) -> Iterator[str]:
     if of_reward and pad_id is None:
         yield "transformers has no class for it: `rlhf` alone loads it."
         return
     yield "```python"
     if repo is None:
         yield '# "." is this folder. From elsewhere, write its path, or its name on the hub.'
-    yield from load_lines(repo or ".", adapter.get("base_model_name_or_path"), adapter.get("revision"), pad_id)
+    yield from load_lines(repo or ".", adapter.get("base_model_name_or_path"), adapter.get("revision"), pad_id, labels)
     yield "```"

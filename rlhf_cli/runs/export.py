@@ -34,7 +34,7 @@ MODEL_FILES = ("adapter_config.json", "config.json", "generation_config.json")
 def export(run: Path, dest: Path, merge: bool, repo: str | None = None) -> str:
     """Write what `run` trained to `dest`: its adapter, or with `merge` (or after full training) a whole model; says so.
 
-    A policy is a causal language model, a reward model a sequence classifier with one label. repo: where `dest` will be uploaded.
+    A policy is a causal language model, a reward model a sequence classifier. repo: where `dest` will be uploaded.
 
     UsageError: `run` is no finished run, `dest` exists, transformers has no classifier for a reward model's architecture, or
         an adapter on a folder of this machine is to be uploaded.
@@ -73,7 +73,7 @@ def export(run: Path, dest: Path, merge: bool, repo: str | None = None) -> str:
                     raise NumberError(f"{dest}: generate() goes on after {ends}, which end responses; nothing was exported")
             else:
                 loader = AutoModelForSequenceClassification
-                what, found = "scores", _scores(_load_export(loader, start, part, num_labels=1, pad_token_id=pad_id), ids)
+                what, found = "scores", _scores(_load_export(loader, start, part, num_labels=len(head), pad_token_id=pad_id), ids)
             difference = float((found - wanted).abs().max())
             if not difference <= TOLERANCE:
                 raise NumberError(f"{dest}: {what} differ from the run's by {difference:.2g}; nothing was exported")
@@ -125,7 +125,7 @@ def _load(loader: Any, path: str, revision: str | None = None, **options: Any) -
 
 
 def _load_run(start: Start) -> tuple[Any, torch.Tensor | None]:
-    """The language model with the run's weights, or with its adapter on it, and the scalar head (1, D) of a reward model."""
+    """The language model with the run's weights, or with its adapter on it, and the head (labels, D) of a reward model."""
     model = _load(AutoModelForCausalLM, start.base, start.revision)
     if start.adapter is None:
         return model, read_head(Path(start.base)) if is_reward_model(start.base, None) else None
@@ -169,9 +169,9 @@ def _logps(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _scores_of_run(model: Any, head: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The head at the last token of each text, (2,)."""
+    """The head at the last token of each text, (2, labels)."""
     states = model.eval()(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-    scores: torch.Tensor = states[:, -1] @ head[0].float()
+    scores: torch.Tensor = states[:, -1] @ head.float().T
     return scores
 
 
@@ -179,4 +179,4 @@ def _scores_of_run(model: Any, head: torch.Tensor, ids: torch.Tensor) -> torch.T
 def _scores(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """One text at a time, since some tokenizers have nothing to pad with."""
     model.eval()
-    return torch.cat([model(input_ids=row[None]).logits[0] for row in ids])
+    return torch.cat([model(input_ids=row[None]).logits for row in ids])

@@ -70,7 +70,7 @@ def set_up_rollouts(
     own = sampler(reading.train)
     measure: Measure | None = None
     if held_out is not None:
-        least = max(term.least_responses for terms in recipe.terms for term in terms)
+        least = 2 if any(term.compares for term in reward_terms) else 1
         unseen, prompts, seed = sampler(reading.held_out), list(held_out.trees), Stream.HELD_OUT.seed(recipe.seed)
 
         def measure(state: State) -> dict[str, float]:

@@ -11,12 +11,13 @@ from rlhf_cli.data.batches import EnsembleSource, member_seed
 from rlhf_cli.data.sources import prompt_share
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.agreement import Card, Member
-from rlhf_cli.evaluation.preference import reward_card
+from rlhf_cli.evaluation.preference import circles, reward_card
 from rlhf_cli.files import from_anywhere
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import classifier_class
 from rlhf_cli.models.load import Weights, load_config
-from rlhf_cli.models.passes import score_responses
+from rlhf_cli.models.passes import as_scores, head_outputs
+from rlhf_cli.objectives.general import General
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.ensembles import Scale, flat, mean_of_members, normalised
 from rlhf_cli.runs.card import load_lines
@@ -63,10 +64,15 @@ def _score(job: TrainingJob, backbone: Backbone, budget: int) -> Card:
     held_out = job.dataset.held_out.trees if job.dataset.held_out else training[:0]
     chosen = np.random.default_rng(job.recipe.seed).permutation(len(training))[:SCORED]
     some = [training[int(i)] for i in sorted(chosen)]
-    unseen, seen = ([score_responses(backbone, r, trees, budget, job.ranks) for r in roles] for trees in (held_out, some))
+    tau = job.objective.tau if isinstance(job.objective, General) else None
+    read = [[head_outputs(backbone, r, trees, budget, job.ranks) for r in roles] for trees in (held_out, some)]
+    unseen, seen = ([as_scores(own, tau) for own in heads] for heads in read)
     locations = job.dataset.held_out.trees.locations if job.dataset.held_out else ()
     of_one = zip(unseen, seen, strict=True)
     alone = [reward_card(scores, held_out, locations, training, of_some) for scores, of_some in of_one]
+    if tau is not None:
+        cyclic, triples = circles(held_out if locations else some, read[not locations][0], tau)
+        return dataclasses.replace(alone[0], cyclic=cyclic, triples=triples)
     if len(roles) == 1:
         return alone[0]
     scales = [Scale(card.score_mean, card.score_std) for card in alone]
@@ -95,5 +101,5 @@ def _manifest(job: TrainingJob, folder: RunFolder, backbone: Backbone, base: Wei
         job.console.warn("transformers has no sequence classifier for this architecture: only rlhf can load the reward model")
         return {"reward_model": figures}
     below, revision = (None, None) if job.lora is None else (from_anywhere(base.base), base.revision)
-    lines = load_lines(from_anywhere(folder.model), below, revision, backbone.pad_id)
+    lines = load_lines(from_anywhere(folder.model), below, revision, backbone.pad_id, job.objective.labels)
     return {"reward_model": figures, "pad_token_id": backbone.pad_id, "load": lines}

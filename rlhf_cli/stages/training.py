@@ -20,11 +20,12 @@ from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageE
 from rlhf_cli.files import disk_errors, write_json
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import choose_pad_id
-from rlhf_cli.models.load import Weights, name_ends
+from rlhf_cli.models.load import GENERAL, Weights, name_ends
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.models.policy import load_trained
 from rlhf_cli.models.sharding import full
 from rlhf_cli.models.tokens import untouched
+from rlhf_cli.objectives.general import General
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.reports.training import write_report
@@ -133,6 +134,7 @@ def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
         seeds={role: member_seed(recipe.seed, member) for member, role in enumerate(job.objective.roles)},
         merged=merged,
         ranks=job.ranks,
+        labels=job.objective.labels,
     )
     backbone.pad_id = choose_pad_id(job.tokenizer, backbone.stop_ids(job.tokenizer, job.template))
     job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")
@@ -293,6 +295,8 @@ def _save_model(job: TrainingJob, backbone: Backbone, folder: Path) -> None:
     for own, role in {folder: roles[0], **members}.items():
         backbone.save(role, own)
         job.tokenizer.save_pretrained(str(own))
+    if isinstance(job.objective, General):
+        write_json(folder / GENERAL, {"tau": job.objective.tau})
     if job.objective.role == "policy":
         name_ends(folder, backbone.stop_ids(job.tokenizer, job.template), backbone.model)
 

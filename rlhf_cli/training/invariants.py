@@ -33,7 +33,7 @@ COMPARED = 4
 """Trees of the first batch, the shortest, that are also run one response at a time."""
 
 Values = dict[tuple[int, int], torch.Tensor]
-"""(tree, response) → log-probabilities of its tokens (T,), or its score (1,)."""
+"""(tree, response) → log-probabilities of its tokens (T,), or what its head gives, (labels,)."""
 
 
 def check_start(passes: Passes, objective: Objective, trees: list[Tree], *, reference_is_start: bool) -> None:
@@ -98,7 +98,7 @@ def _packed(backbone: Backbone, role: str, trees: list[Tree], budget: int) -> Va
     for batch in backbone.batches(trees, budget):
         names = [(tree, k) for tree, count in zip(batch.trees, batch.counts, strict=True) for k in range(count)]
         if role in backbone.heads:
-            values = list(backbone.scores(role, batch)[:, None])
+            values = list(backbone.vectors(role, batch))
         else:
             logps, _ = backbone.logps(role, batch)
             values = [logps[batch.owner == number] for number in range(len(names))]

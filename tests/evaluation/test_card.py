@@ -28,7 +28,7 @@ from rlhf_cli.evaluation.preference import (
 )
 from rlhf_cli.figures import Interval
 from rlhf_cli.models.backbone import Backbone, lora_config
-from rlhf_cli.models.passes import Passes, score_responses
+from rlhf_cli.models.passes import Passes, as_scores, head_outputs, score_responses
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.training.step import evaluate
@@ -330,12 +330,12 @@ class SumOfTokens:
         for rows in plan_passes(trees, ranks, budget, self.layout)[rank]:
             yield build_batch(trees, rows)
 
-    def scores(self, role, batch):
+    def vectors(self, role, batch):
         assert not torch.is_grad_enabled()
         assert not self.model.training
         self.roles.add(role)
         totals = torch.zeros(len(batch.last))
-        return totals.index_add(0, batch.owner, batch.target.float())
+        return totals.index_add(0, batch.owner, batch.target.float())[:, None]
 
 
 class Other:
@@ -365,7 +365,7 @@ def test_scores_come_back_in_the_order_of_trees_and_responses(layout):
     wanted = [[float(response.sum()) for response in each.responses] for each in trees]
     backbone = SumOfTokens(layout)
     for batch_size in (5, 64):
-        found = score_responses(backbone, "reward", trees, 40, Alone(), batch_size)
+        found = as_scores(head_outputs(backbone, "reward", trees, 40, Alone(), batch_size), None)
         assert [own.tolist() for own in found] == wanted
     assert backbone.roles == {"reward"}
     shares = {}

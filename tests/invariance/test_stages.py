@@ -21,6 +21,7 @@ STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "train-rm": ("train-rm", "pairs", {}),
     "train-rm K-wise": ("train-rm", "ranked", {"objective": {"kind": "plackett_luce"}}),
     "train-rm members": ("train-rm", "ranked", {"objective": {"kind": "pairs", "members": 3}}),
+    "train-rm general": ("train-rm", "ranked", {"objective": {"kind": "general", "width": 4}}),
     "dpo": ("dpo", "pairs", {"objective": {"sft_weight": 0.1}}),
     "dpo bco": ("dpo", "pairs", {"objective": {"kind": "bco"}}),
     "dpo simpo": ("dpo", "pairs", {"objective": {"kind": "simpo"}}),

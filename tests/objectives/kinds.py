@@ -14,6 +14,7 @@ from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.cal_dpo import CalDpo
 from rlhf_cli.objectives.dpo import Dpo
+from rlhf_cli.objectives.general import General
 from rlhf_cli.objectives.hinge import Hinge
 from rlhf_cli.objectives.ipo import Ipo
 from rlhf_cli.objectives.kto import Kto
@@ -50,6 +51,7 @@ REWARD_KINDS: dict[str, Objective] = {
     "bradley_terry": BradleyTerry(label_smoothing=0.1, center_coef=0.1),
     "reward plackett_luce": PlackettLuceReward(),
     "pairs": AllPairs(),
+    "general": General(tau=0.5),
 }
 UNPAIRED_KINDS: dict[str, Any] = {"kto": Kto(beta=0.3, lambda_u=1.5), "unpaired bco": UnpairedBco(beta=0.3)}
 ALL: dict[str, Objective] = PAIR_KINDS | REWARD_KINDS | UNPAIRED_KINDS

@@ -43,6 +43,11 @@ class Lookup:
     def scores(self, role: str, batch: Batch) -> torch.Tensor:
         return self.tables[role][batch.ids.flatten()[batch.last]]
 
+    def vectors(self, role: str, batch: Batch) -> torch.Tensor:
+        """What a head gives of which all numbers follow from a score: it and its multiples as angles, (M, 8)."""
+        angles = self.scores(role, batch)[:, None] * torch.arange(1, 5)
+        return torch.stack((angles.cos(), angles.sin()), 2).flatten(1)
+
 
 def make_trees(shape: Sequence[Sequence[int]], facts: Sequence[Facts] | None = None) -> list[Tree]:
     """Trees whose responses have these lengths. Their tokens are numbered from 1, tree by tree; the prompts are zeros."""

@@ -168,6 +168,7 @@ FIELDS = {
     ("train-rm", "bradley_terry"): {"members": None, "margin_column": None, "label_smoothing": 0.0, "center_coef": 0.0},
     ("train-rm", "plackett_luce"): {"members": None},
     ("train-rm", "pairs"): {"members": None},
+    ("train-rm", "general"): {"tau": 0.1, "width": 8},
     ("dpo", "dpo"): {"beta": 0.1, "label_smoothing": 0.0},
     ("dpo", "robust"): {"beta": 0.1, "label_smoothing": 0.0},
     ("dpo", "hinge"): {"beta": 0.1},
