@@ -279,7 +279,7 @@ def _ranking(row: Row, values: Sequence[Any], where: str) -> Record:
     facts = Facts(tuple(keys[i] for i in order) if keys else None, tuple(scores[i] for i in order) if scores else None)
     texts = [_text(response) for response in ordered]
     if len(set(zip(texts, facts.ranks or range(len(texts)), strict=True))) > len(set(texts)):
-        raise BadRow("the same response has two ranks")
+        raise BadRow("the same response has two ranks" if keys else "two 'responses' are the same")
     return Record(found[0][0], ordered, where, facts)
 
 

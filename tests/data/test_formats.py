@@ -210,7 +210,7 @@ BAD = [
         "an entry of 'scores' is not finite",
     ),
     ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, 10**400]}, "an entry of 'scores' is not finite"),
-    ("ranked", {"prompt": "a", "responses": ["b", "c", "b "]}, "the same response has two ranks"),
+    ("ranked", {"prompt": "a", "responses": ["b", "c", "b "]}, "two 'responses' are the same"),
     ("ranked", {"prompt": "a", "responses": ["b", "c", "b"], "ranks": [1, 1, 2]}, "the same response has two ranks"),
     ("preference", {**PAIR, "score_chosen": 1}, "one of 'score_chosen' and 'score_rejected' is missing"),
     ("preference", {**PAIR, "score_chosen": 1, "score_rejected": "0"}, "'score_rejected' is text, expected a number"),
