@@ -48,8 +48,16 @@ UPDATES = 20  # how often the progress is told
 
 
 class Answer(NamedTuple):
-    value: float  # of a comparison P(the first response is better); of a score the number
+    value: float | None  # of a comparison P(the first response is better); of a score the number; None: it says neither
     text: str
+
+
+class Nonsense(Failure):
+    """The server answered, and its answer says nothing."""
+
+    def __init__(self, what: str, answer: Any) -> None:
+        super().__init__(what)
+        self.answer = answer
 
 
 class Verdicts:
@@ -66,6 +74,8 @@ class Verdicts:
             match line:
                 case {"key": str(key), "value": int() | float() as value}:
                     self._known[key] = float(value)
+                case {"key": str(), "value": None}:
+                    pass
                 case _:
                     raise UsageError(f"{path}:{number}: not a verdict\n  remove the line, or start anew with --force")
         self._log.truncate_after(path.read_bytes().rfind(b"\n") + 1)
@@ -76,7 +86,8 @@ class Verdicts:
     def keep(self, key: str, answer: Answer) -> None:
         """Write it at once."""
         self._log.append({"key": key, "value": answer.value, "answer": answer.text[-KEPT:]})
-        self._known[key] = answer.value
+        if answer.value is not None:
+            self._known[key] = answer.value
 
     def close(self) -> None:
         self._log.close()
@@ -94,6 +105,7 @@ class EndpointJudge:
     verdicts: Callable[[], Verdicts]  # what is in them is not asked again; every answer is added at once
     say: Callable[[int, int], None] = lambda done, total: None  # told (answered, all) questions about UPDATES times
     pause: Pause = no_pause  # while answers are waited for
+    nonsense: int = 0  # answers in a row that say nothing and are put up with
 
     def key(self, question: Question) -> str:
         """The same for the same question to the same model in the same words."""
@@ -101,23 +113,28 @@ class EndpointJudge:
         return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
     def answer(self, questions: Sequence[Question]) -> Mapping[Question, float]:
-        """MachineError: a question got no verdict. No further one is asked, and what was answered is kept."""
+        """MachineError: a question got no verdict. No further one is asked, and what was answered is kept.
+
+        Where `nonsense` is put up with, questions whose answer says nothing are missing.
+        """
         keys = {self.key(question): question for question in questions}
         if not keys:
             return {}
         verdicts = self.verdicts()
         messages = {key: self.wording.filled(question) for key, question in keys.items()}
-        asking = Asking(self.server, self.retries, self.parallel, self.place, self.read, "verdicts", self.say, self.pause)
+        own = (self.server, self.retries, self.parallel, self.place, self.read, "verdicts", self.say, self.pause)
+        asking = Asking(*own, nonsense=self.nonsense)
         asking.ask_all(messages, verdicts)
         return {question: found for key, question in keys.items() if (found := verdicts.get(key)) is not None}
 
     def read(self, reply: Reply) -> Answer:
-        """Failure: it is no verdict."""
-        if (value := _value(reply, self.wording.mode)) is not None:
-            return Answer(value, self.server.without_key(reply.text))
+        """Nonsense: it is no verdict."""
+        answer = Answer(_value(reply, self.wording.mode), self.server.without_key(reply.text))
+        if answer.value is not None:
+            return answer
         wanted = "score from 1 to 10" if self.wording.mode == "score" else "verdict A, B or TIE"
-        end = self.server.shown(self.server.without_key(reply.text)[-SHOWN:])
-        raise Failure(f"no {wanted} at the end of its answer: {end or 'an empty one'}")
+        end = self.server.shown(answer.text[-SHOWN:])
+        raise Nonsense(f"no {wanted} at the end of its answer: {end or 'an empty one'}", answer)
 
 
 def prepare(
@@ -154,6 +171,7 @@ class Asking(Generic[A]):
     say: Callable[[int, int], None] = lambda done, total: None
     pause: Pause = no_pause
     drawing: Callable[[str], Mapping[str, Any] | None] = lambda key: None  # how the answer to a message is drawn, see `ask`
+    nonsense: int = 0  # answers in a row that say nothing and are put up with
 
     def ask_all(self, messages: Mapping[str, Message], kept: Kept[A]) -> None:
         """Bring every message's answer into `kept`. MachineError: one got none; no further one is asked."""
@@ -167,6 +185,7 @@ class Asking(Generic[A]):
             for _ in range(min(self.parallel, len(pending)))
         ]
         failure: Exception | None = None
+        row = 0  # of answers that say nothing
         try:
             for thread in threads:
                 thread.start()
@@ -176,9 +195,13 @@ class Asking(Generic[A]):
                     key, answer = answers.get(timeout=GRACE)
                 except Empty:
                     continue
-                if isinstance(answer, Exception):
+                if isinstance(answer, Nonsense) and (row := row + 1) <= self.nonsense:
+                    answer = answer.answer
+                elif isinstance(answer, Exception):
                     failure = answer
                     continue
+                else:
+                    row = 0
                 kept.keep(key, answer)
                 done += 1
                 if done == total or done % max(1, total // UPDATES) == 0:
@@ -213,7 +236,8 @@ class Asking(Generic[A]):
                     answers.put((key, self._ask(key, message, stop)))
                 except Exception as error:  # whoever waits for the answer has to hear of it, whatever it is
                     answers.put((key, error))
-                    return
+                    if not (isinstance(error, Nonsense) and self.nonsense):
+                        return
 
     def _ask(self, key: str, message: Message, stop: threading.Event) -> A:
         """The answer to one message, asked up to 1 + retries times. Failure: the last of them got none, or `stop` is set."""
@@ -223,8 +247,8 @@ class Asking(Generic[A]):
             except Failure as error:
                 wait = max(error.wait, min(BACKOFF * 2**number, MOST_BACKOFF))
                 if not error.again or number == self.retries or stop.wait(wait):
-                    times = f" (asked {number + 1} times)" if number else ""
-                    raise Failure(f"{error}{times}", again=False) from None
+                    error.args = (f"{error} (asked {number + 1} times)" if number else f"{error}",)
+                    raise
         raise AssertionError("the last failure is raised")
 
 

@@ -17,14 +17,17 @@ class Judge(Protocol):
     @property
     def wording(self) -> Wording: ...
     def answer(self, questions: Sequence[Question]) -> Mapping[Question, float]:
-        """Of each question P(a is better), or how good a is, from 1 to 10. RunError: there is no answer."""
+        """Of each question P(a is better), or how good a is, from 1 to 10; missing where the answer says nothing.
+
+        RunError: there is no answer.
+        """
 
 
 @dataclass(frozen=True)
 class Comparisons:
     """N comparisons, each made in both orders; texts that are equal are not asked about."""
 
-    first: np.ndarray  # (2, N) float64: P(a is better), where a stood first and where it stood second
+    first: np.ndarray  # (2, N) float64: P(a is better), where a stood first and where it stood second; NaN: nothing was said
     asked: np.ndarray  # (N,) bool
 
     @property
@@ -53,7 +56,8 @@ def compare(judge: Judge, comparisons: Sequence[Question]) -> Comparisons:
     first = np.full((2, len(comparisons)), 0.5)
     for k, own in enumerate(drawn):
         if own:
-            first[:, k] = np.mean([(found[each], 1 - found[each.swapped()]) for each in own], 0)
+            said = [(found.get(each, np.nan), 1 - found.get(each.swapped(), np.nan)) for each in own]
+            first[:, k] = np.mean(said, 0)
     return Comparisons(first, np.array([bool(own) for own in drawn], bool))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
+from rlhf_cli.data.conversations import messages
 from rlhf_cli.data.records import Answer, PlainPrompt, Record, as_turn, plain_prompt, spoken
 from rlhf_cli.evaluation.samples import Sample
 from rlhf_cli.files import to_json
@@ -33,6 +35,7 @@ class Row:
     known: tuple[float, ...] | None = None  # of a gold question: rank of each response, the best is lowest
     asked: tuple[tuple[int, ...], ...] | None = None  # the pairs that were chosen; None: every one
     labels: tuple[float, ...] | None = None  # the same of a row that has preferences, or gold, already
+    columns: str = ""  # JSON object of the row's columns that a function which judges reads
 
     @property
     def plain(self) -> list[Any]:
@@ -43,6 +46,15 @@ class Row:
     def hash(self) -> str:
         """Of all that is judged."""
         return hashlib.sha256(to_json([self.prompt, self.plain])).hexdigest()[:16]
+
+    @property
+    def record(self) -> Record:
+        """As models and functions read it."""
+        prompt = self.prompt if isinstance(self.prompt, str) else tuple(messages(self.prompt, "the prompt"))
+        given = {"tools": self.beside["tools"]} if "tools" in self.beside else {}
+        given |= self.beside.get("chat_template_kwargs", {})
+        place = f"row {self.number}"
+        return Record(prompt, self.responses, place, given=json.dumps(given) if given else "", columns=self.columns)
 
 
 class Shown(NamedTuple):
@@ -81,7 +93,8 @@ def of_records(records: Iterable[Record], *, gold: bool = False, labelled: bool 
             responses = tuple(record.responses[at] for at in kept)
             known = tuple(ranks[at] for at in kept)
             labels = known if facts.ranks or labelled else None
-            found.append(Row(number, plain_prompt(record.prompt), responses, beside, (), known if gold else None, None, labels))
+            own = (beside, (), known if gold else None, None, labels, record.columns)
+            found.append(Row(number, plain_prompt(record.prompt), responses, *own))
     return found
 
 

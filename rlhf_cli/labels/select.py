@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cli.data.conversations import messages
 from rlhf_cli.data.encode import AS_DRAWN, encode
-from rlhf_cli.data.records import Record, spoken
+from rlhf_cli.data.records import spoken
 from rlhf_cli.errors import UsageError
+from rlhf_cli.files import to_json
 from rlhf_cli.labels.questions import Row
 from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.models.placement import FrozenModels
@@ -69,17 +69,29 @@ def _worth(scores: np.ndarray, settings: Select) -> np.ndarray:
     return variances(scores) if settings.by == "uncertainty" else duels(scores)
 
 
-def choose(rows: Sequence[Row], scores: Sequence[np.ndarray] | None, settings: Select, seed: int) -> list[dict[str, Any]]:
-    """The pairs to ask about, in the order of their worth: {"row", "hash", "pair", "value"}.
+def choose(
+    rows: Sequence[Row], scores: Sequence[np.ndarray] | None, settings: Select, seed: int, labelled: Sequence[Row] = ()
+) -> list[dict[str, Any]]:
+    """The pairs to ask about, in the order in which they were chosen: {"row", "hash", "pair", "value"}.
 
     `scores`: (N, K) of each row's responses, centred; None: at random. The value of a pair is the variance of its difference, the
-    probability of its duel, or the sum of its responses' upper bounds.
+    probability of its duel, or the sum of its responses' upper bounds. Pairs that are `labelled` are left out, and no prompt has
+    one label more before all have as many: the largest values alone would be much the same question, asked again and again
+    (Melo et al. 2024, BAL-PM).
     """
-    pairs = [(at, pair) for at, row in enumerate(rows) for pair in combinations(range(len(row.responses)), 2)]
+    known = {own for row in labelled for own in _texts(row).values()}
+    pairs = [(at, pair) for at, row in enumerate(rows) for pair, own in _texts(row).items() if own not in known]
     values = np.zeros(len(pairs))
     if scores is not None:
         tables = [_worth(own, settings) for own in scores]
         values = np.array([tables[at][pair] for at, pair in pairs])
+    prompts, labels = [to_json(rows[at].prompt) for at, _ in pairs], Counter(prompt for prompt, _ in known)
+
+    def turn(at: int) -> int:
+        """Which label of its prompt the pair would be."""
+        labels[prompts[at]] += 1
+        return labels[prompts[at]]
+
     return [
         {
             "row": rows[pairs[at][0]].number,
@@ -87,8 +99,14 @@ def choose(rows: Sequence[Row], scores: Sequence[np.ndarray] | None, settings: S
             "pair": [*pairs[at][1]],
             "value": None if scores is None else float(values[at]),
         }
-        for at in order(values, settings.by, seed)[: settings.n].tolist()
+        for at in sorted(order(values, settings.by, seed).tolist(), key=turn)[: settings.n]
     ]
+
+
+def _texts(row: Row) -> dict[tuple[int, int], tuple[bytes, frozenset[str]]]:
+    """Pair of a row → what is compared in it."""
+    said, prompt = [spoken(own).strip() for own in row.responses], to_json(row.prompt)
+    return {(i, j): (prompt, frozenset((said[i], said[j]))) for i, j in combinations(range(len(said)), 2)}
 
 
 def only(rows: Sequence[Row], chosen: Sequence[dict[str, Any]], path: Path) -> list[Row]:
@@ -125,7 +143,7 @@ def ensemble_scores(ensemble: Sequence[RewardModel], rows: Sequence[Row], models
     """
     loaded = (model.load(models, f"member{at}", budget) for at, model in enumerate(ensemble))
     scorers = [scorer for scorer in loaded if isinstance(scorer, RewardModelScorer)]  # no others were found
-    records = [_record(row) for row in rows]
+    records = [row.record for row in rows]
     first = ensemble[0]
     encoded = encode(records, first.tokenizer, first.template, AS_DRAWN, responses="all", cache=None)
     if encoded.kept < encoded.read:
@@ -133,11 +151,3 @@ def ensemble_scores(ensemble: Sequence[RewardModel], rows: Sequence[Row], models
     texts = [[*map(spoken, row.responses)] for row in rows]
     answers = Answers(list(encoded.trees), records, texts, [[True] * len(own) for own in texts])
     return np.split(centred_scores(scorers, answers), np.cumsum([*map(len, texts)])[:-1])
-
-
-def _record(row: Row) -> Record:
-    """A row as models read it."""
-    prompt = row.prompt if isinstance(row.prompt, str) else tuple(messages(row.prompt, "the prompt"))
-    given = {"tools": row.beside["tools"]} if "tools" in row.beside else {}
-    given |= row.beside.get("chat_template_kwargs", {})
-    return Record(prompt, row.responses, f"row {row.number}", given=json.dumps(given) if given else "")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from rlhf_cli.recipe.checks import ENV, Check, Finding, hub_keys, no_effect
 from rlhf_cli.recipe.labels import LabelRecipe, Revise
 from rlhf_cli.recipe.recipes import Reading, is_pattern
-from rlhf_cli.recipe.rewards import check_judge
+from rlhf_cli.recipe.rewards import KINDS, check_judge
 from rlhf_cli.sections import Judge
 
 READING = tuple(own.name for own in dataclasses.fields(Reading))
@@ -34,7 +34,9 @@ def _revised(recipe: LabelRecipe, revise: Revise) -> Iterator[Finding]:
 
 
 def _sources(recipe: LabelRecipe) -> Iterator[Finding]:
-    for name, sources in {"rows": recipe.rows, "prompts": recipe.prompts, "judge.people.gold": recipe.judge.people.gold}.items():
+    named = {"rows": recipe.rows, "prompts": recipe.prompts, "judge.people.gold": recipe.judge.people.gold}
+    named |= {"select.labelled": recipe.select.labelled} if recipe.select is not None else {}
+    for name, sources in named.items():
         for index, source in enumerate(sources or ()):
             yield from hub_keys(recipe, f"{name}.{index}", source)
     if recipe.revise is not None:
@@ -60,16 +62,21 @@ def _drawn(recipe: LabelRecipe) -> Iterator[Finding]:
 
 
 def _model(recipe: LabelRecipe) -> Iterator[Finding]:
-    judge = recipe.judge
-    if judge.asks_model:
+    judge, usual = recipe.judge, [f"judge.{own.name}" for own in dataclasses.fields(Judge)]
+    if judge.function is not None:
+        if wrong := KINDS["function"].check(judge.function):
+            yield "judge.function", wrong
+        yield from no_effect(recipe, "where a function judges. remove it", *usual, "judge.people")
+        return
+    yield from no_effect(recipe, "without function. remove it", "judge.rationality")
+    if not judge.asks_people:
         if wrong := check_judge(judge):
             yield "judge", wrong
         yield from no_effect(recipe, "where a model judges. remove it, or the model", "judge.people")
         if judge.mode == "score":
             yield "judge.mode", "score compares nothing. remove it"
         return
-    names = [f"judge.{own.name}" for own in dataclasses.fields(Judge)]
-    yield from no_effect(recipe, "without endpoint or path. name one, or remove it", *names)
+    yield from no_effect(recipe, "without endpoint or path. name one, or remove it", *usual)
 
 
 def _select(recipe: LabelRecipe) -> Iterator[Finding]:

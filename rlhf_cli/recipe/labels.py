@@ -27,13 +27,19 @@ class People:
 
 @dataclass(frozen=True)
 class Judging(Judge):
-    """Who says which response is better: people, or a model."""
+    """Who says which response is better: people, a model, or a function."""
 
     people: People = field(default_factory=People)
+    function: str | None = key(
+        None, "instead of a model: file.py:name, as in a reward; the response with the higher number is the better one", path=True
+    )
+    rationality: float | None = key(
+        None, "with function: β of P(better) = σ(β · difference of the numbers); null: 1, 0, or ½ where they are equal", low=0.0
+    )
 
     @property
-    def asks_model(self) -> bool:
-        return self.endpoint is not None or self.path is not None
+    def asks_people(self) -> bool:
+        return self.endpoint is self.path is self.function is None
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,9 @@ class Select:
     )
     ensemble: list[str] = key([], "train-rm runs, or one with members", path=True)
     k: float = key(1.0, "deviations of optimism", low=0.0)
+    labelled: list[Rows] | None = key(
+        None, "a path, or a list of sources: labels that exist; their pairs are not asked about again, their prompts last"
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ class LabelRecipe(Reading, Judged, Recipe):
 
     @property
     def paths(self) -> list[str]:
-        sources = [source for own in (self.rows, self.prompts, self.judge.people.gold) for source in own or ()]
+        labelled = self.select.labelled if self.select is not None else None
+        sources = [source for own in (self.rows, self.prompts, labelled, self.judge.people.gold) for source in own or ()]
         models = [path for path in self.models.values() if not is_pattern(path)]
         writer = self.revise.model if self.revise is not None and self.revise.endpoint is None else None
         own = [path for path in (self.samples, self.judge.path, writer) if path is not None]

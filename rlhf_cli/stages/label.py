@@ -17,7 +17,7 @@ from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.formats import PROMPTS, Purpose, Use
 from rlhf_cli.data.records import Record, plain_prompt
-from rlhf_cli.data.requests import RowRequest
+from rlhf_cli.data.requests import Lent, RowRequest
 from rlhf_cli.data.sources import Reading, read_data
 from rlhf_cli.errors import Stopped, UsageError
 from rlhf_cli.evaluation.samples import Sample
@@ -52,6 +52,7 @@ class Job:
     recipe: LabelRecipe
     rows: list[Row]
     gold: list[Row]
+    labelled: list[Row]  # which are not to be chosen again
     inputs: dict[str, str]  # what a resumed run must have in common with the one before
     drawing: EvaluationJob | None
     models: Models | None  # that judge, or choose what is judged
@@ -62,7 +63,10 @@ class Job:
     def annotators(self) -> list[str]:
         """Who judges."""
         judge = self.recipe.judge
-        return [judge.model or KINDS["model"].default_name(judge.path)] if judge.asks_model else judge.people.annotators
+        if judge.asks_people:
+            return judge.people.annotators
+        kind = "model" if judge.function is None else "function"
+        return [judge.model or KINDS[kind].default_name(judge.path or judge.function)]
 
 
 def run(loaded: Loaded, *, check: bool, resume: bool, force: bool, terminal: bool, port: int) -> None:
@@ -75,8 +79,8 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool, terminal: boo
     signals.say("before the first question")
     recipe = loaded.recipe
     assert isinstance(recipe, LabelRecipe)
-    if (terminal or port) and (recipe.judge.asks_model or recipe.revise is not None):
-        raise UsageError("--terminal and --port are for people who judge, and this recipe asks a model. leave them out")
+    if (terminal or port) and not (recipe.judge.asks_people and recipe.revise is None):
+        raise UsageError("--terminal and --port are for people who judge, and this recipe asks nobody. leave them out")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError("rlhf label runs in one process. start it without a launcher")
     if recipe.revise is not None:
@@ -98,13 +102,13 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool, terminal: boo
             samples = [each for own in measured.values() for row in own.own for each in row]
             job.rows = _rows_of(samples, job.console, loaded.named("models"))
         if recipe.select is not None and job.models is not None:
-            job.rows = job.models.selected(job.rows, recipe.select, folder, job.console)
-        who, they = ("the model", "it") if recipe.judge.asks_model else ("people", "they")
+            job.rows = job.models.selected(job.rows, job.labelled, recipe.select, folder, job.console)
+        who, they = ("people", "they") if recipe.judge.asks_people else (job.annotators[0], "it")
         signals.say(f"while {who} judged; what {they} said is kept, continue with --resume")
         people = recipe.judge.people
         asked = queues(job.rows, job.gold, job.annotators, people.overlap, people.ranking, recipe.seed)
         judging, early = Judging(asked, folder.verdicts), None
-        if recipe.judge.asks_model and job.models is not None:
+        if not recipe.judge.asks_people and job.models is not None:
             job.models.judge(judging, job.annotators[0], folder, job.console)
         else:
             early = _judged_by_people(judging, job.console, terminal, port)
@@ -154,14 +158,16 @@ def _conclude(job: Job, folder: RunFolder, judging: Judging, early: Stopped | No
 def _prepare(loaded: Loaded, recipe: LabelRecipe, *, check: bool, resume: bool, force: bool) -> Job:
     """Read what is to be judged and show the plan. UsageError: the recipe or the rows are wrong."""
     console, people, inputs, models = Console(), recipe.judge.people, dict[str, str](), None
-    if recipe.judge.asks_model or recipe.select is not None:
+    if not recipe.judge.asks_people or recipe.select is not None:
         from rlhf_cli.stages.label_models import find_models
 
         models = find_models(loaded, recipe, inputs, check)
-    gold = _read(loaded, "judge.people.gold", people.gold, inputs, gold=True) if people.gold else []
+    gold = _read(loaded, "judge.people.gold", people.gold, inputs, {}, gold=True) if people.gold else []
+    known = recipe.select and recipe.select.labelled
+    labelled = _read(loaded, "select.labelled", known, inputs, {}) if known else []
     rows, drawing = list[Row](), None
     if recipe.rows:
-        rows = _read(loaded, "rows", recipe.rows, inputs)
+        rows = _read(loaded, "rows", recipe.rows, inputs, models.columns if models else {})
     elif recipe.samples is not None:
         path = Path(recipe.samples)
         if not path.is_file():
@@ -185,7 +191,7 @@ def _prepare(loaded: Loaded, recipe: LabelRecipe, *, check: bool, resume: bool, 
                 f"{loaded.named('judge.people.ranking')}: row {row.number} has {len(row.responses)} responses. at most "
                 f"{MOST} are put in order at once. set it to pairs"
             )
-    job = Job(recipe, rows, gold, inputs, drawing, models, console)
+    job = Job(recipe, rows, gold, labelled, inputs, drawing, models, console)
     shared = 1.0 if len(job.annotators) == 1 else people.overlap
     questions = sum(len(compared(row, people.ranking)) for row in rows)
     shown: list[tuple[str, object]] = [("annotators", ", ".join(job.annotators))]
@@ -207,9 +213,11 @@ def _rows_of(samples: Sequence[Sample], console: Console, place: str) -> list[Ro
     return rows
 
 
-def _read(loaded: Loaded, key: str, sources: Sequence[sections.Rows], inputs: dict[str, str], *, gold: bool = False) -> list[Row]:
+def _read(
+    loaded: Loaded, key: str, sources: Sequence[sections.Rows], inputs: dict[str, str], columns: Lent, *, gold: bool = False
+) -> list[Row]:
     """The rows of a section, of any format that has several responses to a prompt."""
-    reading = _reading(loaded, key, sources, inputs, SEVERAL)
+    reading = _reading(loaded, key, sources, inputs, SEVERAL, columns)
     unordered = any(report.format == "ranked" for report in reading.reports)
     rows = of_records(reading.train, gold=gold, labelled=not unordered)
     if not rows:
@@ -219,7 +227,7 @@ def _read(loaded: Loaded, key: str, sources: Sequence[sections.Rows], inputs: di
 
 def _prompts(loaded: Loaded, sources: Sequence[sections.EvalSource], inputs: dict[str, str]) -> list[Record]:
     """Each prompt once. UsageError: there is none."""
-    reading = _reading(loaded, "prompts", sources, inputs, PROMPTS)
+    reading = _reading(loaded, "prompts", sources, inputs, PROMPTS, {})
     records = reading.held_out if sources[0].holdout else reading.train
     found = list({to_json([plain_prompt(own.prompt), own.given]): own for own in records}.values())
     if not found:
@@ -229,14 +237,18 @@ def _prompts(loaded: Loaded, sources: Sequence[sections.EvalSource], inputs: dic
     return found
 
 
-def _reading(loaded: Loaded, key: str, sources: Sequence[sections.Rows], inputs: dict[str, str], use: Use) -> Reading:
+def _reading(
+    loaded: Loaded, key: str, sources: Sequence[sections.Rows], inputs: dict[str, str], use: Use, columns: Lent
+) -> Reading:
     """The rows of a section; what is left out is told."""
     own = [{name: value for name, value in vars(source).items() if not name.startswith("holdout")} for source in sources]
     data, first = sections.Data([sections.Source(**each) for each in own]), sources[0]
     if isinstance(first, sections.EvalSource):
         data = dataclasses.replace(data, holdout=first.holdout, holdout_seed=first.holdout_seed or 0)
     purpose = Purpose("rlhf label", use, {"rlhf label (revise:)": PROMPTS, "rlhf label (rows:)": SEVERAL})
-    request = RowRequest(purpose, loaded.recipe.seed, lambda named: loaded.named(named.replace("data.train", key, 1)))
+    request = RowRequest(
+        purpose, loaded.recipe.seed, lambda named: loaded.named(named.replace("data.train", key, 1)), columns=columns
+    )
     reading = read_data(data, request)
     for report in reading.reports:
         inputs[report.path] = report.fingerprint

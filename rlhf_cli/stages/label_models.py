@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.data.records import Record, prompt_lines, spoken
+from rlhf_cli.data.requests import Lent
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.job import frozen_models
 from rlhf_cli.figures import count
 from rlhf_cli.files import sha256_file, to_json, write_atomic, write_json
 from rlhf_cli.judges.asking import UPDATES, EndpointJudge, Verdicts, prepare
 from rlhf_cli.judges.endpoint import connect
-from rlhf_cli.judges.judge import Judge, compare
+from rlhf_cli.judges.judge import Comparisons, Judge, compare
 from rlhf_cli.judges.local import LocalJudge
 from rlhf_cli.judges.question import Question, read_principles
 from rlhf_cli.labels import revise
-from rlhf_cli.labels.questions import Row
+from rlhf_cli.labels.questions import Row, Shown
 from rlhf_cli.labels.select import choose, ensemble_scores, find_ensemble, only
 from rlhf_cli.labels.verdicts import Judging, Verdict, now
 from rlhf_cli.models.load import load_config, quiet_libraries, resolve_dtype
@@ -33,7 +38,9 @@ from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import KINDS
 from rlhf_cli.reports.labels import write_revisions
 from rlhf_cli.rollout.judge_terms import LocalModel, find_judge
+from rlhf_cli.rollout.reward_functions import PARALLEL, TIMEOUT, RewardFunction, load_function
 from rlhf_cli.rollout.reward_models import RewardModel
+from rlhf_cli.rollout.rewards import Answers
 from rlhf_cli.runs.folder import RunFolder, read_metrics
 from rlhf_cli.runs.manifest import Parent, build_manifest
 from rlhf_cli.runs.parents import Start
@@ -42,16 +49,22 @@ from rlhf_cli.stages.training import FINE
 
 TOGETHER = 64
 """Pairs that are asked about before their verdicts are written; an endpoint's answers are kept one by one beside them."""
+NONSENSE = 5
+"""Answers of an endpoint in a row that are no verdicts and are put up with."""
 VERDICTS = {1.0: "a", 0.5: "tie", 0.0: "b"}
+Asked = tuple[Comparisons, list[list[str]]]
+"""What was said of pairs, and the principles of each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The models that a labelling asks, before any weights are loaded."""
+    """The models, or the function, that a labelling asks, before any weights are loaded."""
 
     recipe: LabelRecipe
     place: str  # of the judge, begins every message
-    local: LocalModel | None  # that judges; None: an endpoint does, or people
+    local: LocalModel | None  # that judges; None: an endpoint does, or a function, or people
+    function: RewardFunction | None
+    columns: Lent  # that the function reads
     ensemble: list[RewardModel]  # that chooses what is judged
 
     @property
@@ -62,22 +75,31 @@ class Models:
 
     def judge(self, judging: Judging, name: str, folder: RunFolder, console: Console) -> None:
         """Ask until all is judged. RunError: the model does not answer."""
+        with contextlib.closing(judging), self._asking(folder) as ask:
+            judge_pairs(judging, name, ask, lambda done, of: console.say(f"{name} has judged {done:,} of {count(of, 'pair')}"))
+        if silent := sum(line.verdict == "skip" for line in judging.said(name)):
+            console.say(f"{count(silent, 'pair')} skipped: {name} said nothing that is a verdict")
+
+    @contextlib.contextmanager
+    def _asking(self, folder: RunFolder) -> Iterator[Callable[[Sequence[Shown]], Asked]]:
+        """Who judges, with their weights."""
         recipe = self.recipe
-
-        def say(done: int, total: int) -> None:
-            console.say(f"{name} has judged {done:,} of {count(total, 'pair')}")
-
-        with contextlib.closing(judging), contextlib.ExitStack() as stack:
+        if self.function is not None:
+            yield partial(ask_function, self.function, recipe.judge.rationality)
+            return
+        with contextlib.ExitStack() as stack:
             if self.local is not None:
                 placed, most = frozen_models(recipe, Ranks(expected=False)), budget(recipe, self.local.start)
                 judge: EndpointJudge | LocalJudge = self.local.load(recipe.judge, "pairwise", placed, "judge", most)
             else:
                 answers = stack.enter_context(contextlib.closing(Verdicts(folder.path / "answers.jsonl")))
-                judge = prepare(recipe.judge, "pairwise", self.place, lambda: answers)
-            seeded = dataclasses.replace(judge.wording, seed=recipe.seed)
-            judge_by_model(judging, name, dataclasses.replace(judge, wording=seeded), say)
+                asked = prepare(recipe.judge, "pairwise", self.place, lambda: answers)
+                judge = dataclasses.replace(asked, nonsense=NONSENSE)
+            yield partial(ask_model, dataclasses.replace(judge, wording=dataclasses.replace(judge.wording, seed=recipe.seed)))
 
-    def selected(self, rows: Sequence[Row], settings: Select, folder: RunFolder, console: Console) -> list[Row]:
+    def selected(
+        self, rows: Sequence[Row], labelled: Sequence[Row], settings: Select, folder: RunFolder, console: Console
+    ) -> list[Row]:
         """The rows with the pairs that are to be asked about; of a resumed run those that were chosen before."""
         if folder.selected.exists():
             chosen = list(read_metrics(folder.selected))
@@ -86,7 +108,7 @@ class Models:
             if self.ensemble:
                 most = min(budget(self.recipe, model.start) for model in self.ensemble)
                 scores = ensemble_scores(self.ensemble, rows, frozen_models(self.recipe, Ranks(expected=False)), most)
-            chosen = choose(rows, scores, settings, self.recipe.seed)
+            chosen = choose(rows, scores, settings, self.recipe.seed, labelled)
             write_atomic(folder.selected, b"".join(to_json(each) + b"\n" for each in chosen))
         console.say(f"{count(len(chosen), 'pair')} chosen by {settings.by}: {folder.selected}")
         if len(chosen) < settings.n:
@@ -98,8 +120,15 @@ def find_models(loaded: Loaded, recipe: LabelRecipe, inputs: dict[str, str], che
     """`inputs`: takes what a resumed run must have in common. UsageError: a model cannot judge, or score."""
     quiet_libraries()
     settings, place, trust = recipe.judge, loaded.named("judge"), recipe.trust_remote_code
-    local, ensemble = None, list[RewardModel]()
-    if settings.asks_model:
+    local, function, columns, ensemble = None, None, dict[str, str | None](), list[RewardModel]()
+    if (named := settings.function) is not None:
+        called = load_function(named, place)
+        function = RewardFunction(KINDS["function"].default_name(named), 1.0, place, named, called, PARALLEL, TIMEOUT)
+        inputs |= function.code
+        columns |= function.columns(sections.Reward(function=named), place)
+        if not recipe.rows and (needed := [name for name, who in columns.items() if who is not None]):
+            raise UsageError(f"{place}: {named} reads the column '{needed[0]}', and samples have no columns. give rows")
+    elif not settings.asks_people:
         local = find_judge(settings, "pairwise", place, trust_remote_code=trust, check=check)
         files = {"prompt": settings.prompt, "principles": settings.principles}
         inputs |= {f"judge.{name}": sha256_file(Path(path)) for name, path in files.items() if path is not None}
@@ -108,32 +137,50 @@ def find_models(loaded: Loaded, recipe: LabelRecipe, inputs: dict[str, str], che
         where = loaded.named("select.ensemble")
         ensemble = find_ensemble(recipe.select.ensemble, where, trust_remote_code=trust, check=check)
         inputs |= {f"ensemble {model.name}": to_json(model.source).decode() for model in ensemble}
-    return Models(recipe, place, local, ensemble)
+    return Models(recipe, place, local, function, columns, ensemble)
 
 
-def judge_by_model(judging: Judging, name: str, judge: Judge, say: Callable[[int, int], None]) -> None:
+def ask_model(judge: Judge, some: Sequence[Shown]) -> Asked:
+    """RunError: there is no answer."""
+    questions = [Question(prompt_lines(row.prompt), *(spoken(row.responses[number]) for number in order)) for row, order in some]
+    drawn = [judge.wording.drawn(each) if judge.wording.principles else [] for each in questions]
+    return compare(judge, questions), [[each.principle for each in own] for own in drawn]
+
+
+def ask_function(function: RewardFunction, rationality: float | None, some: Sequence[Shown]) -> Asked:
+    """P(the first is better) by the difference of the numbers it gives; NaN where it returns None. One call for all pairs.
+
+    With a rationality β it is a Bradley–Terry annotator's, σ(β · difference) (Lee et al. 2021, B-Pref), else that of one who is
+    never wrong. UsageError: it fails, or returns no numbers.
+    """
+    texts = [[spoken(row.responses[number]) for number in order] for row, order in some]
+    answers = Answers([], [row.record for row, _ in some], texts, [[True, True]] * len(some))
+    one, other = function.score(answers).reshape(-1, 2).T
+    sure = np.sign(one - other) if rationality is None else np.tanh(rationality * (one - other) / 2)
+    return Comparisons(np.stack([(1 + sure) / 2] * 2), ~np.isnan(sure)), [[] for _ in some]
+
+
+def judge_pairs(judging: Judging, name: str, ask: Callable[[Sequence[Shown]], Asked], say: Callable[[int, int], None]) -> None:
     """Ask about the pairs that are open. RunError: there is no answer; what was said before is written down."""
     left = judging.left(name)
     for start in range(0, len(left), TOGETHER):
         some, since = left[start : start + TOGETHER], time.monotonic()
-        questions = [
-            Question(prompt_lines(row.prompt), *(spoken(row.responses[number]) for number in order)) for row, order in some
-        ]
-        found = compare(judge, questions)
+        found, principles = ask(some)
         took = round((time.monotonic() - since) / len(some), 4)
         for at, (row, order) in enumerate(some):
-            drawn = [each.principle for each in judge.wording.drawn(questions[at])] if judge.wording.principles else []
+            p, first = float(found.probability[at]), found.first[:, at].tolist()
+            said = not math.isnan(p)
             line = Verdict(
                 row=row.number,
                 order=[*order],
-                verdict=VERDICTS[float(found.outcomes[at])],
-                p=float(found.probability[at]),
+                verdict=VERDICTS[float(found.outcomes[at])] if said else "skip",
+                p=p if said else None,
                 annotator=name,
                 seconds=took,
                 time=now(),
                 hash=row.hash,
-                first=found.first[:, at].tolist(),
-                principles=drawn,
+                first=first if said else None,
+                principles=principles[at],
             )
             judging.add(line)
         done = start + len(some)

@@ -191,36 +191,62 @@ def test_principles_are_drawn_by_seed_and_averaged(serve: Serve, tmp_path: Path)
     assert {frozenset(row["principle"].split("; ")) for row in rows} == {frozenset({"kind", "short"})}
 
 
-def nonsense(_: Model, message: str) -> Reply:
-    return said("What a lovely day") if "Why 7?" in message else longer(_, message)
+def dreams(model: Model, message: str) -> Reply:
+    return said("What a lovely day") if len(model.asked) > 13 else longer(model, message)
 
 
 def dies(model: Model, message: str) -> Reply:
     return error(500, "out of memory") if len(model.asked) > 9 else longer(model, message)
 
 
-@pytest.mark.parametrize(("broken", "words"), [(nonsense, "no verdict A, B or TIE"), (dies, "out of memory")])
+@pytest.mark.parametrize(
+    ("broken", "words", "good", "bad"), [(dreams, "no verdict A, B or TIE", 13, 6), (dies, "out of memory", 9, 1)]
+)
 def test_a_judge_that_fails_loses_nothing(
     broken: Behaviour,
     words: str,
+    good: int,
+    bad: int,
     serve: Serve,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Exit 4, and a resumed run asks no question twice, in the middle of those that are asked together either."""
+    """Exit 4, where it is nonsense after six answers of it in a row; a resumed run asks no question twice that got a verdict."""
     monkeypatch.setattr(models, "TOGETHER", 5)
     model = serve(broken)
     code, out = label(tmp_path, behind(model, parallel=1))
     assert code == 4
     assert words in capsys.readouterr().err
-    answered = {line["key"] for line in read_lines(out / "answers.jsonl")}
+    answered = {line["key"] for line in read_lines(out / "answers.jsonl") if line["value"] is not None}
     before = len(model.asked)
-    assert before == len(answered) + 1 > 1
+    assert len(answered) == good and before >= good + bad
     model.behave = longer
     assert label(tmp_path, behind(model, parallel=4), "--resume")[0] == 0
     assert len(model.asked) - before == 2 * ROWS - len(answered)
     assert len(read_lines(out / "preferences.jsonl")) == len(read_lines(out / "verdicts.jsonl")) == ROWS
+
+
+def test_nonsense_now_and_then_is_a_skip_that_is_told(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one order of one pair, and in both of another: with the others between them no six in a row."""
+
+    def rambles(model: Model, message: str) -> Reply:
+        a, b = responses(message)
+        lost = "Why 7?" in message or ("Why 3?" in message and len(a) > len(b))
+        return said("What a lovely day") if lost else longer(model, message)
+
+    model = serve(rambles)
+    code, out = label(tmp_path, behind(model, retries=1))
+    assert code == 0
+    assert len(model.asked) == 2 * ROWS + 3  # once more for each
+    lines = {line["row"]: line for line in read_lines(out / "verdicts.jsonl")}
+    assert len(lines) == ROWS
+    skipped = {row for row, line in lines.items() if line["verdict"] == "skip"}
+    assert skipped == {3, 7} and all(lines[row]["p"] is lines[row]["first"] is None for row in skipped)
+    assert len(read_lines(out / "preferences.jsonl")) == ROWS - 2
+    assert figures(out)["annotators"]["m"]["skipped"] == 2
+    assert [line["answer"] for line in read_lines(out / "answers.jsonl") if line["value"] is None] == ["What a lovely day"] * 3
+    assert "2 pairs skipped: m said nothing that is a verdict" in capsys.readouterr().out
 
 
 def test_a_slow_judge_and_one_that_is_spoken_to_by_a_response(serve: Serve, tmp_path: Path) -> None:
