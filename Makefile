@@ -68,12 +68,13 @@ SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/
 NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
 .PRECIOUS: $(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(BASE) $(ARITHMETIC) $(ARITHMETIC_MORE) $(DIGITS)
-.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble arithmetic arithmetic-more test lint check smollm2 bench always
+.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble rounds arithmetic arithmetic-more test lint check smollm2 bench always
 
 help:
 	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: about 5 minutes on two cores"
 	@echo "make quickstart-more  two more of its policies, ipo and rloo, and offline against online at equal KL"
 	@echo "make ensemble         four reward models as one run, and a policy pushed against their mean, and against what they agree on"
+	@echo "make rounds           gold labels spent round by round, on pairs that are chosen, at random, or all at once"
 	@echo "make arithmetic       a tiny model learns sums from a reward that checks the answer: a minute or two on a CPU"
 	@echo "make arithmetic-more  the same by rloo, and by ppo with a learned value"
 	@echo "make test             every test: up to 10 minutes on two cores"
@@ -112,6 +113,10 @@ quickstart-more: $(MORE)
 ensemble: runs/quickstart/ensemble/manifest.json
 	$(TABLE)
 	@printf 'report: %s\n' $(<:%manifest.json=%report.html)
+
+# Its stages, and which of them are left to do, are the script's: ROUNDS='--labels 90 240 --seeds 4' compares more of them.
+rounds: runs/quickstart/sft/manifest.json
+	@$(BIN)/python scripts/rounds.py $(ROUNDS)
 
 quickstart-stages: $(AFTER_SFT)
 	@:

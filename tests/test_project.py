@@ -30,6 +30,10 @@ STAGE_OF = {
     "pushed-mean": "ppo",
     "pushed-lcb": "ppo",
     "ensemble": "eval",
+    "rounds-label": "label",
+    "rounds-rm": "train-rm",
+    "rounds-dpo": "dpo",
+    "rounds-eval": "eval",
     "eval-more": "eval",
 }
 """The stage of recipes that are not named after theirs."""
@@ -238,6 +242,10 @@ class TestMakefile:
         self.change(folder / "recipes/quickstart/rm-ensemble.yaml")
         assert self.make(folder, "ensemble")[:-1] == calls("quickstart", ENSEMBLE, "--force")
 
+    def test_rounds_are_a_script_after_sft(self, folder: Path) -> None:
+        assert self.make(folder, "rounds")[2:] == [*calls("quickstart", ("sft",), "--resume"), "python scripts/rounds.py"]
+        assert self.make(folder, "rounds", "ROUNDS=--seeds 2") == ["python scripts/rounds.py --seeds 2"]
+
     def test_arithmetic_is_a_chain_of_its_own(self, folder: Path) -> None:
         first, more = ("sft", "grpo", "eval"), ("rloo", "ppo", "eval-more")
         made = [INSTALL.format("dev"), "python scripts/make_arithmetic.py"]
@@ -404,6 +412,6 @@ class TestChain:
 
 
 def recipes_of(folder: str) -> dict[str, Recipe]:
-    """Name → recipe of every file in a folder of recipes."""
-    paths = [path for path in RECIPES if path.parent.name == folder]
+    """Name → recipe of every file in a folder of recipes, but for those that scripts/rounds.py chains in its own way."""
+    paths = [path for path in RECIPES if path.parent.name == folder and not path.stem.startswith("rounds-")]
     return {path.stem: load_recipe(STAGE_OF.get(path.stem, path.stem), path).recipe for path in paths}

@@ -27,7 +27,8 @@ STAGE = {
     "eval-more": "eval",
 }
 """The command of recipes that are not named after theirs."""
-RECIPES = sorted(Path("recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml") if not path.stem.startswith("rounds-"))
+"""All but those that tests/labels/test_rounds.py runs."""
 FAST = ("sft", "rm", "dpo", "ppo")
 """Of the quickstart's; the others take as long, and run the same code with other keys."""
 EVALUATIONS = [path for path in RECIPES if STAGE.get(path.stem, path.stem) == "eval"]
