@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from rlhf_cli.data.meaning import LostMeaning, check_turn
 from rlhf_cli.data.records import Answer, BadRow, Message, Prompt, a_list, a_text, kind_of, shortened
@@ -55,8 +55,9 @@ def _turn(turn: Any, name: str, number: int) -> list[Message]:
     role = SPEAKERS.get(written.lower()) if type(written) is str else None
     if role is None:
         raise BadRow(f"a role of {name} is not system, user, assistant or tool", f"{at}: {shortened(written)}")
-    parts = _Parts(content, None, [], []) if type(content) is not list or role == "tool" else _parts(content, called, at)
-    text, thoughts, calls = parts.text, parts.reasoning, parts.calls
+    text, thoughts, calls, results = content, None, list[dict[str, Any]](), list[Message]()
+    if type(content) is list and role != "tool":
+        text, thoughts, calls, results = _parts(content, called, at)
     learned = True
     if turn.keys() - {*keys}:
         check_turn(turn, name, number)
@@ -67,7 +68,7 @@ def _turn(turn: Any, name: str, number: int) -> list[Message]:
         text, calls = "", _calls(text, called, at)
     if role == "tool" and text is not None and type(text) is not str:
         text = json.dumps(text, ensure_ascii=False) if type(text) is not list else _result(text)
-    if not (text in (None, "") and (calls or parts.results or role in ("tool", "system"))):
+    if not (text in (None, "") and (calls or results or role in ("tool", "system"))):
         a_text(text, called, at)
     extra: dict[str, Any] = dict.fromkeys(REASONING, a_text(thoughts, f"the reasoning in {called}", at)) if thoughts else {}
     extra |= {"tool_calls": calls} if calls else {}
@@ -75,23 +76,12 @@ def _turn(turn: Any, name: str, number: int) -> list[Message]:
         extra |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
     kept = a_text(json.dumps(extra, ensure_ascii=False), called, at) if extra else ""
     own = [Message(role, text or "", kept, learned)]
-    return [*parts.results, *(own if text or calls or not parts.results else [])]
+    return [*results, *(own if text or calls or not results else [])]
 
 
-class _Parts(NamedTuple):
-    """What the parts of a turn's content say."""
-
-    text: Any
-    reasoning: str | None
-    calls: list[dict[str, Any]]
-    results: list[Message]
-
-
-def _parts(parts: Sequence[Any], called: str, at: str) -> _Parts:
-    text: list[str] = []
-    thoughts: list[str] = []
-    calls: list[dict[str, Any]] = []
-    results: list[Message] = []
+def _parts(parts: Sequence[Any], called: str, at: str) -> tuple[str, str | None, list[dict[str, Any]], list[Message]]:
+    """Text, reasoning, calls and results of tools in the parts of a turn's content."""
+    text, thoughts, calls, results = list[str](), list[str](), list[dict[str, Any]](), list[Message]()
     for part in parts:
         kind = part.get("type", "text") if type(part) is dict else kind_of(part)
         match kind:
@@ -108,7 +98,7 @@ def _parts(parts: Sequence[Any], called: str, at: str) -> _Parts:
                 raise BadRow(f"{called} has a part of type {kind} without a text", at)
             case _:
                 raise BadRow(f"{called} has a part of type {shortened(kind).strip(chr(39))}, and only text is read", at)
-    return _Parts("".join(text), "".join(thoughts) or None, calls, results)
+    return "".join(text), "".join(thoughts) or None, calls, results
 
 
 def _result(content: Any) -> str:

@@ -93,11 +93,16 @@ def read_saved(path: str, split: str, place: str) -> Iterator[RawRow]:
         saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.DatasetDict) and split not in saved:
             raise UsageError(f"{place}: {path} has no split {split}; it has {', '.join(saved)}")
-        batches = (saved[split] if isinstance(saved, datasets.DatasetDict) else saved).iter(batch_size=1000)
-        found = (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
-        yield from ((number, sparse(row)) for number, row in enumerate(found, start=1))
+        yield from rows_of(saved[split] if isinstance(saved, datasets.DatasetDict) else saved)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{place}: {path}: damaged ({str(error).splitlines()[0]})") from None
+
+
+def rows_of(dataset: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a split as `datasets` has it, numbered from 1."""
+    batches = dataset.iter(batch_size=1000)
+    found = (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
+    yield from ((number, sparse(row)) for number, row in enumerate(found, start=1))
 
 
 def sparse(row: dict[str, Any]) -> dict[str, Any]:
@@ -200,11 +205,8 @@ def _json(path: Path) -> Iterator[RawRow]:
     wrapped = _is_one_object(data)
     if not wrapped and data.count(b"\n", 0, -1) == 0 and isinstance(row := _parse_line(data), dict) and len(row) == 1:
         inner = next(iter(row.values()))  # a list of turns is a row; of other objects they are the rows
-        wrapped = (
-            isinstance(inner, list)
-            and all(isinstance(x, dict) and not x.keys() & {"role", "from"} for x in inner)
-            and bool(inner)
-        )
+        wrapped = isinstance(inner, list) and bool(inner)
+        wrapped &= wrapped and all(isinstance(each, dict) and not each.keys() & {"role", "from"} for each in inner)
     if not wrapped and not data.lstrip().startswith(b"["):
         yield from _lines(BytesIO(data))
         return
@@ -348,14 +350,8 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 
 
 Reader = Callable[[Path], Iterator[RawRow]]
-READERS: dict[str, Reader] = {
-    ".jsonl": _jsonl,
-    ".jsonl.gz": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".parquet": _parquet,
-}
+_JSON: dict[str, Reader] = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json}
+READERS = {**_JSON, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}
 
 
 def reader_of(path: Path) -> Reader | None:

@@ -36,7 +36,7 @@ class Format:
     convert: Converter
     optional: tuple[str, ...] = ()
     without_prompts: Converter | None = None  # for sources none of whose first rows has a prompt, be they messages or texts
-    recognise: Callable[[Row], bool] | None = None  # is a row, without its nulls, one of these? None: if it has all columns
+    recognise: Callable[[Row], bool] | None = None  # is a row, without its nulls, one? None: with all columns and no label
     spellings: tuple[Columns, ...] = ()  # how others name its columns; all that a spelling names must be there, but for NAME?
     gather: Callable[[Iterator[RawRow]], Iterator[RawRow]] | None = None  # rows that are one row of ours
 
@@ -76,7 +76,7 @@ class Format:
         return 0 if plain else None
 
     def fits(self, row: Row) -> bool:
-        return self.recognise(row) if self.recognise is not None else row.keys() >= set(self.columns)
+        return self.recognise(row) if self.recognise is not None else row.keys() >= set(self.columns) and not _is_labelled(row)
 
     def used(self, rows: Sequence[Row]) -> set[str]:
         """The columns that are read, of rows like these."""
@@ -134,6 +134,7 @@ def _is_ranked(row: Row) -> bool:
 
 
 _OF_PAIRS = ("score_chosen", "score_rejected", "probability")  # the latter: that the chosen response is the better one
+_TEXT: frozenset[Content] = frozenset({"answer"})
 _ANSWER: frozenset[Content] = frozenset({"prompt", "answer"})
 _PAIR: frozenset[Content] = frozenset({"prompt", "answer", "pair"})
 _RANKING: frozenset[Content] = frozenset({"prompt", "answer", "ranking"})
@@ -141,13 +142,7 @@ _RANKING: frozenset[Content] = frozenset({"prompt", "answer", "ranking"})
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
-        Format(
-            "messages",
-            ("messages",),
-            _ANSWER,
-            of.from_messages,
-            recognise=lambda row: "messages" in row and not _is_labelled(row),
-        ),
+        Format("messages", ("messages",), _ANSWER, of.from_messages),
         Format(
             "sharegpt",
             ("conversations",),
@@ -155,29 +150,16 @@ FORMATS: dict[str, Format] = {
             of.from_messages,
             recognise=lambda row: "conversations" in row and "messages" not in row and not _is_labelled(row),
         ),
-        Format(
-            "prompt-completion",
-            ("prompt", "completion"),
-            _ANSWER,
-            of.from_completion,
-            recognise=lambda row: row.keys() >= {"prompt", "completion"} and not _is_labelled(row),
-        ),
+        Format("prompt-completion", ("prompt", "completion"), _ANSWER, of.from_completion),
         Format(
             "alpaca",
             ("instruction", "output"),
             _ANSWER,
             of.from_alpaca,
             optional=("input", "history"),
-            recognise=lambda row: row.keys() >= {"instruction", "output"} and not _is_labelled(row),
             spellings=({"output": "response", "input": "context?"}, {"instruction": "query", "output": "response"}),
         ),
-        Format(
-            "text",
-            ("text",),
-            frozenset({"answer"}),
-            of.from_text,
-            recognise=lambda row: "text" in row and "message_id" not in row,
-        ),
+        Format("text", ("text",), _TEXT, of.from_text, recognise=lambda row: "text" in row and "message_id" not in row),
         Format(
             "preference",
             ("prompt", "chosen", "rejected"),
@@ -319,13 +301,10 @@ PROMPTS = Use(frozenset({"prompt"}), "none")
 def convert(row: Row, where: str, converter: Converter) -> Record:
     """The record of a row, with what stands beside its prompt, and its `subset` if it has one; raises BadRow."""
     record = converter(row, where)
-    if record.prompt and row.keys() & _BESIDE:
+    if record.prompt and not row.keys().isdisjoint(BESIDE_PROMPTS):
         record = of.surrounded(record, row)
     subset = row.get("subset")
     return record if subset is None else record._replace(facts=record.facts._replace(subset=a_text(subset, "'subset'")))
-
-
-_BESIDE = set(BESIDE_PROMPTS)
 
 
 def with_margin(record: Record, row: Row, column: str) -> Record:
@@ -366,9 +345,8 @@ def detect(rows: Sequence[Row], purpose: Purpose, place: str) -> Format:
     if not fitting:
         raise purpose.refuse(FORMATS[found[0]], f"{place}: the columns {columns}", _rename_hint(rows, purpose.use) or RENAME)
     if len(fitting) > 1:
-        raise UsageError(
-            f"{place}: the columns {columns} can be read as {' or as '.join(fitting)}; set format: to the one you mean"
-        )
+        several = " or as ".join(fitting)
+        raise UsageError(f"{place}: the columns {columns} can be read as {several}; set format: to the one you mean")
     return FORMATS[fitting[0]]
 
 
@@ -386,9 +364,8 @@ LESS = ("prompt", "text")
 def _rename_hint(rows: Sequence[Row], use: Use) -> str:
     """A `columns:` line that would make a format complete that is taken, where there is one obvious reading."""
     has = {str(name) for row in rows for name in row}
-    lost = any(
-        name in MEANINGFUL - {*BESIDE_PROMPTS} and says_something(name, value) for row in rows for name, value in row.items()
-    )
+    cells = (cell for row in rows for cell in row.items())
+    lost = any(name in MEANINGFUL - {*BESIDE_PROMPTS} and says_something(name, value) for name, value in cells)
     ours = {name: [theirs for theirs in ALIASES.get(name, ()) if theirs in has] for name in KNOWN_COLUMNS}
     for format in use.formats.values():
         missing = [name for name in format.columns if name not in has]

@@ -12,7 +12,7 @@ import yaml
 
 from rlhf_cli import hub
 from rlhf_cli.console import of_rank
-from rlhf_cli.data.files import sparse
+from rlhf_cli.data.files import rows_of
 from rlhf_cli.errors import RunError, UsageError, prefixed
 from rlhf_cli.sections import Rows
 from rlhf_cli.suggest import did_you_mean
@@ -21,9 +21,8 @@ from rlhf_cli.suggest import did_you_mean
 def read_hub(source: Rows, place: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of one split, numbered from 1; `place` begins every message. Code of a data set is never run."""
     with prefixed(place):
-        batches = _load(source).iter(batch_size=1000)
-    found = (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
-    yield from ((number, sparse(row)) for number, row in enumerate(found, start=1))
+        dataset = _load(source)
+    yield from rows_of(dataset)
 
 
 def _load(source: Rows) -> Any:

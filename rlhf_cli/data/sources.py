@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -121,24 +121,6 @@ def _read_source(source: sections.Source, key: str, data: sections.Data, request
     return _Source(take(records, chosen), falls[chosen], dataclasses.replace(report, kept=len(chosen), unused=unused))
 
 
-def _said(format: Format, converter: Converter, rows: Sequence[Row], path: str) -> Iterator[str]:
-    """What a person should know of how the rows are read."""
-    if isinstance(converter, partial):
-        yield f"{path}: the responses repeat the prompt, which is cut off them"
-    if format.gather is not None and format.name == "tree":
-        yield f"{path}: each message of a person with its answers is one row"
-    elif format.gather is not None and any("response" in row for row in rows):
-        yield f"{path}: rows of one prompt, with a response each, are one row"
-
-
-def _lacking(path: str, request: RowRequest, lent: Mapping[str, int], rows: int) -> Iterator[str]:
-    """What a person should know of columns that a term of the reward reads, and that not all rows have."""
-    for name, who in request.columns.items():
-        if who is not None and name != ALL and lent.get(name, 0) < rows:
-            how = f"{lent[name]:,} of {rows:,} rows have" if lent.get(name) else "no row has"
-            yield f"{path}: {how} the column '{name}', which a term of the reward reads: elsewhere it is given null"
-
-
 def _cache_key(source: sections.Source, key: str, seed: int | None, request: RowRequest) -> str | None:
     """All that the records of a source depend on; None where they are not kept."""
     if is_hub_id(source.path) or is_saved(source.path):
@@ -208,10 +190,7 @@ def _convert(source: sections.Source, key: str, seed: int | None, request: RowRe
         tuple(name for name in convert.seen if not {name, ALL} & {*convert.used, *request.columns}),
         tuple(name for name in (request.columns if ALL not in request.columns else convert.seen) if name in convert.lent),
         convert.transcripts,
-        (
-            *_said(format, converter, own, source.path),
-            *_lacking(source.path, request, convert.lent, tally.read - tally.bad.total()),
-        ),
+        tuple(convert.said(own, tally.read - tally.bad.total())),
     )
 
 
@@ -268,6 +247,20 @@ class _Conversion:
         columns = json.dumps(row[ALL], default=str) if ALL in row else ""
         record, margin = record._replace(prompt=prompt, columns=columns), request.margin_column
         return record if margin is None else formats.with_margin(record, row, margin)
+
+    def said(self, first: Sequence[Row], rows: int) -> Iterator[str]:
+        """What a person should know of how the rows are read, and of columns that a term of the reward reads and not all have."""
+        path, format, lent = self.source.path, self.format, self.lent
+        if isinstance(self.converter, partial):
+            yield f"{path}: the responses repeat the prompt, which is cut off them"
+        if format.gather is not None and format.name == "tree":
+            yield f"{path}: each message of a person with its answers is one row"
+        elif format.gather is not None and any("response" in row for row in first):
+            yield f"{path}: rows of one prompt, with a response each, are one row"
+        for name, who in self.request.columns.items():
+            if who is not None and name != ALL and lent[name] < rows:
+                how = f"{lent[name]:,} of {rows:,} rows have" if lent[name] else "no row has"
+                yield f"{path}: {how} the column '{name}', which a term of the reward reads: elsewhere it is given null"
 
     @contextmanager
     def _meant(self, place: str) -> Iterator[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import threading
 import time
 from collections import deque
@@ -17,17 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.judges.endpoint import SHOWN, Failure, Reply, Server, ask, connect
-from rlhf_cli.judges.question import (
-    SCORES,
-    Mode,
-    Question,
-    Wording,
-    expected_score,
-    preferred,
-    read_score,
-    read_verdict,
-    read_wording,
-)
+from rlhf_cli.judges.question import Mode, Question, Wording, read_answer, read_wording
 from rlhf_cli.runs.folder import MetricsLog, read_metrics
 from rlhf_cli.signals import Pause, no_pause
 
@@ -43,7 +32,6 @@ BACKOFF = 1.0  # seconds before a question is asked for the second time; twice a
 MOST_BACKOFF = 30.0
 GRACE = 0.5  # seconds that answers under way may still take when the judging ends early
 KEPT = 2000  # characters of an answer that are kept, its end
-VALUE = {"A": 1.0, "B": 0.0, "TIE": 0.5}  # of a verdict, for the response that stands first
 UPDATES = 20  # how often the progress is told
 
 
@@ -97,44 +85,24 @@ class Verdicts:
 class EndpointJudge:
     """Whom to ask, and how."""
 
-    server: Server
+    asking: Asking[Answer]
     wording: Wording
-    retries: int
-    parallel: int
-    place: str  # begins every message
     verdicts: Callable[[], Verdicts]  # what is in them is not asked again; every answer is added at once
-    say: Callable[[int, int], None] = lambda done, total: None  # told (answered, all) questions about UPDATES times
-    pause: Pause = no_pause  # while answers are waited for
-    nonsense: int = 0  # answers in a row that say nothing and are put up with
-
-    def key(self, question: Question) -> str:
-        """The same for the same question to the same model in the same words."""
-        own = [self.server.model, self.wording.template, question.prompt, question.a, question.b, question.principle]
-        return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
     def answer(self, questions: Sequence[Question]) -> Mapping[Question, float]:
         """MachineError: a question got no verdict. No further one is asked, and what was answered is kept.
 
         Where `nonsense` is put up with, questions whose answer says nothing are missing.
         """
-        keys = {self.key(question): question for question in questions}
+        model, template = self.asking.server.model, self.wording.template
+        own = {each: [model, template, each.prompt, each.a, each.b, each.principle] for each in questions}
+        # The same for the same question to the same model in the same words.
+        keys = {hashlib.sha256(json.dumps(said).encode()).hexdigest(): question for question, said in own.items()}
         if not keys:
             return {}
         verdicts = self.verdicts()
-        messages = {key: self.wording.filled(question) for key, question in keys.items()}
-        own = (self.server, self.retries, self.parallel, self.place, self.read, "verdicts", self.say, self.pause)
-        asking = Asking(*own, nonsense=self.nonsense)
-        asking.ask_all(messages, verdicts)
+        self.asking.ask_all({key: self.wording.filled(question) for key, question in keys.items()}, verdicts)
         return {question: found for key, question in keys.items() if (found := verdicts.get(key)) is not None}
-
-    def read(self, reply: Reply) -> Answer:
-        """Nonsense: it is no verdict."""
-        answer = Answer(_value(reply, self.wording.mode), self.server.without_key(reply.text))
-        if answer.value is not None:
-            return answer
-        wanted = "score from 1 to 10" if self.wording.mode == "score" else "verdict A, B or TIE"
-        end = self.server.shown(answer.text[-SHOWN:])
-        raise Nonsense(f"no {wanted} at the end of its answer: {end or 'an empty one'}", answer)
 
 
 def prepare(
@@ -146,8 +114,18 @@ def prepare(
     pause: Pause = no_pause,
 ) -> EndpointJudge:
     """The judge of the settings; nothing is sent. UsageError: its template, its endpoint or the key cannot be used."""
-    wording = read_wording(settings, mode, place)
-    return EndpointJudge(connect(settings, place), wording, settings.retries, settings.parallel, place, verdicts, say, pause)
+    wording, server = read_wording(settings, mode, place), connect(settings, place)
+
+    def read(reply: Reply) -> Answer:
+        answer = Answer(read_answer(reply.text, reply.first, reply.logprobs, mode), server.without_key(reply.text))
+        if answer.value is not None:
+            return answer
+        wanted = "score from 1 to 10" if mode == "score" else "verdict A, B or TIE"
+        end = server.shown(answer.text[-SHOWN:])
+        raise Nonsense(f"no {wanted} at the end of its answer: {end or 'an empty one'}", answer)
+
+    asking = Asking(server, settings.retries, settings.parallel, place, read, "verdicts", say, pause)
+    return EndpointJudge(asking, wording, verdicts)
 
 
 class Kept(Protocol[Given]):
@@ -168,8 +146,8 @@ class Asking(Generic[A]):
     place: str  # begins every message
     read: Callable[[Reply], A]  # Failure: it is no answer
     noun: str  # what the answers are
-    say: Callable[[int, int], None] = lambda done, total: None
-    pause: Pause = no_pause
+    say: Callable[[int, int], None] = lambda done, total: None  # told (answered, all) messages about UPDATES times
+    pause: Pause = no_pause  # while answers are waited for
     drawing: Callable[[str], Mapping[str, Any] | None] = lambda key: None  # how the answer to a message is drawn, see `ask`
     nonsense: int = 0  # answers in a row that say nothing and are put up with
 
@@ -250,22 +228,3 @@ class Asking(Generic[A]):
                     error.args = (f"{error} (asked {number + 1} times)" if number else f"{error}",)
                     raise
         raise AssertionError("the last failure is raised")
-
-
-def _value(reply: Reply, mode: Mode) -> float | None:
-    """By log-probabilities where the answer begins with an option and ends in no other, else by what it says.
-
-    Reasoning begins with "A clear difference" or "1." as well: there it is the end that counts.
-    """
-    if mode == "pairwise":
-        verdict, letter = read_verdict(reply.text), reply.first.strip("( \n")
-        if letter in ("A", "B") and verdict in (None, letter) and (found := preferred(reply.logprobs)) is not None:
-            return found
-        return None if verdict is None else VALUE[verdict]
-    written, first = read_score(reply.text), reply.first.strip()
-    # "1" is also how "10" begins, where that is two tokens: then its log-probability is not that of the score.
-    ten = any(token.strip() == "10" for token in reply.logprobs)
-    if ten and first in map(str, SCORES) and written in (None, float(first)):
-        tops = [[value for token, value in reply.logprobs.items() if token.strip() == str(score)] for score in SCORES]
-        return expected_score([math.log(sum(map(math.exp, own))) if own else -math.inf for own in tops])
-    return written

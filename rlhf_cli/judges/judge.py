@@ -33,8 +33,7 @@ class Comparisons:
     @property
     def probability(self) -> np.ndarray:
         """(N,) that a is better, the mean of both orders (Lee et al. 2023, RLAIF: a judge that says always "first" gives ½)."""
-        mean: np.ndarray = self.first.mean(0)
-        return mean
+        return np.asarray(self.first.mean(0))
 
     @property
     def outcomes(self) -> np.ndarray:

@@ -184,6 +184,26 @@ def expected_score(logprobs: Sequence[float]) -> float:
     return sum(score * weight for score, weight in zip(SCORES, weights, strict=True)) / sum(weights)
 
 
+def read_answer(answer: str, first: str, logprobs: Mapping[str, float], mode: Mode) -> float | None:
+    """P(the first response is better), or the score; None: the answer says neither.
+
+    By the log-probabilities in the place of its first token where it begins with an option and ends in no other, else by what it
+    says. Reasoning begins with "A clear difference" or "1." as well: there it is the end that counts.
+    """
+    if mode == "pairwise":
+        verdict, letter = read_verdict(answer), first.strip("( \n")
+        if letter in ("A", "B") and verdict in (None, letter) and (found := preferred(logprobs)) is not None:
+            return found
+        return {"A": 1.0, "B": 0.0, "TIE": 0.5, None: None}[verdict]
+    written, first = read_score(answer), first.strip()
+    # "1" is also how "10" begins, where that is two tokens: then its log-probability is not that of the score.
+    ten = any(token.strip() == "10" for token in logprobs)
+    if ten and first in map(str, SCORES) and written in (None, float(first)):
+        tops = [[value for token, value in logprobs.items() if token.strip() == str(score)] for score in SCORES]
+        return expected_score([math.log(sum(map(math.exp, own))) if own else -math.inf for own in tops])
+    return written
+
+
 def read_score(answer: str) -> float | None:
     """The last number from 1 to 10 in an answer; None where its last number is none of these.
 

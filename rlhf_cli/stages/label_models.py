@@ -94,7 +94,7 @@ class Models:
             else:
                 answers = stack.enter_context(contextlib.closing(Verdicts(folder.path / "answers.jsonl")))
                 asked = prepare(recipe.judge, "pairwise", self.place, lambda: answers)
-                judge = dataclasses.replace(asked, nonsense=NONSENSE)
+                judge = dataclasses.replace(asked, asking=dataclasses.replace(asked.asking, nonsense=NONSENSE))
             yield partial(ask_model, dataclasses.replace(judge, wording=dataclasses.replace(judge.wording, seed=recipe.seed)))
 
     def selected(
