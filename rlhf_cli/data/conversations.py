@@ -102,7 +102,6 @@ def _parts(parts: Sequence[Any], called: str, at: str) -> tuple[str, str | None,
 
 
 def _result(content: Any) -> str:
-    """What a tool returned, as text."""
     if isinstance(content, list) and content and all(isinstance(part, dict) and "text" in part for part in content):
         return "".join(str(part["text"]) for part in content)
     return content if type(content) is str else json.dumps(content, ensure_ascii=False)

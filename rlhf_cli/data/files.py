@@ -117,7 +117,6 @@ def _sparse(value: Any) -> Any:
 
 
 def _near(target: Path) -> str:
-    """Names beside the first part of the path that does not exist."""
     missing = target
     while not missing.parent.exists():
         missing = missing.parent

@@ -347,7 +347,6 @@ def _counts(counter: Counter[str]) -> str:
 
 
 def _limited(count: int, limit: int, path: str, seed: int, shuffle: bool) -> np.ndarray:
-    """Which of so many records, in their order."""
     if not shuffle:
         return np.arange(limit)
     key = int.from_bytes(blake2b(path.encode(), digest_size=8).digest())

@@ -270,7 +270,6 @@ def _find_turn(
 
 
 def _difference(one: str, other: str) -> str:
-    """Both texts around the first character that differs."""
     at = shared_length(one, other)
     start = max(0, at - 15)
     return f"{one[start : at + 25]!r} becomes {other[start : at + 25]!r}"

@@ -32,7 +32,6 @@ def import_file(path: Path, stage: str | None, gpus: int) -> tuple[str, str]:
 
 
 def _problems(stage: str, text: str) -> list[tuple[str, str]]:
-    """(key, what) that would be said of a recipe with this text."""
     section = STAGES[stage].recipe
     builder = Builder(section, stage)
     recipe = builder.section(section, spell_out(read(text, []), section), "")
@@ -49,7 +48,6 @@ def converted(path: Path, given: dict[str, Any], stage: str | None, gpus: int) -
 
 
 def _tool(path: Path, given: dict[str, Any]) -> Tool:
-    """Whose configuration it is, by the keys that it has."""
     signs: dict[Tool, str] = TABLES["signs"]
     if isinstance(given.get("model"), dict) and "data" in given:
         raise UsageError(f"{path}: is a recipe already. train it: rlhf STAGE {path}")
@@ -92,7 +90,6 @@ def _stage(path: Path, tool: Tool, given: dict[str, Any], asked: str | None) -> 
 
 
 def _nested(job: Job) -> dict[str, Any]:
-    """The values as sections, in the order of the schema."""
     order = list(dict.fromkeys(key for key, _ in walk(TRAINING_STAGES[job.stage].recipe)))
     root: dict[str, Any] = {}
     for key in sorted(job.values, key=order.index):

@@ -30,7 +30,6 @@ def convert(job: Job) -> None:
 
 
 def _loss(job: Job) -> None:
-    """The kind of loss, and what depends on it."""
     loss, weights = job.take("loss_type", "pref_loss"), job.take("loss_weights", form=list)
     job.take("stage", "rl", "reward_model")
     kinds = loss if isinstance(loss, list) else [loss]
@@ -96,7 +95,6 @@ def _adapter(job: Job) -> None:
 
 
 def _switches(job: Job) -> None:
-    """Keys that are on or off, and chat templates."""
     stored, said = job.take("torch_dtype", "dtype"), {name: job.take(name) for name in TABLES["switches"]}
     for name, value in said.items():
         ours, on, _ = TABLES["switches"][name]
@@ -125,7 +123,6 @@ def _switches(job: Job) -> None:
 
 
 def _steps(job: Job) -> None:
-    """How many rows a step takes, how many steps there are, and how long a row may be."""
     each, times = job.take("per_device_train_batch_size", "micro_batch_size"), job.take("gradient_accumulation_steps")
     if job.tool == "axolotl" and (whole := job.take("batch_size")):
         each, times = whole, 1
@@ -228,7 +225,6 @@ def _rest(job: Job) -> None:
 
 
 def _differences(job: Job) -> None:
-    """What no key of the recipe shows."""
     truncated, full = str(job.values.get("data.overlong")).startswith("truncate"), job.values.get("lora", 0) is None
     for applies, words in (
         (truncated and job.tool == "LLaMA-Factory", "of rows that are too long the response is cut; there the prompt too"),

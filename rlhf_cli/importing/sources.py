@@ -127,7 +127,6 @@ def _dataset_info(job: Job) -> tuple[dict[str, Any], Path]:
 
 
 def _described(job: Job, name: str, entry: dict[str, Any], folder: Path) -> Source:
-    """The source that an entry of dataset_info.json describes."""
     place, columns, tags = f"dataset_info.json: {name}", entry.get("columns") or {}, entry.get("tags") or {}
     if not (isinstance(columns, dict) and isinstance(tags, dict)):
         job.refuse(place, "columns and tags are keys with values. write them so")

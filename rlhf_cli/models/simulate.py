@@ -7,12 +7,10 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -91,7 +89,7 @@ def _moments(config: Any, step: Step, layers: int) -> list[Parts]:
     rows = max(1, round(step.tokens / step.row))
     tree = Tree(np.zeros(1, np.int32), np.zeros(1, bool), (np.zeros(min(step.row, step.tokens) - 1, np.int32),), 0)
     batch = build_batch([tree] * rows, [[Piece(number, (0,))] for number in range(rows)])
-    with _alone_of(step.devices) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as mode, _nothing_moves():
+    with _alone_of(step.devices) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as mode:
         tensors = {name: mode.from_tensor(value) for name, value in vars(batch).items() if torch.is_tensor(value)}
         return _run(_build(config, step, mesh), step, Batch(**(vars(batch) | tensors)))
 
@@ -99,24 +97,16 @@ def _moments(config: Any, step: Step, layers: int) -> list[Parts]:
 @contextlib.contextmanager
 def _alone_of(devices: int) -> Iterator[Any]:
     """A mesh of so many devices whose others do not answer; None where there is one."""
-    if devices == 1:
-        yield None
-        return
-    dist.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
+    move = torch.nn.Module.to
+    torch.nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign]  # without numbers none can move
     try:
-        yield init_device_mesh("cpu", (devices,))
+        if devices > 1:
+            dist.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
+        yield init_device_mesh("cpu", (devices,)) if devices > 1 else None
     finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _nothing_moves() -> Iterator[None]:
-    """Tensors without numbers cannot be moved in place, and all are on one device."""
-    with (
-        mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *_, **__: None),
-        mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self),
-    ):
-        yield
+        torch.nn.Module.to = move  # type: ignore[method-assign]
+        if devices > 1:
+            dist.destroy_process_group()
 
 
 class _Imagined(Backbone):
@@ -192,7 +182,6 @@ def _run(backbone: Backbone, step: Step, batch: Batch) -> list[Parts]:
 
 @contextlib.contextmanager
 def _peak(tracker: Any, found: list[Parts]) -> Iterator[None]:
-    """Adds to `found` what was in memory when it was fullest inside."""
     tracker._peak_mem_snap = tracker.get_tracker_snapshot()
     tracker._peak_mem = {device: parts["Total"] for device, parts in tracker._peak_mem_snap.items()}
     yield

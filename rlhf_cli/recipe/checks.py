@@ -94,7 +94,6 @@ def _sources(recipe: TrainingRecipe) -> Iterator[Finding]:
 
 
 def _mixture(recipe: TrainingRecipe, key: str, sources: list[Source]) -> Iterator[Finding]:
-    """The sources that an epoch is made of."""
     for index, source in enumerate(sources):
         if source.weight == 0:
             yield f"{key}.{index}.weight", f"0 never draws from {source.path}. remove the source"
@@ -184,7 +183,6 @@ ENV = Check(("env",), _env)
 
 
 def _terms(key: str, terms: list[Reward]) -> Iterator[Finding]:
-    """The terms of the reward or of what is only measured."""
     if not terms:
         yield key, "the list is empty. name a term, such as {model: …} or {function: file.py:name}"
     names = term_names(terms)

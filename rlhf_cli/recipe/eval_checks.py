@@ -37,7 +37,6 @@ def _models(recipe: EvalRecipe) -> Iterator[Finding]:
 
 
 def _known(key: str, name: str, recipe: EvalRecipe) -> Iterator[Finding]:
-    """Does the name stand for one model?"""
     entry = name.partition("/")[0]  # a checkpoint's name is its entry's and its own
     if is_pattern(recipe.models.get(entry, "")):
         yield key, f"{entry} is several models, {recipe.models[entry]}. give the one a name of its own in models"

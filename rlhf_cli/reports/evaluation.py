@@ -244,7 +244,6 @@ def _examples(about: About, own: Samples, base: Samples | None) -> tuple[Example
 
 
 def _of_each_prompt(order: Iterable[int], pairs: Sequence[tuple[Sample, Sample]]) -> list[int]:
-    """The first few of different prompts."""
     found: dict[int, int] = {}
     for at in order:
         found.setdefault(pairs[at][0].row, at)
@@ -279,7 +278,6 @@ def _response(sample: Sample) -> Response:
 
 
 def _methods(result: EvaluationResult) -> Iterator[Items | Definitions]:
-    """How it was measured, and what each figure is."""
     about = result.about
     said = []
     if about.prompts:

@@ -39,12 +39,10 @@ def findings(result: EvaluationResult) -> list[Finding]:
 
 
 def _leaning(rate: Interval) -> Kind:
-    """Is a win rate above a half, below, or can it not be told?"""
     return "better" if rate.low > CHANCE else "worse" if rate.high < CHANCE else "open"
 
 
 def _named(own: dict[str, Interval], names: list[str], say: Callable[[Interval], str]) -> str:
-    """The first few with their figures, and how many more there are."""
     return ", ".join(f"{name} {say(own[name])}" for name in names[:NAMED]) + _others(names)
 
 
@@ -107,7 +105,6 @@ def _follows_length(own: WinRate) -> bool:
 
 
 def _effect(baseline: str, raw: Interval, equal: Interval) -> str:
-    """What the length does to a win rate."""
     after = _leaning(equal)
     if _leaning(raw) == "better" and after == "open":
         return f"that it is better than {baseline} for its content cannot be told"
@@ -187,7 +184,6 @@ def _optimised(result: EvaluationResult) -> Iterator[Finding]:
 
 
 def _variety(result: EvaluationResult) -> Iterator[Finding]:
-    """Responses that other responses repeat word for word."""
     own, standard = result.of("response/duplicates"), result.standard
     base = own.get(standard) if standard else None
     found = [
@@ -220,7 +216,6 @@ def _endings(result: EvaluationResult) -> Iterator[Finding]:
 
 
 def _text(result: EvaluationResult) -> Iterator[Finding]:
-    """Models that predict the texts worse than the one they are held against."""
     own, standard = result.of("perplexity"), result.standard
     base = own.get(standard) if standard else None
     dearer = [name for name, mean in own.items() if base and mean.low > base.high]

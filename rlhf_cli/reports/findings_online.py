@@ -115,7 +115,6 @@ def _gold(history: History, name: str, gold: Ends) -> Finding:
 
 
 def _peak(history: History, name: str) -> Iterator[Finding]:
-    """A gold reward that was higher on the way."""
     lines = [line for line in history.held_out if name in line]
     if len(lines) < 3:
         return

@@ -35,7 +35,6 @@ def _training_loss(history: History) -> Iterator[Finding]:
 
 
 def _held_out_loss(history: History) -> Iterator[Finding]:
-    """Whether it fell, did not, or rose again while the training loss fell."""
     held_out = history.held_out
     if not held_out:
         said = "No rows were held out, so nothing tells learning from memorising: set `data.holdout: 0.05` or `data.eval`."

@@ -56,7 +56,6 @@ def _grouped(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
 
 
 def _scales(table: Table) -> list[tuple[float, float]]:
-    """From where to where the bars of each column reach."""
     scales = []
     for at, column in enumerate(table.columns):
         marks = [] if column.mark is None else [column.mark]

@@ -100,7 +100,6 @@ def _label(name: str) -> str:
 
 
 def _intervals(axes: Axes, own: Mapping[str, Interval], colour: str, offset: float, label: str) -> None:
-    """A row for each name, the first on top."""
     rows = [row + offset for row in range(len(own))]
     axes.hlines(rows, [each.low for each in own.values()], [each.high for each in own.values()], color=colour, linewidth=2.2)
     means = [each.mean for each in own.values()]

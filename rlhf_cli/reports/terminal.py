@@ -58,7 +58,6 @@ def _preference_rows(result: EvaluationResult) -> list[list[str]]:
 
 
 def _peaks(result: EvaluationResult) -> list[str]:
-    """A line for each series with gold."""
     lines = []
     for series in result.series:
         fits = result.fits.get(series)
