@@ -106,12 +106,11 @@ def _render(form: ChatFormat, record: Record, find_turns: bool, learn_empty_thin
     if given.get("tools") and prompt_text(form.tokenizer, form.template, record.prompt, {**given, "tools": None}) == prompt:
         raise BadRow("the chat template has no place for tools")
     said = _check_prompt(prompt, messages)
-    responses = tuple(
-        added_turn(form, prompt, (*messages, as_turn(answer)), given, record.where) + form.close for answer in answers
-    )
-    for answer, written in zip(answers, responses, strict=True):
-        said |= _check_answer(form, prompt, as_turn(answer), written, record.where)
-    empty = {_empty_think(written, as_turn(answer).content) for answer, written in zip(answers, responses, strict=True)}
+    asked, where = [as_turn(answer) for answer in answers], record.where
+    responses = tuple(added_turn(form, prompt, (*messages, turn), given, where) + form.close for turn in asked)
+    for turn, written in zip(asked, responses, strict=True):
+        said |= _check_answer(form, prompt, turn, written, where)
+    empty = {_empty_think(written, turn.content) for turn, written in zip(asked, responses, strict=True)}
     earlier = [k for k, message in enumerate(messages) if message.role == "assistant" and message.learned] if find_turns else []
     answering = [k for k in earlier if any(message.role == "user" for message in messages[:k])]
     turns = [_find_turn(form, prompt, messages, k, given, record.where) for k in answering]

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.importing.convert import convert
-from rlhf_cli.importing.job import TABLES, Job, Tool
+from rlhf_cli.importing.job import TABLES, UNKNOWN, Job, Tool
 from rlhf_cli.recipe.build import Builder, spell_out
 from rlhf_cli.recipe.checks import findings
 from rlhf_cli.recipe.dump import as_yaml_text, one_line
@@ -104,14 +104,11 @@ def _nested(job: Job) -> dict[str, Any]:
 def _comments(job: Job) -> Iterator[str]:
     yield f"# Made by rlhf import of {job.path.name}, a configuration of {job.tool}. Next: rlhf {job.stage} RECIPE.yaml --check"
     told = {heading: job.told[heading] for heading in ("To fill in", "Computed")}
-    told["Defaults of theirs, written out because ours are others"] = [
-        f"{key}: {one_line(job.values[key])} (ours: {as_yaml(usual)})" for key, usual in job.assumed.items()
-    ]
+    usual = [f"{key}: {one_line(job.values[key])} (ours: {as_yaml(own)})" for key, own in job.assumed.items()]
+    told["Defaults of theirs, written out because ours are others"] = usual
     told["Done otherwise"] = job.told["Done otherwise"]
     told["Left out"] = [f"{', '.join(names)}: {why}" for why, names in job.left_out.items() if names]
-    told["Not understood, and left out"] = [", ".join(job.told["Not understood, and left out"])] * bool(
-        job.told["Not understood, and left out"]
-    )
+    told[UNKNOWN] = [", ".join(job.told[UNKNOWN])] * bool(job.told[UNKNOWN])
     for heading, lines in told.items():
         if lines:
             yield f"# {heading}:"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rlhf_cli.importing.job import LEFT_OUT, OURS, REFUSED, SECRET, TABLES, Job, asks
+from rlhf_cli.importing.job import LEFT_OUT, OURS, REFUSED, SECRET, TABLES, UNKNOWN, Job, asks
 from rlhf_cli.importing.sources import read_sources
 from rlhf_cli.recipe.suggest import OTHER_NAMES
 
@@ -159,8 +159,7 @@ def _rates(job: Job) -> None:
     if betas != (None, None):
         job.put("train.betas", [given or usual for given, usual in zip(betas, job.usual["train.betas"], strict=True)])
     if job.rest.get("max_grad_norm") == 0:
-        job.take("max_grad_norm")
-        job.put("train.max_grad_norm", 1e9)  # 0 clips nothing there
+        job.rest["max_grad_norm"] = 1e9  # 0 clips nothing there
     if job.rest.get("adam_epsilon") == 1e-8:
         job.take("adam_epsilon")
 
@@ -221,7 +220,7 @@ def _rest(job: Job) -> None:
         elif ours is not None:
             job.leave_out(f"it has no effect in {job.stage}", *[name] * asked)
         else:
-            job.told["Not understood, and left out"].append(name)
+            job.told[UNKNOWN].append(name)
 
 
 def _differences(job: Job) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from contextlib import suppress
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from rlhf_cli.recipe.suggest import OTHER_NAMES, OTHER_VALUES
 from rlhf_cli.recipe.yaml_reader import scalar
 
 Tool = Literal["TRL", "LLaMA-Factory", "axolotl"]
-Heading = Literal["To fill in", "Computed", "Done otherwise", "Not understood, and left out"]
+Heading = Literal["To fill in", "Computed", "Done otherwise"]
+UNKNOWN = "Not understood, and left out"
 TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
 OURS = {theirs: ours for ours, names in OTHER_NAMES.items() for theirs in names}
 LEFT_OUT, REFUSED = ({n: why for why, names in TABLES[part].items() for n in names.split()} for part in ("left out", "refused"))
@@ -95,11 +97,7 @@ class Job:
 
     def count(self) -> int | None:
         """Rows of all sources to train on; None where that takes the hub."""
-        total = 0
-        try:
-            for source in self.values["data.train"]:
-                rows = (row for file in find_files(source["path"], str(self.path)) for row in read_file(file))
-                total += sum(1 for _ in islice(rows, source.get("limit")))
-        except (RunError, ValueError):
-            return None
-        return total
+        with suppress(RunError, ValueError):
+            files = [(find_files(own["path"], str(self.path)), own.get("limit")) for own in self.values["data.train"]]
+            return sum(1 for own, limit in files for _ in islice(chain.from_iterable(map(read_file, own)), limit))
+        return None

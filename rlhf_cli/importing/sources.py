@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.data.conversations import SPEAKERS
 from rlhf_cli.data.files import is_hub_id
-from rlhf_cli.importing.job import TABLES, Job, asks
+from rlhf_cli.importing.job import TABLES, UNKNOWN, Job, asks
 from rlhf_cli.recipe.yaml_reader import scalar
 
 Source = dict[str, Any]
@@ -60,9 +60,7 @@ def _trl(job: Job) -> None:
     named, config = job.take("dataset_name", form=str), job.take("dataset_config", "dataset_config_name")
     if "test_split_size" in mixture:
         job.rest["test_split_size"] = mixture["test_split_size"]
-    job.told["Not understood, and left out"] += [
-        f"dataset_mixture.{n}" for n in mixture if n not in ("datasets", "test_split_size")
-    ]
+    job.told[UNKNOWN] += [f"dataset_mixture.{n}" for n in mixture if n not in ("datasets", "test_split_size")]
     if mixer:
         train = next((split for split in splits if "train" in split), train)
         test = next((split for split in splits if "test" in split), test)
@@ -80,7 +78,7 @@ def _trl(job: Job) -> None:
         if one.pop("columns", None):
             job.left_out[BY_COLUMNS].append(f"datasets.{number}.columns")
         found += [_source(path, **options) for path in _files(one)]
-        job.told["Not understood, and left out"] += [f"datasets.{number}.{name}" for name in one]
+        job.told[UNKNOWN] += [f"datasets.{number}.{name}" for name in one]
     job.values["data.train"] = found
     if asks(job.rest.get("eval_strategy", job.rest.get("evaluation_strategy"))) and "test_split_size" not in job.rest:
         held_out = [_source(one["path"], one.get("name"), test, columns=columns) for one in found]
@@ -150,7 +148,7 @@ def _described(job: Job, name: str, entry: dict[str, Any], folder: Path) -> Sour
     path = entry.get("hf_hub_url") or ("file_name" in entry and folder / str(entry["file_name"]))
     if not path:
         job.refuse(place, "is neither a file nor of the Hugging Face hub. fetch it, and name the file")
-    job.told["Not understood, and left out"] += [f"{place}: {name}" for name in entry if name not in TABLES["entry"]]
+    job.told[UNKNOWN] += [f"{place}: {name}" for name in entry if name not in TABLES["entry"]]
     different = {key: column for key, column in ours.items() if column not in (key, "messages")}
     options = {"name": entry.get("subset"), "split": entry.get("split"), "revision": entry.get("revision")}
     return _source(str(path), **options, columns=different, limit=entry.get("num_samples"))
@@ -191,5 +189,5 @@ def _entry(job: Job, place: str, given: Any) -> list[Source]:
     sources = [_source(path, **options, columns={o: t for o, t in columns.items() if o != t}) for path in _files(one)]
     known = one.keys() & {"ds_type", "conversation", "train_on_eos", "chat_template"}
     job.left_out[BY_COLUMNS] += [f"{place}.{name}" for name in sorted(known)]
-    job.told["Not understood, and left out"] += [f"{place}.{name}" for name in one if name not in known]
+    job.told[UNKNOWN] += [f"{place}.{name}" for name in one if name not in known]
     return sources

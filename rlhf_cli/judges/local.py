@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_cli.data.encode import AS_DRAWN, Encoded, encode
 from rlhf_cli.data.records import Message, Record
 from rlhf_cli.data.templates import THINK_MARK, ChatFormat, tokenise
-from rlhf_cli.data.trees import Tree, span
+from rlhf_cli.data.trees import span
 from rlhf_cli.errors import UsageError
 from rlhf_cli.judges.question import SCORES, Question, Wording, expected_score, preferred, spellings
 from rlhf_cli.models.backbone import Backbone
@@ -82,19 +82,16 @@ class LocalJudge:
 
     def answer(self, questions: Sequence[Question]) -> Mapping[Question, float]:
         """UsageError: a question is longer than what the model can take, or its chat template cannot write it."""
-        asked = list(dict.fromkeys(questions))
-        trees: list[Tree] = []
-        if asked:
-            encoded = _encoded(self.form, [self.wording.filled(question) for question in asked])
-            if encoded.kept < encoded.read:
-                raise UsageError(f"{self.place}: the judge cannot be asked: {encoded.examples[0]}")
-            trees = [tree._replace(responses=self.options.ids) for tree in encoded.trees]
+        if not (asked := list(dict.fromkeys(questions))):
+            return {}
+        encoded = _encoded(self.form, [self.wording.filled(question) for question in asked])
+        if encoded.kept < encoded.read:
+            raise UsageError(f"{self.place}: the judge cannot be asked: {encoded.examples[0]}")
+        trees = [tree._replace(responses=self.options.ids) for tree in encoded.trees]
         if self.positions is not None and (longest := max(map(span, trees), default=0)) > self.positions:
-            raise UsageError(
-                f"{self.place}: a question has {longest} tokens, the judge takes {self.positions}; name another model"
-            )
-        found = token_figures(
-            self.backbone.at(self.role), trees, self.budget, lambda host, batch: (host.logps(self.role, batch)[0],)
-        )
+            what = f"a question has {longest} tokens, the judge takes {self.positions}"
+            raise UsageError(f"{self.place}: {what}; name another model")
+        host = self.backbone.at(self.role)
+        found = token_figures(host, trees, self.budget, lambda own, batch: (own.logps(self.role, batch)[0],))
         values = [self.options.value([float(each.sum()) for each in own]) for own in found]
         return dict(zip(asked, values, strict=True))

@@ -88,9 +88,8 @@ def _count(config: Any, trust_remote_code: bool) -> _Counts:
     for name, weight in weights.items():
         sizes[((number := re.search(r"\.(\d+)\.", name)) and number[1]) or ""] += weight.numel()
     outside = sizes.pop("", 0)
-    said = [
-        f"lora: {len(names)} weights have no adapter, the first is {names[0]} ({why})" for why, names in targets.left_out.items()
-    ]
+    left_out = targets.left_out.items()
+    said = [f"lora: {len(names)} weights have no adapter, the first is {names[0]} ({why})" for why, names in left_out]
     linear = [weights[f"{name}.weight"].shape for name in targets.modules]
     in_place = [weights[name].shape for name in targets.parameters]
     return _Counts(linear, in_place, list(sizes.values()), outside, model.get_output_embeddings().weight.numel(), said)

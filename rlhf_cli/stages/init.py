@@ -92,10 +92,8 @@ def _source(stage: str, path: str) -> _Source:
 def _columns(source: _Source) -> Iterator[str]:
     if not source.columns:
         return
-    if filled := all(source.columns.values()):
-        yield "      # A guess from the names of the columns. Mend it where it is wrong."
-    else:
-        yield "      # FILL IN which of your columns are meant."
+    filled, guess = all(source.columns.values()), "A guess from the names of the columns. Mend it where it is wrong."
+    yield f"      # {guess if filled else 'FILL IN which of your columns are meant.'}"
     yield f"      # The rows have: {', '.join(one_line(name) for name in source.there)}"
     yield "      columns:"
     for ours, theirs in source.columns.items():
@@ -109,9 +107,8 @@ def _lines(stage: str, rows: Rows, sources: Sequence[_Source], model: str | None
     most, room = _lengths(rows.records, model, with_responses=not draws)
     yield f"# `rlhf {stage} THIS --check` shows the plan, `rlhf {stage} --help` every key."
     yield "model:"
-    yield (
-        f"  path: {one_line(model)}" if model else _line("  path:", "FILL IN: a hub id, a transformers folder, or an earlier run")
-    )
+    fill_in = _line("  path:", "FILL IN: a hub id, a transformers folder, or an earlier run")
+    yield f"  path: {one_line(model)}" if model else fill_in
     yield "data:"
     yield "  train:"
     for source, report in zip(sources, reports, strict=True):
@@ -125,7 +122,7 @@ def _lines(stage: str, rows: Rows, sources: Sequence[_Source], model: str | None
         yield _line("  holdout: 0.05", "of the prompts, to measure on; the same in every stage")
     what = "prompts" if draws else "rows"
     told = f"tokens of prompt and response; 99 % of the {what} have {most:,} at most"
-    yield _line(f"  max_length: {_rounded(room) + (DRAWN if draws else 0)}", told)
+    yield _line(f"  max_length: {max(STEP, math.ceil(room / STEP) * STEP) + (DRAWN if draws else 0)}", told)
     batch = max(1, min(32, 2 ** int(math.log2(max(1, found["rows"] / LEAST_STEPS)))))
     yield "train:"
     yield _line(f"  batch_size: {batch}", "rows of a step, over all devices; memory does not depend on it")
@@ -158,10 +155,6 @@ def _rewards(rows: Rows) -> Iterator[str]:
 
 def _line(text: str, told: str) -> str:
     return f"{text:<28}# {told}" if len(text) < 28 else f"{text}   # {told}"
-
-
-def _rounded(count: int) -> int:
-    return max(STEP, math.ceil(count / STEP) * STEP)
 
 
 def _lengths(records: Sequence[Record], model: str | None, *, with_responses: bool) -> tuple[int, int]:

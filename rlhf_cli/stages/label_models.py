@@ -170,19 +170,9 @@ def judge_pairs(judging: Judging, name: str, ask: Callable[[Sequence[Shown]], As
         for at, (row, order) in enumerate(some):
             p, first = float(found.probability[at]), found.first[:, at].tolist()
             said = not math.isnan(p)
-            line = Verdict(
-                row=row.number,
-                order=[*order],
-                verdict=VERDICTS[float(found.outcomes[at])] if said else "skip",
-                p=p if said else None,
-                annotator=name,
-                seconds=took,
-                time=now(),
-                hash=row.hash,
-                first=first if said else None,
-                principles=principles[at],
-            )
-            judging.add(line)
+            verdict = VERDICTS[float(found.outcomes[at])] if said else "skip"
+            line = Verdict(row.number, [*order], verdict, p if said else None, name, took, now(), row.hash)
+            judging.add(dataclasses.replace(line, first=first if said else None, principles=principles[at]))
         done = start + len(some)
         if done == len(left) or done * UPDATES // len(left) > start * UPDATES // len(left):
             say(done, len(left))

@@ -101,7 +101,5 @@ def learning_rate_warning(recipe: recipes.TrainingRecipe, memory: Memory) -> str
     if low <= rate <= high:
         return None
     usual = TRAINING_STAGES[recipe.stage].default_learning_rate(recipe.objective, recipe.trained)
-    words = {"full": "training all weights", "lora": "LoRA"}[recipe.trained]
-    return (
-        f"train.learning_rate {rate:g} is outside {low:g} … {high:g}, where {recipe.stage} with {words} works; {usual:g} is usual"
-    )
+    where = f"{recipe.stage} with {'training all weights' if recipe.trained == 'full' else 'LoRA'}"
+    return f"train.learning_rate {rate:g} is outside {low:g} … {high:g}, where {where} works; {usual:g} is usual"
