@@ -93,9 +93,8 @@ def find(path: str, kind: Kind, revision: str | None) -> Found:
         validate_repo_id(path)
         if why:
             return Found(None, {}, why)
-        info: Any = HfApi().repo_info(
-            path, repo_type=kind, revision=revision, timeout=ANSWER_SECONDS, files_metadata=kind == "model"
-        )
+        asked: Any = {"repo_type": kind, "revision": revision, "files_metadata": kind == "model"}
+        info: Any = HfApi().repo_info(path, timeout=ANSWER_SECONDS, **asked)
         files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         if info.gated and files:  # who is not let in may list them all the same, and read the first ones (README.md)
             url = hf_hub_url(path, next(reversed(files)), repo_type=kind, revision=info.sha)
@@ -291,10 +290,5 @@ def _uploading(place: str, todo: str = "") -> Iterator[None]:
 def is_meant_as_path(path: str) -> bool:
     """A hub id is a name or owner/name; everything else, and what lies in a folder that exists, is a path."""
     owner, _, rest = path.partition("/")
-    return (
-        path.startswith((".", "/", "~"))
-        or path.endswith("/")
-        or "/" in rest
-        or (bool(rest) and Path(owner).is_dir())
-        or path.endswith(".gguf")
-    )
+    inside = "/" in rest or (bool(rest) and Path(owner).is_dir())
+    return inside or path.startswith((".", "/", "~")) or path.endswith(("/", ".gguf"))

@@ -243,13 +243,11 @@ def _winner(row: Row) -> int | None:
     word = value.strip().lower() if type(value) is str else value
     if word in (2, "2"):
         raise LostMeaning("winner", "2 counts from 1; write a or b, or name the columns so that 0 or 1 is meant")
-    if type(word) in (int, float) and word in SIDES:
+    if type(word) in (int, float, str) and word in SIDES:
         return SIDES[word]
     if type(word) is str:
         if word.startswith(("tie", "both")) or word in ("equal", "draw", "neither", "same"):
             return None
-        if word in SIDES:
-            return SIDES[word]
         if found := SIDE.fullmatch(word):
             return SIDES[found[1]]
     raise BadRow("'winner' is not 0 or 1, a or b, tie, or one of id_a and id_b", records.shortened(value))
@@ -364,11 +362,8 @@ _ANSWERED = {
 def _as_label(value: Any) -> str:
     """What to write for a label of another kind."""
     word = str(value).strip().lower()
-    if word in GOOD_WORDS:
-        return f"write true for {records.shortened(value)}"
-    if word in BAD_WORDS:
-        return f"write false for {records.shortened(value)}"
-    return records.shortened(value)
+    meant = "write true for " if word in GOOD_WORDS else "write false for " if word in BAD_WORDS else ""
+    return f"{meant}{records.shortened(value)}"
 
 
 def from_prompt(row: Row, where: str) -> Record:

@@ -175,9 +175,8 @@ def _convert(source: sections.Source, key: str, seed: int | None, request: RowRe
             raise _no_good_row(file, counted, f"{format.name} rows ({format})")
         tally.merge(counted)
     if not kept:
-        raise UsageError(
-            f"{where(f'{key}.path')}: {purpose.label} can use none of the {tally.read} rows: {_counts(tally.unused + tally.bad)}"
-        )
+        what = f"{purpose.label} can use none of the {tally.read} rows: {_counts(tally.unused + tally.bad)}"
+        raise UsageError(f"{where(f'{key}.path')}: {what}")
     return SourceReport(
         source.path,
         format.name,
@@ -304,14 +303,12 @@ def first_rows(source: sections.Source, place: str) -> list[Row]:
 
 def _peek(rows: Iterator[RawRow]) -> tuple[list[RawRow], list[Row]]:
     """The raw rows up to the hundredth object, and those objects."""
-    head: list[RawRow] = []
-    objects: list[Row] = []
+    head, objects = list[RawRow](), list[Row]()
     for line, row in rows:
         head.append((line, row))
-        if not isinstance(row, BadRow):
-            objects.append(row)
-            if len(objects) == DETECT_ROWS:
-                break
+        objects += [] if isinstance(row, BadRow) else [row]
+        if len(objects) == DETECT_ROWS:
+            break
     return head, objects
 
 

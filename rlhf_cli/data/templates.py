@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,19 +61,16 @@ def choose_template(tokenizer: Any, setting: str | None, options: Mapping[str, A
             template = Template(setting, Path(setting).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UsageError(
-                f"model.chat_template: {Path(setting)}: {reason}; give a Jinja file, none, or null for the tokenizer's own"
-            ) from None
+            advice = "give a Jinja file, none, or null for the tokenizer's own"
+            raise UsageError(f"model.chat_template: {Path(setting)}: {reason}; {advice}") from None
     elif not tokenizer.chat_template:
         template = Template("a plain built-in one (the tokenizer has none)", BUILT_IN)
     else:
         try:
             template = Template("the tokenizer's own", tokenizer.get_chat_template())
         except ValueError:
-            raise UsageError(
-                "the tokenizer has several chat templates and none of them is its default: "
-                "set model.chat_template to a Jinja file"
-            ) from None
+            what = "the tokenizer has several chat templates and none of them is its default"
+            raise UsageError(f"{what}: set model.chat_template to a Jinja file") from None
     template = _with_defaults(template, options or {})
     try:
         _render_probe(tokenizer, template, (QUESTION,), generation=True)
@@ -150,6 +147,8 @@ def read_chat_format(tokenizer: Any, template: Template) -> ChatFormat:
     tail, dialogue = ("", "") if template.text is None else _read_turn(tokenizer, template)
     plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     close, end = _split_tail(tail, dialogue.partition(MARK)[2], [token.content for token in added])
+    marks = [token.content for token in added if token.special or token.content in dialogue]
+    control = [mark for mark in marks if not THINK_MARK.fullmatch(mark)]
     return ChatFormat(
         tokenizer=tokenizer,
         template=template,
@@ -161,11 +160,7 @@ def read_chat_format(tokenizer: Any, template: Template) -> ChatFormat:
         end_ids=tuple(tokenise(tokenizer, [end])[0]) if end else (tokenizer.eos_token_id,),
         eos_id=tokenizer.eos_token_id,
         # An added token that is not marked special opens or closes a turn too, if the template uses it for that.
-        control=_any_of(
-            token.content
-            for token in added
-            if (token.special or token.content in dialogue) and not THINK_MARK.fullmatch(token.content)
-        ),
+        control=re.compile(_any_of(control)) if control else None,
     )
 
 
@@ -190,14 +185,13 @@ def _split_tail(tail: str, midway: str, added: list[str]) -> tuple[str, str]:
 
     Only what also ends a turn `midway` belongs to the turn: some templates write an EOS after the whole conversation.
     """
-    run = re.compile(f"(?:{'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})+") if added else None
+    run = re.compile(f"(?:{_any_of(added)})+") if added else None
     found = run and (run.search(tail[: shared_length(tail, midway)]) or run.search(tail))
     return (tail[: found.start()], found.group()) if found else (tail.rstrip(), "")
 
 
-def _any_of(strings: Iterable[str]) -> re.Pattern[str] | None:
-    longest_first = sorted(set(strings), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+def _any_of(strings: Sequence[str]) -> str:
+    return "|".join(map(re.escape, sorted(set(strings), key=len, reverse=True)))
 
 
 def _anchor(tokenizer: Any) -> str:

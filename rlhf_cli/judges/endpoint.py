@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
@@ -93,14 +94,12 @@ class Server:
 def connect(settings: Judge, place: str) -> Server:
     """The server of the settings; nothing is sent. UsageError: the endpoint is no URL, or the key cannot stand in a header."""
     assert settings.endpoint is not None and settings.model is not None
-    try:
+    whole = False
+    with suppress(ValueError):
         parts = urlsplit(settings.endpoint)
-        whole = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and parts.port != 0
         (parts.hostname or "").encode("idna")
-        settings.endpoint.encode("ascii")
-    except ValueError:
-        whole = False
-    if not whole or re.search(r"[\x00-\x20\x7f]", settings.endpoint):
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
+    if not whole or not re.fullmatch(r"[!-~]+", settings.endpoint):
         raise UsageError(
             f"{place}.endpoint: expected a URL such as http://localhost:8000/v1, without a user or a password, "
             f"found {settings.endpoint.rpartition('@')[2]!r}\n  a key belongs into the environment variable {KEY}"
@@ -133,8 +132,7 @@ def ask(server: Server, message: str | Sequence[Mapping[str, Any]], drawing: Map
     deadline = time.monotonic() + server.timeout
     try:
         with server.opener.open(request, timeout=server.timeout) as response:
-            status, answer_headers = response.status, response.headers
-            content = _read(response, deadline)
+            status, answer_headers, content = response.status, response.headers, _read(response, deadline)
     except (OSError, HTTPException) as error:
         cause = error.reason if isinstance(error, URLError) else error
         if isinstance(cause, TimeoutError):
@@ -160,34 +158,26 @@ def ask(server: Server, message: str | Sequence[Mapping[str, Any]], drawing: Map
 
 def _read(response: HTTPResponse, deadline: float) -> bytes:
     """All of the body. The socket's own timeout starts anew with every byte, so the clock is looked at here too."""
-    parts: list[bytes] = []
-    size = 0
+    body = bytearray()
     while part := response.read1(2**16):
-        size += len(part)
-        if size > MOST_BYTES:
+        body += part
+        if len(body) > MOST_BYTES:
             raise Failure(f"an answer of more than {MOST_BYTES // 2**20} MiB", again=False)
         if time.monotonic() > deadline:
             raise TimeoutError
-        parts.append(part)
-    return b"".join(parts)
+    return bytes(body)
 
 
 def _content(server: Server, body: str) -> Reply:
     match _parsed(body):
         case {"choices": [{"finish_reason": "length", "message": {"content": text}}, *_]}:
             return Reply(text if isinstance(text, str) else "", ended=False)
-        case {
-            "choices": [
-                {
-                    "message": {"content": str(text)},
-                    "logprobs": {"content": [{"token": str(first), "top_logprobs": list(tops)}, *_]},
-                },
-                *_,
-            ]
-        }:
-            found = ((top.get("token"), top.get("logprob")) for top in tops if isinstance(top, dict))
-            return Reply(text, first, {k: float(v) for k, v in found if isinstance(k, str) and isinstance(v, (int, float))})
-        case {"choices": [{"message": {"content": str(text)}}, *_]}:
+        case {"choices": [{"message": {"content": str(text)}, **more}, *_]}:
+            match more.get("logprobs"):
+                case {"content": [{"token": str(first), "top_logprobs": list(tops)}, *_]}:
+                    found = ((top.get("token"), top.get("logprob")) for top in tops if isinstance(top, dict))
+                    known = {k: float(v) for k, v in found if isinstance(k, str) and isinstance(v, (int, float))}
+                    return Reply(text, first, known)
             return Reply(text)
         case None:
             raise Failure(f"not JSON: {server.shown(body) or 'nothing at all'}")

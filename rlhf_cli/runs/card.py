@@ -191,8 +191,7 @@ def _lineage(run: Path, origin: str | None, revision: str | None, manifest: Mapp
 
 def _figures(run: Path, source: Path, card: Mapping[str, Any]) -> Iterator[str]:
     """The last ones, of a checkpoint those of its step; of a reward model also what its card warns of."""
-    step = source.name.removeprefix("step-")
-    lines: list[dict[str, Any]] = []
+    step, lines = source.name.removeprefix("step-"), list[dict[str, Any]]()
     with suppress(RunError):
         lines = [line for line in read_metrics(RunFolder(run).metrics) if line["split"] == "eval"]
     if source.resolve() != run.resolve() and step.isdigit():
