@@ -206,6 +206,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("logps/rejected", "log-probability, rejected", plot=LOGPS, curve="rejected"),
     Metric("logps/desirable", "log-probability, desirable", plot=LOGPS, curve="desirable"),
     Metric("logps/undesirable", "log-probability, undesirable", plot=LOGPS, curve="undesirable"),
+    Metric("teacher/agreement", "tokens of which policy and teacher think the same most likely", "share"),
     Metric("logratio/mean", "mean log-ratio to the reference"),
     Metric("margin/logratio", "difference of the log-ratios"),
     Metric("margin/target", "its target"),

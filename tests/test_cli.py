@@ -200,7 +200,8 @@ def test_as_a_module_in_narrow_ascii_surroundings(tmp_path: Path) -> None:
     done = rlhf("sft", "bad.yaml", env=narrow, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "error: bad.yaml:2: zzzzzzzzz: unknown key. keys here: model, lora, data, train, objective, seed, output, env, trackers"
+        "error: bad.yaml:2: zzzzzzzzz: unknown key. keys here: model, lora, data, train, objective, rollout, seed, output, env, "
+        "trackers"
     )
     assert done.stderr.isascii()
     assert "\x1b" not in done.stderr

@@ -85,10 +85,10 @@ def test_what_is_added_is_in_the_houses_style(copy: Path) -> None:
 
 
 def test_the_help_of_the_new_command_names_its_keys(copy: Path) -> None:
-    told = " ".join(python(copy, "-m", "rlhf_cli", "distil", "--help").split())
-    assert "A small model learns a large one's probabilities." in told
-    assert "kind: distil" in told and "null: 0.0002 lora, 2e-05 full" in told
-    assert "distil" in python(copy, "-m", "rlhf_cli", "--help")
+    told = " ".join(python(copy, "-m", "rlhf_cli", "imitate", "--help").split())
+    assert "A model learns another one's probabilities." in told
+    assert "kind: imitate" in told and "null: 0.0002 lora, 2e-05 full" in told
+    assert "imitate" in python(copy, "-m", "rlhf_cli", "--help")
 
 
 RUNS = """
@@ -111,18 +111,18 @@ def test_what_is_added_runs(copy: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.jsonl", 8)
     brief: dict[str, Any] = {"steps": 2}
     reference = {"model": str(teacher)}
-    distil = write_recipe(tmp_path / "distil.yaml", base, asked, tmp_path / "distil", train=brief, reference=reference)
+    imitate = write_recipe(tmp_path / "imitate.yaml", base, asked, tmp_path / "imitate", train=brief, reference=reference)
     loss = {"kind": "exponential", "beta": 0.3}
     offline = write_recipe(tmp_path / "dpo.yaml", base, pairs, tmp_path / "dpo", train=brief, objective=loss)
     drawn = {"rollout": {"max_new_tokens": 8}, "reward": [{"repeats": 1}, {"length": {"max": 4}}], "objective": loss}
     online = write_recipe(tmp_path / "online.yaml", base, pairs, tmp_path / "online", train=brief, **drawn)
-    calls = [["distil", str(distil)], ["dpo", str(offline)], ["dpo", str(online)]]
+    calls = [["imitate", str(imitate)], ["dpo", str(offline)], ["dpo", str(online)]]
     python(copy, "-c", RUNS.format(calls=calls))
 
-    lines = {name: read(tmp_path / name) for name in ("distil", "dpo", "online")}
-    assert [line["loss"] > 0 for line in lines["distil"]] == [True, True]
-    assert lines["distil"][1]["loss"] < lines["distil"][0]["loss"]
-    assert json.loads((tmp_path / "distil/data.json").read_text())["train"]["sources"][0]["format"] == "qa"
+    lines = {name: read(tmp_path / name) for name in ("imitate", "dpo", "online")}
+    assert [line["loss"] > 0 for line in lines["imitate"]] == [True, True]
+    assert lines["imitate"][1]["loss"] < lines["imitate"][0]["loss"]
+    assert json.loads((tmp_path / "imitate/data.json").read_text())["train"]["sources"][0]["format"] == "qa"
     assert lines["dpo"][0]["loss"] == pytest.approx(1.0)  # exp(−0): the policy is the reference
     tokens = tiny_tokenizer()
     texts = [json.loads(line) for line in pairs.read_text().splitlines()]
@@ -143,7 +143,7 @@ def read(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_the_projects_own_tests_hold_for_what_is_added(copy: Path) -> None:
     python(copy, "scripts/make_recipe_docs.py")
-    chosen = ["exponential", "distil", "qa", "fields", "golden", "every", "tells", "kind", "reference", "papers", "catalogue"]
+    chosen = ["exponential", "imitate", "qa", "fields", "golden", "every", "tells", "kind", "reference", "papers", "catalogue"]
     files = ["tests/objectives/test_golden.py", "tests/data/test_formats.py", "tests/test_docs.py", "tests/test_metrics.py"]
     told = python(copy, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", *files, "-k", " or ".join(chosen))
     assert int(re.findall(r"(\d+) passed", told)[-1]) > 50

@@ -40,7 +40,7 @@ def _loss(job: Job) -> None:
     loss = kinds[0] if len(kinds) == 1 else str(kinds)
     if loss == "ipo":
         job.stage = "ipo"
-    elif job.stage in ("dpo", "kto") and (job.kind or loss):
+    elif job.kind or (loss and job.stage in ("dpo", "kto")):
         job.put("objective.kind", job.kind or loss)
     elif loss not in (None, "nll", "chunked_nll"):
         job.refuse(job.name("objective.kind"), f"{loss} has no counterpart in {job.stage}")

@@ -52,6 +52,11 @@ class Objective:
         return (self.role,)
 
     @property
+    def frozen(self) -> Mapping[str, str]:
+        """The path of each frozen model that it needs beside the reference, by role."""
+        return {}
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """What it logs of every update."""
         raise NotImplementedError

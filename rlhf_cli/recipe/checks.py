@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from rlhf_cli.data.files import is_hub_id
 from rlhf_cli.metrics import metric
+from rlhf_cli.objectives.distil import Distil
 from rlhf_cli.objectives.general import General
 from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.objectives.policy_gradient import GroupGradient
 from rlhf_cli.recipe.keys import keys_of
-from rlhf_cli.recipe.recipes import DirectRecipe, EvalRecipe, KtoRecipe, PpoRecipe, Recipe, TrainingRecipe
+from rlhf_cli.recipe.recipes import DirectRecipe, EvalRecipe, KtoRecipe, PpoRecipe, Recipe, SftRecipe, TrainingRecipe
 from rlhf_cli.recipe.rewards import KINDS, kinds_of, term_names
 from rlhf_cli.sections import Bound, Reward, Rows, Source
 from rlhf_cli.suggest import did_you_mean
@@ -155,6 +156,18 @@ def _reference(recipe: DirectRecipe) -> Iterator[Finding]:
     elif recipe.reference.model == "previous" and recipe.rollout is None:
         why = "previous is the policy when responses were last drawn, and without rollout none are. write start, or add rollout"
         yield "reference.model", why
+
+
+def _distilled(recipe: SftRecipe) -> Iterator[Finding]:
+    objective, rollout = recipe.objective, recipe.rollout
+    if isinstance(objective, Distil) and objective.divergence != "jsd":
+        yield from no_effect(recipe, f"with divergence: {objective.divergence}. remove it", "objective.beta")
+    if rollout is None:
+        return
+    if not objective.frozen:
+        yield "rollout", "kind: sft learns from the responses of its data. remove it, or write kind: distil with a teacher"
+    yield from no_effect(recipe, "where nothing is scored. remove it", "rollout.missing_eos_penalty")
+    yield from no_effect(recipe, "where responses are drawn. remove it", "data.train_on")
 
 
 def _balance(recipe: KtoRecipe) -> Iterator[Finding]:
@@ -343,6 +356,8 @@ TRAINING = (
     Check(("objective",), _width),
     Check(("data.overlong", "data.max_length", "rollout"), _drawn),
 )
+
+SFT = (*TRAINING, Check(("objective", "rollout", "data.train_on"), _distilled))
 
 REWARD = Check(("reward", "reward_combine", "gold", "rollout"), _reward)
 

@@ -13,6 +13,7 @@ from rlhf_cli.objectives.base import Objective, Trained
 from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.cal_dpo import CalDpo
+from rlhf_cli.objectives.distil import Distil
 from rlhf_cli.objectives.dpo import Dpo
 from rlhf_cli.objectives.general import General
 from rlhf_cli.objectives.grpo import Grpo
@@ -133,13 +134,15 @@ class TrainingRecipe(Recipe):
     @property
     def training_metrics(self) -> tuple[str, ...]:
         """The metrics of training lines, what `stop_if` can watch. Those of drawn responses stand where some are drawn."""
-        drawn = (*self.drawn_metrics, "time/rollout", "time/score", "time/update") if self.draws else ()
-        drawn += (ZERO_SPREAD,) if self.draws and self.draws.responses_per_prompt > 1 else ()
+        drawn = (*self.drawn_metrics, "time/rollout", "time/update") if self.draws else ()
+        if self.draws and any(self.terms):
+            drawn = (*drawn[:-1], "time/score", drawn[-1], *((ZERO_SPREAD,) if self.draws.responses_per_prompt > 1 else ()))
         return (*self.metric_names, *drawn, "grad_norm", "learning_rate", "tokens", "tokens_per_second", "epoch")
 
     @property
     def paths(self) -> list[str]:
-        return [self.model.path, *super().paths, *(source.path for source in (*self.data.train, *(self.data.eval or ())))]
+        models = self.model.path, *self.objective.frozen.values()
+        return [*models, *super().paths, *(source.path for source in (*self.data.train, *(self.data.eval or ())))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +152,20 @@ class SftRecipe(TrainingRecipe):
     stage: ClassVar[str] = "sft"
 
     data: SftData
-    objective: Sft = field(default_factory=Sft)
+    objective: Sft | Distil = field(default_factory=Sft)
+    rollout: PolicySampling | None = key(None, "with kind: distil, draw the responses from the policy while it trains")
+
+    @property
+    def draws(self) -> PolicySampling | None:
+        return self.rollout
+
+    @property
+    def drawn_metrics(self) -> tuple[str, ...]:
+        return ("response/length", "response/eos_rate") if self.rollout else ()
+
+    @property
+    def held_out_metrics(self) -> tuple[str, ...]:
+        return (*self.metric_names, *self.drawn_metrics)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Literal
 from rlhf_cli.data.formats import Use
 from rlhf_cli.objectives.base import Objective, Trained
 from rlhf_cli.objectives.grpo import Grpo
-from rlhf_cli.recipe.checks import DIRECT, KTO, PPO, TRAINING, Check
+from rlhf_cli.recipe.checks import DIRECT, KTO, PPO, SFT, TRAINING, Check
 from rlhf_cli.recipe.eval_checks import EVALUATION
 from rlhf_cli.recipe.keys import keys_of, sections_in
 from rlhf_cli.recipe.label_checks import LABELS
@@ -93,7 +93,7 @@ _TRAINING = (
         then="`rlhf train-rm`, `rlhf dpo` and `rlhf ppo` go on from it: `model.path: {run}`.",
         learning_rate={"lora": 2e-4, "full": 2e-5},
         sane={"lora": (1e-6, 2e-3), "full": (1e-7, 3e-4)},
-        checks=TRAINING,
+        checks=SFT,
     ),
     TrainingStage(
         recipe=TrainRmRecipe,

@@ -42,6 +42,7 @@ OTHER_NAMES = {
     "lora.target_modules": ("lora_target", "lora_target_modules", "lora_target_linear"),
     "objective.kind": ("loss_type", "pref_loss"),
     "objective.beta": ("beta", "pref_beta", "rl_beta", "dpo_beta", "orpo_alpha"),
+    "objective.teacher": ("teacher_model_name_or_path",),
     "objective.label_smoothing": ("label_smoothing", "dpo_label_smoothing"),
     "objective.gamma": ("simpo_gamma",),
     "objective.sft_weight": ("rpo_alpha", "pref_ftx", "cpo_alpha"),

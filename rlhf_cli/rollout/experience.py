@@ -109,15 +109,10 @@ class Sampler:
         RunError: a reward could not be computed.
         """
         started = time.monotonic()
-        share = range(self.ranks.rank, len(prompts), self.ranks.size)
-        count = self.settings.responses_per_prompt if samples is None else samples
-        mine = prompts[self.ranks.rank :: self.ranks.size]
-        with self.backbone.whole():
-            own = together(self.ranks, lambda: self.respond(mine, share, seed, count, self.settings.max_new_tokens))
-        return_freed()  # the copies of the weights that sampling used
+        drawn = self.draw(prompts, seed, self.settings.responses_per_prompt if samples is None else samples)
         drawn_at = time.monotonic()
-        share_of_trees, drawn = with_responses(mine, own), gather_shares(self.ranks, own)
         trees = with_responses(prompts, drawn)
+        share_of_trees = trees[self.ranks.rank :: self.ranks.size]
         answers = self._answers(trees, drawn)
         worth = self._worth(answers)
         self.pause()
@@ -140,10 +135,19 @@ class Sampler:
             seconds={"rollout": drawn_at - started, "score": time.monotonic() - drawn_at},
         )
 
+    def draw(self, prompts: Sequence[Tree], seed: int, samples: int) -> list[list[Response]]:
+        """So many responses to each prompt, without judging them, the same on every rank."""
+        share = range(self.ranks.rank, len(prompts), self.ranks.size)
+        mine = [prompts[number] for number in share]
+        with self.backbone.whole():
+            own = together(self.ranks, lambda: self.respond(mine, share, seed, samples, self.settings.max_new_tokens))
+        return_freed()  # the copies of the weights that sampling used
+        return gather_shares(self.ranks, own)
+
     def respond(
         self, prompts: Sequence[Tree], numbers: Sequence[int], seed: int, samples: int, max_new_tokens: int
     ) -> list[list[Response]]:
-        """The responses to each prompt, without judging them. `numbers`: of each prompt, what its randomness follows from."""
+        """This rank's responses. `numbers`: of each prompt, what its randomness follows from."""
         if not prompts:
             return []
         request = Request(

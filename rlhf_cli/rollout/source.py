@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -138,6 +139,33 @@ def with_recorded(rollout: Rollout, advantages: Advantages) -> list[Tree]:
     known = Recorded(tokens.old, tokens.reference, advantages.advantages, tokens.value, targets)
     parts = zip(*(np.split(values.astype(np.float32), ends) for values in known), strict=True)
     return [tree._replace(recorded=tuple(Recorded(*next(parts)) for _ in tree.responses)) for tree in rollout.trees]
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """The policy's own responses to the prompts of a step, drawn when it begins, as they are."""
+
+    sampler: Sampler
+    prompts: DatasetSource
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.prompts.steps_per_epoch
+
+    def collect(self, step: int, memory: Mapping[str, float]) -> StepBatches:
+        started = time.monotonic()
+        trees, metrics = drawn(self.sampler, self.prompts.batch(step), Stream.ROLLOUT.seed(self.seed, step))
+        metrics["time/rollout"] = time.monotonic() - started
+        return StepBatches(step, (trees,), (self.prompts.locations(step),), dict(memory), {}, metrics)
+
+
+def drawn(sampler: Sampler, prompts: Sequence[Tree], seed: int) -> tuple[list[Tree], dict[str, float]]:
+    """Prompts with responses that nothing judges, and what these are like."""
+    responses = sampler.draw(prompts, seed, sampler.settings.responses_per_prompt)
+    lengths, ended = zip(*((len(own.ids), own.ended) for several in responses for own in several), strict=True)
+    metrics = {"response/length": float(np.mean(lengths)), "response/eos_rate": float(np.mean(ended))}
+    return with_responses(prompts, responses), metrics
 
 
 Shape = Callable[[list[Tree], int], list[Tree]]

@@ -98,6 +98,7 @@ def frozen_models(recipe: recipes.TrainingRecipe, start: Start, loaded: Loaded) 
         if recipe.draws or (recipe.objective.reference and isinstance(own, sections.Reference) and not own.cache):
             given = path in ("start", "base", "previous")
             found.append(start if given else resolve_start(path, None, loaded.named("reference.model")))
+    found += [resolve_start(path, None, loaded.named(f"objective.{role}")) for role, path in recipe.objective.frozen.items()]
     for term in chain(*recipe.terms):
         if model := term.model or (term.judge.path if term.judge else None):
             stages = REWARD_STAGES if term.model else POLICY_STAGES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 
@@ -15,11 +15,13 @@ from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.data.unpaired import unpaired, with_mismatches
 from rlhf_cli.errors import NumberError, UsageError
+from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import Weights
 from rlhf_cli.models.placement import Placement
 from rlhf_cli.recipe import recipes
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.generate import Engine, TransformersEngine
+from rlhf_cli.rollout.rewards import Scorer
 from rlhf_cli.rollout.source import KL_COEF, probe
 from rlhf_cli.rollout.terms import RewardTerms
 from rlhf_cli.stages.prepare import TrainingJob
@@ -38,9 +40,42 @@ def set_up_rollouts(
     UsageError: a reward model's weights do not fit.
     MachineError: the engine is not installed.
     """
-    recipe, backbone, settings = job.recipe, placement.policy, job.recipe.draws
-    assert settings is not None and isinstance(recipe, recipes.PpoRecipe | recipes.DirectRecipe)
+    recipe, backbone = job.recipe, placement.policy
+    assert isinstance(recipe, recipes.PpoRecipe | recipes.DirectRecipe)
     terms, gold = reward_terms.load(placement, job.budget)
+    sampler = samplers(job, backbone, base, terms, gold, recipe.reward_combine)
+    reading, held_out = job.dataset.reading, job.dataset.held_out
+    own = sampler(reading.train)
+    measure: Measure | None = None
+    if held_out is not None:
+        least = 2 if any(term.compares for term in reward_terms) else 1
+        unseen, prompts, seed = sampler(reading.held_out), list(held_out.trees), Stream.HELD_OUT.seed(recipe.seed)
+
+        def measure(state: State) -> dict[str, float]:
+            """Of one response to every prompt, or of two where a term compares.
+
+            The same random numbers each time: two measurements differ by the policy.
+            """
+            rollout = unseen.rollout(prompts, seed, samples=least)
+            return rollout.figures(state.memory.get(KL_COEF, recipe.kl.coef) if isinstance(recipe, recipes.PpoRecipe) else None)
+
+    return own, measure, probe(own, job.source.batch(1), recipe.seed)
+
+
+def samplers(
+    job: TrainingJob,
+    backbone: Backbone,
+    base: Weights,
+    terms: Sequence[Scorer] = (),
+    gold: Sequence[Scorer] = (),
+    combine: str = "sum",
+) -> Callable[[Sequence[Record]], Sampler]:
+    """What draws and scores responses to the prompts of given records. `base` is what the policy's adapter sits on.
+
+    UsageError: the engine draws on one device. MachineError: it is not installed.
+    """
+    recipe, settings = job.recipe, job.recipe.draws
+    assert settings is not None
     engine: Engine = TransformersEngine(backbone, "policy")
     if settings.engine != "transformers":
         if job.ranks.size > 1:
@@ -60,28 +95,13 @@ def set_up_rollouts(
             records=records,
             terms=terms,
             gold=gold,
-            combine=recipe.reward_combine,
+            combine=combine,
             budget=job.budget,
             ranks=job.ranks,
             pause=job.signals.pause,
         )
 
-    reading, held_out = job.dataset.reading, job.dataset.held_out
-    own = sampler(reading.train)
-    measure: Measure | None = None
-    if held_out is not None:
-        least = 2 if any(term.compares for term in reward_terms) else 1
-        unseen, prompts, seed = sampler(reading.held_out), list(held_out.trees), Stream.HELD_OUT.seed(recipe.seed)
-
-        def measure(state: State) -> dict[str, float]:
-            """Of one response to every prompt, or of two where a term compares.
-
-            The same random numbers each time: two measurements differ by the policy.
-            """
-            rollout = unseen.rollout(prompts, seed, samples=least)
-            return rollout.figures(state.memory.get(KL_COEF, recipe.kl.coef) if isinstance(recipe, recipes.PpoRecipe) else None)
-
-    return own, measure, probe(own, job.source.batch(1), recipe.seed)
+    return sampler
 
 
 def as_unpaired(trees: list[Tree], seed: int, records: Sequence[Record], max_length: int, mismatches: bool) -> list[Tree]:

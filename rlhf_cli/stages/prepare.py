@@ -183,9 +183,9 @@ def _fitted(recipe: recipes.TrainingRecipe, config: Any, loaded: Loaded) -> tupl
     asked = Lengths(recipe.data.max_length, recipe.draws.max_new_tokens if recipe.draws else None)
     lengths, said = fitted(loaded, "data.max_length", asked, positions_of(config), recipe.model.path)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_length=lengths.whole))
-    if lengths.drawn is not None and isinstance(recipe, recipes.PpoRecipe | recipes.DirectRecipe) and recipe.draws:
+    if lengths.drawn is not None and recipe.draws:
         rollout = dataclasses.replace(recipe.draws, max_new_tokens=lengths.drawn)
-        recipe = dataclasses.replace(recipe, rollout=cast(Any, rollout))
+        recipe = dataclasses.replace(cast(Any, recipe), rollout=rollout)
     return recipe, said
 
 

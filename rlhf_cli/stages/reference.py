@@ -62,22 +62,34 @@ def find_reference(job: TrainingJob, check: bool, *, needed: bool = True) -> Ref
             f"{place}: base is the model under an adapter, and {job.recipe.model.path} has none: all its weights were trained. "
             "name the model by its path"
         )
-    if path in ("start", "base", "previous"):
-        bare = dataclasses.replace(job.start, adapter=None, parent=None, manifest=None)
-        found = bare if path == "base" else job.start
-    else:
-        found = resolve_start(path, None, place)
-        tokenizer = load_tokenizer(found.tokenizer, found.revision, job.recipe.model.trust_remote_code)
-        if tokenizer.get_vocab() != job.tokenizer.get_vocab():
-            raise UsageError(f"{place}: {path} has another tokenizer than {job.recipe.model.path}; a reference must share it")
+    if path not in ("start", "base", "previous"):
+        return find_frozen(job, path, place, check)
+    bare = dataclasses.replace(job.start, adapter=None, parent=None, manifest=None)
+    return _frozen(job, bare if path == "base" else job.start, check, path == "previous")
+
+
+def find_frozen(job: TrainingJob, path: str, place: str, check: bool) -> ReferenceModel:
+    """A model with the policy's own vocabulary. UsageError: as `find_reference`."""
+    found = resolve_start(path, None, place)
+    tokenizer = load_tokenizer(found.tokenizer, found.revision, job.recipe.model.trust_remote_code)
+    if tokenizer.get_vocab() != job.tokenizer.get_vocab():
+        raise UsageError(
+            f"{place}: {path} has another tokenizer than {job.recipe.model.path}, and both must read the same tokens"
+        )
+    return _frozen(job, found, check)
+
+
+def _frozen(job: TrainingJob, found: Start, check: bool, previous: bool = False) -> ReferenceModel:
     # The same folders, however they are written, or the same hub id.
     weights = [(Path(s.base).resolve(), s.adapter and s.adapter.resolve(), s.revision) for s in (found, job.start)]
     base = base_if_here(found, check, job.loaded.devices is not None)
-    return ReferenceModel(found, base, weights[0] == weights[1], path == "previous")
+    return ReferenceModel(found, base, weights[0] == weights[1], previous)
 
 
-def place_reference(job: TrainingJob, reference: ReferenceModel, placement: Placement, base: Weights) -> None:
-    """Give the role "reference" its weights; `base` is what the policy's adapter sits on."""
+def place_reference(
+    job: TrainingJob, reference: ReferenceModel, placement: Placement, base: Weights, role: str = "reference"
+) -> None:
+    """Give a role its weights; `base` is what the policy's adapter sits on."""
     # Of a merged parent: the policy's adapter is new, and its base is the start.
     merged = reference.is_start and base.base != job.start.base
-    placement.add("reference", base if merged else reference.start)
+    placement.add(role, base if merged else reference.start)

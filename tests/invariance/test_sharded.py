@@ -38,9 +38,12 @@ from tests.tiny import make_base, make_model, read_lines, rlhf, write_pairs, wri
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.02}
 ONLINE: dict[str, Any] = {"reward": [{"model": "HOME/rm"}], "rollout": {"max_new_tokens": 6}, "data": {"max_length": 80}}
+DISTIL: dict[str, Any] = {"kind": "distil", "teacher": "HOME/sft"}
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("sft", "base", {"lora": {"r": 4}}),
     "sft full": ("sft", "base", {"lora": None, "train": SGD}),
+    "distil": ("sft", "base", {"lora": {"r": 4}, "objective": {**DISTIL, "divergence": "jsd"}}),
+    "distil full": ("sft", "sft", {"lora": None, "objective": DISTIL, "rollout": {"max_new_tokens": 6}, "train": SGD}),
     "sft full tied": ("sft", "tied", {"lora": None}),
     "train-rm": ("train-rm", "tied", {"lora": {"r": 4}}),
     "train-rm members": ("train-rm", "base", {"lora": {"r": 4}, "objective": {"members": 2}}),

@@ -213,6 +213,15 @@ class TestTools:
         Path("orpo.yaml").write_text(text)
         assert rlhf("import", "orpo.yaml") == 0
         assert yaml.safe_load(capsys.readouterr().out)["objective"] == {"kind": "orpo", "lambda": 0.2}
+        Path("gkd.yaml").write_text(
+            "model_name_or_path: a/student\nteacher_model_name_or_path: a/teacher\ndataset_name: a/b\noutput_dir: o\n"
+            "beta: 0.3\nlmbda: 0.5\n"
+        )
+        assert rlhf("import", "gkd.yaml") == 0
+        told = capsys.readouterr().out
+        assert "left out:\n#   - lmbda\n" in told  # a mixture with the data's responses
+        wanted = {"kind": "distil", "teacher": "a/teacher", "divergence": "jsd", "beta": 0.3}
+        assert yaml.safe_load(told)["objective"] == wanted
         Path("simpo.yaml").write_text(Path("axolotl_dpo.yaml").read_text().replace("rl: dpo", "rl: simpo"))
         assert rlhf("import", "simpo.yaml") == 0
         assert yaml.safe_load(capsys.readouterr().out)["objective"] == {

@@ -15,7 +15,7 @@ from rlhf_cli.recipe.load import Loaded, load_recipe
 from rlhf_cli.sections import KeepBest, Lora, Source, StopRule
 
 GOOD = "model: {path: m}\noutput: runs/a\ndata: {train: x.jsonl}\n"
-KEYS = "keys here: model, lora, data, train, objective, seed, output, env, trackers"
+KEYS = "keys here: model, lora, data, train, objective, rollout, seed, output, env, trackers"
 
 
 def load(folder: Path, text: str | bytes, *overrides: str, output: str | None = None) -> Loaded:
@@ -43,13 +43,14 @@ BAD_RECIPES = {
     "train:\n  schedul: linear": "r.yaml:5: train.schedul: unknown key. did you mean train.schedule?",
     "train: {Batch-Size: 4}": "r.yaml:4: train.Batch-Size: unknown key. did you mean train.batch_size?",
     "train: {keep_best: {metric: loss, mod: min}}": "r.yaml:4: train.keep_best.mod: unknown key. did you mean train.keep_best.mode?",
-    "rollout: {temperature: 1.0}": "r.yaml:4: rollout: has no effect in sft. remove it",
+    "rollout: {temperature: 1.0}": "r.yaml:4: rollout: kind: sft learns from the responses of its data. "
+    "remove it, or write kind: distil with a teacher",
     "reference: {model: start}": "r.yaml:4: reference: has no effect in sft. remove it",
     "reference: {modle: start}": "r.yaml:4: reference: has no effect in sft. remove it",
-    "objective: {beta: 0.1}": "r.yaml:4: objective.beta: has no effect in sft. remove it",
+    "objective: {beta: 0.1}": "r.yaml:4: objective.beta: has no effect with kind: sft (it belongs to distil). remove it",
     "objective: {zzzz: 0.1}": "r.yaml:4: objective.zzzz: unknown key. sft takes kind",
-    "objective: {kind: dpo}": "r.yaml:4: objective.kind: expected sft, found the text 'dpo'. dpo is a kind of rlhf dpo",
-    "objective: {kind: stf}": "r.yaml:4: objective.kind: expected sft, found the text 'stf'. did you mean sft?",
+    "objective: {kind: dpo}": "r.yaml:4: objective.kind: expected sft | distil, found the text 'dpo'. dpo is a kind of rlhf dpo",
+    "objective: {kind: stf}": "r.yaml:4: objective.kind: expected sft | distil, found the text 'stf'. did you mean sft?",
     # types
     "seed: x": "r.yaml:4: seed: expected a whole number, found the text 'x'. the default is 0",
     "seed: 1.5": "r.yaml:4: seed: expected a whole number, found 1.5. the default is 0",
