@@ -1,7 +1,5 @@
 """Turns of conversations as files write them, in the one form that chat templates take."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

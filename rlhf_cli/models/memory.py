@@ -1,7 +1,5 @@
 """How much memory a step takes, from the configuration alone, and the packing budget that fits."""
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import ctypes

@@ -1,7 +1,5 @@
 """Which weights of a model LoRA adapts, and which it leaves out, and why."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections import Counter

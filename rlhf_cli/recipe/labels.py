@@ -2,8 +2,6 @@
 
 # ruff: noqa: RUF009  (key() only makes a dataclass field)
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """YAML text → nodes that know their line. YAML 1.2 scalars; nothing is executed, expanded or guessed."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """The pictures of a training run: every metric with a plot in the catalogue, over the steps."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator
