@@ -36,6 +36,9 @@ def _loss(job: Job) -> None:
         job.put("objective.sft_weight", others[0] if first == 1 and others else weights)
         kinds = kinds[:1]
     loss = kinds[0] if len(kinds) == 1 else str(kinds)
+    if asks(job.take("use_weighting", "dpo_use_weighting")):
+        job.tell("Done otherwise", "wpo weighs a pair by 1 at most, as its authors do; there the weight may be larger")
+        loss = "wpo" if (job.kind or loss or "sigmoid") == "sigmoid" else f"{job.kind or loss} with use_weighting"
     if loss == "ipo":
         job.stage = "ipo"
     elif job.kind or (loss and job.stage in ("dpo", "kto")):
@@ -45,6 +48,10 @@ def _loss(job: Job) -> None:
     job.kind = str(job.values.get("objective.kind", job.stage))
     if job.stage == "ipo":
         job.put("objective.normalize", "token_mean")  # all three divide by the length
+    if loss in ("aot_pair", "aot_unpaired"):
+        job.put("objective.pairing", "unpaired")
+    if job.kind == "aot" and asks(job.rest.get("label_smoothing")):
+        job.refuse("label_smoothing", "has no counterpart in aot. remove it")
     if loss == "bco_pair":
         job.put("objective.decay", 1.0)
         job.tell("Computed", "objective.decay: 1, which keeps the mid-point of the rewards at 0, as bco_pair has it")

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +19,11 @@ from rlhf_cli.data.templates import Template, read_chat_format
 from rlhf_cli.data.trees import Batch, Tree, build_batch, idle_batch, plan_passes
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import from_anywhere
-from rlhf_cli.models.body import Body
+from rlhf_cli.models.body import Body, T
 from rlhf_cli.models.divergences import Divergence, token_divergences
 from rlhf_cli.models.heads import SCORE, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
-from rlhf_cli.models.logps import token_logps
+from rlhf_cli.models.logps import Head, token_logps
 from rlhf_cli.models.sharding import Shards, on_main, shard_like
 from rlhf_cli.models.targets import adapter_state, foreign_tokens, with_targets, without_output_tokens
 
@@ -218,20 +219,37 @@ class Backbone(Body):
 
         And whether both have the same most likely token, (N,).
         """
+        found, hits = self._beside(role, other, batch, partial(token_divergences, kind=kind, beta=beta))
+        return found.to(self.home), hits.to(self.home)
+
+    def logps_and_kl(self, role: str, other: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A role's log-probabilities of the batch's supervised tokens, a frozen one's, and KL(frozen ‖ role) there, (N,) each."""
+
+        def compare(own: torch.Tensor, head: Head, known: torch.Tensor, frozen: Head) -> tuple[torch.Tensor, ...]:
+            target = batch.target.to(own.device)
+            with torch.no_grad():
+                before, _ = token_logps(known, frozen, target)
+            return token_logps(own, head, target)[0], before, token_divergences(own, head, known, frozen, "forward")[0]
+
+        logps, before, kl = self._beside(role, other, batch, compare)
+        return logps.to(self.home), before.to(self.home), kl.to(self.home)
+
+    def _beside(self, role: str, other: str, batch: Batch, read: Callable[[torch.Tensor, Head, torch.Tensor, Head], T]) -> T:
+        """What `read` makes of a role's states before the N supervised tokens and its head, and of a frozen role's two."""
         frozen, host = self.at(other), self.at(role)
         own, batch = batch.to(frozen.device), batch.to(host.device)
 
-        def forward() -> tuple[torch.Tensor, torch.Tensor]:
+        def forward() -> T:
             frozen.activate(other)
             with torch.no_grad():
                 known = frozen.hidden(other, own)[own.source].to(frozen.compute_dtype).to(host.device)
+            known_head = frozen.head()  # of tokens that an adapter trains, while it is active
             host.activate(role)
             states = host.hidden(role, batch)[batch.source].to(host.compute_dtype)
-            return token_divergences(states, host.head(), known, frozen.head(), kind, beta)
+            return read(states, host.head(), known, known_head)
 
         # Both heads are needed at once, also in backward.
-        found, hits = host.run(forward) if frozen is host else frozen.run(host.run, forward)
-        return found.to(self.home), hits.to(self.home)
+        return host.run(forward) if frozen is host else frozen.run(host.run, forward)
 
     def scores(self, role: str, batch: Batch) -> torch.Tensor:
         """The role's scalar head at the last token of every response of the pass, (M,) float32."""

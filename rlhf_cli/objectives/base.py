@@ -37,6 +37,7 @@ class Objective:
     rows: ClassVar[Use] = COMPARISONS  # what it learns from; of PROMPTS the responses are the policy's own, drawn while it trains
     of_first_update: ClassVar[frozenset[str]] = frozenset()  # metrics with a meaning only before a step's first update of several
     reference: ClassVar[bool] = False  # does it need the reference's log-probabilities?
+    token_figure: ClassVar[Literal["typicality", "kl"] | None] = None  # what it reads of whole distributions: `read_responses`
     iterated: ClassVar[bool] = False  # is its reference, by its paper, the policy of the iteration before?
     soft_labels: ClassVar[bool] = False  # does it use the probability that the chosen response is better, if the data have one?
     mismatches: ClassVar[bool] = False  # does it compare each response with one that was written for another prompt?

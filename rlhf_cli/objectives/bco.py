@@ -22,10 +22,8 @@ class Bco(LogRatioPair):
     decay: float = key(0.9, DECAY, low=0.0, high=1.0)
 
     def loss(self, pair: Pair) -> Tensor:
-        from torch.nn.functional import softplus
-
         delta = midpoint(pair.given)
-        return softplus(delta - self.reward(pair.chosen)) + softplus(self.reward(pair.rejected) - delta)
+        return self.hard_loss(self.reward(pair.chosen) - delta) + self.hard_loss(delta - self.reward(pair.rejected))
 
     def remember(self, memory: Mapping[str, float], means: Mapping[str, float]) -> dict[str, float]:
         return running(memory, self.decay, means.get("rewards/chosen"), means.get("rewards/rejected"))

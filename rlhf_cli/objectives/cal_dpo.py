@@ -22,11 +22,9 @@ class CalDpo(PairObjective):
     calibration: float = key(0.5, "c: weight of the squares", low=0.0)
 
     def loss(self, pair: Pair) -> Tensor:
-        from torch.nn.functional import softplus
-
         target = 1 / (2 * self.beta)
         squares = (pair.chosen.logratio - target) ** 2 + (pair.rejected.logratio + target) ** 2
-        return softplus(pair.rejected.logratio - pair.chosen.logratio) + self.calibration * squares
+        return self.hard_loss(self.margin(pair)) + self.calibration * squares
 
     def reward(self, responses: Responses) -> Tensor:
         return responses.logratio

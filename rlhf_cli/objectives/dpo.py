@@ -20,6 +20,4 @@ class Dpo(LogRatioPair):
     saturates: ClassVar[bool] = True
 
     def hard_loss(self, margin: Tensor) -> Tensor:
-        from torch.nn.functional import logsigmoid
-
-        return -(1 - self.label_smoothing) * logsigmoid(margin) - self.label_smoothing * logsigmoid(-margin)
+        return (1 - self.label_smoothing) * super().hard_loss(margin) + self.label_smoothing * super().hard_loss(-margin)

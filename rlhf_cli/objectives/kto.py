@@ -48,7 +48,7 @@ class Kto(UnpairedObjective):
         import torch
 
         with torch.no_grad():
-            return {"kl": (read_responses(backbone, batch, self.reference).logratio.sum(), "trees")}
+            return {"kl": (read_responses(backbone, batch, self).logratio.sum(), "trees")}
 
     def loss(self, logratio: Tensor, desirable: Tensor, given: Mapping[str, float]) -> Tensor:
         assert self.lambda_ is None, "call with_class_counts() first"

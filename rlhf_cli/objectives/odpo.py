@@ -24,9 +24,7 @@ class Odpo(LogRatioPair):
     saturates: ClassVar[bool] = True
 
     def loss(self, pair: Pair) -> Tensor:
-        from torch.nn.functional import softplus
-
-        return softplus(self._offset(pair) - self.margin(pair))
+        return self.hard_loss(self.margin(pair) - self._offset(pair))
 
     def gradient_left(self, pair: Pair) -> Tensor:
         """σ(Δ − z) / σ(Δ)."""

@@ -25,9 +25,7 @@ class Orpo(PairObjective):
     learning_rate: ClassVar[Mapping[Trained, float]] = {"lora": 8e-5, "full": 8e-6}  # the paper's: it is SFT as well
 
     def hard_loss(self, margin: Tensor) -> Tensor:
-        from torch.nn.functional import softplus
-
-        return self.lambda_ * softplus(-margin)
+        return self.lambda_ * super().hard_loss(margin)
 
     def margin(self, pair: Pair) -> Tensor:
         return log_odds(self.reward(pair.chosen)) - log_odds(self.reward(pair.rejected))

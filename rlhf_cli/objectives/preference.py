@@ -28,20 +28,29 @@ class Responses(NamedTuple):
     logratio: Tensor  # ρ = log π(y|x) − log π_ref(y|x); NaN where the objective needs no reference
     lengths: Tensor  # tokens
     scores: Tensor  # of the data; NaN where they have none
+    figure: Tensor  # of `Objective.token_figure`; NaN where there is none
 
 
-def read_responses(backbone: Backbone, batch: Batch, reference: bool) -> Responses:
-    """The policy's and, where asked for, the reference's log-probabilities of a pass's responses.
+def read_responses(backbone: Backbone, batch: Batch, objective: Objective) -> Responses:
+    """The policy's log-probabilities of a pass's responses, and what the objective asks for beside them.
 
-    The reference's come with the batch, or from the role "reference" without gradient.
+    The reference's come with the batch, or from the role "reference" without gradient; for "kl" from the latter.
     """
     import torch
 
-    known = batch.reference if reference else None
-    if reference and known is None:
+    asked = objective.token_figure
+    known = batch.reference if objective.reference else None
+    if objective.reference and known is None and asked != "kl":
         with torch.no_grad():
             known, _ = backbone.logps("reference", batch)
-    each, _ = backbone.logps("policy", batch)
+    if asked == "kl":
+        each, known, figure = backbone.logps_and_kl("policy", "reference", batch)
+    elif asked == "typicality":  # Σ_v π(v)² normalises π², which is π at temperature ½
+        (each, squared), _ = backbone.tempered_logps("policy", batch, (1.0, 0.5))
+        figure = (squared - each).detach()
+    else:
+        each, _ = backbone.logps("policy", batch)
+        figure = torch.full_like(each, torch.nan)
 
     def total(values: Tensor) -> Tensor:
         return torch.zeros(len(batch.last), dtype=torch.float64, device=values.device).index_add(0, batch.owner, values.double())
@@ -49,7 +58,7 @@ def read_responses(backbone: Backbone, batch: Batch, reference: bool) -> Respons
     logps = total(each)
     logratio = torch.full_like(logps, torch.nan) if known is None else logps - total(known)
     scores = [s for count, facts in zip(batch.counts, batch.facts, strict=True) for s in facts.scores or [torch.nan] * count]
-    return Responses(logps, logratio, total(torch.ones_like(each)), logps.new_tensor(scores))
+    return Responses(logps, logratio, total(torch.ones_like(each)), logps.new_tensor(scores), total(figure))
 
 
 def ordered_pairs(count: int, facts: Facts) -> list[tuple[int, int]]:
@@ -71,6 +80,7 @@ class PairIndices(NamedTuple):
     tree: Tensor  # (P,) int64: which tree of the pass
     counts: tuple[int, ...]  # responses of each tree; their sum is M
     facts: tuple[Facts, ...]  # of each tree
+    places: tuple[int, ...]  # of each tree in the global batch
     probability: Tensor  # (P,) float64: p, that the chosen response is the better one; 1 where the data do not say
 
 
@@ -85,7 +95,7 @@ def pairs_of(batch: Batch) -> PairIndices:
         start += count
     chosen, rejected, of_tree = batch.owner.new_tensor(found).reshape(-1, 3).unbind(1)
     probability = torch.tensor([fact.soft_label for fact in batch.facts], dtype=torch.float64, device=of_tree.device)
-    return PairIndices(chosen, rejected, of_tree, batch.counts, batch.facts, probability[of_tree])
+    return PairIndices(chosen, rejected, of_tree, batch.counts, batch.facts, batch.trees, probability[of_tree])
 
 
 def accuracy(margin: Tensor, probability: Tensor) -> Tensor:
@@ -161,8 +171,10 @@ class PairObjective(PreferenceObjective):
         return [p, 1 - p, *[0.0] * count][:count]
 
     def hard_loss(self, margin: Tensor) -> Tensor:
-        """f(z): the loss of a pair whose chosen response is certainly the better one; for kinds whose loss is one of z alone."""
-        raise NotImplementedError
+        """f(z): the loss of a pair whose chosen response is certainly the better one; −log σ(z) unless a kind says another."""
+        from torch.nn.functional import logsigmoid
+
+        return -logsigmoid(margin)
 
     def loss(self, pair: Pair) -> Tensor:
         """The loss of every pair, (P,)."""
@@ -193,14 +205,15 @@ class PairObjective(PreferenceObjective):
         """Unit → sum over the pass, without the `sft_weight` term."""
         return {"pairs": self.loss(pair).sum()}
 
-    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
-        import torch
-
-        responses = read_responses(backbone, batch, self.reference)
-        pairs = pairs_of(batch)
+    def read(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> tuple[Responses, PairIndices, Pair]:
+        """A pass's responses, which of them are pairs, and these."""
+        responses, pairs = read_responses(backbone, batch, self), pairs_of(batch)
         chosen, rejected = (Responses(*(values[side] for values in responses)) for side in (pairs.chosen, pairs.rejected))
-        p = pairs.probability if self.soft_labels else torch.ones_like(pairs.probability)
-        pair = Pair(chosen, rejected, p, given)
+        p = pairs.probability if self.soft_labels else pairs.probability.new_ones(len(pairs.tree))
+        return responses, pairs, Pair(chosen, rejected, p, given)
+
+    def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
+        responses, pairs, pair = self.read(backbone, batch, given)
         losses = self.losses(responses, pairs, pair)
         if self.sft_weight:
             shares = [s for count, facts in zip(batch.counts, batch.facts, strict=True) for s in self._shares(count, facts)]

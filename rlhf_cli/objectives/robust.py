@@ -20,7 +20,5 @@ class Robust(LogRatioPair):
     saturates: ClassVar[bool] = True
 
     def hard_loss(self, margin: Tensor) -> Tensor:
-        from torch.nn.functional import logsigmoid
-
         flipped = self.label_smoothing
-        return (-(1 - flipped) * logsigmoid(margin) + flipped * logsigmoid(-margin)) / (1 - 2 * flipped)
+        return ((1 - flipped) * super().hard_loss(margin) - flipped * super().hard_loss(-margin)) / (1 - 2 * flipped)

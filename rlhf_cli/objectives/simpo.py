@@ -24,9 +24,7 @@ class Simpo(PairObjective):
     learning_rate: ClassVar[Mapping[Trained, float]] = {"lora": 5e-6, "full": 5e-7}  # the paper searched 3e-7 … 1e-6
 
     def hard_loss(self, margin: Tensor) -> Tensor:
-        from torch.nn.functional import softplus
-
-        return softplus(self.gamma - margin)
+        return super().hard_loss(margin - self.gamma)
 
     def reward(self, responses: Responses) -> Tensor:
         return self.beta * responses.logps / responses.lengths

@@ -44,7 +44,7 @@ class UnpairedObjective(Objective):
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         import torch
 
-        responses = read_responses(backbone, batch, self.reference)
+        responses = read_responses(backbone, batch, self)
         logratio = responses.logratio
         desirable = torch.tensor([facts.label is True for facts in batch.facts], dtype=torch.bool, device=logratio.device)
         sums = {"logratio/mean": (logratio.detach().sum(), "trees")}

@@ -269,10 +269,10 @@ def _not_among(names: list[str], node: Node) -> str:
     """What is wrong with a kind that is none of these, and the stage whose kind it is or the one that is meant."""
     advice, value = "write one of these", node.value
     if isinstance(value, str):
-        ours = OTHER_VALUES["kind"].get(value)
+        ours = OTHER_VALUES["kind"].get(value, "")
         owner = next((name for name, stage in TRAINING_STAGES.items() if value in map(kind_of, stage.objectives)), None)
         advice = f"{value} is a kind of rlhf {owner}" if owner else did_you_mean(value, names, advice)
-        advice = f"write {ours}" if ours in names else advice
+        advice = f"write {ours}" if ours.partition(",")[0] in names else advice
     return f"expected {' | '.join(names)}, found {_found(node)}. {advice}"
 
 

@@ -154,6 +154,9 @@ def _reference(recipe: DirectRecipe) -> Iterator[Finding]:
     elif recipe.reference.model == "previous" and recipe.rollout is None:
         why = "previous is the policy when responses were last drawn, and without rollout none are. write start, or add rollout"
         yield "reference.model", why
+    elif recipe.reference.model == "previous" and recipe.objective.token_figure == "kl":
+        what = "tdpo2 compares whole distributions. write start, base or a path"
+        yield "reference.model", f"of an earlier policy one number a token is kept, and {what}"
 
 
 def _distilled(recipe: SftRecipe) -> Iterator[Finding]:

@@ -6,18 +6,23 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from rlhf_cli.metrics import ZERO_SPREAD
+from rlhf_cli.objectives.aot import Aot
+from rlhf_cli.objectives.apo import ApoDown, ApoZero, UnpairedApoZero
 from rlhf_cli.objectives.bandit import Bandit
 from rlhf_cli.objectives.base import Objective, Trained
 from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.cal_dpo import CalDpo
+from rlhf_cli.objectives.discopop import DiscoPop
 from rlhf_cli.objectives.distil import Distil
 from rlhf_cli.objectives.dpo import Dpo
+from rlhf_cli.objectives.exo import Exo
 from rlhf_cli.objectives.general import General
 from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.objectives.hinge import Hinge
 from rlhf_cli.objectives.ipo import Ipo
 from rlhf_cli.objectives.kto import Kto
+from rlhf_cli.objectives.nca import Nca
 from rlhf_cli.objectives.odpo import Odpo
 from rlhf_cli.objectives.orpo import Orpo
 from rlhf_cli.objectives.pairs import AllPairs
@@ -31,6 +36,8 @@ from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.objectives.squared import Squared
+from rlhf_cli.objectives.tdpo2 import Tdpo2
+from rlhf_cli.objectives.wpo import Wpo
 from rlhf_cli.recipe.rewards import term_names
 from rlhf_cli.sections import (
     Data,
@@ -202,6 +209,7 @@ class DirectRecipe(ReferenceRecipe):
 
 
 DpoLoss = Dpo | Robust | Hinge | Squared | Slic | Simpo | Orpo | Odpo | CalDpo | Rebel | Bco | PlackettLuce
+DpoLoss |= ApoZero | ApoDown | Nca | Exo | DiscoPop | Wpo | Tdpo2 | Aot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +236,7 @@ class KtoRecipe(DirectRecipe):
 
     stage: ClassVar[str] = "kto"
 
-    objective: Kto | UnpairedBco = field(default_factory=Kto)
+    objective: Kto | UnpairedBco | UnpairedApoZero = field(default_factory=Kto)
 
 
 @dataclass(frozen=True, kw_only=True)

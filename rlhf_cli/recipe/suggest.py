@@ -43,6 +43,7 @@ OTHER_NAMES = {
     "objective.teacher": ("teacher_model_name_or_path",),
     "objective.label_smoothing": ("label_smoothing", "dpo_label_smoothing"),
     "objective.gamma": ("simpo_gamma",),
+    "objective.tau": ("discopop_tau",),
     "objective.sft_weight": ("rpo_alpha", "pref_ftx", "cpo_alpha"),
     "objective.lambda_d": ("desirable_weight", "kto_chosen_weight", "kto_desirable_weight"),
     "objective.lambda_u": ("undesirable_weight", "kto_rejected_weight", "kto_undesirable_weight"),
@@ -98,7 +99,10 @@ OTHER_VALUES = {
         "linear_warmup": "linear",
     },
     "quantize": {"4": "4bit", "8": "8bit", "nf4": "4bit", "int8": "8bit", "int4": "4bit"},
-    "kind": {"sigmoid": "dpo", "bco_pair": "bco", "loss_dpo": "dpo"},
+    "kind": {
+        **{"sigmoid": "dpo", "bco_pair": "bco", "loss_dpo": "dpo", "nca_pair": "nca", "exo_pair": "exo"},
+        **{"apo_zero_unpaired": "apo_zero", **dict.fromkeys(("aot_pair", "aot_unpaired"), "aot, with pairing: unpaired")},
+    },
     "trackers": {"none": "[]", "None": "[]"},
 }
 """Name of a key of ours → values that other trainers write for it → ours, and after a comma what else to write."""

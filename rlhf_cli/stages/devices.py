@@ -95,7 +95,8 @@ def frozen_models(recipe: recipes.TrainingRecipe, start: Start, loaded: Loaded) 
     found: list[Start] = []
     if isinstance(recipe, recipes.ReferenceRecipe):
         own, path = recipe.reference, recipe.reference.model
-        if recipe.draws or (recipe.objective.reference and isinstance(own, sections.Reference) and not own.cache):
+        live = recipe.objective.token_figure == "kl" or (isinstance(own, sections.Reference) and not own.cache)
+        if recipe.draws or (recipe.objective.reference and live):
             given = path in ("start", "base", "previous")
             found.append(start if given else resolve_start(path, None, loaded.named("reference.model")))
     found += [resolve_start(path, None, loaded.named(f"objective.{role}")) for role, path in recipe.objective.frozen.items()]

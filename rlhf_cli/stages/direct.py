@@ -113,7 +113,7 @@ def _with_reference(job: TrainingJob, reference: ReferenceModel, placement: Plac
     """The job with the reference's log-probabilities in its trees or, with `cache: false`, with the role "reference"."""
     assert isinstance(job.recipe, recipes.DirectRecipe)
     assert reference.base is not None
-    cached, backbone = job.recipe.reference.cache, placement.policy
+    cached, backbone = job.recipe.reference.cache and job.objective.token_figure != "kl", placement.policy
     if not (cached and reference.is_start):
         place_reference(job, reference, placement, base)
     if not cached:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -153,12 +153,10 @@ def evaluate(
     given = {**(memory or {}), **statistics}
     found: list[_Pass] = []
     for learned in parts:
-        for start in range(0, len(learned), batch_size):
-            some = learned[start : start + batch_size]
-            for batch in passes.over(some):
-                with torch.no_grad():
-                    found.append(_run_pass(passes.backbone, objective, batch, some, counts, given, 0.0))
-                pause()
+        for batch in _in_turn(passes, learned, batch_size):
+            with torch.no_grad():
+                found.append(_run_pass(passes.backbone, objective, batch, learned, counts, given, 0.0))
+            pause()
     return objective.metrics(statistics | _summed(found, counts, passes.ranks).means)
 
 
@@ -172,15 +170,20 @@ def _measure(passes: Passes, objective: Objective, trees: list[Tree], pause: Pau
     """The objective's statistics, pass by pass, with dropout off."""
     passes.backbone.train(False)
     measured: list[_Pass] = []
-    for start in range(0, len(trees), EVALUATED):
-        some = trees[start : start + EVALUATED]
-        for batch in passes.over(some):
-            with torch.no_grad():
-                sums = objective.statistics(passes.backbone, batch)
-            found = {(name, unit): value.detach().double() for name, (value, unit) in sums.items()}
-            measured.append(_Pass(found, tuple(some[tree].row for tree in batch.trees)))
-            pause()
+    for batch in _in_turn(passes, trees, EVALUATED):
+        with torch.no_grad():
+            sums = objective.statistics(passes.backbone, batch)
+        found = {(name, unit): value.detach().double() for name, (value, unit) in sums.items()}
+        measured.append(_Pass(found, tuple(trees[tree].row for tree in batch.trees)))
+        pause()
     return measured
+
+
+def _in_turn(passes: Passes, trees: list[Tree], size: int) -> Iterator[Batch]:
+    """Passes over so many trees at a time; a batch names them by their places among all."""
+    for start in range(0, len(trees), size):
+        for batch in passes.over(trees[start : start + size]):
+            yield replace(batch, trees=tuple(start + tree for tree in batch.trees))
 
 
 def _backward(

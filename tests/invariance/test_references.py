@@ -95,6 +95,20 @@ def test_a_merged_start_has_values_of_its_own(home: Path, tmp_path: Path, capsys
     assert "reference log-probabilities: 32 of 32 from the store" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("lora", ["auto", None], ids=["lora", "full"])
+def test_whole_distributions_are_not_stored(lora: Any, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """tdpo2's reference runs in every step, whatever `reference.cache` says; at the start its KL is 0, and the loss ln 2."""
+    losses = []
+    for name, more in {"kept": [], "again": _set("reference.cache=false")}.items():
+        words = _recipe(home, tmp_path / name, home / "full", lora=lora and {"r": 4}, rate=1e-3)
+        assert rlhf("dpo", *words, *more, *_set("objective.kind=tdpo2")) == 0
+        out = capsys.readouterr().out
+        assert "tdpo2 compares whole distributions: the reference runs in every step, and nothing of it is stored" in out
+        assert "from the store" not in out
+        losses.append(_losses(tmp_path / name))
+    assert losses[0] == losses[1] and losses[0][0] == pytest.approx(LN2, abs=1e-5) and losses[0][-1] < LN2 - 1e-3
+
+
 def test_a_refused_start_leaves_a_folder_that_can_be_used(home: Path, tmp_path: Path) -> None:
     words = _recipe(home, tmp_path / "run", home / "base", lora={"r": 4, "target_modules": ["nope"]})
     assert rlhf("dpo", *words) == 2

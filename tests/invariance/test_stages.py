@@ -26,6 +26,10 @@ STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dpo bco": ("dpo", "pairs", {"objective": {"kind": "bco"}}),
     "dpo simpo": ("dpo", "pairs", {"objective": {"kind": "simpo"}}),
     "dpo K-wise": ("dpo", "ranked", {"objective": {"kind": "plackett_luce"}}),
+    "dpo wpo": ("dpo", "pairs", {"objective": {"kind": "wpo"}}),
+    "dpo tdpo2": ("dpo", "pairs", {"objective": {"kind": "tdpo2"}}),
+    "dpo aot": ("dpo", "ranked", {"objective": {"kind": "aot"}}),
+    "dpo aot unpaired": ("dpo", "pairs", {"objective": {"kind": "aot", "pairing": "unpaired"}}),
     "ipo": ("ipo", "pairs", {"objective": {"normalize": "token_mean"}}),
     "kto": ("kto", "pairs", {}),
     "kto bco": ("kto", "pairs", {"objective": {"kind": "bco"}}),
@@ -85,7 +89,7 @@ def same(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "budget"),
-    [("sft", 1), ("sft", 40), *((name, 30) for name in SOME)],
+    [("sft", 1), ("sft", 40), *((name, 30) for name in (*SOME, "dpo aot", "dpo tdpo2"))],
 )
 def test_tokens_per_device_changes_nothing(name: str, budget: int, home: Path, whole: Whole, tmp_path: Path) -> None:
     assert rlhf(*recipe(home, name, tmp_path / "cut", tokens_per_device=budget)) == 0

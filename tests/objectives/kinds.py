@@ -9,15 +9,20 @@ import torch
 from rlhf_cli.data.formats import COMPARISONS, LABELS
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
+from rlhf_cli.objectives.aot import Aot
+from rlhf_cli.objectives.apo import ApoDown, ApoZero, UnpairedApoZero
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.cal_dpo import CalDpo
+from rlhf_cli.objectives.discopop import DiscoPop
 from rlhf_cli.objectives.dpo import Dpo
+from rlhf_cli.objectives.exo import Exo
 from rlhf_cli.objectives.general import General
 from rlhf_cli.objectives.hinge import Hinge
 from rlhf_cli.objectives.ipo import Ipo
 from rlhf_cli.objectives.kto import Kto
+from rlhf_cli.objectives.nca import Nca
 from rlhf_cli.objectives.odpo import Odpo
 from rlhf_cli.objectives.orpo import Orpo
 from rlhf_cli.objectives.pairs import AllPairs
@@ -27,6 +32,8 @@ from rlhf_cli.objectives.robust import Robust
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.objectives.squared import Squared
+from rlhf_cli.objectives.tdpo2 import Tdpo2
+from rlhf_cli.objectives.wpo import Wpo
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from tests.objectives.lookup import Lookup, make_trees
 
@@ -44,6 +51,15 @@ PAIR_KINDS: dict[str, Any] = {
     "rebel": Rebel(eta=2.0),
     "bco": Bco(beta=0.3),
     "plackett_luce": PlackettLuce(beta=0.3),
+    "apo_zero": ApoZero(beta=0.3),
+    "apo_down": ApoDown(beta=0.3),
+    "nca": Nca(beta=0.3),
+    "exo": Exo(beta=0.3, label_smoothing=0.01),
+    "discopop": DiscoPop(beta=0.3, tau=0.4),
+    "wpo": Wpo(beta=0.3),
+    "tdpo2": Tdpo2(beta=0.3, alpha=0.7),
+    "aot": Aot(beta=0.3),
+    "aot unpaired": Aot(beta=0.3, pairing="unpaired"),
     "ipo": Ipo(beta=0.3),
     "ipo per token": Ipo(beta=0.3, normalize="token_mean"),
 }
@@ -53,7 +69,11 @@ REWARD_KINDS: dict[str, Objective] = {
     "pairs": AllPairs(),
     "general": General(tau=0.5),
 }
-UNPAIRED_KINDS: dict[str, Any] = {"kto": Kto(beta=0.3, lambda_u=1.5), "unpaired bco": UnpairedBco(beta=0.3)}
+UNPAIRED_KINDS: dict[str, Any] = {
+    "kto": Kto(beta=0.3, lambda_u=1.5),
+    "unpaired bco": UnpairedBco(beta=0.3),
+    "unpaired apo_zero": UnpairedApoZero(beta=0.3),
+}
 ALL: dict[str, Objective] = PAIR_KINDS | REWARD_KINDS | UNPAIRED_KINDS
 
 assert {type(objective) for objective in ALL.values()} == {
@@ -72,8 +92,9 @@ def trees_for(name: str) -> list[Tree]:
 
 
 def draw_model(seed: int = 0, count: int = 40) -> Lookup:
-    """Random log-probabilities, the reference's near the policy's, and random scores."""
+    """Random log-probabilities, the reference's near the policy's, random scores, and figures of whole distributions."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda: torch.randn(count, generator=generator, dtype=torch.float64)  # noqa: E731
     policy = -0.1 - draw().exp()
-    return Lookup(policy=policy.requires_grad_(), reference=policy.detach() + 0.5 * draw(), reward=draw().requires_grad_())
+    reference, reward = policy.detach() + 0.5 * draw(), draw().requires_grad_()
+    return Lookup(policy=policy.requires_grad_(), reference=reference, reward=reward, typicality=draw() - 0.2, kl=draw().exp())

@@ -37,6 +37,19 @@ class Lookup:
         self.temperatures.append(temperature)
         return self.tables[role][batch.target], torch.zeros(len(batch.target), dtype=torch.bool)
 
+    def tempered_logps(
+        self, role: str, batch: Batch, temperatures: Sequence[float]
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """At 1 and at ½, whose difference is a table too: constant, whatever the policy's log-probabilities are."""
+        logps, hits = self.logps(role, batch)
+        return (logps, logps + self.tables["typicality"][batch.target]), hits
+
+    def logps_and_kl(self, role: str, other: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The KL is a table."""
+        with torch.no_grad():
+            before, _ = self.logps(other, batch)
+        return self.logps(role, batch)[0], before, self.tables["kl"][batch.target]
+
     def values(self, role: str, batch: Batch) -> torch.Tensor:
         return self.tables[role][batch.target]
 

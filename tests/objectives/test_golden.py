@@ -11,14 +11,18 @@ import pytest
 import torch
 
 from rlhf_cli.data.records import Facts
+from rlhf_cli.objectives.apo import ApoDown, ApoZero, UnpairedApoZero
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.cal_dpo import CalDpo
+from rlhf_cli.objectives.discopop import DiscoPop
 from rlhf_cli.objectives.dpo import Dpo
+from rlhf_cli.objectives.exo import Exo
 from rlhf_cli.objectives.hinge import Hinge
 from rlhf_cli.objectives.ipo import Ipo
 from rlhf_cli.objectives.kto import Kto
+from rlhf_cli.objectives.nca import Nca
 from rlhf_cli.objectives.odpo import Odpo
 from rlhf_cli.objectives.orpo import Orpo
 from rlhf_cli.objectives.pairs import AllPairs
@@ -28,6 +32,8 @@ from rlhf_cli.objectives.robust import Robust
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.objectives.squared import Squared
+from rlhf_cli.objectives.tdpo2 import Tdpo2
+from rlhf_cli.objectives.wpo import Wpo
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from tests.objectives.lookup import GOLDEN, Lookup, lengths, make_trees, run, table
 
@@ -51,6 +57,13 @@ KINDS: dict[str, Objective] = {
     "cal_dpo beta=0.3 calibration=0.5 (authors' code)": CalDpo(beta=0.3, calibration=0.5),
     "rebel eta=0.5": Rebel(eta=0.5),
     "bco_pair beta=0.3 delta=0.2": Bco(beta=0.3, decay=0.0),
+    "apo_zero beta=0.3": ApoZero(beta=0.3),
+    "apo_down beta=0.3": ApoDown(beta=0.3),
+    "nca beta=0.3": Nca(beta=0.3),
+    "exo beta=0.3 label_smoothing=0.01": Exo(beta=0.3, label_smoothing=0.01),
+    "discopop beta=0.3 tau=0.05": DiscoPop(beta=0.3),
+    "wpo beta=0.3": Wpo(beta=0.3),
+    "tdpo2 beta=0.3 alpha=0.5": Tdpo2(beta=0.3),
 }
 """Name of a row of golden values → the objective it is of."""
 
@@ -60,7 +73,9 @@ def pair_trees() -> Any:
 
 
 def pair_model() -> Lookup:
-    return Lookup(policy=table(POLICY), reference=table(REFERENCE))
+    figures = {name: zip(PAIRS[f"{name}_chosen"], PAIRS[f"{name}_rejected"], strict=True) for name in ("typicality", "kl")}
+    tables = {name: table([*rows]) for name, rows in figures.items()}
+    return Lookup(policy=table(POLICY), reference=table(REFERENCE), **tables)
 
 
 def memory_of(objective: Objective) -> dict[str, float]:
@@ -74,8 +89,8 @@ def test_pairs(name: str) -> None:
     objective, wanted = KINDS[name], GOLDEN["pairs"]["loss per pair"][name]
     trees, memory = pair_trees(), memory_of(objective)
     found = [float(run(objective, pair_model(), [tree], memory=memory).loss) for tree in trees]
-    assert found == pytest.approx(wanted, abs=1e-6)
-    assert float(run(objective, pair_model(), trees, memory=memory).loss) == pytest.approx(mean(wanted), abs=1e-6)
+    assert found == pytest.approx(wanted, abs=1e-10)
+    assert float(run(objective, pair_model(), trees, memory=memory).loss) == pytest.approx(mean(wanted), abs=1e-10)
 
 
 def test_every_row_of_golden_values_is_used() -> None:
@@ -163,6 +178,12 @@ def test_unpaired_bco() -> None:
     assert found == pytest.approx(wanted, abs=1e-6)
 
 
+def test_unpaired_apo_zero() -> None:
+    trees, model = unpaired(UNPAIRED["mismatched_logratio"])
+    found = [float(run(UnpairedApoZero(beta=0.3), model, [tree]).loss) for tree in trees]
+    assert found == pytest.approx(UNPAIRED["apo_zero beta=0.3"], abs=1e-10)
+
+
 GROUPS: dict[str, Any] = {"clip_high": None, "ties": "keep", "overlong": None}
 FIELDS = {
     ("train-rm", "bradley_terry"): {"members": None, "margin_column": None, "label_smoothing": 0.0, "center_coef": 0.0},
@@ -181,9 +202,18 @@ FIELDS = {
     ("dpo", "rebel"): {"eta": 1.0},
     ("dpo", "bco"): {"beta": 0.1, "decay": 0.9},
     ("dpo", "plackett_luce"): {"beta": 0.1},
+    ("dpo", "apo_zero"): {"beta": 0.1},
+    ("dpo", "apo_down"): {"beta": 0.1},
+    ("dpo", "nca"): {"beta": 0.1},
+    ("dpo", "exo"): {"beta": 0.1, "label_smoothing": 1e-3},
+    ("dpo", "discopop"): {"beta": 0.1, "tau": 0.05},
+    ("dpo", "wpo"): {"beta": 0.1},
+    ("dpo", "tdpo2"): {"beta": 0.1, "alpha": 0.5},
+    ("dpo", "aot"): {"beta": 0.1, "pairing": "paired"},
     ("ipo", "ipo"): {"beta": 0.1, "normalize": "sum"},
     ("kto", "kto"): {"beta": 0.1, "lambda_d": 1.0, "lambda_u": 1.0, "lambda_": None},
     ("kto", "bco"): {"beta": 0.1, "decay": 0.9},
+    ("kto", "apo_zero"): {"beta": 0.1},
     ("ppo", "ppo"): {"value_clip": 0.2, "value_coef": 0.5, "gamma": 1.0, "lam": 0.95, "whiten": True},
     ("ppo", "reinforce"): {"baseline": "mean", "whiten": False},
     ("ppo", "rloo"): GROUPS | {"mean_over": "tokens"},

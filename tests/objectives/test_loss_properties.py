@@ -71,49 +71,60 @@ def test_an_idle_pass_adds_nothing(name: str, cached: bool) -> None:
         assert all(float(value) == 0 for value, _ in term.sums.values())
 
 
+@pytest.mark.parametrize("far", [1e3, 1e4])
 @pytest.mark.parametrize("better", [True, False])
 @pytest.mark.parametrize("name", [*PAIR_KINDS, *REWARD_KINDS])
-def test_differences_of_a_thousand(name: str, better: bool) -> None:
+def test_differences_of_thousands(name: str, better: bool, far: float) -> None:
     """Loss, gradient and metrics stay finite, and a loss that is linear far out has the size of what is missing."""
-    low, high = [[-1000.0]], [[0.0]]
+    low, high = [[-far]], [[0.0]]
     values = [[*(high if better else low), *(low if better else high)]]
     role = ALL[name].role
     tables = {role: table(values).requires_grad_(), "reference": torch.full((3,), -0.5, dtype=torch.float64)}
     tables["policy"] = tables.get("policy", tables["reference"])
+    tables |= {figure: torch.tensor([0.0, 2.0, far], dtype=torch.float64) for figure in ("typicality", "kl")}
     result = run(ALL[name], Lookup(**tables), make_trees(lengths(values), [Facts(scores=(2.0, 1.0))]))
     (gradient,) = torch.autograd.grad(result.loss, tables[role])
     assert torch.isfinite(result.loss) and torch.isfinite(gradient).all()
     assert all(map(math.isfinite, result.metrics.values()))
-    if name in ("dpo", "plackett_luce"):
-        assert result.means["loss"] == pytest.approx(0.0 if better else 300.0, abs=1e-9)
+    if name in ("dpo", "plackett_luce", "discopop", "wpo", "aot"):
+        assert result.means["loss"] == pytest.approx(0.0 if better else 0.3 * far, abs=1e-9)
+    if name == "exo":  # of a certainty that is right, and of one that is wrong
+        assert result.means["loss"] == pytest.approx(-math.log(0.99 if better else 0.01), abs=1e-9)
     if name in ("reward plackett_luce", "pairs"):
-        assert result.means["loss"] == pytest.approx(0.0 if better else 1000.0, abs=1e-9)
+        assert result.means["loss"] == pytest.approx(0.0 if better else far, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", UNPAIRED_KINDS)
-@pytest.mark.parametrize("logratio", [1000.0, -1000.0])
-def test_log_ratios_of_a_thousand(name: str, logratio: float) -> None:
+@pytest.mark.parametrize("logratio", [1e3, -1e3, 1e4, -1e4])
+def test_log_ratios_of_thousands(name: str, logratio: float) -> None:
     values = [[[logratio], [0.0]], [[logratio], [0.0]]]
     policy = table(values).requires_grad_()
     model = Lookup(policy=policy, reference=torch.zeros(5, dtype=torch.float64))
     result = run(ALL[name], model, make_trees(lengths(values), [Facts(label=True), Facts(label=False)]))
     (gradient,) = torch.autograd.grad(result.loss, policy)
-    # kto: the worse one of λ_D = 1 and λ_U = 1.5, over two; bco: 300 over two
-    wanted = 150.0 if name == "unpaired bco" else 0.75 if logratio > 0 else 0.5
+    # kto: the worse one of λ_D = 1 and λ_U = 1.5, over two; bco: 0.3 of it over two; apo_zero: one of two
+    wanted = {"kto": 0.75 if logratio > 0 else 0.5, "unpaired bco": 0.15 * abs(logratio), "unpaired apo_zero": 0.5}[name]
     assert result.means["loss"] == pytest.approx(wanted, abs=1e-9)
     assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("name", [name for name, objective in ALL.items() if objective.reference])
 def test_reference_from_the_trees(name: str) -> None:
-    """Log-probabilities that the trees bring stand for the role, which is not asked; they are float32."""
+    """Log-probabilities that the trees bring stand for the role, which is not asked; they are float32.
+
+    All but tdpo2's, which needs the reference itself: what is stored of it is not enough, and has no effect.
+    """
     model, trees = draw_model(), trees_for(name)
     wanted = run(ALL[name], model, trees)
     known = [tree._replace(reference=tuple(_at(model.tables["reference"], ids) for ids in tree.responses)) for tree in trees]
+    if ALL[name].token_figure == "kl":
+        known = [tree._replace(reference=tuple(np.zeros(len(r), np.float32) for r in tree.responses)) for tree in trees]
+        assert run(ALL[name], model, known).metrics == wanted.metrics
+        return
     model.asked.clear()
     assert run(ALL[name], model, known).metrics == pytest.approx(wanted.metrics, abs=1e-5)
     assert {role for role, _ in model.asked} == {"policy"}
-    alone = Lookup(policy=model.tables["policy"])
+    alone = Lookup(policy=model.tables["policy"], typicality=model.tables["typicality"])
     assert run(ALL[name], alone, known).means["loss"] == pytest.approx(wanted.means["loss"], abs=1e-5)
 
 

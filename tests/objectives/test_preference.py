@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from rlhf_cli.data.records import Facts
+from rlhf_cli.objectives.apo import ApoDown, ApoZero
 from rlhf_cli.objectives.bco import Bco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
+from rlhf_cli.objectives.discopop import DiscoPop
 from rlhf_cli.objectives.dpo import Dpo
+from rlhf_cli.objectives.exo import Exo
 from rlhf_cli.objectives.hinge import Hinge
 from rlhf_cli.objectives.ipo import Ipo
+from rlhf_cli.objectives.nca import Nca
 from rlhf_cli.objectives.odpo import Odpo
 from rlhf_cli.objectives.orpo import Orpo, log_odds
 from rlhf_cli.objectives.pairs import AllPairs
@@ -30,7 +34,8 @@ from tests.objectives.test_golden import POLICY, REFERENCE, pair_model, pair_tre
 
 
 def model_of(policy: Ragged, reference: Ragged | None = None) -> Lookup:
-    return Lookup(policy=table(policy), reference=table(reference or [[[0.0 for _ in r] for r in tree] for tree in policy]))
+    none = torch.zeros_like(table(policy))
+    return Lookup(policy=table(policy), reference=table(reference) if reference else none, kl=none)
 
 
 def one_pair(objective: Any, chosen: float, rejected: float, facts: Facts | None = None, **memory: float) -> Any:
@@ -54,6 +59,14 @@ def one_pair(objective: Any, chosen: float, rejected: float, facts: Facts | None
         "odpo": math.log(2),
         "bco": 2 * math.log(2),
         "plackett_luce": math.log(2),
+        "apo_zero": 1.0,
+        "apo_down": 1.0,
+        "nca": 2 * math.log(2),
+        "exo": math.log(0.5 / math.sqrt(0.99 * 0.01)),
+        "discopop": (math.log(2) + 1) / 2,
+        "tdpo2": math.log(2),
+        "aot": math.log(2),
+        "aot unpaired": math.log(2),
     }.items(),
 )
 def test_policy_equal_to_its_reference(name: str, wanted: float) -> None:
@@ -91,6 +104,40 @@ def test_smoothed_labels_are_the_mean_of_both_labels() -> None:
     kept, flipped = (float(one_pair(Dpo(beta=0.3), *values).loss) for values in ((2.0, -1.0), (-1.0, 2.0)))
     smoothed = float(one_pair(Dpo(beta=0.3, label_smoothing=0.2), 2.0, -1.0).loss)
     assert smoothed == pytest.approx(0.8 * kept + 0.2 * flipped, abs=1e-12)
+
+
+def slopes(objective: Any, chosen: float, rejected: float) -> tuple[float, float]:
+    """The loss's derivatives with respect to the two log-ratios."""
+    policy = torch.tensor([0.0, chosen, rejected], dtype=torch.float64, requires_grad=True)
+    result = run(objective, Lookup(policy=policy, reference=torch.zeros(3)), make_trees([[1, 1]]))
+    _, *found = torch.autograd.grad(result.loss, policy)[0].tolist()
+    return found[0], found[1]
+
+
+def test_which_way_each_response_goes() -> None:
+    """At the reference, β = 1: σ' = ¼. apo_zero moves them apart; apo_down lowers both, the rejected one alone in the end."""
+    assert slopes(ApoZero(beta=1.0), 0.0, 0.0) == pytest.approx((-0.25, 0.25), abs=1e-12)
+    assert slopes(ApoDown(beta=1.0), 0.0, 0.0) == pytest.approx((0.0, 0.25), abs=1e-12)
+    assert slopes(ApoDown(beta=1.0), 0.0, -2.0)[0] > 0 < slopes(ApoDown(beta=1.0), 0.0, -2.0)[1]
+    # nca: −½ + ¼, and ¼; the chosen response rests where 1 − σ(r) = σ(r)/2, at twice the reference's probability.
+    assert slopes(Nca(beta=1.0), 0.0, 0.0) == pytest.approx((-0.25, 0.25), abs=1e-12)
+    assert slopes(Nca(beta=1.0), math.log(2), 0.0)[0] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_exo_is_least_where_its_labels_are() -> None:
+    """KL is 0 at σ(z) = 1 − ε, and its gradient fades on both sides: σ(z) σ(−z) (z − log(1/ε − 1))."""
+    best = math.log(1 / 0.2 - 1)
+    objective = Exo(beta=1.0, label_smoothing=0.2)
+    assert float(one_pair(objective, best, 0.0).loss) == pytest.approx(0.0, abs=1e-12)
+    for z in (-3.0, 0.0, 1.0, 4.0):
+        wanted = (z - best) / (1 + math.exp(-z)) / (1 + math.exp(z))
+        assert slopes(objective, z, 0.0) == pytest.approx((wanted, -wanted), abs=1e-12)
+
+
+def test_discopop_is_logistic_below_0_and_exponential_above() -> None:
+    """At z = ±2, forty widths τ away, what is left of the other is below 1e-17; at 0 the mean of the two."""
+    found = [float(one_pair(DiscoPop(beta=1.0), z, 0.0).loss) for z in (-2.0, 2.0, 0.0)]
+    assert found == pytest.approx([math.log1p(math.exp(2)), math.exp(-2), (math.log(2) + 1) / 2], abs=1e-12)
 
 
 def test_two_ranked_responses_are_a_pair() -> None:
@@ -174,7 +221,8 @@ class TestMetrics:
         self.check(Squared(beta=0.3), *rewards, None)
         self.check(Rebel(eta=0.5), self.CHOSEN / 0.5, self.REJECTED / 0.5, None)
         self.check(PAIR_KINDS["cal_dpo"], self.CHOSEN, self.REJECTED, None)
-        self.check(PAIR_KINDS["plackett_luce"], *rewards, None)
+        for name in ("plackett_luce", "apo_zero", "apo_down", "nca", "aot", "aot unpaired"):
+            self.check(PAIR_KINDS[name], *rewards, None)
 
     def test_ipo(self) -> None:
         """Its rewards are in the units of its h, and its target is there to compare with."""

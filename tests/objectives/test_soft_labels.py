@@ -17,7 +17,9 @@ from rlhf_cli.data.records import Facts
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
+from rlhf_cli.objectives.discopop import DiscoPop
 from rlhf_cli.objectives.dpo import Dpo
+from rlhf_cli.objectives.exo import Exo
 from rlhf_cli.objectives.hinge import Hinge
 from rlhf_cli.objectives.ipo import Ipo
 from rlhf_cli.objectives.orpo import Orpo
@@ -25,6 +27,7 @@ from rlhf_cli.objectives.preference import Pair, PairObjective, Responses
 from rlhf_cli.objectives.robust import Robust
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.squared import Squared
+from rlhf_cli.objectives.wpo import Wpo
 from tests.models.tiny_backbone import draw_trees, make, make_backbone, plain_logps
 from tests.objectives.kinds import PAIR_KINDS, REWARD_KINDS, draw_model
 from tests.objectives.lookup import Lookup, Ragged, lengths, make_trees, run, table
@@ -36,9 +39,9 @@ GOLDEN = json.loads(Path(__file__).with_name("soft_labels.json").read_text())
 
 DIRECT, REWARD = GOLDEN["direct"], GOLDEN["reward"]
 P = DIRECT["inputs"]["probability"]
-POLICY, KNOWN = (
+POLICY, KNOWN, TYPICALITY = (
     list(zip(*(DIRECT["inputs"][f"{whose}_{which}"] for which in ("chosen", "rejected")), strict=True))
-    for whose in ("policy", "ref")
+    for whose in ("policy", "ref", "typicality")
 )
 
 KINDS: dict[str, PairObjective] = {
@@ -50,6 +53,9 @@ KINDS: dict[str, PairObjective] = {
     "ipo beta=0.3 normalize=sum": Ipo(beta=0.3),
     "ipo beta=0.3 normalize=token_mean": Ipo(beta=0.3, normalize="token_mean"),
     "simpo beta=2.0 gamma=0.5": Simpo(beta=2.0, gamma=0.5),
+    "wpo beta=0.3": Wpo(beta=0.3),
+    "exo beta=0.3 label_smoothing=0.01": Exo(beta=0.3, label_smoothing=0.01),
+    "discopop beta=0.3 tau=0.05": DiscoPop(beta=0.3),
     "orpo lambda=0.2": Orpo(lambda_=0.2),
 }
 WITHOUT = {name: objective for name, objective in PAIR_KINDS.items() if not objective.soft_labels}
@@ -60,7 +66,10 @@ def test_every_row_of_golden_values_is_used_and_every_kind_has_one() -> None:
     assert {type(kind) for kind in KINDS.values()} == {type(kind) for kind in PAIR_KINDS.values()} - {
         type(kind) for kind in WITHOUT.values()
     }
-    assert WITHOUT.keys() == {"slic", "odpo", "cal_dpo", "rebel", "bco", "plackett_luce"}
+    assert WITHOUT.keys() == {
+        *("slic", "odpo", "cal_dpo", "rebel", "bco", "plackett_luce", "apo_zero", "apo_down", "nca", "tdpo2", "aot"),
+        "aot unpaired",
+    }
     assert {name for name, kind in REWARD_KINDS.items() if kind.soft_labels} == {"bradley_terry", "general"}
 
 
@@ -73,7 +82,8 @@ def test_golden_losses_and_gradients(name: str) -> None:
         logps = torch.tensor([sum(pair[which]) for pair in POLICY], dtype=torch.float64, requires_grad=True)
         known = torch.tensor([sum(pair[which]) for pair in KNOWN], dtype=torch.float64)
         count = torch.tensor([len(pair[which]) for pair in POLICY], dtype=torch.float64)
-        sides.append(Responses(logps, logps - known, count, torch.full_like(known, torch.nan)))
+        figure = torch.tensor([sum(pair[which]) for pair in TYPICALITY], dtype=torch.float64)
+        sides.append(Responses(logps, logps - known, count, torch.full_like(known, torch.nan), figure))
     found = KINDS[name].loss(Pair(*sides, torch.tensor(P, dtype=torch.float64), {}))
     assert found.tolist() == pytest.approx(wanted["per pair"], abs=1e-10)
     assert float(found.mean().detach()) == pytest.approx(wanted["loss"], abs=1e-10)
@@ -92,17 +102,16 @@ def labelled(values: Ragged, probabilities: list[float]) -> list[Tree]:
 def test_golden_values_through_batches(name: str, budget: int) -> None:
     """Ragged responses in packed passes; the reference's log-probabilities are those of float32 that trees bring."""
     wanted, trees = DIRECT["expected"][name], labelled(POLICY, P)
-    policy = table(POLICY).requires_grad_()
+    policy, typicality = table(POLICY).requires_grad_(), table(TYPICALITY)
     brought = [
         each._replace(reference=tuple(np.array(response, np.float32) for response in pair))
         for each, pair in zip(trees, KNOWN, strict=True)
     ]
-    alone = [float(run(KINDS[name], Lookup(policy=policy), [each]).loss.detach()) for each in brought]
+    bare = Lookup(policy=policy, typicality=typicality)
+    alone = [float(run(KINDS[name], bare, [each]).loss.detach()) for each in brought]
     assert alone == pytest.approx(wanted["per pair"], abs=1e-5)
-    assert run(KINDS[name], Lookup(policy=policy), brought, budget=budget).means["loss"] == pytest.approx(
-        wanted["loss"], abs=1e-5
-    )
-    exact = run(KINDS[name], Lookup(policy=policy, reference=table(KNOWN)), trees, budget=budget)
+    assert run(KINDS[name], bare, brought, budget=budget).means["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    exact = run(KINDS[name], Lookup(policy=policy, reference=table(KNOWN), typicality=typicality), trees, budget=budget)
     assert exact.means["loss"] == pytest.approx(wanted["loss"], abs=1e-10)
     (gradient,) = torch.autograd.grad(exact.loss, policy)
     of_responses = torch.tensor([wanted["gradient chosen"], wanted["gradient rejected"]], dtype=torch.float64).T.flatten()

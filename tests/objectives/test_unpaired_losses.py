@@ -79,10 +79,12 @@ def test_z0_is_the_mean_over_the_batch_and_not_of_each() -> None:
 
 @pytest.mark.parametrize("name", UNPAIRED_KINDS)
 def test_policy_equal_to_its_reference(name: str) -> None:
-    """kto: half of the weights' mean, (1 + 1.5)/4; bco: ln 2. z0, rewards and margins are 0."""
+    """kto: half of the weights' mean, (1 + 1.5)/4; bco: ln 2; apo_zero: ½. z0, rewards and margins are 0."""
     result, _ = judge(UNPAIRED_KINDS[name], [(0.0, 0.0, True), (0.0, 0.0, False)])
     metrics = result.metrics
-    assert metrics.pop("loss") == pytest.approx(0.625 if name == "kto" else math.log(2), abs=1e-12)
+    assert metrics.pop("loss") == pytest.approx(
+        {"kto": 0.625, "unpaired bco": math.log(2), "unpaired apo_zero": 0.5}[name], abs=1e-12
+    )
     assert {metrics.pop("logps/desirable"), metrics.pop("logps/undesirable")} == {-3.0}
     assert set(metrics.values()) == {0.0}
 

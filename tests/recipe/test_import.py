@@ -199,6 +199,17 @@ class TestTools:
             ("robust", {"kind": "robust"}),
             ("bco_pair", {"kind": "bco", "decay": 1.0}),
             ("ipo", {"normalize": "token_mean"}),
+            ("apo_zero", {"kind": "apo_zero"}),
+            ("apo_down", {"kind": "apo_down"}),
+            ("nca_pair", {"kind": "nca"}),
+            ("exo_pair\nlabel_smoothing: 0.002", {"kind": "exo", "label_smoothing": 0.002}),
+            ("discopop\ndiscopop_tau: 0.2", {"kind": "discopop", "tau": 0.2}),
+            ("aot", {"kind": "aot"}),
+            ("aot_pair", {"kind": "aot", "pairing": "unpaired"}),
+            ("aot_unpaired", {"kind": "aot", "pairing": "unpaired"}),
+            ("sigmoid\nuse_weighting: true", {"kind": "wpo"}),
+            ("sigmoid\nuse_weighting: false", {"kind": "dpo"}),
+            ("apo_zero_unpaired", {"kind": "apo_zero"}),
         ],
     )
     def test_losses(self, loss: str, expected: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,6 +217,21 @@ class TestTools:
         Path("loss.yaml").write_text(lines)
         assert rlhf("import", "loss.yaml") == 0
         assert yaml.safe_load(capsys.readouterr().out)["objective"] == expected | {"beta": 0.3}
+
+    def test_losses_that_are_not_quite_there(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """AOT with smoothed labels, weights of other losses than dpo's; and what is another weight of a pair."""
+        lines = "model_name_or_path: m\ndataset_name: a/b\noutput_dir: o\n"
+        for more, said in (
+            ("loss_type: aot\nlabel_smoothing: 0.1\n", "label_smoothing: has no counterpart in aot"),
+            ("loss_type: hinge\nuse_weighting: true\n", "'hinge with use_weighting'"),
+            ("loss_type: ipo\nuse_weighting: true\n", "'ipo with use_weighting'"),
+        ):
+            Path("loss.yaml").write_text(lines + more)
+            assert said in refusal(capsys, "loss.yaml", "--stage", "dpo")
+        Path("axolotl.yaml").write_text(Path("axolotl_dpo.yaml").read_text() + "dpo_use_weighting: true\n")
+        assert rlhf("import", "axolotl.yaml") == 0
+        out = capsys.readouterr().out
+        assert yaml.safe_load(out)["objective"]["kind"] == "wpo" and "weighs a pair by 1 at most" in out
 
     def test_preference_losses_without_a_reference(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """ORPO's beta there is λ of its odds ratio."""

@@ -157,6 +157,8 @@ REFUSALS = {
         "reward=null\nreference.model=previous",
     ): "reference.model: previous is the policy when responses were last drawn, and "
     "without rollout none are. write start, or add rollout",
+    ("dpo", "rollout={}\nobjective.kind=tdpo2\nreference.model=previous"): "reference.model: of an earlier policy one number a "
+    "token is kept, and tdpo2 compares whole distributions. write start, base or a path",
     ("dpo", "rollout={}\nobjective.kind=simpo\nreference.model=previous"): "reference.model: has no effect with kind: simpo, "
     "which needs no reference. remove it",
     (

@@ -50,6 +50,8 @@ def test_numbers_and_names(given: str, message: str, tmp_path: Path) -> None:
         ("train.optimizer=paged_adamw_8bit", "adamw_8bit"),
         ("train.schedule=constant_with_warmup", "constant, with train.warmup"),
         ("objective.kind=sigmoid", "dpo"),
+        ("objective.kind=nca_pair", "nca"),
+        ("objective.kind=aot_unpaired", "aot, with pairing: unpaired"),
         ("trackers=none", "[]"),
     ],
 )

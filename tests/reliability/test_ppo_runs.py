@@ -97,6 +97,7 @@ ONCE: dict[str, Any] = {"epochs": 1}
 SEVERAL: dict[str, Any] = {"max_new_tokens": 6, "responses_per_prompt": 3}
 DAPO = {"kind": "grpo", "mean_over": "tokens", "clip_high": 0.28, "ties": "redraw", "overlong": 2}
 
+PAIRED = ("odpo", "simpo", "bco", "rebel", "orpo", "slic", "cal_dpo", "apo_down", "nca", "exo", "discopop", "wpo", "tdpo2", "aot")
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo": ("ppo", {"objective": {"epochs": 2, "minibatches": 2}, "reward": MODEL, "gold": LETTERS}),
     "ppo function": ("ppo", {"objective": ONCE, "value": {"init": "policy", "learning_rate": 1e-3}}),
@@ -124,7 +125,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "kto": ("kto", {"rollout": SEVERAL | {"refresh": 2}}),
     "kto bco": ("kto", {"objective": {"kind": "bco"}}),
     "plackett_luce": ("dpo", {"objective": {"kind": "plackett_luce"}, "rollout": SEVERAL}),
-    **{kind: ("dpo", {"objective": {"kind": kind}}) for kind in ("odpo", "simpo", "bco", "rebel", "orpo", "slic", "cal_dpo")},
+    **{kind: ("dpo", {"objective": {"kind": kind}}) for kind in PAIRED},
+    "kto apo_zero": ("kto", {"objective": {"kind": "apo_zero"}}),
 }
 """Name → command, and what its recipe says beside the common keys."""
 
@@ -408,6 +410,8 @@ TIED: dict[str, Any] = {"reward": [{"function": "FILE:tied"}], "rollout": SEVERA
         pytest.param("odpo", marks=pytest.mark.slow),
         pytest.param("orpo", marks=pytest.mark.slow),
         pytest.param("bco", marks=pytest.mark.slow),
+        pytest.param("wpo", marks=pytest.mark.slow),
+        "aot",
         "plackett_luce",
         "kto",
     ],

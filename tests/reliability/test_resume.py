@@ -44,6 +44,8 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "train-rm": ("train-rm", {}),
     "train-rm members": ("train-rm", {"objective": {"members": 2}}),
     "dpo": ("dpo", {"objective": {"kind": "bco"}}),
+    "tdpo2": ("dpo", {"objective": {"kind": "tdpo2"}}),
+    "aot": ("dpo", {"objective": {"kind": "aot"}}),
     "ipo": ("ipo", {"objective": {"normalize": "token_mean"}}),
     # A pair is two judged responses.
     "kto": ("kto", {"train": TRAIN | {"batch_size": 8}}),
@@ -184,6 +186,8 @@ def test_from_every_step(whole: Whole, tmp_path: Path, name: str, lora: Any) -> 
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("tdpo2", None, "optimise", 3),
+                ("aot", LORA, "optimise", 3),
                 ("ipo", LORA, "save_checkpoint", 3),
                 ("kto bco", LORA, "optimise", 4),
                 ("ppo", None, "optimise", 11),  # the third update of step 3
