@@ -214,7 +214,7 @@ class Reference(PolicyReference):
     model: str = key(
         "auto",
         "start: the weights that this stage starts from; previous: the policy at the last refresh of rollout; base: the bare "
-        "base model; a path; auto: previous for rebel with rollout, else start",
+        "base model; a path; auto: previous for rebel, sppo and dno with rollout, else start",
         path=True,
     )
     cache: bool = key(True, "compute its log-probabilities once and keep them; false: again in every step")

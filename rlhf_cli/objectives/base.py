@@ -39,6 +39,7 @@ class Objective:
     reference: ClassVar[bool] = False  # does it need the reference's log-probabilities?
     token_figure: ClassVar[Literal["typicality", "kl"] | None] = None  # what it reads of whole distributions: `read_responses`
     iterated: ClassVar[bool] = False  # is its reference, by its paper, the policy of the iteration before?
+    self_play: ClassVar[bool] = False  # does it learn from how probably the policy's own responses win, and nothing else?
     soft_labels: ClassVar[bool] = False  # does it use the probability that the chosen response is better, if the data have one?
     mismatches: ClassVar[bool] = False  # does it compare each response with one that was written for another prompt?
     learns_ties: ClassVar[bool] = True  # can it learn from responses of which some are tied?

@@ -114,12 +114,9 @@ def _quantised(recipe: TrainingRecipe) -> Iterator[Finding]:
         yield "model.quantize", "quantised weights cannot be trained, and lora is null. remove one of the two"
 
 
-def _members(recipe: TrainingRecipe) -> Iterator[Finding]:
+def _heads(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.lora is None and len(recipe.objective.roles) > 1:
         yield "objective.members", "are adapters on one base, and with lora: null each would be a whole model. leave lora at auto"
-
-
-def _width(recipe: TrainingRecipe) -> Iterator[Finding]:
     if isinstance(recipe.objective, General) and recipe.objective.width % 2:
         yield (
             "objective.width",
@@ -321,7 +318,19 @@ def _ptx(recipe: PpoRecipe) -> Iterator[Finding]:
         yield "ptx.coef", "0 learns nothing from these rows. give it a weight, or remove ptx"
 
 
+def _self_play(recipe: DirectRecipe) -> Iterator[Finding]:
+    what = f"kind {recipe.objective.kind} learns from how probably the policy's own responses win"
+    if recipe.rollout is None:
+        yield "objective.kind", f"{what}. add rollout: {{}} and a reward that compares"
+    elif any(len(recipe.reward or ()) != 1 or term.weight != 1 for term in recipe.reward or ()):
+        yield "reward", f"{what}, which one term says. name one, of weight 1"
+    elif recipe.rollout.missing_eos_penalty:
+        yield "rollout.missing_eos_penalty", f"{what}, and this would change that. remove it"
+
+
 def _online(recipe: DirectRecipe) -> Iterator[Finding]:
+    if recipe.objective.self_play:
+        yield from _self_play(recipe)
     if recipe.rollout is None:
         why = "without rollout. add `rollout: {}` to draw responses, or remove it"
         yield from no_effect(recipe, why, "reward", "reward_combine", "gold")
@@ -347,14 +356,13 @@ TRAINING = (
     Check(("train.stop_if", "train.keep_best", "objective.kind", "rollout", "reward", "gold", "ptx"), _watched),
     Check(("data.train", "data.eval"), _sources),
     Check(("model.quantize", "lora"), _quantised),
-    Check(("objective", "lora"), _members),
+    Check(("objective", "lora"), _heads),
     idle(
         lambda it: it.model.chat_template == "none",
         "with chat_template: none. remove it",
         "model.template_options",
         beside=("model.chat_template",),
     ),
-    Check(("objective",), _width),
     Check(("data.overlong", "data.max_length", "rollout"), _drawn),
 )
 

@@ -15,6 +15,7 @@ from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.cal_dpo import CalDpo
 from rlhf_cli.objectives.discopop import DiscoPop
 from rlhf_cli.objectives.distil import Distil
+from rlhf_cli.objectives.dno import Dno
 from rlhf_cli.objectives.dpo import Dpo
 from rlhf_cli.objectives.exo import Exo
 from rlhf_cli.objectives.general import General
@@ -35,6 +36,7 @@ from rlhf_cli.objectives.robust import Robust
 from rlhf_cli.objectives.sft import Sft
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
+from rlhf_cli.objectives.sppo import Sppo
 from rlhf_cli.objectives.squared import Squared
 from rlhf_cli.objectives.tdpo2 import Tdpo2
 from rlhf_cli.objectives.wpo import Wpo
@@ -218,7 +220,7 @@ class DpoRecipe(DirectRecipe):
 
     stage: ClassVar[str] = "dpo"
 
-    objective: DpoLoss = field(default_factory=Dpo)
+    objective: DpoLoss | Sppo | Dno = field(default_factory=Dpo)
 
 
 @dataclass(frozen=True, kw_only=True)

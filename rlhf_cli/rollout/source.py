@@ -16,7 +16,9 @@ from rlhf_cli.data.batches import DatasetSource, StepBatches
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Recorded, Tree
+from rlhf_cli.errors import UsageError
 from rlhf_cli.metrics import OVERLONG, REDRAWN, ZERO_SPREAD
+from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.kl import next_coef
 from rlhf_cli.objectives.policy_gradient import REDRAWS, Advantages, PolicyGradient
 from rlhf_cli.rollout.experience import Rollout, Sampler, TokenFigures, read_logps, together, with_responses
@@ -180,7 +182,7 @@ class PreferenceSource:
     prompts: DatasetSource
     refresh: int
     steps: int
-    ties: bool  # may responses of one prompt be tied?
+    objective: Objective
     shape: Shape | None
     seed: int
     previous: bool = False  # is the reference the policy that draws? Its log-probabilities are kept, so its weights need not be
@@ -198,7 +200,8 @@ class PreferenceSource:
         batches = [self.prompts.batch(k) for k in steps]
         rollout = self.sampler.rollout([tree for batch in batches for tree in batch], Stream.ROLLOUT.seed(self.seed, step))
         known = ranked(rollout, rollout.tokens.plain if self.previous else rollout.tokens.plain_reference)
-        trees = iter(known if self.ties else map(untied, known))
+        pick = best_and_worst if self.objective.self_play else (lambda tree: tree) if self.objective.learns_ties else untied
+        trees = map(pick, known)
         shaped = []
         for k, batch in zip(steps, batches, strict=True):
             own = [tree for tree in (next(trees) for _ in batch) if len(set(tree.facts.ranks or ())) > 1]
@@ -237,6 +240,20 @@ def untied(tree: Tree) -> Tree:
     """The tree with one response of each rank: a ranking of all of them would put some order into a tie."""
     ranks = tree.facts.ranks or ()
     return _select(tree, [k for k, rank in enumerate(ranks) if rank not in ranks[:k]])
+
+
+def best_and_worst(tree: Tree) -> Tree:
+    """Of K ranked responses the first and the last, their scores, a mean over the others, as a mean over all: ½ against itself.
+
+    UsageError: a score is no probability.
+    """
+    scores, k = tree.facts.scores or (), len(tree.responses)
+    if wrong := [score for score in scores if not 0 <= score <= 1]:
+        raise UsageError(
+            f"reward: expected the probability to win, from 0 to 1, and a response has {wrong[0]:g}. mend the function"
+        )
+    facts = tree.facts._replace(scores=tuple(((k - 1) * score + 0.5) / k for score in scores))
+    return _select(tree._replace(facts=facts), (0, k - 1))
 
 
 def _select(tree: Tree, responses: Sequence[int]) -> Tree:

@@ -13,12 +13,14 @@ from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.formats import LABELS
 from rlhf_cli.data.records import Facts
 from rlhf_cli.data.unpaired import unpaired_dataset
+from rlhf_cli.errors import UsageError
 from rlhf_cli.figures import sampling
 from rlhf_cli.models.load import Weights
 from rlhf_cli.models.placement import Placement
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.rollout.reward_functions import RewardFunction
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.source import PreferenceSource, Shape
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
@@ -43,6 +45,9 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     reference = find_reference(job, check, needed=draws or job.objective.reference)
     policy = PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check, pause=job.signals.pause)
     terms = find_terms(loaded, policy)
+    if job.objective.self_play and not (terms.reward[0].compares or isinstance(terms.reward[0], RewardFunction)):
+        who = "a general preference model, a judge with mode: pairwise, or a function"
+        raise UsageError(f"{terms.reward[0].place}: gives scores, and kind {job.objective.kind} wants wins. name {who}")
     for words in _announce(job, reference, terms):
         job.console.say(words)
     if reference is not None:
@@ -92,8 +97,8 @@ def _online(job: TrainingJob, terms: RewardTerms, placement: Placement, base: We
         shape = partial(
             as_unpaired, records=sampler.records, max_length=recipe.data.max_length, mismatches=job.objective.mismatches
         )
-    refresh, ties = recipe.rollout.refresh, job.objective.learns_ties
-    source = PreferenceSource(sampler, job.source, refresh, job.steps, ties, shape, recipe.seed, previous)
+    refresh, steps = recipe.rollout.refresh, job.steps
+    source = PreferenceSource(sampler, job.source, refresh, steps, job.objective, shape, recipe.seed, previous)
     order = tuple(float(k) for k in range(recipe.rollout.responses_per_prompt))
     first = [tree._replace(facts=Facts(ranks=order, scores=order[::-1])) for tree in probe]
     return OnPolicy(source, measure, shape(first, recipe.seed) if shape else first)

@@ -22,7 +22,7 @@ import math
 
 
 def wave(prompts, responses):
-    return [math.sin(7 * len(text)) for text in responses]
+    return [(1 + math.sin(7 * len(text))) / 2 for text in responses]
 """
 
 
@@ -76,15 +76,21 @@ def saved(home: Path, run: Path, step: int) -> Any:
 
 @pytest.mark.parametrize(
     ("stage", "objective"),
-    [("dpo", {"kind": "dpo"}), ("dpo", {"kind": "rebel"}), ("kto", {"kind": "kto"})],
-    ids=["dpo", "rebel", "kto"],
+    [
+        ("dpo", {"kind": "dpo"}),
+        ("dpo", {"kind": "rebel"}),
+        ("kto", {"kind": "kto"}),
+        ("dpo", {"kind": "sppo", "eta": 5}),
+        pytest.param("dpo", {"kind": "dno"}, marks=pytest.mark.slow),
+    ],
+    ids=["dpo", "rebel", "kto", "sppo", "dno"],
 )
 def test_the_reference_is_the_policy_at_the_last_refresh(
     stage: str, objective: dict[str, Any], home: Path, tmp_path: Path, drawn: list[StepBatches]
 ) -> None:
     """Of every token that is compared, the mismatched responses of kto among them; the KL is to the start."""
     run = tmp_path / "run"
-    asked = {} if objective["kind"] == "rebel" else {"reference": {"model": "previous"}}
+    asked = {} if objective["kind"] in ("rebel", "sppo", "dno") else {"reference": {"model": "previous"}}
     assert rlhf(stage, recipe(home, run, objective=objective, **asked)) == 0
     assert [batches.first for batches in drawn] == [1, 3, 5]
     start, moved = saved(home, run, 0), 0.0
@@ -116,7 +122,7 @@ def test_rebel_starts_each_iteration_from_its_reference(home: Path, tmp_path: Pa
         assert losses[batches.first - 1] == pytest.approx(sum(leads) / len(leads), abs=1e-4)
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("dpo", "rebel"), ("kto", "kto")])
+@pytest.mark.parametrize(("stage", "kind"), [("dpo", "rebel"), ("kto", "kto"), ("dpo", "sppo")])
 def test_a_resumed_run_has_the_reference_that_it_was_stopped_with(stage: str, kind: str, home: Path, tmp_path: Path) -> None:
     """It goes on between two refreshes, from weights that are not those of the reference; the end is the same, to the byte."""
     run, again = tmp_path / "run", tmp_path / "again"
@@ -134,20 +140,20 @@ def test_a_resumed_run_has_the_reference_that_it_was_stopped_with(stage: str, ki
 
 
 def test_the_default_is_in_the_recipe_that_is_recorded(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """previous for rebel that draws, start for the rest; a kind without a reference can be repeated from it too."""
-    for kind, wanted in {"rebel": "previous", "dpo": "start", "simpo": "start"}.items():
+    """previous for rebel, sppo and dno that draw, start for the rest; a kind without a reference can be repeated from it too."""
+    for kind, wanted in {"rebel": "previous", "dno": "previous", "dpo": "start", "simpo": "start"}.items():
         run = tmp_path / kind
         drawn = {"max_new_tokens": 6, "top_p": 0.9}
         words = recipe(home, run, objective={"kind": kind}, rollout=drawn, train={"steps": 1})
         assert rlhf("dpo", words) == 0
         assert f"\nreference:\n  model: {wanted}\n" in (run / "recipe.yaml").read_text()
-        said = capsys.readouterr().out
-        assert ("reference: the policy at the last refresh (rollout.refresh); objective/kl is to" in said) == (kind == "rebel")
-        assert ("each step begins at its reference" in said) == (kind == "rebel")
+        said, previous = capsys.readouterr().out, wanted == "previous"
+        assert ("reference: the policy at the last refresh (rollout.refresh); objective/kl is to" in said) == (previous)
+        assert ("each step begins at its reference" in said) == previous
         assert "they are drawn at temperature 1, top_p 0.9; log-probabilities, KL and entropy are the whole policy's" in said
         assert rlhf("dpo", run / "recipe.yaml", "--output", tmp_path / "again", "--check") == 0
         manifest = json.loads((run / "manifest.json").read_text())
-        assert manifest["reference"].get("previous", False) == (kind == "rebel")
+        assert manifest["reference"].get("previous", False) == previous
         alone = "of the KL alone: the loss compares with the policy at the last refresh"
-        assert (alone in (run / "report.md").read_text()) == (kind == "rebel")
+        assert (alone in (run / "report.md").read_text()) == previous
         capsys.readouterr()

@@ -230,6 +230,15 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "GSPO": ("ppo", {"objective": {"kind": "grpo", "ratio": "sequence", "clip": 0.02}, "rollout": {"responses_per_prompt": 3}}),
     "online dpo": ("dpo", {"rollout": {"refresh": 2}}),
     "online dpo K": ("dpo", {"objective": {"kind": "plackett_luce"}, "rollout": {"responses_per_prompt": 3}}),
+    "sppo": (
+        "dpo",
+        {
+            "objective": {"kind": "sppo", "eta": 10.0},
+            "rollout": {"refresh": 2, "responses_per_prompt": 3},
+            "reward": [{"function": "FILE:even"}],
+        },
+    ),
+    "dno": ("dpo", {"objective": {"kind": "dno"}, "rollout": {"responses_per_prompt": 4}, "reward": [{"function": "FILE:even"}]}),
     "online kto": ("kto", {"rollout": {"refresh": 2}, "reference": {"model": "previous"}}),
 }
 """Name → command, and what its recipe says beside the common keys."""

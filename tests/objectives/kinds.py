@@ -16,6 +16,7 @@ from rlhf_cli.objectives.bco import Bco, UnpairedBco
 from rlhf_cli.objectives.bradley_terry import BradleyTerry
 from rlhf_cli.objectives.cal_dpo import CalDpo
 from rlhf_cli.objectives.discopop import DiscoPop
+from rlhf_cli.objectives.dno import Dno
 from rlhf_cli.objectives.dpo import Dpo
 from rlhf_cli.objectives.exo import Exo
 from rlhf_cli.objectives.general import General
@@ -31,6 +32,7 @@ from rlhf_cli.objectives.rebel import Rebel
 from rlhf_cli.objectives.robust import Robust
 from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
+from rlhf_cli.objectives.sppo import Sppo
 from rlhf_cli.objectives.squared import Squared
 from rlhf_cli.objectives.tdpo2 import Tdpo2
 from rlhf_cli.objectives.wpo import Wpo
@@ -49,6 +51,8 @@ PAIR_KINDS: dict[str, Any] = {
     "odpo": Odpo(beta=0.3),
     "cal_dpo": CalDpo(beta=0.3),
     "rebel": Rebel(eta=2.0),
+    "sppo": Sppo(eta=0.7),
+    "dno": Dno(beta=0.3),
     "bco": Bco(beta=0.3),
     "plackett_luce": PlackettLuce(beta=0.3),
     "apo_zero": ApoZero(beta=0.3),

@@ -210,6 +210,8 @@ FIELDS = {
     ("dpo", "wpo"): {"beta": 0.1},
     ("dpo", "tdpo2"): {"beta": 0.1, "alpha": 0.5},
     ("dpo", "aot"): {"beta": 0.1, "pairing": "paired"},
+    ("dpo", "sppo"): {"eta": 1000.0},
+    ("dpo", "dno"): {"beta": 0.1},
     ("ipo", "ipo"): {"beta": 0.1, "normalize": "sum"},
     ("kto", "kto"): {"beta": 0.1, "lambda_d": 1.0, "lambda_u": 1.0, "lambda_": None},
     ("kto", "bco"): {"beta": 0.1, "decay": 0.9},

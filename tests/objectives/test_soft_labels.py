@@ -67,7 +67,21 @@ def test_every_row_of_golden_values_is_used_and_every_kind_has_one() -> None:
         type(kind) for kind in WITHOUT.values()
     }
     assert WITHOUT.keys() == {
-        *("slic", "odpo", "cal_dpo", "rebel", "bco", "plackett_luce", "apo_zero", "apo_down", "nca", "tdpo2", "aot"),
+        *(
+            "slic",
+            "odpo",
+            "cal_dpo",
+            "rebel",
+            "sppo",
+            "dno",
+            "bco",
+            "plackett_luce",
+            "apo_zero",
+            "apo_down",
+            "nca",
+            "tdpo2",
+            "aot",
+        ),
         "aot unpaired",
     }
     assert {name for name, kind in REWARD_KINDS.items() if kind.soft_labels} == {"bradley_terry", "general"}

@@ -159,6 +159,12 @@ REFUSALS = {
     "without rollout none are. write start, or add rollout",
     ("dpo", "rollout={}\nobjective.kind=tdpo2\nreference.model=previous"): "reference.model: of an earlier policy one number a "
     "token is kept, and tdpo2 compares whole distributions. write start, base or a path",
+    ("dpo", "reward=null\nobjective.kind=sppo"): "objective.kind: kind sppo learns from how probably the policy's own responses "
+    "win. add rollout: {} and a reward that compares",
+    ("dpo", "rollout={}\nobjective.kind=dno\nreward=[{model: rm}, {length: {max: 9}}]"): "reward: kind dno learns from how "
+    "probably the policy's own responses win, which one term says. name one, of weight 1",
+    ("dpo", "rollout={missing_eos_penalty: 1}\nobjective.kind=dno"): "rollout.missing_eos_penalty: kind dno learns from how "
+    "probably the policy's own responses win, and this would change that. remove it",
     ("dpo", "rollout={}\nobjective.kind=simpo\nreference.model=previous"): "reference.model: has no effect with kind: simpo, "
     "which needs no reference. remove it",
     (

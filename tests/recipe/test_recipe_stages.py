@@ -48,7 +48,7 @@ def refused(folder: Path, stage: str, *overrides: str, text: str | None = None) 
 
 
 def test_the_kinds_of_each_stage() -> None:
-    numbers = {"sft": 2, "train-rm": 4, "dpo": 20, "ipo": 1, "kto": 3, "ppo": 5}
+    numbers = {"sft": 2, "train-rm": 4, "dpo": 22, "ipo": 1, "kto": 3, "ppo": 5}
     assert {name: len(stage.objectives) for name, stage in TRAINING_STAGES.items()} == numbers
 
 
@@ -71,8 +71,9 @@ def test_the_default_kind(tmp_path: Path, stage: str) -> None:
     assert vars(recipe).get("reference") == references.get(stage)
 
 
-NEEDED = {"distil": ["objective.teacher=models/large"]}
-"""Keys without a default."""
+SELF_PLAY = {kind: ["rollout={}", "reward=[{model: rm}]"] for kind in ("sppo", "dno")}
+NEEDED = {"distil": ["objective.teacher=models/large"], **SELF_PLAY}
+"""Keys without a default, or that a kind cannot do without."""
 
 
 @pytest.mark.parametrize(("stage", "kind"), EVERY_KIND)
@@ -104,8 +105,8 @@ REFUSALS = {
         "objective={kind: bco, lambda_d: 2}",
     ): "objective.lambda_d: has no effect with kind: bco (it belongs to kto). remove it",
     ("dpo", "objective={kind: hing}"): "objective.kind: expected dpo | robust | hinge | squared | slic | simpo | orpo | odpo | "
-    "cal_dpo | rebel | bco | plackett_luce | apo_zero | apo_down | nca | exo | discopop | wpo | tdpo2 | aot, found the text "
-    "'hing'. did you mean hinge?",
+    "cal_dpo | rebel | bco | plackett_luce | apo_zero | apo_down | nca | exo | discopop | wpo | tdpo2 | aot | sppo | dno, "
+    "found the text 'hing'. did you mean hinge?",
     ("ipo", "objective={kind: kto}"): "objective.kind: expected ipo, found the text 'kto'. kto is a kind of rlhf kto",
     (
         "kto",
@@ -209,13 +210,14 @@ def test_a_resumed_run_may_change_the_cache_and_nothing_else_of_the_reference(tm
 
 
 def test_the_reference_of_an_iterated_kind(tmp_path: Path) -> None:
-    """rebel's is the policy at the last refresh, where there is one and the recipe says nothing; a run of before says `start`."""
+    """rebel's, sppo's and dno's: the policy at the last refresh, unless the recipe says another; a run of before says `start`."""
 
     def found(*given: str) -> Any:
         return resolved(load(tmp_path, "dpo", *given).recipe, 1)
 
     drawn = ("rollout={}", "reward=[{model: rm}]")
-    assert found("objective.kind=rebel", *drawn).reference.model == "previous"
+    for kind in ("rebel", *SELF_PLAY):
+        assert found(f"objective.kind={kind}", *drawn).reference.model == "previous"
     assert found("objective.kind=rebel", *drawn, "reference.model=start").reference.model == "start"
     assert found("objective.kind=rebel").reference.model == found(*drawn).reference.model == "start"
     old = dump_recipe(found("objective.kind=rebel", *drawn, "reference.model=start"), "dpo")
@@ -232,9 +234,8 @@ def test_metrics(tmp_path: Path) -> None:
     for stage, kind in EVERY_KIND:
         if stage == "ppo":
             continue
-        missing = usual[stage] - set(
-            load(tmp_path, stage, f"objective.kind={kind}", *NEEDED.get(kind, ())).recipe.held_out_metrics
-        )
+        own = load(tmp_path, stage, f"objective.kind={kind}", *NEEDED.get(kind, ())).recipe
+        missing = usual[stage] - set(own.metric_names)
         absent = {"logratio/mean"} if (stage, kind) in REFERENCE_FREE else {"kl"} if stage == "kto" and kind != "kto" else set()
         if kind == "distil":
             absent = {"perplexity", "token_accuracy"}

@@ -14,6 +14,7 @@ from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Tree
+from rlhf_cli.objectives.dpo import Dpo
 from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.objectives.policy_gradient import PolicyGradient
 from rlhf_cli.objectives.ppo import Ppo
@@ -161,6 +162,6 @@ def test_direct_objectives_count_them_too() -> None:
     tied = rows(1)[2]
     drawer: Any = Drawer(lambda row, _: (1, 1) if row == tied else (row, 0.5))
     drawer.records = [Record("", (), f"rows.jsonl:{n + 1}") for n in range(ROWS)]
-    found = PreferenceSource(drawer, prompts(), 1, 5, True, None, 3).collect(1, {})
+    found = PreferenceSource(drawer, prompts(), 1, 5, Dpo(), None, 3).collect(1, {})
     assert found.metrics["reward/zero_spread"] == 0.25
     assert len(found.batches[0]) == BATCH - 1

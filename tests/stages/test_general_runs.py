@@ -49,6 +49,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_circle(folder / "circle.jsonl", 400, 0)
     write_circle(folder / "unseen.jsonl", 60, 1)
     write_pairs(folder / "pairs.jsonl", 12)
+    (folder / "wins.py").write_text(WINS)
     for name, lora in {"full": None, "lora": {"r": 4}}.items():
         assert train(folder, name, {"kind": "general", "width": 4}, lora=lora) == 0
     return folder
@@ -163,8 +164,15 @@ def test_a_resumed_run_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> N
     assert one.read_bytes() == two.read_bytes()
 
 
+WINS = """
+def scores(prompts, responses):
+    return [float(len(text)) for text in responses]
+"""
+
 REWARDED: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", {"rollout": {"max_new_tokens": 4, "responses_per_prompt": 3}}),
+    "sppo": ("dpo", {"objective": {"kind": "sppo"}, "rollout": {"max_new_tokens": 4, "responses_per_prompt": 3}}),
+    "dno": ("dpo", {"objective": {"kind": "dno"}, "rollout": {"max_new_tokens": 4, "responses_per_prompt": 2}}),
     "grpo": ("ppo", {"objective": {"kind": "grpo"}, "rollout": {"max_new_tokens": 4, "responses_per_prompt": 3}}),
     "ppo": ("ppo", {"rollout": {"max_new_tokens": 4, "responses_per_prompt": 2}}),
 }
@@ -197,6 +205,8 @@ def test_as_a_reward(name: str, home: Path, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "alone": ("ppo", {"rollout": {"responses_per_prompt": 1}}, "set rollout.responses_per_prompt to 2 or more"),
     "normalized": ("dpo", {"reward": [{"model": "HOME/lora", "normalize": True}]}, "needs no normalize. remove it"),
+    "scored": ("sppo", {"reward": [{"length": {"max": 9}}]}, "gives scores, and kind sppo wants wins. name a general preference"),
+    "no wins": ("dno", {"reward": [{"function": "HOME/wins.py:scores"}]}, "expected the probability to win, from 0 to 1"),
     "combined": ("dpo", {"reward": [{"model": "HOME/lora", "combine": "min"}]}, "without members; remove combine"),
 }
 
