@@ -1,5 +1,7 @@
 """The ways a run may end early, each with its exit code. Messages say what, where and what to do."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
 from typing import Self

@@ -1,5 +1,7 @@
 """Numbers as people read them, a mean with its interval, and figures as JSON has them."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass

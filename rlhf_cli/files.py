@@ -1,5 +1,7 @@
 """Reading JSON, and writing files so that a crash, a full disk or a NaN leaves the old content or the new, never a part."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import hashlib

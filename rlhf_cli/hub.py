@@ -1,5 +1,7 @@
 """The Hugging Face hub: whether it answers, what it holds and what it refuses, in our words; and its models as folders."""
 
+from __future__ import annotations
+
 import logging
 import os
 import signal

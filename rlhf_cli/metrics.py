@@ -1,5 +1,7 @@
 """The catalogue of metrics: what each is called, in what unit, and where a person sees it."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache

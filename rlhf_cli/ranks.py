@@ -1,5 +1,7 @@
 """The processes of a run: who prints, what is summed over whom."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal

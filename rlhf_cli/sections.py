@@ -6,6 +6,8 @@ The loader, `--help`, the docs and the resolved recipe read these dataclasses; d
 
 # ruff: noqa: RUF009  (key() only makes a dataclass field)
 
+from __future__ import annotations
+
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 

@@ -1,5 +1,7 @@
 """SIGINT and SIGTERM: at once while nothing is trained, at the next safe point afterwards."""
 
+from __future__ import annotations
+
 import os
 import signal
 import sys

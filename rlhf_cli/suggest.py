@@ -1,5 +1,7 @@
 """Did-you-mean: the name that a mistyped one most likely stands for."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from pathlib import Path

@@ -1,5 +1,7 @@
 """What step k sees: a pure function of the data, the seed and k."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,5 +1,7 @@
 """Arrays kept between runs, found by the content they were made from and never by a name or a time."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json

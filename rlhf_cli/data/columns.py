@@ -1,5 +1,7 @@
 """The columns of a row under our names: another column, a place inside one, or a text that joins several."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """Turns of conversations as files write them, in the one form that chat templates take."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Mapping, Sequence

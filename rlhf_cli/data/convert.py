@@ -1,5 +1,7 @@
 """What is made of a row of each format; every converter takes the row under our names and where it stands, and raises BadRow."""
 
+from __future__ import annotations
+
 import json
 import math
 import re

@@ -1,5 +1,7 @@
 """A path → its files, and a file → its raw rows with line numbers. Nothing in a file is ever executed."""
 
+from __future__ import annotations
+
 import csv
 import gzip
 import json

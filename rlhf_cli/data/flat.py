@@ -1,5 +1,7 @@
 """Many trees in a few arrays."""
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass

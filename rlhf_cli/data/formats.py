@@ -1,5 +1,7 @@
 """The data formats: what a row of each has, how others write it, what it is good for, and which one the rows of a source have."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

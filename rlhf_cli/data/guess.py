@@ -1,5 +1,7 @@
 """Which of somebody's columns are probably meant by ours, from their names and what stands in them. A person is to look at it."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """Data sets of the hub, through `datasets`, and from its cache where the hub is silent."""
 
+from __future__ import annotations
+
 import re
 import sys
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """What a row says beside the columns that are read: names that change what is learned are never left out without a word."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 

@@ -3,6 +3,8 @@
 Rendering a template takes longer than all else that is done to a short row but for its tokens.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple

@@ -1,5 +1,7 @@
 """Renders chat templates, which are code of unknown origin: transformers' sandbox, with limits on time, memory and size."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import os

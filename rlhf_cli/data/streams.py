@@ -1,5 +1,7 @@
 """Every random stream of a run. What is random in a step depends on the seed and the step alone, so there is no state to save."""
 
+from __future__ import annotations
+
 import hashlib
 from enum import Enum, IntEnum
 

@@ -1,5 +1,7 @@
 """Chat templates: which one is in force, what it says about turns, and the one way a prompt becomes tokens."""
 
+from __future__ import annotations
+
 import hashlib
 import re
 from collections.abc import Mapping, Sequence

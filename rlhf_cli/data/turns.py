@@ -1,5 +1,7 @@
 """One row's text under a chat template: the prompt, its supervised stretches, and what follows it."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterator, Mapping

@@ -1,5 +1,7 @@
 """Judged responses one by one, as KTO sees them, and the mismatched responses that its z0 is estimated from."""
 
+from __future__ import annotations
+
 import random
 from functools import partial
 

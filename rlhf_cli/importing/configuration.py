@@ -1,5 +1,7 @@
 """`rlhf import`: a configuration of TRL, LLaMA-Factory or axolotl → the text of a recipe, with all that differs above it."""
 
+from __future__ import annotations
+
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """What the keys of another trainer's configuration become, from the top as it happens."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """A configuration of another trainer on its way to a recipe: what nobody has read yet, what became of the rest, and why."""
 
+from __future__ import annotations
+
 import re
 from collections import defaultdict
 from contextlib import suppress

@@ -1,5 +1,7 @@
 """Where other trainers' configurations name their rows → data.train, data.eval and data.holdout."""
 
+from __future__ import annotations
+
 import json
 import math
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Which of two responses is better, or how good one is, by the answers of a language model."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,5 +1,7 @@
 """A judge that is a local model: the log-probabilities of its options, without a server and without a word written."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Heads of reward models: how they are written so that plain transformers and PEFT read a sequence classifier; pair scores."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Mapping
 from pathlib import Path

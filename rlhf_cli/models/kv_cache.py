@@ -1,5 +1,7 @@
 """A key-value cache in memory that is allocated once: every row's next token lies in the same column."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

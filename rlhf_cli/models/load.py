@@ -1,5 +1,7 @@
 """Loading tokenizers and causal language models: safetensors only, nothing initialised at random, no foreign code."""
 
+from __future__ import annotations
+
 import dataclasses
 import warnings
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """How much memory a step takes, from the configuration alone, and the packing budget that fits."""
 
+from __future__ import annotations
+
 import bisect
 import contextlib
 import ctypes

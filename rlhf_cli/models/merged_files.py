@@ -1,5 +1,7 @@
 """An adapter folded into a model file by file, so that no more than one file's weights are in memory."""
 
+from __future__ import annotations
+
 import re
 import shutil
 from pathlib import Path

@@ -1,5 +1,7 @@
 """A role's adapter folded into copies of the base's weights while it samples, and weights packed for many small products."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

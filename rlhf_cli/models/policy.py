@@ -1,5 +1,7 @@
 """What a stage trains: a base, the parent's adapter or a fresh one, or all weights; of a reward model also a head."""
 
+from __future__ import annotations
+
 import dataclasses
 import shutil
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """Weights in shards: every rank holds a part of each layer, and all gather a layer while they compute with it (FSDP2)."""
 
+from __future__ import annotations
+
 import contextlib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping

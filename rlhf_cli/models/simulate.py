@@ -1,5 +1,7 @@
 """A step on devices that one does not have: the code of a run on tensors without numbers, its collectives without others."""
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import dataclasses

@@ -1,5 +1,7 @@
 """Which weights of a model LoRA adapts, and which it leaves out, and why."""
 
+from __future__ import annotations
+
 import dataclasses
 import re
 from collections import Counter

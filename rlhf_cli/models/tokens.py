@@ -1,5 +1,7 @@
 """Tokens whose embeddings a model never learned, such as those of a chat template that was put on a base."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Nodes → the schema's dataclasses. Every problem is collected; nothing is raised."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import os

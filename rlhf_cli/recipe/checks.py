@@ -1,5 +1,7 @@
 """What the keys of a recipe must agree on among themselves. A key that would have no effect is an error."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce

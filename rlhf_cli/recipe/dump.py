@@ -1,5 +1,7 @@
 """A typed recipe → YAML that reads back as the same recipe, and what differs between two."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import re

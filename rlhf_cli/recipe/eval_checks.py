@@ -1,5 +1,7 @@
 """What the keys of an evaluation's recipe must agree on among themselves."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 

@@ -1,5 +1,7 @@
 """The recipe's keys as text, for `--help`."""
 
+from __future__ import annotations
+
 import dataclasses
 import textwrap
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """What the schema's dataclasses say about each key: type, default, help and bounds, for the loader and the help."""
 
+from __future__ import annotations
+
 import dataclasses
 import types
 from collections.abc import Iterator

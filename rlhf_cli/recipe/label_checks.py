@@ -1,5 +1,7 @@
 """What the keys of a label recipe must agree on among themselves."""
 
+from __future__ import annotations
+
 import dataclasses
 import re
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Lengths that a model can take: what a recipe leaves at its default shrinks to fit, what it writes must fit."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 from rlhf_cli.errors import UsageError

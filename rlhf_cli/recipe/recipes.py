@@ -2,6 +2,8 @@
 
 # ruff: noqa: RUF009  (key() only makes a dataclass field)
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 

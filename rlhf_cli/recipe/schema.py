@@ -1,5 +1,7 @@
 """The JSON schema of a recipe, for editors: types, names, bounds and the meaning of every key."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin

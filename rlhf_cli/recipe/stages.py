@@ -1,5 +1,7 @@
 """The commands that take a recipe: one row for each, with all that is known of it outside of its own files."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Did-you-mean for keys: typos, keys of another section, and names that other tools use."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 from rlhf_cli.suggest import closest, likeness

@@ -1,5 +1,7 @@
 """YAML text → nodes that know their line. YAML 1.2 scalars; nothing is executed, expanded or guessed."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import re

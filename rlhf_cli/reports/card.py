@@ -1,5 +1,7 @@
 """The model card of a reward model."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 from rlhf_cli.evaluation.agreement import Agreement, Card, Rate

@@ -3,6 +3,8 @@
 Texts are shown literally, whatever is in them; in those of paragraphs, findings and items, what stands between ` is code.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Literal
 

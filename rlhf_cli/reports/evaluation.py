@@ -1,5 +1,7 @@
 """The report of an evaluation, report.md and report.html, from its figures and its samples."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 

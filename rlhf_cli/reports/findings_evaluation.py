@@ -1,5 +1,7 @@
 """What the figures of an evaluation say, in plain words."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from typing import Literal
 

@@ -1,5 +1,7 @@
 """What the curves of a run on the policy's own responses say, in plain words: its loss says nothing of progress."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 from rlhf_cli.figures import NOISE, percent, short

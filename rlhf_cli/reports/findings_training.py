@@ -1,5 +1,7 @@
 """What the curves and samples of a run on the responses of its data say, in plain words."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 from rlhf_cli.evaluation.intervals import wilson

@@ -1,5 +1,7 @@
 """A report as one page of HTML that needs nothing beside itself: no script, no network, no other file."""
 
+from __future__ import annotations
+
 import base64
 import functools
 import re

@@ -1,5 +1,7 @@
 """The reports of labels and of revisions: how far those who judged agree, what has moved them, how far texts have moved."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,5 +1,7 @@
 """A report as Markdown."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Sequence
 

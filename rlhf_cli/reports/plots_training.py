@@ -1,5 +1,7 @@
 """The pictures of a training run: every metric with a plot in the catalogue, over the steps."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Iterator

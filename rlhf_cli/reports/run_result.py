@@ -1,5 +1,7 @@
 """What a training run left behind, read once from its files: the typed result that its report is written from."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,5 +1,7 @@
 """What an evaluation found, as a table on the terminal."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 
 from rlhf_cli.evaluation.eval_json import EvaluationResult

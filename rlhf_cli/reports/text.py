@@ -1,5 +1,7 @@
 """Texts that are shown literally, whatever is in them, and sentences with code in them."""
 
+from __future__ import annotations
+
 import re
 
 from rlhf_cli.console import clean

@@ -1,5 +1,7 @@
 """The report of a training run, report.md and report.html, from nothing but the run's own files."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,5 +1,7 @@
 """A report's files, and what stands on top of every report: in one line what its findings come to, and what to do next."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
 from rlhf_cli.figures import count

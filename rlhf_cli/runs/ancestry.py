@@ -1,5 +1,7 @@
 """What the runs that a model comes from were trained on, and what they held out."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path

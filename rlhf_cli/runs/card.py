@@ -1,5 +1,7 @@
 """The model card of what a run trained: the README.md of its folder, from the run's own files."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress

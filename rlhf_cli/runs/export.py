@@ -1,5 +1,7 @@
 """`rlhf export`: a run as a plain transformers or PEFT folder, compared with the run before it is called done."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import tempfile

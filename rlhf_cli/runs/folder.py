@@ -1,5 +1,7 @@
 """The folder of a run: who may write to it, where its files are, and its line-by-line logs."""
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import hashlib

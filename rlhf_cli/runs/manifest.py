@@ -1,5 +1,7 @@
 """manifest.json: what a finished run is made of. Its presence means that the run is complete."""
 
+from __future__ import annotations
+
 import hashlib
 import importlib.metadata
 import json

@@ -1,5 +1,7 @@
 """What a run was started with, and whether a resumed one is still the same."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """`rlhf init`: a commented recipe for somebody's own rows."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math

@@ -1,5 +1,7 @@
 """What a person sees before a run starts, and all that --check prints."""
 
+from __future__ import annotations
+
 from collections import Counter
 from typing import Any
 

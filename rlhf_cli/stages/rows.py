@@ -1,5 +1,7 @@
 """`rlhf data`: what is in rows, and which stages can use them, without a model."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from collections import Counter

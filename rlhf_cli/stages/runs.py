@@ -1,5 +1,7 @@
 """`rlhf runs`: a table of the runs below a folder, read from their small files alone."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
