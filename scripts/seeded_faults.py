@@ -30,8 +30,23 @@ FAULTS = (
     Fault(
         "dpo: label smoothing has the wrong sign",
         "objectives/dpo.py",
-        "- self.label_smoothing * logsigmoid(-margin)",
-        "+ self.label_smoothing * logsigmoid(-margin)",
+        "+ self.label_smoothing * super().hard_loss(-margin)",
+        "- self.label_smoothing * super().hard_loss(-margin)",
+        "objectives",
+    ),
+    Fault(
+        "discopop: the two losses change sides", "objectives/discopop.py", "(-switch).sigmoid()", "switch.sigmoid()", "objectives"
+    ),
+    Fault("wpo: a pair may weigh more than 1", "objectives/wpo.py", ".clamp(max=0.0)", "", "objectives"),
+    Fault("tdpo2: chosen responses are held back too", "objectives/tdpo2.py", "figure.detach()", "figure", "objectives"),
+    Fault(
+        "aot: what is below learns nothing", "objectives/aot.py", "other_a - ends[1]", "other_a - ends[1].detach()", "objectives"
+    ),
+    Fault(
+        "step: statistics take parts of a batch for it",
+        "training/step.py",
+        "start + tree for tree",
+        "tree for tree",
         "objectives",
     ),
     Fault(

@@ -56,7 +56,6 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dpo K-wise": ("dpo", "base", {"lora": {"r": 4}, "objective": {"kind": "plackett_luce"}}),
     "dpo tdpo2": ("dpo", "sft", {"lora": "auto", "objective": {"kind": "tdpo2"}}),
     "dpo tdpo2 full": ("dpo", "tied", {"lora": None, "objective": {"kind": "tdpo2"}, "train": SGD}),
-    "dpo aot": ("dpo", "base", {"lora": {"r": 4}, "objective": {"kind": "aot"}}),
     "dpo merged": ("dpo", "sft", {"lora": {"r": 2, "merge_parent": True}}),
     "dpo full": ("dpo", "base", {"lora": None, "reference": {"cache": False}}),
     "ipo": ("ipo", "base", {"lora": {"r": 4}, "objective": {"normalize": "token_mean"}}),
