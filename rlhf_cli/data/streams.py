@@ -13,6 +13,7 @@ class Stream(Enum):
     UPDATES = "updates", 1  # step: how its batch is dealt to its updates
     ROLLOUT = "rollout", 1  # the step that responses are drawn before
     REDRAW = "redraw", 2  # that step, and the round: prompts that replace those whose responses all score alike
+    EXPLORE = "explore", 1  # the step before which the reference draws responses
     MISMATCHES = "mismatches", 2  # that step, and the one that learns from them: responses that KTO compares
     HELD_OUT = "held-out", 0
     PROBE = "probe", 0  # responses that the start is checked with

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlhf_cli.objectives.base import Tensor
-from rlhf_cli.objectives.preference import LogRatioPair
+from rlhf_cli.objectives.preference import LogRatioPair, Pair, PairIndices, Responses
 from rlhf_cli.sections import key
 
 
@@ -18,6 +18,17 @@ class Dpo(LogRatioPair):
     label_smoothing: float = key(0.0, "ε: share of labels taken to be wrong", low=0.0, high=0.499)
     soft_labels: ClassVar[bool] = True
     saturates: ClassVar[bool] = True
+
+    def losses(self, responses: Responses, pairs: PairIndices, pair: Pair) -> dict[str, Tensor]:
+        """Adds to the mean over trees what `explore` asks for of each tree's last response, which the reference wrote.
+
+        α log π (xpo: Xie et al. 2024) or αβρ (selm: Zhang et al. 2024, as in the authors' code); α is given under their names.
+        """
+        found, last = super().losses(responses, pairs, pair), responses.lengths.new_tensor(pairs.counts).cumsum(0).long() - 1
+        for kind, values in {"xpo": responses.logps, "selm": self.beta * responses.logratio}.items():
+            if kind in pair.given:
+                found["trees"] = pair.given[kind] * values[last].sum()
+        return found
 
     def hard_loss(self, margin: Tensor) -> Tensor:
         return (1 - self.label_smoothing) * super().hard_loss(margin) + self.label_smoothing * super().hard_loss(-margin)

@@ -57,19 +57,20 @@ def read_responses(backbone: Backbone, batch: Batch, objective: Objective) -> Re
 
     logps = total(each)
     logratio = torch.full_like(logps, torch.nan) if known is None else logps - total(known)
-    scores = [s for count, facts in zip(batch.counts, batch.facts, strict=True) for s in facts.scores or [torch.nan] * count]
+    known_scores = (facts.scores or () for facts in batch.facts)
+    scores = [s for n, own in zip(batch.counts, known_scores, strict=True) for s in (*own, *[torch.nan] * n)[:n]]
     return Responses(logps, logratio, total(torch.ones_like(each)), logps.new_tensor(scores), total(figure))
 
 
 def ordered_pairs(count: int, facts: Facts) -> list[tuple[int, int]]:
-    """(better, worse) of every two responses of a tree that are not tied.
+    """(better, worse) of every two responses of a tree that are not tied; those without a rank are compared with none.
 
     >>> from rlhf_cli.data.records import Facts
-    >>> ordered_pairs(3, Facts(ranks=(1, 2, 2)))
-    [(0, 1), (0, 2)]
+    >>> ordered_pairs(3, Facts(ranks=(1, 2, 2))), ordered_pairs(3, Facts(ranks=(2, 1)))
+    ([(0, 1), (0, 2)], [(1, 0)])
     """
     ranks = facts.ranks or range(count)
-    return [(a, b) for a, b in combinations(range(count), 2) if ranks[a] < ranks[b]]
+    return [(a, b) if ranks[a] < ranks[b] else (b, a) for a, b in combinations(range(len(ranks)), 2) if ranks[a] != ranks[b]]
 
 
 class PairIndices(NamedTuple):
@@ -168,7 +169,9 @@ class PairObjective(PreferenceObjective):
     def _shares(self, count: int, facts: Facts) -> list[float]:
         """The weight of each response's tokens in the `sft_weight` term, (count,)."""
         p = facts.soft_label if self.soft_labels else 1.0
-        return [p, 1 - p, *[0.0] * count][:count]
+        shares = [1 - p] * count
+        shares[facts.ranks.index(min(facts.ranks)) if facts.ranks else 0] = p
+        return shares
 
     def hard_loss(self, margin: Tensor) -> Tensor:
         """f(z): the loss of a pair whose chosen response is certainly the better one; −log σ(z) unless a kind says another."""

@@ -216,6 +216,16 @@ DpoLoss = Dpo | Robust | Hinge | Squared | Slic | Simpo | Orpo | Odpo | CalDpo |
 DpoLoss |= ApoZero | ApoDown | Nca | Exo | DiscoPop | Wpo | Tdpo2 | Aot
 
 
+@dataclass(frozen=True)
+class Explore:
+    """Optimism: what the reference says itself is made less likely, so that the policy looks elsewhere for what is preferred."""
+
+    kind: Literal["xpo", "selm"] = key(
+        "xpo", "xpo: the reference writes one of a prompt's responses; selm: one more, which is not compared"
+    )
+    alpha: float = key(0.001, "α: weight of log π of that response; of selm, times β, of its log-ratio", low=0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DpoRecipe(DirectRecipe):
     """`rlhf dpo`."""
@@ -223,6 +233,7 @@ class DpoRecipe(DirectRecipe):
     stage: ClassVar[str] = "dpo"
 
     objective: DpoLoss | Sppo | Dno = field(default_factory=Dpo)
+    explore: Explore | None = key(None, "with rollout and kind: dpo: an optimistic term in the loss")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ class Rollout:
     scores: np.ndarray  # (M,) combined, penalties taken off
     tokens: TokenFigures
     seconds: dict[str, float]  # rollout: drawing; score: rewards and log-probabilities
+    own: np.ndarray | None = None  # (M,) bool: which of them the policy drew; None: all
 
     @property
     def lengths(self) -> np.ndarray:
@@ -64,7 +65,7 @@ class Rollout:
         return float((self.tokens.old - self.tokens.reference).sum() / len(self.ended))
 
     def figures(self, kl_coef: float | None = None) -> dict[str, float]:
-        """Means over the responses, of a term over those that it says something of; NAME/na is the share of the others.
+        """Means over the policy's responses, of a term over those that it says something of; NAME/na is the share of the others.
 
         KL (at temperature 1) and entropy are sums over tokens, Σ log π/π_ref and −Σ log π.
 
@@ -80,8 +81,11 @@ class Rollout:
         }
         if kl_coef is not None:
             named["objective/rlhf_reward"] = self.scores - kl_coef * np.add.reduceat(tokens.old - tokens.reference, starts)
+        if self.own is not None:
+            named = {name: values[self.own] for name, values in named.items()}
         found = {name: float(np.nanmean(values)) for name, values in named.items() if not np.isnan(values).all()}
-        silent = {f"{name}/na": float(np.isnan(values).mean()) for name, values in self.terms.items() if np.isnan(values).any()}
+        terms = {name: named[name] for name in self.terms}
+        silent = {f"{name}/na": float(np.isnan(values).mean()) for name, values in terms.items() if np.isnan(values).any()}
         return found | silent
 
 
@@ -103,13 +107,25 @@ class Sampler:
     compared: bool = True  # is there a role "reference"? Without it the log-probabilities of a reference are NaN
     pause: Pause = no_pause  # between two tokens or passes
 
-    def rollout(self, prompts: Sequence[Tree], seed: int, *, samples: int | None = None, values: bool = False) -> Rollout:
+    def rollout(
+        self,
+        prompts: Sequence[Tree],
+        seed: int,
+        *,
+        samples: int | None = None,
+        values: bool = False,
+        beside: Sequence[list[Response]] | None = None,
+    ) -> Rollout:
         """Responses to all prompts, the same on every rank. `samples`: of each prompt, by default the recipe's number.
+
+        `beside`: responses of another model to each prompt, which are judged with the policy's, behind them.
 
         RunError: a reward could not be computed.
         """
         started = time.monotonic()
         drawn = self.draw(prompts, seed, self.settings.responses_per_prompt if samples is None else samples)
+        if beside is not None:
+            drawn = [[*mine, *more] for mine, more in zip(drawn, beside, strict=True)]
         drawn_at = time.monotonic()
         trees = with_responses(prompts, drawn)
         share_of_trees = trees[self.ranks.rank :: self.ranks.size]

@@ -21,6 +21,7 @@ from rlhf_cli.metrics import OVERLONG, REDRAWN, ZERO_SPREAD
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.kl import next_coef
 from rlhf_cli.objectives.policy_gradient import REDRAWS, Advantages, PolicyGradient
+from rlhf_cli.recipe.recipes import Explore
 from rlhf_cli.rollout.experience import Rollout, Sampler, TokenFigures, read_logps, together, with_responses
 
 KL_COEF = "kl_coef"
@@ -186,6 +187,8 @@ class PreferenceSource:
     shape: Shape | None
     seed: int
     previous: bool = False  # is the reference the policy that draws? Its log-probabilities are kept, so its weights need not be
+    explore: Explore | None = None
+    explorer: Sampler | None = None  # that draws from the reference; with `explore`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -198,8 +201,7 @@ class PreferenceSource:
         """
         steps = range(step, min(step + self.refresh, self.steps + 1))
         batches = [self.prompts.batch(k) for k in steps]
-        rollout = self.sampler.rollout([tree for batch in batches for tree in batch], Stream.ROLLOUT.seed(self.seed, step))
-        known = ranked(rollout, rollout.tokens.plain if self.previous else rollout.tokens.plain_reference)
+        rollout, known = self._draw([tree for batch in batches for tree in batch], step)
         pick = best_and_worst if self.objective.self_play else (lambda tree: tree) if self.objective.learns_ties else untied
         trees = map(pick, known)
         shaped = []
@@ -212,7 +214,31 @@ class PreferenceSource:
             shaped.append(own)
         locations = tuple([self.sampler.records[tree.row].where for tree in own] for own in shaped)
         times = {f"time/{name}": seconds for name, seconds in rollout.seconds.items()}
-        return StepBatches(step, tuple(shaped), locations, dict(memory), {}, rollout.figures() | zero_spread(rollout) | times)
+        given: dict[str, float] = {self.explore.kind: self.explore.alpha} if self.explore else {}
+        return StepBatches(step, tuple(shaped), locations, dict(memory), given, rollout.figures() | zero_spread(rollout) | times)
+
+    def _draw(self, prompts: list[Tree], step: int) -> tuple[Rollout, list[Tree]]:
+        """The policy's responses, and the trees with their ranks; with `explore` the last response is the reference's."""
+        draw = partial(self.sampler.rollout, prompts, Stream.ROLLOUT.seed(self.seed, step))
+        if self.explorer is None or self.explore is None:
+            rollout = draw()
+            return rollout, ranked(rollout, rollout.tokens.plain if self.previous else rollout.tokens.plain_reference)
+        beside = self.explorer.draw(prompts, Stream.EXPLORE.seed(self.seed, step), 1)
+        if self.explore.kind == "xpo":
+            others = self.sampler.settings.responses_per_prompt - 1
+            rollout = draw(samples=others, beside=beside)
+            rollout = dataclasses.replace(rollout, own=np.tile([True] * others + [False], len(prompts)))
+            return rollout, ranked(rollout, rollout.tokens.plain_reference, ordered=False)
+        rollout, more = draw(), with_responses(prompts, beside)
+        logps = read_logps(self.explorer.backbone, "reference", more, self.sampler.budget, self.sampler.ranks)
+        trees = ranked(rollout, rollout.tokens.plain_reference)
+        return rollout, [
+            tree._replace(
+                responses=tree.responses + one.responses,
+                reference=(*(tree.reference or ()), known[0].astype(np.float32)),
+            )
+            for tree, one, (known,) in zip(trees, more, logps, strict=True)
+        ]
 
 
 def with_policy_logps(sampler: Sampler, trees: list[Tree]) -> list[Tree]:
@@ -222,8 +248,11 @@ def with_policy_logps(sampler: Sampler, trees: list[Tree]) -> list[Tree]:
     return [tree._replace(reference=own) for tree, own in zip(trees, known, strict=True)]
 
 
-def ranked(rollout: Rollout, logps: np.ndarray) -> list[Tree]:
-    """The trees with their responses best first, ties marked as such, and the reference's log-probabilities (N,) of each."""
+def ranked(rollout: Rollout, logps: np.ndarray, *, ordered: bool = True) -> list[Tree]:
+    """The trees with their responses best first, ties marked as such, and the reference's log-probabilities (N,) of each.
+
+    ordered: false leaves the responses in the order in which they were drawn.
+    """
     known = iter(np.split(logps, np.cumsum(rollout.lengths)[:-1]))
     scores = iter(rollout.scores.tolist())
     found = []
@@ -232,7 +261,8 @@ def ranked(rollout: Rollout, logps: np.ndarray) -> list[Tree]:
         descending = sorted(set(own), reverse=True)
         facts = Facts(ranks=tuple(float(descending.index(score)) for score in own), scores=own)
         reference = tuple(next(known).astype(np.float32) for _ in own)
-        found.append(_select(tree._replace(facts=facts, reference=reference), sorted(range(len(own)), key=lambda k: -own[k])))
+        order = sorted(range(len(own)), key=lambda k: -own[k]) if ordered else range(len(own))
+        found.append(_select(tree._replace(facts=facts, reference=reference), order))
     return found
 
 

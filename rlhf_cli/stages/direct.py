@@ -20,6 +20,7 @@ from rlhf_cli.models.placement import Placement
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.rollout.reward_functions import RewardFunction
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.source import PreferenceSource, Shape
@@ -50,6 +51,10 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
         raise UsageError(f"{terms.reward[0].place}: gives scores, and kind {job.objective.kind} wants wins. name {who}")
     for words in _announce(job, reference, terms):
         job.console.say(words)
+    explores = isinstance(job.recipe, recipes.DpoRecipe) and job.recipe.explore is not None
+    if explores and (not draws or job.objective.kind != "dpo" or reference is None or reference.previous):
+        what = "needs rollout, kind: dpo, and a reference that stays: start, base or a path. mend these, or remove it"
+        raise UsageError(f"{loaded.where('explore')}: explore {what}")
     if reference is not None:
         job = dataclasses.replace(job, inputs=recorded(reference, terms, job.dataset.reading), code=terms.code)
     with open_job(job, check=check, resume=resume, force=force) as folder:
@@ -99,6 +104,10 @@ def _online(job: TrainingJob, terms: RewardTerms, placement: Placement, base: We
         )
     refresh, steps = recipe.rollout.refresh, job.steps
     source = PreferenceSource(sampler, job.source, refresh, steps, job.objective, shape, recipe.seed, previous)
+    if isinstance(recipe, recipes.DpoRecipe) and recipe.explore is not None:
+        host = sampler.backbone.at("reference")
+        explorer = dataclasses.replace(sampler, backbone=host, engine=TransformersEngine(host, "reference"))
+        source = dataclasses.replace(source, explore=recipe.explore, explorer=explorer)
     order = tuple(float(k) for k in range(recipe.rollout.responses_per_prompt))
     first = [tree._replace(facts=Facts(ranks=order, scores=order[::-1])) for tree in probe]
     return OnPolicy(source, measure, shape(first, recipe.seed) if shape else first)

@@ -230,6 +230,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "GSPO": ("ppo", {"objective": {"kind": "grpo", "ratio": "sequence", "clip": 0.02}, "rollout": {"responses_per_prompt": 3}}),
     "online dpo": ("dpo", {"rollout": {"refresh": 2}}),
     "online dpo K": ("dpo", {"objective": {"kind": "plackett_luce"}, "rollout": {"responses_per_prompt": 3}}),
+    "xpo": ("dpo", {"explore": {"alpha": 0.1}, "rollout": {"responses_per_prompt": 3}, "reference": {"model": "base"}}),
+    "selm": ("dpo", {"explore": {"kind": "selm", "alpha": 0.1}, "rollout": {"refresh": 2}, "lora": None}),
     "sppo": (
         "dpo",
         {

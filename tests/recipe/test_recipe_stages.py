@@ -86,7 +86,7 @@ def test_round_trip_of_every_kind(tmp_path: Path, stage: str, kind: str) -> None
     keys = [line.split(":")[0] for line in text.splitlines()[1:] if line[0].isalpha()]
     direct = ["reference", "rollout", "reward", "reward_combine"]
     added = {"ppo": [*direct, "kl", "value", "ptx", "gold"]} | {name: [*direct, "gold"] for name in ("dpo", "ipo", "kto")}
-    added["sft"] = ["rollout"]
+    added |= {"sft": ["rollout"], "dpo": [*added["dpo"], "explore"]}
     assert keys == ["model", "lora", "data", "train", "objective", *added.get(stage, []), "seed", "output", "env", "trackers"]
 
 
@@ -283,7 +283,7 @@ def test_help_lists_each_kind_with_its_own_keys() -> None:
     lines = key_table("dpo").splitlines()
     assert max(map(len, lines)) <= 77
     kinds = [line.split()[1] for line in lines if line.startswith("  kind: ")]
-    assert kinds == [kind_of(objective) for objective in TRAINING_STAGES["dpo"].objectives]
+    assert kinds == [*map(kind_of, TRAINING_STAGES["dpo"].objectives), "xpo"]  # explore has a kind too
     start = lines.index("  kind: simpo                 with sft_weight: 0")
     assert lines[start + 1].startswith("    beta: 2 ")
     assert lines[start + 2].startswith("    gamma: 1 ")
