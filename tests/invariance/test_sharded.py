@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
@@ -136,17 +138,17 @@ def test_ranks_that_share_every_model_are_one(name: str, ranks: int, home: Path,
 @pytest.mark.parametrize("name", ["sft full", "ppo full"])
 def test_the_number_of_ranks_may_change(name: str, home: Path, tmp_path: Path) -> None:
     """Two ranks are stopped by a signal, four by another, and one process ends the run; its checkpoints are plain files."""
-    words = command(home, name, tmp_path / "run", steps=9, save_every=1, keep_checkpoints=9)
+    words = command(home, name, tmp_path / "run", steps=7, save_every=1, keep_checkpoints=7)
     checkpoints = tmp_path / "run" / "checkpoints"
     for ranks in (2, 4):
         done = len([*checkpoints.glob("step-*")])
         launched = launch(*words, *(["--resume"] if done else []), ranks=ranks, settings=SHARDED)
         wait_for(checkpoints / f"step-{done + 1:08d}", launched)
         launched.send_signal(signal.SIGTERM)
-        assert re.search(r"stopped after step \d of 9; continue with --resume", launched.wait()[1]), launched.errors
+        assert re.search(r"stopped after step \d of 7; continue with --resume", launched.wait()[1]), launched.errors
     assert rlhf(*words, "--resume") == 0
-    assert rlhf(*command(home, name, tmp_path / "whole", steps=9)) == 0
-    agree(tmp_path / "whole", tmp_path / "run", steps_of(9, 2), rounding=("rewards/",), figures=1e-5, weights=1e-6)
+    assert rlhf(*command(home, name, tmp_path / "whole", steps=7)) == 0
+    agree(tmp_path / "whole", tmp_path / "run", steps_of(7, 2), rounding=("rewards/",), figures=1e-5, weights=1e-6)
 
 
 @pytest.mark.slow
@@ -358,9 +360,12 @@ def accelerate(config: str, *words: str | Path) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_the_shipped_configs_launch(home: Path, whole: Whole, tmp_path: Path) -> None:
-    """Shards on one machine; and on two, for which two launchers on this one stand."""
-    name, alone, apart = "sft full tied", tmp_path / "alone", tmp_path / "apart"
-    runs = [accelerate("fsdp2.yaml", "-m", "rlhf_cli", *command(home, name, alone))]
+    """Shards on one machine, in what accelerate makes of the file; and on two, for which two launchers on this one stand."""
+    name, alone, apart, runs = "sft full tied", tmp_path / "alone", tmp_path / "apart", []
+    asked = launch_command_parser().parse_args(["--config_file", str(CONFIGS / "fsdp2.yaml"), "-m", "rlhf_cli"])
+    asked, _, _ = _validate_launch_command(asked)
+    settings = {key: own for key, own in prepare_multi_gpu_env(asked).items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+    together = launch(*command(home, name, alone), ranks=asked.num_processes, settings=settings)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -368,8 +373,9 @@ def test_the_shipped_configs_launch(home: Path, whole: Whole, tmp_path: Path) ->
         place = ["--num_processes", "2", "--machine_rank", machine, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
         runs.append(accelerate("two-nodes.yaml", *place, "-m", "rlhf_cli", *command(home, name, apart)))
     said = [run.communicate(timeout=240)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0], said
-    assert "2 × cpu, weights in shards" in said[0] and "2 × cpu, weights in shards" in said[1]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert together.wait()[0] == 0, together.errors
+    assert "2 × cpu, weights in shards" in together.said and "2 × cpu, weights in shards" in said[0]
     same(whole(name), alone, samples=False)
     same(whole(name), apart, samples=False)
 

@@ -69,9 +69,9 @@ def test_the_formula_agrees_with_a_simulation(rank: int | None, checkpointing: b
 
 
 def test_few_layers_stand_for_many() -> None:
-    step = Step(model_with(True), sections.Lora(r=8), BF16, 1, 2048, 512)
+    step = Step(model_with(True), sections.Lora(r=8, target_modules=["q_proj"]), BF16, 1, 2048, 512)
     whole, few = (simulate(SMALL, step, layers) for layers in (None, (1, 2)))
-    assert sum(few.values()) == pytest.approx(sum(whole.values()), rel=0.02)
+    assert sum(few.values()) == pytest.approx(sum(whole.values()), rel=0.001)
 
 
 def test_what_is_held_of_all_weights_by_hand() -> None:
