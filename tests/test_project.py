@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.recipe.evaluations import EvalRecipe
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.recipes import EvalRecipe, Recipe, TrainingRecipe
+from rlhf_cli.recipe.recipes import Recipe, TrainingRecipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))

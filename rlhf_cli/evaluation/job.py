@@ -26,7 +26,7 @@ from rlhf_cli.models.load import positions_of, quiet_libraries, refuse_on_mps, r
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.ranks import Ranks, check_precision
-from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe import evaluations
 from rlhf_cli.recipe.lengths import Lengths, fitted
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.judge_terms import find_judge
@@ -47,7 +47,7 @@ class EvaluationJob:
     """An evaluation before any weights are loaded."""
 
     loaded: Loaded
-    recipe: recipes.EvalRecipe  # every `auto` replaced by the value in force
+    recipe: evaluations.EvalRecipe  # every `auto` replaced by the value in force
     models: list[EvaluatedModel]
     terms_of: dict[Tokenisation, RewardTerms]  # as they read responses in this tokenisation
     rows: dict[str, SectionRows]  # by section of the recipe
@@ -231,8 +231,8 @@ def _check_dump(loaded: Loaded, resume: bool, force: bool) -> None:
 
 
 def _resolved(
-    recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel], rows: Mapping[str, SectionRows], ranks: Ranks
-) -> recipes.EvalRecipe:
+    recipe: evaluations.EvalRecipe, models: Sequence[EvaluatedModel], rows: Mapping[str, SectionRows], ranks: Ranks
+) -> evaluations.EvalRecipe:
     """The recipe with the dtype and the budget in force: that of the model which takes the most memory."""
     refuse_on_mps(ranks.device, attention=recipe.attention)
     dtype = resolve_dtype(recipe.dtype, ranks.device)
@@ -250,7 +250,7 @@ def _resolved(
     return dataclasses.replace(recipe, tokens_per_device=budget, dtype=cast(Any, str(dtype).removeprefix("torch.")))
 
 
-def _comparability(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel]) -> Iterator[str]:
+def _comparability(recipe: evaluations.EvalRecipe, models: Sequence[EvaluatedModel]) -> Iterator[str]:
     """Between which models what is not comparable."""
     drawn = recipe.rollout
     if recipe.prompts is not None and (drawn.temperature != 1 or drawn.warps):
@@ -275,7 +275,7 @@ def _comparability(recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel])
             )
 
 
-def frozen_models(recipe: recipes.Reading, ranks: Ranks) -> FrozenModels:
+def frozen_models(recipe: evaluations.Reading, ranks: Ranks) -> FrozenModels:
     """Models as the recipe wants them; none is loaded yet."""
     own = sections.Model(path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code)
     return FrozenModels(own, resolve_dtype(recipe.dtype, ranks.device), ranks.device, ranks.sharding)

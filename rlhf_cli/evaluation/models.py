@@ -14,7 +14,7 @@ from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
 from rlhf_cli.files import read_json
 from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer
-from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe import evaluations
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.stages import TRAINING_STAGES
 from rlhf_cli.rollout.reward_models import serialised
@@ -82,8 +82,8 @@ class EvaluatedModel:
         return self.base.weights_hash if self.base else None, parent.manifest_hash if parent else None
 
 
-def recipe_of(loaded: Loaded) -> recipes.EvalRecipe:
-    assert isinstance(loaded.recipe, recipes.EvalRecipe)
+def recipe_of(loaded: Loaded) -> evaluations.EvalRecipe:
+    assert isinstance(loaded.recipe, evaluations.EvalRecipe)
     return loaded.recipe
 
 
@@ -120,7 +120,7 @@ def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> li
                     config=load_config(start.base, start.revision, recipe.trust_remote_code),
                     tokenisation=tokenisations.of(tokenizer, template),
                     is_reward_model=is_reward_model(str(start.adapter or start.base), start.revision),
-                    series=entry if recipes.is_pattern(pattern) else None,
+                    series=entry if evaluations.is_pattern(pattern) else None,
                     step=int(step[1]) if step else None,
                     beta=_own_beta(start, run if step else None) if recipe.beta is None else recipe.beta,
                     origin=None if inputs is None else (inputs.get("base"), inputs.get("parent")),
@@ -131,7 +131,7 @@ def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> li
 
 def _expand(name: str, path: str, place: str) -> Iterator[tuple[str, str]]:
     """(name, path) of every model that one entry stands for."""
-    if not recipes.is_pattern(path):
+    if not evaluations.is_pattern(path):
         yield name, path
         return
     folders = [match for match in sorted(glob.glob(path)) if Path(match).is_dir()]  # noqa: PTH207  (of any path)

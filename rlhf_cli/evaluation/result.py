@@ -22,7 +22,7 @@ from rlhf_cli.evaluation.votes import as_weights, drawn_subsets, electors, right
 from rlhf_cli.evaluation.winrate import WinRate, ratings, win_rate
 from rlhf_cli.figures import Interval
 from rlhf_cli.judges.question import address
-from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe import evaluations
 from rlhf_cli.sections import Judge, as_written
 
 
@@ -85,7 +85,7 @@ def summarise(
 
 
 def _models(
-    recipe: recipes.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray
+    recipe: evaluations.EvalRecipe, measured: Measured, equal: Mapping[str, Samples], counts: np.ndarray
 ) -> dict[str, dict[str, Interval]]:
     found: dict[str, dict[str, Interval]] = {}
     for name in dict.fromkeys([*equal, *measured.text]):

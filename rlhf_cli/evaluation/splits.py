@@ -8,14 +8,14 @@ from typing import Any
 
 from rlhf_cli.evaluation.models import EvaluatedModel
 from rlhf_cli.evaluation.rows import SECTIONS, SectionRows
-from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe import evaluations
 from rlhf_cli.runs.ancestry import Ancestor, Split, unknown
 
 Origins = Mapping[str, Sequence[Ancestor]]
 """Path of a model → the runs that it comes from."""
 
 
-def with_holdout_seed(recipe: recipes.EvalRecipe, origins: Origins) -> recipes.EvalRecipe:
+def with_holdout_seed(recipe: evaluations.EvalRecipe, origins: Origins) -> evaluations.EvalRecipe:
     """The recipe with the holdout_seed of the models' runs where it names none; 0 where they have several or none."""
     splits = [run.split for runs in origins.values() for run in runs if run.split is not None]
     seeds = {split.seed for split in splits if split.holdout and split.seed is not None}
@@ -31,7 +31,7 @@ def with_holdout_seed(recipe: recipes.EvalRecipe, origins: Origins) -> recipes.E
 
 
 def trained_on(
-    recipe: recipes.EvalRecipe, models: Sequence[EvaluatedModel], rows: Mapping[str, SectionRows], origins: Origins
+    recipe: evaluations.EvalRecipe, models: Sequence[EvaluatedModel], rows: Mapping[str, SectionRows], origins: Origins
 ) -> Iterator[str]:
     """Which models come from runs that were trained on rows that they are measured on, and which do not tell."""
     yield from dict.fromkeys(said for model in models for said in unknown(origins[model.path]))

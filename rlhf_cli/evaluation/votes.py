@@ -14,7 +14,7 @@ from rlhf_cli.data.records import Record
 from rlhf_cli.errors import UsageError
 from rlhf_cli.evaluation.eval_json import Voted
 from rlhf_cli.evaluation.intervals import ratio_interval, within_shares
-from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe import evaluations
 from rlhf_cli.rollout.verifiable import COMPARE, extractor, right_answer
 
 Elector = tuple[str, np.ndarray | None]
@@ -107,7 +107,7 @@ def drawn_subsets(size: int, ns: Sequence[int], seed: int) -> Iterator[str]:
 def vote_accuracies(
     texts: Sequence[Sequence[str]],
     right: Sequence[str | None],
-    vote: recipes.Vote,
+    vote: evaluations.Vote,
     chosen_by: Mapping[str, Elector],
     counts: np.ndarray,
     seed: int,

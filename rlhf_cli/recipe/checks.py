@@ -15,8 +15,9 @@ from rlhf_cli.objectives.distil import Distil
 from rlhf_cli.objectives.general import General
 from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.objectives.policy_gradient import GroupGradient
+from rlhf_cli.recipe.evaluations import EvalRecipe
 from rlhf_cli.recipe.keys import keys_of
-from rlhf_cli.recipe.recipes import DirectRecipe, EvalRecipe, KtoRecipe, PpoRecipe, Recipe, SftRecipe, TrainingRecipe
+from rlhf_cli.recipe.recipes import DirectRecipe, KtoRecipe, PpoRecipe, Recipe, SftRecipe, TrainingRecipe
 from rlhf_cli.recipe.rewards import KINDS, kinds_of, term_names
 from rlhf_cli.sections import Bound, Reward, Rows, Source
 from rlhf_cli.suggest import did_you_mean

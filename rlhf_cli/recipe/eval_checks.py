@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from rlhf_cli.recipe.checks import ENV, REWARD, Check, Finding, hub_keys, idle, no_effect
-from rlhf_cli.recipe.recipes import EvalRecipe, is_pattern
+from rlhf_cli.recipe.evaluations import EvalRecipe, is_pattern
 from rlhf_cli.recipe.rewards import check_judge, check_match, term_names
 from rlhf_cli.sections import Judge
 from rlhf_cli.suggest import did_you_mean

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 
 from rlhf_cli.recipe.checks import ENV, Check, Finding, hub_keys, no_effect
+from rlhf_cli.recipe.evaluations import Reading, is_pattern
 from rlhf_cli.recipe.labels import LabelRecipe, Revise
-from rlhf_cli.recipe.recipes import Reading, is_pattern
 from rlhf_cli.recipe.rewards import KINDS, check_judge
 from rlhf_cli.sections import Judge
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from rlhf_cli.recipe.recipes import Reading, Recipe, is_pattern
+from rlhf_cli.recipe.evaluations import Reading, is_pattern
+from rlhf_cli.recipe.recipes import Recipe
 from rlhf_cli.sections import EvalSampling, EvalSource, Judge, Rows, key
 
 

@@ -12,13 +12,13 @@ from rlhf_cli.objectives.base import Objective, Trained
 from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.recipe.checks import DIRECT, KTO, PPO, SFT, TRAINING, Check
 from rlhf_cli.recipe.eval_checks import EVALUATION
+from rlhf_cli.recipe.evaluations import EvalRecipe
 from rlhf_cli.recipe.keys import keys_of, sections_in
 from rlhf_cli.recipe.label_checks import LABELS
 from rlhf_cli.recipe.labels import LabelRecipe
 from rlhf_cli.recipe.recipes import (
     DirectRecipe,
     DpoRecipe,
-    EvalRecipe,
     IpoRecipe,
     KtoRecipe,
     PpoRecipe,

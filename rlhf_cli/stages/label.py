@@ -28,7 +28,7 @@ from rlhf_cli.labels.questions import MOST, Row, compared, of_records, of_sample
 from rlhf_cli.labels.server import serving
 from rlhf_cli.labels.terminal import judge_in_terminal
 from rlhf_cli.labels.verdicts import Judging
-from rlhf_cli.recipe import recipes
+from rlhf_cli.recipe import evaluations
 from rlhf_cli.recipe.labels import LabelRecipe
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.recipe.rewards import KINDS
@@ -180,8 +180,8 @@ def _prepare(loaded: Loaded, recipe: LabelRecipe, *, check: bool, resume: bool, 
     else:
         from rlhf_cli.evaluation.job import plan_evaluation, prepare_evaluation
 
-        names = {own.name for own in dataclasses.fields(recipes.EvalRecipe)} & vars(recipe).keys()
-        drawn = recipes.EvalRecipe(**{name: vars(recipe)[name] for name in names})
+        names = {own.name for own in dataclasses.fields(evaluations.EvalRecipe)} & vars(recipe).keys()
+        drawn = evaluations.EvalRecipe(**{name: vars(recipe)[name] for name in names})
         drawing = prepare_evaluation(dataclasses.replace(loaded, recipe=drawn), check=check, resume=resume, force=force)
         console.plan(plan_evaluation(drawing))
         inputs |= drawing.inputs

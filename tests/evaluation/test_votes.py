@@ -18,7 +18,7 @@ from rlhf_cli.evaluation.eval_json import EvaluationResult
 from rlhf_cli.evaluation.intervals import resamples
 from rlhf_cli.evaluation.samples import mean_interval
 from rlhf_cli.evaluation.votes import SUBSETS, as_weights, ballots, drawn_subsets, electors, subsets_of, vote_accuracies, winners
-from rlhf_cli.recipe.recipes import Vote
+from rlhf_cli.recipe.evaluations import Vote
 from rlhf_cli.reports.terminal import terminal_table
 from rlhf_cli.sections import Match
 from tests.tiny import WORDS, make_base, read_lines, rlhf

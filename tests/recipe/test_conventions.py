@@ -15,8 +15,9 @@ import yaml
 
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.dump import dump_recipe
+from rlhf_cli.recipe.evaluations import EvalRecipe
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.recipes import DpoRecipe, EvalRecipe, PpoRecipe
+from rlhf_cli.recipe.recipes import DpoRecipe, PpoRecipe
 from rlhf_cli.recipe.schema import recipe_schema
 from rlhf_cli.recipe.stages import STAGES
 from rlhf_cli.sections import Judge, Tracker

@@ -16,10 +16,10 @@ import pytest
 from rlhf_cli import cli
 from rlhf_cli.errors import UsageError
 from rlhf_cli.recipe.dump import dump_recipe, one_line, refuse_changes
+from rlhf_cli.recipe.evaluations import EvalRecipe, Winrate
 from rlhf_cli.recipe.help import key_table
 from rlhf_cli.recipe.keys import keys_of, walk
 from rlhf_cli.recipe.load import Loaded, load_recipe
-from rlhf_cli.recipe.recipes import EvalRecipe, Winrate
 from rlhf_cli.sections import EvalSampling, EvalSource, Judge, PolicySampling, Reward, Sampling
 
 ROOT = Path(__file__).parents[2]
