@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import reduce
 from itertools import product
 from pathlib import Path
@@ -42,6 +42,11 @@ def no_effect(recipe: Any, why: str, *keys: str) -> Iterator[Finding]:
             yield key, f"has no effect {why}"
 
 
+def unnamed(what: str, name: str, known: Collection[str]) -> str:
+    there = f"there are {', '.join(known)}"
+    return f"no {what} is named {name}. {did_you_mean(name, known, there)}"
+
+
 def idle(test: Callable[[Any], bool], why: str, *keys: str, beside: Sequence[str]) -> Check:
     """These keys have no effect on a recipe of which the test, which reads those `beside`, is true."""
     return Check((*keys, *beside), lambda recipe: no_effect(recipe, why, *keys) if test(recipe) else iter(()))
@@ -57,11 +62,9 @@ def _length(recipe: TrainingRecipe) -> Iterator[Finding]:
 
 def _intervals(recipe: TrainingRecipe) -> Iterator[Finding]:
     train = recipe.train
-    intervals = {"eval_every": train.eval_every, "save_every": train.save_every}
-    for name, value in intervals.items():
-        if value == 0:
+    for name, value in (("eval_every", train.eval_every), ("save_every", train.save_every), ("warmup", train.warmup)):
+        if value == 0 and name != "warmup":
             yield f"train.{name}", "0 is no interval. write null for the end alone"
-    for name, value in {**intervals, "warmup": train.warmup}.items():
         if value is not None and value > 1 and value != int(value):
             yield f"train.{name}", f"{value:g} is neither a share below 1 nor a whole number of steps. write {value:.0f}"
 
@@ -121,10 +124,8 @@ def _heads(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.lora is None and len(recipe.objective.roles) > 1:
         yield "objective.members", "are adapters on one base, and with lora: null each would be a whole model. leave lora at auto"
     if isinstance(recipe.objective, General) and recipe.objective.width % 2:
-        yield (
-            "objective.width",
-            f"{recipe.objective.width} is odd, and the numbers are taken two by two. write an even one",
-        )
+        what = f"{recipe.objective.width} is odd, and the numbers are taken two by two. write an even one"
+        yield "objective.width", what
 
 
 def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
@@ -135,8 +136,7 @@ def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
         watched.append(("train.keep_best.metric", recipe.train.keep_best.metric, held_out))
     for key, name, known in watched:
         if name not in known:
-            there = f"there are {', '.join(known)}"
-            yield key, f"no metric is named {name}. {did_you_mean(name, known, there)}"
+            yield key, unnamed("metric", name, known)
     for kind, terms in zip(("reward", "gold"), recipe.terms, strict=True):
         level = [f"{kind}/{name}" for name, term in zip(term_names(terms), terms, strict=True) if term.least_responses > 1]
         for key, name, _ in watched:
@@ -194,6 +194,7 @@ def _env(recipe: Recipe) -> Iterator[Finding]:
 
 
 ENV = Check(("env",), _env)
+UNTEMPLATED = "with chat_template: none. remove it"
 
 
 def _terms(key: str, terms: list[Reward]) -> Iterator[Finding]:
@@ -360,12 +361,7 @@ TRAINING = (
     Check(("data.train", "data.eval"), _sources),
     Check(("model.quantize", "lora"), _quantised),
     Check(("objective", "lora"), _heads),
-    idle(
-        lambda it: it.model.chat_template == "none",
-        "with chat_template: none. remove it",
-        "model.template_options",
-        beside=("model.chat_template",),
-    ),
+    idle(lambda it: it.model.chat_template == "none", UNTEMPLATED, "model.template_options", beside=("model.chat_template",)),
     Check(("data.overlong", "data.max_length", "rollout"), _drawn),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from rlhf_cli.recipe.checks import ENV, REWARD, Check, Finding, hub_keys, idle, no_effect
+from rlhf_cli.recipe.checks import ENV, REWARD, UNTEMPLATED, Check, Finding, hub_keys, idle, no_effect, unnamed
 from rlhf_cli.recipe.evaluations import EvalRecipe, is_pattern
 from rlhf_cli.recipe.rewards import check_judge, check_match, term_names
 from rlhf_cli.sections import Judge
@@ -41,8 +41,7 @@ def _known(key: str, name: str, recipe: EvalRecipe) -> Iterator[Finding]:
     if is_pattern(recipe.models.get(entry, "")):
         yield key, f"{entry} is several models, {recipe.models[entry]}. give the one a name of its own in models"
     elif name not in recipe.models:
-        there = f"there are {', '.join(recipe.models)}"
-        yield key, f"no model is named {name}. {did_you_mean(name, recipe.models, there)}"
+        yield key, unnamed("model", name, recipe.models)
 
 
 def _drawn_or_compared(recipe: EvalRecipe) -> Iterator[Finding]:
@@ -128,13 +127,13 @@ def _at_kl(recipe: EvalRecipe) -> Iterator[Finding]:
         yield "compare_at_kl", "measures KL from the policy that both series start from. name it as the reference"
     if not recipe.gold:
         yield "compare_at_kl", "compares gold, what people really want. add gold: [{function: file.py:name}] or [{model: …}]"
-    there, seen = f"there are {', '.join(recipe.models)}", {recipe.reference}
+    seen = {recipe.reference}
     for key, names in vars(recipe.compare_at_kl).items():
         if not names:
             yield f"compare_at_kl.{key}", "there is no model. name one, or one that stands for the checkpoints of a run"
         for name in names:
             if name not in recipe.models:
-                yield f"compare_at_kl.{key}", f"no model is named {name}. {did_you_mean(name, recipe.models, there)}"
+                yield f"compare_at_kl.{key}", unnamed("model", name, recipe.models)
             elif name in seen:
                 what = "is where both series begin" if name == recipe.reference else "is there twice"
                 yield f"compare_at_kl.{key}", f"{name} {what}. remove it"
