@@ -358,20 +358,6 @@ class Kl:
 
 
 @dataclass(frozen=True)
-class Value:
-    init: Literal["reward", "policy"] = key("reward", "weights that the value starts from: the first reward model, or the policy")
-    learning_rate: float | None = key(None, "null: train.learning_rate, else LoRA's default: the value is an adapter", low=0.0)
-
-
-@dataclass(frozen=True)
-class Ptx:
-    """Supervised rows that are learned beside the reward (Ouyang et al. 2022: PPO-ptx)."""
-
-    data: list[Source] = key(help="a path, or a list of sources")
-    coef: float = key(27.8, "γ: weight of their mean negative log-likelihood", low=0.0)
-
-
-@dataclass(frozen=True)
 class Tracker:
     """Where an experiment tracker shows a run."""
 

@@ -54,8 +54,7 @@ class Trees(Sequence[Tree]):
     @property
     def lengths(self) -> np.ndarray:
         """(N,) tokens of the prompt and of all responses."""
-        lengths: np.ndarray = np.diff(self.segments[self.first])
-        return lengths
+        return np.asarray(np.diff(self.segments[self.first]))
 
     @property
     def supervised_counts(self) -> np.ndarray:
@@ -66,8 +65,7 @@ class Trees(Sequence[Tree]):
             totals = np.concatenate([[0], np.cumsum(self.supervised[own[0] : own[-1]])])
             counted[a : a + BLOCK] = np.diff(totals[own - own[0]])
         prompts = np.diff(self.segments)[self.first[:-1]]
-        predicted: np.ndarray = counted - np.where(prompts == 0, np.diff(self.first) - 1, 0)
-        return predicted
+        return np.asarray(counted - np.where(prompts == 0, np.diff(self.first) - 1, 0))
 
 
 def regroup(

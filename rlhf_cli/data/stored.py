@@ -87,8 +87,7 @@ class Stored(Sequence[Record]):
 
     def falls(self) -> np.ndarray:
         """(N,) float64"""
-        falls: np.ndarray = self.columns["fall"].to_numpy()
-        return falls
+        return np.asarray(self.columns["fall"].to_numpy())
 
     def places(self) -> list[str]:
         """File and line of every record."""

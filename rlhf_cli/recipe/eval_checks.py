@@ -164,12 +164,7 @@ def _implicit(recipe: EvalRecipe) -> Iterator[Finding]:
 EVALUATION = (
     ENV,
     Check(("models", "reference"), _models),
-    idle(
-        lambda it: it.chat_template == "none",
-        "with chat_template: none. remove it",
-        "template_options",
-        beside=("chat_template",),
-    ),
+    idle(lambda it: it.chat_template == "none", UNTEMPLATED, "template_options", beside=("chat_template",)),
     Check(("prompts", "preferences", "text"), _rows),
     Check(
         (

@@ -51,14 +51,13 @@ from rlhf_cli.sections import (
     OnlineSampling,
     PolicyReference,
     PolicySampling,
-    Ptx,
     Reference,
     Reward,
     Sampling,
     SftData,
+    Source,
     Tracker,
     Train,
-    Value,
     key,
 )
 
@@ -248,6 +247,20 @@ class KtoRecipe(DirectRecipe):
     stage: ClassVar[str] = "kto"
 
     objective: Kto | UnpairedBco | UnpairedApoZero = field(default_factory=Kto)
+
+
+@dataclass(frozen=True)
+class Value:
+    init: Literal["reward", "policy"] = key("reward", "weights that the value starts from: the first reward model, or the policy")
+    learning_rate: float | None = key(None, "null: train.learning_rate, else LoRA's default: the value is an adapter", low=0.0)
+
+
+@dataclass(frozen=True)
+class Ptx:
+    """Supervised rows that are learned beside the reward (Ouyang et al. 2022: PPO-ptx)."""
+
+    data: list[Source] = key(help="a path, or a list of sources")
+    coef: float = key(27.8, "γ: weight of their mean negative log-likelihood", low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

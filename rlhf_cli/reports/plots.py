@@ -39,8 +39,7 @@ def canvases(title: str, across: str, ups: Sequence[str], height: float = 4.0) -
 
 def png(figure: Figure) -> bytes:
     """The picture as a file."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
+    figure.savefig(stream := io.BytesIO(), format="png")
     return stream.getvalue()
 
 
