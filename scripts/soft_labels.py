@@ -1,0 +1,79 @@
+"""What are a judge's probabilities worth? dpo on soft labels of one that errs, and on its more likely responses as hard labels.
+
+    python scripts/soft_labels.py [--seeds N] [--noise S] [--folder DIR]
+
+The judge is the quickstart's reward model. Each time it is asked, noise of deviation S is added to the score of each response;
+`rlhf label` with `judge: {function}` makes probabilities of the scores' differences, and the run of recipes/quickstart/dpo.yaml
+learns from its 3,000 pairs with them, and without them. A seed is one of the noise and of training. It needs what
+`make quickstart` makes first: the data, and the runs of sft and rm. The intervals are those of scripts/rounds.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rounds import SFT, made, measure, shown, stage
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+REWARD = Path("runs/quickstart/rm")
+
+
+@cache
+def judge() -> tuple[Any, Any, np.random.Generator, float]:
+    """Model, tokenizer, and where its noise comes from, of which deviation."""
+    seed, noise = os.environ["JUDGE_NOISE"].split()
+    model = AutoModelForSequenceClassification.from_pretrained(REWARD / "model").eval()
+    return model, AutoTokenizer.from_pretrained(REWARD / "model"), np.random.default_rng(int(seed)), float(noise)
+
+
+@torch.no_grad()
+def erring(prompts: list[str], responses: list[str]) -> list[float]:
+    """The reward model's score of each response, with noise."""
+    model, tokenizer, drawn, noise = judge()
+    turns = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    texts = [text.rstrip("\n") for text in tokenizer.apply_chat_template(turns, tokenize=False)]
+    batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+    scores = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].numpy()
+    return [float(score) for score in scores + noise * drawn.standard_normal(len(scores))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--noise", type=float, default=1.5)
+    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart/soft-labels"))
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    function = {"function": f"{Path(__file__).resolve()}:erring", "rationality": 1.0}
+    recipe = given.folder.resolve() / "label.yaml"
+    if not recipe.exists():
+        recipe.write_text(json.dumps({"rows": "data/quickstart/pairs.jsonl", "judge": function, "output": "runs/labels"}))
+    policies = {}
+    for seed in range(given.seeds):
+        os.environ["JUDGE_NOISE"] = f"{seed} {given.noise}"
+        labels, since = given.folder / f"labels-{seed}", max(made(run / "manifest.json") for run in (SFT, REWARD))
+        since = stage("label", str(recipe), labels, {"seed": seed}, since)
+        figures = json.loads((labels / "label.json").read_text())["annotators"]["erring"]["gold"]
+        print(f"seed {seed}: the judge is of the rows' opinion in {figures['value']:.1%} of {figures['n']:,} pairs", flush=True)
+        for kind, ignored in (("soft", []), ("hard", ["probability"])):
+            source = {"path": str(labels / "preferences.jsonl"), "ignore": ignored}
+            stage("dpo", "dpo.yaml", given.folder / f"{kind}-{seed}", {"seed": seed, "data.train": [source]}, since)
+            policies[f"{kind}-{seed}"] = given.folder / f"{kind}-{seed}"
+    golds = measure(given.folder, policies)
+    soft, hard = (np.stack([golds[f"{kind}-{seed}"] for seed in range(given.seeds)]) for kind in ("soft", "hard"))
+    print(f"sft {golds['sft'].mean():.3f}, soft {shown(soft)}, hard {shown(hard)}, soft less hard {shown(soft - hard)}")
+    print("by seed:", ", ".join(f"{own:.3f}" for own in (soft - hard).mean(1)))
+
+
+if __name__ == "__main__":
+    main()
