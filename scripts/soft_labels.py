@@ -50,7 +50,7 @@ def erring(prompts: list[str], responses: list[str]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--noise", type=float, default=1.5)
+    parser.add_argument("--noise", type=float, default=2.0)
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart/soft-labels"))
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
