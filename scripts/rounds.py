@@ -9,9 +9,9 @@ labels are spent at once, in the first round, and the policy goes on in as many 
 round has random pairs in any case. It needs what `make quickstart` makes first, the data and the run of sft.
 
 A stage that is finished is not run again, unless its recipe, or a run that it comes from, is newer. The table has gold of each
-policy on prompts that no stage trains on: the mean over seeds and prompts, and with more than one seed a 95 % interval by
-Student's t, whose variance is that of the seeds' means over their number and that of the prompts' means over theirs.
-Differences are taken seed by seed and prompt by prompt.
+policy on prompts that no stage trains on: the mean over seeds and prompts, and with more than one seed a 95 % interval whose
+half is √(a² + b²), a that of the seeds' means and b that of the prompts' means, each by Student's t. Differences are taken
+seed by seed and prompt by prompt.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def shown(table: np.ndarray) -> str:
     seeds, prompts = table.shape
     if seeds == 1:
         return f"{table.mean():.3f}"
-    reach = student(seeds - 1) * np.sqrt(table.mean(1).var(ddof=1) / seeds + table.mean(0).var(ddof=1) / prompts)
+    of_seeds = student(seeds - 1) * table.mean(1).std(ddof=1) / seeds**0.5
+    reach = np.hypot(of_seeds, student(prompts - 1) * table.mean(0).std(ddof=1) / prompts**0.5)
     return f"{table.mean():.3f} ({table.mean() - reach:.3f} to {table.mean() + reach:.3f})"
 
 
