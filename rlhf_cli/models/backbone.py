@@ -115,10 +115,10 @@ class Backbone(Body):
         Their standard deviation is 1/√(D + 1) (Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B).
         """
         width = self.model.get_output_embeddings().weight.shape[1]  # some models narrow their last states
-        weight = torch.randn(labels, width) * (width + 1) ** -0.5 if weight is None else weight
-        head = torch.nn.Linear(width, len(weight), bias=bias is not None, device=self.device, dtype=torch.float32)
+        labels = labels if weight is None else len(weight)
+        head = torch.nn.Linear(width, labels, bias=bias is not None, device=self.device, dtype=torch.float32)
         with torch.no_grad():
-            head.weight.copy_(weight)
+            head.weight.copy_(torch.randn(labels, width) * (width + 1) ** -0.5 if weight is None else weight)
             if bias is not None:
                 head.bias.fill_(bias)
         self.heads[role] = head.requires_grad_(trained)
