@@ -203,7 +203,7 @@ def _resolve(
     # GPUs that are not here are new ones.
     dtype = torch.bfloat16 if imagined and setting == "auto" else resolve_dtype(setting, ranks.device)
     check_precision(dtype, loaded.where("model.dtype"))
-    recipe = dataclasses.replace(recipe, lora=lora)
+    recipe = resolved(dataclasses.replace(recipe, lora=lora), steps)
     asked = recipe.train.tokens_per_device
     longest = dataset.longest + (recipe.draws.responses_per_prompt * recipe.draws.max_new_tokens if recipe.draws else 0)
     needs, budget = find_needs(recipe, start, config, dtype, longest, loaded, ranks), asked
@@ -214,7 +214,6 @@ def _resolve(
     if budget == "auto":
         capacity, values = imagined.memory if imagined else None, recipe.objective.values
         budget = ranks.min(auto_budget(needs.memory, longest, ranks.device, values=values, capacity=capacity))
-    recipe = resolved(recipe, steps)
     train = dataclasses.replace(recipe.train, tokens_per_device=budget)
     model = dataclasses.replace(recipe.model, dtype=cast(Any, str(dtype).removeprefix("torch.")))
     return dataclasses.replace(recipe, train=train, model=model), needs
