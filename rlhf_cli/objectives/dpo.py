@@ -24,9 +24,10 @@ class Dpo(LogRatioPair):
 
         α log π (xpo: Xie et al. 2024) or αβρ (selm: Zhang et al. 2024, as in the authors' code); α is given under their names.
         """
-        found, last = super().losses(responses, pairs, pair), responses.lengths.new_tensor(pairs.counts).cumsum(0).long() - 1
+        found = super().losses(responses, pairs, pair)
         for kind, values in {"xpo": responses.logps, "selm": self.beta * responses.logratio}.items():
             if kind in pair.given:
+                last = responses.lengths.new_tensor(pairs.counts).cumsum(0).long() - 1
                 found["trees"] = pair.given[kind] * values[last].sum()
         return found
 

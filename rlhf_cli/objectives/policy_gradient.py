@@ -191,9 +191,10 @@ class ActorCritic(PolicyGradient):
         if batch.recorded is None:
             return
         recorded = _recorded(batch)
+        values = backbone.values("value", batch).double()
+        # A token without a target has its own value for one, and no loss: the device need not be asked which they are.
         learned = recorded.target.isfinite()
-        old, target = recorded.value[learned], recorded.target[learned]
-        values = backbone.values("value", batch)[learned].double()
+        old, target = (torch.where(learned, known, values.detach()) for known in (recorded.value, recorded.target))
         clipped = old + (values - old).clamp(-self.value_clip, self.value_clip)
         loss = torch.maximum((values - target) ** 2, (clipped - target) ** 2).sum() / 2
         yield LossTerm({"valued": self.value_coef * loss}, {"loss/value": (loss.detach(), "valued")})

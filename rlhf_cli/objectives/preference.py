@@ -38,6 +38,8 @@ def read_responses(backbone: Backbone, batch: Batch, objective: Objective) -> Re
     """
     import torch
 
+    from rlhf_cli.data.trees import upload
+
     asked = objective.token_figure
     known = batch.reference if objective.reference else None
     if objective.reference and known is None and asked != "kl":
@@ -59,7 +61,7 @@ def read_responses(backbone: Backbone, batch: Batch, objective: Objective) -> Re
     logratio = torch.full_like(logps, torch.nan) if known is None else logps - total(known)
     known_scores = (facts.scores or () for facts in batch.facts)
     scores = [s for n, own in zip(batch.counts, known_scores, strict=True) for s in (*own, *[torch.nan] * n)[:n]]
-    return Responses(logps, logratio, total(torch.ones_like(each)), logps.new_tensor(scores), total(figure))
+    return Responses(logps, logratio, total(torch.ones_like(each)), upload(scores, logps), total(figure))
 
 
 def ordered_pairs(count: int, facts: Facts) -> list[tuple[int, int]]:
@@ -89,13 +91,15 @@ def pairs_of(batch: Batch) -> PairIndices:
     """All ordered pairs of a pass, tree by tree."""
     import torch
 
+    from rlhf_cli.data.trees import upload
+
     found: list[tuple[int, int, int]] = []
     start = 0
     for tree, (count, fact) in enumerate(zip(batch.counts, batch.facts, strict=True)):
         found += [(start + a, start + b, tree) for a, b in ordered_pairs(count, fact)]
         start += count
-    chosen, rejected, of_tree = batch.owner.new_tensor(found).reshape(-1, 3).unbind(1)
-    probability = torch.tensor([fact.soft_label for fact in batch.facts], dtype=torch.float64, device=of_tree.device)
+    chosen, rejected, of_tree = upload(found, batch.owner).reshape(-1, 3).unbind(1)
+    probability = upload([fact.soft_label for fact in batch.facts], batch.owner, torch.float64)
     return PairIndices(chosen, rejected, of_tree, batch.counts, batch.facts, batch.trees, probability[of_tree])
 
 
@@ -219,8 +223,10 @@ class PairObjective(PreferenceObjective):
         responses, pairs, pair = self.read(backbone, batch, given)
         losses = self.losses(responses, pairs, pair)
         if self.sft_weight:
+            from rlhf_cli.data.trees import upload
+
             shares = [s for count, facts in zip(batch.counts, batch.facts, strict=True) for s in self._shares(count, facts)]
-            losses["tokens"] = -self.sft_weight * (responses.logps.new_tensor(shares) * responses.logps).sum()
+            losses["tokens"] = -self.sft_weight * (upload(shares, responses.logps) * responses.logps).sum()
         yield LossTerm(losses, {name: (value.detach().sum(), "pairs") for name, value in self.figures(pair).items()})
 
     def figures(self, pair: Pair) -> dict[str, Tensor]:

@@ -44,15 +44,19 @@ class UnpairedObjective(Objective):
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         import torch
 
+        from rlhf_cli.data.trees import upload
+
         responses = read_responses(backbone, batch, self)
         logratio = responses.logratio
-        desirable = torch.tensor([facts.label is True for facts in batch.facts], dtype=torch.bool, device=logratio.device)
+        marks = [facts.label is True for facts in batch.facts]
+        desirable = upload(marks, logratio, torch.bool)
         sums = {"logratio/mean": (logratio.detach().sum(), "trees")}
-        for unit, mine in (("desirable", desirable), ("undesirable", ~desirable)):
+        for unit, mine in (("desirable", True), ("undesirable", False)):
             # A class without a response has no sum, so that its mean is absent and not 0.
-            if mine.any():
-                sums[f"rewards/{unit}"] = (self.beta * logratio.detach()[mine].sum(), unit)
-                sums[f"logps/{unit}"] = (responses.logps.detach()[mine].sum(), unit)
+            if mine in marks:
+                others = desirable != mine
+                sums[f"rewards/{unit}"] = (self.beta * logratio.detach().masked_fill(others, 0).sum(), unit)
+                sums[f"logps/{unit}"] = (responses.logps.detach().masked_fill(others, 0).sum(), unit)
         yield LossTerm({"trees": self.loss(logratio, desirable, given).sum()}, sums)
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:

@@ -236,9 +236,10 @@ def _run_pass(
 def _summed(passes: Sequence[_Pass], counts: dict[str, float], ranks: Ranks) -> Sums:
     """Sums over all passes and ranks. Ranks without a pass learn the names from the others."""
     mine: dict[tuple[str, str], float] = {}
-    for p in passes:
-        for key, value in p.sums.items():
-            mine[key] = mine.get(key, 0.0) + float(value)
+    found = [(key, value) for p in passes for key, value in p.sums.items()]
+    # Read at once: the device is waited for a single time.
+    for (key, _), value in zip(found, torch.stack([value for _, value in found]).tolist() if found else [], strict=True):
+        mine[key] = mine.get(key, 0.0) + value
     keys = sorted({key for keys in ranks.gather(list(mine)) for key in keys})
     totals = ranks.sum(mine.get(key, 0.0) for key in keys)
     return Sums(dict(zip(keys, totals, strict=True)), counts)
