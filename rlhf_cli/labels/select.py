@@ -20,7 +20,7 @@ from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe.labels import Select
 from rlhf_cli.recipe.stages import TRAINING_STAGES
-from rlhf_cli.rollout.reward_models import RewardModel, RewardModelScorer, centred_scores
+from rlhf_cli.rollout.reward_models import RewardModel, centred_scores
 from rlhf_cli.rollout.rewards import Answers, PolicyText
 from rlhf_cli.runs.parents import recorded_template, resolve_start
 from rlhf_cli.sections import Reward
@@ -141,8 +141,7 @@ def ensemble_scores(ensemble: Sequence[RewardModel], rows: Sequence[Row], models
 
     UsageError: a model cannot read a response.
     """
-    loaded = (model.load(models, f"member{at}", budget) for at, model in enumerate(ensemble))
-    scorers = [scorer for scorer in loaded if isinstance(scorer, RewardModelScorer)]  # no others were found
+    scorers = [model.load(models, f"member{at}", budget) for at, model in enumerate(ensemble)]
     records = [row.record for row in rows]
     first = ensemble[0]
     encoded = encode(records, first.tokenizer, first.template, AS_DRAWN, responses="all", cache=None)

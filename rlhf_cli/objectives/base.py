@@ -63,11 +63,6 @@ class Objective:
         """What it logs of every update."""
         raise NotImplementedError
 
-    @property
-    def labels(self) -> int:
-        """Numbers that the head of a reward model gives a response."""
-        return 1
-
     def with_class_counts(self, desirable: int, undesirable: int) -> Self:
         """The objective with what it takes from the numbers of desirable and undesirable responses in the training data."""
         return self

@@ -31,10 +31,6 @@ class General(PreferenceObjective):
     soft_labels: ClassVar[bool] = True
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "margin")
 
-    @property
-    def labels(self) -> int:
-        return self.width
-
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         from torch.nn.functional import logsigmoid
 

@@ -91,16 +91,14 @@ class RewardModel(RewardTerm):
         of_members = members, scales, reward.combine or "mean"
         return cls(name, reward.weight, place, start, base, *of_members, tokenizer, template, reader)
 
-    def load(self, models: FrozenModels, role: str, budget: int) -> RewardModelScorer | GeneralScorer:
+    def load(self, models: FrozenModels, role: str, budget: int) -> RewardModelScorer:
         """Its weights are loaded only where the role has none yet. UsageError: they do not fit."""
         roles = tuple(member_role(role, member) for member in range(len(self.members)))
         for own, member in zip(roles, self.members, strict=True):
             if own not in models.hosts:
                 models.add(own, member, head=True)
-        if (tau := self.start.tau) is not None:
-            return GeneralScorer(self.name, self.weight, models.hosts[role], role, tau, budget, self.reader)
         of_members = roles, self.scales, self.combine
-        return RewardModelScorer(self.name, self.weight, models.hosts[role], *of_members, budget, self.reader)
+        return RewardModelScorer(self.name, self.weight, models.hosts[role], *of_members, budget, self.reader, self.start.tau)
 
     @property
     def compares(self) -> bool:
@@ -167,6 +165,7 @@ class RewardModelScorer:
     combine: Combine
     budget: int  # tokens of one forward pass
     reader: Reader
+    tau: float | None = None  # of a general preference model
 
     needs_weights: ClassVar[bool] = True
 
@@ -177,9 +176,13 @@ class RewardModelScorer:
     def score(self, answers: Answers) -> np.ndarray:
         """(M,) float64, tree by tree; of members (2, M), what they make together and the deviation over them.
 
+        Of a model that compares the mean of `probabilities` over the prompt's other responses, of which there are some.
+
         UsageError: the model cannot read an answer.
         NumberError: a score is not finite.
         """
+        if self.tau is not None:
+            return flat([(own.sum(1) - 0.5) / (len(own) - 1) for own in self.probabilities(answers)])
         scores = self.of_members(answers)
         return scores[0] if len(scores) == 1 else np.stack((combine(scores, self.combine), scores.std(0)))
 
@@ -195,46 +198,23 @@ class RewardModelScorer:
         found = (score_responses(self.backbone.at(role), role, trees, self.budget, ranks) for role in self.roles)
         return np.stack([*map(flat, found)])
 
-    def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
-        raw = self._raw(rows.trees, ranks)
-        scores = raw[0] if len(raw) == 1 else as_one(raw, self.scales, self.combine)
-        return parts(scores, [len(tree.responses) for tree in rows.trees])
-
-
-@dataclass(frozen=True)
-class GeneralScorer:
-    """A general preference model with its weights."""
-
-    name: str
-    weight: float
-    backbone: Backbone
-    role: str
-    tau: float
-    budget: int  # tokens of one forward pass
-    reader: Reader
-
-    needs_weights: ClassVar[bool] = True
-    beside: ClassVar[tuple[str, ...]] = ()
-
-    def score(self, answers: Answers) -> np.ndarray:
-        """(M,) mean probability to be preferred to the prompt's other responses, of which there are some. See `probabilities`."""
-        return flat([(own.sum(1) - 0.5) / (len(own) - 1) for own in self.probabilities(answers)])
-
     def probabilities(self, answers: Answers) -> list[np.ndarray]:
         """(K, K) of each prompt: that the response of the first index is preferred to that of the second, ½ to itself.
 
-        UsageError: the model cannot read an answer.
-        NumberError: a probability is not finite.
+        UsageError: the model cannot read an answer. NumberError: a probability is not finite.
         """
-        trees = self.reader(answers) if answers.records else []
-        tables = score_responses(self.backbone.at(self.role), self.role, trees, self.budget, None, self.tau)
+        trees, role = self.reader(answers) if answers.records else [], self.roles[0]
+        tables = score_responses(self.backbone.at(role), role, trees, self.budget, None, self.tau)
         found: list[np.ndarray] = [1 / (1 + np.exp(-s)) for s in tables]
         check_finite(flat([p.sum(1) for p in found]), answers.pairs, f"{self.reader.place}: reward model {self.name}")
         return found
 
     def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
-        """s of every two responses, (K, K), where others give scores."""
-        return score_responses(self.backbone.at(self.role), self.role, rows.trees, self.budget, ranks, self.tau)
+        if self.tau is not None:  # s of every two responses, (K, K)
+            return score_responses(self.backbone.at(self.roles[0]), self.roles[0], rows.trees, self.budget, ranks, self.tau)
+        raw = self._raw(rows.trees, ranks)
+        scores = raw[0] if len(raw) == 1 else as_one(raw, self.scales, self.combine)
+        return parts(scores, [len(tree.responses) for tree in rows.trees])
 
 
 def centred_scores(scorers: Sequence[RewardModelScorer], answers: Answers) -> np.ndarray:

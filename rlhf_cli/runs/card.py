@@ -58,8 +58,10 @@ def write_card(folder: Path, source: Path, manifest: Mapping[str, Any], repo: st
     what, labels = "A reward model: it scores a response to a prompt" if of_reward else "A language model", 1
     if told.objective["kind"] == "general":
         labels = int(told.objective["width"])
-        what = "A general preference model: of two responses with the vectors v and w, each scaled to length 1, the first is "
-        what += f"preferred with probability σ(Σ (v₂ₖ w₂ₖ₊₁ − v₂ₖ₊₁ w₂ₖ)/{told.objective['tau']}), k from 0"
+        what = (
+            "A general preference model: the first of two responses, whose vectors v and w are scaled to length 1, is preferred "
+        )
+        what += f"with probability σ(Σ (v₂ₖ w₂ₖ₊₁ − v₂ₖ₊₁ w₂ₖ)/{told.objective['tau']}), k from 0"
     if several := len(member_folders(folder)):
         what = f"{what}. The first of {several}, which `member-0` to `member-{several - 1}` hold each: their mean is what counts"
     how = f"a LoRA adapter of rank {told.lora['r']}{'' if adapter else ', merged'}" if told.lora else "all weights were trained"

@@ -101,5 +101,5 @@ def _manifest(job: TrainingJob, folder: RunFolder, backbone: Backbone, base: Wei
         job.console.warn("transformers has no sequence classifier for this architecture: only rlhf can load the reward model")
         return {"reward_model": figures}
     below, revision = (None, None) if job.lora is None else (from_anywhere(base.base), base.revision)
-    lines = load_lines(from_anywhere(folder.model), below, revision, backbone.pad_id, job.objective.labels)
+    lines = load_lines(from_anywhere(folder.model), below, revision, backbone.pad_id, len(backbone.heads["reward"].weight))
     return {"reward_model": figures, "pad_token_id": backbone.pad_id, "load": lines}

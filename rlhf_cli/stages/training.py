@@ -134,7 +134,7 @@ def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
         seeds={role: member_seed(recipe.seed, member) for member, role in enumerate(job.objective.roles)},
         merged=merged,
         ranks=job.ranks,
-        labels=job.objective.labels,
+        labels=job.objective.width if isinstance(job.objective, General) else 1,
     )
     backbone.pad_id = choose_pad_id(job.tokenizer, backbone.stop_ids(job.tokenizer, job.template))
     job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")

@@ -20,7 +20,7 @@ from rlhf_cli.data.templates import choose_template
 from rlhf_cli.models.heads import pair_scores
 from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.models.placement import FrozenModels
-from rlhf_cli.rollout.reward_models import GeneralScorer, RewardModel
+from rlhf_cli.rollout.reward_models import RewardModel
 from rlhf_cli.rollout.rewards import Answers, PolicyText
 from rlhf_cli.runs.card import load_lines
 from rlhf_cli.runs.export import export
@@ -128,7 +128,6 @@ def probabilities_of_term(home: Path, model: Path) -> np.ndarray:
     term = RewardModel.find(sections.Reward(model=str(model)), "gpm", "here", text)
     settings = sections.Model(path="", dtype="float32")
     scorer = term.load(FrozenModels(settings, torch.float32, torch.device("cpu")), "reward", 4096)
-    assert isinstance(scorer, GeneralScorer)
     answers = Answers([], [Record(TEXTS[0][0], tuple(y for _, y in TEXTS), "here")], [[y for _, y in TEXTS]], [[True] * 6])
     (found,) = scorer.probabilities(answers)
     assert scorer.score(answers) == pytest.approx((found.sum(1) - 0.5) / 5)
@@ -149,7 +148,7 @@ def test_another_process_has_the_same_probabilities(kind: str, home: Path, tmp_p
         assert float(np.abs(found - wanted).max()) < 1e-4
     assert float(np.abs(probabilities_of_term(home, tmp_path / "out") - wanted).max()) < 1e-4
     assert float(np.abs(probabilities_of_term(home, home / kind / "checkpoints" / "step-00000040") - wanted).max()) < 1e-6
-    assert "A general preference model: of two responses" in (tmp_path / "out" / "README.md").read_text()
+    assert "A general preference model: the first of two responses" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
