@@ -268,6 +268,16 @@ class OnlineSampling(Warping, PolicySampling):
 
 
 @dataclass(frozen=True)
+class Explore:
+    """Optimism: what the reference says itself is made less likely, so that the policy looks elsewhere for what is preferred."""
+
+    kind: Literal["xpo", "selm"] = key(
+        "xpo", "xpo: the reference writes one of a prompt's responses; selm: one more, which is not compared"
+    )
+    alpha: float = key(0.001, "α: weight of log π of that response; of selm, times β, of its log-ratio", low=0.0)
+
+
+@dataclass(frozen=True)
 class Match:
     """Whether a response has the right answer."""
 
@@ -328,6 +338,7 @@ class Reward:
     function: str | None = key(None, "file.py:name: lists of prompts, responses and columns of the rows → numbers", path=True)
     parallel: int | None = key(None, "calls of an async function under way at once; null: 16", low=1)
     timeout: float | None = key(None, "seconds that a call of an async function may take; null: 60", low=0.001)
+    compares: bool | None = key(None, "the function gives the probability to win against the prompt's other responses")
     match: Match | None = key(None, "1 where the response has the answer that a column of its row has, else 0")
     format: str | None = key(None, "regular expression: 1 where all of the response matches it, else 0")
     length: Length | None = key(None, "a penalty on its tokens")

@@ -82,6 +82,8 @@ class EvaluationResult:
     models: dict[str, dict[str, Interval]] = field(default_factory=dict)  # model → metric → its mean
     winrate: dict[str, WinRate] = field(default_factory=dict)  # over the baseline
     ratings: dict[str, Interval] = field(default_factory=dict)  # Elo
+    pairwise: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # judge → a → b → how often a is preferred
+    exploitability: dict[str, dict[str, float]] = field(default_factory=dict)  # model → value, low, high; by winrate.judge
     preferences: dict[str, Agreement] = field(default_factory=dict)
     votes: dict[str, dict[str, list[Voted]]] = field(default_factory=dict)  # model → who wins a vote → by ascending n
     overoptimisation: list[Point] = field(default_factory=list)
@@ -130,6 +132,8 @@ class EvaluationResult:
             models=from_plain(dict[str, dict[str, Interval]], entry["models"]),
             winrate=from_plain(dict[str, WinRate], entry["winrate"]),
             ratings={model: Interval(own["elo"], own["low"], own["high"]) for model, own in entry["ratings"].items()},
+            pairwise=entry.get("pairwise", {}),
+            exploitability=entry.get("exploitability", {}),
             preferences={name: Agreement.from_json(own) for name, own in entry["preferences"].items()},
             votes=from_plain(dict[str, dict[str, list[Voted]]], entry.get("votes", {})),  # earlier releases have none
             overoptimisation=[Point.from_json(own) for own in entry["overoptimisation"]],

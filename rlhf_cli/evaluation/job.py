@@ -82,8 +82,9 @@ class EvaluationJob:
         """Can the reference's log-probabilities be compared with the model's?"""
         return self.reference is not None and self.reference.tokenisation == model.tokenisation
 
-    def frozen_models(self) -> FrozenModels:
-        return frozen_models(self.recipe, self.ranks)
+    def frozen_models(self, *, alone: bool = False) -> FrozenModels:
+        """`alone`: whole on this rank, whatever the others do."""
+        return frozen_models(self.recipe, self.ranks, alone)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -137,6 +138,8 @@ def prepare_evaluation(loaded: Loaded, *, check: bool, resume: bool, force: bool
     terms_of = {
         each: find_terms(loaded, PolicyText(each.tokenizer, each.template, recipe.trust_remote_code, check)) for each in writing
     }
+    for terms in terms_of.values() if recipe.prompts is not None else ():
+        terms.check_samples(recipe.rollout.responses_per_prompt)
     own = [tokenisations.of(*term.text_form) for terms in terms_of.values() for term in terms if term.text_form]
     reading = list(dict.fromkeys([*writing, *(model.tokenisation for model in models), *own]))
     rows = {
@@ -275,10 +278,10 @@ def _comparability(recipe: evaluations.EvalRecipe, models: Sequence[EvaluatedMod
             )
 
 
-def frozen_models(recipe: evaluations.Reading, ranks: Ranks) -> FrozenModels:
+def frozen_models(recipe: evaluations.Reading, ranks: Ranks, alone: bool = False) -> FrozenModels:
     """Models as the recipe wants them; none is loaded yet."""
     own = sections.Model(path="", dtype=recipe.dtype, attention=recipe.attention, trust_remote_code=recipe.trust_remote_code)
-    return FrozenModels(own, resolve_dtype(recipe.dtype, ranks.device), ranks.device, ranks.sharding)
+    return FrozenModels(own, resolve_dtype(recipe.dtype, ranks.device), ranks.device, None if alone else ranks.sharding)
 
 
 Titled = list[tuple[str, object]]

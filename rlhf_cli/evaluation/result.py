@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 
 from rlhf_cli.evaluation.agreement import Agreement
 from rlhf_cli.evaluation.at_kl import AtKl, compare_at_kl
-from rlhf_cli.evaluation.compare import ModelPair
+from rlhf_cli.evaluation.compare import Outcomes
 from rlhf_cli.evaluation.concord import Verdicts, by_subset, concord, labels
 from rlhf_cli.evaluation.eval_json import About, AskedJudge, EvaluationResult, Voted
 from rlhf_cli.evaluation.intervals import DRAWS, ratio_interval, resamples
@@ -19,7 +20,7 @@ from rlhf_cli.evaluation.job import EvaluationJob
 from rlhf_cli.evaluation.overoptimisation import Point, best_of_points, fit_series, run_point
 from rlhf_cli.evaluation.samples import Sample, Samples, figures, log_ratios
 from rlhf_cli.evaluation.votes import as_weights, drawn_subsets, electors, right_answers, vote_accuracies
-from rlhf_cli.evaluation.winrate import WinRate, ratings, win_rate
+from rlhf_cli.evaluation.winrate import WinRate, exploitability, ratings, win_rate
 from rlhf_cli.figures import Interval
 from rlhf_cli.judges.question import address
 from rlhf_cli.recipe import evaluations
@@ -37,9 +38,9 @@ class Measured:
 
 
 def summarise(
-    job: EvaluationJob, measured: Measured, outcomes: Mapping[ModelPair, np.ndarray], notes: Sequence[str]
+    job: EvaluationJob, measured: Measured, outcomes: Outcomes, by_terms: Mapping[str, Outcomes], notes: Sequence[str]
 ) -> EvaluationResult:
-    """What eval.json says. `outcomes`: (one, other) → (P, K) outcomes of the one's responses against the other's."""
+    """What eval.json says. `outcomes`: by winrate.judge; `by_terms`: by every term of reward and gold."""
     recipe = job.recipe
     equal = {name: own.first(recipe.rollout.responses_per_prompt) for name, own in measured.samples.items()}
     prompts = next((own.shape[0] for own in equal.values()), 0)
@@ -50,6 +51,7 @@ def summarise(
         notes = [*notes, *drawn_subsets(size, recipe.vote.n, recipe.seed)]
     winrate, drawn = recipe.winrate, recipe.rollout
     judge = winrate.judge if winrate else None
+    named = (judge.path or as_written(judge.model)) if isinstance(judge, Judge) else judge
     at_kl, untold = _at_kl(job, measured, equal, counts), "Gold says nothing of some responses, so that "
     if recipe.gold and points and points[0].gold is None:
         notes = [*notes, f"{untold}the points of over-optimisation have none."]
@@ -73,6 +75,8 @@ def summarise(
         ),
         models=_models(recipe, measured, equal, counts),
         winrate=_win_rates(winrate.baseline, equal, outcomes, counts) if winrate else {},
+        pairwise={name: _pairwise(tables) for name, tables in {**by_terms, str(named): outcomes}.items() if tables},
+        exploitability=exploitability(outcomes, counts),
         ratings=ratings(list(equal), outcomes, winrate.baseline, counts) if winrate and len(equal) > 1 else {},
         preferences=measured.agreed,
         votes=_votes(job, {name: own.first(size) for name, own in measured.samples.items()}, counts),
@@ -116,9 +120,16 @@ def _votes(job: EvaluationJob, samples: Mapping[str, Samples], counts: np.ndarra
     return found
 
 
-def _win_rates(
-    baseline: str, samples: Mapping[str, Samples], outcomes: Mapping[ModelPair, np.ndarray], counts: np.ndarray
-) -> dict[str, WinRate]:
+def _pairwise(outcomes: Outcomes) -> dict[str, dict[str, float]]:
+    """Model → another one → how often, or how probably, the one's responses are better."""
+    found = defaultdict[str, dict[str, float]](dict)
+    for (one, other), table in outcomes.items():
+        found[one][other] = float(np.nanmean(table))
+        found[other][one] = 1 - found[one][other]
+    return dict(found)
+
+
+def _win_rates(baseline: str, samples: Mapping[str, Samples], outcomes: Outcomes, counts: np.ndarray) -> dict[str, WinRate]:
     found = {}
     lengths = {name: own.table(lambda sample: sample.tokens) for name, own in samples.items()}
     for name in (name for name in samples if name != baseline):

@@ -47,14 +47,14 @@ class Sample:
     def worth(self, judge: str) -> float | None:
         """By which a judge that gives numbers compares: `reward` the score, `gold` the sum of its terms, or one term.
 
-        A name that both have is the reward's. None: it was not measured.
+        A name that both have is the reward's, unless it says gold/NAME. None: it was not measured.
         """
         if judge == "reward":
             return self.score
         if judge == "gold":
             known = [value for name in golds(self.terms) if (value := self.terms[name]) is not None]
             return sum(known) if known else None
-        return self.terms.get(f"reward/{judge}", self.terms.get(f"gold/{judge}"))
+        return self.terms.get(judge, self.terms.get(f"reward/{judge}", self.terms.get(f"gold/{judge}")))
 
 
 @dataclass(frozen=True)

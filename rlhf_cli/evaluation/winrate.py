@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
-from rlhf_cli.evaluation.intervals import interval, jeffreys, within_shares
+from rlhf_cli.evaluation.intervals import NORMAL_95, interval, jeffreys, within_shares
 from rlhf_cli.figures import Interval
 
 SAME_SCORE = 1e-5  # scores this close are a tie: a model's scores of the same text, in other batches, differ by less
@@ -52,27 +53,53 @@ class WinRate:
 def win_rate(outcome: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> WinRate:
     """Win rate over all comparisons, and what is left of it between responses of equal length.
 
-    `outcome`: (P, K) in {0, ½, 1}, NaN where nothing was judged. `longer`: (P, K) tokens of the own response less those of
+    `outcome`: (P, K) from 0 to 1, NaN where nothing was judged. `longer`: (P, K) tokens of the own response less those of
     the other. `counts`: (B, P) of `resamples`. All comparisons weigh the same. Bootstrap over prompts, so that both models'
     responses to a prompt stay together, with `jeffreys` in each draw: the interval has a width also where every prompt is
     won, or every one a tie. The rates themselves are without prior.
 
     ValueError: fewer than 2 prompts were judged.
     """
+    raw, prior = win_share(outcome, counts)
     known = ~np.isnan(outcome)
-    prompt, _ = np.nonzero(known)
-    won, prompts = outcome[known], int(known.any(1).sum())
-    if prompts < 2:
-        raise ValueError(f"a win rate needs at least 2 judged prompts, not {prompts}")
-    prior = len(won) / prompts * jeffreys(len(counts))[:, 0]
-    wins = counts @ np.where(known, outcome, 0.0).sum(1) + prior[:, 0]
-    draws = wins / (counts @ known.sum(1) + prior.sum(1))
-    raw = within_shares(interval(float(won.mean()), draws, prompts))
-    longer = longer[known]
+    (prompt, _), won, longer = np.nonzero(known), outcome[known], longer[known]
     spread = float(longer.std())
     # tanh(Δ/std Δ); its limit, the sign, where all differ in length by the same.
     length = np.tanh(longer / spread) if spread else np.sign(longer)
-    return WinRate(*raw, float((won == 0.5).mean()), len(won), _length_controlled(won, length, counts, prompt, prior, prompts))
+    controlled = _length_controlled(won, length, counts, prompt, prior, len(np.unique(prompt)))
+    return WinRate(*raw, float((won == 0.5).mean()), len(won), controlled)
+
+
+def win_share(outcome: np.ndarray, counts: np.ndarray) -> tuple[Interval, np.ndarray]:
+    """The win rate alone, and the (B, 2) comparisons that the prior adds to each draw. See `win_rate`."""
+    known = ~np.isnan(outcome)
+    prompts = int(known.any(1).sum())
+    if prompts < 2:
+        raise ValueError(f"a win rate needs at least 2 judged prompts, not {prompts}")
+    prior = known.sum() / prompts * jeffreys(len(counts))[:, 0]
+    wins = counts @ np.where(known, outcome, 0.0).sum(1) + prior[:, 0]
+    draws = wins / (counts @ known.sum(1) + prior.sum(1))
+    return within_shares(interval(float(outcome[known].mean()), draws, prompts)), prior
+
+
+def exploitability(outcomes: Mapping[tuple[str, str], np.ndarray], counts: np.ndarray) -> dict[str, dict[str, float]]:
+    """max(0, max_b P(b ≻ a) − ½) of every model a, over the other models b, with a 95 % interval; empty unless all pairs met.
+
+    The bounds are the largest of the bs' bounds, below with an error of 5 % for all bs together: the distance to the mean is
+    longer by the ratio of normal quantiles at 1 − 0.025/m and at 0.975. The largest of m means is above the largest of the
+    true ones by chance, where several bs are alike.
+    """
+    both = dict(outcomes) | {(other, one): 1 - outcome for (one, other), outcome in outcomes.items()}
+    names = list(dict.fromkeys(name for pair in both for name in pair))
+    if len(both) < len(names) * (len(names) - 1):
+        return {}
+    longer, found = NormalDist().inv_cdf(1 - 0.025 / max(len(names) - 1, 1)) / NORMAL_95, {}
+    for a in names:
+        own = [win_share(both[b, a], counts)[0] for b in names if b != a]
+        lows = [rate.mean - longer * (rate.mean - rate.low) for rate in own]
+        best = {"value": max(rate.mean for rate in own), "low": max(lows), "high": max(rate.high for rate in own)}
+        found[a] = {name: max(0.0, each - 0.5) for name, each in best.items()}
+    return found
 
 
 def _length_controlled(

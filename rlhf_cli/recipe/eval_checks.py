@@ -64,6 +64,8 @@ def _winrate(recipe: EvalRecipe) -> Iterator[Finding]:
         return
     yield from _known("winrate.baseline", winrate.baseline, recipe)
     yield from _judge(winrate.judge, recipe)
+    if isinstance(winrate.judge, str):
+        yield from no_effect(recipe, "with scores, by which every two models are compared. remove it", "winrate.all_pairs")
     ranks_one = recipe.dump_pairs is not None and isinstance(winrate.judge, str)
     if recipe.models and not _several(recipe) and not ranks_one:
         yield "winrate", "there is no other model to compare with the baseline. add one to models"

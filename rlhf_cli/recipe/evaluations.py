@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from rlhf_cli.recipe.recipes import Recipe
-from rlhf_cli.sections import EvalSampling, EvalSource, Judge, Match, Reward, Sampling, key
+from rlhf_cli.sections import EvalSampling, EvalSource, Judge, Match, Reward, key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Winrate:
 
     baseline: str = key(help="the name of one of the models")
     judge: str | Judge = key("reward", "reward: the score; gold; the name of a term; {endpoint, model}; or {path}")
+    all_pairs: bool = key(False, "of a model that is asked: compare every two models, not only each with the baseline")
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,6 @@ class EvalRecipe(Reading, Scoring, Evaluated, Recipe):
     """`rlhf eval`."""
 
     stage: ClassVar[str] = "eval"
-
-    @property
-    def draws(self) -> Sampling | None:
-        return self.rollout if self.prompts is not None else None
 
     def drawn(self, *, of_reference: bool) -> int:
         """How many responses to each prompt are drawn from a model."""

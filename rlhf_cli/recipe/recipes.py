@@ -45,6 +45,7 @@ from rlhf_cli.objectives.wpo import Wpo
 from rlhf_cli.recipe.rewards import term_names
 from rlhf_cli.sections import (
     Data,
+    Explore,
     Kl,
     Lora,
     Model,
@@ -53,7 +54,6 @@ from rlhf_cli.sections import (
     PolicySampling,
     Reference,
     Reward,
-    Sampling,
     SftData,
     Source,
     Tracker,
@@ -80,11 +80,6 @@ class Recipe:
     def terms(self) -> tuple[list[Reward], list[Reward]]:
         """The terms of the reward and the gold ones, for the responses that are drawn."""
         return [], []
-
-    @property
-    def draws(self) -> Sampling | None:
-        """How responses are drawn from a policy; None where none are."""
-        return None
 
     @property
     def paths(self) -> list[str]:
@@ -115,6 +110,7 @@ class TrainingRecipe(Recipe):
 
     @property
     def draws(self) -> PolicySampling | None:
+        """How responses are drawn from the policy; None where it learns from those of its data."""
         return None
 
     @property
@@ -209,16 +205,6 @@ class DirectRecipe(ReferenceRecipe):
 
 DpoLoss = Dpo | Robust | Hinge | Squared | Slic | Simpo | Orpo | Odpo | CalDpo | Rebel | Bco | PlackettLuce
 DpoLoss |= ApoZero | ApoDown | Nca | Exo | DiscoPop | Wpo | Tdpo2 | Aot
-
-
-@dataclass(frozen=True)
-class Explore:
-    """Optimism: what the reference says itself is made less likely, so that the policy looks elsewhere for what is preferred."""
-
-    kind: Literal["xpo", "selm"] = key(
-        "xpo", "xpo: the reference writes one of a prompt's responses; selm: one more, which is not compared"
-    )
-    alpha: float = key(0.001, "α: weight of log π of that response; of selm, times β, of its log-ratio", low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,9 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "model": Kind("reward model", _name_of_folder, options=("revision", "combine", "normalize")),
-    "function": Kind("function", lambda it: it.rpartition(":")[2], options=("parallel", "timeout"), check=_check_function),
+    "function": Kind(
+        "function", lambda it: it.rpartition(":")[2], options=("parallel", "timeout", "compares"), check=_check_function
+    ),
     "match": Kind("match", lambda it: "match", check=check_match),
     "format": Kind("format", lambda it: "format", check=_check_pattern),
     "length": Kind("length", lambda it: "length", check=_check_length),

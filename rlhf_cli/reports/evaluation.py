@@ -25,6 +25,9 @@ TERMS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Win rate", "share of comparisons with the baseline's responses to the same prompts that are won, ties half"),
         ("At equal length", "win rate that a logistic regression on the difference in tokens gives at 0 (Dubois et al. 2024)"),
     ),
+    "exploitability": (
+        ("Exploitability", "how much more often than half the other model that beats it most is preferred to it"),
+    ),
     "ratings": (("Elo", "Bradley–Terry strength by maximum likelihood; 400 points are odds of 10 to 1, the baseline has 1000"),),
     "preferences": (
         ("Accuracy", "share of pairs whose better response has the higher score, ties half"),
@@ -50,7 +53,7 @@ def write_report(folder: RunFolder, result: EvaluationResult, samples: Mapping[s
     pictures = draw_evaluation(result)
     sections = (
         Section("findings", "Findings", tuple(found)),
-        Section("winrates", "Win rates", (*_win_rates(result), *pictures["winrates"])),
+        Section("winrates", "Win rates", (*_win_rates(result), *_pairwise(result), *pictures["winrates"])),
         Section("votes", "Votes", (*_votes(result), *pictures["votes"])),
         Section("overoptimisation", "Over-optimisation", (*pictures["overoptimisation"], *_optimisation(result))),
         Section("kl", "Gold at equal KL", (*pictures["kl"], *_at_kl(result))),
@@ -97,6 +100,18 @@ def _win_rates(result: EvaluationResult) -> Iterator[Table]:
     best_first = sorted(result.winrate.items(), key=lambda rate: -rate[1].mean)
     rows = tuple((name, own.rate, own.length_controlled, f"{own.ties:.3f}", f"{own.n:,}") for name, own in best_first)
     yield Table(f"Preferred to {result.about.baseline} by {judge_of(result.about)}", columns, rows)
+
+
+def _pairwise(result: EvaluationResult) -> Iterator[Table]:
+    """Everybody against everybody, of the models that all met, by who decides the win rates."""
+    own = result.exploitability
+    if own:
+        columns = Column("Model"), Column("Exploitability", 0.0), *(Column(f"beats {name}") for name in own)
+        shares = list(result.pairwise.values())[-1]
+        rows: list[tuple[str | Interval, ...]] = [
+            (a, Interval(*own[a].values()), *("" if a == b else percent(shares[a][b]) for b in own)) for a in own
+        ]
+        yield Table(f"Each against each, by {judge_of(result.about)}", columns, tuple(rows))
 
 
 def _votes(result: EvaluationResult) -> Iterator[Table]:

@@ -46,6 +46,7 @@ class RewardFunction(TextTerm):
     function: Function
     parallel: int
     timeout: float
+    compares: bool = False
 
     @classmethod
     def columns(cls, reward: sections.Reward, place: str) -> Lent:
@@ -66,7 +67,8 @@ class RewardFunction(TextTerm):
                 f"{place}: {reward.function} is called once with all responses, so that parallel and timeout have no effect; "
                 "remove them, or write it as `async def`"
             )
-        return cls(name, reward.weight, place, reward.function, function, parallel or PARALLEL, timeout or TIMEOUT)
+        settings = parallel or PARALLEL, timeout or TIMEOUT, bool(reward.compares)
+        return cls(name, reward.weight, place, reward.function, function, *settings)
 
     @property
     def source(self) -> dict[str, Any]:

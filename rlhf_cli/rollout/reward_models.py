@@ -72,8 +72,7 @@ class RewardModel(RewardTerm):
         if reward.combine is not None and len(members) == 1:
             raise UsageError(f"{place}: combine: {reward.model} is a single reward model, without members; remove combine")
         if start.tau is not None and reward.normalize is not None:
-            what = "gives the probability to be preferred, which needs no normalize"
-            raise UsageError(f"{place}: normalize: {reward.model} {what}. remove it")
+            raise UsageError(f"{place}: normalize has no effect on {reward.model}, which gives probabilities. remove it")
         scales = (AS_THEY_ARE,) if start.tau is not None else _scales(start, reward, place)
         with prefixed(place):
             tokenizer = load_tokenizer(start.tokenizer, start.revision, policy.trust_remote_code)
@@ -86,8 +85,8 @@ class RewardModel(RewardTerm):
             with prefixed(place):
                 _ = [member.head for member in members]
         positions = positions_of(load_config(start.base, start.revision, policy.trust_remote_code))
-        form = None if same and template.hash == policy.template.hash else read_chat_format(tokenizer, template)
-        reader = Reader(place, positions, form)
+        same = same and template.hash == policy.template.hash
+        reader = Reader(place, positions, read_chat_format(tokenizer, template), same)
         of_members = members, scales, reward.combine or "mean"
         return cls(name, reward.weight, place, start, base, *of_members, tokenizer, template, reader)
 
@@ -107,7 +106,7 @@ class RewardModel(RewardTerm):
     @property
     def reads(self) -> Literal["tokens", "text"]:
         """The policy's own tokens, or their text in its own tokens and chat template."""
-        return "tokens" if self.reader.form is None else "text"
+        return "tokens" if self.reader.same else "text"
 
     @property
     def source(self) -> dict[str, Any]:
@@ -176,13 +175,17 @@ class RewardModelScorer:
     def score(self, answers: Answers) -> np.ndarray:
         """(M,) float64, tree by tree; of members (2, M), what they make together and the deviation over them.
 
-        Of a model that compares the mean of `probabilities` over the prompt's other responses, of which there are some.
+        Of a model that compares the mean probability to be preferred to the prompt's other responses, of which there are some.
 
         UsageError: the model cannot read an answer.
         NumberError: a score is not finite.
         """
         if self.tau is not None:
-            return flat([(own.sum(1) - 0.5) / (len(own) - 1) for own in self.probabilities(answers)])
+            trees = self.reader(answers) if answers.records else []
+            tables = [1 / (1 + np.exp(-s)) for s in self._compared(trees, None)]
+            wins = flat([(own.sum(1) - 0.5) / (len(own) - 1) for own in tables])  # ½ is a response's against itself
+            check_finite(wins, answers.pairs, f"{self.reader.place}: reward model {self.name}")
+            return wins
         scores = self.of_members(answers)
         return scores[0] if len(scores) == 1 else np.stack((combine(scores, self.combine), scores.std(0)))
 
@@ -198,20 +201,13 @@ class RewardModelScorer:
         found = (score_responses(self.backbone.at(role), role, trees, self.budget, ranks) for role in self.roles)
         return np.stack([*map(flat, found)])
 
-    def probabilities(self, answers: Answers) -> list[np.ndarray]:
-        """(K, K) of each prompt: that the response of the first index is preferred to that of the second, ½ to itself.
-
-        UsageError: the model cannot read an answer. NumberError: a probability is not finite.
-        """
-        trees, role = self.reader(answers) if answers.records else [], self.roles[0]
-        tables = score_responses(self.backbone.at(role), role, trees, self.budget, None, self.tau)
-        found: list[np.ndarray] = [1 / (1 + np.exp(-s)) for s in tables]
-        check_finite(flat([p.sum(1) for p in found]), answers.pairs, f"{self.reader.place}: reward model {self.name}")
-        return found
+    def _compared(self, trees: list[Tree], ranks: Ranks | None) -> list[np.ndarray]:
+        """s of every two responses, (K, K)."""
+        return score_responses(self.backbone.at(self.roles[0]), self.roles[0], trees, self.budget, ranks, self.tau)
 
     def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
-        if self.tau is not None:  # s of every two responses, (K, K)
-            return score_responses(self.backbone.at(self.roles[0]), self.roles[0], rows.trees, self.budget, ranks, self.tau)
+        if self.tau is not None:
+            return self._compared(rows.trees, ranks)
         raw = self._raw(rows.trees, ranks)
         scores = raw[0] if len(raw) == 1 else as_one(raw, self.scales, self.combine)
         return parts(scores, [len(tree.responses) for tree in rows.trees])
@@ -228,14 +224,15 @@ class Reader:
 
     place: str  # begins every message
     positions: int | None  # tokens that it can take at most, where it has such a limit
-    form: ChatFormat | None  # its tokenizer and template; None: it reads the policy's tokens
+    form: ChatFormat  # its tokenizer and template
+    same: bool = False  # as the policy's, whose tokens it reads where there are some
 
     def __call__(self, answers: Answers) -> list[Tree]:
         """Trees of the same prompts and responses, in the same order.
 
         UsageError: one is longer than what the model can take, or its chat template cannot write it.
         """
-        trees = self._rewritten(self.form, answers) if self.form is not None and answers.records else answers.trees
+        trees = answers.trees if not answers.records or (self.same and answers.trees) else self._rewritten(self.form, answers)
         for tree, record in zip(trees, answers.records, strict=True):
             if self.positions is not None and span(tree) > self.positions:
                 raise UsageError(

@@ -21,7 +21,6 @@ from rlhf_cli.metrics import OVERLONG, REDRAWN, ZERO_SPREAD
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.kl import next_coef
 from rlhf_cli.objectives.policy_gradient import REDRAWS, Advantages, PolicyGradient
-from rlhf_cli.recipe.recipes import Explore
 from rlhf_cli.rollout.experience import Rollout, Sampler, TokenFigures, read_logps, together, with_responses
 
 KL_COEF = "kl_coef"
@@ -187,7 +186,7 @@ class PreferenceSource:
     shape: Shape | None
     seed: int
     previous: bool = False  # is the reference the policy that draws? Its log-probabilities are kept, so its weights need not be
-    explore: Explore | None = None
+    explore: sections.Explore | None = None
     explorer: Sampler | None = None  # that draws from the reference; with `explore`
 
     @property
@@ -231,13 +230,10 @@ class PreferenceSource:
             return rollout, ranked(rollout, rollout.tokens.plain_reference, ordered=False)
         rollout, more = draw(), with_responses(prompts, beside)
         logps = read_logps(self.explorer.backbone, "reference", more, self.sampler.budget, self.sampler.ranks)
-        trees = ranked(rollout, rollout.tokens.plain_reference)
+        rows = zip(ranked(rollout, rollout.tokens.plain_reference), more, logps, strict=True)
         return rollout, [
-            tree._replace(
-                responses=tree.responses + one.responses,
-                reference=(*(tree.reference or ()), known[0].astype(np.float32)),
-            )
-            for tree, one, (known,) in zip(trees, more, logps, strict=True)
+            tree._replace(responses=tree.responses + one.responses, reference=(*(tree.reference or ()), known[0].astype("f4")))
+            for tree, one, (known,) in rows
         ]
 
 

@@ -67,6 +67,13 @@ class RewardTerms:
         """What the recipe does not show."""
         return [f"{name.replace('/', ' ', 1)}: {term.words}" for name, term in self.named.items() if term.words]
 
+    def check_samples(self, count: int) -> None:
+        """UsageError: there are so few responses to a prompt that a term has nothing to compare."""
+        for term in self:
+            if term.compares and count < 2:
+                what = "compares the responses of a prompt. set rollout.responses_per_prompt to 2 or more"
+                raise UsageError(f"{term.place}: {what}")
+
     def load(self, models: FrozenModels, budget: int) -> tuple[list[Scorer], list[Scorer]]:
         """Those of the reward and of gold with their weights, each base loaded once; budget: tokens of one forward pass.
 
@@ -81,12 +88,8 @@ def find_terms(loaded: Loaded, policy: PolicyText) -> RewardTerms:
     """What `reward` and `gold` name. UsageError: a term's source is not there, or is no reward."""
     found: dict[str, list[RewardTerm]] = {"reward": [], "gold": []}
     policy = dataclasses.replace(policy, folder=Path(loaded.recipe.output))
-    draws = loaded.recipe.draws
     for key, kind, term in _terms(loaded):
-        place = loaded.named(f"{key}.{kind}")
-        found[key.partition(".")[0]].append(own := TERMS[kind].find(term, name_of(term), place, policy))
-        if own.compares and draws is not None and draws.responses_per_prompt < 2:
-            raise UsageError(f"{place}: compares the responses of a prompt. set rollout.responses_per_prompt to 2 or more")
+        found[key.partition(".")[0]].append(TERMS[kind].find(term, name_of(term), loaded.named(f"{key}.{kind}"), policy))
     return RewardTerms(**found)
 
 

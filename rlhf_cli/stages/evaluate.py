@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_cli.data.dataset import data_report
 from rlhf_cli.errors import RunError, UsageError
-from rlhf_cli.evaluation.compare import compare_models
+from rlhf_cli.evaluation.compare import compare_models, deciding
 from rlhf_cli.evaluation.dump import dump_pairs
 from rlhf_cli.evaluation.eval_json import read_result
 from rlhf_cli.evaluation.job import EvaluationJob, plan_evaluation, prepare_evaluation
@@ -35,6 +35,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     RunError: with its exit code; what was drawn and judged so far is kept, and --resume goes on.
     """
     job = prepare_evaluation(loaded, check=check, resume=resume, force=force)
+    deciding(job)
     job.console.plan(plan_evaluation(job))
     if check:
         job.console.say(FINE)
@@ -87,8 +88,8 @@ def _conclude(job: EvaluationJob, folder: RunFolder, measured: Measured) -> None
     recipe = job.recipe
     write_samples(folder.samples, [sample for own in measured.samples.values() for row in own.own for sample in row])
     equal = {name: own.first(recipe.rollout.responses_per_prompt) for name, own in measured.samples.items()}
-    outcomes, notes = compare_models(job, equal, folder.verdicts)
-    result = summarise(job, measured, outcomes, notes)
+    outcomes, by_terms, notes = compare_models(job, equal, folder.verdicts)
+    result = summarise(job, measured, outcomes, by_terms, notes)
     job.signals.obey_at_once("while the report was written; continue with --resume")
     if recipe.dump_pairs is not None:
         dump_pairs(job, Path(recipe.dump_pairs), equal, outcomes)

@@ -36,6 +36,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     reference = find_reference(job, check)
     policy = PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check, pause=job.signals.pause)
     terms = find_terms(loaded, policy)
+    terms.check_samples(_parts(job)[0].rollout.responses_per_prompt)
     ptx = _ptx_rows(job)
     assert reference is not None
     for words in (reference.words, *terms.words, *_announce(job)):

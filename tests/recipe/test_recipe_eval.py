@@ -265,11 +265,14 @@ FAULTS = {
     (GOOD, "gold: g.py:true"): "4: gold: expected a list or null, found the text 'g.py:true'. write [{function: g.py:true}]",
     (GOOD, "gold: [{model: g, weight: 2}]"): "4: gold.0.weight: has no effect on a term that is only measured. remove it",
     # win rates
-    (SCORED, "winrate: sft"): "5: winrate: expected keys (baseline, judge) or null, found the text 'sft'. write {baseline: sft}",
+    (
+        SCORED,
+        "winrate: sft",
+    ): "5: winrate: expected keys (baseline, judge, all_pairs) or null, found the text 'sft'. write {baseline: sft}",
     (
         SCORED,
         "winrate: true",
-    ): "5: winrate: expected keys (baseline, judge) or null, found true. it is: compare the models' responses one to one",
+    ): "5: winrate: expected keys (baseline, judge, all_pairs) or null, found true. it is: compare the models' responses one to one",
     (SCORED, "winrate: {judge: reward}"): "5: winrate.baseline: missing. add it: the name of one of the models",
     (SCORED, "winrate: {}"): "5: winrate.baseline: missing. add it: the name of one of the models",
     (SCORED, "winrate:\n  baseline: start"): f"6: winrate.baseline: {NO_MODEL.format('start')}",

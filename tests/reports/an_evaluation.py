@@ -65,6 +65,8 @@ def empty() -> Line:
         "models": {},
         "winrate": {},
         "ratings": {},
+        "pairwise": {},
+        "exploitability": {},
         "preferences": {},
         "votes": {},
         "overoptimisation": [],

@@ -259,7 +259,7 @@ def last_states(backbone: Backbone, trees: Sequence[Tree]) -> torch.Tensor:
 
 
 class TestModels:
-    READER = Reader("ppo.yaml:9", None, None)
+    READER = Reader("ppo.yaml:9", None, None, True)
 
     @pytest.mark.parametrize("budget", [1, 40, 4096])
     def test_the_score_is_read_at_the_last_token_of_each_response(self, budget: int) -> None:
@@ -309,9 +309,9 @@ class TestModels:
 
     def test_what_the_model_cannot_take_is_told(self) -> None:
         trees = [Tree(np.zeros(6, np.int32), np.zeros(6, bool), (np.zeros(2, np.int32), np.zeros(4, np.int32)), 0)]
-        assert Reader("ppo.yaml:9", 10, None)(drawn(trees)) == trees
+        assert Reader("ppo.yaml:9", 10, None, True)(drawn(trees)) == trees
         with pytest.raises(UsageError, match=r"^ppo.yaml:9: rows.jsonl:1: prompt and response have 10 tokens.* takes 9\nlower "):
-            Reader("ppo.yaml:9", 9, None)(drawn(trees))
+            Reader("ppo.yaml:9", 9, None, True)(drawn(trees))
 
 
 class TestText:

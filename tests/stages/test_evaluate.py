@@ -346,8 +346,8 @@ def test_win_rates_are_counted(whole: Path) -> None:
 def test_the_shape_of_a_result(whole: Path) -> None:
     found = result(whole)
     policies = ["sft", "dpo", "ipo", "ppo", *(f"pushed/step-0000000{step}" for step in (1, 2, 3, 4)), "full"]
-    ours = ["about", "models", "winrate", "ratings", "preferences", "votes", "overoptimisation", "fits", "at_kl"]
-    assert list(found) == [*ours, "agreement", "agreement_by_subset"]
+    ours = ["about", "models", "winrate", "ratings", "pairwise", "exploitability", "preferences", "votes"]
+    assert list(found) == [*ours, "overoptimisation", "fits", "at_kl", "agreement", "agreement_by_subset"]
     about = found["about"]
     assert {**about, "notes": ...} == {
         **{"reference": "sft", "baseline": "sft", "judge": "gold", "prompts": 13, "responses": 1, "temperature": 1.0},
@@ -372,7 +372,8 @@ def test_the_shape_of_a_result(whole: Path) -> None:
 def test_what_was_not_asked_for_is_empty(run: Callable[..., Path]) -> None:
     found = result(run(models={"sft": "HOME/sft"}, text="HOME/rows.jsonl"))
     assert {name: value for name, value in found.items() if name not in ("about", "models")} == {
-        **{name: {} for name in ("winrate", "ratings", "preferences", "votes", "fits", "agreement", "agreement_by_subset")},
+        **{name: {} for name in ("winrate", "ratings", "pairwise", "exploitability", "preferences", "votes", "fits")},
+        **{"agreement": {}, "agreement_by_subset": {}},
         **{"overoptimisation": [], "at_kl": None},
     }
     assert list(found["models"]["sft"]) == ["perplexity"]

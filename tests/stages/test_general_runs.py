@@ -128,9 +128,11 @@ def probabilities_of_term(home: Path, model: Path) -> np.ndarray:
     term = RewardModel.find(sections.Reward(model=str(model)), "gpm", "here", text)
     settings = sections.Model(path="", dtype="float32")
     scorer = term.load(FrozenModels(settings, torch.float32, torch.device("cpu")), "reward", 4096)
-    answers = Answers([], [Record(TEXTS[0][0], tuple(y for _, y in TEXTS), "here")], [[y for _, y in TEXTS]], [[True] * 6])
-    (found,) = scorer.probabilities(answers)
-    assert scorer.score(answers) == pytest.approx((found.sum(1) - 0.5) / 5)
+    pairs = list(product([text for _, text in TEXTS], repeat=2))
+    record = Record(TEXTS[0][0], (), "here")
+    found = scorer.score(Answers([], [record] * 36, [list(pair) for pair in pairs], [[True, True]] * 36))[::2].reshape(6, 6)
+    each = scorer.score(Answers([], [record], [[text for _, text in TEXTS]], [[True] * 6]))
+    assert each == pytest.approx((found.sum(1) - 0.5) / 5, abs=1e-6), "a mean over the others"
     return found
 
 
@@ -203,7 +205,7 @@ def test_as_a_reward(name: str, home: Path, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "alone": ("ppo", {"rollout": {"responses_per_prompt": 1}}, "set rollout.responses_per_prompt to 2 or more"),
-    "normalized": ("dpo", {"reward": [{"model": "HOME/lora", "normalize": True}]}, "needs no normalize. remove it"),
+    "normalized": ("dpo", {"reward": [{"model": "HOME/lora", "normalize": True}]}, ", which gives probabilities. remove it"),
     "scored": ("sppo", {"reward": [{"length": {"max": 9}}]}, "gives scores, and kind sppo wants wins. name a general preference"),
     "no wins": ("dno", {"reward": [{"function": "HOME/wins.py:scores"}]}, "expected the probability to win, from 0 to 1"),
     "combined": ("dpo", {"reward": [{"model": "HOME/lora", "combine": "min"}]}, "without members; remove combine"),
