@@ -87,6 +87,7 @@ RowFormat = Literal[
     "scored",
     "unpaired",
     "tree",
+    "steps",
     "prompt",
 ]
 """The names of data/formats.FORMATS, and auto: the one that the rows have."""
@@ -339,6 +340,8 @@ class Reward:
     parallel: int | None = key(None, "calls of an async function under way at once; null: 16", low=1)
     timeout: float | None = key(None, "seconds that a call of an async function may take; null: 60", low=0.001)
     compares: bool | None = key(None, "the function gives the probability to win against the prompt's other responses")
+    per: Literal["step", "token"] | None = key(None, "a function returns a list for each response: a number a step, or a token")
+    separator: str = key("\n\n", 'what stands between steps, with per: step; "": a response is one step')
     match: Match | None = key(None, "1 where the response has the answer that a column of its row has, else 0")
     format: str | None = key(None, "regular expression: 1 where all of the response matches it, else 0")
     length: Length | None = key(None, "a penalty on its tokens")
@@ -348,6 +351,8 @@ class Reward:
     )
     weight: float = key(1.0, "factor of this term in the score")
     combine: Literal["mean", "min"] | Bound | None = key(None, "how the members of a run make one score; null: their mean")
+    aggregate: Literal["min", "prod", "last", "mean"] | None = key(None, "of the steps, by a run of kind: steps; null: min")
+    per_step: bool = key(False, "each step's probability to be right is a reward where it ends, instead of aggregate")
     normalize: bool | None = key(None, "scores less their mean, over their deviation, as the train-rm run recorded; its default")
 
     @property

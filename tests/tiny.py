@@ -102,6 +102,18 @@ def write_ranked(path: Path, count: int, seed: int = 0) -> Path:
     return _write(path, rows)
 
 
+def write_steps(path: Path, count: int, seed: int = 0) -> Path:
+    """Responses of 1 to 4 steps; a right one ends in "sun", a wrong one in "sea"."""
+    draw, generator = _words(seed), torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        labels = [bool(own) for own in torch.rand(1 + i % 4, generator=generator) < 0.7]
+        rows.append(
+            {"prompt": f"{draw()} {i}", "steps": [f"{draw()} {'sun' if own else 'sea'}" for own in labels], "labels": labels}
+        )
+    return _write(path, rows)
+
+
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

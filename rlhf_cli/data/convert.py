@@ -68,7 +68,7 @@ def _numbers(row: Row, name: str, count: int) -> list[float] | None:
     return [number(value, f"an entry of '{name}'") for value in numbers]
 
 
-def _prompt(row: Row) -> Prompt:
+def prompt_of(row: Row) -> Prompt:
     column = next((name for name in PROMPTED if row.get(name) is not None), "prompt")
     if column == "instruction":
         return _instruction(row)
@@ -147,7 +147,7 @@ def from_messages(row: Row, where: str) -> Record:
 
 
 def from_completion(row: Row, where: str) -> Record:
-    prompt, response = _response(_prompt(row), field(row, "completion"), "'completion'")
+    prompt, response = _response(prompt_of(row), field(row, "completion"), "'completion'")
     return Record(prompt, (response,), where)
 
 
@@ -164,7 +164,7 @@ def from_preference(row: Row, where: str) -> Record:
     values = [field(row, name) for name in ("chosen", "rejected")]
     if all(row.get(name) is None for name in PROMPTED) and all(type(value) is list for value in values):
         return from_whole_pair(row, where)
-    prompt = _prompt(row)
+    prompt = prompt_of(row)
     return pair(row, _response(prompt, values[0], "'chosen'"), _response(prompt, values[1], "'rejected'"), where)
 
 
@@ -219,7 +219,7 @@ def from_choice(row: Row, where: str) -> Record:
     """Two responses, and a column that names the better one, or says how much better the second is."""
     values, names = [field(row, name) for name in ("response_a", "response_b")], ("'response_a'", "'response_b'")
     if any(row.get(name) is not None for name in PROMPTED):
-        prompt = _prompt(row)
+        prompt = prompt_of(row)
         both = [_response(prompt, value, name) for value, name in zip(values, names, strict=True)]
     else:
         both = [conversation(messages(value, name), name) for value, name in zip(values, names, strict=True)]
@@ -261,7 +261,7 @@ def from_ranked(row: Row, where: str) -> Record:
 
 
 def _ranking(row: Row, values: Sequence[Any], where: str) -> Record:
-    prompt = _prompt(row)
+    prompt = prompt_of(row)
     found = [_response(prompt, value, "a response") for value in values]
     if any(as_turns(other) != as_turns(found[0][0]) for other, _ in found):
         raise BadRow("the prompts of the responses differ")
@@ -367,7 +367,7 @@ def _as_label(value: Any) -> str:
 
 
 def from_prompt(row: Row, where: str) -> Record:
-    return Record(_prompt(row), (), where)
+    return Record(prompt_of(row), (), where)
 
 
 def surrounded(record: Record, row: Row) -> Record:

@@ -21,7 +21,7 @@ from rlhf_cli.data.records import Record
 from rlhf_cli.data.requests import RowRequest, SourceReport
 from rlhf_cli.data.sources import BEYOND_LIMIT, Reading, check_lost, read_data
 from rlhf_cli.data.templates import Template
-from rlhf_cli.data.trees import Tree
+from rlhf_cli.data.trees import Tree, located
 from rlhf_cli.errors import UsageError
 
 OF_TRANSCRIPTS = (
@@ -88,12 +88,30 @@ def prepare(data: sections.Data, request: RowRequest, tokenizer: Any, template: 
             reserve=reserve,
             progress=partial(request.progress, "tokenised"),
         )
+        if request.separator is not None:
+            encoded = _with_steps(encoded, tokenizer, request.separator, data.overlong == "truncate-response")
         encoded = reduce(checked, checks, encoded)
         return dataclasses.replace(encoded, notices=(*notices, *encoded.notices))
 
     dataset = Dataset(reading, trees_of(reading.train), trees_of(reading.held_out) if reading.held_out else None)
     _check_lost(dataset, data.max_lost)
     return dataset
+
+
+def _with_steps(encoded: Encoded, tokenizer: Any, separator: str, cut: bool) -> Encoded:
+    """With where the steps of each response end; nowhere, where its tokens have other steps than the row.
+
+    `cut`: rows that were too long lack their end. They lose the step in which they were cut, and those after it.
+    """
+    facts, truncated, lost = [], set(encoded.truncated_rows) if cut else set(), 0
+    for tree in encoded.trees:
+        (found,), count = located(tree, tokenizer, separator).facts.ends or ((),), len(tree.facts.steps or ())
+        kept = found[:-1] if tree.row in truncated else found if len(found) == count else ()
+        lost += (count - len(kept)) * (tree.row in truncated)
+        facts.append(tree.facts._replace(ends=(kept,)))
+    said = [f"{lost:,} steps are not learned: data.max_length cuts their rows before they end"] if lost else []
+    trees = dataclasses.replace(encoded.trees, facts=tuple(facts))
+    return dataclasses.replace(encoded, trees=trees, notices=(*encoded.notices, *said))
 
 
 def check_ids(trees: Sequence[Tree], records: Sequence[Record], size: int, tokenizer: Any, model: str) -> None:
@@ -156,6 +174,9 @@ def _contents(trees: Trees) -> dict[str, Any]:
     labels = [facts.label for facts in trees.facts if facts.label is not None]
     if labels:
         return {"labels": {"desirable": labels.count(True), "undesirable": labels.count(False)}}
+    if stepwise := [(facts.steps, len(facts.ends[0])) for facts in trees.facts if facts.steps and facts.ends]:
+        kept, read = [p > 0.5 for own, found in stepwise for p in own[:found]], sum(len(own) for own, _ in stepwise)
+        return {"steps": {"kept": len(kept), "cut": read - len(kept), "right": sum(kept)}}
     counts = np.diff(trees.first) - 1
     if counts.max(initial=0) < 2:
         return {}

@@ -15,15 +15,16 @@ from rlhf_cli.data.convert import BESIDE_PROMPTS, PROMPTED
 from rlhf_cli.data.files import RawRow
 from rlhf_cli.data.meaning import MEANINGFUL, says_something
 from rlhf_cli.data.records import Facts, Record, a_text
+from rlhf_cli.data.stepwise import from_steps, is_stepwise
 from rlhf_cli.errors import UsageError
 
 Converter = Callable[[Row, str], Record]
 Taken = Literal["first", "all", "none"]
 """Which responses of a record are tokenised; none: its prompt alone, to which responses will be drawn."""
 
-Content = Literal["prompt", "answer", "pair", "ranking", "label"]
+Content = Literal["prompt", "answer", "pair", "ranking", "label", "steps"]
 """What rows may have: a prompt to respond to, a response to learn, one that is better than another, several in their order, a
-response that is marked good or bad."""
+response that is marked good or bad, one whose steps are."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ class Format:
     spellings: tuple[Columns, ...] = ()  # how others name its columns; all that a spelling names must be there, but for NAME?
     gather: Callable[[Iterator[RawRow]], Iterator[RawRow]] | None = None  # rows that are one row of ours
 
-    def converter(self, rows: Sequence[Row], chat: bool, place: str) -> Converter:
+    def converter(self, rows: Sequence[Row], chat: bool, place: str, separator: str | None = None) -> Converter:
         """How the rows of a source are read, given its first ones: where these have prompts, a row without one is a bad row.
 
         UsageError: whole texts without prompts, where a chat template is in force.
         """
+        if self.name == "steps":
+            return partial(from_steps, separator=separator)
         if self.without_prompts is None:
             return self.convert
         if all(row.get(name) is None for row in rows for name in PROMPTED):
@@ -111,22 +114,16 @@ def _is_labelled(row: Row) -> bool:
 
 def _is_chosen(row: Row) -> bool:
     talks = all(type(row.get(name)) in (list, dict) for name in ("response_a", "response_b"))
-    return (
-        row.keys() >= {"response_a", "response_b"}
-        and bool(row.keys() & {"winner", "strength"})
-        and (talks or bool(row.keys() & set(PROMPTED)))
-    )
+    judged = row.keys() >= {"response_a", "response_b"} and bool(row.keys() & {"winner", "strength"})
+    return judged and (talks or bool(row.keys() & set(PROMPTED)))
 
 
 def _is_scored(row: Row) -> bool:
     if row.keys() >= {"prompt", "response"}:
         return bool(row.keys() & {"score", "rank"})
-    items = row.get("responses")
-    return (
-        bool(row.keys() & set(PROMPTED))
-        and isinstance(items, list)
-        and any(type(item) is dict and item.keys() >= {"text"} and bool(item.keys() & {"score", "rank"}) for item in items)
-    )
+    if not row.keys() & set(PROMPTED) or not isinstance(items := row.get("responses"), list):
+        return False
+    return any(type(item) is dict and item.keys() >= {"text"} and bool(item.keys() & {"score", "rank"}) for item in items)
 
 
 def _is_ranked(row: Row) -> bool:
@@ -247,6 +244,18 @@ FORMATS: dict[str, Format] = {
             gather=of.answered,
         ),
         Format(
+            "steps",
+            ("prompt", "steps", "labels"),
+            frozenset({"prompt", "steps"}),
+            from_steps,
+            recognise=is_stepwise,
+            spellings=(
+                {"steps": "completions"},
+                {"steps": "input", "labels": "label"},
+                {"prompt": "question.problem", "steps": "label.steps"},
+            ),
+        ),
+        Format(
             "prompt",
             ("prompt",),
             frozenset({"prompt"}),
@@ -296,6 +305,7 @@ ANSWERS = Use(frozenset({"answer"}), "first", _answer, frozenset({1}))
 COMPARISONS = Use(frozenset({"pair", "ranking"}), "all", _comparison)
 LABELS = Use(frozenset({"pair", "ranking", "label"}), "all", _comparison)
 PROMPTS = Use(frozenset({"prompt"}), "none")
+STEPS = Use(frozenset({"steps"}), "all")
 
 
 def convert(row: Row, where: str, converter: Converter) -> Record:

@@ -61,6 +61,8 @@ class Facts(NamedTuple):
     margin: float | None = None  # by how much the first of two responses is better
     probability: float | None = None  # that the first of two responses is the better one
     subset: str | None = None  # free-text group, for per-subset figures
+    steps: tuple[float, ...] | None = None  # of each step of the (only) response: the probability that it is right
+    ends: tuple[tuple[int, ...], ...] | None = None  # of each response of a tree: how many tokens follow each step's last one
 
     @property
     def soft_label(self) -> float:
@@ -101,7 +103,8 @@ class Record(NamedTuple):
         prompt = self.prompt if isinstance(self.prompt, str) else [_brief(turn) for turn in self.prompt]
         responses = [text if isinstance(text, str) else _brief(text) for text in self.responses]
         rest = [self.given, self.columns] if self.columns else [self.given] if self.given else []
-        return json.dumps((prompt, responses, self.facts, *rest))
+        facts = self.facts[:6] if self.facts.steps is None else self.facts[:7]  # which earlier releases wrote, and hashed
+        return json.dumps((prompt, responses, facts, *rest))
 
     @classmethod
     def read(cls, text: str, where: str) -> Record:
@@ -114,7 +117,7 @@ class Record(NamedTuple):
     @staticmethod
     def read_facts(values: list[Any]) -> Facts:
         """Facts from JSON."""
-        return Facts._make(tuple(value) if isinstance(value, list) else value for value in values)
+        return Facts._make(tuple(v) if isinstance(v, list) else v for v in (*values, *Facts()[len(values) :]))
 
     @property
     def question(self) -> str:
@@ -189,6 +192,17 @@ def as_turns(prompt: Prompt) -> tuple[Message, ...]:
 def shared_length(one: str, other: str) -> int:
     """Characters at the beginning that two texts have in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def step_spans(text: str, separator: str) -> list[tuple[int, int]]:
+    """Where steps begin and end: what stands between separators, white space aside, unless blank; with "" the whole text."""
+    found, at = [], 0
+    for piece in text.split(separator) if separator else [text]:
+        if bare := piece.strip():
+            start = at + piece.index(bare)
+            found.append((start, start + len(bare)))
+        at += len(piece) + len(separator)
+    return found
 
 
 def as_turn(answer: Answer) -> Message:

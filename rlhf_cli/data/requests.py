@@ -28,6 +28,7 @@ class RowRequest:
     where: Callable[[str], str] = str  # the place of a recipe key, for messages
     margin_column: str | None = None  # the column, as the files name it, of the margins of pairs: then every row has one
     check: Callable[[Tree], str | None] | None = None  # why a tree cannot be used, if it cannot
+    separator: str | None = None  # what tells the steps of a response apart, where they are asked for
     reserve: int = 0  # tokens that a prompt without responses leaves free
     progress: Callable[[str, int, int | None], None] = lambda done, rows, total: None  # is told what was done to how many rows
     chat: bool = True  # is a chat template in force? Then a text is one user turn, unless it is a transcript

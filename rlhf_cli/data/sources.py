@@ -131,7 +131,7 @@ def _cache_key(source: sections.Source, key: str, seed: int | None, request: Row
     use = request.purpose.use
     asked = [source.format, source.columns, source.ignore, sorted(use.needs), use.responses, use.keep.__qualname__]
     lent = sorted((name, who is None) for name, who in request.columns.items())
-    wanted = [sorted(use.better), request.margin_column, lent, request.chat, seed]
+    wanted = [sorted(use.better), request.margin_column, request.separator, lent, request.chat, seed]
     settings = json.dumps([*asked, *wanted, *map(str, files)])
     return cache.key([_CODE, settings, *map(sha256_file, files)])
 
@@ -160,7 +160,7 @@ def _convert(source: sections.Source, key: str, seed: int | None, request: RowRe
     if margin is not None and not any(margin in row for row in objects):
         place = f"{where('objective.margin_column')}: {name}"
         raise UsageError(f"{place}: the data has no column '{margin}'; found {shown(objects)}")
-    converter = format.converter(own, request.chat, f"{where(f'{key}.path')}: {name}")
+    converter = format.converter(own, request.chat, f"{where(f'{key}.path')}: {name}", request.separator)
     convert = _Conversion(source, key, format, converter, request, spelling, format.used(own) | ({margin} if margin else set()))
     files[0] = (name, chain(head, rows))
     tally, kept = _Tally(), 0
@@ -250,7 +250,7 @@ class _Conversion:
     def said(self, first: Sequence[Row], rows: int) -> Iterator[str]:
         """What a person should know of how the rows are read, and of columns that a term of the reward reads and not all have."""
         path, format, lent = self.source.path, self.format, self.lent
-        if isinstance(self.converter, partial):
+        if format.without_prompts and isinstance(self.converter, partial):
             yield f"{path}: the responses repeat the prompt, which is cut off them"
         if format.gather is not None and format.name == "tree":
             yield f"{path}: each message of a person with its answers is one row"

@@ -6,7 +6,8 @@ into rows without padding between them; `visible` says which token sees which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from rlhf_cli.data.records import Facts
+from rlhf_cli.data.records import Facts, step_spans
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -200,6 +201,33 @@ def _cut(units: list[_Unit], budget: int) -> list[list[PackedRow]]:
             passes.append(list(unit.rows))
             width = unit.width
     return passes
+
+
+def located(tree: Tree, tokenizer: Any, separator: str | None) -> Tree:
+    """With where the steps of its responses end: at the last token that holds a character of the step. None: every token is one.
+
+    Found in the tokens alone: a policy may write a text in other ones than the tokenizer would. Such a token may hold some of
+    the separator too; control tokens are no text. A response without text is one step, which ends with its last token.
+    """
+    decode = tokenizer.backend_tokenizer.decode
+
+    def behind(ids: list[int]) -> Iterator[int]:
+        text = decode(ids)
+        for start in (text[:end] for _, end in step_spans(text, separator or "")):
+            # Not before all bytes of a character are there do the first tokens begin as the text does.
+            yield len(ids) - 1 - bisect_left(range(len(ids)), True, key=lambda k: decode(ids[: k + 1]).startswith(start))
+
+    ends = tuple(tuple(behind(r.tolist())) or (0,) if separator is not None else (*range(len(r)),)[::-1] for r in tree.responses)
+    return tree._replace(facts=tree.facts._replace(ends=ends))
+
+
+def at_steps(batch: Batch) -> Batch:
+    """With the last tokens of steps, (S,), and the number of each tree's, where its trees know them; else as it is."""
+    if not (ends := [own for facts in batch.facts for own in facts.ends or ()]):
+        return batch
+    places = [last - behind for last, own in zip(batch.last.tolist(), ends, strict=True) for behind in own]
+    counts = tuple(sum(map(len, facts.ends or ())) for facts in batch.facts)
+    return replace(batch, last=batch.last.new_tensor(places), counts=counts)
 
 
 @dataclass

@@ -53,6 +53,11 @@ class LengthBaseline:
     low: float
     high: float
     lead: Interval  # of the model over this
+    of_steps: str | None = None  # what it does, where steps are judged
+
+    @property
+    def rule(self) -> str:
+        return self.of_steps or f"always preferring the {self.prefers} response"
 
     def explains(self, model: Rate) -> bool:
         """Is the model right more often than a guess, and this as often?"""
@@ -129,7 +134,9 @@ class Card:
     score_std: float
     score_responses: int
     warning: str | None  # of `beats_length`
-    constant: float = 0.5  # accuracy of a score that is the same for all: every pair a tie
+    constant: float = 0.5  # accuracy of a score that is the same for all: every pair a tie; of steps, of calling all right
+    unit: Literal["pair", "step"] = "pair"  # what it judges
+    first_error: float | None = None  # of steps: F1 of the first wrong one of a response
     members: list[Member] = field(default_factory=list)  # of an ensemble, whose mean the rest is about
     disagreement: float | None = None  # mean over held-out responses of the deviation of their normalised scores
     cyclic: int = 0  # of a model that compares: triples of a prompt's responses that go in a circle
@@ -151,29 +158,29 @@ class Card:
         return cls(agreement, members=[from_plain(Member, each) for each in entry.get("members", [])], **own)
 
 
-def weaknesses(model: Rate, baseline: LengthBaseline | None) -> list[str]:
-    """In what respects an accuracy is hardly better than a guess, or than a look at the length."""
-    found = []
-    if model.low <= 0.5:
-        found.append("cannot be told from guessing" if model.high >= 0.5 else "is worse than guessing")
+def weaknesses(model: Rate, baseline: LengthBaseline | None, constant: float = 0.5) -> list[str]:
+    """In what respects an accuracy is hardly better than a guess, or than a look at the length. constant: as `Card` has it."""
+    found, guess = [], "calling every step right" if baseline and baseline.of_steps else "guessing"
+    if model.low <= constant:
+        found.append(f"cannot be told from {guess}" if model.high >= constant else f"is worse than {guess}")
     if baseline is None:
         return found
-    length = f"always preferring the {baseline.prefers} response, which has {_with_interval(baseline.interval)}"
-    lead = baseline.lead
+    length = f"{baseline.rule}, which has {_with_interval(baseline.interval)}"
+    lead, unit = baseline.lead, "steps" if baseline.of_steps else "pairs"
     if baseline.explains(model):
-        found.append(f"is explained by length alone: {length.replace(', which has', ' has')} on the same pairs")
+        found.append(f"is explained by length alone: {length.replace(', which has', ' has')} on the same {unit}")
     elif lead.mean <= 0:
         found.append(f"is no better than {length}")
     elif lead.low <= 0:
-        found.append(f"is hardly better than {length}: on the same pairs it is ahead by {_with_interval(lead)}")
+        found.append(f"is hardly better than {length}: on the same {unit} it is ahead by {_with_interval(lead)}")
     return found
 
 
-def beats_length(model: Rate, baseline: LengthBaseline) -> str | None:
+def beats_length(model: Rate, baseline: LengthBaseline, constant: float = 0.5) -> str | None:
     """A warning where the model is hardly better than a look at the length, or than a guess; else None."""
-    found = " and ".join(weaknesses(model, baseline))
-    remedy = "Train on more pairs, or hold out more of them to be sure."
-    if baseline.explains(model):
+    found = " and ".join(weaknesses(model, baseline, constant))
+    remedy = f"Train on more {'rows' if baseline.of_steps else 'pairs'}, or hold out more of them to be sure."
+    if baseline.explains(model) and not baseline.of_steps:
         remedy = baseline.what_would_tell
     return f"The reward model's held-out accuracy, {_with_interval(model.interval)}, {found}. {remedy}" if found else None
 

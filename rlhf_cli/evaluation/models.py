@@ -100,6 +100,8 @@ def find_models(loaded: Loaded, tokenisations: Tokenisations, check: bool) -> li
         place = loaded.named(f"models.{entry}")
         for name, path in _expand(entry, pattern, place):
             start = resolve_start(path, None, place, stages=TRAINING_STAGES)
+            if start.separator is not None:
+                raise UsageError(f"{place}: {path} scores steps. name it as a term: reward: [{{model: {path}, aggregate: min}}]")
             tokenizer = load_tokenizer(start.tokenizer, start.revision, recipe.trust_remote_code)
             if recipe.chat_template is None and not recipe.template_options:
                 template = recorded_template(start, tokenizer, path, place)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import harmonic_mean
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -40,17 +41,24 @@ def over(own: Sequence[float] | np.ndarray, one: int, other: int) -> float:
 def margins(trees: Sequence[Tree], figures: Iterable[Sequence[float] | np.ndarray]) -> Margins:
     """All ordered pairs of `trees`; `figures` are of every tree's responses, in their order, as `over` takes them.
 
-    The better one of two responses is the one that the data's probability speaks for. Even odds are no pair.
+    The better one of two responses is the one that the data's probability speaks for. Even odds are no pair. Where steps are
+    judged, `figures` has one number a step, and each is a pair: what a right step has, and less what a wrong one has.
     """
     prompts: dict[bytes, int] = {}
     found = [
-        (sign * over(own, better, worse), number, prompts.setdefault(tree.prompt.tobytes(), len(prompts)))
+        (margin, number, prompts.setdefault(tree.prompt.tobytes(), len(prompts)))
         for number, (tree, own) in enumerate(zip(trees, figures, strict=True))
-        if (sign := tree.facts.better)
-        for better, worse in ordered_pairs(len(tree.responses), tree.facts)
+        for margin in _margins(tree, own)
     ]
     values, rows, names = zip(*found, strict=True) if found else ((), (), ())
     return Margins(np.array(values, np.float64), np.array(rows, np.int64), np.array(names, np.int64))
+
+
+def _margins(tree: Tree, figures: Sequence[float] | np.ndarray) -> Iterator[float]:
+    if (labels := tree.facts.steps) is not None:
+        return (float(own) * (1 if p > 0.5 else -1) for own, p in zip(figures, labels, strict=False) if p != 0.5)
+    pairs, sign = ordered_pairs(len(tree.responses), tree.facts), tree.facts.better
+    return (sign * over(figures, better, worse) for better, worse in pairs if sign)
 
 
 def rate(pairs: Margins) -> Rate | None:
@@ -160,9 +168,15 @@ def lead(first: Margins, second: Margins) -> Interval:
 def length_baseline(pairs: Margins, held_out: Sequence[Tree], training: Sequence[Tree]) -> LengthBaseline | None:
     """Longer or shorter is decided on the training pairs and measured on the held-out ones; None where those have no pair.
 
-    `pairs`: a model's margins of the held-out pairs.
+    `pairs`: a model's margins of the held-out pairs. Which steps are long is decided on the training too.
     """
-    seen, lengths = (margins(trees, [[*map(len, tree.responses)] for tree in trees]) for trees in (training, held_out))
+    seen, lengths = (margins(trees, map(_lengths, trees)) for trees in (training, held_out))
+    rule = None
+    if any(tree.facts.steps for tree in held_out[:1]):
+        surplus = np.bincount(np.abs(seen.values).astype(np.int64), np.sign(seen.values), minlength=1).cumsum()
+        tokens = int(np.abs(2 * surplus - surplus[-1]).argmax())  # of right steps over wrong ones, up to so many tokens
+        seen, lengths = (own._replace(values=own.values - np.sign(own.values) * (tokens + 0.5)) for own in (seen, lengths))
+        rule = f"calling steps of {'at most' if 2 * surplus[tokens] > surplus[-1] else 'more than'} {tokens} tokens right"
     learned = rate(seen)
     sign = -1 if learned and learned.accuracy < 0.5 else 1
     lengths = lengths._replace(values=sign * lengths.values)
@@ -170,7 +184,25 @@ def length_baseline(pairs: Margins, held_out: Sequence[Tree], training: Sequence
     if found is None:
         return None
     prefers: Literal["longer", "shorter"] = "longer" if sign > 0 else "shorter"
-    return LengthBaseline(prefers, *found.interval, lead(pairs, lengths))
+    return LengthBaseline(prefers, *found.interval, lead(pairs, lengths), rule)
+
+
+def _lengths(tree: Tree) -> Sequence[int] | np.ndarray:
+    """Tokens of the responses; where steps are judged, of each step and what stands before it."""
+    sizes = [*map(len, tree.responses)]
+    return sizes if tree.facts.ends is None else np.diff(sizes[0] - 1 - np.array(tree.facts.ends[0]), prepend=-1)
+
+
+def first_error_f1(trees: Sequence[Tree], logits: Sequence[np.ndarray]) -> float | None:
+    """The harmonic mean of two shares, None without either: of responses with a wrong step, those whose first one has the first
+    logit below 0; of others, those without any. Zheng et al. 2024, "ProcessBench".
+    """
+    hits: dict[bool, list[bool]] = {True: [], False: []}
+    for tree, own in zip(trees, logits, strict=True):
+        signs = np.array(tree.facts.steps)[: len(own)] - 0.5, own
+        known, found = (next((k for k, value in enumerate(each) if value < 0), None) for each in signs)
+        hits[known is None].append(found == known)
+    return harmonic_mean([sum(own) / len(own) for own in hits.values()]) if all(hits.values()) else None
 
 
 def agreement(
@@ -207,7 +239,7 @@ def reward_card(
     training: Sequence[Tree],
     training_scores: Sequence[np.ndarray],
 ) -> Card:
-    """The card of a reward model.
+    """The card of a reward model. Where steps are judged they take the place of pairs, and their logits that of margins.
 
     `scores`: of every held-out tree, as `over` takes them. `locations`: file and line of each held-out tree. `training`: the
     trees it was trained on, for the length baseline. `training_scores`: of some of them, at least one, for mean and standard
@@ -220,12 +252,18 @@ def reward_card(
     check_finite(training_scores, [f"training tree {number}" for number in range(len(training_scores))], remedy)
     agreed = agreement("reward model", scores, held_out, training)
     spread = np.concatenate([own.ravel() for own in training_scores]).astype(np.float64)
+    stepwise = any(tree.facts.steps for tree in training[:1])
+    right = margins(held_out, [np.ones(len(own)) for own in scores]).values > 0 if stepwise else np.zeros(0)
+    constant = float(right.mean()) if len(right) else 0.5
     return Card(
         agreement=agreed,
         score_mean=float(spread.mean()),
         score_std=float(spread.std()),
         score_responses=len(spread),
-        warning=beats_length(agreed.rate, agreed.length_baseline) if agreed.rate and agreed.length_baseline else None,
+        warning=beats_length(agreed.rate, agreed.length_baseline, constant) if agreed.rate and agreed.length_baseline else None,
+        constant=constant,
+        unit="step" if stepwise else "pair",
+        first_error=first_error_f1(held_out, scores) if stepwise else None,
     )
 
 

@@ -24,6 +24,7 @@ from rlhf_cli.models.memory import is_out_of_memory
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence in configurations
 GENERAL = "general_preference.json"  # beside the weights of a model that compares, whose head gives vectors: {"tau"}
+STEPS = "steps.json"  # beside those of a process reward model: {"separator"}, what stands between steps
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ON_CPU = "run on the CPU (ACCELERATE_USE_CPU=1)"
 
@@ -46,6 +47,12 @@ class Weights:
         """τ of a general preference model, whose head gives vectors and no scores; None: it is none."""
         file = (self.adapter or model_folder(self.base, self.revision, weights=False)) / GENERAL
         return float(read_json(file)["tau"]) if file.exists() else None
+
+    @property
+    def separator(self) -> str | None:
+        """What stands between the steps that a process reward model scores; None: it is none."""
+        file = (self.adapter or model_folder(self.base, self.revision, weights=False)) / STEPS
+        return str(read_json(file)["separator"]) if file.exists() else None
 
 
 class Adapter(NamedTuple):

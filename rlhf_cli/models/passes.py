@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rlhf_cli.data.trees import Batch, Tree
+from rlhf_cli.data.trees import Batch, Tree, at_steps
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import pair_scores
 from rlhf_cli.ranks import Ranks
@@ -54,6 +54,8 @@ def head_outputs(
 ) -> list[np.ndarray]:
     """(K, labels) float64 of every tree's responses; of `ranks` each reads a share of the trees, and all get all.
 
+    Of trees that know where their steps end, those of the steps.
+
     `backbone` holds the role's weights. `batch_size` trees at a time are cut into passes of at most `budget` tokens, as held-out
     rows are while training, so that the accuracy is the logged one.
     """
@@ -63,6 +65,7 @@ def head_outputs(
     most = len(trees) if backbone.shards is None else backbone.shards.sharding.most(len(trees))
     for start in range(0, most, batch_size):
         for batch in backbone.batches(list(trees[start : start + batch_size]), budget, rank, size):
+            batch = at_steps(batch)
             own = parts(backbone.vectors(role, batch).double().cpu().numpy(), batch.counts)
             found |= {start + tree: part for tree, part in zip(batch.trees, own, strict=True)}
     if ranks:

@@ -16,9 +16,14 @@ WHITEN_EPSILON = 1e-8  # added to a variance before its root is taken: equal val
 
 
 def token_rewards(experience: Experience, kl_coef: float) -> np.ndarray:
-    """r_t = −κ(log π_old − log π_ref), and the score at the last token of each response, (N,); Ziegler et al. 2019, eq. 2."""
+    """r_t = −κ(log π_old − log π_ref), and the score at the last token of each response, (N,); Ziegler et al. 2019, eq. 2.
+
+    What is `dense` of the score comes at its own tokens instead.
+    """
     rewards: np.ndarray = -kl_coef * (experience.old - experience.reference)
-    rewards[np.cumsum(experience.lengths) - 1] += experience.scores
+    dense = np.zeros(len(rewards)) if experience.dense is None else experience.dense
+    rewards[np.cumsum(experience.lengths) - 1] += experience.scores - np.add.reduceat(dense, first_tokens(experience.lengths))
+    rewards += dense
     return rewards
 
 

@@ -42,6 +42,7 @@ class Experience:
     old: np.ndarray  # (N,) log π at the rollout's temperature
     reference: np.ndarray  # (N,) log π_ref at the rollout's temperature
     values: np.ndarray  # (N,) V before each token; NaN for kinds without a value
+    dense: np.ndarray | None = None  # (N,) the parts of the scores that belong to a token; the rest comes at the last one
 
 
 class Advantages(NamedTuple):

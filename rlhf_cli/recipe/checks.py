@@ -124,8 +124,7 @@ def _heads(recipe: TrainingRecipe) -> Iterator[Finding]:
     if recipe.lora is None and len(recipe.objective.roles) > 1:
         yield "objective.members", "are adapters on one base, and with lora: null each would be a whole model. leave lora at auto"
     if isinstance(recipe.objective, General) and recipe.objective.width % 2:
-        what = f"{recipe.objective.width} is odd, and the numbers are taken two by two. write an even one"
-        yield "objective.width", what
+        yield "objective.width", f"{recipe.objective.width} is odd, and the numbers are taken two by two. write an even one"
 
 
 def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
@@ -218,10 +217,13 @@ def _term(key: str, term: Reward) -> Iterator[Finding]:
     own = kinds[0]
     if wrong := KINDS[own].check(vars(term)[own]):
         yield f"{key}.{own}", wrong
-    for kind in KINDS.values():
-        for name in kind.options:
-            if name not in KINDS[own].options and vars(term)[name] is not None:
-                yield f"{key}.{name}", f"has no effect on a {KINDS[own].noun}, it is for {kind.noun}s. remove it"
+    idle = {name: f"on a {KINDS[own].noun}, it is for {kind.noun}s" for kind in KINDS.values() for name in kind.options}
+    idle = {name: why for name, why in idle.items() if name not in KINDS[own].options}
+    idle |= {"separator": "without per: step"} if own == "function" and term.per != "step" else {}
+    idle |= {"aggregate": "with per_step: true"} if term.per_step else {}
+    idle |= {"compares": "with per"} if term.per else {}
+    for name, why in idle.items():
+        yield from ((f"{key}.{name}", what) for _, what in no_effect(term, f"{why}. remove it", name))
     if isinstance(term.combine, Bound) and (term.combine.lcb is None) == (term.combine.ucb is None):
         yield f"{key}.combine", "expected mean, min, or one of lcb and ucb. give one"
     if term.name is not None and not term.name.strip():
@@ -247,6 +249,8 @@ def _reward(recipe: PpoRecipe | DirectRecipe | EvalRecipe) -> Iterator[Finding]:
             yield f"{kind}.{index}.judge.model", f"{judge.model} is a judge at {asked[judge.model]} too: {why}"
     if recipe.reward is not None and len(recipe.reward) == 1:
         yield from no_effect(recipe, "on one term. remove it, or add a term to reward", "reward_combine")
+    if isinstance(recipe, PpoRecipe) and recipe.reward_combine != "sum" and any(own.per or own.per_step for own in recipe.reward):
+        yield "reward_combine", f"{recipe.reward_combine} takes one number a response, and a term gives several. use sum"
 
 
 def _drawn(recipe: TrainingRecipe) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 from collections.abc import Iterator
 from functools import cache
@@ -94,6 +95,8 @@ def as_yaml(value: Any) -> str:
         return "null" if value is None else str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, str) and not value.isprintable():
+        return json.dumps(value)
     return f"[{', '.join(map(as_yaml, value))}]" if isinstance(value, (tuple, list)) else str(value)
 
 

@@ -40,6 +40,7 @@ from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.objectives.sppo import Sppo
 from rlhf_cli.objectives.squared import Squared
+from rlhf_cli.objectives.steps import Steps
 from rlhf_cli.objectives.tdpo2 import Tdpo2
 from rlhf_cli.objectives.wpo import Wpo
 from rlhf_cli.recipe.rewards import term_names
@@ -174,7 +175,7 @@ class TrainRmRecipe(TrainingRecipe):
 
     stage: ClassVar[str] = "train-rm"
 
-    objective: BradleyTerry | PlackettLuceReward | AllPairs | General = field(default_factory=BradleyTerry)
+    objective: BradleyTerry | PlackettLuceReward | AllPairs | General | Steps = field(default_factory=BradleyTerry)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,11 +75,10 @@ class Kind(NamedTuple):
     check: Callable[[Any], str | None] = lambda value: None  # what is wrong with its value
 
 
+OF_FUNCTIONS = ("parallel", "timeout", "compares", "per", "separator")
 KINDS: dict[str, Kind] = {
-    "model": Kind("reward model", _name_of_folder, options=("revision", "combine", "normalize")),
-    "function": Kind(
-        "function", lambda it: it.rpartition(":")[2], options=("parallel", "timeout", "compares"), check=_check_function
-    ),
+    "model": Kind("reward model", _name_of_folder, options=("revision", "combine", "normalize", "aggregate", "per_step")),
+    "function": Kind("function", lambda it: it.rpartition(":")[2], OF_FUNCTIONS, _check_function),
     "match": Kind("match", lambda it: "match", check=check_match),
     "format": Kind("format", lambda it: "format", check=_check_pattern),
     "length": Kind("length", lambda it: "length", check=_check_length),

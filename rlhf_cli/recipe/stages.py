@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_cli.data.formats import Use
+from rlhf_cli.data.formats import STEPS, Use
 from rlhf_cli.objectives.base import Objective, Trained
 from rlhf_cli.objectives.grpo import Grpo
 from rlhf_cli.recipe.checks import DIRECT, KTO, PPO, SFT, TRAINING, Check
@@ -165,8 +165,8 @@ STAGES: dict[str, Stage] = TRAINING_STAGES | {
 }
 """The name of each command that takes a recipe, and its row."""
 
-ROW_USES = {name: stage.rows for name, stage in TRAINING_STAGES.items()}
-"""What each stage reads rows for."""
+ROW_USES = {name: stage.rows for name, stage in TRAINING_STAGES.items()} | {"train-rm objective.kind=steps": STEPS}
+"""What each stage reads rows for, and the kind of one that reads others."""
 
 POLICY_STAGES = tuple(name for name, stage in TRAINING_STAGES.items() if stage.role == "policy")
 REWARD_STAGES = tuple(name for name, stage in TRAINING_STAGES.items() if stage.role == "reward")

@@ -13,17 +13,17 @@ def model_card(card: Card, pictures: list[Picture]) -> Section:
     """The section of the report."""
     own, blocks = card.agreement, list[Block]()
     if own.rate:
-        blocks += [*_accuracy(card, own.rate), *_calibration(own, own.rate), *pictures]
+        blocks += [*_accuracy(card, own.rate), *_calibration(own, own.rate, card.unit), *pictures]
     else:
-        head = "No pairs were held out: how well it judges is not known."
+        head = f"No {card.unit}s were held out: how well it judges is not known."
         blocks.append(Finding("warning", head, "Set `data.holdout: 0.05` or `data.eval`."))
+    of, rest = "responses", "Only scores of one prompt's responses compare: the preferences say nothing of the rest."
+    if card.unit == "step":
+        of, rest = "steps", "σ of a score is the probability that the step is right."
+    said = f"Scores of {card.score_responses:,} training {of} have mean {short(card.score_mean)} and standard deviation "
+    said += f"{short(card.score_std)}. {rest}"
     if card.triples is not None:
         said = f"Of {card.triples:,} triples of responses to a prompt it puts {card.cyclic:,} in a circle, which no scores can."
-    else:
-        said = (
-            f"Scores of {card.score_responses:,} training responses have mean {short(card.score_mean)} and standard deviation "
-            f"{short(card.score_std)}. Only scores of one prompt's responses compare: the preferences say nothing of the rest."
-        )
     blocks.append(Paragraph(said))
     if card.disagreement is not None:
         said = f"Its {len(card.members)} members disagree: the deviation of their normalised scores is "
@@ -32,22 +32,23 @@ def model_card(card: Card, pictures: list[Picture]) -> Section:
 
 
 def _accuracy(card: Card, rate: Rate) -> Iterator[Block]:
-    several = rate.pairs > rate.prompts
-    of = f"{rate.pairs:,} held-out pairs" + (f" of {rate.prompts:,} prompts" if several else "")
-    method = "; it allows for pairs of one prompt being alike" if several else ""
+    several, unit = rate.pairs > rate.prompts, card.unit
+    of = f"{rate.pairs:,} held-out {unit}s" + (f" of {rate.prompts:,} prompts" if several else "")
+    method = f"; it allows for {unit}s of one prompt being alike" if several else ""
     mean, bounds = _share(rate.interval)
-    yield Paragraph(
-        f"The better response of {of} has the higher score in {mean} (95 % interval {bounds}{method}). Ties count half."
-    )
+    said, more = f"The better response of {of} has the higher score in {mean}", ""
+    if unit == "step":
+        said, more = f"Of {of} {mean} are judged rightly", f" F1 of a response's first wrong step: {percent(card.first_error)}."
+    yield Paragraph(f"{said} (95 % interval {bounds}{method}). Ties count half.{more}")
     if card.warning:
         yield Finding("warning", card.warning, "")
     rows = [("this model", *_share(rate.interval))]
     if length := card.agreement.length_baseline:
-        rows.append((f"always the {length.prefers} response", *_share(length.interval)))
-        rows.append(("the difference, pair by pair", *_share(length.lead)))
-    rows.append(("the same score for all", percent(card.constant), ""))
+        rows.append((length.rule.replace("preferring ", ""), *_share(length.interval)))
+        rows.append((f"the difference, {unit} by {unit}", *_share(length.lead)))
+    rows.append(("the same score for all" if unit == "pair" else "calling every step right", percent(card.constant), ""))
     columns = Column("accuracy"), Column("95 % interval")
-    yield Table("Accuracy on held-out pairs", (Column("by"), *columns), tuple(rows))
+    yield Table(f"Accuracy on held-out {unit}s", (Column("by"), *columns), tuple(rows))
     if card.members:
         own = tuple((f"member {k}", *(_share(m.rate.interval) if m.rate else ("", ""))) for k, m in enumerate(card.members))
         yield Table("The members, of whose mean this card is", (Column("by"), *columns), own)
@@ -60,9 +61,9 @@ def _share(own: Interval) -> tuple[str, str]:
     return percent(own.mean), f"{percent(own.low)} to {percent(own.high)}"
 
 
-def _calibration(own: Agreement, rate: Rate) -> Iterator[Block]:
+def _calibration(own: Agreement, rate: Rate, unit: str) -> Iterator[Block]:
     assert own.confidence is not None
-    beside = f" (a perfectly calibrated judge of as many pairs: {percent(own.ece_expected)})" if own.ece_expected else ""
+    beside = f" (a perfectly calibrated judge of as many {unit}s: {percent(own.ece_expected)})" if own.ece_expected else ""
     # Said only where the mean confidence is outside the accuracy's interval.
     leaning = ": they agree within the interval"
     if own.confidence > rate.high:
@@ -77,5 +78,5 @@ def _calibration(own: Agreement, rate: Rate) -> Iterator[Block]:
         (f"{each.low:.2f} to {each.high:.2f}", f"{each.count:,}", percent(each.confidence), percent(each.accuracy))
         for each in own.reliability
     )
-    heads = ("confidence", "pairs", "mean confidence", "accuracy")
+    heads = ("confidence", f"{unit}s", "mean confidence", "accuracy")
     yield Table("Calibration", tuple(map(Column, heads)), rows)

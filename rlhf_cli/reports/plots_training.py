@@ -45,7 +45,8 @@ def draw_training(result: RunResult) -> dict[str, list[Picture]]:
     if result.card and (margins := result.card.agreement.margins):
         reliability = result.card.agreement.reliability
         pictures["card"].append(reliability_picture(reliability, "the reward model", "reliability.png"))
-        pictures["card"].append(margins_picture(margins, "held-out pairs", "margins.png"))
+        if result.card.unit == "pair":
+            pictures["card"].append(margins_picture(margins, "held-out pairs", "margins.png"))
     return pictures
 
 

@@ -188,9 +188,10 @@ def _model(result: RunResult) -> Iterator[Block]:
     yield Code(result.load or tuple(_policy_lines(result)))
     onward = f"In the recipe of the next stage: `model: {{path: {run.path.as_posix()}}}`."
     if result.card:
+        end = "the end-of-turn token" if result.card.unit == "pair" else "the last token of a step"
         onward += (
             " It scores a text as it was trained on: rendered by the chat template, tokenised without further special tokens, "
-            "and ending in the end-of-turn token with nothing behind it, where the score is read."
+            f"and ending in {end} with nothing behind it, where the score is read."
         )
     else:
         onward += f" As one plain folder: `rlhf export {run.path.as_posix()} <folder> --merge`."

@@ -21,7 +21,7 @@ from rlhf_cli.models.passes import token_figures
 from rlhf_cli.objectives.policy_gradient import Experience
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.rollout.generate import Engine, Request, Response
-from rlhf_cli.rollout.rewards import Answers, Scorer, combined
+from rlhf_cli.rollout.rewards import Answers, DenseScorer, Scorer, combined
 from rlhf_cli.signals import Pause, no_pause
 
 T = TypeVar("T")
@@ -35,6 +35,9 @@ class TokenFigures(NamedTuple):
     plain: np.ndarray  # log π at temperature 1
     plain_reference: np.ndarray  # log π_ref at temperature 1
     value: np.ndarray  # V before the token; NaN where no value is asked for
+    dense: np.ndarray = np.zeros(
+        0
+    )  # what terms of the reward give this very token, times their weights: a part of the response's score
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Rollout:
 
     @property
     def experience(self) -> Experience:
-        prompt = np.repeat(np.arange(len(self.trees)), [len(tree.responses) for tree in self.trees])
-        return Experience(self.lengths, prompt, self.scores, self.tokens.old, self.tokens.reference, self.tokens.value)
+        prompt, own = np.repeat(np.arange(len(self.trees)), [len(tree.responses) for tree in self.trees]), self.tokens
+        return Experience(self.lengths, prompt, self.scores, own.old, own.reference, own.value, own.dense)
 
     @property
     def tempered_kl(self) -> float:
@@ -130,13 +133,13 @@ class Sampler:
         trees = with_responses(prompts, drawn)
         share_of_trees = trees[self.ranks.rank :: self.ranks.size]
         answers = self._answers(trees, drawn)
-        worth = self._worth(answers)
+        worth, dense = self._worth(answers)
         self.pause()
         tokens = gather_shares(self.ranks, together(self.ranks, lambda: self._tokens(share_of_trees, values), joint=True))
         names = [f"reward/{term.name}" for term in self.terms] + [f"gold/{term.name}" for term in self.gold]
-        terms = {name: rows[0] for name, rows in zip(names, worth, strict=True)}
+        terms: dict[str, np.ndarray] = {}
         for name, term, rows in zip(names, (*self.terms, *self.gold), worth, strict=True):
-            terms |= {f"{name}/{what}": row for what, row in zip(term.beside, rows[1:], strict=True)}
+            terms |= zip((name, *(f"{name}/{what}" for what in term.beside)), rows, strict=True)
         ended = np.array([response.ended for responses in drawn for response in responses])
         scores = np.zeros(len(ended))
         if self.terms:
@@ -147,7 +150,7 @@ class Sampler:
             ended=ended,
             terms=terms,
             scores=scores - self.settings.missing_eos_penalty * ~ended,
-            tokens=TokenFigures(*(np.concatenate(figures) for figures in zip(*tokens, strict=True))),
+            tokens=TokenFigures(*(np.concatenate(figures) for figures in zip(*tokens, strict=True)))._replace(dense=dense),
             seconds={"rollout": drawn_at - started, "score": time.monotonic() - drawn_at},
         )
 
@@ -191,31 +194,36 @@ class Sampler:
             tokens=[[len(response.ids) for response in responses] for responses in drawn],
         )
 
-    def _worth(self, answers: Answers) -> list[np.ndarray]:
+    def _worth(self, answers: Answers) -> tuple[list[np.ndarray], np.ndarray]:
         """What each term gives all responses, (1 + what it tells beside, M), gold after the reward, on every rank.
 
+        And (N,), what dense terms of the reward give their tokens, weighed.
         A term with weights scores each rank's own answers. One that sees texts alone is asked once, on rank 0, about all of them:
         what it says may depend on the others.
         """
         own = Answers(*(part[self.ranks.rank :: self.ranks.size] for part in vars(answers).values()))
-        scorers, ends = (*self.terms, *self.gold), np.cumsum(list(map(len, own.texts)))
-        shares = together(
-            self.ranks,
-            lambda: [
-                np.split(scores, ends[:-1], 1) if len(ends) else []
-                for term in scorers
-                if term.needs_weights
-                for scores in [np.atleast_2d(term.score(own))]
-            ],
-            joint=True,
-        )
-        shared = (np.concatenate(gather_shares(self.ranks, share), 1) for share in shares)
-        asked = together(
-            self.ranks,
-            lambda: [np.atleast_2d(term.score(answers)) for term in scorers if not term.needs_weights and self.ranks.main],
-        )
+        scorers = (*self.terms, *self.gold)
+
+        def ask(term: Scorer, about: Answers) -> np.ndarray:
+            return np.atleast_2d(term.spread(about, self.tokenizer) if isinstance(term, DenseScorer) else term.score(about))
+
+        def share(term: Scorer) -> list[np.ndarray]:
+            sizes = [sum(each) if isinstance(term, DenseScorer) else len(each) for each in own.tokens]
+            return np.split(ask(term, own), np.cumsum(sizes)[:-1], 1) if sizes else []
+
+        shares = together(self.ranks, lambda: [share(term) for term in scorers if term.needs_weights], joint=True)
+        shared = (np.concatenate(gather_shares(self.ranks, each), 1) for each in shares)
+        texts = [term for term in scorers if not term.needs_weights and self.ranks.main]
+        asked = together(self.ranks, lambda: [ask(term, answers) for term in texts])
         alone = iter(self.ranks.gather(asked)[0])
-        return [next(shared) if term.needs_weights else next(alone) for term in scorers]
+        worth = [next(shared) if term.needs_weights else next(alone) for term in scorers]
+        lengths = np.array([count for each in answers.tokens for count in each])
+        starts, dense = np.cumsum(lengths) - lengths, np.zeros(lengths.sum())
+        for at, term in enumerate(scorers):
+            if isinstance(term, DenseScorer):
+                dense += term.weight * np.nan_to_num(worth[at][0]) * (at < len(self.terms))
+                worth[at] = np.add.reduceat(worth[at], starts, 1)
+        return worth, dense
 
     def _tokens(self, trees: list[Tree], values: bool) -> list[TokenFigures]:
         """Of the response tokens of every tree."""

@@ -9,21 +9,22 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from rlhf_cli import sections
-from rlhf_cli.data.records import as_turns, plain_prompt
+from rlhf_cli.data.records import Record, as_turns, plain_prompt, step_spans
 from rlhf_cli.data.requests import ALL, Lent
+from rlhf_cli.data.templates import tokenise
 from rlhf_cli.errors import RunError, UsageError
 from rlhf_cli.files import sha256_file
-from rlhf_cli.rollout.rewards import Answers, PolicyText, TextTerm, check_finite, shortened, shown_answer
+from rlhf_cli.rollout.rewards import Answers, DenseScorer, PolicyText, TextTerm, check_finite, shortened, shown_answer
 from rlhf_cli.suggest import closest, did_you_mean
 
 Function = Callable[..., Any]
@@ -53,12 +54,12 @@ class RewardFunction(TextTerm):
         """What its parameters name; one with the default None may be missing."""
         assert reward.function is not None
         what = f"{place}: {reward.function}"
-        taken = taken_by(load_function(reward.function, place), what)
-        asked = {name: None if name in taken.optional else what for name in taken.given.values() if name not in OURS}
+        taken, ours = taken_by(load_function(reward.function, place), what), (*OURS, f"{reward.per}s")
+        asked = {name: None if name in taken.optional else what for name in taken.given.values() if name not in ours}
         return asked | ({ALL: None} if taken.all_columns else {})
 
     @classmethod
-    def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> Self:
+    def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> RewardFunction:
         """The function of `reward.function`. UsageError: see `load_function`."""
         assert reward.function is not None
         function, parallel, timeout = load_function(reward.function, place), reward.parallel, reward.timeout
@@ -68,7 +69,8 @@ class RewardFunction(TextTerm):
                 "remove them, or write it as `async def`"
             )
         settings = parallel or PARALLEL, timeout or TIMEOUT, bool(reward.compares)
-        return cls(name, reward.weight, place, reward.function, function, *settings)
+        own, between = (name, reward.weight, place, reward.function, function, *settings), reward.separator
+        return DenseFunction(*own, between if reward.per == "step" else None, policy.tokenizer) if reward.per else cls(*own)
 
     @property
     def source(self) -> dict[str, Any]:
@@ -89,12 +91,16 @@ class RewardFunction(TextTerm):
         UsageError: the function raises, or returns something else than a number or None for each response.
         NumberError: one of the numbers is not finite.
         """
+        return self._numbers(self._returned(answers, {}), answers.pairs)
+
+    def _returned(self, answers: Answers, more: Mapping[str, list[Any]]) -> list[Any]:
+        """What it says of each response; `more`: what else its parameters may name."""
         pairs = answers.pairs
         if not pairs:
-            return np.zeros(0)
+            return []
         what, first = f"{self.place}: {self.reference}", f"the first: {shown_answer(pairs[0])}"
         try:
-            values = self._called(answers)
+            values = self._called(answers, more)
         except RunError:  # a signal's
             raise
         except (Exception, SystemExit) as error:
@@ -104,15 +110,17 @@ class RewardFunction(TextTerm):
             raise UsageError(f"{what} failed on {len(pairs)} responses\n{said}\n{first}") from error
         if isinstance(values, (np.ndarray, torch.Tensor)):
             values = values.tolist()
-        if isinstance(values, tuple):
-            values = list(values)
-        if not isinstance(values, list):
-            raise UsageError(
-                f"{what} returned {_shown(values)}, expected a list of numbers, one for each of {len(pairs)} responses\n{first}"
-            )
+        if not isinstance(values, (list, tuple)):
+            wanted = f"expected a list of numbers, one for each of {len(pairs)} responses"
+            raise UsageError(f"{what} returned {_shown(values)}, {wanted}\n{first}")
         if len(values) != len(pairs):
             raise UsageError(f"{what} returned {len(values)} numbers for {len(pairs)} responses\n{first}")
-        silent = np.array([value is None for value in values])
+        return [*values]
+
+    def _numbers(self, values: Sequence[Any], pairs: Sequence[tuple[Record, str]]) -> np.ndarray:
+        """(M,) float64, NaN for None; `pairs`: whose each is."""
+        what = f"{self.place}: {self.reference}"
+        silent = np.array([value is None for value in values], bool)
         numbers = [math.nan if value is None else _number(value) for value in values]
         for value, number, pair in zip(values, numbers, pairs, strict=True):
             if number is None:
@@ -121,19 +129,17 @@ class RewardFunction(TextTerm):
         check_finite(scores, pairs, what, silent)
         return scores
 
-    def _called(self, answers: Answers) -> Any:
+    def _called(self, answers: Answers, more: Mapping[str, list[Any]]) -> Any:
         """What the function returns for all responses, each argument a list with an entry for each of them."""
         pairs, rows, taken = answers.pairs, answers.columns, taken_by(self.function, self.place)
-        ours: dict[str, Callable[[], list[Any]]] = {
-            "prompts": lambda: [plain_prompt(record.prompt) for record, _ in pairs],
-            "responses": lambda: [text for _, text in pairs],
-            "messages": lambda: [[turn.plain() for turn in as_turns(record.prompt)] for record, _ in pairs],
-            "ended": lambda: [ended for own in answers.ended for ended in own],
+        ours: dict[str, list[Any]] = {
+            "prompts": [plain_prompt(record.prompt) for record, _ in pairs],
+            "responses": [text for _, text in pairs],
+            "messages": [[turn.plain() for turn in as_turns(record.prompt)] for record, _ in pairs],
+            "ended": [ended for own in answers.ended for ended in own],
+            **more,
         }
-        given = {
-            parameter: ours[name]() if name in ours else [row.get(name) for row in rows]
-            for parameter, name in taken.given.items()
-        }
+        given = {parameter: ours.get(name, [row.get(name) for row in rows]) for parameter, name in taken.given.items()}
         if taken.all_columns:
             rest = dict.fromkeys(name for row in rows for name in row if name not in (*given, *ours))
             given |= {name: [row.get(name) for row in rows] for name in rest}
@@ -153,6 +159,34 @@ class RewardFunction(TextTerm):
             return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
         return await asyncio.gather(*map(one, range(count)))
+
+
+@dataclass(frozen=True)
+class DenseFunction(DenseScorer, RewardFunction):
+    """A function that returns a list of numbers for each response: one for each of its `steps`, or of its `tokens`, as texts."""
+
+    separator: str | None = None  # see DenseScorer
+    tokenizer: Any = None  # the policy's
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return super().source | {"per": "token" if self.separator is None else "step", "separator": self.separator}
+
+    def parts(self, answers: Answers) -> list[np.ndarray]:
+        texts, found, what = [text for _, text in answers.pairs], [], "tokens" if self.separator is None else "steps"
+        # Tokens as they were drawn, their end included; of responses that are kept as texts alone, those of the text.
+        ids = [response.tolist() for tree in answers.trees for response in tree.responses] or tokenise(self.tokenizer, texts)
+        pieces = [[str(self.tokenizer.decode([i])) for i in own] for own in ids]
+        if self.separator is not None:
+            pieces = [[text[a:b] for a, b in step_spans(text, self.separator)] or [""] for text in texts]
+        values = self._returned(answers, {what: pieces})
+        for value, own, pair in zip(values, pieces, answers.pairs, strict=True):
+            numbers = [*np.atleast_1d(np.array(value, dtype=object))]
+            if len(numbers) != len(own) and value is not None:
+                said = f"{self.reference} returned {len(numbers)} numbers for {len(own)} {what}\n{shown_answer(pair)}"
+                raise UsageError(f"{self.place}: {said}")
+            found.append(self._numbers(numbers, [pair] * len(numbers)))
+        return found
 
 
 class Taken(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -13,7 +13,7 @@ from rlhf_cli import sections
 from rlhf_cli.data.encode import AS_DRAWN, encode
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.templates import ChatFormat, Template, read_chat_format, tokenise
-from rlhf_cli.data.trees import Tree, span
+from rlhf_cli.data.trees import Tree, located, span
 from rlhf_cli.errors import UsageError, prefixed
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import is_reward_model, load_config, load_tokenizer, positions_of
@@ -23,12 +23,17 @@ from rlhf_cli.objectives.reward import member_role
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.stages import REWARD_STAGES, TRAINING_STAGES
 from rlhf_cli.rollout.ensembles import AS_THEY_ARE, Combine, Scale, as_one, centred, combine, flat, in_words, normalised
-from rlhf_cli.rollout.rewards import Answers, PolicyText, RewardTerm, check_finite
+from rlhf_cli.rollout.rewards import Answers, DenseScorer, PolicyText, RewardTerm, check_finite
 from rlhf_cli.runs.manifest import BaseModel, Parent
 from rlhf_cli.runs.parents import Start, base_model, recorded_template, resolve_start
 
 RECORDED = " or ".join(REWARD_STAGES)
 """The stage whose manifests record the mean and the standard deviation of a reward model's scores."""
+
+
+EACH = "sum"
+AGGREGATES: Mapping[str, Any] = {"min": np.min, "prod": np.prod, "last": lambda own: own[-1], "mean": np.mean, EACH: np.sum}
+"""What the probabilities (S,) of a response's steps make of it; EACH: every step is worth something where it ends."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class RewardModel(RewardTerm):
     tokenizer: Any
     template: Template
     reader: Reader
+    aggregate: str  # of AGGREGATES: what a process reward model makes of steps
 
     kind: ClassVar[str] = "reward model"
 
@@ -71,9 +77,7 @@ class RewardModel(RewardTerm):
         members = tuple(start.members or [start])
         if reward.combine is not None and len(members) == 1:
             raise UsageError(f"{place}: combine: {reward.model} is a single reward model, without members; remove combine")
-        if start.tau is not None and reward.normalize is not None:
-            raise UsageError(f"{place}: normalize has no effect on {reward.model}, which gives probabilities. remove it")
-        scales = (AS_THEY_ARE,) if start.tau is not None else _scales(start, reward, place)
+        scales = _scales(start, reward, place)
         with prefixed(place):
             tokenizer = load_tokenizer(start.tokenizer, start.revision, policy.trust_remote_code)
         same = serialised(tokenizer) == serialised(policy.tokenizer)
@@ -88,7 +92,8 @@ class RewardModel(RewardTerm):
         same = same and template.hash == policy.template.hash
         reader = Reader(place, positions, read_chat_format(tokenizer, template), same)
         of_members = members, scales, reward.combine or "mean"
-        return cls(name, reward.weight, place, start, base, *of_members, tokenizer, template, reader)
+        aggregate = EACH if reward.per_step else reward.aggregate or "min"
+        return cls(name, reward.weight, place, start, base, *of_members, tokenizer, template, reader, aggregate)
 
     def load(self, models: FrozenModels, role: str, budget: int) -> RewardModelScorer:
         """Its weights are loaded only where the role has none yet. UsageError: they do not fit."""
@@ -96,8 +101,9 @@ class RewardModel(RewardTerm):
         for own, member in zip(roles, self.members, strict=True):
             if own not in models.hosts:
                 models.add(own, member, head=True)
-        of_members = roles, self.scales, self.combine
-        return RewardModelScorer(self.name, self.weight, models.hosts[role], *of_members, budget, self.reader, self.start.tau)
+        own = (roles, self.scales, self.combine, budget, self.reader, self.start.tau)
+        kind, of_steps = StepScorer if self.aggregate == EACH else RewardModelScorer, (self.start.separator, self.aggregate)
+        return kind(self.name, self.weight, models.hosts[role], *own, self.tokenizer, *of_steps)
 
     @property
     def compares(self) -> bool:
@@ -117,6 +123,8 @@ class RewardModel(RewardTerm):
             figures = {"mean": list(means), "std": list(stds), "combine": how}
         if self.compares:
             figures = {"tau": self.start.tau}
+        if self.start.separator is not None:
+            figures = {"separator": self.start.separator, "aggregate": self.aggregate}
         return {
             "model": str(self.start.adapter or self.start.base),
             "base": self.base.weights_hash if self.base else None,
@@ -134,6 +142,9 @@ class RewardModel(RewardTerm):
             scores = f"of {len(self.scales)} members, each {each}: their {in_words(self.combine)}"
         if self.compares:
             scores = "are the probability to be preferred, a mean over the prompt's other responses"
+        if self.start.separator is not None:
+            how = "each where its step ends, so that more get more" if self.aggregate == EACH else self.aggregate
+            scores = f"are the probabilities that steps are right: {how}"
         return f"scores {scores}; it reads the policy's {self.reads}"
 
     @property
@@ -146,7 +157,7 @@ class RewardModel(RewardTerm):
 
     def value_start(self) -> tuple[Start, Head] | None:
         """weight · (r − mean)/std, of a model that scores and reads the policy's tokens; of an ensemble its first member."""
-        if self.reads != "tokens" or self.compares:
+        if self.reads != "tokens" or self.compares or self.start.separator is not None:
             return None
         mean, std = self.scales[0]
         return self.start, Head(self.start.head * (self.weight / std), -mean * (self.weight / std))
@@ -165,6 +176,9 @@ class RewardModelScorer:
     budget: int  # tokens of one forward pass
     reader: Reader
     tau: float | None = None  # of a general preference model
+    tokenizer: Any = None  # its own
+    separator: str | None = None
+    aggregate: str = "min"
 
     needs_weights: ClassVar[bool] = True
 
@@ -198,6 +212,8 @@ class RewardModelScorer:
 
     def _raw(self, trees: list[Tree], ranks: Ranks | None) -> np.ndarray:
         """(K, M) scores; the trees are in the model's own tokens, and of `ranks` each scores its share."""
+        if self.separator is not None:
+            return np.array([[*map(AGGREGATES[self.aggregate], self.of_steps(trees, ranks))]], np.float64)
         found = (score_responses(self.backbone.at(role), role, trees, self.budget, ranks) for role in self.roles)
         return np.stack([*map(flat, found)])
 
@@ -205,12 +221,28 @@ class RewardModelScorer:
         """s of every two responses, (K, K)."""
         return score_responses(self.backbone.at(self.roles[0]), self.roles[0], trees, self.budget, ranks, self.tau)
 
+    def of_steps(self, trees: list[Tree], ranks: Ranks | None) -> list[np.ndarray]:
+        """(S,) probabilities that the steps of every response are right, tree by tree."""
+        (role,), known = self.roles, [located(tree, self.tokenizer, self.separator) for tree in trees]
+        logits = flat(score_responses(self.backbone.at(role), role, known, self.budget, ranks))
+        return parts(np.exp(-np.logaddexp(0, -logits)), [len(own) for tree in known for own in tree.facts.ends or ()])
+
     def score_rows(self, rows: Answers, ranks: Ranks) -> list[np.ndarray]:
         if self.tau is not None:
             return self._compared(rows.trees, ranks)
         raw = self._raw(rows.trees, ranks)
         scores = raw[0] if len(raw) == 1 else as_one(raw, self.scales, self.combine)
         return parts(scores, [len(tree.responses) for tree in rows.trees])
+
+
+@dataclass(frozen=True)
+class StepScorer(DenseScorer, RewardModelScorer):
+    """A process reward model each of whose steps is worth something where it ends."""
+
+    def parts(self, answers: Answers) -> list[np.ndarray]:
+        found = self.of_steps(self.reader(answers) if answers.trees else [], None)
+        check_finite(np.array([own.sum() for own in found]), answers.pairs, f"{self.reader.place}: reward model {self.name}")
+        return found
 
 
 def centred_scores(scorers: Sequence[RewardModelScorer], answers: Answers) -> np.ndarray:
@@ -283,8 +315,14 @@ def recorded_scales(start: Start) -> tuple[Scale, ...]:
 def _scales(start: Start, reward: sections.Reward, place: str) -> tuple[Scale, ...]:
     """What its scores, or its members', are normalised with.
 
-    UsageError: `normalize: true` without figures, or a deviation of 0.
+    UsageError: `normalize: true` without figures, or a deviation of 0; keys that are for steps, or not for them.
     """
+    if start.separator is None and (reward.aggregate is not None or reward.per_step):
+        raise UsageError(f"{place}: {reward.model} scores no steps, so aggregate and per_step have no effect. remove them")
+    if start.tau is not None or start.separator is not None:
+        if reward.normalize is not None:
+            raise UsageError(f"{place}: normalize has no effect on {reward.model}, which gives probabilities. remove it")
+        return (AS_THEY_ARE,)
     if start.manifest is None and reward.normalize:
         raise UsageError(
             f"{place}: normalize: {reward.model} records no mean and deviation of its scores; set normalize: false, "

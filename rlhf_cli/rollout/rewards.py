@@ -15,7 +15,7 @@ from rlhf_cli import sections
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.requests import Lent
 from rlhf_cli.data.templates import Template
-from rlhf_cli.data.trees import Tree
+from rlhf_cli.data.trees import Tree, located
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.placement import FrozenModels, Head
 from rlhf_cli.ranks import Ranks
@@ -47,6 +47,31 @@ class Answers:
         """(M,) what the row of each response has in the columns that are kept of it."""
         own = [json.loads(record.columns or "{}") for record in self.records]
         return [columns for columns, texts in zip(own, self.texts, strict=True) for _ in texts]
+
+
+class DenseScorer(ABC):
+    """A term that gives steps or tokens of a response numbers of their own; its score of the response is their sum."""
+
+    name: str
+    separator: str | None  # of steps; None: each token has a number
+
+    @abstractmethod
+    def parts(self, answers: Answers) -> list[np.ndarray]:
+        """(S,) of every response, tree by tree; a NaN alone where it says nothing. Raises RunError."""
+
+    def score(self, answers: Answers) -> np.ndarray:
+        return np.array([own.sum() for own in self.parts(answers)], np.float64)
+
+    def spread(self, answers: Answers, tokenizer: Any) -> np.ndarray:
+        """(N,) of the policy's tokens, that of a step at its last one, else 0. UsageError: these have other steps."""
+        trees, found = [located(tree, tokenizer, self.separator) for tree in answers.trees], [np.zeros(0)]
+        behind = [np.array(own) for tree in trees for own in tree.facts.ends or ()]
+        for size, own, values in zip((len(r) for t in trees for r in t.responses), behind, self.parts(answers), strict=True):
+            if len(own) != len(values) and not np.isnan(values).any():
+                raise UsageError(f"reward {self.name}: the policy's tokens have {len(own)} steps, and {len(values)} were judged")
+            found.append(np.full(size, 0 * values.sum()))
+            np.add.at(found[-1], size - 1 - own, values)
+        return np.concatenate(found)
 
 
 class Scorer(Protocol):
@@ -106,7 +131,7 @@ class RewardTerm(ABC):
 
     @classmethod
     @abstractmethod
-    def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> Self:
+    def find(cls, reward: sections.Reward, name: str, place: str, policy: PolicyText) -> RewardTerm:
         """What the recipe's term names. UsageError: it is not there, or is no reward."""
 
     @classmethod

@@ -56,6 +56,8 @@ def write_card(folder: Path, source: Path, manifest: Mapping[str, Any], repo: st
         "tags": list(dict.fromkeys(["rlhf", told.stage, told.objective["kind"], *(["lora"] if told.lora else [])])),
     }
     what, labels = "A reward model: it scores a response to a prompt" if of_reward else "A language model", 1
+    if told.objective["kind"] == "steps":
+        what = "A process reward model: σ of its score at the last token of a step is the probability that the step is right"
     if told.objective["kind"] == "general":
         labels = int(told.objective["width"])
         what = (

@@ -16,6 +16,7 @@ from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.objectives.policy_gradient import REDRAWS, PolicyGradient
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.recipe.rewards import name_of
 from rlhf_cli.recipe.stages import ROW_USES
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.rewards import PolicyText
@@ -77,6 +78,8 @@ def _announce(job: TrainingJob) -> Iterator[str]:
         yield "kl: k3 is a loss term; on the policy's own tokens it descends KL(π_ref‖π), not KL(π‖π_ref)"
     if job.lora and job.lora.dropout:
         yield "with lora.dropout the policy that learns differs from the one that drew: the first ratio is not 1, nor checked"
+    if (dense := [name_of(term) for term in recipe.reward if term.per or term.per_step]) and objective.kind != "ppo":
+        yield f"kind: {objective.kind} has one return for a response: what {', '.join(dense)} gives its parts is added up"
     if objective.announcement:
         yield objective.announcement
 

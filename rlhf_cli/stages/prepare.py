@@ -28,6 +28,7 @@ from rlhf_cli.models.policy import parent_lora, resolve_lora
 from rlhf_cli.models.targets import ALL_LINEAR
 from rlhf_cli.models.tokens import token_ids
 from rlhf_cli.objectives.base import Objective
+from rlhf_cli.objectives.steps import Steps
 from rlhf_cli.ranks import Ranks, check_precision
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.lengths import Lengths, fitted
@@ -158,7 +159,8 @@ def row_request(recipe: recipes.TrainingRecipe, where: Callable[[str], str]) -> 
     check = objective.check_tree if type(objective).check_tree is not Objective.check_tree else None
     use = objective.rows if objective.soft_labels else dataclasses.replace(objective.rows, better=frozenset({1}))
     purpose = Purpose(recipe.stage, use, ROW_USES)
-    return RowRequest(purpose, recipe.seed, where, margin_column=objective.margin_from, check=check)
+    separator = objective.separator if isinstance(objective, Steps) else None
+    return RowRequest(purpose, recipe.seed, where, margin_column=objective.margin_from, check=check, separator=separator)
 
 
 def _as_resolved_before(recipe: recipes.TrainingRecipe, before: dict[str, Any]) -> recipes.TrainingRecipe:
@@ -227,7 +229,7 @@ def _example_words(recipe: recipes.TrainingRecipe) -> str:
         return "is what the model learns to write"
     if objective.mismatches:
         return "is a judged response and, after it, another prompt's: the policy's drift is measured on those"
-    return "is a response, the best one first"
+    return "is a response, whose steps are judged" if isinstance(objective, Steps) else "is a response, the best one first"
 
 
 def _facts(job: TrainingJob) -> dict[str, str]:

@@ -20,12 +20,13 @@ from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageE
 from rlhf_cli.files import disk_errors, write_json
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.heads import choose_pad_id
-from rlhf_cli.models.load import GENERAL, Weights, name_ends
+from rlhf_cli.models.load import GENERAL, STEPS, Weights, name_ends
 from rlhf_cli.models.memory import is_out_of_memory
 from rlhf_cli.models.policy import load_trained
 from rlhf_cli.models.sharding import full
 from rlhf_cli.models.tokens import untouched
 from rlhf_cli.objectives.general import General
+from rlhf_cli.objectives.steps import Steps
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.dump import flatten_section
 from rlhf_cli.reports.training import write_report
@@ -297,6 +298,8 @@ def _save_model(job: TrainingJob, backbone: Backbone, folder: Path) -> None:
         job.tokenizer.save_pretrained(str(own))
     if isinstance(job.objective, General):
         write_json(folder / GENERAL, {"tau": job.objective.tau})
+    if isinstance(job.objective, Steps):
+        write_json(folder / STEPS, {"separator": job.objective.separator})
     if job.objective.role == "policy":
         name_ends(folder, backbone.stop_ids(job.tokenizer, job.template), backbone.model)
 

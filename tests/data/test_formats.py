@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from rlhf_cli.data.formats import ANSWERS, COMPARISONS, FORMATS, LABELS, PROMPTS, convert, detect, readings, with_margin
+from rlhf_cli.data.formats import ANSWERS, COMPARISONS, FORMATS, LABELS, PROMPTS, STEPS, convert, detect, readings, with_margin
 from rlhf_cli.data.records import BadRow, Facts, Message, Record
 from rlhf_cli.errors import UsageError
 from rlhf_cli.sections import Source
@@ -312,7 +312,8 @@ def test_a_use_takes_the_formats_that_contain_what_it_needs():
     assert tuple(ANSWERS.formats) == (*talks, "text", *pairs, "unpaired", "tree")
     assert tuple(COMPARISONS.formats) == (*pairs, "tree")
     assert tuple(LABELS.formats) == (*pairs, "unpaired", "tree")
-    assert tuple(PROMPTS.formats) == (*talks, *pairs, "unpaired", "tree", "prompt")
+    assert tuple(PROMPTS.formats) == (*talks, *pairs, "unpaired", "tree", "steps", "prompt")
+    assert tuple(STEPS.formats) == ("steps",)
 
 
 SFT_NEEDS = (

@@ -14,7 +14,7 @@ import pytest
 
 from tests.invariance.agreement import agree, steps_of
 from tests.ranks import two_ranks
-from tests.tiny import make_model, read_lines, rlhf, write_pairs, write_ranked, write_recipe, write_rows
+from tests.tiny import make_model, read_lines, rlhf, write_pairs, write_ranked, write_recipe, write_rows, write_steps
 
 STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("sft", "rows", {"lora": "auto"}),
@@ -22,6 +22,7 @@ STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "train-rm K-wise": ("train-rm", "ranked", {"objective": {"kind": "plackett_luce"}}),
     "train-rm members": ("train-rm", "ranked", {"objective": {"kind": "pairs", "members": 3}}),
     "train-rm general": ("train-rm", "ranked", {"objective": {"kind": "general", "width": 4}}),
+    "train-rm steps": ("train-rm", "steps", {"objective": {"kind": "steps"}}),
     "dpo": ("dpo", "pairs", {"objective": {"sft_weight": 0.1}}),
     "dpo bco": ("dpo", "pairs", {"objective": {"kind": "bco"}}),
     "dpo simpo": ("dpo", "pairs", {"objective": {"kind": "simpo"}}),
@@ -36,7 +37,7 @@ STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """Name → command, rows, and what its recipe says beside the common keys."""
 
-SOME = ("train-rm K-wise", "dpo", "kto")
+SOME = ("train-rm K-wise", "train-rm steps", "dpo", "kto")
 LINES = steps_of(6, 3)
 ROUNDING = ("rewards/", "logratio/", "margin/")
 """Before the first step implicit rewards are rounding and nothing else, so are the accuracies that follow from them."""
@@ -46,7 +47,7 @@ ROUNDING = ("rewards/", "logratio/", "margin/")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
     make_model(folder / "base", initializer_range=0.2)
-    for name, write in {"rows": write_rows, "pairs": write_pairs, "ranked": write_ranked}.items():
+    for name, write in {"rows": write_rows, "pairs": write_pairs, "ranked": write_ranked, "steps": write_steps}.items():
         write(folder / f"{name}.jsonl", 20)
         write(folder / f"{name}-eval.jsonl", 5, seed=1)
     return folder

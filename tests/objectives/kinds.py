@@ -34,6 +34,7 @@ from rlhf_cli.objectives.simpo import Simpo
 from rlhf_cli.objectives.slic import Slic
 from rlhf_cli.objectives.sppo import Sppo
 from rlhf_cli.objectives.squared import Squared
+from rlhf_cli.objectives.steps import Steps
 from rlhf_cli.objectives.tdpo2 import Tdpo2
 from rlhf_cli.objectives.wpo import Wpo
 from rlhf_cli.recipe.stages import TRAINING_STAGES
@@ -73,12 +74,13 @@ REWARD_KINDS: dict[str, Objective] = {
     "pairs": AllPairs(),
     "general": General(tau=0.5),
 }
+STEP_KINDS: dict[str, Objective] = {"steps": Steps()}
 UNPAIRED_KINDS: dict[str, Any] = {
     "kto": Kto(beta=0.3, lambda_u=1.5),
     "unpaired bco": UnpairedBco(beta=0.3),
     "unpaired apo_zero": UnpairedApoZero(beta=0.3),
 }
-ALL: dict[str, Objective] = PAIR_KINDS | REWARD_KINDS | UNPAIRED_KINDS
+ALL: dict[str, Objective] = PAIR_KINDS | REWARD_KINDS | STEP_KINDS | UNPAIRED_KINDS
 
 assert {type(objective) for objective in ALL.values()} == {
     kind for stage in TRAINING_STAGES.values() if stage.rows in (COMPARISONS, LABELS) for kind in stage.objectives
@@ -89,7 +91,10 @@ SHAPE = [[2, 3], [4, 1, 2], [1, 1], [3, 2], [2, 5, 1, 3]]
 
 
 def trees_for(name: str) -> list[Tree]:
-    """Pairs and rankings with scores, or responses of both classes, each with a mismatched one."""
+    """Pairs and rankings with scores, responses of both classes, each with a mismatched one, or responses of several steps."""
+    if name in STEP_KINDS:
+        facts = [Facts(steps=(1.0, 0.3, 0.0, 0.5)[: len(row)], ends=(tuple(range(len(row) - 1, -1, -1)),)) for row in SHAPE]
+        return make_trees([[sum(row)] for row in SHAPE], facts)
     if name in UNPAIRED_KINDS:
         return make_trees([row[:2] for row in SHAPE], [Facts(label=row % 3 != 1) for row in range(len(SHAPE))])
     return make_trees(SHAPE, [Facts(scores=tuple(float(3 * len(row) - k * k) for k in range(len(row)))) for row in SHAPE])

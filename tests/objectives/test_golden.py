@@ -190,6 +190,7 @@ FIELDS = {
     ("train-rm", "plackett_luce"): {"members": None},
     ("train-rm", "pairs"): {"members": None},
     ("train-rm", "general"): {"tau": 0.1, "width": 8},
+    ("train-rm", "steps"): {"separator": "\n\n"},
     ("dpo", "dpo"): {"beta": 0.1, "label_smoothing": 0.0},
     ("dpo", "robust"): {"beta": 0.1, "label_smoothing": 0.0},
     ("dpo", "hinge"): {"beta": 0.1},

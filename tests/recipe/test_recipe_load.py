@@ -135,7 +135,7 @@ SOURCES = {
     "{path: x.jsonl, limit: 0}": "data.train.limit: expected at least 1, found 0",
     "{path: x.jsonl, columns: {prompt: 3}}": "data.train.columns.prompt: expected text, found 3. put it in quotes: '3'",
     "{path: x.jsonl, format: prefrence}": "data.train.format: expected auto | messages | sharegpt | prompt-completion | alpaca | text"
-    " | preference | hh | choice | ranked | scored | unpaired | tree | prompt, found the text 'prefrence'. did you mean preference?",
+    " | preference | hh | choice | ranked | scored | unpaired | tree | steps | prompt, found the text 'prefrence'. did you mean preference?",
     "[a.jsonl, {paht: b}]": "data.train.1.paht: unknown key. did you mean data.train.1.path?",
     "[{path: a}, {path: b, weight: 0}]": "data.train.1.weight: 0 never draws from b. remove the source",
     "{path: a, weight: 0}": "data.train.weight: 0 never draws from a. remove the source",

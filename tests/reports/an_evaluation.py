@@ -160,6 +160,7 @@ def preference(accuracy: float, by_length: float) -> Line:
             "low": by_length - 0.04,
             "high": by_length + 0.04,
             "lead": lead,
+            "of_steps": None,
         },
         "beta": None,
         "faults": [],
