@@ -35,6 +35,10 @@ COMMAND_pushed-mean := ppo
 COMMAND_pushed-lcb := ppo
 COMMAND_ensemble := eval
 COMMAND_eval-more := eval
+COMMAND_solver := sft
+COMMAND_prm := train-rm
+COMMAND_orm := train-rm
+COMMAND_votes := eval
 JOBS ?= 2
 CORES = $(shell getconf _NPROCESSORS_ONLN)
 # The matrices are small, and much runs on one thread: two stages with half of the cores each waste less than one with all.
@@ -44,15 +48,17 @@ MORE := $(MORE_RUNS:%=runs/quickstart/%/manifest.json)
 # Reward models that learn as one run, and what their disagreement is good for: make ensemble
 ENSEMBLE := $(patsubst %,runs/quickstart/%/manifest.json,rm-ensemble pushed-mean pushed-lcb ensemble)
 # A run of eval prints its table; where there is nothing left to do it is printed again.
-EVALUATED := $(wildcard runs/quickstart/eval/manifest.json runs/quickstart/ensemble/manifest.json runs/smollm2/eval/manifest.json runs/arithmetic/eval*/manifest.json)
+EVALUATED := $(wildcard runs/quickstart/eval/manifest.json runs/quickstart/ensemble/manifest.json runs/smollm2/eval/manifest.json runs/arithmetic/eval*/manifest.json runs/arithmetic/votes/manifest.json)
 TABLE = $(if $(filter $<,$(EVALUATED)),@$(BIN)/rlhf eval recipes/$(<:runs/%/manifest.json=%).yaml --resume $(SET))
 BASE := models/quickstart-base/tokenizer_config.json
 DATA := $(patsubst %,data/quickstart/%.jsonl,sft pairs ranked unpaired prompts eval_prompts)
 # Rewards that can be computed: make arithmetic, and the same by other methods: make arithmetic-more
 ARITHMETIC := $(patsubst %,runs/arithmetic/%/manifest.json,sft grpo eval)
 ARITHMETIC_MORE := $(patsubst %,runs/arithmetic/%/manifest.json,rloo ppo eval-more)
+# Who chooses among several solutions, step by step or by the result: make votes
+VOTES := $(patsubst %,runs/arithmetic/%/manifest.json,solver prm orm votes)
 DIGITS := models/arithmetic-base/tokenizer_config.json
-SUMS := $(patsubst %,data/arithmetic/%.jsonl,sft prompts eval_prompts)
+SUMS := $(patsubst %,data/arithmetic/%.jsonl,sft prompts eval_prompts solver steps outcome)
 SMOLLM2 := models/smollm2-135m-instruct
 SMOLLM2_RUNS := $(REAL_RUNS:%=runs/smollm2/%/manifest.json)
 # With few rows: small batches, and enough of them held out to tell something.
@@ -67,8 +73,8 @@ EVAL_ROWS = $(if $(HH),$(EVAL_HH)) $(if $(LIMIT),$(EVAL_FEW))
 SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/null)
 NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
-.PRECIOUS: $(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(BASE) $(ARITHMETIC) $(ARITHMETIC_MORE) $(DIGITS)
-.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble rounds arithmetic arithmetic-more test lint check smollm2 bench always
+.PRECIOUS: $(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(BASE) $(ARITHMETIC) $(ARITHMETIC_MORE) $(VOTES) $(DIGITS)
+.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble rounds arithmetic arithmetic-more votes test lint check smollm2 bench always
 
 help:
 	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: about 5 minutes on two cores"
@@ -77,6 +83,7 @@ help:
 	@echo "make rounds           gold labels spent round by round, on pairs that are chosen, at random, or all at once"
 	@echo "make arithmetic       a tiny model learns sums from a reward that checks the answer: a minute or two on a CPU"
 	@echo "make arithmetic-more  the same by rloo, and by ppo with a learned value"
+	@echo "make votes            which of several solutions is taken: by majority, by an outcome or by a process reward model"
 	@echo "make test             every test: up to 10 minutes on two cores"
 	@echo "make check            linters, types and the fast tests"
 	@echo "make lint             linters and types"
@@ -84,7 +91,7 @@ help:
 	@echo "make bench            compare with another trainer on the same rows; HH=rows.jsonl.gz"
 
 # runs/x/y is what the recipe x/y.yaml makes. The stages after sft start from its run.
-$(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(ARITHMETIC) $(ARITHMETIC_MORE): runs/%/manifest.json: recipes/%.yaml | $(DEV)
+$(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(ARITHMETIC) $(ARITHMETIC_MORE) $(VOTES): runs/%/manifest.json: recipes/%.yaml | $(DEV)
 	@$(BIN)/rlhf $(or $(COMMAND_$(notdir $*)),$(notdir $*)) $< $(NEW_OR_ON) $(SET)
 
 $(filter-out %/sft/manifest.json,$(QUICK) $(MORE)) $(ENSEMBLE): runs/quickstart/sft/manifest.json
@@ -138,11 +145,14 @@ endif
 $(filter-out %/sft/manifest.json,$(ARITHMETIC) $(ARITHMETIC_MORE)): runs/arithmetic/sft/manifest.json
 runs/arithmetic/eval/manifest.json: runs/arithmetic/grpo/manifest.json
 runs/arithmetic/eval-more/manifest.json: $(patsubst %,runs/arithmetic/%/manifest.json,grpo rloo ppo)
-$(ARITHMETIC) $(ARITHMETIC_MORE): $(DIGITS)
+runs/arithmetic/prm/manifest.json runs/arithmetic/orm/manifest.json: runs/arithmetic/solver/manifest.json
+runs/arithmetic/votes/manifest.json: $(filter-out %/votes/manifest.json,$(VOTES))
+$(ARITHMETIC) $(ARITHMETIC_MORE) $(VOTES): $(DIGITS)
 
 arithmetic: runs/arithmetic/eval/manifest.json
 arithmetic-more: runs/arithmetic/eval-more/manifest.json
-arithmetic arithmetic-more:
+votes: runs/arithmetic/votes/manifest.json
+arithmetic arithmetic-more votes:
 	$(TABLE)
 	@printf 'report: %s\n' $(<:%manifest.json=%report.html)
 

@@ -7,6 +7,9 @@ The prompts are all 10,000 sums of four digits, such as 7+0+9+4. The same seed g
 sft.jsonl           sums with their results; few enough that a model learns what an answer looks like, and roughly how large it is
 prompts.jsonl       sums with the right result in the column `answer`, for rewards that compare
 eval_prompts.jsonl  the same, of sums that occur nowhere else
+solver.jsonl        sums with their solutions, a line a step: 7+0=7, 7+9=16, 16+4=20
+steps.jsonl         solutions with slips, and for each step whether it is what the right solution has there, and so is all before it
+outcome.jsonl       the same solutions, each as one step that is right if its result is
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ class Sizes(NamedTuple):
     sft: int = 4000
     prompts: int = 3000
     eval_prompts: int = 256
+    solver: int = 4000
+    steps: int = 6000
 
 
 def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
-    """Write the three files; each has its own random stream, so that one's size does not change another's rows."""
+    """Write the files; each has its own random stream, so that one's size does not change another's rows."""
     sums = list(itertools.product(range(10), repeat=4))
     Random(f"{seed}/sums").shuffle(sums)
     held, rest = sums[: sizes.eval_prompts], sums[sizes.eval_prompts :]
@@ -42,6 +47,46 @@ def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
     write_jsonl(folder / "sft.jsonl", rows(Random(f"{seed}/sft").sample(rest, sizes.sft), "completion", str))
     write_jsonl(folder / "prompts.jsonl", rows(Random(f"{seed}/prompts").sample(rest, sizes.prompts), "answer", int))
     write_jsonl(folder / "eval_prompts.jsonl", rows(held, "answer", int))
+    solved = [(digits, solution(digits)) for digits in Random(f"{seed}/solver").sample(rest, sizes.solver)]
+    write_jsonl(folder / "solver.jsonl", [{"prompt": "+".join(map(str, d)), "completion": "\n".join(own)} for d, own in solved])
+    random = Random(f"{seed}/steps")
+    judged = [judge(digits, slipping(digits, random)) for digits in random.sample(rest, sizes.steps)]
+    write_jsonl(folder / "steps.jsonl", [{name: row[name] for name in ("prompt", "steps", "labels")} for row in judged])
+    whole = [{"prompt": row["prompt"], "steps": ["\n".join(row["steps"])], "labels": [row["right"]]} for row in judged]
+    write_jsonl(folder / "outcome.jsonl", whole)
+
+
+SLIPS = 0.2  # of the steps
+
+
+def solution(digits: tuple[int, ...]) -> list[str]:
+    """The right steps: each adds one digit to what there is."""
+    sums = list(itertools.accumulate(digits))
+    return [f"{before}+{digit}={after}" for before, digit, after in zip(sums, digits[1:], sums[1:], strict=False)]
+
+
+def slipping(digits: tuple[int, ...], random: Random) -> list[str]:
+    """Steps as somebody writes them who goes on from what is there, and now and then adds wrongly or takes another digit."""
+    total, steps = digits[0], []
+    for digit in digits[1:]:
+        after, shown = total + digit, digit
+        if random.random() < SLIPS:
+            if random.random() < 0.5:
+                after = max(0, after + random.choice((-10, -2, -1, 1, 2, 10)))
+            else:
+                shown = random.choice([other for other in range(10) if other != digit])
+                after = total + shown
+        steps.append(f"{total}+{shown}={after}")
+        total = after
+    return steps
+
+
+def judge(digits: tuple[int, ...], steps: list[str]) -> dict[str, Any]:
+    """The steps with their labels, and whether the result is right, which two slips together may make it."""
+    right = [own == other for own, other in zip(steps, solution(digits), strict=True)]
+    labels = list(itertools.accumulate(right, lambda before, own: before and own))
+    result = steps[-1].rpartition("=")[2] == str(sum(digits))
+    return {"prompt": "+".join(map(str, digits)), "steps": steps, "labels": labels, "right": result}
 
 
 def main() -> None:

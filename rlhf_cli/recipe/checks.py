@@ -220,8 +220,7 @@ def _term(key: str, term: Reward) -> Iterator[Finding]:
     idle = {name: f"on a {KINDS[own].noun}, it is for {kind.noun}s" for kind in KINDS.values() for name in kind.options}
     idle = {name: why for name, why in idle.items() if name not in KINDS[own].options}
     idle |= {"separator": "without per: step"} if own == "function" and term.per != "step" else {}
-    idle |= {"aggregate": "with per_step: true"} if term.per_step else {}
-    idle |= {"compares": "with per"} if term.per else {}
+    idle |= {"aggregate": "with per_step: true"} if term.per_step else {"compares": "with per"} if term.per else {}
     for name, why in idle.items():
         yield from ((f"{key}.{name}", what) for _, what in no_effect(term, f"{why}. remove it", name))
     if isinstance(term.combine, Bound) and (term.combine.lcb is None) == (term.combine.ucb is None):
