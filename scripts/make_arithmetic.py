@@ -8,7 +8,7 @@ sft.jsonl           sums with their results; few enough that a model learns what
 prompts.jsonl       sums with the right result in the column `answer`, for rewards that compare
 eval_prompts.jsonl  the same, of sums that occur nowhere else
 solver.jsonl        sums with their solutions, a line a step: 7+0=7, 7+9=16, 16+4=20
-steps.jsonl         solutions with slips, and for each step whether it is what the right solution has there, and so is all before it
+steps.jsonl         solutions with slips, and of each step whether it and all before it are those of the right solution
 outcome.jsonl       the same solutions, each as one step that is right if its result is
 """
 

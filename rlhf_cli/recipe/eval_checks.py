@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from rlhf_cli.recipe.checks import ENV, REWARD, Check, Finding, hub_keys, idle, no_effect, unnamed
+from rlhf_cli.recipe.checks import ENV, REWARD, UNTEMPLATED, Check, Finding, hub_keys, idle, no_effect, unnamed
 from rlhf_cli.recipe.evaluations import EvalRecipe, is_pattern
 from rlhf_cli.recipe.rewards import check_judge, check_match, term_names
 from rlhf_cli.sections import Judge

@@ -101,9 +101,9 @@ class RewardModel(RewardTerm):
         for own, member in zip(roles, self.members, strict=True):
             if own not in models.hosts:
                 models.add(own, member, head=True)
-        own = (roles, self.scales, self.combine, budget, self.reader, self.start.tau)
+        settings = (roles, self.scales, self.combine, budget, self.reader, self.start.tau)
         kind, of_steps = StepScorer if self.aggregate == EACH else RewardModelScorer, (self.start.separator, self.aggregate)
-        return kind(self.name, self.weight, models.hosts[role], *own, self.tokenizer, *of_steps)
+        return kind(self.name, self.weight, models.hosts[role], *settings, self.tokenizer, *of_steps)
 
     @property
     def compares(self) -> bool:
