@@ -333,7 +333,7 @@ def test_two_ranks_are_one(home: Path, tmp_path: Path) -> None:
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"model": "HOME/rm", "aggregate": "min"}, {}, "scores no steps, so aggregate and per_step have no effect. remove them"),
     ({"model": "HOME/rm", "per_step": True}, {}, "scores no steps, so aggregate and per_step have no effect. remove them"),
-    (REWARD | {"normalize": True}, {}, "gives a probability, which needs no normalize. remove it"),
+    (REWARD | {"normalize": True}, {}, "which gives probabilities. remove it"),
     (REWARD | {"aggregate": "prod"}, {}, "reward.0.aggregate: has no effect with per_step: true. remove it"),
     (REWARD | {"per": "step"}, {}, "reward.0.per: has no effect on a reward model, it is for functions. remove it"),
     (
