@@ -73,19 +73,23 @@ def _by_scores(samples: Mapping[str, Samples], judge: str) -> Outcomes:
 
 
 def _side_by_side(job: EvaluationJob, term: RewardTerm, samples: Mapping[str, Samples]) -> Outcomes:
-    """The probability that a term gives the first of two responses, which it sees as all there are to the prompt."""
+    """The probability p that a term gives the first of two responses, which it sees as all there are to the prompt.
+
+    (p + 1 − q)/2 with q that of the second: two that a function gives 0 each, for neither wins, are a tie.
+    """
     scorer, found = term.load(job.frozen_models(alone=True), "judge", job.budget), Outcomes()
     records = next(iter(job.rows["prompts"].by_tokenisation.values())).records if samples else []
     for pair in combinations(samples, 2):
-        both = _pairs(samples, pair)
-        texts, ended = [[a.response, b.response] for a, b in both], [[a.ended, b.ended] for a, b in both]
-        answers = Answers([], [records[a.row] for a, _ in both], texts, ended, [[a.tokens, b.tokens] for a, b in both])
-        wins = np.atleast_2d(scorer.score(answers))[0][::2].reshape(samples[pair[0]].shape)
-        if not (np.isnan(wins) | (wins >= 0) & (wins <= 1)).all():
-            raise UsageError(
-                f"{term.place}: expected the probability to win, from 0 to 1, found {wins.min():g} to {wins.max():g}"
-            )
-        found[pair] = wins
+        size, columns = samples[pair[0]].shape[1], []
+        for number in range(size):  # one response of each to a prompt at a time: a function may group by prompts
+            both = _pairs(samples, pair)[number::size]
+            texts, ended = [[a.response, b.response] for a, b in both], [[a.ended, b.ended] for a, b in both]
+            answers = Answers([], [records[a.row] for a, _ in both], texts, ended, [[a.tokens, b.tokens] for a, b in both])
+            wins = np.atleast_2d(scorer.score(answers))[0]
+            if wrong := wins[(wins < 0) | (wins > 1)].tolist():
+                raise UsageError(f"{term.place}: expected the probability to win, from 0 to 1, found {wrong[0]:g}")
+            columns.append((wins[::2] + 1 - wins[1::2]) / 2)
+        found[pair] = np.stack(columns, 1)
     return found
 
 
