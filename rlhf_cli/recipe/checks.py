@@ -136,12 +136,6 @@ def _watched(recipe: TrainingRecipe) -> Iterator[Finding]:
     for key, name, known in watched:
         if name not in known:
             yield key, unnamed("metric", name, known)
-    for kind, terms in zip(("reward", "gold"), recipe.terms, strict=True):
-        level = [f"{kind}/{name}" for name, term in zip(term_names(terms), terms, strict=True) if term.least_responses > 1]
-        for key, name, _ in watched:
-            if name in level:
-                what = "it compares a prompt's responses with each other. watch another metric"
-                yield key, f"the mean of {name} is always ½: {what}"
 
 
 def _reference(recipe: DirectRecipe) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from rlhf_cli.data.requests import Lent
 from rlhf_cli.errors import UsageError
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.recipe.load import Loaded
+from rlhf_cli.recipe.recipes import TrainingRecipe
 from rlhf_cli.recipe.rewards import kinds_of, name_of
 from rlhf_cli.rollout.judge_terms import JudgeTerm
 from rlhf_cli.rollout.reward_functions import RewardFunction
@@ -85,12 +86,24 @@ class RewardTerms:
 
 
 def find_terms(loaded: Loaded, policy: PolicyText) -> RewardTerms:
-    """What `reward` and `gold` name. UsageError: a term's source is not there, or is no reward."""
+    """What `reward` and `gold` name.
+
+    UsageError: a term's source is not there, or is no reward; or a run watches the mean of one that compares.
+    """
     found: dict[str, list[RewardTerm]] = {"reward": [], "gold": []}
     policy = dataclasses.replace(policy, folder=Path(loaded.recipe.output))
     for key, kind, term in _terms(loaded):
         found[key.partition(".")[0]].append(TERMS[kind].find(term, name_of(term), loaded.named(f"{key}.{kind}"), policy))
-    return RewardTerms(**found)
+    terms = RewardTerms(**found)
+    if isinstance(loaded.recipe, TrainingRecipe):
+        train = loaded.recipe.train
+        watched = {f"train.stop_if.{name}": name for name in train.stop_if}
+        watched |= {"train.keep_best.metric": train.keep_best.metric} if train.keep_best else {}
+        for key, name in watched.items():
+            if name in terms.named and terms.named[name].compares:
+                what = "it compares a prompt's responses with each other. watch another metric"
+                raise UsageError(f"{loaded.named(key)}: the mean of {name} is always ½: {what}")
+    return terms
 
 
 def columns_read(loaded: Loaded) -> Lent:

@@ -208,6 +208,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "normalized": ("dpo", {"reward": [{"model": "HOME/lora", "normalize": True}]}, ", which gives probabilities. remove it"),
     "scored": ("sppo", {"reward": [{"length": {"max": 9}}]}, "gives scores, and kind sppo wants wins. name a general preference"),
     "no wins": ("dno", {"reward": [{"function": "HOME/wins.py:scores"}]}, "expected the probability to win, from 0 to 1"),
+    "watched": (
+        "dno",
+        {"train": {"keep_best": {"metric": "reward/lora", "mode": "max"}}},
+        "train.keep_best.metric: the mean of reward/lora is always ½",
+    ),
+    "watched gold": (
+        "dno",
+        {
+            "gold": [{"function": "HOME/wins.py:scores", "compares": True}],
+            "train": {"stop_if": {"gold/scores": {"above": 0.9}}},
+        },
+        "the mean of gold/scores is always ½: it compares a prompt's responses with each other. watch another metric",
+    ),
     "combined": ("dpo", {"reward": [{"model": "HOME/lora", "combine": "min"}]}, "without members; remove combine"),
 }
 
