@@ -91,9 +91,9 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class Used:
-    """A reference, or a term of the reward or of gold, that the run did not start from."""
+    """A reference, a teacher, or a term of the reward or of gold, that the run did not start from."""
 
-    role: str  # reference, reward or gold
+    role: str  # reference, teacher, reward or gold
     what: str  # a model, a function
     identity: str  # hash of its weights, or of its code; empty where it is all in its name
     is_model: bool
@@ -163,6 +163,8 @@ def _used(manifest: Mapping[str, Any]) -> Iterator[Used]:
     if reference := manifest.get("reference"):
         alone = " (of the KL alone: the loss compares with the policy at the last refresh)" if reference.get("previous") else ""
         yield Used("reference", reference["model"], (reference["adapter"] or reference["base"]) + alone, True)
+    if teacher := manifest.get("teacher"):
+        yield Used("teacher", teacher["model"], teacher["adapter"] or teacher["base"], True)
     for role in ("reward", "gold"):
         for term in manifest.get(role, ()):
             what = next(term[kind] for kind in KINDS if kind in term)

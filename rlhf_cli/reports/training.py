@@ -210,7 +210,7 @@ def _lineage(result: RunResult) -> Iterator[Block]:
     lines = [f"base model `{base.path}`{revision}, weights {base.weights_hash}"]
     lines += [f"earlier run `{parent.path}`, manifest {parent.manifest_hash}" for parent in manifest.parents]
     for each in result.used:
-        identity = f", {'weights ' if each.role == 'reference' else ''}{each.identity}" if each.identity else ""
+        identity = f", {'weights ' if each.role in ('reference', 'teacher') else ''}{each.identity}" if each.identity else ""
         lines.append(f"{each.role} `{each.what}`{identity}")
     lines.append(f"seed {manifest.seed}" + (f", git commit {manifest.git_commit}" if manifest.git_commit else ""))
     lines.append(", ".join(f"{name} {version}" for name, version in manifest.versions.items()))

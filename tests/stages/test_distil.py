@@ -79,7 +79,7 @@ def test_a_teacher_that_is_the_start_teaches_nothing(home: Path, tmp_path: Path)
 
 
 def test_the_policy_comes_near_its_teacher_on_its_own_samples(home: Path, tmp_path: Path) -> None:
-    """All weights learn, so that the teacher is a model beside; the manifest names it."""
+    """All weights learn, so that the teacher is a model beside; the manifest and the report name it."""
     run, rollout = tmp_path / "run", {"max_new_tokens": 6, "responses_per_prompt": 2}
     sections = {"objective": {"divergence": "reverse"}, "rollout": rollout, "train": {"steps": 12, "learning_rate": 0.02}}
     assert rlhf("sft", recipe(home, run, lora=None, **sections)) == 0
@@ -88,6 +88,9 @@ def test_the_policy_comes_near_its_teacher_on_its_own_samples(home: Path, tmp_pa
     assert all(0 < line["response/eos_rate"] <= 1 < line["response/length"] <= 6 for line in split_lines(run, "train"))
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["teacher"]["adapter"] and [own["path"] for own in manifest["parents"]] == [str(home / "teacher")]
+    report = (run / "report.md").read_text()
+    assert f"Started from `{home / 'base'}` and trained" in report, "and not from its teacher"
+    assert f"- teacher `{home / 'teacher' / 'model'}`, weights {manifest['teacher']['adapter']}" in report
 
 
 def test_a_run_that_died_goes_on_with_the_same_samples(home: Path, tmp_path: Path) -> None:
