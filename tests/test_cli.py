@@ -75,7 +75,9 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert capsys.readouterr().out == f"rlhf {__version__}\n"
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
-    assert capsys.readouterr().out.count("Commands:\n  sft       Supervised fine-tuning on responses that people wrote.\n") == 2
+    assert (
+        capsys.readouterr().out.count("Commands:\n  sft       Supervised fine-tuning on given responses, or distillation.\n") == 2
+    )
     assert cli.main(["dpo", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80

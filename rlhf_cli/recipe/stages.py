@@ -88,7 +88,7 @@ _TRAINING = (
     TrainingStage(
         recipe=SftRecipe,
         module="rlhf_cli.stages.sft",
-        help="Supervised fine-tuning on responses that people wrote.",
+        help="Supervised fine-tuning on given responses, or distillation.",
         title="supervised fine-tuning",
         then="`rlhf train-rm`, `rlhf dpo` and `rlhf ppo` go on from it: `model.path: {run}`.",
         learning_rate={"lora": 2e-4, "full": 2e-5},

@@ -37,6 +37,8 @@ TERMS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "votes": (
         ("Vote of n", "is the answer right that most of n responses give, of a tie the first one; mean over subsets of n"),
+        ("Weighted", "each vote counts as much as its reward, by the logistic function if some reward is not from 0 to 1"),
+        ("Best", "the response with the highest reward decides alone"),
     ),
     "overoptimisation": (
         ("Proxy", "the score that is optimised; gold is what it stands for"),

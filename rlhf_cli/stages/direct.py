@@ -54,7 +54,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     explores = isinstance(job.recipe, recipes.DpoRecipe) and job.recipe.explore is not None
     if explores and (not draws or job.objective.kind != "dpo" or reference is None or reference.previous):
         what = "needs rollout, kind: dpo, and a reference that stays: start, base or a path. mend these, or remove it"
-        raise UsageError(f"{loaded.where('explore')}: explore {what}")
+        raise UsageError(f"{loaded.named('explore')}: {what}")
     if reference is not None:
         job = dataclasses.replace(job, inputs=recorded(reference, terms, job.dataset.reading), code=terms.code)
     with open_job(job, check=check, resume=resume, force=force) as folder:

@@ -225,6 +225,8 @@ def _example_words(recipe: recipes.TrainingRecipe) -> str:
     objective = recipe.objective
     if recipe.draws:
         return "is learned: that is a prompt, and its responses are drawn from the policy"
+    if objective.frozen:
+        return "is where the model learns what its teacher would write"
     if objective.rows.responses == "first":
         return "is what the model learns to write"
     if objective.mismatches:

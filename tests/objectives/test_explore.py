@@ -183,4 +183,4 @@ def test_a_resumed_run_goes_on_to_the_byte(home: Path, tmp_path: Path) -> None:
 )
 def test_refused(sections: dict[str, Any], home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rlhf("dpo", recipe(home, tmp_path / "run", {"alpha": 0.1}, **sections), "--check") == 2
-    assert "explore needs rollout, kind: dpo, and a reference that stays: start, base or a path" in capsys.readouterr().err
+    assert "explore: needs rollout, kind: dpo, and a reference that stays: start, base or a path" in capsys.readouterr().err
