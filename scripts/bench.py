@@ -2,17 +2,18 @@
 
     python scripts/bench.py HH.jsonl.gz [--stage sft|dpo|train-rm|kto|all] [--model FOLDER] [--steps 4] [--out bench-out]
 
-HH.jsonl.gz holds HH-RLHF transcripts. Prints a table for each stage and writes it with all figures to OUT/STAGE.json. Seconds are
-those of the training steps and of the reference's log-probabilities: imports, loading and preparing the rows are left out on
-both sides. Where a stage has a reference, our side has two lines: its log-probabilities are computed (the store is empty), or
-stored, when reading them and checking eight responses count. Peak memory is the whole process.
+HH.jsonl.gz holds HH-RLHF transcripts. Prints a table for each stage and writes it with all figures to OUT/STAGE.json. Seconds
+are those of the training steps and of the reference's log-probabilities: imports, loading and preparing the rows are left out
+on both sides. On a GPU both compute in bfloat16, and MFU is of its seconds. Where a stage has a reference, our side has two
+lines: its log-probabilities are computed (the store is empty), or stored, when reading them and checking eight responses count.
+Peak memory is the whole process, or what torch took of the GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import math
 import subprocess
 import sys
 import tempfile
@@ -35,20 +36,20 @@ from rlhf_cli.data.templates import choose_template
 from rlhf_cli.data.trees import Tree, supervised_tokens, tree_length
 from rlhf_cli.data.unpaired import unpaired, with_mismatches
 from rlhf_cli.models.backbone import BASE, Backbone
-from rlhf_cli.models.load import Weights, load_config, load_tokenizer
+from rlhf_cli.models.load import Weights, load_config, load_tokenizer, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.policy import load_trained
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe.stages import ROW_USES, TRAINING_STAGES
+from rlhf_cli.training.loop import peak_memory
 from rlhf_cli.training.optim import build_optimizer
 from rlhf_cli.training.reference import reference_logps
 from rlhf_cli.training.step import Update, optimise
 
 RATE = 1e-4
 LORA = sections.Lora()
-CPU = torch.device("cpu")
 MAX_LENGTH = 512
 
 
@@ -76,6 +77,10 @@ STAGES = {
 }
 
 
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def objective_of(stage: str) -> Objective:
     """The stage's default kind."""
     return TRAINING_STAGES[stage].objectives[0]()
@@ -100,21 +105,25 @@ def read_trees(stage: str, model: str, data: str, count: int) -> Trees:
 def load_start(options: argparse.Namespace, adapter: Path | None) -> Backbone:
     """The backbone with the role that the stage trains."""
     role = objective_of(options.stage).role
-    model = sections.Model(path=options.model)
+    model = sections.Model(path=options.model, attention=options.attention)
     return load_trained(
-        model, LORA, Weights(options.model, None, adapter), device=CPU, seeds={role: 0}, merged=Path(options.out)
+        model, LORA, Weights(options.model, None, adapter), device=device(), seeds={role: 0}, merged=Path(options.out)
     )[0]
 
 
-def matrix_rate() -> float:
-    """Matrix-product FLOP per CPU second in float32, at the shape of a feed-forward layer; the best of five."""
-    a, b = torch.randn(1024, 576), torch.randn(576, 1536)
+def matrix_rate(shape: tuple[int, int, int] = (1024, 576, 1536)) -> float:
+    """Matrix-product FLOP per CPU second, or per second of a GPU, in the dtype that models compute in there; the best of five.
+
+    shape: (m, k, n), by default of a feed-forward layer.
+    """
+    like: Any = {"device": device(), "dtype": resolve_dtype("auto", device())}
+    a, b = torch.randn(shape[:2], **like), torch.randn(shape[1:], **like)
     rates = []
     for _ in range(6):
-        start = time.process_time()
+        clock = Clock()
         for _ in range(50):
             a @ b
-        rates.append(50 * 2 * 1024 * 576 * 1536 / (time.process_time() - start))
+        rates.append(50 * 2 * math.prod(shape) / clock.read()[busy()])
     return max(rates[1:])
 
 
@@ -124,7 +133,8 @@ def forward_flops(model: Any, trees: Sequence[Tree], head: bool) -> np.ndarray:
     The responses of a tree share its prompt; the output head runs on supervised tokens alone.
     """
     output = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output]
+    named = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
+    linear = [m for name, m in named if ".lora_" not in name]
     weights = sum(m.weight.numel() for m in linear)
     adapters = sum(LORA.r * (m.in_features + m.out_features) for m in linear)
     tokens = sum(map(tree_length, trees))
@@ -147,23 +157,35 @@ def model_flops(model: Any, trees: list[Tree], objective: Objective) -> dict[str
     return {"steps": float(steps), "reference": float(frozen + attention) * objective.reference}
 
 
+def busy() -> str:
+    """Which of a clock's seconds the device works in."""
+    return "cpu_seconds" if device().type == "cpu" else "wall_seconds"
+
+
 class Clock:
-    """CPU and wall seconds since it was made."""
+    """CPU and wall seconds since it was made, a GPU's work of that time included."""
 
     def __init__(self) -> None:
+        self.settle()
         self.cpu, self.wall = time.process_time(), time.perf_counter()
 
+    @staticmethod
+    def settle() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     def read(self) -> dict[str, float]:
+        self.settle()
         return {"cpu_seconds": time.process_time() - self.cpu, "wall_seconds": time.perf_counter() - self.wall}
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
-    """The training steps of `rlhf STAGE` and what comes before them, timed."""
+    """The training steps of `rlhf STAGE` but for the first `warm` ones, and what comes before them, timed."""
     objective = objective_of(options.stage)
     rows = read_trees(options.stage, options.model, options.data, options.steps * options.batch_size)
     config = load_config(options.model, None, False)
-    memory = estimate(config, sections.Model(path=""), rank=LORA.r, dtype=torch.float32)
-    budget = options.tokens or auto_budget(memory, int(rows.lengths.max()), CPU)
+    memory = estimate(config, sections.Model(path=""), rank=LORA.r, dtype=resolve_dtype("auto", device()))
+    budget = options.tokens or auto_budget(memory, int(rows.lengths.max()), device())
     backbone, losses, reference = load_start(options, Path(options.adapter)), [], {}
     passes = Passes(backbone, budget, Ranks(expected=False))
     if objective.reference:
@@ -171,12 +193,22 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as store:
             for state in ("computed", "stored"):
                 clock = Clock()
-                (known,) = reference_logps(passes, BASE, [rows], key="bench", console=Console(False), folder=Path(store))
+                (known,) = reference_logps(
+                    passes,
+                    BASE,
+                    [rows],
+                    reached=[np.ones(len(rows), bool)],
+                    key="bench",
+                    console=Console(False),
+                    folder=Path(store),
+                )
                 reference[state] = clock.read()
         rows = known
     optimizer = build_optimizer(backbone.trained_roles, sections.Train(learning_rate=RATE))
     rates, clock = {objective.role: RATE}, Clock()
     for step in range(1, options.steps + 1):
+        if step == options.warm + 1:
+            clock = Clock()
         batch = rows[(step - 1) * options.batch_size : step * options.batch_size]
         result = optimise(passes, objective, optimizer, Update(step, batch, rates, max_grad_norm=1.0, seed=0))
         losses.append(result.metrics["loss"])
@@ -184,10 +216,11 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         "rows": len(rows),
         "steps": clock.read(),
         "reference": reference,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "tokens": int(rows.lengths[options.warm * options.batch_size :].sum()),
+        "peak_gib": peak_memory(),
         "losses": losses,
         "tokens_per_device": budget,
-        "matrix_flop_per_cpu_second": matrix_rate(),
+        "attention": backbone.kernel.name,
     }
 
 
@@ -218,34 +251,40 @@ def sides(name: str, report: dict[str, Any], flops: dict[str, float], in_steps: 
     return {f"{name}, {state}": side(state, took) for state, took in report["reference"].items()}
 
 
-def compare(options: argparse.Namespace) -> None:
-    """Make the rows and the adapter both sides start from, run each in a process of its own, print and keep the figures."""
+def prepare_sides(options: argparse.Namespace) -> dict[str, float]:
+    """Write the rows and the adapter that both sides start from; the operations of the steps that are timed."""
     stage, objective = STAGES[options.stage], objective_of(options.stage)
     out = Path(options.out) / options.stage
     out.mkdir(parents=True, exist_ok=True)
-    options.batch_size = options.batch_size or stage.batch_size
     trees = list(read_trees(options.stage, options.model, options.data, options.steps * options.batch_size))
     backbone = load_start(options, None)
     backbone.save(objective.role, out / "adapter")
-    flops = model_flops(backbone.model, trees, objective)
-    del backbone
     (out / "rows.json").write_text(json.dumps(stage.rows(trees)))
+    return model_flops(backbone.model, trees[options.warm * options.batch_size :], objective)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Run both sides on the same start, each in a process of its own; print and keep the figures."""
+    stage, out = STAGES[options.stage], Path(options.out) / options.stage
+    options.batch_size = options.batch_size or stage.batch_size
+    flops = prepare_sides(options)
     shared = ["--adapter", out / "adapter", "--steps", options.steps, "--batch-size", options.batch_size]
     own = ["--ours", "--stage", options.stage, "--model", options.model, "--out", options.out, "--tokens", options.tokens]
-    results = {"rlhf": _run(Path(__file__), options.data, *own, *shared)}
+    own += ["--attention", options.attention]
+    results = {"rlhf": run_side(Path(__file__), options.data, *own, *shared)}
     lines = sides("rlhf", results["rlhf"], flops, in_steps=False)
     peer = Path(__file__).with_name("bench_peer.py")
     for name in stage.peers:
-        result = _run(peer, name, options.model, out / "rows.json", *shared, "--learning-rate", RATE)
+        result = run_side(peer, name, options.model, out / "rows.json", *shared, "--learning-rate", RATE)
         lines |= sides(f"trl {name}", result, flops, in_steps=True)
         results[f"trl {name}"] = result
-    rate = results["rlhf"]["matrix_flop_per_cpu_second"]
+    rate, rows = matrix_rate(), results["rlhf"]["rows"]
     summary = {
         name: {
-            "cpu_seconds_a_row": line.cpu / len(trees),
-            "wall_seconds_a_row": line.wall / len(trees),
+            "cpu_seconds_a_row": line.cpu / rows,
+            "wall_seconds_a_row": line.wall / rows,
             "peak_gib": line.peak,
-            "model_flop_utilisation": line.flops / line.cpu / rate,
+            "model_flop_utilisation": line.flops / (line.cpu if busy() == "cpu_seconds" else line.wall) / rate,
             "against": {
                 n: {"cpu": o.cpu / line.cpu, "peak": line.peak / o.peak}
                 for n, o in lines.items()
@@ -256,7 +295,13 @@ def compare(options: argparse.Namespace) -> None:
     }
     pairs = [(a, b) for n in results for a, b in zip(results["rlhf"]["losses"], results[n]["losses"], strict=True)]
     difference = max(abs(a - b) / abs(b) for a, b in pairs)
-    written = {"sides": results, "summary": summary, "model_flops": flops, "largest_relative_loss_difference": difference}
+    written = {
+        "sides": results,
+        "summary": summary,
+        "model_flops": flops,
+        "matrix_rate": rate,
+        "largest_relative_loss_difference": difference,
+    }
     out.with_suffix(".json").write_text(json.dumps(written, indent=2) + "\n")
     _print(options.stage, summary, difference)
 
@@ -272,7 +317,7 @@ def _print(stage: str, summary: dict[str, dict[str, Any]], difference: float) ->
     print(f"largest relative difference of a loss: {difference:.1e}\n", flush=True)
 
 
-def _run(script: Path, *arguments: object) -> dict[str, Any]:
+def run_side(script: Path, *arguments: object) -> dict[str, Any]:
     done = subprocess.run([sys.executable, script, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -288,6 +333,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=0, help="0: 8 for sft, else 4")
     parser.add_argument("--tokens", type=int, default=0, help="tokens_per_device; 0: auto")
     parser.add_argument("--out", default="bench-out")
+    parser.add_argument("--attention", default="auto", help="as in a recipe")
+    parser.add_argument("--warm", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", help=argparse.SUPPRESS)
     options = parser.parse_args()

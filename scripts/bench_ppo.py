@@ -4,10 +4,11 @@
 
 DIR holds TRL 1.11.0 (`pip install --no-deps --target DIR trl==1.11.0`), which needs a place of its own beside the TRL that
 other benchmarks use; without it only our side runs. Both sides draw 32 tokens to the same 16 prompts an iteration (the last
-human turns of HH.jsonl.gz, 8 to 64 tokens), ends ignored, and make 2 updates of all 16 episodes, in float32 with AdamW, a KL
-penalty, a value and a reward model. TRL trains all weights of two of its four models. Ours is measured so (`all weights` of the
-policy; the value is an adapter) and as it comes (`lora`: four roles on one base). Heads are untrained on both sides: what is
-measured is work. CPU seconds are those of the iterations; imports and loading are left out. Peak memory is the whole process.
+human turns of HH.jsonl.gz, 8 to 64 tokens), ends ignored, and make 2 updates of all 16 episodes, in float32 (on a GPU bfloat16)
+with AdamW, a KL penalty, a value and a reward model. TRL trains all weights of two of its four models. Ours is measured so
+(`all weights` of the policy; the value is an adapter) and as it comes (`lora`: four roles on one base). Heads are untrained on
+both sides: what is measured is work. CPU seconds are those of the iterations; imports and loading are left out. Peak memory is
+the whole process.
 """
 
 from __future__ import annotations
@@ -17,37 +18,39 @@ import gzip
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bench import Clock, busy, device
+from transformers import TrainerCallback
 
 from rlhf_cli import sections
 from rlhf_cli.data.batches import DatasetSource
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
+from rlhf_cli.data.templates import choose_template, read_chat_format
 from rlhf_cli.data.trees import Tree
-from rlhf_cli.models.load import Weights, load_config, load_tokenizer
+from rlhf_cli.models.load import Weights, load_config, load_tokenizer, resolve_dtype
 from rlhf_cli.models.memory import auto_budget, estimate
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.placement import Head, Placement
 from rlhf_cli.models.policy import load_trained
 from rlhf_cli.objectives.ppo import Ppo
 from rlhf_cli.ranks import Ranks
+from rlhf_cli.rollout.ensembles import AS_THEY_ARE
 from rlhf_cli.rollout.experience import Sampler
 from rlhf_cli.rollout.generate import TransformersEngine
 from rlhf_cli.rollout.reward_models import Reader, RewardModelScorer
 from rlhf_cli.rollout.source import PolicySource
+from rlhf_cli.training.loop import peak_memory
 from rlhf_cli.training.optim import build_optimizer
 from rlhf_cli.training.step import Update, optimise
 
-EPISODES, NEW_TOKENS, EPOCHS, RATE = 16, 32, 2, 1e-5
-CPU = torch.device("cpu")
+EPOCHS, RATE = 2, 1e-5
 
 
 def read_prompts(tokenizer: Any, path: str, count: int) -> list[list[int]]:
@@ -74,28 +77,29 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         Ranks(expected=False),
     )
     backbone, base = load_trained(
-        settings, lora, Weights(options.model, None, None), device=CPU, seeds={"policy": 0}, merged=Path(options.out)
+        settings, lora, Weights(options.model, None, None), device=device(), seeds={"policy": 0}, merged=Path(options.out)
     )
-    placement = Placement(backbone, settings, base, CPU)
+    placement = Placement(backbone, settings, base, device())
     placement.add("reference", base)
     width = backbone.model.config.hidden_size
     placement.add("reward", base)
     backbone.at("reward").add_head("reward", None, trained=False)
     placement.add_value(base, sections.Lora(), Head(torch.zeros(1, width), 0.0))
-    records = [Record(str(n), (), str(n)) for n in range(options.iterations * EPISODES)]
+    records = [Record(str(n), (), str(n)) for n in range(options.iterations * options.episodes)]
     prompts = read_prompts(tokenizer, options.data, len(records))
     trees = [Tree(np.array(ids, np.int32), np.zeros(len(ids), bool), (), n) for n, ids in enumerate(prompts)]
-    source = DatasetSource(flatten(trees, records), (len(trees),), (1.0,), EPISODES, 0, False)
+    source = DatasetSource(flatten(trees, records), (len(trees),), (1.0,), options.episodes, 0, False)
     config = load_config(options.model, None, False)
-    memory = estimate(config, sections.Model(path=""), rank=lora and lora.r, dtype=torch.float32)
-    budget = auto_budget(memory, 64 + NEW_TOKENS, CPU, values=True)
-    term = RewardModelScorer("reward", 1.0, backbone, "reward", 0.0, 1.0, budget, Reader("reward", None, None))
+    memory = estimate(config, sections.Model(path=""), rank=lora and lora.r, dtype=resolve_dtype("auto", device()))
+    budget = auto_budget(memory, 64 + options.new_tokens, device(), values=True)
+    reader = Reader("reward", None, read_chat_format(tokenizer, choose_template(tokenizer, None)), same=True)
+    term = RewardModelScorer("reward", 1.0, backbone, ("reward",), (AS_THEY_ARE,), "mean", budget, reader)
     sampler = Sampler(
         backbone=backbone,
         engine=TransformersEngine(backbone, "policy"),
         tokenizer=tokenizer,
         ends=(),
-        settings=sections.PolicySampling(max_new_tokens=NEW_TOKENS),
+        settings=sections.PolicySampling(max_new_tokens=options.new_tokens),
         records=records,
         terms=[term],
         gold=[],
@@ -107,17 +111,21 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     drawn = PolicySource(sampler, source, objective, sections.Kl(), None, 0.0, 0)
     optimizer = build_optimizer(backbone.trained_roles, sections.Train(learning_rate=RATE))
     seconds = {"rollout and scores": 0.0, "update": 0.0}
+    loaded, total = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else None, Clock()
     for step in range(1, options.iterations + 1):
-        started = time.process_time()
+        if step == options.warm + 1:
+            seconds, total = dict.fromkeys(seconds, 0.0), Clock()
+        clock = Clock()
         made = drawn.collect(step, {})
-        between = time.process_time()
+        seconds["rollout and scores"] += clock.read()[busy()]
+        clock = Clock()
         for number, batch in enumerate(objective.updates(made.batches[0], step)):
             rates = {"policy": RATE, "value": RATE}
             update = Update(step, batch, rates, 1.0, seed=0, number=number, memory=made.memory, given=made.given)
             optimise(Passes(backbone, budget, ranks), objective, optimizer, update)
-        seconds["rollout and scores"] += between - started
-        seconds["update"] += time.process_time() - between
-    return _report(sum(seconds.values()), options.iterations) | {"cpu_seconds": seconds, "base_copies": len(backbone.hosts)}
+        seconds["update"] += clock.read()[busy()]
+    held = {"base_copies": len(backbone.hosts), "loaded_gib": loaded}
+    return _report(total, options) | held | {"seconds": seconds}
 
 
 def theirs(options: argparse.Namespace) -> dict[str, Any]:
@@ -127,27 +135,28 @@ def theirs(options: argparse.Namespace) -> dict[str, Any]:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
-    prompts = [{"input_ids": ids} for ids in read_prompts(tokenizer, options.data, options.iterations * EPISODES + 4)]
+    prompts = [{"input_ids": ids} for ids in read_prompts(tokenizer, options.data, options.iterations * options.episodes + 4)]
 
     def model(loader: Any, **more: Any) -> Any:
-        return loader.from_pretrained(options.model, dtype=torch.float32, **more)
+        return loader.from_pretrained(options.model, dtype=resolve_dtype("auto", device()), **more)
 
+    on_gpu = torch.cuda.is_available()
     arguments = PPOConfig(
         output_dir=str(Path(options.out) / "trl-ppo"),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=EPISODES // 4,
+        per_device_train_batch_size=options.episodes if on_gpu else 4,
+        gradient_accumulation_steps=1 if on_gpu else options.episodes // 4,
         num_mini_batches=1,
         num_ppo_epochs=EPOCHS,
-        total_episodes=EPISODES * options.iterations,
-        response_length=NEW_TOKENS,
-        local_rollout_forward_batch_size=EPISODES,
+        total_episodes=options.episodes * options.iterations,
+        response_length=options.new_tokens,
+        local_rollout_forward_batch_size=options.episodes,
         num_sample_generations=0,
         temperature=1.0,
         learning_rate=RATE,
         report_to=[],
         save_strategy="no",
-        bf16=False,
-        use_cpu=True,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
     )
     trainer = PPOTrainer(
         args=arguments,
@@ -159,21 +168,37 @@ def theirs(options: argparse.Namespace) -> dict[str, Any]:
         train_dataset=Dataset.from_list(prompts[:-4]),
         eval_dataset=Dataset.from_list(prompts[-4:]),
     )
-    started = time.process_time()
+    begun = _FromIteration(options.warm)
+    trainer.add_callback(begun)
     trainer.train()
-    return _report(time.process_time() - started, options.iterations)
+    return _report(begun.clock, options)
 
 
-def _report(seconds: float, iterations: int) -> dict[str, Any]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"cpu_seconds_an_episode": seconds / (iterations * EPISODES), "peak_gib": peak}
+class _FromIteration(TrainerCallback):  # type: ignore[misc]
+    """TRL's trainer tells of the end of every iteration; the clock begins after the first `warm` ones."""
+
+    def __init__(self, warm: int) -> None:
+        self.left, self.clock = warm, Clock()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.clock = Clock()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.clock = Clock()
+
+
+def _report(clock: Clock, options: argparse.Namespace) -> dict[str, Any]:
+    episodes, took = (options.iterations - options.warm) * options.episodes, clock.read()
+    return {f"{name}_an_episode": value / episodes for name, value in took.items()} | {"peak_gib": peak_memory()}
 
 
 def compare(options: argparse.Namespace) -> None:
     """Run the sides one after the other, each in a process of its own; print and keep the figures."""
-    results = {f"rlhf, {kind}": _run(options, kind) for kind in ("lora", "all weights")}
+    results = {f"rlhf, {kind}": run_side(options, kind) for kind in ("lora", "all weights")}
     if options.peer:
-        results["trl 1.11"] = _run(options, "trl")
+        results["trl 1.11"] = run_side(options, "trl")
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "ppo.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -187,8 +212,9 @@ def compare(options: argparse.Namespace) -> None:
             print(f"{name}: {faster:.2f} × the episodes per CPU second, {result['peak_gib'] / peer['peak_gib']:.2f} × the memory")
 
 
-def _run(options: argparse.Namespace, side: str) -> dict[str, Any]:
-    shared = [options.data, "--model", options.model, "--iterations", str(options.iterations), "--out", options.out]
+def run_side(options: argparse.Namespace, side: str) -> dict[str, Any]:
+    named = ("model", "iterations", "episodes", "new_tokens", "warm", "out")
+    shared = [options.data, *(f"--{name.replace('_', '-')}={getattr(options, name)}" for name in named)]
     own = ["--theirs"] if side == "trl" else ["--ours", side]
     # Each side as its users run it: `rlhf` makes idle threads sleep soon (see cli.py).
     own_environment = (
@@ -207,6 +233,9 @@ def main() -> None:
     parser.add_argument("data", help="HH-RLHF transcripts, .jsonl or .jsonl.gz")
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--iterations", type=int, default=2)
+    parser.add_argument("--episodes", type=int, default=16, help="of an iteration")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--warm", type=int, default=0, help="iterations before those that are timed")
     parser.add_argument("--peer", default="", help="the folder that holds TRL 1.11.0")
     parser.add_argument("--out", default="bench-out")
     parser.add_argument("--ours", choices=["lora", "all weights"], help=argparse.SUPPRESS)

@@ -1,12 +1,12 @@
-"""CPU seconds a drawn token of `rlhf`'s own token loop and of transformers' `generate`, on the same model and prompts.
+"""Seconds a drawn token of `rlhf`'s own token loop and of transformers' `generate`, on the same model and prompts.
 
     OMP_NUM_THREADS=2 python scripts/bench_rollout.py [--model FOLDER] [--data HH.jsonl.gz] [--new-tokens 32] [--batch 16]
 
 Without --model the weights are random, in SmolLM2-135M's shape; without --data the prompts are random, of 8 to 64 tokens. Else
 they are the last human turns of HH-RLHF transcripts, their first 64 tokens, those of at least 8. So that responses are of
-ragged lengths, every id that --end-every divides ends one, besides the model's own ends (0: those alone). Float32, temperature 1,
-no adapter, one sample a prompt. Both sides take turns, --repeats times each with other draws, after a warm-up. Prints one JSON
-object; a token after a response's end counts on neither side.
+ragged lengths, every id that --end-every divides ends one, besides the model's own ends (0: those alone). Float32, on a GPU
+bfloat16, temperature 1, no adapter, one sample a prompt. Both sides take turns, --repeats times each with other draws, after a
+warm-up. Prints one JSON object; a token after a response's end counts on neither side.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rlhf_cli.models.backbone import Backbone, end_ids
-from rlhf_cli.models.load import load_tokenizer
+from rlhf_cli.models.load import load_tokenizer, resolve_dtype
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 
 SMOLLM2: dict[str, Any] = {
@@ -39,10 +39,12 @@ SHORTEST, LONGEST = 8, 64
 
 
 def load(folder: str | None) -> Any:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype("auto", device)
     if folder is not None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SMOLLM2)).eval()
+    return LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(device, dtype).eval()
 
 
 def read_prompts(options: argparse.Namespace, vocabulary: int) -> list[np.ndarray]:
@@ -82,14 +84,15 @@ def theirs(model: Any, request: Request) -> list[int]:
         mask[row, width - len(prompt) :] = 1
     model.generation_config = GenerationConfig(eos_token_id=list(request.ends), pad_token_id=request.ends[0])
     settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": request.temperature, "use_cache": True}
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=request.max_new_tokens, **settings)[:, width:].numpy()
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=request.max_new_tokens, **settings)[:, width:].cpu().numpy()
     over = np.isin(out, request.ends)
     lengths: list[int] = np.where(over.any(1), over.argmax(1) + 1, out.shape[1]).tolist()
     return lengths
 
 
 def main() -> None:
-    """Parse the command line, take turns, print."""
+    """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description="CPU seconds a drawn token, ours and transformers'.")
     parser.add_argument("--model", help="a transformers folder; default: random weights in SmolLM2-135M's shape")
     parser.add_argument("--data", help="HH-RLHF transcripts, .jsonl.gz; needs --model")
@@ -100,11 +103,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.data and not options.model:
         parser.error("--data needs the tokenizer of a --model")
+    print(json.dumps(measure(options)))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Both sides take turns."""
     model = load(options.model)
     vocabulary = model.config.vocab_size
     ends = end_ids(model, *(range(0, vocabulary, options.end_every) if options.end_every else ()))
     prompts = read_prompts(options, vocabulary)
-    backbone = Backbone(model, torch.float32)
+    backbone = Backbone(model, model.dtype)
     engine = TransformersEngine(backbone, "policy")
     took = {"rlhf": [0.0, 0.0], "transformers": [0.0, 0.0]}
     lengths: dict[str, list[int]] = {"rlhf": [], "transformers": []}
@@ -127,7 +135,7 @@ def main() -> None:
         for side in took
     }
     ratio = sides["transformers"]["cpu_seconds_a_token"] / sides["rlhf"]["cpu_seconds_a_token"]
-    print(json.dumps({"threads": torch.get_num_threads(), "prompt_tokens": sum(map(len, prompts)), **sides, "ratio": ratio}))
+    return {"threads": torch.get_num_threads(), "prompt_tokens": sum(map(len, prompts)), **sides, "ratio": ratio}
 
 
 if __name__ == "__main__":
