@@ -74,7 +74,7 @@ SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/
 NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
 .PRECIOUS: $(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(BASE) $(ARITHMETIC) $(ARITHMETIC_MORE) $(VOTES) $(DIGITS)
-.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble rounds arithmetic arithmetic-more votes test lint check smollm2 bench always
+.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble rounds arithmetic arithmetic-more votes test lint check smollm2 bench gpu always
 
 help:
 	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: about 5 minutes on two cores"
@@ -89,6 +89,7 @@ help:
 	@echo "make lint             linters and types"
 	@echo "make smollm2          the same stages of SmolLM2-135M-Instruct on HH-RLHF; HH=rows.jsonl.gz to use a file, LIMIT=n for fewer rows"
 	@echo "make bench            compare with another trainer on the same rows; HH=rows.jsonl.gz"
+	@echo "make gpu              what one GPU makes of every stage, in about 10 minutes; GPU=--plan tells its parts"
 
 # runs/x/y is what the recipe x/y.yaml makes. The stages after sft start from its run.
 $(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(ARITHMETIC) $(ARITHMETIC_MORE) $(VOTES): runs/%/manifest.json: recipes/%.yaml | $(DEV)
@@ -206,6 +207,10 @@ bench: $(SMOLLM2)/config.json .venv/trl-ppo/trl/__init__.py | $(DEV) .venv/.inst
 	@$(BIN)/python scripts/bench_rollout.py --model $(SMOLLM2) $(if $(HH),--data '$(HH)')
 	@$(BIN)/python scripts/bench_ppo.py $(if $(HH),'$(HH)') --peer .venv/trl-ppo
 	@$(BIN)/python scripts/bench_data.py --model $(SMOLLM2)
+
+# Which of its parts are left to do is the script's: a second call goes on.
+gpu: | $(DEV)
+	@$(BIN)/python scripts/gpu.py $(GPU)
 
 # The last TRL that had PPO, beside the one that the other stages are compared with.
 .venv/trl-ppo/trl/__init__.py: | .venv/bin/pip

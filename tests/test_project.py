@@ -247,6 +247,9 @@ class TestMakefile:
         assert self.make(folder, "rounds")[2:] == [*calls("quickstart", ("sft",), "--resume"), "python scripts/rounds.py"]
         assert self.make(folder, "rounds", "ROUNDS=--seeds 2") == ["python scripts/rounds.py --seeds 2"]
 
+    def test_the_parts_for_a_gpu_are_a_script(self, folder: Path) -> None:
+        assert self.make(folder, "gpu", "GPU=--plan") == [INSTALL.format("dev"), "python scripts/gpu.py --plan"]
+
     def test_arithmetic_is_a_chain_of_its_own(self, folder: Path) -> None:
         first, more = ("sft", "grpo", "eval"), ("rloo", "ppo", "eval-more")
         made = [INSTALL.format("dev"), "python scripts/make_arithmetic.py"]
