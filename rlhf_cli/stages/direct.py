@@ -21,7 +21,6 @@ from rlhf_cli.objectives.base import Objective
 from rlhf_cli.recipe import recipes
 from rlhf_cli.recipe.load import Loaded
 from rlhf_cli.rollout.generate import TransformersEngine
-from rlhf_cli.rollout.reward_functions import RewardFunction
 from rlhf_cli.rollout.rewards import PolicyText
 from rlhf_cli.rollout.source import PreferenceSource, Shape
 from rlhf_cli.rollout.terms import RewardTerms, find_terms
@@ -46,8 +45,8 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     reference = find_reference(job, check, needed=draws or job.objective.reference)
     policy = PolicyText(job.tokenizer, job.template, job.recipe.model.trust_remote_code, check, pause=job.signals.pause)
     terms = find_terms(loaded, policy)
-    if job.objective.self_play and not (terms.reward[0].compares or isinstance(terms.reward[0], RewardFunction)):
-        who = "a general preference model, a judge with mode: pairwise, or a function"
+    if job.objective.self_play and not terms.reward[0].compares:
+        who = "a general preference model, a judge with mode: pairwise, or a function with compares: true"
         raise UsageError(f"{terms.reward[0].place}: gives scores, and kind {job.objective.kind} wants wins. name {who}")
     for words in _announce(job, reference, terms):
         job.console.say(words)

@@ -207,7 +207,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "alone": ("ppo", {"rollout": {"responses_per_prompt": 1}}, "set rollout.responses_per_prompt to 2 or more"),
     "normalized": ("dpo", {"reward": [{"model": "HOME/lora", "normalize": True}]}, ", which gives probabilities. remove it"),
     "scored": ("sppo", {"reward": [{"length": {"max": 9}}]}, "gives scores, and kind sppo wants wins. name a general preference"),
-    "no wins": ("dno", {"reward": [{"function": "HOME/wins.py:scores"}]}, "expected the probability to win, from 0 to 1"),
+    "a function that scores": ("dno", {"reward": [{"function": "HOME/wins.py:scores"}]}, "or a function with compares: true"),
+    "no wins": (
+        "dno",
+        {"reward": [{"function": "HOME/wins.py:scores", "compares": True}]},
+        "expected the probability to win, from 0 to 1",
+    ),
     "watched": (
         "dno",
         {"train": {"keep_best": {"metric": "reward/lora", "mode": "max"}}},
