@@ -20,6 +20,7 @@ import typer
 from rlhf_cli import cli
 from rlhf_cli.data.convert import BESIDE_PROMPTS
 from rlhf_cli.data.formats import ANSWERS, FORMATS, PROMPTS, Purpose, detect
+from rlhf_cli.data.formats import STEPS as STEPWISE
 from rlhf_cli.metrics import METRICS
 from rlhf_cli.recipe.keys import kind_of
 from rlhf_cli.recipe.load import load_recipe
@@ -280,7 +281,7 @@ class TestTables:
         text = text_of("docs/data.md")
         rows = dict(re.findall(r"^\| `([a-z-]+)` \| `(\{.*?\})`[,| ]", text, re.MULTILINE))
         assert list(rows) == list(FORMATS)
-        uses = {name: PROMPTS if name == "prompt" else ANSWERS for name in rows}
+        uses = {name: {"prompt": PROMPTS, "steps": STEPWISE}.get(name, ANSWERS) for name in rows}
         found = {name: detect([json.loads(row)], Purpose(name, uses[name], {}), "data.md") for name, row in rows.items()}
         assert found == FORMATS
 

@@ -36,6 +36,10 @@ STAGE_OF = {
     "rounds-dpo": "dpo",
     "rounds-eval": "eval",
     "eval-more": "eval",
+    "solver": "sft",
+    "prm": "train-rm",
+    "orm": "train-rm",
+    "votes": "eval",
 }
 """The stage of recipes that are not named after theirs."""
 
@@ -60,7 +64,7 @@ case "$*" in
     touch models/quickstart-base/tokenizer_config.json ;;
   scripts/make_arithmetic.py)
     mkdir -p data/arithmetic models/arithmetic-base
-    touch data/arithmetic/sft.jsonl data/arithmetic/prompts.jsonl data/arithmetic/eval_prompts.jsonl
+    for name in sft prompts eval_prompts solver steps outcome; do touch data/arithmetic/$name.jsonl; done
     touch models/arithmetic-base/tokenizer_config.json ;;
   *urlopen*) if [ -e offline ]; then exit 1; fi ;;
   scripts/fetch_smollm2.py*) mkdir -p models/smollm2-135m-instruct; touch models/smollm2-135m-instruct/config.json ;;
@@ -87,6 +91,8 @@ MORE = ("ipo", "rloo", "at-kl")
 """Those that `make quickstart-more` runs."""
 ENSEMBLE = ("rm-ensemble", "pushed-mean", "pushed-lcb", "ensemble")
 """Those that `make ensemble` runs."""
+VOTES = ("solver", "prm", "orm", "votes")
+"""Those that `make votes` runs."""
 FOLLOW = {
     "sft": [name for name in CHAIN if name != "sft"],
     "rm": ["ppo", "online-dpo", "pushed", "samples", "dpo-again", "eval"],
@@ -255,6 +261,7 @@ class TestMakefile:
         made = [INSTALL.format("dev"), "python scripts/make_arithmetic.py"]
         assert self.make(folder, "arithmetic") == [*made, *calls("arithmetic", first, "--resume")]
         show = "rlhf eval recipes/arithmetic/{}.yaml --resume"
+        assert sorted(self.make(folder, "votes")) == sorted(calls("arithmetic", VOTES, "--resume"))
         assert self.make(folder, "arithmetic") == [show.format("eval")]
         assert sorted(self.make(folder, "arithmetic-more")) == sorted(calls("arithmetic", more, "--resume"))
         assert self.run(folder, "arithmetic-more").stdout.splitlines() == [
@@ -392,7 +399,7 @@ class TestChain:
         assert {path.removesuffix("/checkpoints/*") for path in evaluation.models.values()} == outputs
 
     def test_every_method_learns_sums_from_one_start_and_meets_those_that_none_has_seen(self) -> None:
-        recipes = recipes_of("arithmetic")
+        recipes = {name: recipe for name, recipe in recipes_of("arithmetic").items() if name not in VOTES}
         trained = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, TrainingRecipe)}
         assert recipes.keys() - trained.keys() == {"eval", "eval-more"}
         assert {(recipe.data.holdout, recipe.seed) for recipe in trained.values()} == {(0.05, 0)}
@@ -405,6 +412,13 @@ class TestChain:
         assert first.models == {name: outputs[name] for name in ("sft", "grpo")}
         assert (first.prompts, first.gold, first.vote, first.rollout) == (every.prompts, every.gold, every.vote, every.rollout)
         assert [source.path for source in first.prompts or ()] == ["data/arithmetic/eval_prompts.jsonl"]
+
+    def test_reward_models_choose_among_solutions_of_the_policy_that_they_start_from(self) -> None:
+        solver, prm, orm, votes = (recipes_of("arithmetic")[name] for name in VOTES)
+        assert isinstance(prm, TrainingRecipe) and isinstance(orm, TrainingRecipe) and isinstance(votes, EvalRecipe)
+        assert (prm.model, prm.train, prm.data.holdout) == (orm.model, orm.train, orm.data.holdout)
+        assert [prm.model.path] == [solver.output] == [*votes.models.values()]
+        assert [term.model for term in votes.reward or ()] == [prm.output, orm.output]
 
     def test_iterative_dpo_learns_from_what_was_sampled(self) -> None:
         recipes = recipes_of("quickstart")
