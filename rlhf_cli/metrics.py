@@ -70,7 +70,7 @@ class Metric:
 
 ZERO_SPREAD = "reward/zero_spread"
 """The share of a step's prompts whose responses all have one score: they do not say which is better."""
-REDRAWN, OVERLONG = "rollout/redrawn", "response/overlong"
+REDRAWN, OVERLONG, ADAPTER_KEPT = "rollout/redrawn", "response/overlong", "rollout/adapter_kept"
 
 NATS = "nats a response"
 LOSS = Plot("loss", "Loss", "loss")
@@ -96,6 +96,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(ZERO_SPREAD, "prompts whose responses all score alike", plot=Plot("zero_spread", "Prompts of one score", "share")),
     Metric(REDRAWN, "prompts that others replaced"),
+    Metric(ADAPTER_KEPT),
     Metric(
         "/contradicting",
         "comparisons in which a judge contradicts itself:",

@@ -101,19 +101,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        move = partial(_move, device=device)
+        move = partial(torch.Tensor.to, device=device, non_blocking=device.type == "cuda")  # MPS would read what is freed since
         tensors = {name: move(value) for name, value in vars(self).items() if torch.is_tensor(value)}
         recorded = self.recorded and Recorded(*map(move, self.recorded))
         return Batch(**(vars(self) | tensors | {"recorded": recorded}))
-
-
-def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.to(device, non_blocking=device.type == "cuda")  # MPS would read what is freed since
-
-
-def upload(values: Sequence[Any], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`like.new_tensor(values)`, for which the host does not wait until the device has done all that came before."""
-    return _move(torch.tensor(values, dtype=dtype or like.dtype), like.device)
 
 
 def tree_length(tree: Tree) -> int:

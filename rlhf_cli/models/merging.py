@@ -10,40 +10,56 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.models.backbone import BASE, Backbone
+from rlhf_cli.models.memory import gpu_memory
 
 ROWS = 8
 """How many rows the packing is chosen for; the same one serves 3 to 64 rows 1.3 to 2.4 × as fast as F.linear, which packs anew
 for every product (576 × 1536 in float32, AVX-512)."""
+
+KEPT = 0.9
+"""The least share of an adapter that must be left of it in half precision; with less it stays beside its layers."""
+COPIES = 0.5
+"""Of a GPU's memory, what all models and the weights with the adapter inside may take together."""
 
 Folds = Mapping[torch.nn.Parameter, Callable[[], torch.Tensor]]
 """Weight → a function that makes another one for it, one adapter folded in."""
 
 
 @contextlib.contextmanager
-def merged(backbone: Backbone, role: str) -> Iterator[None]:
-    """Inside, `role` forwards without its adapter's extra products; no other role may, and nothing can be learned.
+def merged(backbone: Backbone, role: str) -> Iterator[float | None]:
+    """Inside, `role` forwards with as few products as its adapter allows; no other role may, and nothing can be learned.
 
     On a CPU in float32 the weights W + scaling · B A are made one by one and packed. Elsewhere each adapted linear layer points
     at such a tensor, and afterwards at its own again, the same memory: weights that are merged and unmerged by subtraction drift.
-    The adapter stays as it is where a weight is no plain one (quantised, DoRA), or in half precision: most of a young
-    adapter's B A is less than half a step of W's own numbers, and would be rounded away. A role without one needs nothing.
+    In half precision the sum of float32 is rounded; yields the share of the adapter that this leaves, else None. Most of a young
+    one's B A is less than half a step of W's own numbers: then it stays beside its layers, as two thin products. It stays as
+    it is where a weight is no plain one (quantised, DoRA). Weights that train in float32 are cast once, and not for every token.
     """
     backbone.activate(role)
-    adapter, layers = backbone.active, _mergeable(backbone)
+    adapter, layers, dtype = backbone.active, _mergeable(backbone), backbone.compute_dtype
+    packs, kept = dtype == torch.float32, None
+    if not packs:
+        kept = _kept(backbone, layers, adapter)
+        layers = layers if kept is not None and kept >= KEPT else []
+    apart = [] if layers or packs else [m for m in backbone.model.modules() if _is_plain(m, adapter)]
     if layers:
         backbone.activate(BASE)
-    folds = {_weight(layer): partial(_folded, layer, adapter) for layer in layers}
+    folds: dict[torch.nn.Parameter, Callable[[], torch.Tensor]] = {_weight(m): partial(_folded, m, adapter) for m in layers}
     tokens = [m for m in backbone.model.modules() if isinstance(m, TrainableTokensLayer) and adapter in m.token_indices]
     folds |= {m.base_layer.weight: partial(torch.no_grad()(m.get_merged_weights), [adapter]) for m in tokens if layers}
-    packs = backbone.compute_dtype == torch.float32
     packable = {layer.weight for layer in backbone.model.modules() if packs and _can_pack(layer)}
     embedded = {m.base_layer.weight for m in tokens}  # tied ones are packed, and looked up
     rest = {weight: fold for weight, fold in folds.items() if weight not in packable or weight in embedded}
-    with _swapped(rest), packed(backbone.model, folds) if packs else contextlib.nullcontext():
-        yield
+    if not packs and backbone.shards is None:
+        rest = _casts(backbone.model, dtype) | rest
+    forwards = _fused_norms(backbone.model) if backbone.device.type == "cuda" else {}
+    forwards |= {layer: _beside(layer, adapter, dtype) for layer in apart}
+    with _swapped(rest), _forwarding(forwards), packed(backbone.model, folds) if packs else contextlib.nullcontext():
+        yield kept
 
 
 @contextlib.contextmanager
@@ -54,16 +70,22 @@ def packed(model: Any, folds: Folds) -> Iterator[None]:
     nothing changes, nor in adapters, which are off, where `folds` has one of them. The layers' own weights are not touched.
     """
     layers = [layer for name, layer in model.named_modules() if _can_pack(layer) and not (folds and ".lora_" in name)]
+    weights = (folds[layer.weight]() if layer.weight in folds else layer.weight.detach() for layer in layers)
+    copies = (torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) for weight in weights)
+    with _forwarding({layer: partial(_multiply, copy, layer.bias) for layer, copy in zip(layers, copies, strict=True)}):
+        yield
+
+
+@contextlib.contextmanager
+def _forwarding(forwards: Mapping[torch.nn.Module, Callable[..., torch.Tensor]]) -> Iterator[None]:
+    """Inside, these modules forward by these functions."""
     try:
-        for layer in layers:
-            weight = folds[layer.weight]() if layer.weight in folds else layer.weight.detach()
-            copy = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-            # On the instance, where it comes before the method of its class.
-            vars(layer)["forward"] = partial(_multiply, copy, layer.bias)
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward  # on the instance, where it comes before the method of its class
         yield
     finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+        for module in forwards:
+            vars(module).pop("forward", None)
 
 
 def _can_pack(layer: torch.nn.Module) -> bool:
@@ -97,7 +119,7 @@ def _mergeable(backbone: Backbone) -> list[Any]:
     layers = [m for m in backbone.model.modules() if isinstance(m, LoraLayer) and role in (*m.lora_A, *m.lora_embedding_A)]
     plain = all(
         (type(m) is ParamWrapper or (type(m) is Linear and type(m.base_layer) in (torch.nn.Linear, Conv1D)))
-        and _weight(m).dtype == torch.float32
+        and _weight(m).dtype == backbone.compute_dtype
         and role not in m.lora_variant
         and not m.lora_bias[role]
         for m in layers
@@ -113,6 +135,65 @@ def _weight(layer: Any) -> torch.nn.Parameter:
 
 @torch.no_grad()
 def _folded(layer: Any, adapter: str | None) -> torch.Tensor:
-    """W + scaling · B A."""
+    """W + scaling · B A, in W's dtype of a sum in float32."""
     delta: torch.Tensor = layer.get_delta_weight(adapter)  # with PEFT's own scaling and orientation
-    return delta.add_(_weight(layer))
+    return delta.float().add_(_weight(layer)).to(_weight(layer).dtype)
+
+
+@torch.no_grad()
+def _kept(backbone: Backbone, layers: list[Any], adapter: str | None) -> float | None:
+    """1 − ‖what rounding takes off scaling · B A, or adds to it‖ / ‖scaling · B A‖, of all layers together.
+
+    None where the device has no room for a second copy of them: by all its memory, so that a resumed run does the same.
+    """
+    needed = sum(p.nbytes for host in backbone.hosts for p in host.model.parameters()) + sum(_weight(m).nbytes for m in layers)
+    if not layers or backbone.shards or (backbone.device.type != "cpu" and needed > COPIES * gpu_memory(backbone.device)[1]):
+        return None
+    norms = []
+    for layer in layers:
+        delta = layer.get_delta_weight(adapter).float()
+        norms.append(torch.stack(((_weight(layer) + delta - _folded(layer, adapter)).norm(), delta.norm())))
+    lost, whole = torch.stack(norms).norm(dim=0).tolist()
+    return 1 - lost / whole if whole else 1.0
+
+
+def _is_plain(layer: Any, adapter: str | None) -> bool:
+    """Does the adapter add B A x to the layer's output, and nothing else?"""
+    linear = isinstance(layer, LoraLayer) and adapter in layer.lora_A and type(layer.lora_A[adapter]) is torch.nn.Linear
+    return linear and type(layer) is not ParamWrapper and not layer.lora_bias[adapter] and adapter not in layer.lora_variant
+
+
+@torch.no_grad()
+def _beside(layer: Any, adapter: str | None, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """The layer's own output + x Aᵀ (scaling · Bᵀ): three kernels, and the sum is rounded once."""
+    a, b = layer.lora_A[adapter].weight.to(dtype), (layer.scaling[adapter] * layer.lora_B[adapter].weight.T).to(dtype)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = layer.base_layer(x).to(dtype)
+        found.view(-1, b.shape[1]).addmm_(F.linear(x.to(dtype), a).view(-1, len(b)), b)
+        return found
+
+    return forward
+
+
+def _casts(model: Any, dtype: torch.dtype) -> dict[torch.nn.Parameter, Callable[[], torch.Tensor]]:
+    """Casts of what autocast would cast for every token: of linear layers, but for those that are looked up too."""
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    layers = [m for name, m in model.named_modules() if type(m) in (torch.nn.Linear, Conv1D) and ".lora_" not in name]
+    own = (p for layer in layers for p in layer.parameters(recurse=False) if id(p) not in embedded)
+    return {p: partial(p.detach().to, dtype) for p in own if p.dtype == torch.float32}
+
+
+@torch.no_grad()
+def _fused_norms(model: Any) -> dict[torch.nn.Module, Callable[..., torch.Tensor]]:
+    """RMSNorms by torch's one kernel instead of eight, where that gives the same."""
+    found: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
+    rms_norm = torch.autocast("cuda", enabled=False)(F.rms_norm)  # else in float32, with casts before and after it
+    for module in model.modules():
+        weight, eps = module._parameters.get("weight"), vars(module).get("variance_epsilon", vars(module).get("eps"))
+        if type(module).__name__.endswith("RMSNorm") and weight is not None and isinstance(eps, float):
+            forward = partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+            x = torch.linspace(-1, 2, len(weight), device=weight.device, dtype=weight.dtype)
+            if torch.allclose(forward(x).float(), module(x).float(), rtol=0.02, atol=1e-3):
+                found[module] = forward
+    return found

@@ -19,6 +19,13 @@ Tensor: TypeAlias = "torch.Tensor"  # named without importing torch, which readi
 Trained = Literal["lora", "full"]  # which weights learn: an adapter's, or all
 
 
+def upload(values: Sequence[object], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`like.new_tensor(values)`, but the host does not wait until the GPU has done all that it was given before."""
+    import torch
+
+    return torch.tensor(values, dtype=dtype or like.dtype).to(like.device, non_blocking=like.is_cuda)
+
+
 @dataclass(frozen=True)
 class LossTerm:
     """One role's share of the loss in one forward pass, not yet divided."""

@@ -27,8 +27,7 @@ class Dpo(LogRatioPair):
         found = super().losses(responses, pairs, pair)
         for kind, values in {"xpo": responses.logps, "selm": self.beta * responses.logratio}.items():
             if kind in pair.given:
-                last = responses.lengths.new_tensor(pairs.counts).cumsum(0).long() - 1
-                found["trees"] = pair.given[kind] * values[last].sum()
+                found["trees"] = pair.given[kind] * values[responses.lengths.new_tensor(pairs.counts).cumsum(0).long() - 1].sum()
         return found
 
     def hard_loss(self, margin: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from rlhf_cli.objectives.base import LossTerm, Objective, Tensor
+from rlhf_cli.objectives.base import LossTerm, Objective, Tensor, upload
 from rlhf_cli.sections import key
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ def read_responses(backbone: Backbone, batch: Batch, objective: Objective) -> Re
     The reference's come with the batch, or from the role "reference" without gradient; for "kl" from the latter.
     """
     import torch
-
-    from rlhf_cli.data.trees import upload
 
     asked = objective.token_figure
     known = batch.reference if objective.reference else None
@@ -90,8 +88,6 @@ class PairIndices(NamedTuple):
 def pairs_of(batch: Batch) -> PairIndices:
     """All ordered pairs of a pass, tree by tree."""
     import torch
-
-    from rlhf_cli.data.trees import upload
 
     found: list[tuple[int, int, int]] = []
     start = 0
@@ -223,8 +219,6 @@ class PairObjective(PreferenceObjective):
         responses, pairs, pair = self.read(backbone, batch, given)
         losses = self.losses(responses, pairs, pair)
         if self.sft_weight:
-            from rlhf_cli.data.trees import upload
-
             shares = [s for count, facts in zip(batch.counts, batch.facts, strict=True) for s in self._shares(count, facts)]
             losses["tokens"] = -self.sft_weight * (upload(shares, responses.logps) * responses.logps).sum()
         yield LossTerm(losses, {name: (value.detach().sum(), "pairs") for name, value in self.figures(pair).items()})

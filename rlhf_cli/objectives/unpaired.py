@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_cli.data.formats import LABELS, Use
-from rlhf_cli.objectives.base import LossTerm, Objective, Tensor
+from rlhf_cli.objectives.base import LossTerm, Objective, Tensor, upload
 from rlhf_cli.objectives.preference import BETA, read_responses
 from rlhf_cli.sections import key
 
@@ -43,8 +43,6 @@ class UnpairedObjective(Objective):
 
     def terms(self, backbone: Backbone, batch: Batch, given: Mapping[str, float]) -> Iterator[LossTerm]:
         import torch
-
-        from rlhf_cli.data.trees import upload
 
         responses = read_responses(backbone, batch, self)
         logratio = responses.logratio

@@ -15,6 +15,7 @@ from rlhf_cli import sections
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Batch, Tree
 from rlhf_cli.errors import MachineError, RunError, Stopped
+from rlhf_cli.metrics import ADAPTER_KEPT
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.memory import is_out_of_memory, return_freed
 from rlhf_cli.models.passes import token_figures
@@ -51,6 +52,7 @@ class Rollout:
     tokens: TokenFigures
     seconds: dict[str, float]  # rollout: drawing; score: rewards and log-probabilities
     own: np.ndarray | None = None  # (M,) bool: which of them the policy drew; None: all
+    kept: float | None = None  # `Engine.kept` when they were drawn
 
     @property
     def lengths(self) -> np.ndarray:
@@ -89,7 +91,7 @@ class Rollout:
         found = {name: float(np.nanmean(values)) for name, values in named.items() if not np.isnan(values).all()}
         terms = {name: named[name] for name in self.terms}
         silent = {f"{name}/na": float(np.isnan(values).mean()) for name, values in terms.items() if np.isnan(values).any()}
-        return found | silent
+        return found | silent | ({} if self.kept is None else {ADAPTER_KEPT: self.kept})
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class Sampler:
             terms=terms,
             scores=scores - self.settings.missing_eos_penalty * ~ended,
             tokens=TokenFigures(*(np.concatenate(figures) for figures in zip(*tokens, strict=True)))._replace(dense=dense),
+            kept=self.engine.kept,
             seconds={"rollout": drawn_at - started, "score": time.monotonic() - drawn_at},
         )
 

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from rlhf_cli.errors import UsageError
+from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import LAYER_TYPES, PLAIN
 from rlhf_cli.models.backbone import BASE, Backbone
 from rlhf_cli.models.body import PROBE_TOLERANCE
@@ -38,6 +38,8 @@ GPU_SHARE = 0.2
 """The same on a GPU, as a share of all its memory: of what is free a resumed run would find another one, and cut other waves."""
 LOGITS = 4
 """Vectors of the vocabulary's length, in float32, that a row takes while its next token is chosen."""
+READ_EVERY = 16
+"""Tokens after which a GPU is asked which rows have ended; what these draw beyond their end is dropped."""
 WARPED = 10
 """As many more where the distribution is warped: tokens in order are longer numbers."""
 CACHE_NAMES = ("past_key_values", "cache_params")
@@ -77,6 +79,8 @@ Tell = Callable[[np.ndarray, np.ndarray], None]
 class Engine(Protocol):
     """What draws responses."""
 
+    kept: float | None  # of the last draw: the share of the adapter that is left in the rounded weights that drew, or would have
+
     def generate(self, request: Request, pause: Pause = no_pause) -> list[list[Response]]:
         """The responses, [prompt][sample]; pauses where it can be left, such as between two tokens."""
         ...
@@ -87,6 +91,7 @@ class TransformersEngine:
 
     def __init__(self, backbone: Backbone, role: str) -> None:
         self.backbone, self.role = backbone, role
+        self.kept: float | None = None
         if backbone not in _MEASURED:
             decoder = _choose_decoder(backbone)
             _MEASURED[backbone] = decoder, (0.0, 0.0) if decoder is _Anew else _cache_bytes(backbone)
@@ -105,7 +110,7 @@ class TransformersEngine:
         """
         self.backbone.train(False)
         drawn = [[Response(np.empty(0, np.int32), False)] * request.samples for _ in request.prompts]
-        with merged(self.backbone, self.role), self.backbone.plain_attention():
+        with merged(self.backbone, self.role) as self.kept, self.backbone.plain_attention():
             for wave in self._waves(request):
                 self._draw(request, wave, drawn, pause, tell)
         return drawn
@@ -128,38 +133,50 @@ class TransformersEngine:
         prompts = [request.prompts[number] for number in copies]
         decoder = self.decoder(self.backbone, prompts, list(copies.values()), request.max_new_tokens)
         uniforms = np.stack([draw_uniforms(request.seed, request.numbers[p], s, request.max_new_tokens) for p, s in wave])
+        home = self.backbone.home
+        chances = torch.from_numpy(uniforms).to(home)
         ids = np.zeros(uniforms.shape, np.int32)
         rows = np.arange(len(wave))  # of the wave, in the decoder's order
+        live = np.ones(len(wave), bool)  # of these, those that have not ended
+        every, unread = READ_EVERY if home.type == "cuda" and tell is None else 1, list[torch.Tensor]()
         states = decoder.begin()
         seen = torch.zeros(len(wave), self.vocabulary, dtype=torch.bool) if request.warping.warps else None
         if seen is not None:
             for own, (number, _) in zip(seen, wave, strict=True):
                 own[request.prompts[number]] = True
-            seen = seen.to(self.backbone.home)
+            seen = seen.to(home)
         for t in range(request.max_new_tokens):
-            chances = torch.from_numpy(uniforms[rows, t]).to(self.backbone.home)
-            logits = self.backbone.logits(states).to(self.backbone.home)
+            logits = self.backbone.logits(states).to(home)
             if seen is not None:
                 logits = warp(logits, request.temperature, request.warping, seen)
-            tokens = choose(logits, request.temperature, chances)
-            ids[rows, t] = tokens.cpu().numpy()
-            if tell is not None:
-                tell(wave[rows], ids[rows, t])
-            ended = np.isin(ids[rows, t], request.ends)
-            last = t + 1 == request.max_new_tokens
-            for row, end in zip(rows, ended, strict=True):
-                if end or last:
-                    prompt, sample = wave[row]
-                    drawn[prompt][sample] = Response(ids[row, : t + 1], bool(end))
-            pause()
-            if last or ended.all():
-                return
+            unread.append(choose(logits, request.temperature, chances[:, t]))
+            tokens = unread[-1].clamp_min(0)
             if seen is not None:
                 seen.scatter_(1, tokens[:, None], True)
-            if ended.any():
-                order = decoder.keep(~ended)
-                left = torch.from_numpy(order).to(tokens.device)
-                rows, tokens, seen = rows[order], tokens[left], None if seen is None else seen[left]
+            last = t + 1 == request.max_new_tokens
+            pause()
+            if last or len(unread) == every:
+                first = t + 1 - len(unread)
+                new = torch.stack(unread, 1).cpu().numpy()
+                unread.clear()
+                ids[rows, first : t + 1] = new
+                ends = np.isin(new, request.ends)
+                ended, length = live & ends.any(1), np.where(ends.any(1), ends.argmax(1) + 1, new.shape[1])
+                if ((new < 0) & live[:, None] & (np.arange(new.shape[1]) < length[:, None])).any():
+                    raise NumberError("the policy's logits are not finite while it samples; look at the last loss and grad_norm")
+                if tell is not None:
+                    tell(wave[rows], ids[rows, t])
+                for row in np.flatnonzero(live if last else ended):
+                    prompt, sample = wave[rows[row]]
+                    drawn[prompt][sample] = Response(ids[rows[row], : first + length[row]], bool(ended[row]))
+                live &= ~ended
+                if last or not live.any():
+                    return
+                # On a GPU some more rows cost little, and other shapes much.
+                if not live.all() and (every == 1 or 2 * live.sum() <= len(live)):
+                    order = decoder.keep(live)
+                    rows, live, places = rows[order], live[order], torch.from_numpy(order).to(home)
+                    tokens, chances, seen = tokens[places], chances[places], None if seen is None else seen[places]
             states = decoder.append(tokens.to(self.backbone.device))
 
 
@@ -173,11 +190,12 @@ class _Aligned:
 
     def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray], copies: Sequence[int], more: int) -> None:
         """`prompts`: the longest first; `copies`: rows of each; `more`: tokens that may follow."""
-        self.backbone, self.prompts = backbone, prompts
-        self.copies = torch.tensor(copies, device=backbone.device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=backbone.device)
-        self.cache = RowCache(sum(copies), len(prompts[0]), more)
-        self.start = torch.repeat_interleave(len(prompts[0]) - lengths, self.copies)  # first column of each row
+        self.backbone, self.prompts, self.copies = backbone, prompts, copies
+        width = len(prompts[0])
+        self.cache = RowCache(sum(copies), width, more, backbone.device)
+        self.columns = torch.arange(width + more, device=backbone.device)
+        first = np.repeat([width - len(prompt) for prompt in prompts], copies)
+        self.start = torch.from_numpy(first).to(backbone.device)  # first column of each row
 
     def begin(self) -> torch.Tensor:
         """Read all prompts; the last state of every row, (rows, D)."""
@@ -189,32 +207,32 @@ class _Aligned:
             for row, prompt in zip(ids, some, strict=True):
                 row[width - len(prompt) :] = prompt
             start = torch.tensor([width - len(prompt) for prompt in some], device=self.backbone.device)
-            with self.cache.prompts(copies):
-                states.append(self._forward(torch.from_numpy(ids), start, 0).repeat_interleave(copies, 0))
+            columns = self.columns[:width]
+            with self.cache.prompts(copies) as rows:
+                states.append(self._forward(torch.from_numpy(ids).to(start.device), start, columns, columns)[rows])
         return torch.cat(states)
 
     def append(self, tokens: torch.Tensor) -> torch.Tensor:
         """The states of one more token (rows,) of each row, (rows, D)."""
-        states = self._forward(tokens[:, None], self.start, self.cache.column)
+        place = self.cache.place
+        states = self._forward(tokens[:, None], self.start, place.at, self.columns[: place.seen])
         self.cache.advance()
         return states
 
     def keep(self, live: np.ndarray) -> np.ndarray:
         """Drop rows; those that are left, in their new order."""
-        order = self.cache.keep(torch.from_numpy(live).to(self.backbone.device))
-        self.start = self.start[order]
-        return order.cpu().numpy()
+        order = self.cache.keep(live)
+        self.start = self.start[torch.from_numpy(order).to(self.start.device)]
+        return order
 
-    def _forward(self, ids: torch.Tensor, start: torch.Tensor, first: int) -> torch.Tensor:
-        """Last states of ids (rows, L), which stand in the columns from `first`; a row begins in column `start` (rows,)."""
-        key = torch.arange(first + ids.shape[1], device=start.device)
-        query = key[first:, None]
-        age = query - key
+    def _forward(self, ids: torch.Tensor, start: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Last states of ids (rows, L) in the columns `query` (L,), which see those of `key`; a row begins at `start` (rows,)."""
+        age = query[:, None] - key
         seen = (age >= 0) & (key >= start[:, None, None])
         with self.backbone.autocast():
             out = self.backbone.body(
-                input_ids=ids.to(start.device),
-                position_ids=(key[first:] - start[:, None]).clamp_min(0),
+                input_ids=ids,
+                position_ids=(query - start[:, None]).clamp_min(0),
                 attention_mask=self._masks(seen[:, None], age),
                 past_key_values=self.cache,
                 use_cache=True,
@@ -249,15 +267,15 @@ class _Alike:
     def __init__(self, backbone: Backbone, prompts: Sequence[np.ndarray], copies: Sequence[int], more: int) -> None:
         self.backbone = backbone
         self.ids = torch.from_numpy(np.stack(prompts).astype(np.int64)).to(backbone.device)
-        self.copies = torch.tensor(copies, device=backbone.device)
+        self.copies = copies
         self.cache: dict[str, Any] = {}
         # Not every model counts what its cache holds: some would begin at position 0 again.
         self.takes_positions = "position_ids" in inspect.signature(backbone.body.forward).parameters
 
     def begin(self) -> torch.Tensor:
         states = self._forward(self.ids)
-        rows = torch.repeat_interleave(torch.arange(len(states), device=states.device), self.copies)
-        return states[self._select(rows)]
+        rows = torch.from_numpy(np.repeat(np.arange(len(states)), self.copies))
+        return states[self._select(rows.to(states.device))]
 
     def append(self, tokens: torch.Tensor) -> torch.Tensor:
         self.ids = torch.cat((self.ids, tokens[:, None]), 1)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from rlhf_cli.errors import NumberError
 from rlhf_cli.sections import Warping
 
 BLOCK = 256
@@ -47,23 +46,22 @@ def choose(logits: torch.Tensor, temperature: float, uniforms: torch.Tensor) -> 
     """The next token of every row, (B,) int64: the first whose cumulative probability exceeds the row's uniform.
 
     logits (B, V) float32 are overwritten, uniforms (B,) are float64; probabilities ∝ exp(logits / temperature), summed in
-    float64. A token of probability 0 is never drawn. Temperature 0: the most likely token.
-
-    NumberError: the logits are not finite.
+    float64. A token of probability 0 is never drawn. Temperature 0: the most likely token. −1 where the logits are not
+    finite, which whoever reads the tokens must look for.
     """
     top = logits.amax(-1, keepdim=True)
-    if not torch.isfinite(top).all():
-        raise NumberError("the policy's logits are not finite while it samples; look at the last steps' loss and grad_norm")
+    finite = top.isfinite()[:, 0]
     if temperature == 0:
-        return logits.argmax(-1)
+        return torch.where(finite, logits.argmax(-1), -1)
     weights = logits.sub_(top).div_(temperature).exp_()
     if weights.shape[1] % BLOCK:
         weights = F.pad(weights, (0, -weights.shape[1] % BLOCK))
     blocks = weights.view(len(weights), -1, BLOCK)
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     block, rest = _search(ends, uniforms * ends[:, -1])
+    block = block.clamp_max(blocks.shape[1] - 1)  # what is not finite lies beyond all of them
     inside = blocks[torch.arange(len(blocks), device=block.device), block].double().cumsum(-1)
-    return block * BLOCK + _search(inside, rest)[0]
+    return torch.where(finite, block * BLOCK + _search(inside, rest)[0], -1)
 
 
 def _search(ends: torch.Tensor, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -131,6 +131,7 @@ def chosen_of(rounds: Sequence[Rollout], chosen: np.ndarray) -> Rollout:
         scores=np.concatenate([one.scores for one in rounds])[responses],
         tokens=TokenFigures(*(np.concatenate(part)[tokens] for part in zip(*(one.tokens for one in rounds), strict=True))),
         seconds={name: sum(one.seconds[name] for one in rounds) for name in rounds[0].seconds},
+        kept=rounds[0].kept,
     )
 
 

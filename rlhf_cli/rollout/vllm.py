@@ -29,6 +29,8 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 class VllmEngine:
     """Draws with vLLM on the first GPU that this process sees."""
 
+    kept: float | None = None
+
     def __init__(self, base: str, revision: str | None, dtype: str, save: Callable[[Path], None]) -> None:
         """`base`: what an adapter sits on; `save`: writes the adapter, or else all weights, into a folder.
 

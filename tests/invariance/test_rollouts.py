@@ -130,6 +130,7 @@ class FixedEngine:
     """Draws what it is told to, whatever is asked for."""
 
     drawn: list[list[Response]]
+    kept: float | None = None
 
     def generate(self, request: Request, pause: Pause) -> list[list[Response]]:
         return [self.drawn[number] for number in request.numbers]

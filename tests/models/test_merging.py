@@ -84,6 +84,7 @@ def test_the_base_is_the_same_memory_after_any_number_of_cycles(monkeypatch: pyt
 def test_half_precision_keeps_a_young_adapter_apart() -> None:
     """B A of a few updates is less than half a step of a bfloat16 weight: folded and rounded, it would be gone."""
     backbone = make_backbone(make().to(torch.bfloat16).float())
+    backbone.compute_dtype = torch.bfloat16
     for module in backbone.model.modules():
         if isinstance(module, LoraLayer):
             module.base_layer.weight.data = module.base_layer.weight.data.bfloat16()

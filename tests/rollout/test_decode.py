@@ -1,0 +1,134 @@
+"""What drawing costs a GPU that is rehearsed, kernel by kernel; that it draws what the CPU draws; and what is merged to draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_cli import sections
+from rlhf_cli.models import kv_cache
+from rlhf_cli.models.backbone import Backbone, lora_config
+from rlhf_cli.models.merging import KEPT, merged
+from rlhf_cli.rollout import generate
+from rlhf_cli.rollout.generate import READ_EVERY, Request, TransformersEngine
+from rlhf_cli.rollout.next_token import choose
+from rlhf_cli.sections import Warping
+from tests.models.tiny_backbone import make, make_backbone
+from tests.rehearsal import Counts, counts, rehearsal, to_gpu
+
+PROMPTS = [np.arange(1, 2 + length, dtype=np.int32) for length in (8, 3, 5, 1)]
+NO_END = [99]
+
+
+def half(model: Any, size: float, **more: Any) -> Backbone:
+    """A policy in bfloat16 with an adapter whose B has this size."""
+    backbone = Backbone(model, torch.bfloat16, "sdpa", **more)
+    torch.manual_seed(1)
+    backbone.add_lora("policy", lora_config(sections.Lora(r=4, alpha=8, dropout=0.0), "", None), None, trained=True)
+    with torch.no_grad():
+        for name, parameter in backbone.trained_parameters().items():
+            if "lora_B" in name:
+                parameter.normal_(std=size)
+    return backbone
+
+
+def request(tokens: int, ends: list[int], **more: Any) -> Request:
+    return Request(PROMPTS, range(len(PROMPTS)), 2, tokens, 1.0, ends, 3, **more)
+
+
+@pytest.mark.parametrize(("size", "kernels"), [(0.3, 26), (1e-6, 40)], ids=["merged", "apart"])
+def test_a_token_of_an_adapter_in_half_precision(size: float, kernels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 26 kernels a layer where the adapter is merged, 40 where it stays apart, and one sync whenever ends are read."""
+    every = 4
+    monkeypatch.setattr(generate, "READ_EVERY", every)
+    spent: list[Counts] = []
+    with rehearsal():
+        for layers in (1, 2):
+            engine = TransformersEngine(half(to_gpu(make(num_hidden_layers=layers).to(torch.bfloat16)), size), "policy")
+            before = counts.copy()
+            engine.generate(request(every, NO_END))
+            short = counts - before
+            engine.generate(request(2 * every, NO_END))
+            spent.append(counts - before - short - short)  # of 4 tokens, with what comes once a draw taken off
+            assert engine.kept is not None and (engine.kept >= KEPT) == (kernels == 26)
+    one, two = spent
+    assert kernels - 2 <= (two.kernels.total() - one.kernels.total()) / every <= kernels, two.kernels - one.kernels
+    assert (2 * one.kernels.total() - two.kernels.total()) / every <= 62, "beside the layers"
+    assert one.syncs.total() == two.syncs.total() == 1 and READ_EVERY == 16, two.syncs
+
+
+@pytest.mark.parametrize("warping", [Warping(), Warping(top_k=20, repetition_penalty=1.3)], ids=["plain", "warped"])
+def test_a_gpu_draws_what_the_cpu_draws(warping: Warping, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it asks every 16th token alone which rows have ended, goes on with some of them, and sees columns that are empty."""
+    monkeypatch.setattr(kv_cache, "STEP", 8)
+    asked = request(40, list(range(4)), warping=warping)
+    engine = TransformersEngine(make_backbone(make(), attention="sdpa"), "policy")
+    wanted = engine.generate(asked)
+    assert engine.kept is None, "nothing is rounded in float32"
+    lengths = [len(each.ids) for several in wanted for each in several]
+    assert min(lengths) < READ_EVERY < max(lengths) and len(set(lengths)) > 4
+    with rehearsal():
+        backbone = make_backbone(to_gpu(make()), attention="sdpa")
+        found = TransformersEngine(backbone, "policy").generate(asked)
+    for here, there in zip(wanted, found, strict=True):
+        assert [(each.ids.tolist(), each.ended) for each in here] == [(each.ids.tolist(), each.ended) for each in there]
+
+
+def test_the_share_of_an_adapter_that_is_left() -> None:
+    """By plain sums in float64: rounded, W + B A is off by less than a tenth of B A, and by nearly all of a young one."""
+    for size, low, high in ((0.3, KEPT, 1.0), (1e-6, -1.0, 0.1)):
+        backbone = half(make().to(torch.bfloat16), size)
+        layers = [m for m in backbone.model.modules() if hasattr(m, "lora_A") and m.lora_A]
+        own = {layer: layer.base_layer.weight.detach().clone() for layer in layers}
+        lost = whole = 0.0
+        for layer in layers:
+            delta = 2 * layer.lora_B["policy"].weight.double() @ layer.lora_A["policy"].weight.double()
+            rounded = (own[layer].float() + delta.float()).bfloat16()
+            lost += float((rounded.double() - own[layer].double() - delta).square().sum())
+            whole += float(delta.square().sum())
+        with merged(backbone, "policy") as kept:
+            assert kept == pytest.approx(1 - (lost / whole) ** 0.5, abs=1e-3) and low < kept < high
+            for layer in layers:
+                assert torch.equal(layer.base_layer.weight, own[layer]) == (kept < KEPT)
+        assert all(torch.equal(layer.base_layer.weight, own[layer]) for layer in layers)
+
+
+def test_an_adapter_beside_its_layers_gives_what_peft_gives() -> None:
+    backbone, ids = half(make().to(torch.bfloat16), 0.003), torch.arange(2, 14)[None]
+
+    def states() -> torch.Tensor:
+        with torch.no_grad(), backbone.autocast():
+            found: torch.Tensor = backbone.body(input_ids=ids, use_cache=False).last_hidden_state.float()
+        return found
+
+    backbone.activate("base")
+    bare = states()
+    backbone.activate("policy")
+    wanted = states()
+    with merged(backbone, "policy") as kept:
+        found = states()
+    assert kept is not None and kept < KEPT
+    assert float((found - wanted).norm()) < 0.6 * float((wanted - bare).norm())
+    assert torch.equal(states(), wanted)
+
+
+def test_weights_that_train_are_cast_once() -> None:
+    backbone = Backbone(make(), torch.bfloat16, "sdpa")
+    backbone.train_all_weights()
+    weight = backbone.model.model.layers[0].mlp.up_proj.weight
+    place = weight.data_ptr()
+    with merged(backbone, "policy") as kept:
+        assert kept is None and weight.dtype == torch.bfloat16
+        assert backbone.model.model.embed_tokens.weight.dtype == torch.float32
+    assert weight.dtype == torch.float32 and weight.data_ptr() == place
+
+
+def test_logits_that_are_not_finite_give_no_token() -> None:
+    logits = torch.zeros(3, 300)
+    logits[1, 7], logits[2, 5] = torch.nan, torch.inf
+    for temperature in (0.0, 1.0):
+        tokens = choose(logits.clone(), temperature, torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64))
+        assert tokens.tolist() == [0, -1, -1]
