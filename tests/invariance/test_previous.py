@@ -26,6 +26,10 @@ def wave(prompts, responses):
 """
 
 
+WINS = {kind: {"compares": True} for kind in ("sppo", "dno")}
+"""What the kinds of self-play want said of a reward."""
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose responses often end, 13 prompts and a reward."""
@@ -40,7 +44,7 @@ def recipe(home: Path, output: Path, **sections: Any) -> Path:
     """5 steps, responses drawn before the first, the third and the fifth."""
     known: dict[str, Any] = {
         "lora": {"r": 4},
-        "reward": [{"function": f"{home / 'rewards.py'}:wave"}],
+        "reward": [{"function": f"{home / 'rewards.py'}:wave", **WINS.get(sections["objective"]["kind"], {})}],
         "rollout": {"max_new_tokens": 6, "refresh": 2},
         "data": {"max_length": 80},
         "train": {"steps": 5, "learning_rate": 0.02, "keep_checkpoints": 9},

@@ -238,10 +238,17 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "objective": {"kind": "sppo", "eta": 10.0},
             "rollout": {"refresh": 2, "responses_per_prompt": 3},
-            "reward": [{"function": "FILE:even"}],
+            "reward": [{"function": "FILE:even", "compares": True}],
         },
     ),
-    "dno": ("dpo", {"objective": {"kind": "dno"}, "rollout": {"responses_per_prompt": 4}, "reward": [{"function": "FILE:even"}]}),
+    "dno": (
+        "dpo",
+        {
+            "objective": {"kind": "dno"},
+            "rollout": {"responses_per_prompt": 4},
+            "reward": [{"function": "FILE:even", "compares": True}],
+        },
+    ),
     "online kto": ("kto", {"rollout": {"refresh": 2}, "reference": {"model": "previous"}}),
 }
 """Name → command, and what its recipe says beside the common keys."""
