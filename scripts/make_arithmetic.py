@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
     prompts: int = 3000
     eval_prompts: int = 256
     solver: int = 4000
-    steps: int = 6000
+    steps: int = 8000
 
 
 def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
@@ -66,16 +66,17 @@ def solution(digits: tuple[int, ...]) -> list[str]:
 
 
 def slipping(digits: tuple[int, ...], random: Random) -> list[str]:
-    """Steps as somebody writes them who goes on from what is there, and now and then adds wrongly or takes another digit."""
+    """Steps as somebody writes them who goes on from what is there, and now and then slips: a wild result, a near one, or another
+    digit. What is wild is soonest told, and teaches to compare."""
     total, steps = digits[0], []
     for digit in digits[1:]:
         after, shown = total + digit, digit
         if random.random() < SLIPS:
-            if random.random() < 0.5:
-                after = max(0, after + random.choice((-10, -2, -1, 1, 2, 10)))
-            else:
+            kind = random.choice(("wild", "wild", "near", "digit"))
+            if kind == "digit":
                 shown = random.choice([other for other in range(10) if other != digit])
-                after = total + shown
+            near = [total + shown + by for by in (-10, -2, -1, 1, 2, 10) if total + shown + by >= 0]
+            after = {"wild": random.randrange(37), "near": random.choice(near), "digit": total + shown}[kind]
         steps.append(f"{total}+{shown}={after}")
         total = after
     return steps

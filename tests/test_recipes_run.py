@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.brief import draw_again
-from tests.tiny import WORDS, make_model, read_lines, rlhf
+from tests.tiny import WORDS, make_model, read_lines, rlhf, write_steps
 
 STAGE = {
     "rm": "train-rm",
@@ -25,6 +25,10 @@ STAGE = {
     "ensemble": "eval",
     "grpo": "ppo",
     "eval-more": "eval",
+    "solver": "sft",
+    "prm": "train-rm",
+    "orm": "train-rm",
+    "votes": "eval",
 }
 """The command of recipes that are not named after theirs."""
 RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml") if not path.stem.startswith("rounds-"))
@@ -93,6 +97,21 @@ def ensemble(parts: Parts) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def steps(parts: Parts) -> Path:
+    """Stepwise rows."""
+    return write_steps(parts.rows.with_name("steps.jsonl"), 40)
+
+
+@pytest.fixture(scope="module")
+def process(parts: Parts, steps: Path) -> Path:
+    """A process reward model by two steps of its recipe."""
+    changes = {"model.path": parts.model, "data.train": steps, "train.steps": 2, "train.batch_size": 4, "data.max_length": 256}
+    output = parts.judge.with_name("process")
+    assert rlhf("train-rm", "recipes/arithmetic/prm.yaml", "--output", output, *settings_of(changes)) == 0
+    return output
+
+
 @pytest.mark.parametrize("recipe", TRAINED, ids=str)
 def test_two_steps(
     recipe: Path, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
@@ -102,6 +121,15 @@ def test_two_steps(
     changes = {"model.path": model, "data.train": rows, "data.max_length": 256, "train.steps": 2, "train.batch_size": 4}
     stage = STAGE.get(recipe.stem, recipe.stem)
     text = text_of(recipe)
+    if "kind: steps" in text:
+        changes["data.train"] = request.getfixturevalue("steps")
+    if 'separator: ""' in text:
+        changes["data.train"] = tmp_path / "outcome.jsonl"
+        own = [
+            row | {"steps": row["steps"][:1], "labels": row["labels"][:1]}
+            for row in read_lines(parts.rows.with_name("steps.jsonl"))
+        ]
+        (tmp_path / "outcome.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     if "rollout:" in text:
         judge = request.getfixturevalue("ensemble") if "combine:" in text else parts.judge
         changes |= {"rollout.max_new_tokens": 6} | ({} if "- match:" in text else {"reward.0.model": judge})
@@ -123,11 +151,12 @@ def test_two_steps(
 
 
 @pytest.mark.parametrize("recipe", EVALUATIONS, ids=str)
-def test_an_evaluation(recipe: Path, parts: Parts, tmp_path: Path, pictures: None) -> None:
+def test_an_evaluation(recipe: Path, parts: Parts, tmp_path: Path, pictures: None, request: pytest.FixtureRequest) -> None:
     model, rows, output = parts.model, parts.rows, tmp_path / "run"
     text = recipe.read_text()
     usual = ["sft", "dpo"]
-    names = {"samples": ["dpo"], "at-kl": [*usual, "online-dpo"], "ensemble": ["sft", "mean", "lcb"]}.get(recipe.stem, usual)
+    of_recipe = {"samples": ["dpo"], "at-kl": [*usual, "online-dpo"], "ensemble": ["sft", "mean", "lcb"], "votes": ["solver"]}
+    names = of_recipe.get(recipe.stem, usual)
     sections = [name for name in ("prompts", "preferences", "text") if f"\n{name}:" in text]
     changes: dict[str, object] = {name: rows for name in sections} | {
         "models": f"{{{', '.join(f'{name}: {model}' for name in names)}}}",
@@ -135,6 +164,8 @@ def test_an_evaluation(recipe: Path, parts: Parts, tmp_path: Path, pictures: Non
         "rollout.max_new_tokens": 6,
         "max_length": 256,
     }
+    if "aggregate:" in text:
+        changes |= dict.fromkeys(("reward.0.model", "reward.1.model"), request.getfixturevalue("process"))
     changes |= {f"{name}.0.holdout": 0.3 for name in sections if "holdout" in text}
     if "dump_pairs" in text:
         changes["dump_pairs"] = tmp_path / "pairs.jsonl"
