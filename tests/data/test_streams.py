@@ -14,7 +14,7 @@ NUMBERS = (0, 1, 2, 3, 10, 12, 21, 121)
 def test_no_encoding_begins_another() -> None:
     """Neighbours in sorted order are enough: whatever begins with another stands behind it before all that do not."""
     found = [each.encode(*parts) for each in Stream for parts in product(NUMBERS, repeat=1 + each.value[1])]
-    assert len(found) == len(set(found)) == 2 * 8 + 2 * 64 + 2 * 512 + 4096
+    assert len(found) == len(set(found)) == 2 * 8 + 3 * 64 + 2 * 512 + 4096
     assert not any(later.startswith(earlier) for earlier, later in pairwise(sorted(found)))
 
 
@@ -37,6 +37,7 @@ PINNED = {
     "UPDATES": 1738258803646916915,
     "ROLLOUT": 5075996919134367243,
     "REDRAW": 8249827216029516474,
+    "EXPLORE": 3555407750975076042,
     "MISMATCHES": 5537449692696039799,
     "HELD_OUT": 1402514149577765731,
     "PROBE": 9127516452569460947,
