@@ -34,6 +34,12 @@ COMMAND_rm-ensemble := train-rm
 COMMAND_pushed-mean := ppo
 COMMAND_pushed-lcb := ppo
 COMMAND_ensemble := eval
+COMMAND_brief := sft
+COMMAND_warm := sft
+COMMAND_exact := sft
+COMMAND_gpm := train-rm
+COMMAND_sppo := dpo
+COMMAND_dno := dpo
 COMMAND_eval-more := eval
 COMMAND_solver := sft
 COMMAND_prm := train-rm
@@ -48,7 +54,7 @@ MORE := $(MORE_RUNS:%=runs/quickstart/%/manifest.json)
 # Reward models that learn as one run, and what their disagreement is good for: make ensemble
 ENSEMBLE := $(patsubst %,runs/quickstart/%/manifest.json,rm-ensemble pushed-mean pushed-lcb ensemble)
 # A run of eval prints its table; where there is nothing left to do it is printed again.
-EVALUATED := $(wildcard runs/quickstart/eval/manifest.json runs/quickstart/ensemble/manifest.json runs/smollm2/eval/manifest.json runs/arithmetic/eval*/manifest.json runs/arithmetic/votes/manifest.json)
+EVALUATED := $(wildcard runs/quickstart/eval/manifest.json runs/quickstart/ensemble/manifest.json runs/smollm2/eval/manifest.json runs/arithmetic/eval*/manifest.json runs/arithmetic/votes/manifest.json runs/cycle/eval/manifest.json)
 TABLE = $(if $(filter $<,$(EVALUATED)),@$(BIN)/rlhf eval recipes/$(<:runs/%/manifest.json=%).yaml --resume $(SET))
 BASE := models/quickstart-base/tokenizer_config.json
 DATA := $(patsubst %,data/quickstart/%.jsonl,sft pairs ranked unpaired prompts eval_prompts)
@@ -57,6 +63,10 @@ ARITHMETIC := $(patsubst %,runs/arithmetic/%/manifest.json,sft grpo eval)
 ARITHMETIC_MORE := $(patsubst %,runs/arithmetic/%/manifest.json,rloo ppo eval-more)
 # Who chooses among several solutions, step by step or by the result: make votes
 VOTES := $(patsubst %,runs/arithmetic/%/manifest.json,solver prm orm votes)
+# Preferences that go in a circle: make cycle
+CYCLE := $(patsubst %,runs/cycle/%/manifest.json,sft brief warm exact rm gpm online-dpo sppo dno eval)
+CIRCLE := models/cycle-base/tokenizer_config.json
+CIRCLE_ROWS := $(patsubst %,data/cycle/%.jsonl,sft brief warm exact pairs prompts eval_prompts)
 DIGITS := models/arithmetic-base/tokenizer_config.json
 SUMS := $(patsubst %,data/arithmetic/%.jsonl,sft prompts eval_prompts solver steps outcome)
 SMOLLM2 := models/smollm2-135m-instruct
@@ -73,8 +83,8 @@ EVAL_ROWS = $(if $(HH),$(EVAL_HH)) $(if $(LIMIT),$(EVAL_FEW))
 SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/null)
 NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
-.PRECIOUS: $(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(BASE) $(ARITHMETIC) $(ARITHMETIC_MORE) $(VOTES) $(DIGITS)
-.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble rounds arithmetic arithmetic-more votes test lint check smollm2 bench gpu always
+.PRECIOUS: $(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(BASE) $(ARITHMETIC) $(ARITHMETIC_MORE) $(VOTES) $(DIGITS) $(CYCLE) $(CIRCLE)
+.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble rounds arithmetic arithmetic-more votes cycle test lint check smollm2 bench gpu always
 
 help:
 	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: about 5 minutes on two cores"
@@ -84,6 +94,7 @@ help:
 	@echo "make arithmetic       a tiny model learns sums from a reward that checks the answer: a minute or two on a CPU"
 	@echo "make arithmetic-more  the same by rloo, and by ppo with a learned value"
 	@echo "make votes            which of several solutions is taken: by majority, by an outcome or by a process reward model"
+	@echo "make cycle            preferences without a best response: scores against a general preference model and self-play"
 	@echo "make test             every test: up to 10 minutes on two cores"
 	@echo "make check            linters, types and the fast tests"
 	@echo "make lint             linters and types"
@@ -92,7 +103,7 @@ help:
 	@echo "make gpu              what one GPU makes of every stage, in about 10 minutes; GPU=--plan tells its parts"
 
 # runs/x/y is what the recipe x/y.yaml makes. The stages after sft start from its run.
-$(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(ARITHMETIC) $(ARITHMETIC_MORE) $(VOTES): runs/%/manifest.json: recipes/%.yaml | $(DEV)
+$(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(ARITHMETIC) $(ARITHMETIC_MORE) $(VOTES) $(CYCLE): runs/%/manifest.json: recipes/%.yaml | $(DEV)
 	@$(BIN)/rlhf $(or $(COMMAND_$(notdir $*)),$(notdir $*)) $< $(NEW_OR_ON) $(SET)
 
 $(filter-out %/sft/manifest.json,$(QUICK) $(MORE)) $(ENSEMBLE): runs/quickstart/sft/manifest.json
@@ -156,6 +167,24 @@ votes: runs/arithmetic/votes/manifest.json
 arithmetic arithmetic-more votes:
 	$(TABLE)
 	@printf 'report: %s\n' $(<:%manifest.json=%report.html)
+
+$(filter-out %/sft/manifest.json,$(CYCLE)): runs/cycle/sft/manifest.json
+runs/cycle/online-dpo/manifest.json: runs/cycle/rm/manifest.json
+runs/cycle/sppo/manifest.json runs/cycle/dno/manifest.json: runs/cycle/gpm/manifest.json recipes/cycle/online-dpo.yaml
+runs/cycle/gpm/manifest.json: recipes/cycle/rm.yaml
+runs/cycle/eval/manifest.json: $(filter-out %/eval/manifest.json,$(CYCLE))
+$(CYCLE): $(CIRCLE)
+
+cycle: runs/cycle/eval/manifest.json
+	$(TABLE)
+	@printf 'report: %s\n' $(<:%manifest.json=%report.html)
+
+$(CIRCLE): scripts/make_cycle.py scripts/make_quickstart.py scripts/quickstart_model.py recipes/cycle/gold.py | $(DEV)
+	@$(BIN)/python scripts/make_cycle.py
+
+ifneq ($(wildcard $(CIRCLE_ROWS)),$(CIRCLE_ROWS))
+$(CIRCLE): always
+endif
 
 $(DIGITS): scripts/make_arithmetic.py scripts/make_quickstart.py scripts/quickstart_model.py | $(DEV)
 	@$(BIN)/python scripts/make_arithmetic.py

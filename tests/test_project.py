@@ -40,6 +40,10 @@ STAGE_OF = {
     "prm": "train-rm",
     "orm": "train-rm",
     "votes": "eval",
+    **dict.fromkeys(("brief", "warm", "exact"), "sft"),
+    "gpm": "train-rm",
+    "sppo": "dpo",
+    "dno": "dpo",
 }
 """The stage of recipes that are not named after theirs."""
 
@@ -66,6 +70,10 @@ case "$*" in
     mkdir -p data/arithmetic models/arithmetic-base
     for name in sft prompts eval_prompts solver steps outcome; do touch data/arithmetic/$name.jsonl; done
     touch models/arithmetic-base/tokenizer_config.json ;;
+  scripts/make_cycle.py)
+    mkdir -p data/cycle models/cycle-base
+    for name in sft brief warm exact pairs prompts eval_prompts; do touch data/cycle/$name.jsonl; done
+    touch models/cycle-base/tokenizer_config.json ;;
   *urlopen*) if [ -e offline ]; then exit 1; fi ;;
   scripts/fetch_smollm2.py*) mkdir -p models/smollm2-135m-instruct; touch models/smollm2-135m-instruct/config.json ;;
   *" recipes/"*)
@@ -91,6 +99,8 @@ MORE = ("ipo", "rloo", "at-kl")
 """Those that `make quickstart-more` runs."""
 ENSEMBLE = ("rm-ensemble", "pushed-mean", "pushed-lcb", "ensemble")
 """Those that `make ensemble` runs."""
+CYCLE = ("sft", "brief", "warm", "exact", "rm", "gpm", "online-dpo", "sppo", "dno", "eval")
+"""Those that `make cycle` runs."""
 VOTES = ("solver", "prm", "orm", "votes")
 """Those that `make votes` runs."""
 FOLLOW = {
@@ -138,6 +148,8 @@ class TestMakefile:
             self.put(tmp_path / name, (ROOT / name).read_text())
         for name in (
             "scripts/make_arithmetic.py",
+            "scripts/make_cycle.py",
+            "recipes/cycle/gold.py",
             "scripts/make_quickstart.py",
             "scripts/quickstart_model.py",
             "recipes/quickstart/gold.py",
@@ -255,6 +267,19 @@ class TestMakefile:
 
     def test_the_parts_for_a_gpu_are_a_script(self, folder: Path) -> None:
         assert self.make(folder, "gpu", "GPU=--plan") == [INSTALL.format("dev"), "python scripts/gpu.py --plan"]
+
+    def test_cycle_is_a_chain_of_its_own(self, folder: Path) -> None:
+        made = [INSTALL.format("dev"), "python scripts/make_cycle.py"]
+        first = self.make(folder, "cycle")
+        assert first[:3] == [*made, *calls("cycle", CYCLE[:1], "--resume")]
+        assert first[-1:] == calls("cycle", CYCLE[-1:], "--resume")
+        assert sorted(first[2:]) == sorted(calls("cycle", CYCLE, "--resume"))
+        assert self.run(folder, "cycle").stdout.splitlines() == ["the table", "report: runs/cycle/eval/report.html"]
+        self.change(folder / "recipes/cycle/gpm.yaml")
+        again = self.make(folder, "cycle")
+        assert sorted(again[:-1]) == sorted(calls("cycle", ["gpm", "sppo", "dno", "eval"], "--force"))
+        (folder / "data/cycle/pairs.jsonl").unlink()
+        assert self.make(folder, "cycle")[0] == made[1]
 
     def test_arithmetic_is_a_chain_of_its_own(self, folder: Path) -> None:
         first, more = ("sft", "grpo", "eval"), ("rloo", "ppo", "eval-more")
