@@ -17,10 +17,11 @@ from rlhf_cli import sections
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.templates import choose_template
 from rlhf_cli.data.trees import Tree
+from rlhf_cli.errors import UsageError
 from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.models.placement import FrozenModels
 from rlhf_cli.rollout.reward_models import RewardModel, RewardModelScorer, StepScorer
-from rlhf_cli.rollout.rewards import Answers, PolicyText
+from rlhf_cli.rollout.rewards import Answers, DenseScorer, PolicyText
 from rlhf_cli.runs.card import load_lines
 from rlhf_cli.runs.export import export
 from tests.data.tiny_tokenizer import encode_prompt
@@ -198,6 +199,29 @@ def test_each_step_where_it_ends(template: str | None, home: Path) -> None:
     steps = np.concatenate(scorer.parts(own))
     assert placed[placed != 0] == pytest.approx(steps, abs=1e-12)
     assert scorer.score(own) == pytest.approx(np.add.reduceat(placed, np.cumsum([0, *sizes[:-1]])))
+
+
+class Given(DenseScorer):
+    """What was said of steps."""
+
+    name, separator = "given", "\n\n"
+
+    def __init__(self, *values: list[float]) -> None:
+        self.values = [np.array(own) for own in values]
+
+    def parts(self, answers: Answers) -> list[np.ndarray]:
+        return self.values
+
+
+def test_as_many_steps_as_were_judged(home: Path) -> None:
+    """A NaN alone, of which nothing is said, is on every token."""
+    tokenizer, own = load_tokenizer(str(home / "base"), None, False), answers(home)
+    first, *rest = ([1.0] * count for count in COUNTS)
+    sizes = [len(response) for response in own.trees[0].responses]
+    placed = Given([np.nan], *rest).spread(own, tokenizer)
+    assert np.isnan(placed).tolist() == [True] * sizes[0] + [False] * sum(sizes[1:])
+    with pytest.raises(UsageError, match=f"reward given: the policy's tokens have {len(first)} steps, and {len(first) + 1} were"):
+        Given([1.0, *first], *rest).spread(own, tokenizer)
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
