@@ -127,14 +127,14 @@ def logps(model: Any, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", SIDES)
 def test_the_last_response_is_the_references(kind: str, home: Path, tmp_path: Path, seen: list[Any]) -> None:
-    """A policy that moves and one that stays: in step 3 the former writes other responses, and the reference the same ones.
+    """A policy that moves and one that stays: in step 2 the former writes other responses, and the reference the same ones.
 
     Its log-probabilities are the start's, the figures are of the policy's own responses, and the loss of step 1 has the bonus.
     """
     start, lasts, others = AutoModelForCausalLM.from_pretrained(home / "base"), [], []
     for rate in (0.02, 1e-12):
         run = tmp_path / f"run-{rate}"
-        train = {"steps": 3, "batch_size": 4, "learning_rate": rate, "save_every": None}
+        train = {"steps": 2, "batch_size": 4, "learning_rate": rate, "save_every": None}
         assert rlhf("dpo", recipe(home, run, {"kind": kind, "alpha": 0.5}, train=train)) == 0
         rollouts, steps, lines = seen[::2], seen[1::2], split_lines(run, "train")
         for rollout, batches, line in zip(rollouts, steps, lines, strict=True):
@@ -148,8 +148,8 @@ def test_the_last_response_is_the_references(kind: str, home: Path, tmp_path: Pa
         first = [float(tree.reference[-1].sum()) for tree in steps[0].batches[0]]
         # At the start all log-ratios are 0: the loss of the pairs is ln 2.
         assert lines[0]["loss"] == pytest.approx(np.log(2) + (0.5 * np.mean(first) if kind == "xpo" else 0.0), abs=1e-4)
-        known = {tree.prompt.tobytes(): [tuple(ids.tolist()) for ids in tree.responses] for tree in rollouts[2].trees}
-        more = {tree.prompt.tobytes(): tuple(tree.responses[-1].tolist()) for tree in steps[2].batches[0]}
+        known = {tree.prompt.tobytes(): [tuple(ids.tolist()) for ids in tree.responses] for tree in rollouts[1].trees}
+        more = {tree.prompt.tobytes(): tuple(tree.responses[-1].tolist()) for tree in steps[1].batches[0]}
         lasts.append(more)
         others.append({prompt: responses if kind == "selm" else responses[:2] for prompt, responses in known.items()})
         assert any(more[prompt] not in others[-1][prompt] for prompt in more), "from random numbers of its own"

@@ -136,20 +136,19 @@ def probabilities_of_term(home: Path, model: Path) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "lora"])
-def test_another_process_has_the_same_probabilities(kind: str, home: Path, tmp_path: Path) -> None:
-    """Plain transformers on the run by its manifest's lines, on an export and a merged one, which are terms of a reward too."""
-    wanted = probabilities_of_term(home, home / kind)
+def test_another_process_has_the_same_probabilities(home: Path, tmp_path: Path) -> None:
+    """Plain transformers on the adapter by its manifest's lines, and on a merged export, which is a term of a reward too."""
+    wanted = probabilities_of_term(home, home / "lora")
     assert float(np.ptp(wanted)) > 0.5 and wanted.diagonal().tolist() == [0.5] * 6
-    lines = json.loads((home / kind / "manifest.json").read_text())["load"]
-    export(home / kind, tmp_path / "out", merge=True)
+    lines = json.loads((home / "lora" / "manifest.json").read_text())["load"]
+    export(home / "lora", tmp_path / "out", merge=True)
     merged = load_lines(str(tmp_path / "out"), None, None, 0)
     for vectors in elsewhere(lines, merged):
         assert vectors.shape == (6, 4)
         found = 1 / (1 + np.exp(-pair_scores(vectors[:, None], vectors[None], 0.1)))
         assert float(np.abs(found - wanted).max()) < 1e-4
     assert float(np.abs(probabilities_of_term(home, tmp_path / "out") - wanted).max()) < 1e-4
-    assert float(np.abs(probabilities_of_term(home, home / kind / "checkpoints" / "step-00000040") - wanted).max()) < 1e-6
+    assert float(np.abs(probabilities_of_term(home, home / "lora" / "checkpoints" / "step-00000040") - wanted).max()) < 1e-6
     assert "A general preference model: the first of two responses" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -193,7 +192,7 @@ def rewarded(home: Path, name: str, output: Path, **more: Any) -> list[str | Pat
     return [stage, write_recipe(output.with_suffix(".yaml"), home / "base", home / "pairs.jsonl", output, **settings)]
 
 
-@pytest.mark.parametrize("name", REWARDED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("sppo", "dno"))) for name in REWARDED])
 def test_as_a_reward(name: str, home: Path, tmp_path: Path) -> None:
     """Every response's probability against the others of its prompt: their mean is ½, of the held-out ones too."""
     assert rlhf(*rewarded(home, name, tmp_path / "run")) == 0
