@@ -43,6 +43,34 @@ FAULTS = (
         "aot: what is below learns nothing", "objectives/aot.py", "other_a - ends[1]", "other_a - ends[1].detach()", "objectives"
     ),
     Fault(
+        "general: vectors keep their length",
+        "models/heads.py",
+        "(v / (v * v).sum(-1)[..., None] ** 0.5 for",
+        "(v for",
+        "objectives",
+    ),
+    Fault(
+        "sppo: a response that wins half is pushed too", "objectives/sppo.py", "(side.scores - 0.5)", "side.scores", "objectives"
+    ),
+    Fault(
+        "dno: labels are certain",
+        "objectives/dno.py",
+        "(pair.chosen.scores - pair.rejected.scores).sigmoid()",
+        "1.0",
+        "objectives",
+    ),
+    Fault(
+        "self-play: a response does not meet itself", "rollout/source.py", "((k - 1) * score + 0.5) / k", "score", "objectives"
+    ),
+    Fault(
+        "xpo: the reference draws with the policy's random numbers",
+        "rollout/source.py",
+        "Stream.EXPLORE.seed",
+        "Stream.ROLLOUT.seed",
+        "objectives",
+    ),
+    Fault("exploitability below 0", "evaluation/winrate.py", "max(0.0, each - 0.5)", "each - 0.5", "evaluation"),
+    Fault(
         "step: statistics take parts of a batch for it",
         "training/step.py",
         "start + tree for tree",

@@ -22,10 +22,5 @@ class Dno(LogRatioPair):
     iterated: ClassVar[bool] = True
     self_play: ClassVar[bool] = True
 
-    def hard_loss(self, margin: Tensor) -> Tensor:
-        from torch.nn.functional import softplus
-
-        return softplus(-margin)
-
     def loss(self, pair: Pair) -> Tensor:
         return self._soft_loss(self.margin(pair), (pair.chosen.scores - pair.rejected.scores).sigmoid())
