@@ -82,7 +82,7 @@ def measured(path: str, rank: int | None, checkpointing: bool, tokens: int) -> s
     """Two steps of two passes of so many tokens each, in rows of 256, a quarter of them a prompt."""
     model = sections.Model(path, gradient_checkpointing=checkpointing)
     lora, ranks, dtype = sections.Lora(rank) if rank else None, Ranks(expected=False), torch.float32
-    formula = estimate(load_config(path, None, False), model, rank=rank, dtype=dtype).total(tokens)
+    formula = estimate(load_config(path, None, False), model, rank=rank, dtype=dtype).on_cpu().total(tokens)
     random = np.random.default_rng(0)
     ids = random.integers(100, 40000, (2 * tokens // 256, 256)).astype(np.int32)
     trees = [Tree(row[:64], np.zeros(64, bool), (row[64:],), number) for number, row in enumerate(ids)]

@@ -13,6 +13,8 @@ from rlhf_cli.models.logps import Head
 
 Divergence = Literal["forward", "reverse", "jsd"]
 
+ON_CUDA = 4  # chunks are shorter than those of log-probabilities: both distributions and their gradients are held
+
 
 def divergence_of(policy: Tensor, other: Tensor, kind: Divergence, beta: float) -> Tensor:
     """(…) of log-probabilities (…, V): forward KL(other ‖ policy), reverse KL(policy ‖ other), or one between them.
@@ -51,4 +53,4 @@ def token_divergences(
         change = torch.autograd.grad(found, logits, torch.ones_like(found))[0].mul_(inner) if slope else None
         return found.detach(), own.argmax(-1) == known.argmax(-1), change
 
-    return head.of(hidden, measure)
+    return head.of(hidden, measure, ON_CUDA)

@@ -8,7 +8,7 @@ import ctypes
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.logps import CHUNK_ELEMENTS
+from rlhf_cli.models.logps import ON_CUDA, chunk_elements
 from rlhf_cli.models.targets import BALANCE, find_targets
 
 CPU_ACTIVATIONS = 3 * 2**28
@@ -58,14 +58,20 @@ class Memory:
     notices: tuple[str, ...] = ()  # what to say of weights that `all-linear` does not adapt, or of routers that train
     whole: float = 0  # weights of all devices
     moments: tuple[tuple[Parts, Parts], ...] = (({}, {}),)  # what each has in memory at once: at any length, and of a token
+    most: Parts = field(default_factory=dict)  # of parts that do not grow beyond it
 
     def parts(self, tokens: int) -> Parts:
         """What is in memory when it is fullest, in a pass of so many tokens."""
         full = [{part: fixed.get(part, 0) + each.get(part, 0) * tokens for part in fixed | each} for fixed, each in self.moments]
+        full = [{part: min(size, self.most.get(part, size)) for part, size in parts.items()} for parts in full]
         return max(full, key=lambda parts: sum(parts.values()))
 
     def total(self, tokens: int) -> float:
         return sum(self.parts(tokens).values())
+
+    def on_cpu(self) -> Memory:
+        """The same where logits are cut as on a CPU."""
+        return replace(self, most={"logits": self.most["logits"] / ON_CUDA})
 
 
 class _Counts(NamedTuple):
@@ -131,13 +137,12 @@ def estimate(
     passing = {"activations": kept + row + 12 * text.hidden_size, "temporaries": TRANSIENT * wide}
     backward = passing | {"activations": passing["activations"] + again}
 
-    head = of.head * full
-    root = held * outside * (devices > 1)
+    head, root = of.head * full, held * outside * (devices > 1)
     block = max(0, whole - held * outside) / max(1, len(of.layers)) * (devices > 1)
     cast = size * full * (size < held)  # bytes of a trained weight's copy in half precision
     inside = cast * (parameters - outside)
     copies, one = ({}, inside / layers) if model.gradient_checkpointing else ({"casts of weights": inside}, 0.0)
-    chunk = CHUNK_ELEMENTS * (8 + 2 * size)
+    logit = 4 + size * (size < 4)  # bytes: in float32, and in the dtype that is computed in
     own = trained / (devices if full else 1)
     always = {"weights": weights, "optimiser": STATE[optimizer] * own, "gradients": 4 * own}
     gathered: Parts = {"gathered weights": root + block}
@@ -146,15 +151,16 @@ def estimate(
         (gathered | {"all-gather buffers": block, "temporaries": one} | copies, passing),
         # The gradient of a head that trains is summed in float32, beside a product in half precision.
         (
-            {"gathered weights": float(root), "temporaries": chunk + (4 + size + cast) * head} | copies,
-            {**passing, "temporaries": 0},
+            {"gathered weights": float(root), "temporaries": (4 + size + cast) * head} | copies,
+            {**passing, "temporaries": 0, "logits": logit * text.vocab_size},
         ),
         (gathered | {"all-gather buffers": block * (1 + full), "temporaries": one + 4 * head * (devices > 1)} | copies, backward),
         ({"temporaries": 2 * root * full}, {}),
     ]
     balanced = all(text.to_dict().get(key) for key in ("output_router_logits", "router_aux_loss_coef"))
     said = [BALANCE] * balanced if full else of.left_out
-    return Memory(weights, trained, int(kept + again), tuple(said), whole, tuple((always | f, each) for f, each in moments))
+    shown, most = tuple((always | f, each) for f, each in moments), {"logits": float(logit * chunk_elements("cuda"))}
+    return Memory(weights, trained, int(kept + again), tuple(said), whole, shown, most)
 
 
 def auto_budget(

@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 
 from rlhf_cli import sections
 from rlhf_cli.data.trees import Batch, Piece, Tree, build_batch
+from rlhf_cli.models import logps
 from rlhf_cli.models.attention import KERNELS, Kernel
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.memory import Parts
@@ -97,14 +98,15 @@ def _moments(config: Any, step: Step, layers: int) -> list[Parts]:
 @contextlib.contextmanager
 def _alone_of(devices: int) -> Iterator[Any]:
     """A mesh of so many devices whose others do not answer; None where there is one."""
-    move = torch.nn.Module.to
+    move, logits = torch.nn.Module.to, logps.CHUNK_ELEMENTS
     torch.nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign]  # without numbers none can move
+    logps.CHUNK_ELEMENTS = logps.chunk_elements("cuda")
     try:
         if devices > 1:
             dist.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
         yield init_device_mesh("cpu", (devices,)) if devices > 1 else None
     finally:
-        torch.nn.Module.to = move  # type: ignore[method-assign]
+        torch.nn.Module.to, logps.CHUNK_ELEMENTS = move, logits  # type: ignore[method-assign]
         if devices > 1:
             dist.destroy_process_group()
 

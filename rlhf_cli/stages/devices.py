@@ -48,7 +48,7 @@ class Needs:
         roles, row = len(recipe.objective.roles) + (values and shared), self.longest * masked
         memory = estimate(self.config, recipe.model, rank=lora.r if lora else None, roles=roles, row=row, **known)
         if self.capacity is None:
-            return memory
+            return memory.on_cpu()
         others = [config for base, config in self.frozen.items() if not (shared and base == self.base)]
         beside = sum(estimate(config, recipe.model, rank=0, **known).weights for config in others)
         if values and not shared:

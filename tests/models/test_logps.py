@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from rlhf_cli.models import logps as module
 from rlhf_cli.models.logps import Head, LogitRule, token_logps
+from tests.rehearsal import Gpu, counts, rehearsal
 
 N, D, V = 50, 8, 12
 RULES = [LogitRule(), LogitRule(0.3), LogitRule(1.7, 2.0)]
@@ -96,3 +99,25 @@ def test_a_temperature_divides_what_the_rule_gives(rule: LogitRule) -> None:
         logps, _ = token_logps(hidden, Head(weight, None, rule.at(0.7)), target)
         wanted = (_logits(hidden, weight, None, rule) / 0.7).log_softmax(-1).gather(-1, target[:, None])[:, 0]
     assert float((logps - wanted).abs().max()) < 1e-5
+
+
+def test_a_gpu_reads_a_head_of_128_k_entries_once_where_it_read_it_four_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 rows are one chunk there; by the chunks of a CPU, of 65 rows, they are four. The numbers are the CPU's."""
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(200, 4), torch.randn(128256, 4), torch.randint(128256, (200,))
+    own = hidden.clone().requires_grad_()
+    wanted = token_logps(own, Head(weight, None), target)[0]
+    wanted.sum().backward()
+    spent = []
+    for on_cuda in (module.ON_CUDA, 1):
+        monkeypatch.setattr(module.Head.of, "__defaults__", (on_cuda,))
+        with rehearsal():
+            before, states = counts.copy(), Gpu(hidden).requires_grad_()
+            found: Any = token_logps(states, Head(Gpu(weight), None), Gpu(target))[0]
+            found.sum().backward()
+            kernels = (counts - before).kernels
+        spent.append((kernels["mm"], kernels.total()))
+        grad: Any = states.grad
+        assert own.grad is not None
+        assert float((found.held - wanted).detach().abs().max()) < 1e-5 > float((grad.held - own.grad).abs().max())
+    assert spent == [(2, 21), (8, 75)]
