@@ -45,6 +45,8 @@ NOT_HERE = {
     "accelerate launch": "wants GPUs; that rlhf understands the rest is tested below",
     "export HF_TOKEN": "a secret of the hub",
     "rlhf export runs/dpo out --push": "writes to the hub: tests/hub/test_push.py does it to a server of its own",
+    "rlhf dpo recipes/cycle": "goes on from a run of make cycle",
+    "rlhf train-rm recipes/cycle": "as above",
     "vllm serve": "vLLM's own program, and wants a GPU",
     "python llama.cpp": "llama.cpp's own converter",
     "llama-quantize": "llama.cpp's own program",

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 from tests.brief import draw_again
 from tests.tiny import WORDS, make_model, read_lines, rlhf, write_steps
 
-STAGE = {
-    "rm": "train-rm",
-    "rloo": "ppo",
-    "pushed": "ppo",
-    "online-dpo": "dpo",
-    "dpo-again": "dpo",
-    "samples": "eval",
-    "at-kl": "eval",
-    "rm-ensemble": "train-rm",
-    "pushed-mean": "ppo",
-    "pushed-lcb": "ppo",
-    "ensemble": "eval",
-    "grpo": "ppo",
-    "eval-more": "eval",
-    "solver": "sft",
-    "prm": "train-rm",
-    "orm": "train-rm",
-    "votes": "eval",
-}
+STAGE = dict(re.findall(r"^COMMAND_(\S+) := (\S+)$", Path("Makefile").read_text(), re.MULTILINE))
 """The command of recipes that are not named after theirs."""
 RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml") if not path.stem.startswith("rounds-"))
 """All but those that tests/labels/test_rounds.py runs."""
@@ -98,6 +82,15 @@ def ensemble(parts: Parts) -> Path:
 
 
 @pytest.fixture(scope="module")
+def general(parts: Parts) -> Path:
+    """A reward model that compares."""
+    changes = {"model.path": parts.model, "data.train": parts.rows, "train.steps": 2, "train.batch_size": 4}
+    output = parts.judge.with_name("general")
+    assert rlhf("train-rm", "recipes/cycle/gpm.yaml", "--output", output, *settings_of(changes)) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
 def steps(parts: Parts) -> Path:
     """Stepwise rows."""
     return write_steps(parts.rows.with_name("steps.jsonl"), 40)
@@ -131,7 +124,8 @@ def test_two_steps(
         ]
         (tmp_path / "outcome.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     if "rollout:" in text:
-        judge = request.getfixturevalue("ensemble") if "combine:" in text else parts.judge
+        kind = "ensemble" if "combine:" in text else "general" if "kind: sppo" in text or "kind: dno" in text else None
+        judge = request.getfixturevalue(kind) if kind else parts.judge
         changes |= {"rollout.max_new_tokens": 6} | ({} if "- match:" in text else {"reward.0.model": judge})
     settings = settings_of(changes)
     with monkeypatch.context() as patch:
@@ -142,6 +136,8 @@ def test_two_steps(
     measured = [(0, "eval"), (1, "train"), (1, "eval"), (2, "train"), (2, "eval")]
     if "eval_every: null" in text:
         measured.remove((1, "eval"))
+    if "holdout:" not in text:
+        measured = [(1, "train"), (2, "train")]
     assert [(line["step"], line["split"]) for line in read_lines(output / "metrics.jsonl")] == measured
     assert json.loads((output / "manifest.json").read_text())["steps"] == 2
     assert rlhf(stage, recipe, "--output", output, "--resume", *settings) == 0, "the run's recipe.yaml says what this one says"
@@ -154,13 +150,13 @@ def test_two_steps(
 def test_an_evaluation(recipe: Path, parts: Parts, tmp_path: Path, pictures: None, request: pytest.FixtureRequest) -> None:
     model, rows, output = parts.model, parts.rows, tmp_path / "run"
     text = recipe.read_text()
-    usual = ["sft", "dpo"]
-    of_recipe = {"samples": ["dpo"], "at-kl": [*usual, "online-dpo"], "ensemble": ["sft", "mean", "lcb"], "votes": ["solver"]}
-    names = of_recipe.get(recipe.stem, usual)
+    names = [*yaml.safe_load(text)["models"]][:3]
+    names = names if "\ncompare_at_kl:" in text else names[:2]
     sections = [name for name in ("prompts", "preferences", "text") if f"\n{name}:" in text]
     changes: dict[str, object] = {name: rows for name in sections} | {
         "models": f"{{{', '.join(f'{name}: {model}' for name in names)}}}",
         **({"reward.0.model": parts.judge} if "\nreward:" in text else {}),
+        **({"reward.0.model": request.getfixturevalue("general")} if "runs/cycle/gpm" in text else {}),
         "rollout.max_new_tokens": 6,
         "max_length": 256,
     }

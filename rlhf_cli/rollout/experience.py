@@ -211,8 +211,10 @@ class Sampler:
             return np.atleast_2d(term.spread(about, self.tokenizer) if isinstance(term, DenseScorer) else term.score(about))
 
         def share(term: Scorer) -> list[np.ndarray]:
+            # Asked without answers, too: where models are in shards the other ranks need this one to forward.
+            found = ask(term, own)
             sizes = [sum(each) if isinstance(term, DenseScorer) else len(each) for each in own.tokens]
-            return np.split(ask(term, own), np.cumsum(sizes)[:-1], 1) if sizes else []
+            return np.split(found, np.cumsum(sizes)[:-1], 1) if sizes else []
 
         shares = together(self.ranks, lambda: [share(term) for term in scorers if term.needs_weights], joint=True)
         shared = (np.concatenate(gather_shares(self.ranks, each), 1) for each in shares)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from rlhf_cli.cli import main
 from rlhf_cli.data import cache
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.models.passes import Passes, score_responses
+from rlhf_cli.models.passes import Passes, head_outputs
 from rlhf_cli.objectives.base import LossTerm
 from rlhf_cli.objectives.kto import Kto
 from rlhf_cli.recipe.stages import TRAINING_STAGES
@@ -187,11 +187,11 @@ def test_a_score_of_the_card_that_is_not_finite(
     with monkeypatch.context() as patch:
 
         def broken(*arguments: Any) -> list[np.ndarray]:
-            found = score_responses(*arguments)
+            found = head_outputs(*arguments)
             found[0][1] = np.nan
             return found
 
-        patch.setattr(train_rm, "score_responses", broken)
+        patch.setattr(train_rm, "head_outputs", broken)
         assert rlhf("train-rm", path) == 3
     where = f"error: {re.escape(str(home / 'pairs.jsonl'))}:\\d+: the score of response 2 is nan"
     assert re.fullmatch(where, capsys.readouterr().err.splitlines()[-2])
@@ -288,9 +288,9 @@ def test_a_signal_while_the_card_is_made(
 
         def signalled(*arguments: Any) -> Any:
             signal.raise_signal(signal.SIGTERM)
-            return score_responses(*arguments)
+            return head_outputs(*arguments)
 
-        patch.setattr(train_rm, "score_responses", signalled)
+        patch.setattr(train_rm, "head_outputs", signalled)
         assert rlhf("train-rm", path) == 143
     assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGTERM after the last step; continue with --resume"
     assert not (run / "manifest.json").exists()
