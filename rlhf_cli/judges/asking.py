@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from rlhf_cli.errors import MachineError, UsageError
-from rlhf_cli.judges.endpoint import SHOWN, Failure, Reply, Server, ask, connect
+from rlhf_cli.judges.endpoint import SHOWN, Failure, Server, ask, connect
 from rlhf_cli.judges.question import Mode, Question, Wording, read_answer, read_wording
 from rlhf_cli.runs.folder import MetricsLog, read_metrics
 from rlhf_cli.signals import Pause, no_pause
@@ -114,25 +114,26 @@ def prepare(
     pause: Pause = no_pause,
 ) -> EndpointJudge:
     """The judge of the settings; nothing is sent. UsageError: its template, its endpoint or the key cannot be used."""
-    wording, server = read_wording(settings, mode, place), connect(settings, place)
+    wording, server = read_wording(settings, mode, place), connect(settings.endpoint, settings.model, settings.timeout, place)
 
-    def read(reply: Reply) -> Answer:
-        answer = Answer(read_answer(reply.text, reply.first, reply.logprobs, mode), server.without_key(reply.text))
-        if answer.value is not None:
-            return answer
+    def answer(key: str, message: Message) -> Answer:
+        reply = ask(server, message)
+        found = Answer(read_answer(reply.text, reply.first, reply.logprobs, mode), server.without_key(reply.text))
+        if found.value is not None:
+            return found
         wanted = "score from 1 to 10" if mode == "score" else "verdict A, B or TIE"
-        end = server.shown(answer.text[-SHOWN:])
-        raise Nonsense(f"no {wanted} at the end of its answer: {end or 'an empty one'}", answer)
+        end = server.shown(found.text[-SHOWN:])
+        raise Nonsense(f"no {wanted} at the end of its answer: {end or 'an empty one'}", found)
 
-    asking = Asking(server, settings.retries, settings.parallel, place, read, "verdicts", say, pause)
+    asking = Asking(server, settings.retries, settings.parallel, place, answer, "verdicts", say, pause)
     return EndpointJudge(asking, wording, verdicts)
 
 
 class Kept(Protocol[Given]):
     """Where answers are kept."""
 
-    def get(self, key: str) -> object | None: ...
-    def keep(self, key: str, answer: Given) -> None:
+    def get(self, key: str, /) -> object | None: ...
+    def keep(self, key: str, answer: Given, /) -> None:
         """Write it at once."""
 
 
@@ -144,14 +145,13 @@ class Asking(Generic[A]):
     retries: int
     parallel: int
     place: str  # begins every message
-    read: Callable[[Reply], A]  # Failure: it is no answer
-    noun: str  # what the answers are
+    answer: Callable[[str, Any], A]  # to a message with its key. Failure: there is none
+    noun: str  # what the answers are, of which those that came are kept; "": they are not
     say: Callable[[int, int], None] = lambda done, total: None  # told (answered, all) messages about UPDATES times
     pause: Pause = no_pause  # while answers are waited for
-    drawing: Callable[[str], Mapping[str, Any] | None] = lambda key: None  # how the answer to a message is drawn, see `ask`
     nonsense: int = 0  # answers in a row that say nothing and are put up with
 
-    def ask_all(self, messages: Mapping[str, Message], kept: Kept[A]) -> None:
+    def ask_all(self, messages: Mapping[str, Any], kept: Kept[A]) -> None:
         """Bring every message's answer into `kept`. MachineError: one got none; no further one is asked."""
         pending = deque((key, message) for key, message in messages.items() if kept.get(key) is None)
         done, total = len(messages) - len(pending), len(messages)
@@ -196,15 +196,15 @@ class Asking(Generic[A]):
                     kept.keep(key, answer)
         if isinstance(failure, Failure):
             there = sum(kept.get(key) is not None for key in messages)
+            safe = f"{there:,} of {total:,} {self.noun} are kept: " if self.noun else ""
             raise MachineError(
-                f"{self.place}: {self.server.name}: {failure}\n"
-                f"  {there:,} of {total:,} {self.noun} are kept: mend the cause, then continue with --resume"
+                f"{self.place}: {self.server.name}: {failure}\n  {safe}mend the cause, then continue with --resume"
             )
         if failure is not None:
             raise failure
 
     def _work(
-        self, pending: deque[tuple[str, Message]], answers: SimpleQueue[tuple[str, A | Exception]], stop: threading.Event
+        self, pending: deque[tuple[str, Any]], answers: SimpleQueue[tuple[str, A | Exception]], stop: threading.Event
     ) -> None:
         """Ask one pending message after the other, until there is none, one fails, or `stop` is set."""
         with contextlib.suppress(IndexError):  # none is pending
@@ -217,11 +217,11 @@ class Asking(Generic[A]):
                     if not (isinstance(error, Nonsense) and self.nonsense):
                         return
 
-    def _ask(self, key: str, message: Message, stop: threading.Event) -> A:
+    def _ask(self, key: str, message: Any, stop: threading.Event) -> A:
         """The answer to one message, asked up to 1 + retries times. Failure: the last of them got none, or `stop` is set."""
         for number in range(1 + self.retries):
             try:
-                return self.read(ask(self.server, message, self.drawing(key)))
+                return self.answer(key, message)
             except Failure as error:
                 wait = max(error.wait, min(BACKOFF * 2**number, MOST_BACKOFF))
                 if not error.again or number == self.retries or stop.wait(wait):

@@ -23,7 +23,7 @@ from rlhf_cli.console import clean
 from rlhf_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_cli.sections import Judge
+    pass
 
 KEY = "OPENAI_API_KEY"
 MOST_BYTES = 2**24  # of one answer; a server that sends more is not answering the question
@@ -45,10 +45,11 @@ class Reply(NamedTuple):
 class Failure(Exception):
     """A question got no answer; its text says what came instead."""
 
-    def __init__(self, what: str, again: bool = True, wait: float = 0.0) -> None:
+    def __init__(self, what: str, again: bool = True, wait: float = 0.0, refused: str = "") -> None:
         super().__init__(what)
         self.again = again  # the same question may be answered later
         self.wait = wait  # seconds that the server asks for
+        self.refused = refused  # all it said where it does not take the question as it is
 
 
 class _AsItIs(HTTPErrorProcessor):
@@ -65,7 +66,7 @@ class Server:
     """Where a model answers."""
 
     url: str
-    model: str
+    model: str  # "": its path says what it is asked for
     timeout: float  # seconds
     key: str | None = field(repr=False)
     opener: OpenerDirector = field(repr=False)
@@ -74,7 +75,7 @@ class Server:
     @property
     def name(self) -> str:
         """For messages; a query may hold a secret."""
-        return f"{clean(self.url.partition('?')[0])}, model {self.model!r}"
+        return clean(self.url.partition("?")[0]) + (f", model {self.model!r}" if self.model else "")
 
     def shown(self, text: str) -> str:
         """The server's words as one short line that cannot steer a terminal, without the key."""
@@ -91,25 +92,25 @@ class Server:
         return "".join("***" if any(piece in word for piece in pieces) else word for word in words)
 
 
-def connect(settings: Judge, place: str) -> Server:
-    """The server of the settings; nothing is sent. UsageError: the endpoint is no URL, or the key cannot stand in a header."""
-    assert settings.endpoint is not None and settings.model is not None
+def connect(endpoint: str | None, model: str | None, timeout: float, place: str, path: str = "chat/completions") -> Server:
+    """The server; nothing is sent. UsageError: the endpoint is no URL, or the key cannot stand in a header."""
+    assert endpoint is not None and model is not None
     whole = False
     with suppress(ValueError):
-        parts = urlsplit(settings.endpoint)
+        parts = urlsplit(endpoint)
         (parts.hostname or "").encode("idna")
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
-    if not whole or not re.fullmatch(r"[!-~]+", settings.endpoint):
+    if not whole or not re.fullmatch(r"[!-~]+", endpoint):
         raise UsageError(
             f"{place}.endpoint: expected a URL such as http://localhost:8000/v1, without a user or a password, "
-            f"found {settings.endpoint.rpartition('@')[2]!r}\n  a key belongs into the environment variable {KEY}"
+            f"found {endpoint.rpartition('@')[2]!r}\n  a key belongs into the environment variable {KEY}"
         )
-    url = parts._replace(path=parts.path.rstrip("/") + "/chat/completions", fragment="").geturl()
+    url = parts._replace(path=f"{parts.path.rstrip('/')}/{path}", fragment="").geturl()
     key = os.environ.get(KEY, "").strip() or None
     # The standard library would quote the whole key in its complaint.
     if key is not None and not re.fullmatch(r"[!-~]+", key):
         raise UsageError(f"{KEY} holds a space or a character that no HTTP header can carry: set it again, or unset it")
-    return Server(url, settings.model, settings.timeout, key, build_opener(_AsItIs))
+    return Server(url, model, timeout, key, build_opener(_AsItIs))
 
 
 def ask(server: Server, message: str | Sequence[Mapping[str, Any]], drawing: Mapping[str, Any] | None = None) -> Reply:
@@ -124,6 +125,20 @@ def ask(server: Server, message: str | Sequence[Mapping[str, Any]], drawing: Map
     asks = drawing is None and not server.plain.is_set()
     if asks:
         body |= {"logprobs": True, "top_logprobs": TOP}
+    try:
+        reply = _content(server, post(server, body))
+    except Failure as failure:
+        if not asks or "logprobs" not in failure.refused:
+            raise
+        server.plain.set()
+        return ask(server, message)
+    if drawing is None and not reply.ended:
+        raise Failure("the answer was cut off by the server's limit on tokens")
+    return reply
+
+
+def post(server: Server, body: Mapping[str, Any]) -> str:
+    """What the server answers. Failure says what came instead."""
     # Without it a common shield in front of servers takes Python's own name for a robot's and refuses it.
     headers = {"Content-Type": "application/json", "User-Agent": "rlhf-cli"}
     request = Request(server.url, json.dumps(body).encode(), headers, method="POST")
@@ -141,19 +156,14 @@ def ask(server: Server, message: str | Sequence[Mapping[str, Any]], drawing: Map
         raise Failure(server.shown(words) or type(cause).__name__) from None
     text = content.decode("utf-8", "replace")
     if 200 <= status < 300:
-        reply = _content(server, text)
-        if drawing is None and not reply.ended:
-            raise Failure("the answer was cut off by the server's limit on tokens")
-        return reply
-    if asks and status in (400, 422) and "logprobs" in text:
-        server.plain.set()
-        return ask(server, message)
+        return text
     words = f"HTTP {status}: {server.shown(_complaint(text))}".rstrip(": ")
     if status == 401:
         words += f"; {KEY} is not set" if server.key is None else f"; {KEY} is not the key that it expects"
     if 300 <= status < 400:
         words += f"; it points to {server.shown(answer_headers.get('Location', 'nowhere'))}: give the address that answers"
-    raise Failure(words, status in BUSY or status >= 500, _retry_after(answer_headers.get("Retry-After", "")))
+    wait = _retry_after(answer_headers.get("Retry-After", ""))
+    raise Failure(words, status in BUSY or status >= 500, wait, text if status in (400, 422) else "")
 
 
 def _read(response: HTTPResponse, deadline: float) -> bytes:

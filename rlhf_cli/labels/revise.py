@@ -19,7 +19,7 @@ from rlhf_cli.evaluation.samples import distinct, ngrams
 from rlhf_cli.figures import count
 from rlhf_cli.files import to_json
 from rlhf_cli.judges.asking import Asking, Kept
-from rlhf_cli.judges.endpoint import Reply, Server
+from rlhf_cli.judges.endpoint import Server, ask
 from rlhf_cli.judges.question import Question, Wording, with_texts
 from rlhf_cli.labels.figures import Figures, told
 from rlhf_cli.models.backbone import Backbone
@@ -196,14 +196,12 @@ class EndpointWriter:
         drawn = {"temperature": self.rollout.temperature, "max_tokens": self.rollout.max_new_tokens}
         drawn |= {"top_p": self.rollout.top_p} if self.rollout.top_p < 1 else {}
 
-        def read(reply: Reply) -> Text:
+        def text(key: str, message: Any) -> Text:
+            reply = ask(self.server, message, {**drawn, "seed": (seed + int(key)) % 2**31})
             return Text(self.server.without_key(reply.text).rpartition("</think>")[2].strip(), reply.ended)
 
-        def drawing(key: str) -> dict[str, Any]:
-            return {**drawn, "seed": (seed + int(key)) % 2**31}
-
         messages = {key: [turn.plain() for turn in as_turns(record.prompt)] for key, record in asked.items()}
-        asking = Asking(self.server, self.retries, self.parallel, self.place, read, "texts of this step", drawing=drawing)
+        asking = Asking(self.server, self.retries, self.parallel, self.place, text, "texts of this step")
         asking.ask_all(messages, kept)
 
 

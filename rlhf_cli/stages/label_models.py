@@ -244,9 +244,9 @@ def _endpoint(loaded: Loaded, recipe: LabelRecipe, settings: Revise, records: Se
     if any(record.given for record in records):
         what = "prompts with tools or options of a chat template are answered by a local model alone"
         raise UsageError(f"{loaded.named('prompts')}: {what}. name one in revise.model, or leave them out")
-    judge = sections.Judge(endpoint=settings.endpoint, model=settings.model or "default", timeout=settings.timeout)
     place = loaded.named("revise")
-    return revise.EndpointWriter(connect(judge, place), settings.retries, settings.parallel, recipe.rollout, place)
+    server = connect(settings.endpoint, settings.model or "default", settings.timeout, place)
+    return revise.EndpointWriter(server, settings.retries, settings.parallel, recipe.rollout, place)
 
 
 def _write(

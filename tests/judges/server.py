@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        message = body["messages"][-1]["content"]
+        message = body["messages"][-1]["content"] if "messages" in body else json.dumps([self.path, body])
         with self.server.lock:
             self.server.asked.append(message)
             self.server.bodies.append(body)
