@@ -71,6 +71,9 @@ class Metric:
 ZERO_SPREAD = "reward/zero_spread"
 """The share of a step's prompts whose responses all have one score: they do not say which is better."""
 REDRAWN, OVERLONG, ADAPTER_KEPT = "rollout/redrawn", "response/overlong", "rollout/adapter_kept"
+LOGP_GAP, LOGP_GAP_MAX, TRUNCATED = "rollout/logp_gap", "rollout/logp_gap_max", "rollout/truncated_weights"
+MOST_GAP = 0.05
+"""Nats a token from which on a run warns of `LOGP_GAP`: half precision, computed twice in two ways, differs by 0.01 or so."""
 
 NATS = "nats a response"
 LOSS = Plot("loss", "Loss", "loss")
@@ -97,6 +100,9 @@ METRICS: tuple[Metric, ...] = (
     Metric(ZERO_SPREAD, "prompts whose responses all score alike", plot=Plot("zero_spread", "Prompts of one score", "share")),
     Metric(REDRAWN, "prompts that others replaced"),
     Metric(ADAPTER_KEPT),
+    Metric(LOGP_GAP, "log-probabilities of engine and trainer apart", "nats a token"),
+    Metric(LOGP_GAP_MAX),
+    Metric(TRUNCATED),
     Metric(
         "/contradicting",
         "comparisons in which a judge contradicts itself:",

@@ -234,10 +234,20 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class VllmServer:
+    endpoint: str = key(help="URL of a running `vllm serve`, e.g. http://localhost:8000/v1; its key is OPENAI_API_KEY")
+    folder: str | None = key(
+        None, "where it finds the adapters: a folder that both machines have under this path; null: a temporary one", path=True
+    )
+
+
+@dataclass(frozen=True)
 class PolicySampling(Sampling):
     temperature: float = key(1.0, "of sampling; the log-probabilities of the ppo kinds are taken at it too", low=1e-2, high=100.0)
     responses_per_prompt: int = key(1, "rloo and grpo need 2 or more", low=1)
-    engine: Literal["transformers", "vllm"] = key("transformers", "what samples (vllm: an extra)")
+    engine: Literal["transformers", "vllm"] | VllmServer = key(
+        "transformers", "what samples; vllm: in this process (an extra); {endpoint: URL}: a running `vllm serve`, for adapters"
+    )
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,28 @@ FAULTS = (
     Fault(
         "discopop: the two losses change sides", "objectives/discopop.py", "(-switch).sigmoid()", "switch.sigmoid()", "objectives"
     ),
+    Fault("truncation: a weight may be of any size", "objectives/advantages.py", ".clip(max=MOST_WEIGHT)", "", "rollout"),
+    Fault(
+        "truncation: nothing is weighed",
+        "rollout/source.py",
+        "advantages.advantages * weights",
+        "advantages.advantages",
+        "rollout",
+    ),
+    Fault(
+        "vllm: the gap is that of probabilities turned round",
+        "rollout/experience.py",
+        "tokens.old) - np.concatenate(told)",
+        "tokens.old) + np.concatenate(told)",
+        "rollout",
+    ),
+    Fault(
+        "vllm: it draws from the weights of before",
+        "rollout/vllm.py",
+        "        if rank is None:",
+        "        if rank is None and not begun:",
+        "rollout",
+    ),
     Fault("wpo: a pair may weigh more than 1", "objectives/wpo.py", ".clamp(max=0.0)", "", "objectives"),
     Fault("tdpo2: chosen responses are held back too", "objectives/tdpo2.py", "figure.detach()", "figure", "objectives"),
     Fault(

@@ -177,7 +177,7 @@ class LocalWriter:
                     "lower rollout.max_new_tokens, or name another model"
                 )
             request = Request(prompts, [*map(int, some)], 1, most, self.rollout.temperature, ends, seed, self.rollout)
-            for key, ((ids, ended),) in zip(some, engine.generate(request), strict=True):
+            for key, ((ids, ended, _),) in zip(some, engine.generate(request), strict=True):
                 text = own.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
                 kept.keep(key, Text(str(text), ended))
 

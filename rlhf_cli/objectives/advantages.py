@@ -13,6 +13,7 @@ import numpy as np
 from rlhf_cli.objectives.policy_gradient import Experience
 
 WHITEN_EPSILON = 1e-8  # added to a variance before its root is taken: equal values become 0
+MOST_WEIGHT = 2.0  # of a token that another engine drew
 
 
 def token_rewards(experience: Experience, kl_coef: float) -> np.ndarray:
@@ -75,6 +76,16 @@ def is_tied(values: np.ndarray, prompt: np.ndarray) -> np.ndarray:
     spread = np.maximum.reduceat(values, start) - np.minimum.reduceat(values, start)
     tied: np.ndarray = np.repeat(spread == 0, np.diff(start, append=len(values)))
     return tied
+
+
+def truncated_weights(gap: np.ndarray) -> np.ndarray:
+    """min(π/π_engine, 2) of every token, (N,), from log π − log π_engine, (N,): what its policy gradient is multiplied by.
+
+    Truncated importance sampling where another engine draws than the one that learns; Yao et al. 2025, "Your Efficient RL
+    Framework Secretly Brings You Off-Policy RL Training". On advantages, to which all losses of policies are proportional.
+    """
+    weights: np.ndarray = np.exp(np.minimum(gap, MOST_WEIGHT)).clip(max=MOST_WEIGHT)  # e² is more than 2, and no infinity
+    return weights
 
 
 def explained_variance(values: np.ndarray, targets: np.ndarray) -> float:

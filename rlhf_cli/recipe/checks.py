@@ -19,7 +19,7 @@ from rlhf_cli.recipe.evaluations import EvalRecipe
 from rlhf_cli.recipe.keys import keys_of
 from rlhf_cli.recipe.recipes import DirectRecipe, KtoRecipe, PpoRecipe, Recipe, SftRecipe, TrainingRecipe
 from rlhf_cli.recipe.rewards import KINDS, kinds_of, term_names
-from rlhf_cli.sections import Bound, Reward, Rows, Source
+from rlhf_cli.sections import Bound, Reward, Rows, Source, VllmServer
 from rlhf_cli.suggest import did_you_mean
 
 Finding = tuple[str, str]
@@ -256,10 +256,17 @@ def _drawn(recipe: TrainingRecipe) -> Iterator[Finding]:
     if rollout.max_new_tokens >= data.max_length:
         what = f"leaves no room for a prompt in data.max_length ({data.max_length}). lower it, or raise data.max_length"
         yield "rollout.max_new_tokens", what
+    if isinstance(rollout.engine, VllmServer) and recipe.lora is None:
+        yield "rollout.engine", "a server is given adapters, and lora: null trains all weights. write vllm, or remove lora: null"
 
 
 def _samples(recipe: PpoRecipe) -> Iterator[Finding]:
     objective, found = recipe.objective, recipe.rollout.responses_per_prompt
+    if recipe.rollout.engine == "transformers":
+        yield from no_effect(recipe, "where the model that learns draws by itself. remove it", "rollout.correction")
+    elif isinstance(recipe.rollout.engine, VllmServer) and recipe.rollout.temperature != 1:
+        why = "with a server, whose log-probabilities are those at temperature 1. write rollout.temperature: 1, or engine: vllm"
+        yield from no_effect(recipe, why, "rollout.correction")
     if found < objective.least_samples:
         what = f"{found} is too few for kind: {objective.kind}, which compares the responses of a prompt. "
         yield "rollout.responses_per_prompt", f"{what}set it to {objective.least_samples} or more"
@@ -312,10 +319,8 @@ def _kl(recipe: PpoRecipe) -> Iterator[Finding]:
 
 
 def _ptx(recipe: PpoRecipe) -> Iterator[Finding]:
-    if recipe.ptx is None:
-        return
-    yield from _mixture(recipe, "ptx.data", recipe.ptx.data)
-    if recipe.ptx.coef == 0:
+    yield from _mixture(recipe, "ptx.data", recipe.ptx.data if recipe.ptx else [])
+    if recipe.ptx and recipe.ptx.coef == 0:
         yield "ptx.coef", "0 learns nothing from these rows. give it a weight, or remove ptx"
 
 
@@ -336,7 +341,7 @@ def _online(recipe: DirectRecipe) -> Iterator[Finding]:
         why = "without rollout. add `rollout: {}` to draw responses, or remove it"
         yield from no_effect(recipe, why, "reward", "reward_combine", "gold")
         return
-    if recipe.rollout.engine == "vllm" and recipe.rollout.min_p and recipe.rollout.top_p < 1:
+    if recipe.rollout.engine != "transformers" and recipe.rollout.min_p and recipe.rollout.top_p < 1:
         yield "rollout.min_p", "vllm would apply it before top_p, which then keeps fewer tokens. keep one of the two"
     if recipe.reward is None:
         yield "rollout", "needs a reward to rank what is drawn. add reward: [{model: …}] or [{function: file.py:name}]"
@@ -359,7 +364,7 @@ TRAINING = (
     Check(("model.quantize", "lora"), _quantised),
     Check(("objective", "lora"), _heads),
     idle(lambda it: it.model.chat_template == "none", UNTEMPLATED, "model.template_options", beside=("model.chat_template",)),
-    Check(("data.overlong", "data.max_length", "rollout"), _drawn),
+    Check(("data.overlong", "data.max_length", "rollout", "lora"), _drawn),
 )
 
 SFT = (*TRAINING, Check(("objective", "rollout", "data.train_on"), _distilled))

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from rlhf_cli.metrics import ZERO_SPREAD
+from rlhf_cli.metrics import LOGP_GAP, ZERO_SPREAD
 from rlhf_cli.objectives.aot import Aot
 from rlhf_cli.objectives.apo import ApoDown, ApoZero, UnpairedApoZero
 from rlhf_cli.objectives.bandit import Bandit
@@ -125,7 +125,8 @@ class TrainingRecipe(Recipe):
         if self.draws is None:
             return ()
         rewards, golds = map(term_names, self.terms)
-        return (*DRAWN_METRICS, *(f"reward/{name}" for name in rewards), *(f"gold/{name}" for name in golds))
+        named = DRAWN_METRICS if self.draws.engine == "transformers" else (*DRAWN_METRICS, LOGP_GAP)
+        return (*named, *(f"reward/{name}" for name in rewards), *(f"gold/{name}" for name in golds))
 
     @property
     def held_out_metrics(self) -> tuple[str, ...]:
@@ -237,6 +238,13 @@ class KtoRecipe(DirectRecipe):
 
 
 @dataclass(frozen=True)
+class PpoSampling(PolicySampling):
+    correction: Literal["none", "truncate"] = key(
+        "none", "with another engine; truncate: a token's policy gradient is weighed by π/π_engine, at most 2"
+    )
+
+
+@dataclass(frozen=True)
 class Value:
     init: Literal["reward", "policy"] = key("reward", "weights that the value starts from: the first reward model, or the policy")
     learning_rate: float | None = key(None, "null: train.learning_rate, else LoRA's default: the value is an adapter", low=0.0)
@@ -257,7 +265,7 @@ class PpoRecipe(ReferenceRecipe):
     stage: ClassVar[str] = "ppo"
 
     objective: Ppo | Reinforce | Rloo | Grpo | Bandit = field(default_factory=Ppo)
-    rollout: PolicySampling = field(default_factory=PolicySampling)
+    rollout: PpoSampling = field(default_factory=PpoSampling)
     reward: list[Reward] = key(
         help="a list of terms, each one of model, function, match, format, length and judge: [{model: runs/rm}]"
     )
@@ -268,7 +276,7 @@ class PpoRecipe(ReferenceRecipe):
     gold: list[Reward] | None = key(None, "like reward; only measured, never trained on")
 
     @property
-    def draws(self) -> PolicySampling:
+    def draws(self) -> PpoSampling:
         return self.rollout
 
     @property

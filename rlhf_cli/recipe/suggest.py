@@ -67,6 +67,7 @@ OTHER_NAMES = {
     "rollout.max_new_tokens": ("response_length", "max_completion_length", "max_tokens"),
     "rollout.responses_per_prompt": ("num_generations", "rloo_k", "num_return_sequences"),
     "rollout.engine": ("use_vllm",),
+    "rollout.correction": ("vllm_importance_sampling_correction",),
     "reward": ("reward_funcs", "reward_model", "reward_model_path"),
     "reward.weight": ("reward_weights",),
     "ptx.coef": ("ptx_coef",),
@@ -83,6 +84,7 @@ REMARKS = {
 
 _TRUNCATED = "has no place in ppo: the ratio and the KL would compare a truncated distribution with whole ones. remove it"
 REASONS = dict.fromkeys(("rollout.top_p", "rollout.top_k", "rollout.min_p", "rollout.repetition_penalty"), _TRUNCATED)
+REASONS["rollout.correction"] = "weighs the policy gradients of ppo, and this stage has none. remove it"
 """Keys of other stages → why they are not of one whose recipe has the section they stand in."""
 
 OTHER_VALUES = {

@@ -15,7 +15,7 @@ from rlhf_cli import sections
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.trees import Batch, Tree
 from rlhf_cli.errors import MachineError, RunError, Stopped
-from rlhf_cli.metrics import ADAPTER_KEPT
+from rlhf_cli.metrics import ADAPTER_KEPT, LOGP_GAP, LOGP_GAP_MAX
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.memory import is_out_of_memory, return_freed
 from rlhf_cli.models.passes import token_figures
@@ -39,6 +39,7 @@ class TokenFigures(NamedTuple):
     dense: np.ndarray = np.zeros(
         0
     )  # what terms of the reward give this very token, times their weights: a part of the response's score
+    gap: np.ndarray = np.zeros(0)  # log π less what the engine that drew has for it; NaN where it is the trainer itself
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ class Rollout:
         found = {name: float(np.nanmean(values)) for name, values in named.items() if not np.isnan(values).all()}
         terms = {name: named[name] for name in self.terms}
         silent = {f"{name}/na": float(np.isnan(values).mean()) for name, values in terms.items() if np.isnan(values).any()}
-        return found | silent | ({} if self.kept is None else {ADAPTER_KEPT: self.kept})
+        apart = np.abs(tokens.gap[np.isfinite(tokens.gap)])
+        gap = {LOGP_GAP: float(apart.mean()), LOGP_GAP_MAX: float(apart.max())} if len(apart) else {}
+        return found | silent | gap | ({} if self.kept is None else {ADAPTER_KEPT: self.kept})
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Sampler:
     budget: int
     ranks: Ranks
     compared: bool = True  # is there a role "reference"? Without it the log-probabilities of a reference are NaN
+    raw: bool = False  # the engine tells log-probabilities of the whole policy at temperature 1; else at the rollout's
     pause: Pause = no_pause  # between two tokens or passes
 
     def rollout(
@@ -137,7 +141,10 @@ class Sampler:
         answers = self._answers(trees, drawn)
         worth, dense = self._worth(answers)
         self.pause()
-        tokens = gather_shares(self.ranks, together(self.ranks, lambda: self._tokens(share_of_trees, values), joint=True))
+        parts = gather_shares(self.ranks, together(self.ranks, lambda: self._tokens(share_of_trees, values), joint=True))
+        tokens = TokenFigures(*(np.concatenate(figures) for figures in zip(*parts, strict=True)))
+        told = [np.full(len(one.ids), np.nan) if one.logps is None else one.logps for own in drawn for one in own]
+        gap = (tokens.plain if self.raw else tokens.old) - np.concatenate(told)
         names = [f"reward/{term.name}" for term in self.terms] + [f"gold/{term.name}" for term in self.gold]
         terms: dict[str, np.ndarray] = {}
         for name, term, rows in zip(names, (*self.terms, *self.gold), worth, strict=True):
@@ -152,7 +159,7 @@ class Sampler:
             ended=ended,
             terms=terms,
             scores=scores - self.settings.missing_eos_penalty * ~ended,
-            tokens=TokenFigures(*(np.concatenate(figures) for figures in zip(*tokens, strict=True)))._replace(dense=dense),
+            tokens=tokens._replace(dense=dense, gap=gap),
             kept=self.engine.kept,
             seconds={"rollout": drawn_at - started, "score": time.monotonic() - drawn_at},
         )
@@ -192,7 +199,7 @@ class Sampler:
         return Answers(
             trees=trees,
             records=[self.records[tree.row] for tree in trees],
-            texts=[[self.text(*response) for response in responses] for responses in drawn],
+            texts=[[self.text(response.ids, response.ended) for response in responses] for responses in drawn],
             ended=[[response.ended for response in responses] for responses in drawn],
             tokens=[[len(response.ids) for response in responses] for responses in drawn],
         )

@@ -51,6 +51,7 @@ class Response(NamedTuple):
 
     ids: np.ndarray  # (T,) int32, its end-of-turn included where it ended
     ended: bool
+    logps: np.ndarray | None = None  # (T,) log-probabilities that another engine drew them with, see `Sampler.raw`
 
 
 @dataclass(frozen=True)

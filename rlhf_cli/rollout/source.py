@@ -17,7 +17,8 @@ from rlhf_cli.data.records import Facts
 from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Recorded, Tree
 from rlhf_cli.errors import UsageError
-from rlhf_cli.metrics import OVERLONG, REDRAWN, ZERO_SPREAD
+from rlhf_cli.metrics import OVERLONG, REDRAWN, TRUNCATED, ZERO_SPREAD
+from rlhf_cli.objectives.advantages import MOST_WEIGHT, truncated_weights
 from rlhf_cli.objectives.base import Objective
 from rlhf_cli.objectives.kl import next_coef
 from rlhf_cli.objectives.policy_gradient import REDRAWS, Advantages, PolicyGradient
@@ -32,9 +33,9 @@ PROBE_PROMPTS, PROBE_TOKENS = 4, 16
 def probe(sampler: Sampler, prompts: Sequence[Tree], seed: int) -> list[Tree]:
     """A few prompts with short responses, to check what must hold before the first step."""
     few, count = prompts[:PROBE_PROMPTS], sampler.settings.responses_per_prompt
-    numbers = range(len(few))
+    numbers, longest = range(len(few)), min(PROBE_TOKENS, sampler.settings.max_new_tokens)
     with sampler.backbone.whole():
-        drawn = together(sampler.ranks, lambda: sampler.respond(few, numbers, Stream.PROBE.seed(seed), count, PROBE_TOKENS))
+        drawn = together(sampler.ranks, lambda: sampler.respond(few, numbers, Stream.PROBE.seed(seed), count, longest))
     return with_responses(few, drawn)
 
 
@@ -49,6 +50,7 @@ class PolicySource:
     ptx: DatasetSource | None
     ptx_coef: float
     seed: int
+    truncate: bool = False  # weigh every token by `truncated_weights`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,6 +65,10 @@ class PolicySource:
         experience = dataclasses.replace(learned.experience, scores=learned.scores + penalty(learned.lengths, longest))
         advantages = self.objective.estimate_advantages(experience, 0.0 if in_loss else coef, memory)
         own = {REDRAWN: np.mean(chosen >= len(rollout.trees)), OVERLONG: penalty(rollout.lengths, longest).mean()}
+        if self.truncate:
+            weights = truncated_weights(learned.tokens.gap)
+            cut = {TRUNCATED: float(np.mean(weights == MOST_WEIGHT))}
+            advantages = advantages._replace(advantages=advantages.advantages * weights, metrics=advantages.metrics | cut)
         metrics = {
             **rollout.figures(coef),
             **zero_spread(rollout),

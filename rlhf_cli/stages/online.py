@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 
+from rlhf_cli import sections
 from rlhf_cli.data.flat import flatten
 from rlhf_cli.data.records import Record
 from rlhf_cli.data.sources import Reading
@@ -24,6 +25,7 @@ from rlhf_cli.rollout.generate import Engine, TransformersEngine
 from rlhf_cli.rollout.rewards import Scorer
 from rlhf_cli.rollout.source import KL_COEF, probe
 from rlhf_cli.rollout.terms import RewardTerms
+from rlhf_cli.rollout.vllm import ServerEngine, VllmEngine
 from rlhf_cli.stages.prepare import TrainingJob
 from rlhf_cli.stages.reference import ReferenceModel
 from rlhf_cli.training.checkpoint import State
@@ -72,18 +74,26 @@ def samplers(
 ) -> Callable[[Sequence[Record]], Sampler]:
     """What draws and scores responses to the prompts of given records. `base` is what the policy's adapter sits on.
 
-    UsageError: the engine draws on one device. MachineError: it is not installed.
+    MachineError: the engine is not installed.
     """
     recipe, settings = job.recipe, job.recipe.draws
     assert settings is not None
-    engine: Engine = TransformersEngine(backbone, "policy")
-    if settings.engine != "transformers":
-        if job.ranks.size > 1:
-            place = job.loaded.named("rollout.engine")
-            raise UsageError(f"{place}: vllm draws on one device, and there are {job.ranks.size}; use engine: transformers")
-        from rlhf_cli.rollout.vllm import VllmEngine
-
-        engine = VllmEngine(base.base, base.revision, recipe.model.dtype, partial(backbone.save, "policy"))
+    save, raw = partial(backbone.save, "policy"), isinstance(settings, sections.Warping) and bool(settings.warps)
+    engine: Engine
+    if isinstance(settings.engine, sections.VllmServer):
+        engine, raw = ServerEngine(settings.engine, job.loaded.named("rollout.engine"), save), True
+    elif settings.engine == "vllm":
+        engine = VllmEngine(
+            save,
+            model=base.base,
+            revision=base.revision,
+            trust_remote_code=recipe.model.trust_remote_code,
+            dtype=str(backbone.compute_dtype).removeprefix("torch."),
+            max_model_len=recipe.data.max_length,
+            logprobs_mode="raw_logprobs" if raw else "processed_logprobs",
+        )
+    else:
+        engine = TransformersEngine(backbone, "policy")
 
     def sampler(records: Sequence[Record]) -> Sampler:
         return Sampler(
@@ -99,6 +109,7 @@ def samplers(
             budget=job.budget,
             ranks=job.ranks,
             pause=job.signals.pause,
+            raw=raw,
         )
 
     return sampler

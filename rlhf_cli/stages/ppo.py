@@ -109,7 +109,8 @@ def _source(job: TrainingJob, sampler: Sampler, ptx: Dataset | None) -> PolicySo
     recipe, objective = _parts(job)
     rows = ptx.source(recipe.train, recipe.data, recipe.seed) if ptx else None
     coef = recipe.ptx.coef if recipe.ptx else 0.0
-    return PolicySource(sampler, job.source, objective, recipe.kl, rows, coef, recipe.seed)
+    truncate = recipe.rollout.correction == "truncate"
+    return PolicySource(sampler, job.source, objective, recipe.kl, rows, coef, recipe.seed, truncate)
 
 
 def _add_value(job: TrainingJob, terms: RewardTerms, placement: Placement, base: Weights) -> dict[str, float]:

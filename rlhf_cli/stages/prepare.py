@@ -20,6 +20,7 @@ from rlhf_cli.data.formats import PROMPTS, Purpose
 from rlhf_cli.data.requests import RowRequest
 from rlhf_cli.data.templates import Template, choose_template
 from rlhf_cli.errors import UsageError
+from rlhf_cli.judges.endpoint import connect
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.load import load_config, load_tokenizer, positions_of, quiet_libraries, refuse_on_mps, resolve_dtype
 from rlhf_cli.models.memory import Memory, auto_budget
@@ -211,6 +212,11 @@ def _resolve(
     needs, budget = find_needs(recipe, start, config, dtype, longest, loaded, ranks), asked
     if needs.shards > 1 and recipe.model.quantize == "8bit":
         raise UsageError(f"{loaded.where('model.quantize')}: weights of 8 bits cannot be shared out in shards; those of 4bit can")
+    engine, place = recipe.draws and recipe.draws.engine, loaded.named("rollout.engine")
+    if isinstance(engine, sections.VllmServer):
+        connect(engine.endpoint, "", 0.0, place)
+    elif engine == "vllm" and ranks.size > 1:
+        raise UsageError(f"{place}: vllm draws on one device, and there are {ranks.size}; use transformers, or {{endpoint: URL}}")
     if needs.shards > 1 and lora is None and recipe.train.optimizer == "adamw_8bit":
         raise UsageError(f"{loaded.where('train.optimizer')}: adamw_8bit takes no weights in shards; use adamw, or lora")
     if budget == "auto":

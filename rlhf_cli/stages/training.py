@@ -333,7 +333,7 @@ def _samples(job: TrainingJob, backbone: Backbone) -> list[dict[str, Any]]:
     ends = backbone.stop_ids(job.tokenizer, job.template)
     drawn = engine.generate(Request(prompts, range(len(prompts)), 1, SHOWN_TOKENS, 0.0, ends, 0), job.signals.pause)
     lines = []
-    for tree, ((ids, ended),) in zip(trees, drawn, strict=True):
+    for tree, ((ids, ended, _),) in zip(trees, drawn, strict=True):
         record, shown = records[tree.row], ids[: len(ids) - ended]
         response = job.tokenizer.decode(shown.tolist(), skip_special_tokens=True)
         line = {"prompt": record.question, "response": response, "ended": ended, "tokens": len(shown), "where": record.where}

@@ -18,7 +18,7 @@ from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError, RunError, Stopped, UsageError
 from rlhf_cli.files import write_json
-from rlhf_cli.metrics import REDRAWN, ZERO_SPREAD
+from rlhf_cli.metrics import LOGP_GAP, MOST_GAP, REDRAWN, ZERO_SPREAD
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.sharding import local
 from rlhf_cli.objectives.base import Objective
@@ -82,6 +82,7 @@ class Trainer:
     state: State = field(init=False)
     partial: PartialStep | None = field(init=False, default=None)
     told_of_ties: bool = field(init=False, default=False)
+    told_of_gap: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.backbone, self.ranks = self.passes.backbone, self.passes.ranks
@@ -188,6 +189,10 @@ class Trainer:
             self.console.warn(
                 f"step {step}: all responses to a prompt have one score, for every prompt; nothing says which is better"
             )
+        if (gap := batches.metrics.get(LOGP_GAP, 0.0)) > MOST_GAP and not self.told_of_gap:
+            self.told_of_gap = True
+            what = f"{LOGP_GAP} is {gap:.2g}, more than {MOST_GAP}: rollout.engine draws from another policy than this one"
+            self.console.warn(f"step {step}: {what}; are base, dtype and adapter the same? ppo has rollout.correction: truncate")
         if not updates:
             self.console.warn(f"step {step}: the responses of every prompt are tied; nothing was learned")
         seconds, tokens, usage = time.monotonic() - started, sum(map(tree_length, trees)), self.state.usage

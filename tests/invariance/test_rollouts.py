@@ -191,7 +191,7 @@ def test_a_score_stands_on_the_last_token_of_its_response(budget: int) -> None:
     draw = PolicySource(sampler, data, objective, sections.Kl(coef=0.4), None, 0.0, 0).collect(1, {})
     ragged, penalties = set(), []
     for tree, own in zip(draw.batches[0], drawn, strict=True):
-        for (ids, ended), known in zip(own, tree.recorded or (), strict=True):
+        for (ids, ended, _), known in zip(own, tree.recorded or (), strict=True):
             old, reference, advantage, value, target = (torch.from_numpy(values).double() for values in known)
             score = 2 * (10 + len(ids) - ended) - 3 * (not ended)
             penalty = -0.4 * (old - reference)

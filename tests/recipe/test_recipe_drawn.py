@@ -124,6 +124,18 @@ REFUSALS = {
     ("ppo", "rollout.repetition_penalty=1.1"): f"rollout.repetition_penalty: {WHOLE}",
     ("dpo", "rollout={top_p: 0.9, min_p: 0.1, engine: vllm}"): "rollout.min_p: vllm would apply it before top_p, which then "
     "keeps fewer tokens. keep one of the two",
+    ("dpo", "rollout={correction: truncate}"): "rollout.correction: weighs the policy gradients of ppo, and this stage has none. "
+    "remove it",
+    ("ppo", "rollout.correction=truncate"): "rollout.correction: has no effect where the model that learns draws by itself. "
+    "remove it",
+    ("ppo", "rollout={engine: {endpoint: http://x/v1}, temperature: 0.7, correction: truncate}"): "rollout.correction: has no "
+    "effect with a server, whose log-probabilities are those at temperature 1. write rollout.temperature: 1, or engine: vllm",
+    ("ppo", "rollout.engine={endpoint: http://x/v1}\nlora=null"): "rollout.engine: a server is given adapters, and lora: null "
+    "trains all weights. write vllm, or remove lora: null",
+    (
+        "ppo",
+        "rollout.engine=vlm",
+    ): "rollout.engine: expected transformers | vllm or keys (endpoint, folder), found the text 'vlm'. did you mean vllm?",
     ("dpo", "rollout={top_k: 0}"): "rollout.top_k: expected at least 1, found 0",
     ("ppo", "rollout.refresh=2"): "rollout.refresh: has no effect in ppo. remove it",
     # values, KL, ptx

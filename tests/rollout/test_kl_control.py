@@ -32,7 +32,7 @@ def drawn() -> Rollout:
     trees = [Tree(prompt, np.zeros(1, bool), (prompt, np.zeros(2, np.int32)), row) for row in range(2)]
     ratios = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     zero = np.zeros(6)
-    tokens = TokenFigures(old=2 * ratios, reference=zero, plain=ratios, plain_reference=zero, value=zero, dense=zero)
+    tokens = TokenFigures(old=2 * ratios, reference=zero, plain=ratios, plain_reference=zero, value=zero, dense=zero, gap=zero)
     return Rollout(trees, np.ones(4, bool), {}, np.arange(4.0), tokens, {})
 
 

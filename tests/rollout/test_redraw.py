@@ -42,7 +42,7 @@ class Drawer:
         known = np.concatenate([-0.01 * (1 + row) * np.ones(5 + row % 3) for row in rows])
         scores = np.concatenate([self.scores(row, len(self.asked)) for row in rows]).astype(float)
         self.asked.append((rows, seed))
-        tokens = TokenFigures(known, known - 0.1, known, known - 0.1, known * (0.0 if values else np.nan), 0 * known)
+        tokens = TokenFigures(known, known - 0.1, known, known - 0.1, known * (0.0 if values else np.nan), 0 * known, 0 * known)
         return Rollout(trees, np.ones(2 * len(rows), bool), {"reward/r": scores}, scores, tokens, {"rollout": 2.0, "score": 1.0})
 
 
