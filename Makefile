@@ -199,7 +199,7 @@ $(DRAWN): runs/quickstart/%-vllm/manifest.json: recipes/quickstart/%.yaml runs/q
 
 runs/quickstart/eval-vllm/manifest.json: recipes/quickstart/eval.yaml $(DRAWN) $(DRAWN:%-vllm/manifest.json=%/manifest.json)
 	@$(BIN)/rlhf eval $< $(NEW_OR_ON) --set 'models={sft: runs/quickstart/sft$(foreach run,$(COMPARED),$(COMMA) $(run): runs/quickstart/$(run))}' \
-		--set best_of_n=null --output $(@D)
+		--set 'best_of_n=[]' --output $(@D)
 
 vllm: runs/quickstart/eval-vllm/manifest.json $(VLLM)/.installed
 	@HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/rollout/test_vllm_real.py

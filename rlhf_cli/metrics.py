@@ -72,8 +72,7 @@ ZERO_SPREAD = "reward/zero_spread"
 """The share of a step's prompts whose responses all have one score: they do not say which is better."""
 REDRAWN, OVERLONG, ADAPTER_KEPT = "rollout/redrawn", "response/overlong", "rollout/adapter_kept"
 LOGP_GAP, LOGP_GAP_MAX, TRUNCATED = "rollout/logp_gap", "rollout/logp_gap_max", "rollout/truncated_weights"
-MOST_GAP = 0.05
-"""Nats a token from which on a run warns of `LOGP_GAP`: half precision, computed twice in two ways, differs by 0.01 or so."""
+MOST_GAP = 0.05  # nats a token from which on a run warns; half precision, computed in two ways, differs by 0.01 or so
 
 NATS = "nats a response"
 LOSS = Plot("loss", "Loss", "loss")

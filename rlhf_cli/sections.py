@@ -236,9 +236,7 @@ class Sampling:
 @dataclass(frozen=True)
 class VllmServer:
     endpoint: str = key(help="URL of a running `vllm serve`, e.g. http://localhost:8000/v1; its key is OPENAI_API_KEY")
-    folder: str | None = key(
-        None, "where it finds the adapters: a folder that both machines have under this path; null: a temporary one", path=True
-    )
+    folder: str | None = key(None, "where both machines have the adapters, under this path; null: a temporary folder", path=True)
 
 
 @dataclass(frozen=True)

@@ -239,9 +239,7 @@ class KtoRecipe(DirectRecipe):
 
 @dataclass(frozen=True)
 class PpoSampling(PolicySampling):
-    correction: Literal["none", "truncate"] = key(
-        "none", "with another engine; truncate: a token's policy gradient is weighed by π/π_engine, at most 2"
-    )
+    correction: Literal["none", "truncate"] = key("none", "truncate: policy gradients are weighed by π/π_engine, at most 2")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are those that train, too
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # a reload warns of what has no weights in the files
     "VLLM_NO_USAGE_STATS": "1",
 }
 """What vLLM reads from the environment, where that says nothing else."""
@@ -67,7 +67,7 @@ class VllmEngine:
         self.on_gpu = torch.cuda.is_available()
         on_cpu = {"kv_cache_memory_bytes": CPU_CACHE, "enforce_eager": True}
         room = {"gpu_memory_utilization": GPU_SHARE, "enable_sleep_mode": True} if self.on_gpu else on_cpu
-        self.start = start | room | {"skip_tokenizer_init": True}
+        self.start = start | room | {"skip_tokenizer_init": True, "use_tqdm_on_load": False}
         self.running: Any = None
         self.draws = 0
 
@@ -103,13 +103,14 @@ class VllmEngine:
                 self.running = self.vllm.LLM(**self.start | own)
             except (ValueError, RuntimeError) as error:
                 raise MachineError(f"rollout.engine: vllm does not start ({error}); mend that, or use transformers") from error
-            if self.on_gpu:
-                torch.set_num_threads(threads)  # it has left one
+            torch.set_num_threads(threads)  # it may have left one
         else:
             if self.on_gpu:
                 self.running.wake_up()
             if rank is None:
                 self.running.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+                if not self.on_gpu:
+                    self.running.apply_model(_pack_head)
                 self.running.reset_prefix_cache()
         # A new number, for vLLM keeps adapters by it.
         adapter = self.lora_request(f"draw-{self.draws}", self.draws, folder)
@@ -152,6 +153,13 @@ class ServerEngine:
         asking = Asking(server, RETRIES, PARALLEL, self.place, lambda key, body: read(post(server, body)), "", pause=pause)
         asking.ask_all({str(number): body for number, body in enumerate(bodies)}, found)
         return [found[str(number)] for number in range(len(bodies))]
+
+
+def _pack_head(model: Any) -> None:
+    """On a CPU vLLM 0.32 multiplies by a packed head, and does not pack it again where it is tied to a reloaded embedding."""
+    for layer in model.modules():
+        if type(layer).__name__ == "ParallelLMHead":
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 class _Answers(dict[str, Any]):

@@ -79,7 +79,7 @@ def samplers(
     recipe, settings = job.recipe, job.recipe.draws
     assert settings is not None
     save, raw = partial(backbone.save, "policy"), isinstance(settings, sections.Warping) and bool(settings.warps)
-    engine: Engine
+    engine: Engine = TransformersEngine(backbone, "policy")
     if isinstance(settings.engine, sections.VllmServer):
         engine, raw = ServerEngine(settings.engine, job.loaded.named("rollout.engine"), save), True
     elif settings.engine == "vllm":
@@ -92,8 +92,6 @@ def samplers(
             max_model_len=recipe.data.max_length,
             logprobs_mode="raw_logprobs" if raw else "processed_logprobs",
         )
-    else:
-        engine = TransformersEngine(backbone, "policy")
 
     def sampler(records: Sequence[Record]) -> Sampler:
         return Sampler(

@@ -59,6 +59,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
         def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
             found.append((method, kwargs | {"files": [path.name for path in Path(kwargs["weights_path"]).iterdir()]}))
 
+        def apply_model(self, function: Callable[[Any], None]) -> None:
+            head, other = type("ParallelLMHead", (), {})(), SimpleNamespace()
+            head.quant_method = SimpleNamespace(process_weights_after_loading=lambda layer: found.append(("pack", {"of": layer})))
+            function(SimpleNamespace(modules=lambda: [other, head]))
+            assert found[-1] == ("pack", {"of": head})
+
         def __getattr__(self, name: str) -> Any:
             return lambda: found.append((name, {}))
 
@@ -162,11 +168,11 @@ def test_all_weights_are_reloaded_for_every_draw_without_a_restart(calls: list[t
     engine = vllm(save_model, revision="abc")
     draw(engine)
     draw(engine)
-    assert [name for name, _ in calls] == ["LLM", "generate", "reload_weights", "reset_prefix_cache", "generate"]
+    assert [name for name, _ in calls] == ["LLM", "generate", "reload_weights", "pack", "reset_prefix_cache", "generate"]
     assert calls[0][1]["revision"] is None
     assert "enable_lora" not in calls[0][1]
     assert calls[2][1]["files"] == ["config.json"]
-    assert calls[4][1]["lora_request"] is None
+    assert calls[5][1]["lora_request"] is None
 
 
 def test_on_a_gpu_it_sleeps_between_draws(calls: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,13 +39,14 @@ CLOSE = 1e-4  # nats a token, in float32
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vllm") / "base"
-    return make_base(folder, **SHAPE)
+    """Its head is tied to its embedding, as those of most small models."""
+    return make_base(tmp_path_factory.mktemp("vllm") / "base", tied=True, **SHAPE)
 
 
 @pytest.fixture
 def backbone(base: Path, request: pytest.FixtureRequest) -> Backbone:
-    return make_backbone(AutoModelForCausalLM.from_pretrained(base), lora=request.param == "adapter")
+    start = request.param == "untied" and make_base(base.parent / "untied", **SHAPE)
+    return make_backbone(AutoModelForCausalLM.from_pretrained(start or base), lora=request.param == "adapter")
 
 
 def in_process(backbone: Backbone, base: Path, **start: Any) -> VllmEngine:
@@ -83,7 +84,7 @@ def move(backbone: Backbone) -> None:
             parameter.add_(torch.randn_like(parameter) * parameter.std())
 
 
-@pytest.mark.parametrize("backbone", ["adapter", "all weights"], indirect=True)
+@pytest.mark.parametrize("backbone", ["adapter", "all weights", "untied"], indirect=True)
 def test_it_draws_from_the_weights_as_they_are(backbone: Backbone, base: Path, tmp_path: Path) -> None:
     """The weights of before are far away, so that a draw from them, or from states of a prompt that were kept, shows."""
     engine = in_process(backbone, base)

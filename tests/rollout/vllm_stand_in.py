@@ -71,6 +71,9 @@ def install(monkeypatch: pytest.MonkeyPatch, *, reloads: bool = True) -> list[st
             if reloads:
                 self.weights = load(kwargs["weights_path"])
 
+        def apply_model(self, function: Callable[[Any], None]) -> None:
+            function(self.weights)
+
         def reset_prefix_cache(self) -> None:
             called.append("reset_prefix_cache")
 
