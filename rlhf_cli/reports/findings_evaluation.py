@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -123,10 +124,11 @@ def _golds(result: EvaluationResult) -> Iterator[Finding]:
         own = result.of(name)
         order = sorted(own, key=lambda model: own[model].mean)
         best, worst = order[-1], order[0]
-        said = f"highest for {best}, {with_interval(own[best])}"
-        if len(own) > 1:
+        alike = math.isclose(own[best].mean, own[worst].mean, abs_tol=1e-9)
+        said = f"{'the same for all' if alike and len(own) > 1 else f'highest for {best}'}, {with_interval(own[best])}"
+        if not alike:
             said += f"; lowest for {worst}, {with_interval(own[worst])}"
-        if standard in own and standard not in (best, worst):
+        if standard in own and standard not in (best, worst) and not alike:
             said += f"; {standard} has {with_interval(own[standard])}"
         title = metric(name).titled(name)
         yield Finding("note", f"Mean {title[0].lower()}{title[1:]}:" if len(own) > 1 else f"{title}:", f"{said}.")

@@ -51,9 +51,13 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     for words in _announce(job, reference, terms):
         job.console.say(words)
     explores = isinstance(job.recipe, recipes.DpoRecipe) and job.recipe.explore is not None
-    if explores and (not draws or job.objective.kind != "dpo" or reference is None or reference.previous):
-        what = "needs rollout, kind: dpo, and a reference that stays: start, base or a path. mend these, or remove it"
-        raise UsageError(f"{loaded.named('explore')}: {what}")
+    needed = {
+        "rollout:": draws,
+        "objective.kind: dpo": job.objective.kind == "dpo",
+        "a reference that stays (start, base or a path)": reference is not None and not reference.previous,
+    }
+    if explores and (missing := [what for what, there in needed.items() if not there]):
+        raise UsageError(f"{loaded.named('explore')}: needs {' and '.join(missing)}. give it that, or remove explore")
     if reference is not None:
         job = dataclasses.replace(job, inputs=recorded(reference, terms, job.dataset.reading), code=terms.code)
     with open_job(job, check=check, resume=resume, force=force) as folder:

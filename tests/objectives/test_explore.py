@@ -177,10 +177,14 @@ def test_a_resumed_run_goes_on_to_the_byte(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "sections",
-    [{"reference": {"model": "previous"}}, {"objective": {"kind": "hinge"}}, {"rollout": None, "reward": None}],
+    ("sections", "needed"),
+    [
+        ({"reference": {"model": "previous"}}, "a reference that stays (start, base or a path)"),
+        ({"objective": {"kind": "hinge"}}, "objective.kind: dpo"),
+        ({"rollout": None, "reward": None}, "rollout:"),
+    ],
     ids=["previous", "hinge", "offline"],
 )
-def test_refused(sections: dict[str, Any], home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused(sections: dict[str, Any], needed: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rlhf("dpo", recipe(home, tmp_path / "run", {"alpha": 0.1}, **sections), "--check") == 2
-    assert "explore: needs rollout, kind: dpo, and a reference that stays: start, base or a path" in capsys.readouterr().err
+    assert f"explore: needs {needed}. give it that, or remove explore" in capsys.readouterr().err
