@@ -1,7 +1,8 @@
-"""What takes longer than a tiny run and is no part of what is tested with it: pictures, long samples, and options read anew."""
+"""What takes longer than a tiny run and is no part of what is tested: pictures, long samples, options read anew, and disks."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +30,8 @@ SAMPLES = {"stages.training.SHOWN_PROMPTS": 3, "stages.training.SHOWN_TOKENS": 6
 
 
 def be_brief(patch: pytest.MonkeyPatch) -> None:
-    """From now on runs leave out the pictures of their reports, say little in their samples, and share what parses a command."""
+    """From now on runs leave out pictures, say little in their samples, share what parses a command, and wait for no disk."""
+    patch.setattr(os, "fsync", lambda handle: None)
     patch.setattr("typer.main.get_command", cache(typer.main.get_command))
     for drawing in DRAWINGS:
         patch.setattr(f"{drawing.caller}.{drawing.name}", lambda _: defaultdict(list))
