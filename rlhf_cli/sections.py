@@ -52,7 +52,7 @@ class Model:
         "auto", "of frozen weights and of compute; trained weights are float32"
     )
     attention: Literal["auto", "sdpa", "flex", "flash", "eager"] = key(
-        "auto", "attention kernel; auto: one call per tree on a CPU, sdpa on a GPU"
+        "auto", "attention kernel; auto: one call per tree on a CPU, on an NVIDIA GPU what is fastest there"
     )
     quantize: Literal["4bit", "8bit"] | None = key(None, "quantised frozen base (extra: quant)")
     gradient_checkpointing: bool = key(False, "recompute activations in backward: less memory, ~30 % more time")

@@ -55,7 +55,7 @@ PEERS = {"sft": "sft", "train-rm": "rm", "dpo": "dpo-precomputed", "kto": "kto"}
 STEPS, PPO = "Steps: model | stage | side", "PPO: model | side"
 PPO_PEER = Path(".venv/trl-ppo")
 PRELOAD = ["gpu"]
-CANDIDATES.setdefault("trees", ("trees",))  # no setting of a recipe on a GPU, but measured
+CANDIDATES |= {"varlen": ("varlen",), "trees": ("trees",)}  # no settings of a recipe, but measured
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Size:
     new_tokens: int
     words: int  # of a turn, at most
     matrices: int = 8192  # width of those whose products are timed
-    kernels: tuple[str, ...] = ("trees", "sdpa", "eager", "flash", "flex")  # flex comes last: it compiles
+    kernels: tuple[str, ...] = ("varlen", "trees", "sdpa", "eager", "flash", "flex")  # flex comes last: it compiles
 
 
 def shape(*numbers: int) -> Row:
@@ -181,7 +181,7 @@ class Work:
     def decode(self) -> Rows:
         for batch in (self.size.episodes // 4, self.size.episodes):
             found = bench_rollout.measure(self.options("decode", batch=batch, end_every=0, repeats=2))
-            for side in ("rlhf", "transformers"):
+            for side in (name for name, figures in found.items() if isinstance(figures, dict)):
                 speed = 1 / found[side]["wall_seconds_a_token"]
                 row = {"tokens/s": speed, "steps/s": speed / batch, "mean length": found[side]["mean_length"]}
                 yield f"{self.label} | {side} | {batch}", row

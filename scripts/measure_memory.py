@@ -11,6 +11,7 @@ else its heap keeps holes, which are no part of what a step needs.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from transformers import LlamaConfig
 from rlhf_cli import sections
 from rlhf_cli.data.trees import Tree
 from rlhf_cli.models.load import Weights, load_config, quiet_libraries
+from rlhf_cli.models.logps import ON_CUDA
 from rlhf_cli.models.memory import estimate
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.policy import load_trained
@@ -82,7 +84,8 @@ def measured(path: str, rank: int | None, checkpointing: bool, tokens: int) -> s
     """Two steps of two passes of so many tokens each, in rows of 256, a quarter of them a prompt."""
     model = sections.Model(path, gradient_checkpointing=checkpointing)
     lora, ranks, dtype = sections.Lora(rank) if rank else None, Ranks(expected=False), torch.float32
-    formula = estimate(load_config(path, None, False), model, rank=rank, dtype=dtype).on_cpu().total(tokens)
+    memory = estimate(load_config(path, None, False), model, rank=rank, dtype=dtype)
+    formula = dataclasses.replace(memory, most={"logits": memory.most["logits"] / ON_CUDA}).total(tokens)
     random = np.random.default_rng(0)
     ids = random.integers(100, 40000, (2 * tokens // 256, 256)).astype(np.int32)
     trees = [Tree(row[:64], np.zeros(64, bool), (row[64:],), number) for number, row in enumerate(ids)]

@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -49,6 +51,7 @@ class Counts:
 
     kernels: Counter[str] = field(default_factory=Counter)  # operation → how often
     syncs: Counter[str] = field(default_factory=Counter)  # operation and the place in the package that asked for it → how often
+    largest: int = 0  # elements of a tensor that an operation made, since it was last set to 0
 
     def __sub__(self, other: Counts) -> Counts:
         return Counts(self.kernels - other.kernels, self.syncs - other.syncs)
@@ -130,7 +133,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     name = func._schema.name.removeprefix("aten::")
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     there = {id(leaf.held): leaf for leaf in tensors if isinstance(leaf, Gpu)}
-    foreign = [leaf for leaf in tensors if not isinstance(leaf, Gpu) and leaf.dim() > 0]
+    foreign = [leaf for leaf in tensors if not isinstance(leaf, Gpu) and leaf.dim() > 0 and leaf.numel()]
     if foreign and name == "copy_":
         blocking = not (isinstance(args[0], Gpu) and (kwargs.get("non_blocking") or args[2:] == (True,)))
         if blocking:
@@ -148,6 +151,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     out = func(*plain_args, **plain_kwargs)
     if name == "copy_":
         return args[0]
+    if not func.is_view:
+        counts.largest = max(counts.largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)), 0)
     # What works in place returns the tensor that it was given.
     return tree_map_only(torch.Tensor, lambda x: there[id(x)] if id(x) in there else Gpu(x), out)
 
@@ -209,6 +214,47 @@ class _Rehearse(TorchFunctionMode):
         return tensor.held.to(dtype, copy=True) if isinstance(tensor, Gpu) else Gpu(tensor.detach().to(dtype, copy=True))
 
 
+FLASH = {torch.float16, torch.bfloat16}
+"""Dtypes of torch's flash kernel."""
+
+
+class _Flash(torch.autograd.Function):
+    """One kernel forward and one backward there; here one dense softmax a sequence, whose tokens are the last of its keys."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Gpu, key: Gpu, value: Gpu, queries: Gpu, keys: Gpu, scale: float, before: int) -> Any:
+        counts.kernels["varlen_attn"] += 1
+        inputs = [x.held.detach().float().requires_grad_() for x in (query, key, value)]
+        found, groups = [], query.shape[1] // key.shape[1]
+        with torch.enable_grad():
+            for (a, b), (c, d) in zip(pairwise(queries.held.tolist()), pairwise(keys.held.tolist()), strict=True):
+                k, v = (x[c:d].repeat_interleave(groups, 1) for x in inputs[1:])
+                age = torch.arange(d - c - b + a, d - c)[:, None] - torch.arange(d - c)
+                hidden = (age < 0) | (age > (before if before >= 0 else d))
+                scores = torch.einsum("ihd,jhd->hij", inputs[0][a:b], k) * scale
+                found.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+            ctx.found = torch.cat(found)
+        ctx.inputs, ctx.dtype = inputs, query.dtype
+        return Gpu(ctx.found.detach().to(query.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        counts.kernels["varlen_attn_backward"] += 1
+        grads = torch.autograd.grad(ctx.found, ctx.inputs, grad.held.float())
+        return *(Gpu(x.to(ctx.dtype)) for x in grads), None, None, None, None
+
+
+def _flash(query: Gpu, key: Gpu, value: Gpu, queries: Gpu, keys: Gpu, longest: int, of: int, **more: Any) -> Any:
+    """As torch.nn.attention.varlen's."""
+    if not {query.dtype, key.dtype, value.dtype} <= FLASH:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    for begins, most in ((queries, longest), (keys, of)):
+        assert begins.dtype == torch.int32 and int(begins.held.diff().max()) == most
+    assert more["enable_gqa"] == (query.shape[1] != key.shape[1]) and more["window_size"][1] == 0
+    scale = query.shape[-1] ** -0.5 if more["scale"] is None else more["scale"]
+    return _Flash.apply(query, key, value, queries, keys, scale, more["window_size"][0])  # type: ignore[no-untyped-call]
+
+
 def to_gpu(module: torch.nn.Module) -> torch.nn.Module:
     """Every parameter and buffer; what modules share they share afterwards too."""
     moved: dict[int, torch.nn.Parameter] = {}
@@ -255,6 +301,7 @@ def rehearsal() -> Iterator[Counts]:
     with pytest.MonkeyPatch.context() as patch, _Rehearse():
         patch.setattr(torch.nn.Module, "to", to)
         patch.setattr(torch.autocast, "__init__", autocast)
+        patch.setattr(varlen, "varlen_attn", _flash)
         patch.setattr(transformers.PreTrainedModel, "save_pretrained", save)
         patch.setattr(Ranks, "__init__", start)
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: MEMORY)

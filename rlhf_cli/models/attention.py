@@ -1,20 +1,31 @@
-"""Attention over packed trees: one kernel call per prompt and per branch, so that no masked pair is computed."""
+"""Attention over packed trees: a kernel call per prompt and per branch, or one for all, so that no masked pair is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from rlhf_cli.data.trees import Batch, Layout, Segment, sees, visible
 
-TREES = "rlhf_trees"  # under which transformers finds `tree_attention`; it hands on the model's keyword `segments`
+TREES, VARLEN = "rlhf_trees", "rlhf_varlen"
+"""Under which transformers finds `tree_attention`, by calls and at once; it hands on the model's keyword `segments`."""
 
 PLAIN = "plain"
+
+
+class Sequences(NamedTuple):
+    """A pass as sequences whose last tokens alone ask: each prompt, and each branch behind what it sees of its tree."""
+
+    queries: torch.Tensor  # (S + 1,) int32: where the tokens of each begin, in the flat rows, and where the last one's end
+    keys: torch.Tensor  # (S + 1,) int32: the same of all that each consists of
+    places: torch.Tensor  # (K,) int64: which tokens of the flat rows those are
+    longest: tuple[int, int]  # numbers of asking tokens, and of all
 
 
 def tree_attention(
@@ -24,7 +35,7 @@ def tree_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    segments: Sequence[Segment],
+    segments: Sequence[Segment] | Sequences,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -39,6 +50,8 @@ def tree_attention(
     """
     if dropout or softcap is not None:
         raise NotImplementedError("tree attention has neither dropout nor softcap")
+    if isinstance(segments, Sequences):
+        return _at_once(query, key, value, segments, scaling, sliding_window), None
     rows = []
     for row in range(query.shape[0]):
         mine = [segment for segment in segments if segment.row == row]
@@ -82,6 +95,40 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | No
     return out[0].transpose(0, 1)
 
 
+def lay_sequences(batch: Batch) -> Sequences:
+    """Of a pass, on its device; padding is a sequence of its own."""
+    length, asking, seen = batch.ids.shape[1], list[int](), list[np.ndarray]()
+    for row in range(len(batch.ids)):
+        at = row * length
+        for segment in (segment for segment in batch.segments if segment.row == row):
+            before = np.arange(row * length, row * length + segment.shared)
+            for number, size in enumerate(_sizes(segment)):
+                asking.append(size)
+                seen.append(np.concatenate((before, np.arange(at, at + size))))
+                before, at = before if number else seen[-1], at + size
+        asking.append((row + 1) * length - at)
+        seen.append(np.arange(at, at + asking[-1]))
+    sizes = np.array([(new, len(all_of_it)) for new, all_of_it in zip(asking, seen, strict=True) if new], np.int32)
+    parts = *np.concatenate((np.zeros((1, 2), np.int32), sizes.cumsum(0, np.int32))).T, np.concatenate(seen)
+    queries, keys, places = (torch.tensor(part).to(batch.ids.device, non_blocking=True) for part in parts)
+    return Sequences(queries, keys, places, (int(sizes[:, 0].max()), int(sizes[:, 1].max())))
+
+
+def _at_once(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, of: Sequences, scale: float | None, window: int | None
+) -> torch.Tensor:
+    """(R, L, H, D), by torch's flash kernel, which a GPU has for half precision; raises what that raises."""
+    from torch.nn.attention import varlen
+
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value))
+    k, v = k.index_select(0, of.places), v.index_select(0, of.places)
+    seen = -1 if window is None else window - 1, 0  # so many before a token, none behind it
+    grouped = q.shape[1] != k.shape[1]
+    out: Any = varlen.varlen_attn(q, k, v, of.queries, of.keys, *of.longest, scale=scale, window_size=seen, enable_gqa=grouped)
+    found: torch.Tensor = out.view(len(query), -1, *out.shape[1:])
+    return found
+
+
 def additive_mask(batch: Batch, window: int | None, dtype: torch.dtype) -> torch.Tensor:
     """`visible` as eager attention takes it: 0, and the lowest number of the dtype."""
     seen = visible(batch, window)
@@ -109,7 +156,8 @@ class Kernel:
         if self.layout == "alone":
             return {}
         if self.mask is None:
-            return {"position_ids": batch.positions, "segments": batch.segments}
+            segments = lay_sequences(batch) if self.name == VARLEN else batch.segments
+            return {"position_ids": batch.positions, "segments": segments}
         windows = {kind: window if kind == "sliding_attention" else None for kind in layer_types} or {"": window}
         masks = {kind: self.mask(batch, limit, dtype) for kind, limit in windows.items()}
         # Models with one kind of layer take one mask, models with two a dict of them.
@@ -117,6 +165,7 @@ class Kernel:
 
 
 KERNELS = {
+    "varlen": Kernel(VARLEN, "long", None),
     "trees": Kernel(TREES, "long", None),
     "sdpa": Kernel("sdpa", "packed", lambda batch, window, _: visible(batch, window)),
     "eager": Kernel("eager", "packed", additive_mask),
@@ -124,19 +173,32 @@ KERNELS = {
     "flash": Kernel("flash_attention_2", "alone", None),
     "alone": Kernel(PLAIN, "alone", None),
 }
-"""Setting → kernel. trees and alone are not settings: `auto` chooses trees on a CPU, where one call per tree costs less than
-the masked part, and alone is what remains for a model that takes no mask."""
+"""Setting → kernel. varlen, trees and alone are not settings, but what `auto` may choose: trees on a CPU, where one call per tree
+costs less than the masked part, and alone for a model that takes no mask."""
 
 CANDIDATES = {
     "auto": ("sdpa", "eager", "alone"),
+    "auto, cpu": ("trees", "sdpa", "eager", "alone"),
+    "auto, cuda": ("varlen", "sdpa", "eager", "trees", "alone"),
     "sdpa": ("sdpa", "alone"),
     "eager": ("eager", "alone"),
     "flex": ("flex", "alone"),
     "flash": ("flash",),
 }
-"""Setting → kernels in the order in which they are tried."""
+"""Setting, where it matters with the type of device → kernels in the order in which they are tried; of auto on CUDA the fastest
+comes first, where that can be measured."""
+
+
+def find_candidates(setting: str, device: str) -> tuple[str, ...]:
+    """The kernels that may run on a type of device, in order. `setting`: a recipe's, or the name of a kernel that is to stay."""
+    if setting != "auto" and setting in CANDIDATES:
+        return CANDIDATES[setting]
+    kept = (key for key, kernel in KERNELS.items() if setting == kernel.name)
+    return *kept, *CANDIDATES.get(f"auto, {device}", CANDIDATES["auto"])
+
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 """Kinds of layers whose mask `visible` can give; models with others get each response in a row of its own."""
 
-AttentionInterface.register(TREES, tree_attention)
+for _name in (TREES, VARLEN):
+    AttentionInterface.register(_name, tree_attention)

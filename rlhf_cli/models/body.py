@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from rlhf_cli.data.trees import Batch, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
-from rlhf_cli.models.attention import CANDIDATES, KERNELS, LAYER_TYPES, PLAIN, Kernel
+from rlhf_cli.models.attention import KERNELS, LAYER_TYPES, PLAIN, Kernel, find_candidates
 from rlhf_cli.models.logps import PLAIN_LOGITS, Head, LogitRule, find_rule
-from rlhf_cli.models.sharding import Shards
+from rlhf_cli.models.sharding import Shards, find_layers
+from rlhf_cli.ranks import collective
 
 T = TypeVar("T")
 
@@ -22,6 +26,16 @@ PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-
 
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Largest difference between the model's logits and what its rule makes of head · hidden, relative to the largest logit."""
+
+BROKEN = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ImportError,
+)  # of a model, by a mask or keyword that it does not know
+
+MEASURED_LAYERS = 2  # that are run where attention kernels are measured: activations of more might not fit
 
 
 class Body:
@@ -117,19 +131,59 @@ class Body:
         wanted = self._probe(trees)
         if not headless:
             self.rule = self._find_rule(trees)
-        candidates = ("trees",) * (setting == "auto" and self.device.type == "cpu") + CANDIDATES[setting]
+        candidates = find_candidates(setting, self.device.type)
         if not LAYER_TYPES.issuperset(self.layer_types):
             candidates = tuple(name for name in candidates if KERNELS[name].layout == "alone")
+        elif setting == "auto" and self.device.type == "cuda" and self.shards is None:
+            candidates = self._by_speed(candidates)
         for name in candidates:
-            self.kernel = KERNELS[name]
             self.rest()  # the candidate before it may have broken off a pass
-            # What a model does with a mask or a keyword that it does not know is its own affair: any of these errors.
-            with contextlib.suppress(NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, ImportError):
+            self.kernel = KERNELS[name]
+            with contextlib.suppress(*BROKEN):
                 self._use(self.kernel)
                 found = self._probe(trees)
                 if ((found - wanted).norm(dim=-1) <= PROBE_TOLERANCE[self.compute_dtype] * wanted.norm(dim=-1)).all():
                     return self.kernel
         raise UsageError(f"model.attention: {setting} does not work with this model here; leave it at auto")
+
+    def _by_speed(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Kernels by their seconds on the slowest rank, so that all ranks choose alike; those that do not work come last."""
+        text = self.model.config.get_text_config()
+        length = min(340, getattr(text, "max_position_embeddings", 340)) // 2
+        ids = np.random.default_rng(0).integers(0, text.vocab_size, (8, 3, length)).astype(np.int32)
+        trees = [Tree(own[0], np.zeros(length, bool), (own[1], own[2]), number) for number, own in enumerate(ids)]
+        self.model.requires_grad_(False)
+        seconds = [math.inf] * len(names)
+        for number, name in enumerate(names):
+            self.kernel = KERNELS[name]
+            with contextlib.suppress(*BROKEN):
+                self._use(self.kernel)
+                (rows,) = plan_passes(trees, 1, 8192, self.kernel.layout)[0]
+                seconds[number] = self._seconds(build_batch(trees, rows).to(self.device))
+        if dist.is_initialized():
+            found = torch.tensor(seconds, device=self.device)
+            with collective():
+                dist.all_reduce(found, dist.ReduceOp.MAX)
+            seconds = found.tolist()
+        return tuple(sorted(names, key=lambda name: (name == "alone", seconds[names.index(name)])))
+
+    def _seconds(self, batch: Batch) -> float:
+        """Of forward and backward through the first layers, the fastest of three times; the masks are there before."""
+        arguments = self.kernel.arguments(batch, self.layer_types, self.window, self.compute_dtype)
+        layers, found = find_layers(self.model), list[float]()
+        rest = layers[MEASURED_LAYERS:]
+        del layers[MEASURED_LAYERS:]
+        try:
+            for _ in range(3):
+                begun = perf_counter()
+                first = self.model.get_input_embeddings()(batch.ids).requires_grad_()
+                with self.autocast():
+                    states = self.body(inputs_embeds=first, use_cache=False, **arguments).last_hidden_state
+                float(torch.autograd.grad(states.float().sum(), first)[0].float().sum())  # waits for the device
+                found.append(perf_counter() - begun)
+        finally:
+            layers.extend(rest)
+        return min(found)
 
     @torch.no_grad()
     def _probe(self, trees: list[Tree]) -> torch.Tensor:

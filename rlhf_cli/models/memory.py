@@ -8,7 +8,7 @@ import ctypes
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
-from rlhf_cli.models.logps import ON_CUDA, chunk_elements
+from rlhf_cli.models.logps import chunk_elements
 from rlhf_cli.models.targets import BALANCE, find_targets
 
 CPU_ACTIVATIONS = 3 * 2**28
@@ -58,7 +58,7 @@ class Memory:
     notices: tuple[str, ...] = ()  # what to say of weights that `all-linear` does not adapt, or of routers that train
     whole: float = 0  # weights of all devices
     moments: tuple[tuple[Parts, Parts], ...] = (({}, {}),)  # what each has in memory at once: at any length, and of a token
-    most: Parts = field(default_factory=dict)  # of parts that do not grow beyond it
+    most: Parts = field(default_factory=dict)  # on CUDA, of parts that do not grow beyond it
 
     def parts(self, tokens: int) -> Parts:
         """What is in memory when it is fullest, in a pass of so many tokens."""
@@ -68,10 +68,6 @@ class Memory:
 
     def total(self, tokens: int) -> float:
         return sum(self.parts(tokens).values())
-
-    def on_cpu(self) -> Memory:
-        """The same where logits are cut as on a CPU."""
-        return replace(self, most={"logits": self.most["logits"] / ON_CUDA})
 
 
 class _Counts(NamedTuple):

@@ -7,11 +7,13 @@ import dataclasses
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from rlhf_cli import sections
 from rlhf_cli.errors import UsageError
+from rlhf_cli.models.attention import PLAIN
 from rlhf_cli.models.backbone import BASE, Backbone, lora_config
 from rlhf_cli.models.load import Weights, is_reward_model, load_model, read_adapter
 from rlhf_cli.models.memory import return_freed
@@ -59,6 +61,7 @@ class FrozenModels:
             model = load_model(self._settings, weights.base, weights.revision, self._compute, self._device, headless)
             shards = None if self._sharding is None else Shards(model, self._sharding)
             self._models[key] = Backbone(model, self._compute, self._settings.attention, headless, shards)
+            self._settings = _following(self._settings, self._models[key])
         return self._models[key]
 
     @contextlib.contextmanager
@@ -90,7 +93,8 @@ class Placement(FrozenModels):
 
     def __init__(self, policy: Backbone, settings: sections.Model, base: Weights, device: torch.device) -> None:
         """`base` is what the policy's adapter sits on; a policy that trains all weights shares none of it."""
-        super().__init__(settings, policy.compute_dtype, device, policy.shards.sharding if policy.shards else None)
+        sharding = policy.shards.sharding if policy.shards else None
+        super().__init__(_following(settings, policy), policy.compute_dtype, device, sharding)
         self.policy = policy
         if policy.peft is not None:
             self._models[_key(base)] = policy
@@ -125,6 +129,12 @@ class Head:
 
     weight: torch.Tensor  # (1, D)
     bias: float
+
+
+def _following(settings: sections.Model, first: Backbone) -> sections.Model:
+    """Settings by which other models take this one's attention kernel, where they can: all get the same passes."""
+    taken = settings.attention == "auto" and first.kernel.name != PLAIN
+    return dataclasses.replace(settings, attention=cast(Any, first.kernel.name)) if taken else settings
 
 
 def _key(weights: Weights) -> tuple[str, str | None]:

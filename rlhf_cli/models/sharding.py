@@ -42,6 +42,12 @@ def _collectives(sharding: Sharding) -> tuple[Any, Any]:
     return AllGather(), ReduceScatter()
 
 
+def find_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The model's largest list of modules."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=torch.nn.ModuleList())
+
+
 class Shards:
     """A model in shards. Between two passes no rank holds more than its own, and a parameter is a DTensor.
 
@@ -55,8 +61,7 @@ class Shards:
         """
         self.model, self.sharding = model, sharding
         self._whole = False
-        lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-        layers = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=())
+        layers = find_layers(model)
         kinds = sorted({type(layer).__name__ for layer in layers})
         if sharding.layer is not None and not {*kinds} <= {*sharding.layer.split(",")}:
             raise UsageError(

@@ -17,7 +17,7 @@ from rlhf_cli.recipe.dump import differences, dump_recipe, refuse_changes
 from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import read_manifest
 
-CODE, CHANGED = "code", "changed code"
+CODE, CHANGED, ATTENTION = "code", "changed code", "attention"
 INPUTS = "inputs.json"
 """Hashes of the base model, the parent, the template and the data of a run."""
 
@@ -49,6 +49,15 @@ def all_changes(run: RunFolder) -> list[dict[str, str]]:
     return list((_recorded(run) or {}).get(CHANGED, ()))
 
 
+def recorded_attention(run: RunFolder) -> str | None:
+    """The attention kernel that the run has used."""
+    return (_recorded(run) or {}).get(ATTENTION)
+
+
+def record_attention(run: RunFolder, kernel: str) -> None:
+    write_json(run.path / INPUTS, (_recorded(run) or {}) | {ATTENTION: kernel})
+
+
 def forget_inputs(run: RunFolder) -> None:
     """Take back what was written before a run that never began."""
     for path in (run.recipe, run.path / INPUTS, run.data):
@@ -72,7 +81,7 @@ def refuse_other_inputs(run: RunFolder, recipe: recipes.Recipe, inputs: dict[str
     old = _recorded(run)
     if old is None:
         return
-    keys = (old.keys() & inputs.keys() if may_grow else {**old, **inputs}.keys()) - {CODE, CHANGED}
+    keys = (old.keys() & inputs.keys() if may_grow else {**old, **inputs}.keys()) - {CODE, CHANGED, ATTENTION}
     if "base settings" not in old:
         keys -= {"base settings"}  # a release that did not record them began the run
     changed = [key for key in {**old, **inputs} if key in keys and old.get(key) != inputs.get(key)]

@@ -14,6 +14,7 @@ from rlhf_cli import sections
 from rlhf_cli.console import Console
 from rlhf_cli.errors import MachineError, UsageError
 from rlhf_cli.models.load import load_config
+from rlhf_cli.models.logps import ON_CUDA
 from rlhf_cli.models.memory import FITS, Memory, Parts, auto_budget, estimate, gpu_memory
 from rlhf_cli.ranks import Ranks
 from rlhf_cli.recipe import recipes
@@ -48,7 +49,7 @@ class Needs:
         roles, row = len(recipe.objective.roles) + (values and shared), self.longest * masked
         memory = estimate(self.config, recipe.model, rank=lora.r if lora else None, roles=roles, row=row, **known)
         if self.capacity is None:
-            return memory.on_cpu()
+            return dataclasses.replace(memory, most={"logits": memory.most["logits"] / ON_CUDA})
         others = [config for base, config in self.frozen.items() if not (shared and base == self.base)]
         beside = sum(estimate(config, recipe.model, rank=0, **known).weights for config in others)
         if values and not shared:

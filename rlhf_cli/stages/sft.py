@@ -36,7 +36,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     with open_job(job, check=check, resume=resume, force=force) as folder:
         if folder is None:
             return
-        backbone, base = load_job(job)
+        backbone, base = load_job(job, folder)
         placement = Placement(backbone, job.recipe.model, base, job.ranks.device)
         for role, model in frozen.items():
             place_reference(job, model, placement, base, role)

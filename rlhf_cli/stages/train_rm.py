@@ -49,7 +49,7 @@ def run(loaded: Loaded, *, check: bool, resume: bool, force: bool) -> None:
     with open_job(job, check=check, resume=resume, force=force) as folder:
         if folder is None:
             return
-        backbone, base = load_job(job)
+        backbone, base = load_job(job, folder)
         trainer = train_job(job, folder, backbone, sampled=False, source=_source(job))
         job.signals.obey_at_once("after the last step; continue with --resume")
         card = _score(job, backbone, trainer.state.budget)

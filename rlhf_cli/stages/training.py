@@ -36,13 +36,16 @@ from rlhf_cli.runs.folder import RunFolder, member_folder, open_run
 from rlhf_cli.runs.manifest import Parent, build_manifest, final_metrics
 from rlhf_cli.runs.parents import merged_base
 from rlhf_cli.runs.resume import (
+    ATTENTION,
     CHANGED,
     CODE,
     all_changes,
     changed_code,
     finished_steps,
     forget_inputs,
+    record_attention,
     record_inputs,
+    recorded_attention,
     refuse_other_inputs,
 )
 from rlhf_cli.stages.prepare import TrainingJob
@@ -98,7 +101,7 @@ def open_job(job: TrainingJob, *, check: bool, resume: bool, force: bool) -> Ite
                     job.console.warn(
                         f"{change['what']} has changed ({hashes}): what the run learned until now followed the old one"
                     )
-                code = {CODE: job.code, CHANGED: [*all_changes(folder), *changes]}
+                code = {CODE: job.code, CHANGED: [*all_changes(folder), *changes], ATTENTION: recorded_attention(folder)}
                 record_inputs(folder, job.recipe, job.loaded.stage, inputs | code)
                 write_json(folder.data, data_report(job.dataset))
             try:
@@ -123,12 +126,13 @@ def refuse_apart(ranks: Ranks, output: Path, inputs: Mapping[str, object]) -> No
             raise UsageError(f"{where} reads other files than rank 0 under the same paths: {other[0]} differs; copy them anew")
 
 
-def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
-    """The backbone with the role that the objective trains, and the base its adapter sits on."""
-    recipe = job.recipe
+def load_job(job: TrainingJob, folder: RunFolder) -> tuple[Backbone, Weights]:
+    """The backbone with the role that the objective trains, its kernel that of an earlier start; and the base of its adapter."""
+    recipe, before = job.recipe, job.ranks.gather(recorded_attention(folder))[0]
+    kept: Any = before or "auto"
     merged = Path(recipe.output) / "base"
     backbone, base = load_trained(
-        recipe.model,
+        dataclasses.replace(recipe.model, attention=kept) if recipe.model.attention == "auto" else recipe.model,
         job.lora,
         job.start,
         device=job.ranks.device,
@@ -138,7 +142,12 @@ def load_job(job: TrainingJob) -> tuple[Backbone, Weights]:
         labels=job.objective.width if isinstance(job.objective, General) else 1,
     )
     backbone.pad_id = choose_pad_id(job.tokenizer, backbone.stop_ids(job.tokenizer, job.template))
-    job.console.say(f"attention: {backbone.kernel.name}, {backbone.kernel.layout} rows")
+    kernel = backbone.kernel.name
+    job.console.say(f"attention: {kernel}, {backbone.kernel.layout} rows")
+    if before not in (None, kernel):
+        job.console.warn(f"attention: the run has used {before} until now, which does not work here: the last digits may change")
+    if job.ranks.main:
+        record_attention(folder, kernel)
     if job.lora and (tokens := _untouched(job, backbone)):
         job.console.warn(
             f"the model has never learned {', '.join(tokens)}, and LoRA leaves embeddings as they are: "

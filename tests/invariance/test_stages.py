@@ -104,11 +104,11 @@ def test_neither_packing_nor_shared_prefixes_change_anything(
     name: str, layout: str, home: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`alone`: every response in a row of its own, its prompt repeated; `packed`: rows of several trees under a dense mask."""
-    from rlhf_cli.models import body
+    from rlhf_cli.models import attention
 
     usual = whole(name)
     candidates = {"alone": ("alone",), "packed": ("sdpa",)}[layout]
-    monkeypatch.setattr(body, "CANDIDATES", {"sdpa": candidates})
+    monkeypatch.setattr(attention, "CANDIDATES", {"sdpa": candidates})
     words = recipe(home, name, tmp_path / "other", tokens_per_device=200)
     assert rlhf(*words, "--set", "model.attention=sdpa") == 0
     same(usual, tmp_path / "other")
