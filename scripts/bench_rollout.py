@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 
 from rlhf_cli.models.backbone import Backbone, end_ids
 from rlhf_cli.models.load import load_tokenizer, resolve_dtype
+from rlhf_cli.rollout.decoders import Aligned, Graphed
 from rlhf_cli.rollout.generate import Request, TransformersEngine
 
 SMOLLM2: dict[str, Any] = {
@@ -107,21 +108,25 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Both sides take turns."""
+    """All sides take turns; ours without graphs too, where there are some."""
     model = load(options.model)
     vocabulary = model.config.vocab_size
     ends = end_ids(model, *(range(0, vocabulary, options.end_every) if options.end_every else ()))
     prompts = read_prompts(options, vocabulary)
     backbone = Backbone(model, model.dtype)
     engine = TransformersEngine(backbone, "policy")
-    took = {"rlhf": [0.0, 0.0], "transformers": [0.0, 0.0]}
-    lengths: dict[str, list[int]] = {"rlhf": [], "transformers": []}
+    engines = {"rlhf": engine}
+    if engine.decoder is Graphed:
+        engines["rlhf, not graphed"] = TransformersEngine(backbone, "policy")
+        engines["rlhf, not graphed"].decoder = Aligned
+    took = {side: [0.0, 0.0] for side in (*engines, "transformers")}
+    lengths: dict[str, list[int]] = {side: [] for side in took}
     for seed in range(options.repeats + 1):
         request = Request(prompts, range(len(prompts)), 1, options.new_tokens, 1.0, ends, seed)
         for side in took:
             with backbone.plain_attention():
                 cpu, wall = time.process_time(), time.perf_counter()
-                found = ours(engine, request) if side == "rlhf" else theirs(model, request)
+                found = ours(engines[side], request) if side in engines else theirs(model, request)
                 spent = time.process_time() - cpu, time.perf_counter() - wall
             if seed:  # the first turn is the warm-up
                 took[side] = [sum(pair) for pair in zip(took[side], spent, strict=True)]

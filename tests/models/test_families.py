@@ -65,7 +65,7 @@ def samples_are_those_of_generate(backbone: Backbone) -> None:
         for prompt, ((ids, _),) in zip(prompts, drawn, strict=True):
             asked = torch.from_numpy(prompt.astype(np.int64))[None]
             stops = {"max_new_tokens": 6, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
-            cached = engine.decoder.__name__ != "_Anew"
+            cached = engine.decoder.__name__ != "Anew"
             whole = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), use_cache=cached, **stops)
             assert whole[0, len(prompt) :].tolist() == ids.tolist()
 
@@ -187,7 +187,7 @@ def largest(tensor: torch.Tensor) -> float:
     return float(tensor.abs().max())
 
 
-SAMPLED = {"_Aligned": "together", "_Alike": "by length", "_Anew": "anew"}
+SAMPLED = {"_Aligned": "together", "_Alike": "by length", "Anew": "anew"}
 
 
 def described(name: str, backbone: Backbone) -> str:

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlhf_cli import sections
 from rlhf_cli.models import kv_cache
 from rlhf_cli.models.backbone import Backbone, lora_config
 from rlhf_cli.models.merging import KEPT, merged
-from rlhf_cli.rollout import generate
+from rlhf_cli.rollout import decoders, generate
+from rlhf_cli.rollout.decoders import Aligned, Graphed, choose_decoder
 from rlhf_cli.rollout.generate import READ_EVERY, Request, TransformersEngine
 from rlhf_cli.rollout.next_token import choose
 from rlhf_cli.sections import Warping
@@ -132,3 +135,87 @@ def test_logits_that_are_not_finite_give_no_token() -> None:
     for temperature in (0.0, 1.0):
         tokens = choose(logits.clone(), temperature, torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64))
         assert tokens.tolist() == [0, -1, -1]
+
+
+class Trace(TorchDispatchMode):
+    """What a step calls on which tensors, and those among them that it has not made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+        self.made: dict[int, torch.Tensor] = {}
+        self.taken: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.taken += [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and id(x) not in self.made]
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        self.made |= {id(x): x for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
+
+    def again(self) -> None:
+        """As a CUDA graph: the same calls on the same memory, and no line of Python between them."""
+        for func, args, kwargs, out in self.calls:
+            for kept, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "gpt2"])
+def test_a_step_that_is_replayed_draws_what_it_drew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded once for 8, 4, 2 and 1 rows and every 8 columns; it takes weights and what stays where it is, and nothing else."""
+    monkeypatch.setattr(kv_cache._Place, "seen", property(lambda own: min(own.width, -(-(own.column + 1) // 8) * 8)))
+    recorded, replayed = [], []
+
+    def place(tensor: torch.Tensor) -> int:
+        return 0 if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()  # a CPU packs weights while it draws
+
+    def record(step: Any) -> Any:
+        step()  # as the real one does
+        with Trace() as trace:
+            found = step()
+        decoder = step.func.__self__
+        cache = [kept for layer in decoder.cache.layers for kept in (layer.keys, layer.values)]
+        model = decoder.backbone.model
+        still = [*model.parameters(), *model.buffers(), *cache, decoder.cache.place.at]
+        known = {0, *map(place, (*still, decoder.tokens, decoder.start, decoder.columns))}
+        assert all(place(x) in known for x in trace.taken), [x.shape for x in trace.taken]
+        recorded.append((len(step.args[0]), decoder.cache.place.seen))
+
+        def replay() -> torch.Tensor:
+            replayed.append(1)
+            trace.again()
+            return found
+
+        return replay
+
+    monkeypatch.setattr(decoders, "record", record)
+    asked = request(40, list(range(4)))
+    engine = TransformersEngine(make_backbone(make(name)), "policy")
+    assert engine.decoder is Aligned
+    wanted = engine.generate(asked)
+    engine.decoder = Graphed
+    found = engine.generate(asked)
+    for here, there in zip(wanted, found, strict=True):
+        assert [(each.ids.tolist(), each.ended) for each in here] == [(each.ids.tolist(), each.ended) for each in there]
+    rows = {each for each, _ in recorded}
+    assert rows <= {8, 4, 2, 1} and len(rows) > 2 and len(set(recorded)) == len(recorded) < len(replayed) / 2
+
+
+def test_steps_that_cannot_be_recorded_are_run(capsys: pytest.CaptureFixture[str]) -> None:
+    decoders._warn.cache_clear()
+    engine = TransformersEngine(make_backbone(make()), "policy")
+    wanted = engine.generate(request(6, NO_END))
+    engine.decoder = Graphed
+    for _ in range(2):
+        found = engine.generate(request(6, NO_END))
+        assert [one.ids.tolist() for own in found for one in own] == [one.ids.tolist() for own in wanted for one in own]
+    assert capsys.readouterr().err.count("warning: tokens are drawn without CUDA graphs, which takes longer (") == 1
+
+
+def test_graphs_are_for_nvidia_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rehearsal():
+        backbone = make_backbone(to_gpu(make()), attention="sdpa")
+        assert choose_decoder(backbone) is Aligned
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert choose_decoder(backbone) is Graphed

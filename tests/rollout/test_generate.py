@@ -10,8 +10,9 @@ import torch
 
 from rlhf_cli.errors import NumberError, Stopped, UsageError
 from rlhf_cli.models.backbone import Backbone
-from rlhf_cli.rollout import generate
-from rlhf_cli.rollout.generate import Request, Response, TransformersEngine, cut_prompts
+from rlhf_cli.rollout import decoders, generate
+from rlhf_cli.rollout.decoders import cut_prompts
+from rlhf_cli.rollout.generate import Request, Response, TransformersEngine
 from rlhf_cli.rollout.next_token import choose, draw_uniforms
 from tests.models.tiny_backbone import VOCABULARY, make, make_backbone
 
@@ -107,7 +108,7 @@ def test_draws_do_not_depend_on_order_waves_passes_or_ranks(name: str, monkeypat
     assert [dealt[i % 2][i // 2] for i in range(9)] == whole
     assert [row[:2] for row in whole] == plain(draw(backbone, request(prompts, samples=2)))
     monkeypatch.setattr(generate, "CPU_CACHE", 20_000)
-    monkeypatch.setattr(generate, "PROMPT_TOKENS", 20)
+    monkeypatch.setattr(decoders, "PROMPT_TOKENS", 20)
     assert len(list(TransformersEngine(backbone, "policy")._waves(request(prompts)))) > 4
     assert plain(draw(backbone, request(prompts))) == whole
 
