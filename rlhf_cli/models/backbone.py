@@ -21,6 +21,7 @@ from rlhf_cli.errors import UsageError
 from rlhf_cli.files import from_anywhere
 from rlhf_cli.models.body import Body, T
 from rlhf_cli.models.divergences import Divergence, token_divergences
+from rlhf_cli.models.fused import fuse_lora
 from rlhf_cli.models.heads import SCORE, save_full_reward
 from rlhf_cli.models.load import read_adapter, read_tensors, save_adapter
 from rlhf_cli.models.logps import Head, token_logps
@@ -79,6 +80,7 @@ class Backbone(Body):
                     self.peft = get_peft_model(self.model, config, adapter_name=role)
                 else:
                     self.peft.add_adapter(role, config)
+            fuse_lora(self.model)
         except ValueError as error:
             raise UsageError(f"lora: {str(error).splitlines()[0]}") from error
         if state is not None:

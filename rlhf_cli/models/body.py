@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rlhf_cli.data.trees import Batch, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import KERNELS, LAYER_TYPES, PLAIN, Kernel, find_candidates
+from rlhf_cli.models.fused import fuse
 from rlhf_cli.models.logps import PLAIN_LOGITS, Head, LogitRule, find_rule
 from rlhf_cli.models.sharding import Shards, find_layers
 from rlhf_cli.ranks import collective
@@ -53,6 +54,7 @@ class Body:
         self.layer_types = tuple(dict.fromkeys(text.get("layer_types") or ()))
         self._plain: str = model.config._attn_implementation
         self.rule: LogitRule = PLAIN_LOGITS
+        fuse(model)
         self.kernel = self._choose_kernel(attention, headless)
         model.requires_grad_(False)
 

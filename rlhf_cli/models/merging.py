@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_cli.models.backbone import BASE, Backbone
+from rlhf_cli.models.fused import LoraLinear, is_plain
 from rlhf_cli.models.memory import gpu_memory
 
 ROWS = 8
@@ -45,7 +46,7 @@ def merged(backbone: Backbone, role: str) -> Iterator[float | None]:
     if not packs:
         kept = _kept(backbone, layers, adapter)
         layers = layers if kept is not None and kept >= KEPT else []
-    apart = [] if layers or packs else [m for m in backbone.model.modules() if _is_plain(m, adapter)]
+    apart = [] if layers or packs else [m for m in backbone.model.modules() if is_plain(m, adapter)]
     if layers:
         backbone.activate(BASE)
     folds: dict[torch.nn.Parameter, Callable[[], torch.Tensor]] = {_weight(m): partial(_folded, m, adapter) for m in layers}
@@ -56,8 +57,7 @@ def merged(backbone: Backbone, role: str) -> Iterator[float | None]:
     rest = {weight: fold for weight, fold in folds.items() if weight not in packable or weight in embedded}
     if not packs and backbone.shards is None:
         rest = _casts(backbone.model, dtype) | rest
-    forwards = _fused_norms(backbone.model) if backbone.device.type == "cuda" else {}
-    forwards |= {layer: _beside(layer, adapter, dtype) for layer in apart}
+    forwards = {layer: _beside(layer, adapter, dtype) for layer in apart}
     with _swapped(rest), _forwarding(forwards), packed(backbone.model, folds) if packs else contextlib.nullcontext():
         yield kept
 
@@ -118,7 +118,7 @@ def _mergeable(backbone: Backbone) -> list[Any]:
     role = backbone.active
     layers = [m for m in backbone.model.modules() if isinstance(m, LoraLayer) and role in (*m.lora_A, *m.lora_embedding_A)]
     plain = all(
-        (type(m) is ParamWrapper or (type(m) is Linear and type(m.base_layer) in (torch.nn.Linear, Conv1D)))
+        (type(m) is ParamWrapper or (type(m) in (Linear, LoraLinear) and type(m.base_layer) in (torch.nn.Linear, Conv1D)))
         and _weight(m).dtype == backbone.compute_dtype
         and role not in m.lora_variant
         and not m.lora_bias[role]
@@ -157,12 +157,6 @@ def _kept(backbone: Backbone, layers: list[Any], adapter: str | None) -> float |
     return 1 - lost / whole if whole else 1.0
 
 
-def _is_plain(layer: Any, adapter: str | None) -> bool:
-    """Does the adapter add B A x to the layer's output, and nothing else?"""
-    linear = isinstance(layer, LoraLayer) and adapter in layer.lora_A and type(layer.lora_A[adapter]) is torch.nn.Linear
-    return linear and type(layer) is not ParamWrapper and not layer.lora_bias[adapter] and adapter not in layer.lora_variant
-
-
 @torch.no_grad()
 def _beside(layer: Any, adapter: str | None, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """The layer's own output + x Aᵀ (scaling · Bᵀ): three kernels, and the sum is rounded once."""
@@ -182,18 +176,3 @@ def _casts(model: Any, dtype: torch.dtype) -> dict[torch.nn.Parameter, Callable[
     layers = [m for name, m in model.named_modules() if type(m) in (torch.nn.Linear, Conv1D) and ".lora_" not in name]
     own = (p for layer in layers for p in layer.parameters(recurse=False) if id(p) not in embedded)
     return {p: partial(p.detach().to, dtype) for p in own if p.dtype == torch.float32}
-
-
-@torch.no_grad()
-def _fused_norms(model: Any) -> dict[torch.nn.Module, Callable[..., torch.Tensor]]:
-    """RMSNorms by torch's one kernel instead of eight, where that gives the same."""
-    found: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
-    rms_norm = torch.autocast("cuda", enabled=False)(F.rms_norm)  # else in float32, with casts before and after it
-    for module in model.modules():
-        weight, eps = module._parameters.get("weight"), vars(module).get("variance_epsilon", vars(module).get("eps"))
-        if type(module).__name__.endswith("RMSNorm") and weight is not None and isinstance(eps, float):
-            forward = partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
-            x = torch.linspace(-1, 2, len(weight), device=weight.device, dtype=weight.dtype)
-            if torch.allclose(forward(x).float(), module(x).float(), rtol=0.02, atol=1e-3):
-                found[module] = forward
-    return found

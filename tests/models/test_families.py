@@ -100,7 +100,7 @@ def all_weights_learn(name: str, folder: Path) -> None:
     lower(backbone)
     backbone.save("policy", folder)
     with torch.no_grad(), backbone.plain_attention() as model:
-        assert largest(load(folder)(IDS, use_cache=False).logits - model(IDS, use_cache=False).logits) < 1e-6
+        assert largest(load(folder)(IDS, use_cache=False).logits - model(IDS, use_cache=False).logits) < 3e-5
 
 
 def adapters_learn(name: str, folder: Path) -> None:
@@ -128,7 +128,7 @@ def adapters_learn(name: str, folder: Path) -> None:
         whole = load(folder / "base")
         assert largest(whole(IDS, use_cache=False).logits - wanted) > 1e-3
         adapted = PeftModel.from_pretrained(whole, str(folder / "adapter")).eval()
-        assert largest(adapted(IDS, use_cache=False).logits - wanted) < 1e-6
+        assert largest(adapted(IDS, use_cache=False).logits - wanted) < 3e-5
         adapted.merge_and_unload().save_pretrained(folder / "merged")
         assert largest(load(folder / "merged")(IDS, use_cache=False).logits - wanted) < 1e-4
 

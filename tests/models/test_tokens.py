@@ -64,7 +64,7 @@ def test_plain_peft_and_the_merged_model_give_the_same_logits(family: str, tied:
         whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
         assert float((whole(IDS).logits - wanted).abs().max()) > 1e-2
         adapted = PeftModel.from_pretrained(whole, str(tmp_path / "adapter")).eval()
-        assert float((adapted(IDS).logits - wanted).abs().max()) < 1e-6
+        assert float((adapted(IDS).logits - wanted).abs().max()) < 1e-5
         adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
         assert float((again(IDS).logits - wanted).abs().max()) < 1e-4
