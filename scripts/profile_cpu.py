@@ -13,7 +13,6 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import bench
 import bench_ppo
@@ -38,7 +37,7 @@ def random_model(out: Path, data: str) -> Path:
     folder = out / "random"
     if not (folder / "tokenizer_config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with gzip.open(data, "rt") if data.endswith(".gz") else open(data) as file:
+        with gzip.open(data, "rt") if data.endswith(".gz") else Path(data).open() as file:
             texts = [json.loads(line)["chosen"] for line in file][:3000]
         (folder / "sft.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         tokenizer = train_tokenizer(folder, 16000)

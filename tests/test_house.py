@@ -116,7 +116,7 @@ class TestImports:
         assert {distribution.get(name, name) for name in third} - {None} == declared
 
 
-LINES, FILE, FUNCTION, ARGUMENTS, REASONED = 32_600, 400, 60, 8, ("transformers", "typer")
+LINES, FILE, FUNCTION, ARGUMENTS, REASONED = 33_100, 400, 60, 8, ("transformers", "typer")
 """At most: lines of the package, of a file and of a function; arguments, but where a docstring says who asks for more."""
 
 
