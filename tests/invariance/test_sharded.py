@@ -63,7 +63,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ipo": ("ipo", "base", {"lora": {"r": 4}, "objective": {"normalize": "token_mean"}}),
     "kto full": ("kto", "tied", {"lora": None}),
     "ppo": ("ppo", "sft", {"lora": "auto", **ONLINE}),
-    "ppo full": ("ppo", "sft", {"lora": None, **ONLINE, "train": SGD}),
+    "ppo full": ("ppo", "sft", {"lora": None, **ONLINE, "train": SGD, "seed": 1}),
     "online dpo": ("dpo", "sft", {"lora": "auto", **ONLINE, "rollout": {"max_new_tokens": 6, "refresh": 2}}),
 }
 """Name → command, start, and what its recipe says beside the common keys."""
