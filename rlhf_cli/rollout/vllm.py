@@ -65,7 +65,8 @@ class VllmEngine:
             raise MachineError(f"rollout.engine: vllm cannot be imported ({error}); pip install 'rlhf-cli[vllm]'") from error
         self.vllm, self.lora_request, self.save = vllm, LoRARequest, save
         self.on_gpu = torch.cuda.is_available()
-        on_cpu = {"kv_cache_memory_bytes": CPU_CACHE, "enforce_eager": True}
+        # Its generators on a CPU cannot be set back, as is done where a prompt is read in parts.
+        on_cpu = {"kv_cache_memory_bytes": CPU_CACHE, "enforce_eager": True, "enable_chunked_prefill": False}
         room = {"gpu_memory_utilization": GPU_SHARE, "enable_sleep_mode": True} if self.on_gpu else on_cpu
         self.start = start | room | {"skip_tokenizer_init": True, "use_tqdm_on_load": False}
         self.running: Any = None

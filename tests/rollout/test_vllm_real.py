@@ -99,6 +99,14 @@ def test_it_draws_from_the_weights_as_they_are(backbone: Backbone, base: Path, t
 
 
 @pytest.mark.parametrize("backbone", ["adapter"], indirect=True)
+def test_more_tokens_than_are_read_at_once(backbone: Backbone, base: Path) -> None:
+    """vLLM would read a prompt in two parts, and its generators on a CPU cannot be set back to the first."""
+    prompts = [np.arange(30, dtype=np.int32) + number % 9 for number in range(600)]
+    drawn = in_process(backbone, base).generate(Request(prompts, range(600), 1, 2, 1.0, [3], 0))
+    assert {len(one.ids) for (one,) in drawn} <= {1, 2}
+
+
+@pytest.mark.parametrize("backbone", ["adapter"], indirect=True)
 def test_warped_draws_are_told_of_at_temperature_1(backbone: Backbone, base: Path, tmp_path: Path) -> None:
     engine = in_process(backbone, base, logprobs_mode="raw_logprobs")
     warping = Warping(top_p=0.9, top_k=20, repetition_penalty=1.2)
