@@ -62,7 +62,7 @@ def samples_are_those_of_generate(backbone: Backbone) -> None:
     prompts, engine = [tree.prompt for tree in TREES], TransformersEngine(backbone, "base")
     drawn = engine.generate(Request(prompts, range(len(prompts)), 1, 6, 0.0, [2], 0))
     with backbone.plain_attention() as model:
-        for prompt, ((ids, _),) in zip(prompts, drawn, strict=True):
+        for prompt, ((ids, *_),) in zip(prompts, drawn, strict=True):
             asked = torch.from_numpy(prompt.astype(np.int64))[None]
             stops = {"max_new_tokens": 6, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
             cached = engine.decoder.__name__ != "Anew"
@@ -187,7 +187,7 @@ def largest(tensor: torch.Tensor) -> float:
     return float(tensor.abs().max())
 
 
-SAMPLED = {"_Aligned": "together", "_Alike": "by length", "Anew": "anew"}
+SAMPLED = {"Aligned": "together", "Alike": "by length", "Anew": "anew"}
 
 
 def described(name: str, backbone: Backbone) -> str:
