@@ -52,10 +52,7 @@ class VllmEngine:
     kept: float | None = None
 
     def __init__(self, save: Callable[[Path], None], **start: Any) -> None:
-        """`save`: writes the adapter, or else all weights, into a folder; `start`: vLLM's own keys, with an adapter's base.
-
-        MachineError: vLLM is not installed.
-        """
+        """`save`: writes an adapter or all weights into a folder; `start`: vLLM's own keys. MachineError: it is not installed."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:

@@ -215,6 +215,8 @@ def _resolve(
     engine, place = recipe.draws and recipe.draws.engine, loaded.named("rollout.engine")
     if isinstance(engine, sections.VllmServer):
         connect(engine.endpoint, "", 0.0, place)
+        if engine.folder is not None and not Path(engine.folder).is_dir():
+            raise UsageError(f"{place}.folder: there is no folder {engine.folder}; make it, where the server sees it too")
     elif engine == "vllm" and ranks.size > 1:
         raise UsageError(f"{place}: vllm draws on one device, and there are {ranks.size}; use transformers, or {{endpoint: URL}}")
     if needs.shards > 1 and lora is None and recipe.train.optimizer == "adamw_8bit":

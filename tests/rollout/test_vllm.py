@@ -433,3 +433,6 @@ def test_an_address_is_looked_at_before_weights_are_loaded(
     said = "".join(capsys.readouterr())
     assert "rollout.engine.endpoint: expected a URL such as http://localhost:8000/v1, without a user or a password" in said
     assert "secret" not in said
+    recipe = words(home, tmp_path / "run", {"endpoint": "http://localhost/v1", "folder": str(tmp_path / "gone")}, lora={"r": 4})
+    assert rlhf("ppo", recipe, "--check") == 2
+    assert f"rollout.engine.folder: there is no folder {tmp_path}/gone; make it" in "".join(capsys.readouterr())
