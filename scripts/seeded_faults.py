@@ -190,6 +190,8 @@ FAULTS = (
         "data models",
     ),
     Fault("attention: the window is a token wider", "models/attention.py", "(age < window)", "(age <= window)", "models"),
+    Fault("attention: a sequence's window is a token wider", "models/attention.py", "window - 1, 0", "window, 0", "models"),
+    Fault("rollout: a recorded step has old tokens", "rollout/decoders.py", "[:live] = tokens", "[:1] = tokens[:1]", "rollout"),
     Fault("sources: every epoch in one order", "data/sources.py", "DataStream.EPOCH, epoch]", "DataStream.EPOCH, 0]", "data"),
     Fault(
         "sources: a prompt's rows on both sides of the hold-out",

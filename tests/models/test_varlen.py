@@ -11,11 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from rlhf_cli import sections
 from rlhf_cli.data.trees import build_batch, plan_passes, visible
 from rlhf_cli.models import body
 from rlhf_cli.models.attention import KERNELS, Kernel, lay_sequences
 from rlhf_cli.models.backbone import Backbone
 from rlhf_cli.models.body import MEASURED_LAYERS, Body
+from rlhf_cli.models.load import Weights
+from rlhf_cli.models.placement import Placement
 from tests import rehearsal as there
 from tests.models.test_attention import _batch, _begun
 from tests.models.tiny_backbone import draw_trees, make, make_backbone, packed_logps, plain_logps
@@ -152,6 +155,16 @@ def test_what_is_measured_is_forward_and_backward_of_the_first_layers(monkeypatc
     first, second = ticks[:2]
     assert (second[0] - first[0], second[1] - first[1]) == (MEASURED_LAYERS, MEASURED_LAYERS)
     assert len(ticks) == 5 * 3 * 2 and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("attention", "followed"), [("sdpa", "sdpa"), ("alone", "rlhf_trees")])
+def test_other_models_take_the_kernel_of_the_policy(attention: str, followed: str, tmp_path: Path) -> None:
+    """So that a value learns from the policy's passes; not rows of single responses, which others may not need."""
+    folder, policy = str(make_model(tmp_path / "m")), Backbone(make(), torch.float32, "sdpa")
+    policy.kernel = KERNELS[attention]
+    placement = Placement(policy, sections.Model(folder), Weights("elsewhere", None, None), torch.device("cpu"))
+    placement.add("other", Weights(folder, None, None))
+    assert placement.hosts["other"].kernel.name == followed
 
 
 def test_a_run_that_goes_on_keeps_its_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
