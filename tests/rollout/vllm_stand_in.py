@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -36,9 +37,14 @@ def complete(model: Any, prompt: list[int], asked: dict[str, Any], *, raw: bool)
     return found
 
 
+LOADING = threading.Lock()
+"""transformers ties no weights while it loads, and of two threads that load at once the second one would leave it so."""
+
+
 def load(folder: str, base: str | Path | None = None) -> Any:
     """A model, or an adapter on its base."""
-    model = AutoModelForCausalLM.from_pretrained(base or folder)
+    with LOADING:
+        model = AutoModelForCausalLM.from_pretrained(base or folder)
     return PeftModel.from_pretrained(model, folder).eval() if base else model.eval()
 
 

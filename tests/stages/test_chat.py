@@ -116,7 +116,7 @@ def test_a_draw_is_the_engines_own(said: Said) -> None:
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="np", return_dict=False)[0]
         ends = json.loads(Path("sft/model/generation_config.json").read_text())["eos_token_id"]
         request = Request([ids.astype(np.int32)], [number], 1, 8, 1.5, ends, 0, sections.Warping(top_p=0.9))
-        (((drawn, ended),),) = TransformersEngine(frozen.hosts["policy"], "policy").generate(request)
+        (((drawn, ended, _),),) = TransformersEngine(frozen.hosts["policy"], "policy").generate(request)
         wanted.append(clean(tokenizer.decode(drawn[: len(drawn) - ended], skip_special_tokens=True)))
     assert "\n".join(out) == "\n".join(wanted) and len(set(wanted)) == 2
 
