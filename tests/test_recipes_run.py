@@ -72,22 +72,24 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     return Parts(model, rows, folder / "rm")
 
 
+def learned(parts: Parts, recipe: str, name: str, rows: Path) -> Path:
+    """Another reward model, by two steps of its recipe."""
+    changes = {"model.path": parts.model, "data.train": rows, "train.steps": 2, "train.batch_size": 4, "data.max_length": 256}
+    output = parts.judge.with_name(name)
+    assert rlhf("train-rm", recipe, "--output", output, *settings_of(changes)) == 0
+    return output
+
+
 @pytest.fixture(scope="module")
 def ensemble(parts: Parts) -> Path:
-    """The same by its recipe of several."""
-    changes = {"model.path": parts.model, "data.train": parts.rows, "train.steps": 2, "train.batch_size": 4}
-    output = parts.judge.with_name("ensemble")
-    assert rlhf("train-rm", "recipes/quickstart/rm-ensemble.yaml", "--output", output, *settings_of(changes)) == 0
-    return output
+    """Several as one."""
+    return learned(parts, "recipes/quickstart/rm-ensemble.yaml", "ensemble", parts.rows)
 
 
 @pytest.fixture(scope="module")
 def general(parts: Parts) -> Path:
-    """A reward model that compares."""
-    changes = {"model.path": parts.model, "data.train": parts.rows, "train.steps": 2, "train.batch_size": 4}
-    output = parts.judge.with_name("general")
-    assert rlhf("train-rm", "recipes/cycle/gpm.yaml", "--output", output, *settings_of(changes)) == 0
-    return output
+    """One that compares."""
+    return learned(parts, "recipes/cycle/gpm.yaml", "general", parts.rows)
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +100,8 @@ def steps(parts: Parts) -> Path:
 
 @pytest.fixture(scope="module")
 def process(parts: Parts, steps: Path) -> Path:
-    """A process reward model by two steps of its recipe."""
-    changes = {"model.path": parts.model, "data.train": steps, "train.steps": 2, "train.batch_size": 4, "data.max_length": 256}
-    output = parts.judge.with_name("process")
-    assert rlhf("train-rm", "recipes/arithmetic/prm.yaml", "--output", output, *settings_of(changes)) == 0
-    return output
+    """One of steps."""
+    return learned(parts, "recipes/arithmetic/prm.yaml", "process", steps)
 
 
 @pytest.mark.parametrize("recipe", TRAINED, ids=str)
