@@ -92,7 +92,7 @@ NEW_OR_ON = $(if $(wildcard $@)$(SINCE),--force,--resume)
 .PHONY: help quickstart quickstart-more quickstart-stages quickstart-eval ensemble rounds arithmetic arithmetic-more votes cycle vllm test lint check smollm2 bench gpu always
 
 help:
-	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: about 5 minutes on two cores"
+	@echo "make quickstart       make a tiny model and its data; every stage from sft to eval: 4 to 8 minutes on two cores"
 	@echo "make quickstart-more  two more of its policies, ipo and rloo, and offline against online at equal KL"
 	@echo "make ensemble         four reward models as one run, and a policy pushed against their mean, and against what they agree on"
 	@echo "make rounds           gold labels spent round by round, on pairs that are chosen, at random, or all at once"

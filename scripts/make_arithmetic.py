@@ -14,13 +14,12 @@ outcome.jsonl       the same solutions, each as one step that is right if its re
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from make_quickstart import published, write_jsonl
+from make_quickstart import make_task, write_jsonl
 
 VOCABULARY = 5 + 256  # control tokens and bytes: no merges, so that each digit is a token
 
@@ -92,19 +91,8 @@ def judge(digits: tuple[int, ...], steps: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line and make both folders."""
-    parser = argparse.ArgumentParser(description="Make the arithmetic task's data and its untrained model.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, default=Path("data/arithmetic"))
-    parser.add_argument("--model", type=Path, default=Path("models/arithmetic-base"))
-    options = parser.parse_args()
-    with published(options.data) as work:
-        make_data(work, options.seed, Sizes())
-    from quickstart_model import make_model  # torch loads here, so that --help is quick
-
-    with published(options.model) as work:
-        make_model(work, options.data, options.seed, VOCABULARY, hidden=96, inner=256, layers=3, heads=3)
-    print(f"{options.data}: " + ", ".join(sorted(path.name for path in options.data.iterdir())))
-    print(f"{options.model}: an untrained Llama and its tokenizer")
+    shape = {"hidden": 96, "inner": 256, "layers": 3, "heads": 3}
+    make_task("arithmetic", lambda work, seed: make_data(work, seed, Sizes()), VOCABULARY, **shape)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ prompts.jsonl        prompts alone; eval_prompts.jsonl: prompts that occur nowhe
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import runpy
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from make_quickstart import published, write_jsonl
+from make_quickstart import make_task, write_jsonl
 
 GOLD = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "cycle" / "gold.py"))
 chance: Callable[[str, str], float] = GOLD["chance"]
@@ -89,19 +88,8 @@ def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
 
 def main() -> None:
     """Parse the command line and make both folders."""
-    parser = argparse.ArgumentParser(description="Make the cycle's data and its untrained model.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, default=Path("data/cycle"))
-    parser.add_argument("--model", type=Path, default=Path("models/cycle-base"))
-    options = parser.parse_args()
-    with published(options.data) as work:
-        make_data(work, options.seed, Sizes())
-    from quickstart_model import make_model  # torch loads here, so that --help is quick
-
-    with published(options.model) as work:
-        make_model(work, options.data, options.seed, VOCABULARY, hidden=96, inner=256, layers=3, heads=3)
-    print(f"{options.data}: " + ", ".join(sorted(path.name for path in options.data.iterdir())))
-    print(f"{options.model}: an untrained Llama and its tokenizer")
+    shape = {"hidden": 96, "inner": 256, "layers": 3, "heads": 3}
+    make_task("cycle", lambda work, seed: make_data(work, seed, Sizes()), VOCABULARY, **shape)
 
 
 if __name__ == "__main__":

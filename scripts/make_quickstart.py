@@ -275,22 +275,27 @@ def published(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def main() -> None:
-    """Parse the command line and make both folders."""
-    parser = argparse.ArgumentParser(description="Make the quickstart's data and its untrained model.")
+def make_task(task: str, make_rows: Callable[[Path, int], None], vocabulary: int, **shape: int) -> None:
+    """The command line of a task's script: data by `make_rows`, of a folder and a seed, and an untrained model of that shape."""
+    parser = argparse.ArgumentParser(description=f"Make the {task} task's data and its untrained model.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, default=Path("data/quickstart"))
-    parser.add_argument("--model", type=Path, default=Path("models/quickstart-base"))
+    parser.add_argument("--data", type=Path, default=Path("data", task))
+    parser.add_argument("--model", type=Path, default=Path("models", f"{task}-base"))
     options = parser.parse_args()
-    sizes = Sizes()
     with published(options.data) as work:
-        make_data(work, options.seed, sizes)
+        make_rows(work, options.seed)
     from quickstart_model import make_model  # torch loads here, so that --help is quick
 
     with published(options.model) as work:
-        make_model(work, options.data, options.seed, sizes.vocabulary)
+        make_model(work, options.data, options.seed, vocabulary, **shape)
     print(f"{options.data}: " + ", ".join(sorted(path.name for path in options.data.iterdir())))
     print(f"{options.model}: an untrained Llama and its tokenizer")
+
+
+def main() -> None:
+    """Parse the command line and make both folders."""
+    sizes = Sizes()
+    make_task("quickstart", lambda work, seed: make_data(work, seed, sizes), sizes.vocabulary)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rlhf_cli.data.trees import Batch, Tree, build_batch, plan_passes
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import KERNELS, LAYER_TYPES, PLAIN, Kernel, find_candidates
-from rlhf_cli.models.fused import fuse
+from rlhf_cli.models.fused import BROKEN, fuse
 from rlhf_cli.models.logps import PLAIN_LOGITS, Head, LogitRule, find_rule
 from rlhf_cli.models.sharding import Shards, find_layers
 from rlhf_cli.ranks import collective
@@ -27,14 +27,6 @@ PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-
 
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Largest difference between the model's logits and what its rule makes of head · hidden, relative to the largest logit."""
-
-BROKEN = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    LookupError,
-    ImportError,
-)  # of a model, by a mask or keyword that it does not know
 
 MEASURED_LAYERS = 2  # that are run where attention kernels are measured: activations of more might not fit
 

@@ -15,6 +15,7 @@ from rlhf_cli.console import Console
 from rlhf_cli.models.attention import LAYER_TYPES, PLAIN
 from rlhf_cli.models.backbone import BASE, Backbone
 from rlhf_cli.models.body import PROBE_TOLERANCE
+from rlhf_cli.models.fused import BROKEN
 from rlhf_cli.models.kv_cache import RowCache
 from rlhf_cli.models.memory import is_out_of_memory
 
@@ -218,7 +219,7 @@ def choose_decoder(backbone: Backbone) -> Decoder:
             try:
                 if _is_right(decoder, backbone):
                     return decoder
-            except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+            except (*BROKEN, AttributeError) as error:
                 if is_out_of_memory(error):  # not the cache's fault
                     raise
     return Anew
