@@ -5,7 +5,7 @@ Rendering a template takes longer than all else that is done to a short row but 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -68,7 +68,7 @@ def how_copied(text: str) -> Way | None:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     tree = _compile_jinja_template(text).environment.parse(text)
-    parents = {id(child): node for node in _all(tree) for child in node.iter_child_nodes()}
+    parents = {id(child): node for node in (tree, *tree.find_all(nodes.Node)) for child in node.iter_child_nodes()}
     loops = tree.find_all(nodes.For)
     turns = {loop.target.name for loop in loops if isinstance(loop.target, nodes.Name)}
     ways: set[Way] = set()
@@ -86,11 +86,6 @@ def how_copied(text: str) -> Way | None:
             ways.add(_of_turn(name, parents))
     ways.discard("unread")
     return ways.pop() if ways in ({"whole"}, {"trimmed"}) else None
-
-
-def _all(tree: nodes.Node) -> Iterator[nodes.Node]:
-    yield tree
-    yield from tree.find_all(nodes.Node)
 
 
 def _of_messages(name: nodes.Node, parents: dict[int, nodes.Node]) -> Way:

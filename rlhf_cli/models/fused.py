@@ -1,12 +1,13 @@
 """What layers are made of, by fewer operations than transformers and PEFT take: the same numbers, but for rounding.
 
-Linear layers with an adapter, RMSNorm, and rotary embeddings: each is one function with a backward of its own.
+Linear layers with adapters, gated layers, RMSNorm, and rotary embeddings: each is one function with a backward of its own.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -18,16 +19,20 @@ from torch.nn import functional as F
 
 ROTARY = "apply_rotary_pos_emb"
 """What models of transformers call the function that turns queries and keys."""
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that read the same input."""
 TOLERANCE = 1e-5
 BROKEN = (RuntimeError, TypeError, ValueError, LookupError, ImportError)
 """What a model may raise where it is called in a way that it does not know: that is its own affair."""
 
 
 def fuse(model: torch.nn.Module) -> None:
-    """Have a model's RMSNorms and rotary embeddings computed so, where that gives what they give on random numbers."""
+    """Have a model's RMSNorms, gated layers and rotary embeddings computed so, where that gives the model's own numbers."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and _is_rms_norm(module):
             module.forward = MethodType(_norm, module)
+        elif type(module).__name__.endswith("MLP") and _is_gated(module):
+            module.forward = MethodType(_feed_forward, module)
         known = getattr(type(module).forward, "__globals__", {})
         if (turn := known.get(ROTARY)) is not None and not isinstance(turn, Rotary) and _is_rotary(turn):
             known[ROTARY] = Rotary(turn)
@@ -38,6 +43,13 @@ def fuse_lora(model: torch.nn.Module) -> None:
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is torch.nn.Linear:
             module.__class__ = LoraLinear
+    for module in model.modules():
+        for names in SIBLINGS:
+            layers = [layer for name in names if isinstance(layer := getattr(module, name, None), LoraLinear)]
+            if len(layers) == len(names):
+                siblings = Siblings(layers)
+                for layer in layers:
+                    layer.siblings = siblings
 
 
 def is_plain(layer: Any, adapter: str | None) -> bool:
@@ -47,59 +59,114 @@ def is_plain(layer: Any, adapter: str | None) -> bool:
 
 
 class LoraLinear(Linear):  # type: ignore[misc]  # PEFT has no types
-    """PEFT's layer, with the scale on the thin side and sums in place; where more than an adapter is asked for PEFT's own."""
+    """PEFT's layer, with its adapter on the thin side and sums in place; where more than an adapter is asked for PEFT's own."""
+
+    siblings: Siblings | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found: Tensor
+        adapter = None if args or kwargs else self.plain_adapter()
+        if adapter is None:
+            found = super().forward(x, *args, **kwargs)
+        elif self.drops(adapter):
+            (found,) = _adapted([self], adapter, x, self.lora_dropout[adapter](x))
+        elif self.siblings is None:
+            (found,) = _adapted([self], adapter, x)
+        else:
+            found = self.siblings.output(self, adapter, x)
+        return found
+
+    def plain_adapter(self) -> str | None:
+        """The adapter, where one is active that `is_plain`, beside a frozen weight."""
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         base = self.base_layer
-        special = (args, kwargs, self.disable_adapters, self.merged, base.weight.requires_grad, "forward" in vars(base))
-        if any(special) or len(adapters) != 1 or not is_plain(self, adapters[0]):
-            found: Tensor = super().forward(x, *args, **kwargs)
-            return found
-        (adapter,) = adapters
+        special = (self.disable_adapters, self.merged, base.weight.requires_grad, "forward" in vars(base))
+        return None if any(special) or len(adapters) != 1 or not is_plain(self, adapters[0]) else adapters[0]
+
+    def drops(self, adapter: str) -> bool:
+        """Does dropout change the adapter's input?"""
         dropout = self.lora_dropout[adapter]
-        dropped = dropout(x) if dropout.training and getattr(dropout, "p", 0) else None
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        own: Tensor = _Adapted.apply(x, dropped, base.weight, base.bias, a, b, self.scaling[adapter])  # type: ignore[no-untyped-call]
-        return own
+        return bool(dropout.training and getattr(dropout, "p", 0))
+
+
+class Siblings:
+    """Layers that read the same input: the first that is called with it computes the outputs of all."""
+
+    def __init__(self, layers: list[LoraLinear]) -> None:
+        self.layers, self.found = layers, dict[LoraLinear, Tensor]()
+        self.x: tuple[Tensor, int] | None = None  # and its version: it may be changed in place
+
+    def output(self, layer: LoraLinear, adapter: str, x: Tensor) -> Tensor:
+        known = self.x is not None and self.x[0] is x and self.x[1] == x._version and layer in self.found
+        if not known:
+            alike = all(each.plain_adapter() == adapter and not each.drops(adapter) for each in self.layers)
+            layers = self.layers if alike else [layer]
+            self.found = dict(zip(layers, _adapted(layers, adapter, x), strict=True))
+        found = self.found.pop(layer)
+        self.x = (x, x._version) if self.found else None
+        return found
+
+
+def _adapted(layers: list[LoraLinear], adapter: str, x: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Outputs of layers that read the same input; `dropped`: what the adapters read, if not that."""
+    scales, given = [layer.scaling[adapter] for layer in layers], list[Tensor | None]()
+    for layer in layers:
+        given += layer.base_layer.weight, layer.base_layer.bias, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    found: tuple[Tensor, ...] = _Adapted.apply(x, dropped, scales, *given)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _Adapted(torch.autograd.Function):
-    """y = x Wᵀ + bias + scale · d Aᵀ Bᵀ of x (…, in), W (out, in), A (r, in), B (out, r); d is x, or x after dropout.
+    """y = x Wᵀ + bias + scale · d Aᵀ Bᵀ of x (…, in), for each W (out, in), A (r, in), B (out, r); d is x, or x after dropout.
 
-    W and the bias are frozen. Computed in the dtype of autocast, or else in that of W.
+    W and the bias are frozen. The products with all A are one. Computed in the dtype of autocast, or else in that of W.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropped: Tensor | None, scales: list[float], *given: Any) -> tuple[Tensor, ...]:
+        weights, biases, a, b = (given[kind::4] for kind in range(4))
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        given = (x if dropped is None else dropped).to(dtype).flatten(0, -2)
-        thin = F.linear(given, a.to(dtype)).mul_(scale)
-        found = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        found.view(len(thin), -1).addmm_(thin, b.to(dtype).T)
-        ctx.save_for_backward(given, thin, weight, a, b)
-        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights[0].dtype
+        read = (x if dropped is None else dropped).to(dtype).flatten(0, -2)
+        thin, x_, found = F.linear(read, _rows(a, dtype)), x.to(dtype), list[Tensor]()
+        ranks = [len(each) for each in a]
+        for weight, bias, own, wide, scale in zip(weights, biases, torch.split(thin, ranks, 1), b, scales, strict=True):
+            out = F.linear(x_, weight.to(dtype), None if bias is None else bias.to(dtype))
+            out.view(len(thin), -1).addmm_(own, wide.to(dtype).T, alpha=scale)
+            found.append(out)
+        ctx.save_for_backward(read, thin, *weights, *a, *b)
+        ctx.ranks, ctx.scales, ctx.shape, ctx.dtype = ranks, scales, x.shape, x.dtype
         ctx.dropped = None if dropped is None else dropped.dtype
-        return found
+        return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        given, thin, weight, a, b = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        back = (rows @ b.to(rows.dtype)).mul_(ctx.scale)
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        n = len(grads)
+        read, thin, *saved = ctx.saved_tensors
+        weights, a, b = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        rows = [grad.flatten(0, -2) for grad in grads]
+        dtype, parts = rows[0].dtype, torch.split(thin, ctx.ranks, 1)
+        back = torch.empty_like(thin)
+        for own, grad, wide, scale in zip(torch.split(back, ctx.ranks, 1), rows, b, ctx.scales, strict=True):
+            torch.mm(grad, wide.to(dtype) * scale, out=own)
         of_x = of_dropped = None
         if ctx.needs_input_grad[0]:
-            of_x = rows @ weight.to(rows.dtype)
-            of_x = of_x if ctx.dropped else of_x.addmm_(back, a.to(rows.dtype))
+            of_x = rows[0] @ weights[0].to(dtype)
+            for grad, weight in zip(rows[1:], weights[1:], strict=True):
+                of_x.addmm_(grad, weight.to(dtype))
+            of_x = of_x if ctx.dropped else of_x.addmm_(back, _rows(a, dtype))
             of_x = of_x.view(ctx.shape).to(ctx.dtype)
         if ctx.dropped and ctx.needs_input_grad[1]:
-            of_dropped = (back @ a.to(rows.dtype)).view(ctx.shape).to(ctx.dropped)
-        of_a = (back.T @ given).to(a.dtype) if ctx.needs_input_grad[4] else None
-        of_b = (thin.T @ rows).T.to(b.dtype) if ctx.needs_input_grad[5] else None
-        return of_x, of_dropped, None, None, of_a, of_b, None
+            of_dropped = (back @ _rows(a, dtype)).view(ctx.shape).to(ctx.dropped)
+        of_a = torch.split((back.T @ read).to(a[0].dtype), ctx.ranks)
+        of_b = [(own.T @ grad).mul_(scale).T.to(b[0].dtype) for own, grad, scale in zip(parts, rows, ctx.scales, strict=True)]
+        of_layers = [(None, None, *each) for each in zip(of_a, of_b, strict=True)]
+        return of_x, of_dropped, None, *itertools.chain.from_iterable(of_layers)
+
+
+def _rows(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One matrix of the rows of all."""
+    return (torch.cat(tuple(matrices)) if len(matrices) > 1 else matrices[0]).to(dtype)
 
 
 def _same(found: Callable[..., Any], known: Callable[..., Any], *given: Any) -> bool:
@@ -158,6 +225,38 @@ class _RmsNorm(torch.autograd.Function):
         scaled = grad * weight
         along = torch.einsum("...d,...d->...", scaled, x)[..., None] * inverse**3 / x.shape[-1]
         return scaled.mul_(inverse).addcmul_(x, along, value=-1), of_weight, None
+
+
+def _is_gated(module: torch.nn.Module) -> bool:
+    stub = copy.copy(module)  # with other layers, small and on the CPU
+    stub.__dict__["_modules"] = dict(module._modules)
+    for name, sizes in (("gate_proj", (4, 6)), ("up_proj", (4, 6)), ("down_proj", (6, 4))):
+        stub._modules[name] = torch.nn.Linear(*sizes)
+    x = torch.linspace(-3, 5, 8).view(2, 4)
+    silu = type(stub._modules.get("act_fn")).__name__ == "SiLUActivation"
+    return silu and _same(partial(_feed_forward, stub), partial(type(stub).forward, stub), x)
+
+
+def _feed_forward(module: Any, x: Tensor) -> Tensor:
+    """The forward of down(silu(gate(x)) · up(x))."""
+    found: Tensor = module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) · up, elementwise, which keeps nothing but the two."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        of_gate = grad * up
+        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        return of_gate, F.silu(gate).mul_(grad)
 
 
 class Rotary:

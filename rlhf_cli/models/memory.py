@@ -30,11 +30,11 @@ LONG_PASS = 384
 """Tokens of a pass behind which freed memory is given back before another role's activations come: it takes some per cent of the
 time, and 0.4 GiB less at 514 tokens of a 135 M model. Shorter passes need it less."""
 
-
 KEPT = {(True, 4): 12, (False, 4): 12, (True, 2): 14, (False, 2): 17}
-"""Hidden vectors that a layer keeps of a token for backward, by LoRA or not and bytes of a number, beside 4 intermediate ones.
+"""Hidden vectors that a layer keeps of a token for backward, by LoRA or not and bytes of a number, beside 3 intermediate ones.
 
-In half precision LoRA keeps the input of each adapter once more, and training all weights the casts of a stream that is float32.
+Another gate than SiLU keeps its own output too, and so do experts. In half precision LoRA keeps the input of each adapter once
+more, and training all weights the casts of a stream that is float32.
 """
 TRANSIENT = 9
 """Bytes that come and go for each intermediate number of a token, in a layer's forward or backward: gradients, float32 copies."""
@@ -116,7 +116,7 @@ def estimate(
     """
     of, text, full = _count(config, model.trust_remote_code), config.get_text_config(), rank is None
     linear, in_place, outside, layers = of.linear, of.in_place, of.outside, text.num_hidden_layers
-    parameters, size = sum(of.layers) + outside, torch.finfo(dtype).bits // 8
+    parameters, size = sum(of.layers) + outside, dtype.itemsize
     held = 4 if full else size
     whole = held * parameters - (size - QUANTISED.get(model.quantize or "", size)) * sum(map(math.prod, linear))
     adapted = [math.prod(shape[:-2]) * (shape[-2] + shape[-1]) for shape in (*linear, *in_place)]
@@ -125,7 +125,8 @@ def estimate(
     weights = int(whole / devices + twice + (0 if full else 4 * trained))
 
     wide = max([shape[-2] for shape in (*linear, *in_place)] or [4 * text.hidden_size])
-    layer = size * (KEPT[not full, size] * text.hidden_size + 4 * wide)
+    gated = text.to_dict().get("hidden_act") == "silu" and not in_place
+    layer = size * (KEPT[not full, size] * text.hidden_size + (4 - gated) * wide)
     pair = size + (size + 4) * text.num_attention_heads * (model.attention == "eager")  # of two tokens of a row, in a layer
     kept, again = layers * (layer + pair * row), 0.0
     if model.gradient_checkpointing:
@@ -139,9 +140,8 @@ def estimate(
     inside = cast * (parameters - outside)
     copies, one = ({}, inside / layers) if model.gradient_checkpointing else ({"casts of weights": inside}, 0.0)
     logit = 4 + size * (size < 4)  # bytes: in float32, and in the dtype that is computed in
-    own = trained / (devices if full else 1)
+    own, gathered = trained / (devices if full else 1), {"gathered weights": root + block}
     always = {"weights": weights, "optimiser": STATE[optimizer] * own, "gradients": 4 * own}
-    gathered: Parts = {"gathered weights": root + block}
     moments: list[tuple[Parts, Parts]] = [
         (gathered | {"all-gather buffers": root + block}, {}),
         (gathered | {"all-gather buffers": block, "temporaries": one} | copies, passing),

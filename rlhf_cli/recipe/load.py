@@ -95,7 +95,10 @@ def load_recipe(stage: str, path: Path, overrides: Sequence[str] = (), output: s
     problems += builder.problems
     values = flatten(recipe)
     bad = builder.bad | {problem.key for problem in problems}
-    found = [_locate(lines, key, what) for key, what in findings(STAGES[stage].checks, recipe, bad)]
+    found = list[Problem]()
+    for key, what in findings(STAGES[stage].checks, recipe, bad):
+        near = _nearest(lines, key)
+        found.append(Problem(lines.get(near, 1), near if unlisted(near) == unlisted(key) else key, what))
     for key in ("model.trust_remote_code", "trust_remote_code"):
         if lines.get(key, 0) > 0 and values.get(key):
             what = f"only the command line may allow this. remove it and add --set {key}=true"
@@ -275,12 +278,6 @@ def _nearest(lines: dict[str, int], key: str) -> str:
             return unlisted(key)
         key = key.rpartition(".")[0]
     return key
-
-
-def _locate(lines: dict[str, int], key: str, what: str) -> Problem:
-    """The problem at its line, its key spelled as in the file."""
-    near = _nearest(lines, key)
-    return Problem(lines.get(near, 1), near if unlisted(near) == unlisted(key) else key, what)
 
 
 def _place(files: Sequence[Path], line: int, key: str) -> str:

@@ -90,7 +90,8 @@ def optimise(passes: Passes, objective: Objective, optimizer: torch.optim.Optimi
     MachineError: memory runs out with a single tree in a pass.
     """
     backbone, ranks = passes.backbone, passes.ranks
-    roles, parameters = backbone.trained_roles, backbone.trained_parameters()
+    roles = backbone.trained_roles
+    parameters = {name: p for own in roles.values() for name, p in own.items()}
     counts = objective.counts(update.trees)
     seen = objective.phases(update.trees)[0]
     passes, measured = within_memory(passes, update.trees, lambda fitting: _measure(fitting, objective, seen))
@@ -220,7 +221,6 @@ def _run_pass(
 ) -> _Pass:
     """Forward one pass and, with a scale, each of its terms backward before the next; the division is here and nowhere else."""
     sums: dict[tuple[str, str], torch.Tensor] = {}
-    several = scale and backbone.device.type == "cpu" and len(backbone.trained_roles) > 1
     for term in objective.terms(backbone, batch, given):
         if scale:
             torch.stack([loss * (scale / max(1, counts[unit])) for unit, loss in term.losses.items()]).sum().backward()  # type: ignore[no-untyped-call]
@@ -228,7 +228,7 @@ def _run_pass(
         found |= {(name, unit): value for name, (value, unit) in term.sums.items()}
         for key, value in found.items():
             sums[key] = sums.get(key, 0.0) + value.detach().double()
-        if several and batch.tokens > LONG_PASS:
+        if scale and batch.tokens > LONG_PASS and backbone.device.type == "cpu" and len(backbone.trained_roles) > 1:
             return_freed()
     return _Pass(sums, tuple(trees[tree].row for tree in batch.trees))
 

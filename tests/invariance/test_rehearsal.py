@@ -22,16 +22,16 @@ DRAWN = {"rollout": {"max_new_tokens": 6}, "reward": [LETTERS]}
 PPO: dict[str, Any] = DRAWN | {"objective": {"kind": "ppo", "epochs": 1}}
 
 STAGES: dict[str, tuple[str, dict[str, Any], int, int]] = {
-    "sft": ("sft", {"data": {"train": "HOME/rows.jsonl"}}, 325, 2),
+    "sft": ("sft", {"data": {"train": "HOME/rows.jsonl"}}, 315, 2),
     "sft, all weights": ("sft", {"data": {"train": "HOME/rows.jsonl"}} | FULL, 230, 2),
-    "train-rm": ("train-rm", {}, 365, 2),
+    "train-rm": ("train-rm", {}, 355, 2),
     "train-rm, all weights": ("train-rm", FULL, 255, 2),
-    "dpo": ("dpo", {}, 475, 2),
+    "dpo": ("dpo", {}, 470, 2),
     "dpo, all weights": ("dpo", FULL | {"reference": {"cache": False}}, 475, 2),
-    "kto": ("kto", {}, 520, 3),
-    "online dpo": ("dpo", DRAWN, 480, 2),
-    "ppo": ("ppo", PPO | {"reward": [MODEL]}, 725, 3),
-    "ppo, all weights": ("ppo", PPO | FULL, 630, 3),
+    "kto": ("kto", {}, 495, 3),
+    "online dpo": ("dpo", DRAWN, 470, 2),
+    "ppo": ("ppo", PPO | {"reward": [MODEL]}, 700, 3),
+    "ppo, all weights": ("ppo", PPO | FULL, 620, 3),
 }
 """Name → command, what its recipe says beside the common keys, and at most so many kernels and syncs of an update."""
 

@@ -145,7 +145,7 @@ def scores_are_a_plain_classifiers(backbone: Backbone, folder: Path, base: Path 
     with torch.no_grad(), backbone.plain_attention():
         for ids in IDS:
             states = backbone.body(input_ids=ids[None], use_cache=False).last_hidden_state
-            assert largest(states[:, -1] @ make_head(backbone).T - plain(input_ids=ids[None]).logits) < 1e-5
+            assert largest(states[:, -1] @ make_head(backbone).T - plain(input_ids=ids[None]).logits) < 1e-4
 
 
 def gradients_are_those_of_plain_calls(backbone: Backbone) -> dict[str, torch.Tensor]:

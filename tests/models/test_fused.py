@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
+from torch.profiler import ProfilerActivity, profile
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from rlhf_cli.models.fused import ROTARY, LoraLinear, Rotary, _RmsNorm, _Turn, fuse, fuse_lora
+from rlhf_cli.models.fused import ROTARY, SIBLINGS, LoraLinear, Rotary, _Gated, _RmsNorm, _Turn, fuse, fuse_lora
 
 
 class Two(torch.nn.Module):
@@ -107,11 +108,13 @@ def step(model: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "norms", "turns"),
-    [("llama", 5, True), ("qwen3", 9, True), ("gemma2", 0, True), ("glm", 5, False), ("gpt_neox", 0, True)],
+    ("name", "norms", "gated", "turns"),
+    [("llama", 5, 2, True), ("qwen3", 9, 2, True), ("gemma2", 0, 0, True), ("glm", 5, 0, False), ("gpt_neox", 0, 0, True)],
 )
-def test_a_model_is_what_transformers_makes_of_it(name: str, norms: int, turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other norms (of weights 1 + w) and turns (of neighbours, and not of halves) are left alone."""
+def test_a_model_is_what_transformers_makes_of_it(
+    name: str, norms: int, gated: int, turns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other norms (of weights 1 + w), gates (GELU, one weight for both) and turns (of neighbours) are left alone."""
     plain = small(name)
     where = next(m.forward.__globals__ for m in plain.modules() if ROTARY in getattr(m.forward, "__globals__", {}))
     own = getattr(where[ROTARY], "plain", where[ROTARY])
@@ -119,12 +122,95 @@ def test_a_model_is_what_transformers_makes_of_it(name: str, norms: int, turns: 
     wanted = step(plain)
     model = small(name)
     fuse(model)
-    assert sum("forward" in vars(module) for module in model.modules()) == norms
+    changed = [type(module).__name__ for module in model.modules() if "forward" in vars(module)]
+    assert (sum(n.endswith("RMSNorm") for n in changed), sum(n.endswith("MLP") for n in changed)) == (norms, gated)
     assert isinstance(where[ROTARY], Rotary) is turns
     fuse(model)
     assert not turns or where[ROTARY].plain is own, "once is enough"
     for one, other in zip(wanted, step(model), strict=True):
         assert float((other - one).norm()) <= 1e-5 * float(one.norm())
+
+
+class Attending(torch.nn.Module):
+    """Three layers that read one input, or another for two of them; with biases, and of two widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(12, wide) for wide in (8, 4, 4))
+        self.other: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        source = x if self.other is None else self.other
+        return self.q_proj(x) + torch.cat((self.k_proj(source), self.v_proj(source).tanh()), -1)
+
+
+def attending(**changes: Any) -> tuple[Any, Any]:
+    """The same twice, as `with_adapters`; the value's adapter has another rank and so another scale."""
+    torch.manual_seed(0)
+    given = {"r": 4, "lora_alpha": 10, "rank_pattern": {"v_proj": 3}, "init_lora_weights": False} | changes
+    plain = get_peft_model(Attending().requires_grad_(False), LoraConfig(target_modules=list(SIBLINGS[0]), **given))
+    fused = copy.deepcopy(plain)
+    fuse_lora(fused)
+    return plain, fused
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("learns_x", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_of_one_input_have_the_numbers_of_peft(half: bool, learns_x: bool, dropout: float) -> None:
+    plain, fused = attending(lora_dropout=dropout)
+    wanted, found = (numbers(model.train(), half=half, learns_x=learns_x) for model in (plain, fused))
+    assert len(found) == len(wanted) == 7 + learns_x
+    for one, other in zip(wanted, found, strict=True):
+        assert one.dtype == other.dtype
+        assert float((other - one).norm() / one.norm()) < (0.02 if half else 1e-6)
+    layer = fused.base_model.model.q_proj
+    assert layer.siblings is fused.base_model.model.v_proj.siblings
+    assert layer.siblings.x is None and not layer.siblings.found, "nothing is kept for later"
+
+
+def test_one_product_for_all_adapters_of_an_input() -> None:
+    """Of three layers with adapters: three frozen products, and the thin one in one, before three that add to the outputs."""
+    _, fused = attending()
+    with profile(activities=[ProfilerActivity.CPU]) as seen, torch.no_grad():
+        fused(torch.randn(5, 12))
+    counts = {event.key: event.count for event in seen.key_averages()}
+    assert (counts["aten::mm"], counts["aten::addmm"], counts["aten::addmm_"]) == (1, 3, 3)
+
+
+def test_layers_of_two_inputs_have_the_numbers_of_peft() -> None:
+    plain, fused = attending()
+    plain.base_model.model.other = fused.base_model.model.other = torch.randn(2, 5, 12)
+    for _ in range(2):
+        for one, other in zip(numbers(plain), numbers(fused), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_an_input_that_changed_in_between_is_read_again() -> None:
+    _, fused = attending()
+    layers, x = fused.base_model.model, torch.randn(5, 12)
+    with torch.no_grad():
+        layers.q_proj(x)
+        x += 1
+        assert torch.equal(layers.k_proj(x), layers.k_proj(x.clone()))
+
+
+def test_gradients_of_layers_of_one_input_by_differences() -> None:
+    _, fused = attending()
+    model, x = fused.double(), torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 6
+    assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, *trained))
+
+
+def test_a_gated_layer_keeps_its_two_inputs_alone() -> None:
+    gate, up = (torch.randn(3, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda gate, up: _Gated.apply(gate, up), (gate, up))
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        found = _Gated.apply(gate, up)
+    torch.testing.assert_close(found, torch.nn.functional.silu(gate) * up)
+    assert [each is own for each, own in zip(kept, (gate, up), strict=True)] == [True, True]
 
 
 def test_gradients_of_a_norm_and_a_turn_by_differences() -> None:
