@@ -19,6 +19,8 @@ gc.set_threshold(50_000, 20, 100)
 
 LONGEST = (
     "test_project",
+    "test_sharded",
+    "test_families",
     "test_docs",
     "test_ppo_runs",
     "test_resume",
