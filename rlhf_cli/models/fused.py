@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
@@ -92,19 +92,23 @@ class LoraLinear(Linear):  # type: ignore[misc]  # PEFT has no types
 class Siblings:
     """Layers that read the same input: the first that is called with it computes the outputs of all."""
 
+    waiting: ClassVar[tuple[Tensor, int, dict[LoraLinear, Tensor]] | None] = None
+    """An input, its version (it may be changed in place), and the outputs not yet asked for: of the layers called last."""
+
     def __init__(self, layers: list[LoraLinear]) -> None:
-        self.layers, self.found = layers, dict[LoraLinear, Tensor]()
-        self.x: tuple[Tensor, int] | None = None  # and its version: it may be changed in place
+        self.layers = layers
 
     def output(self, layer: LoraLinear, adapter: str, x: Tensor) -> Tensor:
-        known = self.x is not None and self.x[0] is x and self.x[1] == x._version and layer in self.found
-        if not known:
+        found = dict[LoraLinear, Tensor]()
+        if self.waiting is not None and self.waiting[0] is x and self.waiting[1] == x._version:
+            found = self.waiting[2]
+        if layer not in found:
             alike = all(each.plain_adapter() == adapter and not each.drops(adapter) for each in self.layers)
             layers = self.layers if alike else [layer]
-            self.found = dict(zip(layers, _adapted(layers, adapter, x), strict=True))
-        found = self.found.pop(layer)
-        self.x = (x, x._version) if self.found else None
-        return found
+            found = dict(zip(layers, _adapted(layers, adapter, x), strict=True))
+        output = found.pop(layer)
+        Siblings.waiting = (x, x._version, found) if found else None
+        return output
 
 
 def _adapted(layers: list[LoraLinear], adapter: str, x: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, ...]:

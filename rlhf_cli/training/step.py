@@ -14,6 +14,7 @@ from rlhf_cli.data.streams import Stream
 from rlhf_cli.data.trees import Batch, Tree, tree_length
 from rlhf_cli.errors import MachineError, NumberError
 from rlhf_cli.models.backbone import Backbone
+from rlhf_cli.models.fused import Siblings
 from rlhf_cli.models.memory import LONG_PASS, empty_cache, is_out_of_memory, return_freed
 from rlhf_cli.models.passes import Passes
 from rlhf_cli.models.sharding import clip, local, multiply, total_norm
@@ -266,6 +267,7 @@ def within_memory(passes: Passes, trees: Sequence[Tree], run: Callable[[Passes],
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+        Siblings.waiting = None
         # Out here the error, and with it the pass's tensors, is gone.
         if shards is not None and not result:
             for host in passes.backbone.hosts:

@@ -166,7 +166,7 @@ def test_layers_of_one_input_have_the_numbers_of_peft(half: bool, learns_x: bool
         assert float((other - one).norm() / one.norm()) < (0.02 if half else 1e-6)
     layer = fused.base_model.model.q_proj
     assert layer.siblings is fused.base_model.model.v_proj.siblings
-    assert layer.siblings.x is None and not layer.siblings.found, "nothing is kept for later"
+    assert layer.siblings.waiting is None, "nothing is kept for later"
 
 
 def test_one_product_for_all_adapters_of_an_input() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,27 @@ def test_a_failure_in_the_second_pass_leaves_no_gradient_behind(monkeypatch: pyt
     result = train(limited, BATCHES[:1], budget=40)[0]
     assert result.budget == 20
     assert largest_difference(weights(limited), weights(straight)) == 0
+
+
+def test_a_failure_between_layers_of_one_input_leaves_no_activations_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first query makes keys and values, too; the pass breaks off before they are asked for."""
+    backbone = make_backbone(make("qwen3"))
+    keys = next(module for name, module in backbone.model.named_modules() if name.endswith("1.self_attn.k_proj"))
+    read, hidden, calls = list[weakref.ref[torch.Tensor]](), backbone.hidden, iter(range(100))
+
+    def fails_once(module: Any, given: tuple[torch.Tensor]) -> None:
+        if not read:
+            read.append(weakref.ref(given[0]))
+            raise torch.OutOfMemoryError("no more memory")
+
+    def replayed(role: str, batch: Batch) -> torch.Tensor:
+        assert next(calls) == 0 or read[0]() is None
+        return hidden(role, batch)
+
+    monkeypatch.setattr(backbone, "hidden", replayed)
+    keys.register_forward_pre_hook(fails_once)
+    assert train(backbone, BATCHES[:1], budget=40)[0].budget == 20
+    assert read
 
 
 def test_a_tree_that_does_not_fit_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
