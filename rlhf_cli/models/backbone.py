@@ -33,6 +33,9 @@ BASE = "base"  # the role of the bare base model, whatever adapters sit on it
 ADAPTER_PART = re.compile(r"\.(?:lora_|trainable_tokens_)")
 """What begins the names of an adapter's parameters, behind a layer's."""
 
+SWITCHED = ("_active_adapter", "_disable_adapters")
+"""What peft sets of its layers to have an adapter forward, or none."""
+
 
 class Backbone(Body):
     """A causal language model whose roles share one base.
@@ -56,7 +59,8 @@ class Backbone(Body):
         super().__init__(model, compute_dtype, attention, headless, shards)
         self.held: dict[str, torch.Tensor] = {}  # what was in shards, whole while it is saved
         self.peft: Any = None
-        self.active: str | None = None
+        self.active: str | None = None  # None, too, where layers or roles are others than when it was last set
+        self.switches: dict[str, dict[torch.nn.Module, dict[str, Any]]] = {}  # role → layer → what makes the role forward
         self.trained: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
         self.heads: dict[str, torch.nn.Linear] = {}
         self.alias: dict[str, str] = {}  # roles that are another role's weights, e.g. reference → base
@@ -81,6 +85,7 @@ class Backbone(Body):
                 else:
                     self.peft.add_adapter(role, config)
             fuse_lora(self.model)
+            self.model.train(self.model.training)  # new layers would have dropout on
         except ValueError as error:
             raise UsageError(f"lora: {str(error).splitlines()[0]}") from error
         if state is not None:
@@ -107,6 +112,7 @@ class Backbone(Body):
             head = self.model.get_output_embeddings()
             unused = {name for name, p in self.model.named_parameters() if any(p is q for q in head.parameters())}
         self.trained[role] |= {name for name, _ in self.model.named_parameters() if name not in unused}
+        self.active = None
         self.activate(role)
 
     def add_head(
@@ -146,6 +152,18 @@ class Backbone(Body):
         role = self.alias.get(role, role)
         if role == self.active:
             return
+        if self.active is None:
+            self.switches.clear()
+        if role not in self.switches:
+            self._switch(role)
+            layers = (layer for layer in self.model.modules() if all(hasattr(layer, name) for name in SWITCHED))
+            self.switches[role] = {layer: {name: getattr(layer, name) for name in SWITCHED} for layer in layers}
+        for layer, state in self.switches[role].items():
+            vars(layer).update(state)
+        self.active = role
+
+    def _switch(self, role: str) -> None:
+        """By peft, which goes through all of the model several times."""
         if self.peft is not None and role == BASE:
             self.peft.base_model.disable_adapter_layers()
         elif self.peft is not None:
@@ -155,7 +173,6 @@ class Backbone(Body):
         trained = frozenset().union(*self.trained.values())
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
-        self.active = role
 
     def at(self, role: str) -> Backbone:
         """The backbone that holds the weights of `role`: this one, or another frozen model's."""
@@ -183,7 +200,8 @@ class Backbone(Body):
     def train(self, mode: bool) -> None:
         """Dropout on or off, in every model."""
         for host in self.hosts:
-            host.model.train(mode)
+            if host.model.training != mode:
+                host.model.train(mode)
 
     @property
     def has_dropout(self) -> bool:

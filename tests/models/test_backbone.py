@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 import transformers as hf
 from peft import LoraConfig
 
+from rlhf_cli import sections
 from rlhf_cli.data.trees import Piece, Tree, build_batch, plan_passes, tree_length
 from rlhf_cli.errors import NumberError, UsageError
 from rlhf_cli.models.attention import KERNELS
-from rlhf_cli.models.backbone import BASE, Backbone
+from rlhf_cli.models.backbone import BASE, Backbone, lora_config
 from tests.models.tiny_backbone import SHAPE, draw_trees, make, make_backbone, packed_logps, plain_logps
 
 TREES = [*draw_trees(3, branches=2, earlier=True), *draw_trees(2, seed=1, branches=1), *draw_trees(1, seed=2, branches=4)]
@@ -149,6 +151,30 @@ def test_switching_roles_leaves_requires_grad_as_it_was() -> None:
         backbone.activate(role)
         assert {n for n, p in backbone.model.named_parameters() if p.requires_grad} == set(backbone.trained_parameters())
         assert all(".policy." in n for n in backbone.trained_parameters())
+
+
+def test_a_role_that_comes_back_forwards_as_the_first_time() -> None:
+    """Adapters of layers and of tokens, and none; a third adapter in between changes nothing of the others."""
+    backbone, seen = make_backbone(make()), dict[str, torch.Tensor]()
+    tokens = lora_config(sections.Lora(r=2, train_tokens=(3, 7)), "", None)
+    for added in ("tokens", "more", "last"):
+        for role in (*backbone.peft.peft_config, BASE) * 2:
+            found = packed_logps(backbone, TREES, 4096, role).detach()
+            assert torch.equal(seen.setdefault(role, found), found)
+        backbone.add_lora(added, tokens, None, trained=False)
+        for name, p in backbone.model.named_parameters():
+            if f".{added}" in name:
+                torch.nn.init.normal_(p, std=0.1)
+    assert len(seen) == 4
+    assert all(float((one - other).abs().max()) > 1e-3 for one, other in itertools.combinations(seen.values(), 2))
+
+
+def test_a_new_adapter_has_no_dropout_where_the_model_is_evaluated() -> None:
+    backbone = _two_roles()
+    for mode in (True, False):
+        backbone.train(mode)
+        backbone.add_lora(f"third_{mode}", lora_config(sections.Lora(r=2, dropout=0.5), "", None), None, trained=True)
+        assert {module.training for module in backbone.model.modules()} == {mode}
 
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa"])
