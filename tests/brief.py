@@ -25,7 +25,7 @@ DRAWINGS = (
 )
 """The functions that draw: the module that has each, and the one that calls it."""
 
-SAMPLES = {"stages.training.SHOWN_PROMPTS": 3, "stages.training.SHOWN_TOKENS": 6, "training.loop.SAMPLES_SHARE": 1.0}
+SAMPLES = {"stages.training.SHOWN_PROMPTS": 3, "stages.training.SHOWN_TOKENS": 3, "training.loop.SAMPLES_SHARE": 1.0}
 """How many samples a run writes while it trains, how long they get, and what share of its time: at every look."""
 
 

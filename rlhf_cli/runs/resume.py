@@ -17,6 +17,7 @@ from rlhf_cli.recipe.dump import differences, dump_recipe, refuse_changes
 from rlhf_cli.runs.folder import RunFolder, open_run
 from rlhf_cli.runs.manifest import read_manifest
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where pyyaml has it
 CODE, CHANGED, ATTENTION = "code", "changed code", "attention"
 INPUTS = "inputs.json"
 """Hashes of the base model, the parent, the template and the data of a run."""
@@ -118,7 +119,7 @@ def recorded_recipe(folder: Path) -> dict[str, Any]:
     """The recipe that the run in this folder was last started with; empty where there is none. UsageError: it is damaged."""
     path = RunFolder(folder).recipe
     try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+        return dict(yaml.load(path.read_text(encoding="utf-8"), LOADER) or {}) if path.exists() else {}
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 

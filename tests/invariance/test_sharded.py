@@ -40,6 +40,7 @@ from tests.tiny import make_base, make_model, read_lines, rlhf, write_pairs, wri
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.02}
 ONLINE: dict[str, Any] = {"reward": [{"model": "HOME/rm"}], "rollout": {"max_new_tokens": 6}, "data": {"max_length": 80}}
+TWICE: dict[str, Any] = {"objective": {"epochs": 2}}
 DISTIL: dict[str, Any] = {"kind": "distil", "teacher": "HOME/sft"}
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("sft", "base", {"lora": {"r": 4}}),
@@ -62,8 +63,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dpo full": ("dpo", "base", {"lora": None, "reference": {"cache": False}}),
     "ipo": ("ipo", "base", {"lora": {"r": 4}, "objective": {"normalize": "token_mean"}}),
     "kto full": ("kto", "tied", {"lora": None}),
-    "ppo": ("ppo", "sft", {"lora": "auto", **ONLINE}),
-    "ppo full": ("ppo", "sft", {"lora": None, **ONLINE, "train": SGD, "seed": 1}),
+    "ppo": ("ppo", "sft", {"lora": "auto", **ONLINE, **TWICE}),
+    "ppo full": ("ppo", "sft", {"lora": None, **ONLINE, **TWICE, "train": SGD, "seed": 1}),
     "online dpo": ("dpo", "sft", {"lora": "auto", **ONLINE, "rollout": {"max_new_tokens": 6, "refresh": 2}}),
 }
 """Name → command, start, and what its recipe says beside the common keys."""

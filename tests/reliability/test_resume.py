@@ -254,13 +254,13 @@ def test_whatever_became_of_the_reference_store(
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_two_ranks(home: Path, tmp_path: Path, name: str) -> None:
     """Stopped by a signal after a few steps, and taken up by two ranks again."""
-    words = [*stage(home, tmp_path, name, LORA), "--set", "train.steps=20", "--set", "train.save_every=1"]
+    words = [*stage(home, tmp_path, name, LORA), "--set", "train.steps=9", "--set", "train.save_every=1"]
     two_ranks(*words)
     again = tmp_path / "again"
     stopped = launch(*words, "--output", again, ranks=2)
     wait_for(again / "checkpoints" / "step-00000003", stopped)
     stopped.send_signal(signal.SIGTERM)
-    assert re.search(r"stopped after step \d+ of 20; continue with --resume", stopped.wait()[1])
+    assert re.search(r"stopped after step \d+ of 9; continue with --resume", stopped.wait()[1])
     assert not (again / "manifest.json").exists()
     two_ranks(*words, "--output", again, "--resume")
     same_bytes(tmp_path / "whole", again)
