@@ -38,7 +38,7 @@ STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
 """Name → command, rows, and what its recipe says beside the common keys."""
 
 SOME = ("train-rm K-wise", "train-rm steps", "dpo", "kto")
-LINES = steps_of(6, 3)
+LINES = steps_of(4, 2)
 ROUNDING = ("rewards/", "logratio/", "margin/")
 """Before the first step implicit rewards are rounding and nothing else, so are the accuracies that follow from them."""
 
@@ -48,18 +48,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
     make_model(folder / "base", initializer_range=0.2)
     for name, write in {"rows": write_rows, "pairs": write_pairs, "ranked": write_ranked, "steps": write_steps}.items():
-        write(folder / f"{name}.jsonl", 20)
+        write(folder / f"{name}.jsonl", 15)
         write(folder / f"{name}-eval.jsonl", 5, seed=1)
     return folder
 
 
 def recipe(home: Path, name: str, output: Path, **train: Any) -> list[str | Path]:
-    """The command line of a stage of 6 steps of 5 rows, with batches and shares that do not come out even."""
+    """The command line of a stage of 4 steps of 5 rows, with batches and shares that do not come out even."""
     command, rows, sections = STAGES[name]
     settings: dict[str, Any] = {
         "lora": {"r": 4},
         "data": {"eval": str(home / f"{rows}-eval.jsonl")},
-        "train": {"batch_size": 5, "save_every": None, "eval_every": 3, "learning_rate": 1e-3} | train,
+        "train": {"steps": 4, "batch_size": 5, "save_every": None, "eval_every": 2, "learning_rate": 1e-3} | train,
         **sections,
     }
     return [command, write_recipe(output.with_suffix(".yaml"), home / "base", home / f"{rows}.jsonl", output, **settings)]
