@@ -28,17 +28,14 @@ def renamed(row: Row, columns: Columns) -> Row:
         own.setdefault(ours.partition(".")[0], []).append(own.pop(ours))
     inner = {ours: columns[ours] for ours in OF_ITEMS if ours in columns and ours not in own}
     if inner and isinstance(items := own.get("responses", row.get("responses")), list):
-        own["responses"] = [_item(item, inner) for item in items]
+        named = ({ours: item.get(theirs) for ours, theirs in inner.items()} if isinstance(item, dict) else {} for item in items)
+        own["responses"] = [item | more if more else item for item, more in zip(items, named, strict=True)]
     return kept | own
 
 
 def respelled(row: Row, names: Columns) -> Row:
     """The row under our names as a public data set spells them; what the row has under ours stays."""
     return renamed(row, {ours: theirs for ours, theirs in names.items() if ours not in row})
-
-
-def _item(item: Any, inner: Columns) -> Any:
-    return {**item, **{ours: item.get(theirs) for ours, theirs in inner.items()}} if isinstance(item, dict) else item
 
 
 def read_by(theirs: str, row: Row) -> list[str]:

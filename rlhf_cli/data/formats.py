@@ -126,10 +126,6 @@ def _is_scored(row: Row) -> bool:
     return any(type(item) is dict and item.keys() >= {"text"} and bool(item.keys() & {"score", "rank"}) for item in items)
 
 
-def _is_ranked(row: Row) -> bool:
-    return row.keys() >= {"prompt", "responses"} and not _is_scored(row)
-
-
 _OF_PAIRS = ("score_chosen", "score_rejected", "probability")  # the latter: that the chosen response is the better one
 _TEXT: frozenset[Content] = frozenset({"answer"})
 _ANSWER: frozenset[Content] = frozenset({"prompt", "answer"})
@@ -201,7 +197,7 @@ FORMATS: dict[str, Format] = {
             _RANKING,
             of.from_ranked,
             ("ranks", "scores"),
-            recognise=_is_ranked,
+            recognise=lambda row: row.keys() >= {"prompt", "responses"} and not _is_scored(row),
             spellings=(
                 {
                     "prompt": "question.full_text",

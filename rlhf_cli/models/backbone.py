@@ -154,25 +154,22 @@ class Backbone(Body):
             return
         if self.active is None:
             self.switches.clear()
-        if role not in self.switches:
-            self._switch(role)
-            layers = (layer for layer in self.model.modules() if all(hasattr(layer, name) for name in SWITCHED))
+        if role in self.switches:
+            for layer, state in self.switches[role].items():
+                vars(layer).update(state)
+        else:  # peft goes through all of the model, and several times
+            if self.peft is not None and role == BASE:
+                self.peft.base_model.disable_adapter_layers()
+            elif self.peft is not None:
+                if self.active in (None, BASE):
+                    self.peft.base_model.enable_adapter_layers()
+                self.peft.base_model.set_adapter(role)
+            trained = frozenset().union(*self.trained.values())
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in trained)
+            layers = [layer for layer in self.model.modules() if all(hasattr(layer, name) for name in SWITCHED)]
             self.switches[role] = {layer: {name: getattr(layer, name) for name in SWITCHED} for layer in layers}
-        for layer, state in self.switches[role].items():
-            vars(layer).update(state)
         self.active = role
-
-    def _switch(self, role: str) -> None:
-        """By peft, which goes through all of the model several times."""
-        if self.peft is not None and role == BASE:
-            self.peft.base_model.disable_adapter_layers()
-        elif self.peft is not None:
-            if self.active in (None, BASE):
-                self.peft.base_model.enable_adapter_layers()
-            self.peft.base_model.set_adapter(role)
-        trained = frozenset().union(*self.trained.values())
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in trained)
 
     def at(self, role: str) -> Backbone:
         """The backbone that holds the weights of `role`: this one, or another frozen model's."""

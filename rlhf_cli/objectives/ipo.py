@@ -39,10 +39,7 @@ class Ipo(LogRatioPair):
         return (margin / self.beta - self.target) ** 2
 
     def reward(self, responses: Responses) -> Tensor:
-        return self.beta * self._logratio(responses)
-
-    def _logratio(self, responses: Responses) -> Tensor:
-        return responses.logratio if self.normalize == "sum" else responses.logratio / responses.lengths
+        return self.beta * (responses.logratio if self.normalize == "sum" else responses.logratio / responses.lengths)
 
     def figures(self, pair: Pair) -> dict[str, Tensor]:
         return super().figures(pair) | {"margin/target": (2 * pair.probability - 1) * self.target}
