@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ SAMPLES = {"stages.training.SHOWN_PROMPTS": 3, "stages.training.SHOWN_TOKENS": 3
 def be_brief(patch: pytest.MonkeyPatch) -> None:
     """From now on runs leave out pictures, say little in their samples, share what parses a command, and wait for no disk."""
     patch.setattr(os, "fsync", lambda handle: None)
+    # A look at all objects takes a while, with torch and transformers among them, and finds little.
+    gc.set_threshold(50_000, 20, 100)
     patch.setattr("typer.main.get_command", cache(typer.main.get_command))
     for drawing in DRAWINGS:
         patch.setattr(f"{drawing.caller}.{drawing.name}", lambda _: defaultdict(list))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,9 +12,6 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RLHF_CACHE"] = tempfile.mkdtemp(prefix="rlhf-tests-")
-
-# A look at all objects takes a while, with torch and transformers among them, and finds little.
-gc.set_threshold(50_000, 20, 100)
 
 LONGEST = (
     "test_project",

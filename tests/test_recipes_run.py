@@ -66,7 +66,7 @@ class Parts(NamedTuple):
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     """A tiny model, 40 pairs, and a reward model by two steps of the quickstart's recipe."""
     folder = tmp_path_factory.mktemp("parts")
-    model, rows = make_model(folder / "model", num_hidden_layers=1), write_pairs(folder / "rows.jsonl", 40)
+    model, rows = make_model(folder / "model"), write_pairs(folder / "rows.jsonl", 40)
     changes = {"model.path": model, "data.train": rows, "train.steps": 2, "train.batch_size": 4, "data.max_length": 256}
     assert rlhf("train-rm", "recipes/quickstart/rm.yaml", "--output", folder / "rm", *settings_of(changes)) == 0
     return Parts(model, rows, folder / "rm")

@@ -41,13 +41,13 @@ WORDS = (
 
 
 def make_model(folder: Path, seed: int = 0, *, tied: bool = False, **changes: Any) -> Path:
-    """A Llama of 2 layers and 32 dimensions with a ChatML tokenizer."""
+    """A Llama of 1 layer and 32 dimensions with a ChatML tokenizer. What has several is in tests/models, and where it matters."""
     tokenizer = tiny_tokenizer(eos="<|im_end|>", template=CHATML)
     torch.manual_seed(seed)
     settings = {
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }

@@ -37,7 +37,7 @@ from tests.tiny import make_base, read_lines, rlhf, split_lines, write_pairs, wr
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose responses often end, prompts of 1 to 6 words, a policy and a reward model trained on it."""
     folder = tmp_path_factory.mktemp("rollouts")
-    make_base(folder / "base", num_hidden_layers=1)
+    make_base(folder / "base")
     write_pairs(folder / "pairs.jsonl", 14)
     (folder / "even.py").write_text("def even(prompts, responses):\n    return [len(r) % 2 for r in responses]\n")
     write_rows(folder / "eval.jsonl", 3, seed=1)

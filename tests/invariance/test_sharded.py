@@ -76,8 +76,8 @@ FOUR = ("sft full tied", "ppo")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, one whose embeddings are its head, a policy, a reward model, and rows."""
     folder = tmp_path_factory.mktemp("sharded")
-    make_base(folder / "base")
-    make_model(folder / "tied", tied=True, initializer_range=0.2)
+    make_base(folder / "base", num_hidden_layers=2)
+    make_model(folder / "tied", tied=True, initializer_range=0.2, num_hidden_layers=2)
     write_pairs(folder / "pairs.jsonl", 14)
     write_pairs(folder / "pairs-eval.jsonl", 3, seed=1)
     write_rows(folder / "rows.jsonl", 14)
@@ -95,7 +95,7 @@ def command(home: Path, name: str, output: Path, **train: Any) -> list[str | Pat
     given = json.loads(json.dumps(given).replace("HOME", str(home)))
     rows = "rows" if stage in ("sft", "ppo") else "pairs"
     given["train"] = (
-        {"batch_size": 5, "steps": 4, "eval_every": 2, "save_every": None, "tokens_per_device": 60}
+        {"batch_size": 5, "steps": 4, "eval_every": 2, "save_every": None, "tokens_per_device": 90}
         | given.get("train", {})
         | train
     )
@@ -139,17 +139,17 @@ def test_ranks_that_share_every_model_are_one(name: str, ranks: int, home: Path,
 @pytest.mark.parametrize("name", ["sft full", "ppo full"])
 def test_the_number_of_ranks_may_change(name: str, home: Path, tmp_path: Path) -> None:
     """Two ranks are stopped by a signal, four by another, and one process ends the run; its checkpoints are plain files."""
-    words = command(home, name, tmp_path / "run", steps=7, save_every=1, keep_checkpoints=7)
+    words = command(home, name, tmp_path / "run", steps=6, save_every=1, keep_checkpoints=6)
     checkpoints = tmp_path / "run" / "checkpoints"
     for ranks in (2, 4):
         done = len([*checkpoints.glob("step-*")])
         launched = launch(*words, *(["--resume"] if done else []), ranks=ranks, settings=SHARDED)
         wait_for(checkpoints / f"step-{done + 1:08d}", launched)
         launched.send_signal(signal.SIGTERM)
-        assert re.search(r"stopped after step \d of 7; continue with --resume", launched.wait()[1]), launched.errors
+        assert re.search(r"stopped after step \d of 6; continue with --resume", launched.wait()[1]), launched.errors
     assert rlhf(*words, "--resume") == 0
-    assert rlhf(*command(home, name, tmp_path / "whole", steps=7)) == 0
-    agree(tmp_path / "whole", tmp_path / "run", steps_of(7, 2), rounding=("rewards/",), figures=1e-5, weights=1e-6)
+    assert rlhf(*command(home, name, tmp_path / "whole", steps=6)) == 0
+    agree(tmp_path / "whole", tmp_path / "run", steps_of(6, 2), rounding=("rewards/",), figures=1e-5, weights=1e-6)
 
 
 @pytest.mark.slow

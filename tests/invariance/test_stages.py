@@ -46,7 +46,7 @@ ROUNDING = ("rewards/", "logratio/", "margin/")
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
-    make_model(folder / "base", initializer_range=0.2)
+    make_model(folder / "base", initializer_range=0.2, num_hidden_layers=2)
     for name, write in {"rows": write_rows, "pairs": write_pairs, "ranked": write_ranked, "steps": write_steps}.items():
         write(folder / f"{name}.jsonl", 15)
         write(folder / f"{name}-eval.jsonl", 5, seed=1)

@@ -39,7 +39,7 @@ def test_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     for name, count in (("prompts", 24), ("eval_prompts", 3)):
         rows = "".join(json.dumps({"prompt": f"{name} {n}"}) + "\n" for n in range(count))
         (tmp_path / f"data/quickstart/{name}.jsonl").write_text(rows)
-    make_base(tmp_path / "runs/quickstart/sft", num_hidden_layers=1)
+    make_base(tmp_path / "runs/quickstart/sft")
 
     class Here:
         """Commands are run in this process."""

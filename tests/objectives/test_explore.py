@@ -80,7 +80,7 @@ def test_the_bonus_is_a_mean_over_prompts_of_any_number_of_responses(kind: str) 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("explore")
-    make_base(folder / "base", num_hidden_layers=1)
+    make_base(folder / "base")
     write_pairs(folder / "pairs.jsonl", 9)
     (folder / "rewards.py").write_text("def long(prompts, responses):\n    return [float(len(text)) for text in responses]\n")
     return folder

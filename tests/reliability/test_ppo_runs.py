@@ -69,7 +69,7 @@ def spoils(prompts, responses):
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose responses often end, 13 prompts, a reward model `rm` and functions."""
     folder = tmp_path_factory.mktemp("runs")
-    make_base(folder / "base", num_hidden_layers=1)
+    make_base(folder / "base")
     write_pairs(folder / "pairs.jsonl", 13)
     (folder / "rewards.py").write_text(REWARDS)
     train = {"steps": 3, "learning_rate": 0.02, "save_every": None}

@@ -35,7 +35,7 @@ KEPT = "while the reference's log-probabilities were computed; what is done is k
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preferences")
-    make_model(folder / "model", initializer_range=0.2, num_hidden_layers=1)
+    make_model(folder / "model", initializer_range=0.2)
     write_pairs(folder / "pairs.jsonl", ROWS)
     write_rows(folder / "rows.jsonl", ROWS)
     return folder

@@ -94,7 +94,7 @@ TIMES = ("seconds", "sampling_seconds", "peak_memory", "metrics_bytes", "metrics
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
-    make_model(folder / "model", initializer_range=0.2, num_hidden_layers=1)
+    make_model(folder / "model", initializer_range=0.2)
     write_pairs(folder / "pairs.jsonl", 15)
     write_pairs(folder / "others.jsonl", 15, seed=7)
     write_rows(folder / "rows.jsonl", 15)

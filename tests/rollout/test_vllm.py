@@ -351,7 +351,7 @@ def test_a_rollout_s_advantages_are_weighed(truncate: bool) -> None:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm")
-    make_base(folder / "base", num_hidden_layers=1)
+    make_base(folder / "base")
     write_rows(folder / "rows.jsonl", 8)
     (folder / "even.py").write_text("def even(prompts, responses):\n    return [len(r) % 2 for r in responses]\n")
     return folder
