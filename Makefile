@@ -101,7 +101,7 @@ help:
 	@echo "make votes            which of several solutions is taken: by majority, by an outcome or by a process reward model"
 	@echo "make cycle            preferences without a best response: scores against a general preference model and self-play"
 	@echo "make vllm             vLLM in an environment of its own: its tests, and the quickstart's ppo and online dpo drawn by it"
-	@echo "make test             every test: some 15 minutes on two cores"
+	@echo "make test             every test: some 13 minutes on two cores"
 	@echo "make check            linters, types and the fast tests"
 	@echo "make lint             linters and types"
 	@echo "make smollm2          the same stages of SmolLM2-135M-Instruct on HH-RLHF; HH=rows.jsonl.gz to use a file, LIMIT=n for fewer rows"

@@ -104,7 +104,7 @@ for words in {calls!r}:
 @pytest.mark.slow
 def test_what_is_added_runs(copy: Path, tmp_path: Path) -> None:
     """A run of the new command on rows of the new format, and one of dpo with the new loss, term and metric."""
-    base, teacher = make_base(tmp_path / "base"), make_base(tmp_path / "teacher", seed=1)
+    base, teacher = (make_base(tmp_path / name, seed, num_hidden_layers=2) for seed, name in enumerate(("base", "teacher")))
     rows = [json.loads(line) for line in write_rows(tmp_path / "rows.jsonl", 12).read_text().splitlines()]
     asked = tmp_path / "qa.jsonl"
     asked.write_text("".join(json.dumps({"question": row["prompt"], "answer": row["completion"]}) + "\n" for row in rows))

@@ -38,7 +38,7 @@ STAGES: dict[str, tuple[str, dict[str, Any], int, int]] = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_home(tmp_path_factory.mktemp("rehearsal"), "rm")
+    return make_home(tmp_path_factory.mktemp("rehearsal"), "rm", layers=2)
 
 
 @pytest.fixture

@@ -37,8 +37,8 @@ LAYERS = 2 * 7
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two bases with one tokenizer, policies `sft` and `again` and reward models `rm`, `rm-other` and `rm-full` on them."""
     folder = tmp_path_factory.mktemp("homes")
-    make_model(folder / "base", initializer_range=0.2)
-    make_model(folder / "other", seed=1, initializer_range=0.2)
+    make_model(folder / "base", initializer_range=0.2, num_hidden_layers=2)
+    make_model(folder / "other", seed=1, initializer_range=0.2, num_hidden_layers=2)
     write_pairs(folder / "pairs.jsonl", 12)
     runs: dict[str, tuple[str, str, Any]] = {
         "sft": ("sft", "base", {"r": 4}),

@@ -25,7 +25,7 @@ ONCE_AT_THE_END = {"steps": 4, "save_every": None, "tokens_per_device": 80}
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of 4 steps, each of several forward passes, whose uninterrupted run is in `whole` beside it."""
     folder = tmp_path_factory.mktemp("numbers")
-    parts = make_model(folder / "model"), write_rows(folder / "rows.jsonl", 15)
+    parts = make_model(folder / "model", num_hidden_layers=2), write_rows(folder / "rows.jsonl", 15)
     recipe = write_recipe(folder / "sft.yaml", *parts, folder / "whole", lora={"r": 4}, train=ONCE_AT_THE_END)
     assert rlhf("sft", recipe) == 0
     return recipe

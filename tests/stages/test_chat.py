@@ -34,7 +34,7 @@ GREEDY = (*SHORT, "--temperature", "0")
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`sft` and `dpo` are adapters on one base, `rm` is a reward model; `small` takes 96 tokens, and hardly ever ends."""
-    home = make_home(tmp_path_factory.mktemp("home"), "sft", "dpo", "rm")
+    home = make_home(tmp_path_factory.mktemp("home"), "sft", "dpo", "rm", layers=2)
     make_model(home / "small", 3, max_position_embeddings=96)
     return home
 

@@ -54,9 +54,9 @@ def notes(folder: Path) -> list[str]:
     return [note for note in result(folder)["about"]["notes"] if TRAINED not in note]
 
 
-def make_home(folder: Path, *names: str) -> Path:
+def make_home(folder: Path, *names: str, layers: int = 1) -> Path:
     """`base`, rows of every kind, `functions.py`, and those of RUNS that are named."""
-    make_base(folder / "base")
+    make_base(folder / "base", num_hidden_layers=layers)
     write_pairs(folder / "pairs.jsonl", 24)
     write_rows(folder / "rows.jsonl", 24)
     (folder / "functions.py").write_text(FUNCTIONS)
