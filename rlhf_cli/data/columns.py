@@ -28,8 +28,10 @@ def renamed(row: Row, columns: Columns) -> Row:
         own.setdefault(ours.partition(".")[0], []).append(own.pop(ours))
     inner = {ours: columns[ours] for ours in OF_ITEMS if ours in columns and ours not in own}
     if inner and isinstance(items := own.get("responses", row.get("responses")), list):
-        named = ({ours: item.get(theirs) for ours, theirs in inner.items()} if isinstance(item, dict) else {} for item in items)
-        own["responses"] = [item | more if more else item for item, more in zip(items, named, strict=True)]
+        own["responses"] = [
+            item | {ours: item.get(theirs) for ours, theirs in inner.items()} if isinstance(item, dict) else item
+            for item in items
+        ]
     return kept | own
 
 
