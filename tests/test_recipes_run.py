@@ -165,10 +165,10 @@ def test_an_evaluation(recipe: Path, parts: Parts, tmp_path: Path, request: pyte
     if "dump_pairs" in text:
         changes["dump_pairs"] = tmp_path / "pairs.jsonl"
     settings = settings_of(changes)
-    with pytest.MonkeyPatch.context() as patch:
-        if first := recipe.stem == "eval" and recipe.parent.name == "quickstart":
-            draw_again(patch)
-        assert rlhf("eval", recipe, "--output", output, *settings) == 0
+    if first := recipe.stem == "eval" and recipe.parent.name == "quickstart":
+        request.getfixturevalue("pictures")
+    assert rlhf("eval", recipe, "--output", output, *settings) == 0
+    assert pictured(output) == first
     result = json.loads((output / "eval.json").read_text())
     assert list(result["models"]) == names
     assert result["about"]["prompts"] >= 2

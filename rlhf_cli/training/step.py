@@ -222,6 +222,7 @@ def _run_pass(
 ) -> _Pass:
     """Forward one pass and, with a scale, each of its terms backward before the next; the division is here and nowhere else."""
     sums: dict[tuple[str, str], torch.Tensor] = {}
+    several = len({role for host in backbone.hosts for role in host.trained}) > 1
     for term in objective.terms(backbone, batch, given):
         if scale:
             torch.stack([loss * (scale / max(1, counts[unit])) for unit, loss in term.losses.items()]).sum().backward()  # type: ignore[no-untyped-call]
@@ -229,7 +230,7 @@ def _run_pass(
         found |= {(name, unit): value for name, (value, unit) in term.sums.items()}
         for key, value in found.items():
             sums[key] = sums.get(key, 0.0) + value.detach().double()
-        if scale and batch.tokens > LONG_PASS and backbone.device.type == "cpu" and len(backbone.trained_roles) > 1:
+        if scale and batch.tokens > LONG_PASS and backbone.device.type == "cpu" and several:
             return_freed()
     return _Pass(sums, tuple(trees[tree].row for tree in batch.trees))
 
